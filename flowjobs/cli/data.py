@@ -1,0 +1,53 @@
+"""flowjobs data."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from flowjobs.cli.defaults import Defaults
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import default_study
+
+
+@dataclass(frozen=True)
+class Data:
+    """Make the splits of a dataset from one file of embeddings."""
+
+    action: tyro.conf.Positional[Literal["split"]]
+    """split: write STUDY/datasets/splits/SIZE/{train,val}.pt."""
+
+    file: tyro.conf.Positional[Path]
+    """A .pt or .npy file of floats, shape (n, dim)."""
+
+    sizes: tuple[str, ...] = ("all",)
+    """Training rows of each split (1k 5k 10k), or all. A smaller one is part of a larger one; all
+    share one validation part."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Write the splits. Returns the exit code."""
+        sizes = {size: _rows(size) for size in self.sizes}
+        from flowjobs.training.data import FlowDataset, write_splits
+
+        study = self.study.expanduser().absolute()
+        written = write_splits(FlowDataset(self.file).data, study, sizes)
+        for name, rows in written.items():
+            print(f"{study / 'datasets' / 'splits' / name}: {rows} training rows")
+        return 0
+
+
+def _rows(size: str) -> int | None:
+    """`1k` -> 1000; None for `all`."""
+    if size == "all":
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", size.lower())
+    if not found:
+        raise ConfigError(
+            f"--sizes: found {size!r}, expected a number of rows (500, 5k, 1m) or all"
+        )
+    return round(float(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2]])

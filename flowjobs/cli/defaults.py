@@ -1,0 +1,177 @@
+"""Where a value comes from when no flag gives it: flowjobs.toml, and sbatch's own variables.
+
+In order, the later wins: the built-in default, flowjobs.toml in the user's config folder, the
+flowjobs.toml of the working directory or the nearest folder above, SBATCH_* variables, flags.
+"""
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from flowjobs.config import SlurmConfig, TrackingConfig, TrainingConfig, flag
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import default_study
+
+FILE_NAME = "flowjobs.toml"
+PARTS = {"training": TrainingConfig, "slurm": SlurmConfig, "tracking": TrackingConfig}
+
+# What sbatch reads from the environment and flowjobs has a field for. The others reach sbatch as
+# they are.
+SBATCH_VARIABLES = {
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_QOS": "qos",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_TIMELIMIT": "timeout_min",
+}
+
+
+@dataclass(frozen=True)
+class CommandOptions:
+    """What `submit` and `train` take beside the config, as far as a file may set it."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study; default: $FLOWJOBS_STUDY, else ./study."""
+
+    cluster: Literal["auto", "slurm", "local", "debug"] = "auto"
+    """auto: Slurm if its controller answers, else this machine; debug: in this process, under the
+    debugger."""
+
+
+@dataclass
+class Defaults:
+    """The defaults of the fields, and where each comes from.
+
+    Attributes:
+        values: By field name; only those that are not the built-in's.
+        sources: The file or the variable that gave each.
+        archs: The user's names for models of their own: package.module:Name by name.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    archs: dict[str, str] = field(default_factory=dict)
+
+    def fill(self, cls: Any) -> Any:
+        """An instance of a command or a config with these defaults in place."""
+        values = {}
+        for known in dataclasses.fields(cls):
+            if known.name in PARTS:
+                values[known.name] = self.fill(PARTS[known.name])
+            elif known.name in self.values:
+                values[known.name] = self.values[known.name]
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            sources = sorted({self.sources[name] for name in values if name in self.sources})
+            raise ConfigError(f"{error} (from {', '.join(sources)})") from error
+
+    def resolve_arch(self, config: TrainingConfig) -> TrainingConfig:
+        """The config with a name from the `[arch]` table replaced by LABEL=package.module:Name."""
+        if config.arch not in self.archs:
+            return config
+        return dataclasses.replace(config, arch=f"{config.arch}={self.archs[config.arch]}")
+
+    def source_of(self, config: Any, name: str) -> str:
+        """Where the value of a parsed config's field came from."""
+        value = getattr(config, name)
+        if value != getattr(self.fill(type(config)), name):
+            return flag(name)
+        return self.sources.get(name, "default")
+
+
+def load_defaults(environment: Mapping[str, str] = os.environ) -> Defaults:
+    """Read the files and the variables.
+
+    Raises:
+        ConfigError: A file that is not TOML, a key that is no field, a value of another type.
+    """
+    defaults = Defaults()
+    for path in _files(environment):
+        _read_file(path, defaults)
+    for variable, name in SBATCH_VARIABLES.items():
+        if found := environment.get(variable):
+            defaults.values[name] = _sbatch_value(variable, found)
+            defaults.sources[name] = variable
+    return defaults
+
+
+def _files(environment: Mapping[str, str]) -> list[Path]:
+    config_home = environment.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    files = [Path(config_home) / "flowjobs" / FILE_NAME]
+    here = Path.cwd()
+    nearest = (folder / FILE_NAME for folder in (here, *here.parents))
+    files.extend([path for path in nearest if path.is_file()][:1])
+    return [path for path in files if path.is_file()]
+
+
+def _read_file(path: Path, defaults: Defaults) -> None:
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    archs = found.pop("arch", {})
+    if isinstance(archs, dict):
+        defaults.archs.update(archs)
+    else:
+        found["arch"] = archs
+    fields = _known_fields()
+    for key, value in found.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            raise ConfigError(
+                f"{path}: {key} is no option; expected one of {', '.join(sorted(fields))}, "
+                "or a table [arch] of names for your own models"
+            )
+        defaults.values[name] = _typed(path, key, value, fields[name])
+        defaults.sources[name] = str(path)
+
+
+def _known_fields() -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for cls in (*PARTS.values(), CommandOptions):
+        fields |= typing.get_type_hints(cls)
+    return fields
+
+
+def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
+    """`value` as a field of type `hint` holds it."""
+    options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if get_origin(option) is tuple and isinstance(value, list):
+            return tuple(str(item) for item in value)
+        if option is Path and isinstance(value, str):
+            # Relative to the file, so that it means the same from every folder below.
+            return path.parent / Path(value).expanduser()
+        if option is float and type(value) is int:
+            return float(value)
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if isinstance(option, type) and type(value) is option:
+            return value
+    expected = " or ".join(
+        ", ".join(get_args(option)) if get_origin(option) is Literal else option.__name__
+        for option in options
+        if option is not types.NoneType
+    )
+    raise ConfigError(f"{path}: {key} = {value!r}, expected {expected}")
+
+
+def _sbatch_value(variable: str, found: str) -> str | int:
+    if SBATCH_VARIABLES[variable] != "timeout_min":
+        return found
+    # Imported here: it is rarely set, and the scheduler's side is slow to load.
+    from flowjobs.jobs.slurm import minutes
+
+    try:
+        return minutes(found)
+    except ValueError as error:
+        raise ConfigError(
+            f"{variable}={found}: expected one of sbatch's forms, such as 90, 1:30:00 or 2-12"
+        ) from error

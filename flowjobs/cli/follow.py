@@ -1,0 +1,87 @@
+"""Watching a run from outside, by its folder alone: the same on Slurm and on this machine."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from flowjobs.runs.metrics import latest_values
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import EXIT_FAILED, RunStatus
+
+POLL_S = 0.3
+# Time for the last words of a process that has ended to be seen over a shared file system.
+LAST_WORDS_S = 2.0
+
+
+def follow(run: Run, attempts_before: int, alive: Callable[[], bool] | None) -> int:
+    """Draw a progress bar until the run ends. Ctrl-C stops watching; the job goes on.
+
+    Args:
+        run: The run.
+        attempts_before: How many attempts it had before the job was submitted.
+        alive: Whether the job's process is still there; None where Slurm starts it again after a
+            preemption, so that only the run's own end counts.
+
+    Returns:
+        The exit code of the run's last attempt; 0 after Ctrl-C.
+    """
+    try:
+        status = _watch(run, attempts_before, alive)
+    except KeyboardInterrupt:
+        print(f"\nno longer watching; {run.name} goes on", file=sys.stderr)
+        return 0
+    if status is None:
+        print(f"error: the job ended without a word: flowjobs logs {run.name}", file=sys.stderr)
+        return EXIT_FAILED
+    code = 0 if status.exit_code is None else status.exit_code
+    if status.state == "finished":
+        print(f"finished  {status.epoch} epochs, best validation loss {status.best_val_loss:.4f}")
+        print(f"weights   {run.best}")
+        print(f"samples   {run.samples_picture}")
+    else:
+        print(f"{status.state}: {status.reason}", file=sys.stderr)
+    return code
+
+
+def _watch(run: Run, attempts_before: int, alive: Callable[[], bool] | None) -> RunStatus | None:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task("waiting for the job to start", total=None, figures="")
+        gone_at: float | None = None
+        while True:
+            if gone_at is None and alive is not None and not alive():
+                gone_at = time.monotonic()
+            status = run.status()
+            if status and len(status.attempts) > attempts_before:
+                latest = latest_values(run.metrics_file)
+                progress.update(
+                    bar,
+                    description=f"{status.state}, epoch {status.epoch}/{status.epochs}",
+                    total=status.total_steps,
+                    completed=max(status.step, latest.get("step", 0)),
+                    figures=_figures(latest),
+                )
+                if _ended(status, waits_for_requeue=alive is None):
+                    return status
+            if gone_at is not None and time.monotonic() - gone_at > LAST_WORDS_S:
+                return None
+            time.sleep(POLL_S)
+
+
+def _ended(status: RunStatus, *, waits_for_requeue: bool) -> bool:
+    if status.state == "preempted":
+        return not waits_for_requeue
+    return status.state in ("finished", "failed", "cancelled")
+
+
+def _figures(latest: dict[str, float]) -> str:
+    keys = ("train/loss", "val/loss", "val/best_loss")
+    losses = "  ".join(f"{key} {latest[key]:.4f}" for key in keys if key in latest)
+    return f"step {latest.get('step', 0)}  {losses}"

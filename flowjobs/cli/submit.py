@@ -1,0 +1,108 @@
+"""flowjobs submit."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.follow import follow
+from flowjobs.cli.prepare import prepare_run
+from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig, flag
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import Run, default_study
+from flowjobs.tracking.mode import resolve_mode
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class Submit(CommandOptions):
+    """Submit a run as a job, to Slurm or to this machine.
+
+    Submitting a run again goes on with it, or says that it is finished.
+    """
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    name: str | None = None
+    """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
+
+    dry_run: Flag = False
+    """Print the batch file and where its values come from; submit nothing."""
+
+    follow: Flag = False
+    """Watch the job with a progress bar until it ends; the default on this machine."""
+
+    no_follow: Flag = False
+    """Return at once; the default on Slurm."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Submit, and follow if asked to. Returns the exit code."""
+        # The scheduler's side is slow to load, and --help does without.
+        from flowjobs.jobs.executors import choose_cluster
+        from flowjobs.jobs.submit import queued_job, submit
+
+        if self.follow and self.no_follow:
+            raise ConfigError("--follow and --no-follow: found both, expected one")
+        run, config = prepare_run(
+            defaults, self.study, self.name, self.training, self.slurm, self.tracking
+        )
+        cluster, why = choose_cluster(self.cluster)
+        if self.dry_run:
+            self._print_plan(run, config, defaults, f"{cluster} ({why})")
+            return 0
+        if note := run.create(config):
+            print(note)
+        if run.finished():
+            print(f"{run.name} is finished: {run.best}, {run.samples_picture}")
+            print("to train on, give it more --epochs")
+            return 0
+        if job_id := queued_job(run):
+            print(f"{run.name} is already there as job {job_id}; nothing was submitted")
+            return 0
+
+        mode, mode_reason = resolve_mode(config.tracking)
+        _print_rows(
+            run=run.name,
+            folder=str(run.folder),
+            cluster=f"{cluster} ({why})",
+            tracking=f"W&B {mode} ({mode_reason})",
+        )
+        attempts_before = len(status.attempts) if (status := run.status()) else 0
+        job = submit(run, cluster)
+        command = f"python -m flowjobs %s {run.name}{self._study_flag()}"
+        _print_rows(
+            job=job.job_id,
+            follow=command % "logs -f",
+            inspect=command % "status",
+            cancel=job.cancel_command,
+        )
+        if cluster == "debug" or self.no_follow or (cluster == "slurm" and not self.follow):
+            return 0
+        return follow(run, attempts_before, job.alive if cluster == "local" else None)
+
+    def _study_flag(self) -> str:
+        return "" if self.study == default_study() else f" --study {self.study}"
+
+    def _print_plan(self, run: Run, config: RunConfig, defaults: Defaults, cluster: str) -> None:
+        from flowjobs.jobs.executors import slurm_executor
+
+        _print_rows(run=run.name, folder=str(run.folder), cluster=cluster)
+        print("\n# where the values come from")
+        parts: list[Any] = [config.training, config.slurm, config.tracking]
+        for part in parts:
+            for known in dataclasses.fields(part):
+                source = defaults.source_of(part, known.name)
+                if source != "default":
+                    print(f"{flag(known.name):18} {getattr(part, known.name)}  ({source})")
+        print("all others are flowjobs' own defaults\n")
+        print(slurm_executor(run, config.slurm).batch_file())
+
+
+def _print_rows(**rows: str) -> None:
+    for title, text in rows.items():
+        print(f"{title:9} {text}", flush=True)

@@ -1,0 +1,339 @@
+"""What a run is asked to do: frozen dataclasses, checked once, that go to JSON and back.
+
+The fields are the command line's flags and their docstrings its help. This module knows
+neither torch nor Slurm nor W&B.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from flowjobs.errors import ConfigError
+
+BUILT_IN_ARCHS = ("mlp",)
+Flow = Literal["icfm", "otcfm"]
+Augmentation = Literal["none"]
+Precision = Literal["fp32", "bf16"]
+DataPlacement = Literal["auto", "device", "loader"]
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+
+# The training fields that do not decide what a step computes, so that a run keeps its name and
+# its signature when they change. `epochs` says how long, and a larger one extends the run.
+NOT_IN_SIGNATURE = frozenset({"epochs", "group", "data_placement", "num_workers"})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What is trained, on what, and how."""
+
+    arch: str = "mlp"
+    """Model: mlp, or your own nn.Module as package.module:Name (x: (batch, dim), t: (batch,) ->
+    (batch, dim)); LABEL=package.module:Name gives it a short name."""
+
+    flow: Flow = "icfm"
+    """Flow, by torchcfm's names: icfm (independent coupling) or otcfm (minibatch optimal
+    transport)."""
+
+    dataset: str = "digits"
+    """Data: digits (embedded), the NAME of splits in STUDY/datasets/splits, or the path of a .pt
+    or .npy file of shape (n, dim)."""
+
+    aug: Augmentation = "none"
+    """Augmentation of the data: none."""
+
+    group: str = "ablation"
+    """Group of the run in W&B."""
+
+    arch_args: tuple[str, ...] = ()
+    """Arguments of the model as key=value: width=512 depth=4."""
+
+    epochs: int = 200
+    """Passes over the training data; a larger number extends a finished run."""
+
+    batch_size: int = 64
+    """Rows per optimizer step, over all ranks together."""
+
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+
+    warmup_steps: int = 100
+    """Steps of linear warm-up before the cosine decay."""
+
+    patience: int = 50
+    """Epochs without a better validation loss before the run stops early."""
+
+    weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    ema_decay: float = 0.9999
+    """Decay of the weights' moving average, which validation and sampling use."""
+
+    sigma: float = 0.0
+    """Standard deviation of the noise around the path from x_0 to x_1."""
+
+    seed: int = 0
+    """Seed of weights, order, noise and times."""
+
+    precision: Precision = "fp32"
+    """Arithmetic of the model's forward and backward pass."""
+
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+    data_placement: DataPlacement = "auto"
+    """Keep the data on the device, or read it through a loader; auto: on the device if it fits."""
+
+    num_workers: int = 2
+    """Processes that read data for the loader."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience"):
+            _require(self, name, minimum=1)
+        for name in ("warmup_steps", "seed", "num_workers", "weight_decay", "sigma"):
+            _require(self, name, minimum=0)
+        for name in ("lr", "grad_clip"):
+            _require(self, name, above=0)
+        _require(self, "ema_decay", minimum=0, below=1)
+        _require_choice("flow", self.flow, Flow)
+        _require_choice("aug", self.aug, Augmentation)
+        _require_choice("precision", self.precision, Precision)
+        _require_choice("data_placement", self.data_placement, DataPlacement)
+        _ = self.arch_kwargs
+
+    @property
+    def run_name(self) -> str:
+        """`{arch}-{flow}-{dataset}-{aug}`: the name of the run's folder where none is given."""
+        parts = (self.arch_label, self.flow, Path(self.dataset).stem, self.aug)
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))
+
+    @property
+    def arch_label(self) -> str:
+        """What a run name calls the model: the label, or the class's own name."""
+        label, _, path = self.arch.rpartition("=")
+        return label or path.rpartition(":")[2]
+
+    @property
+    def arch_path(self) -> str:
+        """The built-in's name or `package.module:Name`, without the label."""
+        return self.arch.rpartition("=")[2]
+
+    @property
+    def arch_kwargs(self) -> dict[str, Any]:
+        """`arch_args` as keyword arguments; values are Python literals, else strings.
+
+        Raises:
+            ConfigError: An item is not of the form key=value.
+        """
+        kwargs = {}
+        for item in self.arch_args:
+            key, equals, value = item.partition("=")
+            if not (equals and key.isidentifier()):
+                raise ConfigError(f"--arch-args: found {item!r}, expected key=value (width=512)")
+            try:
+                kwargs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                kwargs[key] = value
+        return kwargs
+
+    @property
+    def signature(self) -> str:
+        """Hash of everything here that changes the result of a step (16 hex digits)."""
+        relevant = {k: v for k, v in self.to_dict().items() if k not in NOT_IN_SIGNATURE}
+        canonical = json.dumps(relevant, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON's types."""
+        return config_to_dict(self)
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """What the job asks of the cluster, in sbatch's words."""
+
+    partition: str | None = None
+    """Partition of the job; default: the cluster's."""
+
+    account: str | None = None
+    """Account that is charged."""
+
+    qos: str | None = None
+    """Quality of service."""
+
+    constraint: str | None = None
+    """Features that the nodes must have."""
+
+    exclude: str | None = None
+    """Nodes to leave out (n1,n7)."""
+
+    nodes: int = 1
+    """Nodes; one process (rank) per GPU on each."""
+
+    gpus_per_node: int = 1
+    """GPUs per node; 0 trains on the CPU."""
+
+    cpus_per_task: int | None = None
+    """CPU cores per process; default: the cluster's."""
+
+    mem_gb: float | None = None
+    """Memory per node in GB; default: the cluster's."""
+
+    timeout_min: int | None = None
+    """Time limit of one job in minutes, not of the run; default: the partition's."""
+
+    signal_delay_s: int = 90
+    """Seconds before the time limit at which the job is told to save."""
+
+    comment: str | None = None
+    """Comment of the job."""
+
+    sbatch: tuple[str, ...] = ()
+    """Any other sbatch options, as key=value or key (reservation=course exclusive)."""
+
+    def __post_init__(self) -> None:
+        _require(self, "nodes", minimum=1)
+        _require(self, "gpus_per_node", minimum=0)
+        _require(self, "signal_delay_s", minimum=0)
+        for name in ("cpus_per_task", "timeout_min"):
+            if getattr(self, name) is not None:
+                _require(self, name, minimum=1)
+        if self.mem_gb is not None:
+            _require(self, "mem_gb", above=0)
+        _ = self.sbatch_options
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Processes per node: one per GPU, or one on the CPU."""
+        return max(1, self.gpus_per_node)
+
+    @property
+    def sbatch_options(self) -> dict[str, str | bool]:
+        """The pass-through options by name; True for an option without a value."""
+        options: dict[str, str | bool] = {}
+        for item in self.sbatch:
+            key, equals, value = item.lstrip("-").partition("=")
+            if not re.fullmatch(r"[a-z][a-z-]*", key):
+                raise ConfigError(
+                    f"--sbatch: found {item!r}, expected key=value or key (reservation=course)"
+                )
+            options[key] = value if equals else True
+        return options
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the run is mirrored in Weights & Biases."""
+
+    wandb_project: str = "flow-matching-study"
+    """Project in W&B."""
+
+    wandb_entity: str | None = None
+    """User or team in W&B; default: your own."""
+
+    wandb_mode: WandbMode = "auto"
+    """auto: online where there is a login, else offline; disabled leaves W&B out altogether."""
+
+    def __post_init__(self) -> None:
+        _require_choice("wandb_mode", self.wandb_mode, WandbMode)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a job needs to know; a run's `config.json`."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def check_arch(config: TrainingConfig) -> None:
+    """Raise a ConfigError unless `--arch` can be meant. Imports nothing of the user's.
+
+    The class itself is looked up where the run starts, since its module loads torch.
+    """
+    module, colon, name = config.arch_path.partition(":")
+    if config.arch_path in BUILT_IN_ARCHS:
+        return
+    if not (colon and module and name.isidentifier()):
+        raise ConfigError(
+            f"--arch: found {config.arch!r}, expected one of {', '.join(BUILT_IN_ARCHS)}, or your "
+            "own nn.Module as package.module:Name"
+        )
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"--arch {config.arch}: no module {package} in {Path.cwd()} or on PYTHONPATH"
+        )
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON's types: nested dicts, lists for tuples."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return {k: plain(v) for k, v in dataclasses.asdict(config).items()}
+
+
+def run_config_from_dict(found: Mapping[str, Any]) -> RunConfig:
+    """The inverse of `config_to_dict` for a whole run.
+
+    Raises:
+        ConfigError: A field that this version of flowjobs does not know, or a bad value.
+    """
+    return RunConfig(
+        training=_part_from_dict(TrainingConfig, found.get("training", {})),
+        slurm=_part_from_dict(SlurmConfig, found.get("slurm", {})),
+        tracking=_part_from_dict(TrackingConfig, found.get("tracking", {})),
+    )
+
+
+def _part_from_dict(cls: Any, found: Mapping[str, Any]) -> Any:
+    known = {known.name for known in dataclasses.fields(cls)}
+    if unknown := sorted(set(found) - known):
+        raise ConfigError(
+            f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
+            "was this written by a newer flowjobs?"
+        )
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+
+
+def flag(name: str) -> str:
+    """The command line's name of a field: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def _require(
+    config: Any,
+    name: str,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    value = getattr(config, name)
+    bounds = [
+        (minimum is not None and not value >= minimum, f"at least {minimum}"),
+        (above is not None and not value > above, f"more than {above}"),
+        (below is not None and not value < below, f"less than {below}"),
+    ]
+    for broken, expected in bounds:
+        if broken:
+            raise ConfigError(f"{flag(name)}: found {value}, expected {expected}")
+
+
+def _require_choice(name: str, value: str, literal: Any) -> None:
+    choices = get_args(literal)
+    if value not in choices:
+        raise ConfigError(f"{flag(name)}: found {value!r}, expected one of {', '.join(choices)}")

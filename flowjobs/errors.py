@@ -1,0 +1,77 @@
+"""Every exception that flowjobs raises on purpose.
+
+FlowjobsError                 something a person can mend: printed without a traceback, exit 2
+├── ConfigError               a value that cannot be used
+│   └── RunMismatchError      the run of this name was started with another config
+├── DataError                 a dataset that is missing, unreadable or not usable
+├── CheckpointError           a checkpoint that cannot be used
+│   ├── CheckpointDamagedError    not the bytes that were written
+│   └── CheckpointMismatchError   good bytes, of another model or a newer version
+├── RunNotFoundError          no run of that name in the study
+├── RunBusyError              another attempt trains the run now
+├── SubmissionError           the scheduler refused the job
+└── TrainingDivergedError     the loss is not a number any more: exit 1, for the run failed
+RunInterrupted                not an error: the run saved its state and left on request
+"""
+
+
+class FlowjobsError(Exception):
+    """Something a person can mend; the text says what was found, expected and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(FlowjobsError):
+    """A value that cannot be used."""
+
+
+class RunMismatchError(ConfigError):
+    """The run of this name was started with another config."""
+
+
+class DataError(FlowjobsError):
+    """A dataset that is missing, unreadable or not usable."""
+
+
+class CheckpointError(FlowjobsError):
+    """A checkpoint that cannot be used."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """The file does not hold the bytes that were written."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """A sound checkpoint, but of another model or of a newer version of flowjobs."""
+
+
+class RunNotFoundError(FlowjobsError):
+    """No run of that name in the study."""
+
+
+class RunBusyError(FlowjobsError):
+    """Another attempt trains the run now."""
+
+
+class SubmissionError(FlowjobsError):
+    """The scheduler refused the job."""
+
+
+class TrainingDivergedError(FlowjobsError):
+    """The loss is not a number any more."""
+
+    exit_code = 1
+
+
+class RunInterrupted(Exception):
+    """Not an error: the run saved its state at a step boundary and left on request.
+
+    Args:
+        reason: Why it left, in words for a person ("preempted (SIGUSR2)").
+        step: Optimizer steps done, all of them saved.
+    """
+
+    def __init__(self, reason: str, step: int) -> None:
+        super().__init__(f"{reason}; saved at step {step}")
+        self.reason = reason
+        self.step = step

@@ -1,0 +1,122 @@
+"""Hands a run to submitit: as a Slurm job, as a job on this machine, or into the debugger."""
+
+import contextlib
+import io
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit.core.core import Job
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.local.debug import DebugJob
+
+from flowjobs.config import SlurmConfig
+from flowjobs.errors import SubmissionError
+from flowjobs.jobs import slurm
+from flowjobs.jobs.executors import Cluster, make_executor
+from flowjobs.jobs.task import RunTask, log_to_stderr
+from flowjobs.runs.run import Run
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job that was handed over.
+
+    Attributes:
+        job_id: The scheduler's id; without one, the id of the controlling process.
+        cluster: Where it went.
+        log: The file that its output goes to.
+        job: submitit's handle, for a job on this machine.
+    """
+
+    job_id: str
+    cluster: Cluster
+    log: Path
+    job: Job[None]
+
+    @property
+    def cancel_command(self) -> str:
+        """What ends the job by hand."""
+        return f"scancel {self.job_id}" if self.cluster == "slurm" else f"kill {self.job_id}"
+
+    def alive(self) -> bool:
+        """Whether a job on this machine still runs."""
+        return not self.job.done()
+
+
+def submit(run: Run, cluster: Cluster) -> SubmittedJob:
+    """Submit the run's job.
+
+    Args:
+        run: The run; its config is on disk.
+        cluster: Where to; "debug" also runs it, in this process, and stops in the debugger on an
+            exception.
+
+    Raises:
+        SubmissionError: sbatch refused; the text has its words and what could be meant.
+    """
+    asked = run.config().slurm
+    before = set(run.logs.iterdir())
+    executor = make_executor(cluster, run, asked)
+    with _calm_environment(cluster):
+        try:
+            job: Job[None] = executor.submit(RunTask(str(run.folder)))
+        except (FailedJobError, FailedSubmissionError) as error:
+            for leftover in set(run.logs.iterdir()) - before:
+                leftover.unlink()
+            raise SubmissionError(_explain(str(error), asked)) from error
+    submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
+    run.add_submission(submitted.job_id, cluster, submitted.log)
+    if isinstance(job, DebugJob):
+        log_to_stderr()
+        job.results()
+    return submitted
+
+
+def queued_job(run: Run) -> str | None:
+    """The id of the run's newest Slurm job if it still waits or runs, else None."""
+    submissions = run.submissions()
+    if not submissions or submissions[-1]["cluster"] != "slurm":
+        return None
+    job_id: str = submissions[-1]["job_id"]
+    return job_id if slurm.queued_state(job_id, run.name) else None
+
+
+@contextlib.contextmanager
+def _calm_environment(cluster: Cluster) -> Iterator[None]:
+    """What a job inherits from the submitting process, while the block lasts."""
+    saved = dict(os.environ)
+    # A job that finds the service of another process's wandb fails to start its own.
+    os.environ.pop("WANDB_SERVICE", None)
+    handlers: dict[int, Any] = {}
+    if cluster == "slurm":
+        cleaned = slurm.environment_for_sbatch(os.environ)
+        # The job's name is how it is recognized later.
+        cleaned.pop("SBATCH_JOB_NAME", None)
+        os.environ.clear()
+        os.environ.update(cleaned)
+    elif cluster == "local":
+        # The job is started as a child with these ignored, and children keep that: Ctrl-C here
+        # and the end of the terminal leave it alone.
+        for number in (signal.SIGINT, signal.SIGHUP):
+            handlers[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        # submitit prints what sbatch said, and raises it as well.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for ignored, handler in handlers.items():
+            signal.signal(ignored, handler)
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def _explain(said: str, asked: SlurmConfig) -> str:
+    lines = [line.strip() for line in said.splitlines() if "error" in line.lower()] or [said]
+    text = f"sbatch refused the job: {'; '.join(lines)}"
+    if "invalid partition" in said.lower():
+        text += f"; --partition {asked.partition} is not one of {', '.join(slurm.partitions())}"
+    return text

@@ -1,0 +1,82 @@
+"""`metrics.jsonl`: one row a logged step, the record that W&B mirrors."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flowjobs.runs.files import replaced_whole
+
+Row = dict[str, Any]
+
+# Enough for the last few dozen rows.
+TAIL_BYTES = 8192
+
+
+class MetricsFile:
+    """Appends rows to `metrics.jsonl`, each step at most once.
+
+    A row is one write to a file opened for appending: it outlives the process from then on,
+    whatever kills it, without a flush to the disk for every row.
+
+    Args:
+        path: The file; it is made where it does not exist.
+        after_step: Rows past this step are dropped first: an earlier attempt wrote them after
+            the checkpoint that this one goes on from, and will come again with the same values.
+    """
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        _drop_rows_after(path, after_step)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row; it must have a `step` past the last one's."""
+        os.write(self._descriptor, (json.dumps(row) + "\n").encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a metrics file, in order, without a torn last line; none if it is absent."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return
+    yield from _rows_of(text)
+
+
+def _rows_of(text: bytes) -> Iterator[Row]:
+    for line in text.split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill in the middle of a write, and written again since
+        if isinstance(row, dict) and "step" in row:
+            yield row
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+    if kept.encode() != path.read_bytes():
+        with replaced_whole(path) as file:
+            file.write(kept.encode())
+
+
+def latest_values(path: Path) -> Row:
+    """The newest value of each key in the last rows of a metrics file; cheap to ask often."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return {}
+    latest: Row = {}
+    for row in _rows_of(tail):
+        latest |= row
+    return latest

@@ -1,0 +1,219 @@
+"""A run's folder: every path in it, its config, and who may change them."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from flowjobs.config import RunConfig, config_to_dict, flag, run_config_from_dict
+from flowjobs.errors import ConfigError, RunMismatchError, RunNotFoundError
+from flowjobs.runs.files import append_line, write_json
+from flowjobs.runs.status import RunStatus, now, read_status
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study. Holds two names; everything else is on disk."""
+
+    study: Path
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """`STUDY/runs/NAME`."""
+        return self.study / "runs" / self.name
+
+    @property
+    def config_file(self) -> Path:
+        """What the run was asked to do."""
+        return self.folder / "config.json"
+
+    @property
+    def status_file(self) -> Path:
+        """What it is doing."""
+        return self.folder / "status.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """A row a logged step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def jobs_file(self) -> Path:
+        """A line a submission."""
+        return self.folder / "jobs.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Batch files and output of the run's jobs."""
+        return self.folder / "logs"
+
+    @property
+    def samples_picture(self) -> Path:
+        """Samples of the best checkpoint, drawn when the run finishes."""
+        return self.folder / "samples.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the weights, which may be a link to scratch."""
+        return self.study / "checkpoints" / self.name
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best validation loss."""
+        return self.checkpoints / "best.pt"
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that a start goes on from."""
+        return self.checkpoints / "last.pt"
+
+    @classmethod
+    def at(cls, folder: Path) -> "Run":
+        """The run whose folder is `folder`; the inverse of `Run.folder`."""
+        return cls(study=folder.parent.parent, name=folder.name)
+
+    def exists(self) -> bool:
+        """Whether a run of this name was ever created."""
+        return self.config_file.exists()
+
+    def config(self) -> RunConfig:
+        """The config on disk.
+
+        Raises:
+            RunNotFoundError: There is no such run; the text lists those that there are.
+        """
+        return run_config_from_dict(self._read_config_file())
+
+    def tracking_id(self) -> str:
+        """The id of the run in W&B, the same for all its attempts."""
+        return str(self._read_config_file()["wandb_id"])
+
+    def status(self) -> RunStatus | None:
+        """The status on disk, or None before the first attempt."""
+        return read_status(self.status_file)
+
+    def finished(self) -> bool:
+        """Whether the run has done all that its config asks for."""
+        status = self.status()
+        return (
+            status is not None
+            and status.state == "finished"
+            and status.epochs is not None
+            and status.epochs >= self.config().training.epochs
+        )
+
+    def submissions(self) -> list[dict[str, Any]]:
+        """Every job that was submitted for the run, oldest first: job_id, cluster, submitted."""
+        if not self.jobs_file.exists():
+            return []
+        return [json.loads(line) for line in self.jobs_file.read_text().splitlines()]
+
+    def add_submission(self, job_id: str, cluster: str, log: Path | None) -> None:
+        """Note that a job was submitted for the run."""
+        entry = {"job_id": job_id, "cluster": cluster, "submitted": now(), "log": str(log or "")}
+        append_line(self.jobs_file, json.dumps(entry))
+
+    def create(self, config: RunConfig) -> str:
+        """Make the run's folder and config, or check that it is the same run.
+
+        What does not change the result (the partition, the time limit, the W&B mode) is taken
+        over from `config`; so is a larger number of epochs.
+
+        Returns:
+            What a person should know, or "": that the run is extended, say.
+
+        Raises:
+            RunMismatchError: A run of this name has another signature.
+        """
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        # Ranks and sweeps create the same run at once.
+        with FileLock(self.folder / ".config.lock"):
+            merged, note = self.merge(config)
+            signature = merged.training.signature
+            # The W&B id stays when the study is moved.
+            wandb_id = self.tracking_id() if self.exists() else _new_tracking_id(self, signature)
+            identity = {"name": self.name, "signature": signature, "wandb_id": wandb_id}
+            write_json(self.config_file, {**identity, **config_to_dict(merged)})
+        return note
+
+    def merge(self, asked: RunConfig) -> tuple[RunConfig, str]:
+        """What `create` would write, and what a person should know of it. Writes nothing.
+
+        Raises:
+            RunMismatchError: A run of this name has another signature.
+        """
+        check_run_name(self.name)
+        if not self.exists():
+            return asked, ""
+        found = self.config()
+        if found.training.signature != asked.training.signature:
+            raise RunMismatchError(self._differences(found, asked))
+        before, after = found.training.epochs, asked.training.epochs
+        if after > before:
+            return asked, (
+                f"extends {self.name} from {before} to {after} epochs; "
+                "the learning rate follows the longer schedule from here on"
+            )
+        if after < before:
+            longer = replace(asked, training=replace(asked.training, epochs=before))
+            return longer, f"{self.name} keeps its {before} epochs (--epochs {after} is fewer)"
+        return asked, ""
+
+    def _differences(self, found: RunConfig, asked: RunConfig) -> str:
+        old, new = found.training.to_dict(), asked.training.to_dict()
+        changed = [key for key in new if new[key] != old[key]]
+        lines = [f"  {flag(key)}: {old[key]} there, {new[key]} asked for" for key in changed]
+        suffix = "-".join(
+            re.sub(r"[^A-Za-z0-9.]+", "", f"{key}{new[key]}".replace("_", "")) for key in changed
+        )
+        return "\n".join(
+            [
+                f"a run named {self.name} exists with another config:",
+                *lines,
+                f"give this one a name of its own (--name {self.name}-{suffix}), "
+                "or ask for the values there to go on with that run",
+            ]
+        )
+
+    def _read_config_file(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads(self.config_file.read_text())
+        except FileNotFoundError:
+            names = run_names(self.study)
+            there = f"there are {', '.join(names)}" if names else "there are none yet"
+            raise RunNotFoundError(f"no run {self.name} in {self.study}: {there}") from None
+        except ValueError as error:
+            raise ConfigError(f"{self.config_file} is not JSON: {error}") from error
+        return found
+
+
+def run_names(study: Path) -> list[str]:
+    """The names of the runs in a study, sorted."""
+    return sorted(file.parent.name for file in (study / "runs").glob("*/config.json"))
+
+
+def default_study() -> Path:
+    """`$FLOWJOBS_STUDY`, else `study` in the working directory; not made absolute."""
+    return Path(os.environ.get("FLOWJOBS_STUDY") or "study")
+
+
+def check_run_name(name: str) -> None:
+    """Raise a ConfigError unless `name` can be a folder, a job name and a W&B name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(
+            f"--name: found {name!r}, expected at most 100 letters, digits, '.', '_' or '-', "
+            "beginning with a letter or digit"
+        )
+
+
+def _new_tracking_id(run: Run, signature: str) -> str:
+    # W&B allows 128 characters; the digest tells studies and signatures apart.
+    digest = hashlib.sha256(f"{run.study}\n{run.name}\n{signature}".encode()).hexdigest()[:10]
+    return f"{run.name}-{digest}"

@@ -1,0 +1,140 @@
+"""`status.json`: what a run is doing, and each attempt at it; `outcome_of` names its end."""
+
+import dataclasses
+import json
+import os
+import socket
+import traceback
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from flowjobs.errors import FlowjobsError, RunInterrupted
+from flowjobs.runs.files import write_json
+
+State = Literal["submitted", "running", "preempted", "finished", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    Attributes:
+        state: The run's state from now on.
+        exit_code: What the process returns; 0 only for a finished run.
+        reason: Why, in words for a person; empty for a finished run.
+        traceback: The traceback of an exception that is a bug, else empty.
+    """
+
+    state: State
+    exit_code: int
+    reason: str = ""
+    traceback: str = ""
+
+
+FINISHED = Outcome("finished", exit_code=0)
+
+# EX_TEMPFAIL of sysexits.h: not a failure, the same command goes on from here.
+EXIT_PREEMPTED = 75
+EXIT_FAILED = 1
+EXIT_INTERRUPTED_BY_KEYBOARD = 130
+
+
+def outcome_of(error: BaseException | None) -> Outcome:
+    """The outcome of an attempt that ended with `error`, or with none."""
+    match error:
+        case None:
+            return FINISHED
+        case RunInterrupted():
+            return Outcome("preempted", EXIT_PREEMPTED, str(error))
+        case KeyboardInterrupt():
+            return Outcome("cancelled", EXIT_INTERRUPTED_BY_KEYBOARD, "interrupted by Ctrl-C")
+        case FlowjobsError():
+            return Outcome("failed", error.exit_code, str(error))
+    text = "".join(traceback.format_exception(error))
+    reason = f"{type(error).__name__}: {error}"
+    return Outcome("failed", EXIT_FAILED, reason, text)
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """Where an attempt runs.
+
+    Attributes:
+        cluster: "slurm", "local", "debug", or "none" for a run in the foreground.
+        job_id: The scheduler's id (`12_3` for an array task), else the process id.
+        log: The file that holds the attempt's output, if it has one.
+        host: The node of rank 0.
+        pid: The process of rank 0.
+    """
+
+    cluster: str
+    job_id: str
+    log: str | None
+    host: str
+    pid: int
+
+    @classmethod
+    def in_foreground(cls, log: Path | None = None) -> "JobInfo":
+        """This process, under no scheduler."""
+        pid = os.getpid()
+        return cls("none", str(pid), str(log) if log else None, socket.gethostname(), pid)
+
+
+@dataclass
+class AttemptRecord:
+    """One start of the run, as `status.json` lists it. Times are UTC, in ISO 8601."""
+
+    number: int
+    job: JobInfo
+    started: str
+    first_step: int | None = None
+    last_step: int | None = None
+    ended: str | None = None
+    state: State = "running"
+    reason: str = ""
+
+
+@dataclass
+class RunStatus:
+    """What a run is doing now, for everything that looks at it from outside."""
+
+    state: State = "submitted"
+    reason: str = ""
+    step: int = 0
+    total_steps: int | None = None
+    epoch: int = 0
+    epochs: int | None = None
+    best_val_loss: float | None = None
+    exit_code: int | None = None
+    updated: str = ""
+    attempts: list[AttemptRecord] = dataclasses.field(default_factory=list)
+
+    @property
+    def log(self) -> str | None:
+        """The newest attempt's log file."""
+        return self.attempts[-1].job.log if self.attempts else None
+
+    def write(self, path: Path) -> None:
+        """Replace the file at `path`."""
+        self.updated = now()
+        write_json(path, dataclasses.asdict(self))
+
+
+def read_status(path: Path) -> RunStatus | None:
+    """The status at `path`, or None before the first attempt."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    attempts = [
+        AttemptRecord(**{**record, "job": JobInfo(**record["job"])})
+        for record in found.pop("attempts")
+    ]
+    return RunStatus(**found, attempts=attempts)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

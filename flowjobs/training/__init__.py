@@ -1,0 +1,43 @@
+"""The torch side of a run. Knows neither Slurm nor W&B.
+
+The public names are imported when first used, so that `import flowjobs.training` loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowjobs.config import TrainingConfig
+    from flowjobs.training.checkpoint import get_checkpoint_path, load_checkpoint, save_checkpoint
+    from flowjobs.training.data import FlowDataset
+    from flowjobs.training.ema import EMAModel
+    from flowjobs.training.schedule import get_cosine_schedule_with_warmup
+    from flowjobs.training.trainer import FlowTrainer
+
+__all__ = [
+    "EMAModel",
+    "FlowDataset",
+    "FlowTrainer",
+    "TrainingConfig",
+    "get_checkpoint_path",
+    "get_cosine_schedule_with_warmup",
+    "load_checkpoint",
+    "save_checkpoint",
+]
+
+_MODULES = {
+    "EMAModel": "flowjobs.training.ema",
+    "FlowDataset": "flowjobs.training.data",
+    "FlowTrainer": "flowjobs.training.trainer",
+    "TrainingConfig": "flowjobs.config",
+    "get_checkpoint_path": "flowjobs.training.checkpoint",
+    "get_cosine_schedule_with_warmup": "flowjobs.training.schedule",
+    "load_checkpoint": "flowjobs.training.checkpoint",
+    "save_checkpoint": "flowjobs.training.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,0 +1,168 @@
+"""The batches of a run: which rows step s takes, read from the device or through a loader.
+
+Both ways give the same bits: the rows of a step follow from the seed and the step alone.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from flowjobs.config import TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.training.data import FlowDataset
+from flowjobs.training.distributed import Ranks
+from flowjobs.training.randomness import epoch_order
+
+# Share of the free memory that resident data may take; the rest is for the model's activations.
+RESIDENT_SHARE = 0.5
+
+
+class Batches(Protocol):
+    """Normalized training rows by step."""
+
+    steps_per_epoch: int
+
+    def rows(self, step: int) -> Tensor:
+        """This rank's rows of the step (0 is the first), on the device, shape (n, dim)."""
+        ...
+
+
+class Order:
+    """Which rows each rank takes at each step.
+
+    An epoch is a permutation of all rows, cut into global batches; what does not fill one is left
+    out of that epoch. Each rank takes its own part of a global batch.
+
+    Args:
+        n: Rows of the training data.
+        config: Gives the seed and the global batch size.
+        ranks: The processes that share a batch.
+        device: Where the indices are wanted; an epoch's are copied there at once.
+
+    Raises:
+        ConfigError: The batch cannot be shared equally.
+    """
+
+    def __init__(self, n: int, config: TrainingConfig, ranks: Ranks, device: torch.device) -> None:
+        self.batch_size = min(config.batch_size, n)
+        if self.batch_size % ranks.world_size:
+            raise ConfigError(
+                f"--batch-size: {self.batch_size} rows per step cannot be shared equally by "
+                f"{ranks.world_size} ranks"
+            )
+        self.steps_per_epoch = n // self.batch_size
+        self._n = n
+        self._seed = config.seed
+        self._share = self.batch_size // ranks.world_size
+        self._offset = ranks.rank * self._share
+        self._device = device
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    def indices(self, step: int) -> Tensor:
+        """The rows that this rank takes at `step`, int64 of shape (batch_size / world_size,)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = epoch_order(self._n, self._seed, epoch).to(self._device)
+        start = position * self.batch_size + self._offset
+        return self._permutation[start : start + self._share]
+
+
+class ResidentBatches:
+    """All rows normalized on the device once, and indexed there."""
+
+    def __init__(self, dataset: FlowDataset, order: Order, mean: Tensor, std: Tensor) -> None:
+        self.steps_per_epoch = order.steps_per_epoch
+        self._data = normalized(dataset.data, mean, std)
+        self._order = order
+
+    def rows(self, step: int) -> Tensor:
+        """See `Batches`."""
+        return self._data.index_select(0, self._order.indices(step))
+
+
+class LoadedBatches:
+    """Rows read ahead by worker processes, for data that does not fit on the device."""
+
+    def __init__(
+        self,
+        dataset: FlowDataset,
+        order: Order,
+        mean: Tensor,
+        std: Tensor,
+        num_workers: int,
+    ) -> None:
+        self.steps_per_epoch = order.steps_per_epoch
+        self._dataset = dataset
+        self._order = order
+        self._mean, self._std = mean, std
+        self._num_workers = num_workers
+        self._next_step = -1
+        self._iterator: Iterator[Tensor] = iter(())
+
+    def rows(self, step: int) -> Tensor:
+        """See `Batches`. Steps that follow one another come from the same loader."""
+        if step != self._next_step:
+            self._iterator = self._load_from(step)
+        self._next_step = step + 1
+        return normalized(next(self._iterator), self._mean, self._std)
+
+    def _load_from(self, step: int) -> Iterator[Tensor]:
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=_StepsFrom(self._order, step),
+            num_workers=self._num_workers,
+            pin_memory=self._mean.is_cuda,
+            generator=torch.Generator(),  # or it would draw its base seed from the step's
+        )
+        return iter(loader)
+
+
+class _StepsFrom(Sampler[list[int]]):
+    """The index lists of step, step + 1, … without an end."""
+
+    def __init__(self, order: Order, step: int) -> None:
+        self._order = order
+        self._step = step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self._step
+        while True:
+            yield self._order.indices(step).tolist()
+            step += 1
+
+
+def normalized(rows: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """A copy of the rows, shape (n, dim), on the device of `mean`: centred, in units of std."""
+    copied = rows.to(mean.device, torch.float32, non_blocking=True, copy=True)
+    return copied.sub_(mean).div_(std)
+
+
+def make_batches(
+    dataset: FlowDataset, config: TrainingConfig, ranks: Ranks, mean: Tensor, std: Tensor
+) -> Batches:
+    """Resident batches where the data fits on the rank's device, else loaded ones."""
+    match config.data_placement:
+        case "device":
+            resident = True
+        case "loader":
+            resident = False
+        case "auto":
+            resident = 4 * dataset.data.numel() <= RESIDENT_SHARE * _free_bytes(ranks.device)
+    if resident:
+        order = Order(len(dataset), config, ranks, ranks.device)
+        return ResidentBatches(dataset, order, mean, std)
+    order = Order(len(dataset), config, ranks, torch.device("cpu"))
+    return LoadedBatches(dataset, order, mean, std, config.num_workers)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

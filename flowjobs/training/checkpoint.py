@@ -1,0 +1,248 @@
+"""One checkpoint file: written whole, sealed with a digest, verified, loaded without running code.
+
+A file is what `torch.save` writes, and `torch.load` reads it anywhere. It is a zip archive, and
+its comment holds the SHA-256 of everything before it, so that one flipped bit is noticed; torch
+itself does not check the archive's checksums.
+"""
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from flowjobs.errors import CheckpointDamagedError, CheckpointError, CheckpointMismatchError
+from flowjobs.runs.files import replaced_whole
+from flowjobs.runs.run import Run, default_study
+from flowjobs.training.ema import EMAModel
+
+FORMAT = 1
+_SEAL = b"flowjobs sha256 "
+_SEAL_SIZE = len(_SEAL) + 64
+_COMMENT_LENGTH = struct.pack("<H", _SEAL_SIZE)
+
+Payload = dict[str, Any]
+
+
+def get_checkpoint_path(run_name: str) -> str:
+    """`study/checkpoints/{run_name}/best.pt`, under $FLOWJOBS_STUDY where that is set."""
+    return str(Run(default_study(), run_name).best)
+
+
+def save_checkpoint(
+    path: str | Path,
+    epoch: int,
+    model: nn.Module,
+    ema: EMAModel,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    best_loss: float,
+    config: dict[str, Any],
+    stats: dict[str, Tensor],
+    *,
+    step: int | None = None,
+    epochs_without_improvement: int = 0,
+) -> None:
+    """Write a checkpoint, making its folder where needed.
+
+    Args:
+        path: The file; replaced whole or not at all.
+        epoch: Last finished epoch, from 0.
+        model: The model.
+        ema: Its averaged weights.
+        optimizer: Its state.
+        scheduler: Its state.
+        best_loss: Best validation loss so far.
+        config: The training config as a dict.
+        stats: Normalization: `mean` and `std`, each of shape (dim,).
+        step: Optimizer steps done; the scheduler's count by default.
+        epochs_without_improvement: Epochs since the best validation loss.
+
+    Raises:
+        CheckpointError: The bytes on disk are not those that were written.
+        OSError: The file cannot be written.
+    """
+    payload = checkpoint_payload(
+        epoch=epoch,
+        step=scheduler.last_epoch if step is None else step,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        best_loss=best_loss,
+        epochs_without_improvement=epochs_without_improvement,
+        config=config,
+        stats=stats,
+    )
+    write_checkpoint(Path(path), payload)
+
+
+def load_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    ema: EMAModel,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    device: torch.device,
+) -> tuple[int, float]:
+    """Restore the state of a checkpoint into the given objects.
+
+    Returns:
+        The epoch to go on with (the one after the last finished) and the best validation loss.
+
+    Raises:
+        CheckpointDamagedError: Not the bytes that were written.
+        CheckpointMismatchError: Of another model, or of a newer version of flowjobs.
+    """
+    payload = read_checkpoint(Path(path), device)
+    restore_payload(payload, Path(path), model, ema, optimizer, scheduler)
+    return payload["epoch"] + 1, payload["best_loss"]
+
+
+def checkpoint_payload(
+    *,
+    epoch: int,
+    step: int,
+    model: nn.Module,
+    ema: EMAModel,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    best_loss: float,
+    epochs_without_improvement: int,
+    config: dict[str, Any],
+    stats: dict[str, Tensor],
+) -> Payload:
+    """What a checkpoint holds. The tensors are the live ones, not copies."""
+    return {
+        "format": FORMAT,
+        "epoch": epoch,
+        "step": step,
+        "model_state_dict": model.state_dict(),
+        "ema_shadow": ema.shadow,
+        "ema_updates": ema.updates,
+        "optimizer_state_dict": optimizer.state_dict(),
+        "scheduler_state_dict": scheduler.state_dict(),
+        "best_loss": best_loss,
+        "epochs_without_improvement": epochs_without_improvement,
+        "config": config,
+        "normalization_stats": stats,
+    }
+
+
+def restore_payload(
+    payload: Payload,
+    path: Path,
+    model: nn.Module,
+    ema: EMAModel,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+) -> None:
+    """Put a payload's state into the given objects; `path` is for the error's text."""
+    try:
+        model.load_state_dict(payload["model_state_dict"])
+        ema.load_shadow(payload["ema_shadow"], payload["ema_updates"])
+        optimizer.load_state_dict(payload["optimizer_state_dict"])
+        scheduler.load_state_dict(payload["scheduler_state_dict"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointMismatchError(
+            f"{path} is of another model than the config asks for: {error}; "
+            "give the run another --name, or restore the arguments it was started with"
+        ) from error
+
+
+def write_checkpoint(path: Path, payload: Payload) -> int:
+    """Write `payload` to `path` whole or not at all, and verify what reached the disk.
+
+    Returns:
+        The size in bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_whole(path) as file:
+        sealed = _SealedWriter(file)
+        torch.save(payload, cast(IO[bytes], sealed))
+        size = sealed.seal()
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        # Before the rename: the good file there is only given up for one that reads back.
+        _verify(file, path)
+    return size
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
+    """Read and verify a checkpoint. Runs no code from the file.
+
+    Raises:
+        CheckpointDamagedError: Not the bytes that were written.
+        CheckpointMismatchError: Written by a newer version of flowjobs.
+        CheckpointError: There is no file, or it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            _verify(file, path)
+            file.seek(0)
+            payload: Payload = torch.load(file, map_location=device, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if payload.get("format", 0) > FORMAT:
+        raise CheckpointMismatchError(
+            f"{path} has format {payload['format']}, this flowjobs reads up to {FORMAT}: "
+            "update flowjobs"
+        )
+    return payload
+
+
+class _SealedWriter:
+    """A file that hashes what passes and holds back the zip archive's last two bytes.
+
+    Those are the length of the archive's comment, zero in what torch writes; `seal` writes the
+    real one and the comment.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._held = b""
+
+    def write(self, data: bytes) -> int:
+        pending = self._held + bytes(data)
+        self._held = pending[-2:]
+        self._hash.update(pending[:-2])
+        self._file.write(pending[:-2])
+        self._size += len(pending) - len(self._held)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def seal(self) -> int:
+        assert self._held == b"\0\0", "torch.save no longer ends a file in an empty zip comment"
+        seal = _SEAL + self._hash.hexdigest().encode()
+        self._file.write(_COMMENT_LENGTH + seal)
+        return self._size + 2 + len(seal)
+
+
+def _verify(file: BinaryIO, path: Path) -> None:
+    size = file.seek(0, os.SEEK_END)
+    body = size - _SEAL_SIZE - 2
+    file.seek(max(0, body))
+    tail = file.read()
+    if body <= 0 or not tail.startswith(_COMMENT_LENGTH + _SEAL):
+        raise CheckpointDamagedError(
+            f"{path} ({size} bytes) has no digest at its end: it is cut short, or not a "
+            "checkpoint of flowjobs"
+        )
+    file.seek(0)
+    digest = hashlib.sha256()
+    while body > 0:
+        block = file.read(min(body, 1 << 20))
+        digest.update(block)
+        body -= len(block)
+    if digest.hexdigest().encode() != tail[-64:]:
+        raise CheckpointDamagedError(f"{path} does not hold the bytes that were written")

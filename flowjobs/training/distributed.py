@@ -1,0 +1,73 @@
+"""The ranks of a run: one process per GPU, joined by torch.distributed. Knows no scheduler."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train the run together.
+
+    Attributes:
+        rank: This process, from 0.
+        world_size: How many there are.
+        device: What this process computes on.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar tensor over the ranks."""
+        return self.sum(value) / self.world_size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks; the same bits on each."""
+        if self.world_size > 1:
+            value = value.clone()
+            distributed.all_reduce(value)
+        return value
+
+
+def single_process(device: torch.device) -> Ranks:
+    """A run of one process."""
+    return Ranks(rank=0, world_size=1, device=device)
+
+
+@contextmanager
+def joined_ranks(rank: int, world_size: int, local_rank: int) -> Iterator[Ranks]:
+    """Pick this process's device and, where there are several, join the others.
+
+    Uses NCCL on GPUs and gloo on CPUs. With several ranks, MASTER_ADDR and MASTER_PORT must be
+    in the environment.
+
+    Args:
+        rank: This process among all, from 0.
+        world_size: How many there are.
+        local_rank: This process among those on the node, from 0: its GPU.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        # A job step may see all of the node's GPUs or its own alone.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield single_process(device)
+        return
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank, world_size, device)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,49 @@
+"""The exponential moving average of a model's weights."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMAModel:
+    """Keeps a second copy of a model whose weights average the first one's over the steps.
+
+    The decay of step s is min(decay, (1 + s) / (10 + s)), so that a short run's average forgets
+    its initial weights (the warm-up of TensorFlow's ExponentialMovingAverage).
+
+    Args:
+        model: The model that is trained; it is copied.
+        decay: The largest decay, in [0, 1).
+
+    Attributes:
+        model: The copy with the averaged weights, in evaluation mode, without gradients.
+        updates: Steps averaged so far.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+        self.updates = 0
+        self._averaged: list[Tensor] = list(self.model.parameters())
+
+    @property
+    def shadow(self) -> dict[str, Tensor]:
+        """The averaged weights and the copied buffers by name, as in `nn.Module.state_dict`."""
+        return self.model.state_dict()
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Average in the weights of `model` after one optimizer step; buffers are copied."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        # One fused kernel over all weights; a loop over them takes several times longer.
+        weights: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(self._averaged, weights, 1 - decay)
+        for averaged, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            averaged.copy_(buffer)
+
+    def load_shadow(self, shadow: dict[str, Tensor], updates: int) -> None:
+        """Restore what `shadow` and `updates` were."""
+        self.model.load_state_dict(shadow)
+        self.updates = updates

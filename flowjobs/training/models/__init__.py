@@ -1,0 +1,57 @@
+"""Models that predict a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim)."""
+
+import importlib
+import inspect
+
+import torch
+from torch import nn
+
+from flowjobs.config import TrainingConfig, check_arch
+from flowjobs.errors import ConfigError
+from flowjobs.training.models.mlp import MLP
+
+
+def build_model(config: TrainingConfig, dim: int) -> nn.Module:
+    """The model of `--arch` for data of width `dim`, with its weights drawn from the seed.
+
+    Raises:
+        ConfigError: There is no such model, or it does not take these arguments.
+    """
+    check_arch(config)
+    cls = _model_class(config.arch_path)
+    _check_arguments(cls, config)
+    torch.manual_seed(config.seed)
+    model = cls(dim, **config.arch_kwargs)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"--arch {config.arch}: {cls.__name__} is not a torch.nn.Module")
+    return model
+
+
+def _model_class(arch: str) -> type:
+    match arch:
+        case "mlp":
+            return MLP
+    module, _, name = arch.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # the user's module exists; what it imports does not
+        raise ConfigError(f"--arch {arch}: no module {error.name} on PYTHONPATH") from error
+    except AttributeError as error:
+        raise ConfigError(f"--arch {arch}: the module {module} has no {name}") from error
+    if not inspect.isclass(cls):
+        raise ConfigError(f"--arch {arch}: {name} is not a class")
+    return cls
+
+
+def _check_arguments(cls: type, config: TrainingConfig) -> None:
+    signature = inspect.signature(cls)
+    try:
+        signature.bind(0, **config.arch_kwargs)
+    except TypeError as error:
+        accepted = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
+        raise ConfigError(
+            f"--arch-args {' '.join(config.arch_args)}: {error}; "
+            f"{cls.__name__} takes the data's width and ({accepted})"
+        ) from error

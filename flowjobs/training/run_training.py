@@ -1,0 +1,84 @@
+"""From a run's config to its result: data, model, training, picture."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from flowjobs.runs.datasets import EMBEDDED
+from flowjobs.runs.run import Run
+from flowjobs.tracking.recorder import Recorder
+from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.data import FlowDataset, load_datasets
+from flowjobs.training.distributed import Ranks
+from flowjobs.training.models import build_model
+from flowjobs.training.sampling import draw_digits, draw_projection, sample
+from flowjobs.training.trainer import FlowTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(
+    run: Run,
+    recorder: Recorder | None,
+    ranks: Ranks,
+    stop_reason: Callable[[], str | None],
+    resume_path: Path | None = None,
+) -> None:
+    """Train a run to its end and draw samples of its best checkpoint.
+
+    Args:
+        run: The run; its config is on disk.
+        recorder: Where rows and progress go; None but on the first rank.
+        ranks: The processes that train together.
+        stop_reason: Asked at each step boundary; a text makes the run save and leave.
+        resume_path: Start from this checkpoint instead of last.pt.
+    """
+    config = run.config().training
+    train_dataset, val_dataset = load_datasets(config.dataset, run.study)
+    model = build_model(config, train_dataset.dim)
+    trainer = FlowTrainer(
+        model,
+        config,
+        train_dataset,
+        val_dataset,
+        ranks.device,
+        run=run,
+        recorder=recorder,
+        ranks=ranks,
+        stop_reason=stop_reason,
+        resume_path=resume_path,
+    )
+    result = trainer.train()
+    if not ranks.is_first:
+        return
+    draw_samples(run, trainer, val_dataset, ranks.device)
+    logger.info(
+        "finished %s: %d epochs in %.1f s, best validation loss %.4f, %s, %s",
+        run.name,
+        result["epochs_run"],
+        result["time_s"],
+        result["best_val_loss"],
+        result["checkpoint_path"],
+        run.samples_picture,
+    )
+
+
+def draw_samples(
+    run: Run, trainer: FlowTrainer, reference: FlowDataset, device: torch.device
+) -> None:
+    """Draw samples of the run's best checkpoint to its `samples.png`.
+
+    Digits are drawn as digits; other data as a cloud of points over the validation part.
+    """
+    best = read_checkpoint(run.best, device)
+    model = trainer.state.ema.model
+    model.load_state_dict(best["ema_shadow"])
+    stats = best["normalization_stats"]
+    if run.config().training.dataset == EMBEDDED:
+        draw_digits(run.samples_picture, sample(model, 10, stats, device))
+    else:
+        n = min(len(reference), 500)
+        drawn = sample(model, n, stats, device)
+        draw_projection(run.samples_picture, drawn, reference.data[:n].float())

@@ -1,0 +1,122 @@
+"""When checkpoints are written, and by whom: a thread beside the training.
+
+The rule: best.pt on disk is never behind the best loss that last.pt on disk remembers. So a save
+writes the pending best first, and a run killed in between repeats steps, never loses a best.
+"""
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flowjobs.errors import CheckpointError
+from flowjobs.training.checkpoint import Payload, write_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Saving may take this share of the training's time, so the interval follows what a save costs.
+COST_SHARE = 0.01
+# Without a finished epoch in between, save after this long all the same.
+LONGEST_INTERVAL_S = 300.0
+
+
+class CheckpointSaver:
+    """Writes best.pt and last.pt without stalling the step.
+
+    Args:
+        best: The path of best.pt.
+        last: The path of last.pt.
+    """
+
+    def __init__(self, best: Path, last: Path) -> None:
+        self._best = best
+        self._last = last
+        self._pending_best: Payload | None = None
+        self._best_in_write: Payload | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write: Future[float] | None = None
+        self._stall_s = 0.0
+        self._cost_s = 0.0
+        self._saved_at = time.monotonic()
+
+    def keep_best(self, payload: Payload) -> None:
+        """Take a copy of the state; the next save writes it to best.pt."""
+        started = time.monotonic()
+        self._pending_best = snapshot(payload)
+        self._stall_s += time.monotonic() - started
+
+    def due(self, *, epoch_finished: bool) -> bool:
+        """Whether a save is worth its time now."""
+        if self._write is not None and not self._write.done():
+            return False
+        elapsed = time.monotonic() - self._saved_at
+        affordable = elapsed * COST_SHARE >= self._cost_s
+        return affordable and (epoch_finished or elapsed >= LONGEST_INTERVAL_S)
+
+    def save(self, payload: Payload) -> None:
+        """Copy the state now and write it beside the training.
+
+        A write that fails is logged and tried again when the next save is due.
+        """
+        self._collect()
+        started = time.monotonic()
+        state = snapshot(payload)
+        self._best_in_write, self._pending_best = self._pending_best, None
+        self._stall_s += time.monotonic() - started
+        self._saved_at = time.monotonic()
+        self._write = self._thread.submit(self._write_both, self._best_in_write, state)
+
+    def save_and_wait(self, payload: Payload) -> None:
+        """Write the state and return when it is on disk.
+
+        Raises:
+            CheckpointError: It could not be written; the text names the path and the reason.
+        """
+        self._collect()
+        try:
+            self._write_both(self._pending_best, payload)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._last.parent}: the checkpoint could not be written: {error.strerror}; "
+                "the one before it is still there"
+            ) from error
+        self._pending_best = None
+
+    def close(self) -> None:
+        """Wait for the write under way and end the thread."""
+        self._collect()
+        self._thread.shutdown()
+
+    def _write_both(self, best: Payload | None, state: Payload) -> float:
+        started = time.thread_time()
+        if best is not None:
+            write_checkpoint(self._best, best)
+        size = write_checkpoint(self._last, state)
+        logger.debug("saved step %d to %s (%d bytes)", state["step"], self._last, size)
+        return time.thread_time() - started
+
+    def _collect(self) -> None:
+        if self._write is None:
+            return
+        write, self._write = self._write, None
+        try:
+            self._cost_s = self._stall_s + write.result()
+        except (OSError, CheckpointError) as error:
+            logger.warning("%s: a checkpoint could not be written: %s", self._last, error)
+            self._pending_best = self._pending_best or self._best_in_write
+        self._stall_s = 0.0
+
+
+def snapshot(value: Any) -> Any:
+    """A deep copy of nested dicts and lists with every tensor copied to the CPU."""
+    match value:
+        case Tensor():
+            return value.detach().to("cpu", copy=True)
+        case dict():
+            return {key: snapshot(item) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(snapshot(item) for item in value)
+    return value

@@ -1,0 +1,110 @@
+"""All that changes while a run trains, and its way into a checkpoint and back."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flowjobs.config import TrainingConfig
+from flowjobs.errors import CheckpointMismatchError
+from flowjobs.training.checkpoint import Payload, checkpoint_payload, restore_payload
+from flowjobs.training.ema import EMAModel
+from flowjobs.training.schedule import get_cosine_schedule_with_warmup
+
+
+class TrainState:
+    """Weights, average, optimizer, schedule and counters of a run.
+
+    Random numbers are not among them: they follow from the seed and the step.
+
+    Args:
+        model: The model, on its device.
+        config: What is trained.
+        steps_per_epoch: Optimizer steps of an epoch.
+        stats: Normalization of the data: `mean` and `std`, each of shape (dim,).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        steps_per_epoch: int,
+        stats: dict[str, Tensor],
+    ) -> None:
+        self.model = model
+        self.ema = EMAModel(model, config.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.total_steps = config.epochs * steps_per_epoch
+        self.scheduler = get_cosine_schedule_with_warmup(
+            self.optimizer, config.warmup_steps, self.total_steps
+        )
+        self.step = 0
+        self.best_loss = math.inf
+        self.epochs_without_improvement = 0
+        self._config = config
+        self._steps_per_epoch = steps_per_epoch
+        self._stats = stats
+
+    @property
+    def epochs_finished(self) -> int:
+        """Whole epochs done."""
+        return self.step // self._steps_per_epoch
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the last step was an epoch's last."""
+        return self.step > 0 and self.step % self._steps_per_epoch == 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or patience has run out."""
+        return (
+            self.step >= self.total_steps
+            or self.epochs_without_improvement >= self._config.patience
+        )
+
+    def note_val_loss(self, val_loss: float) -> bool:
+        """Count an epoch's validation loss; True if it is the best so far."""
+        if val_loss < self.best_loss:
+            self.best_loss = val_loss
+            self.epochs_without_improvement = 0
+            return True
+        self.epochs_without_improvement += 1
+        return False
+
+    def payload(self) -> Payload:
+        """What a checkpoint holds; the tensors are the live ones."""
+        return checkpoint_payload(
+            epoch=self.epochs_finished - 1,
+            step=self.step,
+            model=self.model,
+            ema=self.ema,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            best_loss=self.best_loss,
+            epochs_without_improvement=self.epochs_without_improvement,
+            config=self._config.to_dict(),
+            stats=self._stats,
+        )
+
+    def restore(self, payload: Payload, path: Path) -> None:
+        """Take over a checkpoint's state; `path` is for the error's text.
+
+        Raises:
+            CheckpointMismatchError: Another model, or other data under the same name.
+        """
+        there = payload["normalization_stats"]
+        for key, found in self._stats.items():
+            if key not in there or not torch.equal(there[key].cpu(), found.cpu()):
+                raise CheckpointMismatchError(
+                    f"{path} was trained on data with another {key}: the dataset "
+                    f"{self._config.dataset} has changed since; restore it, or give the run "
+                    "another --name"
+                )
+        restore_payload(payload, path, self.model, self.ema, self.optimizer, self.scheduler)
+        self.step = payload["step"]
+        self.best_loss = payload["best_loss"]
+        self.epochs_without_improvement = payload["epochs_without_improvement"]

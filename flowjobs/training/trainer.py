@@ -1,0 +1,274 @@
+"""The training loop: from the newest checkpoint to the last step, or to a request to leave."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import RunInterrupted, TrainingDivergedError
+from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.status import JobInfo
+from flowjobs.tracking.recorder import Recorder, recording
+from flowjobs.training.batches import make_batches
+from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.data import FlowDataset, normalization_stats
+from flowjobs.training.distributed import Ranks, single_process
+from flowjobs.training.flows import sample_path
+from flowjobs.training.randomness import seed_step
+from flowjobs.training.saving import CheckpointSaver
+from flowjobs.training.state import TrainState
+from flowjobs.training.validation import Validation, Velocity
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_STEPS = 10
+SAY_EVERY_S = 10.0
+
+
+class TrainingResult(TypedDict):
+    """What `FlowTrainer.train` returns."""
+
+    epochs_run: int
+    final_epoch: int
+    steps: int
+    best_val_loss: float
+    checkpoint_path: str
+    time_s: float
+
+
+class FlowTrainer:
+    """Trains one model of one run.
+
+    A job passes the run's `recorder`; on its own (in a notebook) the trainer opens the run of
+    `config.run_name` itself, with the same lock, the same record and the same tracking.
+
+    Args:
+        model: Predicts a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim).
+        config: What to train and how.
+        train_dataset: The training part.
+        val_dataset: The validation part, of the same width.
+        device: Where to compute.
+        wandb_project: Project in W&B, for a trainer on its own.
+        resume_path: Start from this checkpoint instead of the run's last.pt.
+        run: The run's folder; by default the one of `config.run_name` in the default study.
+        recorder: Where rows and progress go.
+        ranks: The processes that train together; by default this one alone.
+        stop_reason: Asked after each step; a text makes the trainer save and leave.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        train_dataset: FlowDataset,
+        val_dataset: FlowDataset,
+        device: torch.device,
+        *,
+        wandb_project: str = TrackingConfig.wandb_project,
+        resume_path: str | Path | None = None,
+        run: Run | None = None,
+        recorder: Recorder | None = None,
+        ranks: Ranks | None = None,
+        stop_reason: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._wandb_project = wandb_project
+        self._resume_path = Path(resume_path) if resume_path else None
+        self._run = run
+        self._recorder = recorder
+        self._ranks = ranks or single_process(device)
+        self._stop_reason = stop_reason
+
+        stats = normalization_stats(train_dataset)
+        mean, std = stats["mean"].to(device), stats["std"].to(device)
+        self._batches = make_batches(train_dataset, config, self._ranks, mean, std)
+        self._validation = Validation(val_dataset, config, mean, std, self._ranks)
+        self._steps_per_epoch = self._batches.steps_per_epoch
+        self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats)
+        self._velocity = self._prepare(self.state.model)
+        ema_model = self.state.ema.model
+        self._ema_velocity = torch.compile(ema_model) if config.compile else ema_model
+
+    def train(self) -> TrainingResult:
+        """Train to the end, from the newest checkpoint if there is one.
+
+        Raises:
+            RunInterrupted: `stop_reason` asked to leave; the state is saved.
+            TrainingDivergedError: The loss is not a number any more.
+            RunBusyError: On its own: another process trains this run.
+        """
+        if self._run is not None:
+            return self._train(self._run, self._recorder)
+        run = Run(default_study().absolute(), self._config.run_name)
+        run.create(RunConfig(self._config, tracking=TrackingConfig(self._wandb_project)))
+        with recording(run, JobInfo.in_foreground()) as recorder:
+            return self._train(run, recorder)
+
+    def _train(self, run: Run, recorder: Recorder | None) -> TrainingResult:
+        started = time.monotonic()
+        # Every rank trains, the first one writes.
+        saver = CheckpointSaver(run.best, run.last) if self._ranks.is_first else None
+        self._restore(run, saver)
+        first_step = self.state.step
+        if recorder:
+            recorder.go_on_after(first_step)
+            self._tell_progress(recorder)
+        try:
+            reason = self._run_steps(saver, recorder)
+            if recorder:
+                self._tell_progress(recorder)
+            if saver and (self.state.step > first_step or not run.last.exists()):
+                saver.save_and_wait(self.state.payload())
+        finally:
+            if saver:
+                saver.close()
+        if reason:
+            raise RunInterrupted(reason, self.state.step)
+        return self._summarize(run, recorder, time.monotonic() - started)
+
+    def _run_steps(self, saver: CheckpointSaver | None, recorder: Recorder | None) -> str | None:
+        """Train until the run is finished (None), or until asked to leave (the reason)."""
+        state = self.state
+        state.model.train()
+        said_at = time.monotonic()
+        while not state.finished:
+            row = self._step()
+
+            if state.at_epoch_end:
+                row |= self._end_epoch(saver)
+                if recorder:
+                    self._tell_progress(recorder)
+                if time.monotonic() - said_at > SAY_EVERY_S or state.finished:
+                    self._say(row)
+                    said_at = time.monotonic()
+
+            if row and recorder:
+                epoch = (state.step - 1) // self._steps_per_epoch
+                recorder.record({"step": state.step, "epoch": epoch, **row})
+
+            if saver and saver.due(epoch_finished=state.at_epoch_end):
+                saver.save(state.payload())
+
+            if not state.finished and (reason := self._stop_reason()):
+                return reason
+        return None
+
+    def _step(self) -> dict[str, float]:
+        """One optimizer step. Returns what to log of it, at most steps nothing."""
+        config, state = self._config, self.state
+        seed_step(self._device, config.seed, state.step, self._ranks.rank)
+        learning_rate = state.optimizer.param_groups[0]["lr"]
+
+        x_1 = self._batches.rows(state.step)
+        x_0 = torch.randn_like(x_1)
+        t = torch.rand(len(x_1), device=self._device)
+        noise = torch.randn_like(x_1) if config.sigma > 0 else None
+        path = sample_path(config.flow, x_0, x_1, t, config.sigma, noise)
+
+        with self._arithmetic():
+            velocity = self._velocity(path.x_t, path.t)
+        loss = (velocity.float() - path.dx_t).square().mean()
+        state.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip)
+        state.optimizer.step()
+        state.scheduler.step()
+        state.ema.update(state.model)
+        state.step += 1
+
+        if state.step % LOG_EVERY_STEPS:
+            return {}
+        row = {
+            "train/loss": float(self._ranks.mean(loss.detach())),
+            "train/grad_norm": float(grad_norm),
+            "train/lr": float(learning_rate),
+        }
+        if not math.isfinite(row["train/loss"]):
+            raise TrainingDivergedError(
+                f"train/loss is {row['train/loss']} at step {state.step}: lower --lr "
+                f"({config.lr}) or --grad-clip ({config.grad_clip})"
+            )
+        return row
+
+    def _end_epoch(self, saver: CheckpointSaver | None) -> dict[str, float]:
+        """Validate and keep the best. Returns what to log."""
+        with self._arithmetic():
+            val_loss = self._validation.loss(self._ema_velocity)
+        if self.state.note_val_loss(val_loss) and saver:
+            saver.keep_best(self.state.payload())
+        return {"val/loss": val_loss, "val/best_loss": self.state.best_loss}
+
+    def _restore(self, run: Run, saver: CheckpointSaver | None) -> None:
+        path = self._resume_path or run.last
+        if not path.exists() and not self._resume_path:
+            return
+        self.state.restore(read_checkpoint(path, self._device), path)
+        logger.info(
+            "Resumed from epoch %d, step %d (%s)", self.state.epochs_finished, self.state.step, path
+        )
+        if self._resume_path and saver:
+            if not run.best.exists():
+                # The best of another run: this one's own first epoch sets its best.
+                self.state.best_loss = math.inf
+            # On disk at once, so that a later start without --resume goes on from here.
+            saver.save_and_wait(self.state.payload())
+
+    def _prepare(self, model: nn.Module) -> Velocity:
+        """The model as the steps call it: joined to the other ranks', compiled if asked."""
+        self._parameters = list(model.parameters())
+        if self._ranks.world_size > 1:
+            # Looking for unused parameters also keeps DDP from regrouping the gradients after
+            # the first step: a resumed run would sum them in another order than a whole one.
+            model = DistributedDataParallel(model, find_unused_parameters=True)
+        return torch.compile(model) if self._config.compile else model
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        if self._config.precision == "bf16":
+            return torch.autocast(self._device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _tell_progress(self, recorder: Recorder) -> None:
+        state = self.state
+        best = state.best_loss if math.isfinite(state.best_loss) else None
+        recorder.progress(state.step, state.total_steps, state.epochs_finished, best)
+
+    def _say(self, row: dict[str, float]) -> None:
+        if self._ranks.is_first:
+            logger.info(
+                "epoch %d/%d  step %d/%d  val/loss %.4f  best %.4f",
+                self.state.epochs_finished,
+                self._config.epochs,
+                self.state.step,
+                self.state.total_steps,
+                row["val/loss"],
+                row["val/best_loss"],
+            )
+
+    def _summarize(self, run: Run, recorder: Recorder | None, time_s: float) -> TrainingResult:
+        state = self.state
+        result = TrainingResult(
+            epochs_run=state.epochs_finished,
+            final_epoch=state.epochs_finished - 1,
+            steps=state.step,
+            best_val_loss=state.best_loss,
+            checkpoint_path=str(run.best),
+            time_s=time_s,
+        )
+        if recorder:
+            recorder.summarize(
+                {
+                    "final_epoch": result["final_epoch"],
+                    "best_val_loss": result["best_val_loss"],
+                    "checkpoint_path": result["checkpoint_path"],
+                }
+            )
+        return result
