@@ -1,11 +1,9 @@
 """Flow-matching ablations as jobs on a preemptible Slurm cluster. Importing this loads no torch."""
 
-from importlib.metadata import version
-
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import FlowjobsError
 
-__version__ = version("flowjobs")
+__version__ = "0.1.0"
 
 __all__ = [
     "FlowjobsError",

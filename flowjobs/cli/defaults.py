@@ -12,9 +12,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
-from flowjobs.config import SlurmConfig, TrackingConfig, TrainingConfig, flag
+from flowjobs.config import KeyValues, SlurmConfig, TrackingConfig, TrainingConfig, flag
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import default_study
 
@@ -142,10 +142,10 @@ def _known_fields() -> dict[str, Any]:
 
 def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
     """`value` as a field of type `hint` holds it."""
-    options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = get_args(hint) if get_origin(hint) is Union else (hint,)
     for option in options:
-        if get_origin(option) is tuple and isinstance(value, list):
-            return tuple(str(item) for item in value)
+        if option is KeyValues and isinstance(value, dict):
+            return KeyValues(value)
         if option is Path and isinstance(value, str):
             # Relative to the file, so that it means the same from every folder below.
             return path.parent / Path(value).expanduser()

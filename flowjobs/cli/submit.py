@@ -9,7 +9,14 @@ import tyro
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.follow import follow
 from flowjobs.cli.prepare import prepare_run
-from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig, flag
+from flowjobs.config import (
+    OptionalStr,
+    RunConfig,
+    SlurmConfig,
+    TrackingConfig,
+    TrainingConfig,
+    flag,
+)
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import Run, default_study
 from flowjobs.tracking.mode import resolve_mode
@@ -28,7 +35,7 @@ class Submit(CommandOptions):
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    name: str | None = None
+    name: OptionalStr = None
     """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
 
     dry_run: Flag = False

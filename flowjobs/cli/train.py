@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.prepare import prepare_run
-from flowjobs.config import SlurmConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import OptionalStr, SlurmConfig, TrackingConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Train(CommandOptions):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    name: str | None = None
+    name: OptionalStr = None
     """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
 
     resume: Path | None = None

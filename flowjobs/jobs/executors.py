@@ -67,7 +67,7 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
     Not submitit's AutoExecutor: that one cannot leave out what submitit sets by default, a wckey
     and a time limit of five minutes.
     """
-    options = asked.sbatch_options
+    options = dict(asked.sbatch)
     if "no-requeue" not in options:
         options = {"requeue": True, **options}
     # srun no longer takes over --cpus-per-task from sbatch since Slurm 22.05.

@@ -4,10 +4,10 @@ import contextlib
 import io
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from submitit.core.core import Job
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -61,7 +61,7 @@ def submit(run: Run, cluster: Cluster) -> SubmittedJob:
     asked = run.config().slurm
     before = set(run.logs.iterdir())
     executor = make_executor(cluster, run, asked)
-    with _calm_environment(cluster):
+    with _environment_of(cluster):
         try:
             job: Job[None] = executor.submit(RunTask(str(run.folder)))
         except (FailedJobError, FailedSubmissionError) as error:
@@ -86,32 +86,57 @@ def queued_job(run: Run) -> str | None:
 
 
 @contextlib.contextmanager
-def _calm_environment(cluster: Cluster) -> Iterator[None]:
+def _environment_of(cluster: Cluster) -> Iterator[None]:
     """What a job inherits from the submitting process, while the block lasts."""
     saved = dict(os.environ)
     # A job that finds the service of another process's wandb fails to start its own.
     os.environ.pop("WANDB_SERVICE", None)
-    handlers: dict[int, Any] = {}
-    if cluster == "slurm":
-        cleaned = slurm.environment_for_sbatch(os.environ)
-        # The job's name is how it is recognized later.
-        cleaned.pop("SBATCH_JOB_NAME", None)
-        os.environ.clear()
-        os.environ.update(cleaned)
-    elif cluster == "local":
-        # The job is started as a child with these ignored, and children keep that: Ctrl-C here
-        # and the end of the terminal leave it alone.
-        for number in (signal.SIGINT, signal.SIGHUP):
-            handlers[number] = signal.signal(number, signal.SIG_IGN)
     try:
-        # submitit prints what sbatch said, and raises it as well.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        match cluster:
+            case "slurm":
+                cleaned = slurm.environment_for_sbatch(os.environ)
+                # The job's name is how it is recognized later.
+                cleaned.pop("SBATCH_JOB_NAME", None)
+                os.environ.clear()
+                os.environ.update(cleaned)
+                # submitit prints what sbatch said, and raises it as well.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    yield
+            case "local":
+                with _detached_children():
+                    yield
+            case "debug":
+                yield
     finally:
-        for ignored, handler in handlers.items():
-            signal.signal(ignored, handler)
         os.environ.clear()
         os.environ.update(saved)
+
+
+@contextlib.contextmanager
+def _detached_children() -> Iterator[None]:
+    """Make child processes started in the block independent of this one's terminal.
+
+    submitit starts a local job as a plain child: Ctrl-C and the terminal's end would kill it, and
+    a pipe that this process writes to (`| tee`) would stay open as long as the job lives.
+    """
+    handlers = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)
+    }
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(descriptor) for descriptor in range(3)]
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    try:
+        for descriptor in range(3):
+            os.dup2(nowhere, descriptor)
+        yield
+    finally:
+        for descriptor in range(3):
+            os.dup2(kept[descriptor], descriptor)
+        for opened in (*kept, nowhere):
+            os.close(opened)
+        for ignored, handler in handlers.items():
+            signal.signal(ignored, handler)
 
 
 def _explain(said: str, asked: SlurmConfig) -> str:

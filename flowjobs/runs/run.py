@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from flowjobs.config import RunConfig, config_to_dict, flag, run_config_from_dict
 from flowjobs.errors import ConfigError, RunMismatchError, RunNotFoundError
 from flowjobs.runs.files import append_line, write_json
@@ -131,6 +129,8 @@ class Run:
         Raises:
             RunMismatchError: A run of this name has another signature.
         """
+        from filelock import FileLock  # slow to load, and --help does without
+
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         # Ranks and sweeps create the same run at once.

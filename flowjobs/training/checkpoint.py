@@ -7,6 +7,7 @@ itself does not check the archive's checksums.
 
 import hashlib
 import os
+import pickle
 import struct
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -187,6 +188,11 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
             _verify(file, path)
             file.seek(0)
             payload: Payload = torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointDamagedError(
+            f"{path} holds more than tensors and plain values; it is not loaded, since that would "
+            "run code from the file"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if payload.get("format", 0) > FORMAT:

@@ -151,9 +151,8 @@ def _load(path: Path) -> Tensor:
         raise DataError(f"{path}: no such file")
     try:
         if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
             # Copy-on-write, since torch warns of memory that it may not write to.
-            return torch.from_numpy(np.load(path, mmap_mode="c") if array.size else array.copy())
+            return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # torch and numpy raise a dozen types for a bad file, none of which names it.

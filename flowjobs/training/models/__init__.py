@@ -21,13 +21,10 @@ def build_model(config: TrainingConfig, dim: int) -> nn.Module:
     cls = _model_class(config.arch_path)
     _check_arguments(cls, config)
     torch.manual_seed(config.seed)
-    model = cls(dim, **config.arch_kwargs)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"--arch {config.arch}: {cls.__name__} is not a torch.nn.Module")
-    return model
+    return cls(dim, **config.arch_args)
 
 
-def _model_class(arch: str) -> type:
+def _model_class(arch: str) -> type[nn.Module]:
     match arch:
         case "mlp":
             return MLP
@@ -40,18 +37,17 @@ def _model_class(arch: str) -> type:
         raise ConfigError(f"--arch {arch}: no module {error.name} on PYTHONPATH") from error
     except AttributeError as error:
         raise ConfigError(f"--arch {arch}: the module {module} has no {name}") from error
-    if not inspect.isclass(cls):
-        raise ConfigError(f"--arch {arch}: {name} is not a class")
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        raise ConfigError(f"--arch {arch}: {name} is not a subclass of torch.nn.Module")
     return cls
 
 
 def _check_arguments(cls: type, config: TrainingConfig) -> None:
     signature = inspect.signature(cls)
     try:
-        signature.bind(0, **config.arch_kwargs)
+        signature.bind(0, **config.arch_args)
     except TypeError as error:
         accepted = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
         raise ConfigError(
-            f"--arch-args {' '.join(config.arch_args)}: {error}; "
-            f"{cls.__name__} takes the data's width and ({accepted})"
+            f"--arch-args: {error}; {cls.__name__} takes the data's width and ({accepted})"
         ) from error

@@ -1,0 +1,40 @@
+#!/bin/bash
+# A list of runs as one Slurm array, one task a run, by plain sbatch:
+#
+#     sbatch --array=1-$(wc -l < runs.txt) sbatch/array.sh runs.txt
+#
+# Each line of runs.txt holds the arguments of one `python -m flowjobs train`:
+#
+#     --arch mlp --flow icfm --seed 0 --name mlp-icfm-seed0
+#     --arch mlp --flow icfm --seed 1 --name mlp-icfm-seed1
+#
+# Submit the same line again to go on with what is not finished. `--array=1-40%8` runs eight at a
+# time. Python is taken from .venv here, else from PATH; PYTHON=/path/to/python decides otherwise.
+
+#SBATCH --job-name=flowjobs
+#SBATCH --output=%x-%A_%a.out
+#SBATCH --gpus-per-node=1
+#SBATCH --time=04:00:00
+
+# One process per GPU. For two GPUs: --gpus-per-node=2 and 2 here.
+#SBATCH --ntasks-per-node=1
+
+# Told to save 90 s before the time limit; started again after a preemption, with one log.
+#SBATCH --signal=USR2@90
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python
+    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+
+read -r -a arguments < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")
+if [ "${#arguments[@]}" -eq 0 ]; then
+    echo "error: $1 has no line $SLURM_ARRAY_TASK_ID: use --array=1-\$(wc -l < $1)" >&2
+    exit 2
+fi
+
+# srun, so that the signals reach python; it does not take over --cpus-per-task by itself.
+srun --unbuffered ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    "$PYTHON" -u -m flowjobs train "${arguments[@]}"

@@ -1,0 +1,31 @@
+#!/bin/bash
+# One run as one Slurm job, by plain sbatch:
+#
+#     sbatch sbatch/train.sh --arch mlp --flow icfm
+#
+# What follows the script's name goes to `python -m flowjobs train` (see its --help). Submit the
+# same line again to go on with the run; it is the same run as `flowjobs submit` makes.
+# Options of sbatch come before the script's name: sbatch --partition=gpu sbatch/train.sh ...
+# Python is taken from .venv here, else from PATH; PYTHON=/path/to/python decides otherwise.
+
+#SBATCH --job-name=flowjobs
+#SBATCH --output=%x-%j.out
+#SBATCH --gpus-per-node=1
+#SBATCH --time=04:00:00
+
+# One process per GPU. For two GPUs: --gpus-per-node=2 and 2 here.
+#SBATCH --ntasks-per-node=1
+
+# Told to save 90 s before the time limit; started again after a preemption, with one log.
+#SBATCH --signal=USR2@90
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python
+    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+
+# srun, so that the signals reach python; it does not take over --cpus-per-task by itself.
+srun --unbuffered ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    "$PYTHON" -u -m flowjobs train "$@"

@@ -1,0 +1,1 @@
+"""Tests of flowjobs; they mirror its folders."""

@@ -1,0 +1,74 @@
+"""Bad input: one clear error, exit code 2, no traceback, nothing written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.runs.run import Run
+from tests.conftest import Command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["submit", "--arch", "mpl"], "--arch: found 'mpl', expected one of mlp, or your own"),
+        (["submit", "--arch", "nowhere:Net"], "no module nowhere in"),
+        (["submit", "--dataset", "5k"], "--dataset 5k: no .*; there are digits"),
+        (["submit", "--dataset", "x.npy"], "--dataset: no file .*x.npy"),
+        (["submit", "--batch-size", "0"], "--batch-size: found 0, expected at least 1"),
+        (["submit", "--name", "a/b"], "--name: found 'a/b'"),
+        (["submit", "--follow", "--no-follow"], "found both, expected one"),
+        (["submit", "--cluster", "local", "--nodes", "2"], "--nodes: found 2; without Slurm"),
+        (["submit", "--lr", "fast"], "could not convert string to float: 'fast'"),
+        (["submit", "--flow", "sbcfm"], r"Expected one of \('icfm', 'otcfm'\)"),
+        (["submit", "--lrr", "1"], "Unrecognized options: --lrr"),
+        (["sumbit"], "Available subcommands: submit, train"),
+        ([], "Expected one of {submit, train"),
+        (["train", "--resume", "none.pt", "--wandb-mode", "disabled"], "none.pt cannot be read"),
+        (["logs", "no-run"], "no run no-run in .*there are none yet"),
+        (["status", "no-run"], "no run no-run in"),
+        (["data", "split", "none.npy"], "none.npy: no such file"),
+        (["data", "split", "none.npy", "--sizes", "many"], "--sizes: found 'many'"),
+    ],
+)
+def test_bad_input(flowjobs: Command, workplace: Path, arguments: list[str], said: str) -> None:
+    done = flowjobs(*arguments)
+    text = re.sub(r"[│╭╰╮╯─\s]+", " ", done.stderr)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(said, text), text
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_bad_input_leaves_nothing_behind(flowjobs: Command, workplace: Path) -> None:
+    flowjobs("submit", "--dataset", "5k")
+    flowjobs("submit", "--name", "a/b")
+    assert list(workplace.iterdir()) == []
+
+
+def test_an_unreadable_dataset_is_refused_by_train(flowjobs: Command, workplace: Path) -> None:
+    data = torch.randn(50, 4)
+    data[7, 2] = float("nan")
+    torch.save(data, "mine.pt")
+    done = flowjobs("train", "--dataset", "mine.pt", "--wandb-mode", "disabled")
+    assert done.returncode == 2
+    assert "mine.pt: row 7 has a value that is NaN or infinite" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_same_name_with_another_config(flowjobs: Command, study: Path) -> None:
+    Run(study, "mlp-icfm-digits-none").create(RunConfig(TrainingConfig()))
+    done = flowjobs("submit", "--lr", "0.5")
+    assert done.returncode == 2
+    assert "--lr: 0.001 there, 0.5 asked for" in done.stderr
+    assert "--name mlp-icfm-digits-none-lr0.5" in done.stderr
+
+
+def test_a_bug_gets_its_traceback(flowjobs: Command, workplace: Path) -> None:
+    (workplace / "buggy.py").write_text("import no_such_package_here\n")
+    done = flowjobs("train", "--arch", "buggy:Net", "--wandb-mode", "disabled")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "no_such_package_here" in done.stderr

@@ -1,0 +1,145 @@
+"""The main command on this machine: one real job through submitit's local executor."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from tests.conftest import Command
+
+QUICK = ("--cluster", "local", "--wandb-mode", "disabled", "--arch-args", "width=32", "depth=1")
+
+
+def test_submit_trains_here_to_the_end(flowjobs: Command, study: Path) -> None:
+    done = flowjobs("submit", "--arch", "mlp", "--flow", "icfm", "--epochs", "3", *QUICK)
+    assert done.returncode == 0, done.stderr
+    run = Run(study, "mlp-icfm-digits-none")
+    for said in (
+        "mlp-icfm-digits-none",
+        str(run.folder),
+        "local (--cluster local)",
+        "logs -f",
+        "status",
+        "kill",
+        "best validation loss",
+    ):
+        assert said in done.stdout
+    assert run.best.exists()
+    assert run.last.exists()
+    assert [row["step"] for row in read_rows(run.metrics_file)][-1] == 69
+    with Image.open(run.samples_picture) as picture:
+        assert picture.size[0] > 100
+
+    again = flowjobs("submit", "--epochs", "3", *QUICK)
+    assert (again.returncode, len(run.submissions())) == (0, 1)
+    assert "is finished" in again.stdout
+
+    logs = flowjobs("logs", run.name)
+    assert "finished mlp-icfm-digits-none: 3 epochs" in logs.stdout
+    listed = json.loads(flowjobs("status", "--json").stdout)
+    assert [(entry["run"], entry["state"], entry["step"]) for entry in listed] == [
+        (run.name, "finished", 69)
+    ]
+    assert "attempt 1" in flowjobs("status", run.name).stdout
+
+
+def test_a_larger_number_of_epochs_goes_on(flowjobs: Command, study: Path) -> None:
+    assert flowjobs("submit", "--epochs", "1", *QUICK).returncode == 0
+    done = flowjobs("submit", "--epochs", "2", *QUICK)
+    assert "extends mlp-icfm-digits-none from 1 to 2 epochs" in done.stdout
+    run = Run(study, "mlp-icfm-digits-none")
+    status = run.status()
+    assert status is not None
+    assert [attempt.first_step for attempt in status.attempts] == [0, 23]
+    assert "Resumed from epoch 1, step 23" in flowjobs("logs", run.name).stdout
+
+
+def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> None:
+    endless = ("--epochs", "100000", "--patience", "100000")
+    submitting = subprocess.Popen(
+        [sys.executable, "-m", "flowjobs", "submit", *endless, *QUICK],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a terminal's Ctrl-C reaches the whole process group
+    )
+    run = Run(study, "mlp-icfm-digits-none")
+    wait_for(lambda: run.metrics_file.exists() and run.metrics_file.stat().st_size > 0)
+    os.killpg(submitting.pid, signal.SIGINT)
+    _, said = submitting.communicate(timeout=20)
+    assert submitting.returncode == 0
+    assert "no longer watching" in said
+    rows_then = run.metrics_file.stat().st_size
+    wait_for(lambda: run.metrics_file.stat().st_size > rows_then)
+    # The printed way to end it: it saves, and says so.
+    os.kill(int(run.submissions()[-1]["job_id"]), signal.SIGTERM)
+    wait_for(lambda: (status := run.status()) is not None and status.state == "preempted")
+    status = run.status()
+    assert status is not None
+    assert "SIGTERM" in status.reason
+    assert run.last.exists()
+
+
+def test_a_dry_run_shows_the_batch_file_and_writes_nothing(
+    flowjobs: Command, workplace: Path
+) -> None:
+    (workplace / "flowjobs.toml").write_text('partition = "preempt"\nlr = 1\n')
+    done = flowjobs("submit", "--dry-run", "--mem-gb", "4", "--cluster", "local")
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --partition=preempt" in done.stdout
+    assert "#SBATCH --mem=4096M" in done.stdout
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert f"--partition preempt ({workplace / 'flowjobs.toml'})" in lines
+    assert "--mem-gb 4.0 (--mem-gb)" in lines
+    assert [path.name for path in workplace.iterdir()] == ["flowjobs.toml"]
+
+
+def test_debug_runs_in_the_process_and_stops_in_the_debugger(workplace: Path) -> None:
+    (workplace / "broken.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, dim): super().__init__(); self.a = torch.nn.Linear(dim, dim)\n"
+        "    def forward(self, x, t): lost = 42; raise RuntimeError('the bug')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "flowjobs", "submit", "--cluster", "debug", "--arch", "broken:Net"],
+        env={**os.environ, "WANDB_MODE": "disabled"},
+        input="p lost\nq\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "(Pdb) 42" in done.stdout
+    assert done.returncode == 1
+    status = Run(workplace / "study", "Net-icfm-digits-none").status()
+    assert status is not None
+    assert (status.state, status.reason) == ("failed", "RuntimeError: the bug")
+
+
+@pytest.mark.parametrize("command", ["submit", "train"])
+def test_a_job_that_cannot_start_says_why_in_one_line(
+    flowjobs: Command, command: str, study: Path
+) -> None:
+    where = ("--cluster", "local") if command == "submit" else ()
+    done = flowjobs(
+        command, *where, "--wandb-mode", "disabled", "--arch-args", "widht=3", timeout_s=60
+    )
+    assert done.returncode == 2
+    assert "unexpected keyword argument 'widht'; MLP takes" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def wait_for(condition: object, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)

@@ -1,0 +1,52 @@
+"""Every test has a working directory, a study and a user's config folder of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["tests.cluster.fixtures"]
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, where nothing of the person's own settings is seen."""
+    for name in os.environ:
+        if name.startswith(("WANDB_", "SBATCH_", "SLURM_", "FLOWJOBS_", "SUBMITIT_")):
+            monkeypatch.delenv(name)
+    folder = tmp_path / "workplace"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home" / "config"))
+    # Two threads of each of several jobs on two cores would wait for one another.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return folder
+
+
+@pytest.fixture
+def study(workplace: Path) -> Path:
+    """The default study of the working directory; not made yet."""
+    return workplace / "study"
+
+
+@pytest.fixture
+def flowjobs() -> Command:
+    """Runs `python -m flowjobs …` as a person would, in the working directory."""
+
+    def run(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flowjobs", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run

@@ -1,0 +1,26 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=lab
+#SBATCH --comment='two words'
+#SBATCH --constraint='a100|h100'
+#SBATCH --cpus-per-task=8
+#SBATCH --exclude=n1,n7
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=mlp-icfm-digits-none
+#SBATCH --mem=1536M
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=STUDY/runs/mlp-icfm-digits-none/logs/%j_0_log.out
+#SBATCH --partition=preempt
+#SBATCH --qos=low
+#SBATCH --requeue
+#SBATCH --reservation=course
+#SBATCH --signal=USR2@120
+#SBATCH --time=90
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output STUDY/runs/mlp-icfm-digits-none/logs/%j_%t_log.out --cpus-per-task=8 PYTHON -u -m submitit.core._submit STUDY/runs/mlp-icfm-digits-none/logs

@@ -1,0 +1,151 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import RunConfig, SlurmConfig, TrainingConfig
+from flowjobs.errors import (
+    ConfigError,
+    RunBusyError,
+    RunInterrupted,
+    RunMismatchError,
+    RunNotFoundError,
+)
+from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.metrics import MetricsFile, latest_values, read_rows
+from flowjobs.runs.run import Run, run_names
+from flowjobs.runs.status import JobInfo
+
+JOB = JobInfo.in_foreground()
+
+
+def created(study: Path, **training: object) -> Run:
+    run = Run(study, "a")
+    run.create(RunConfig(dataclasses.replace(TrainingConfig(), **training)))
+    return run
+
+
+def test_the_paths_are_the_seeds(study: Path) -> None:
+    run = Run(study, "mlp-icfm-5k-none")
+    assert run.best == study / "checkpoints/mlp-icfm-5k-none/best.pt"
+    assert run.last == study / "checkpoints/mlp-icfm-5k-none/last.pt"
+    assert Run.at(run.folder) == run
+
+
+def test_creating_again_is_the_same_run(study: Path) -> None:
+    run = created(study)
+    before = run.tracking_id()
+    assert run.create(RunConfig(slurm=SlurmConfig(partition="other"))) == ""
+    assert run.tracking_id() == before
+    assert run.config().slurm.partition == "other"
+
+
+def test_a_changed_config_under_the_same_name_lists_the_differences(study: Path) -> None:
+    run = created(study, lr=1e-3)
+    asked = RunConfig(TrainingConfig(lr=3e-4, seed=2))
+    with pytest.raises(RunMismatchError) as caught:
+        run.create(asked)
+    assert str(caught.value).splitlines()[1:] == [
+        "  --lr: 0.001 there, 0.0003 asked for",
+        "  --seed: 0 there, 2 asked for",
+        "give this one a name of its own (--name a-lr0.0003-seed2), or ask for the values there to "
+        "go on with that run",
+    ]
+
+
+def test_more_epochs_extend_and_fewer_change_nothing(study: Path) -> None:
+    run = created(study, epochs=10)
+    assert "extends a from 10 to 20 epochs" in run.create(RunConfig(TrainingConfig(epochs=20)))
+    assert "keeps its 20 epochs" in run.create(RunConfig(TrainingConfig(epochs=5)))
+    assert run.config().training.epochs == 20
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "-a", "a b", "x" * 101])
+def test_a_name_that_cannot_be_a_folder_is_refused(study: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="--name"):
+        Run(study, name).create(RunConfig())
+
+
+def test_a_run_that_is_not_there_lists_those_that_are(study: Path) -> None:
+    created(study)
+    assert run_names(study) == ["a"]
+    with pytest.raises(RunNotFoundError, match=r"no run b in .*: there are a"):
+        Run(study, "b").config()
+
+
+def test_checkpoints_may_be_a_link_to_scratch(study: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (study / "checkpoints").mkdir(parents=True)
+    (study / "checkpoints/a").symlink_to(scratch)
+    run = created(study)
+    assert run.checkpoints.resolve() == scratch
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "exit_code", "reason"),
+    [
+        (None, "finished", 0, ""),
+        (RunInterrupted("preempted", 7), "preempted", 75, "preempted; saved at step 7"),
+        (ConfigError("bad"), "failed", 2, "bad"),
+        (ValueError("bug"), "failed", 1, "ValueError: bug"),
+    ],
+)
+def test_an_attempt_writes_down_how_it_ended(
+    study: Path, error: Exception | None, state: str, exit_code: int, reason: str
+) -> None:
+    run = created(study)
+    attempt = Attempt(run, JOB)
+    if error is None:
+        with attempt:
+            pass
+    else:
+        with pytest.raises(type(error)), attempt:
+            raise error
+    status = run.status()
+    assert status is not None
+    assert (status.state, status.exit_code, status.reason) == (state, exit_code, reason)
+    assert status.attempts[0].ended is not None
+    assert json.loads(run.status_file.read_text())["attempts"][0]["job"]["pid"] == JOB.pid
+
+
+def test_a_second_attempt_is_refused_with_who_holds_the_run(study: Path) -> None:
+    run = created(study)
+    with Attempt(run, JOB):
+        with pytest.raises(RunBusyError, match=f"process {JOB.pid}"), Attempt(run, JOB):
+            pass
+        status = run.status()
+        assert status is not None
+        assert len(status.attempts) == 1
+    with Attempt(run, JOB):
+        pass  # free again
+
+
+def test_a_run_is_finished_until_it_is_given_more_epochs(study: Path) -> None:
+    run = created(study, epochs=2)
+    assert not run.finished()
+    with Attempt(run, JOB):
+        pass
+    assert run.finished()
+    run.create(RunConfig(TrainingConfig(epochs=3)))
+    assert not run.finished()
+
+
+def test_metrics_keep_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, after_step=0)
+    for step in (10, 20, 30):
+        metrics.append({"step": step, "x": step / 3})
+    metrics.close()
+    path.write_text(path.read_text() + '{"step": 40, "x"')
+    metrics = MetricsFile(path, after_step=20)
+    metrics.append({"step": 30, "x": 10.0})
+    metrics.close()
+    assert [row["step"] for row in read_rows(path)] == [10, 20, 30]
+    assert latest_values(path) == {"step": 30, "x": 10.0}
+
+
+def test_metrics_that_are_not_there_are_empty(tmp_path: Path) -> None:
+    assert list(read_rows(tmp_path / "none.jsonl")) == []
+    assert latest_values(tmp_path / "none.jsonl") == {}

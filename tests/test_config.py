@@ -1,0 +1,89 @@
+import dataclasses
+import json
+
+import pytest
+
+from flowjobs.config import (
+    KeyValues,
+    RunConfig,
+    SlurmConfig,
+    TrainingConfig,
+    check_arch,
+    config_to_dict,
+    run_config_from_dict,
+)
+from flowjobs.errors import ConfigError
+
+
+def test_run_name_is_the_seeds() -> None:
+    config = TrainingConfig(arch="mlp", flow="icfm", dataset="5k", aug="none")
+    assert config.run_name == "mlp-icfm-5k-none"
+
+
+@pytest.mark.parametrize(
+    ("arch", "dataset", "name"),
+    [
+        ("my.models:WideNet", "digits", "WideNet-icfm-digits-none"),
+        ("wide=my.models:WideNet", "digits", "wide-icfm-digits-none"),
+        ("mlp", "/data/my embeddings.npy", "mlp-icfm-my_embeddings-none"),
+    ],
+)
+def test_run_name_can_be_a_folder(arch: str, dataset: str, name: str) -> None:
+    assert TrainingConfig(arch=arch, dataset=dataset).run_name == name
+
+
+def test_config_survives_json() -> None:
+    config = RunConfig(
+        TrainingConfig(arch_args=KeyValues(width=8, norm="layer"), lr=3e-4),
+        SlurmConfig(partition="gpu", mem_gb=1.5, sbatch=KeyValues(exclusive=True)),
+    )
+    assert run_config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_an_unknown_field_of_a_newer_version_is_named() -> None:
+    found = config_to_dict(RunConfig())
+    found["training"]["momentum"] = 0.9
+    with pytest.raises(ConfigError, match="unknown fields momentum"):
+        run_config_from_dict(found)
+
+
+def test_signature_changes_with_what_changes_the_result_only() -> None:
+    base = TrainingConfig()
+    for name, value in (("epochs", 7), ("group", "g"), ("num_workers", 0)):
+        assert dataclasses.replace(base, **{name: value}).signature == base.signature, name
+    for name, value in (("lr", 1.0), ("seed", 1), ("arch_args", KeyValues(width=8))):
+        assert dataclasses.replace(base, **{name: value}).signature != base.signature, name
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("batch_size", 0, "--batch-size: found 0, expected at least 1"),
+        ("lr", 0.0, "--lr: found 0.0, expected more than 0"),
+        ("lr", float("nan"), "--lr: found nan, expected more than 0"),
+        ("ema_decay", 1.0, "--ema-decay: found 1.0, expected less than 1"),
+        ("flow", "sbcfm", "--flow: found 'sbcfm', expected one of icfm, otcfm"),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_flag(field: str, value: object, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        dataclasses.replace(TrainingConfig(), **{field: value})
+
+
+def test_an_sbatch_option_is_named_without_dashes() -> None:
+    with pytest.raises(ConfigError, match="without its dashes"):
+        SlurmConfig(sbatch=KeyValues({"--exclusive": True}))
+
+
+def test_key_values_are_literals_or_strings() -> None:
+    parsed = KeyValues.parse(["width=512", "norm=layer", "scales=(1, 2)", "gres=gpu:2", "x=1=2"])
+    assert parsed == {"width": 512, "norm": "layer", "scales": (1, 2), "gres": "gpu:2", "x": "1=2"}
+
+
+def test_an_arch_is_checked_without_importing_it() -> None:
+    check_arch(TrainingConfig(arch="mlp"))
+    check_arch(TrainingConfig(arch="short=torch.nn:Module"))
+    with pytest.raises(ConfigError, match="found 'mpl', expected one of mlp"):
+        check_arch(TrainingConfig(arch="mpl"))
+    with pytest.raises(ConfigError, match="no module nowhere"):
+        check_arch(TrainingConfig(arch="nowhere.models:Net"))

@@ -1,0 +1,181 @@
+"""What the real client leaves on disk, read back with its own reader."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import RunInterrupted
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+from flowjobs.tracking.mode import resolve_mode
+from flowjobs.tracking.recorder import recording
+from flowjobs.training import FlowTrainer
+from flowjobs.training.data import load_datasets
+from flowjobs.training.models import build_model
+
+CONFIG = TrainingConfig(
+    epochs=2, group="flow-methods", arch_args=KeyValues(width=16, depth=1), lr=2e-3
+)
+
+
+def record_of(run: Run) -> Path:
+    """The one offline file of a run."""
+    (found,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
+    return found
+
+
+def leet(path: Path, *options: str) -> str:
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json"]
+    done = subprocess.run(
+        [*command, *options, str(path)], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def summary_of(run: Run) -> dict[str, Any]:
+    """Config, summary, tags, notes and state, as `wandb leet inspect` reads them."""
+    found: dict[str, Any] = json.loads(leet(record_of(run), "--summary"))
+    return found
+
+
+def records_of(run: Run, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind, in order."""
+    records = [json.loads(line) for line in leet(record_of(run)).splitlines()]
+    return [record[kind] for record in records if record["type"] == kind]
+
+
+def train(study: Path, *, break_with: Exception | None = None) -> Run:
+    run = Run(study, "tracked")
+    run.create(RunConfig(CONFIG, tracking=TrackingConfig(wandb_mode="offline")))
+    train_dataset, val_dataset = load_datasets("digits", study)
+
+    def stop_reason() -> str | None:
+        if break_with is not None:
+            raise break_with
+        return None
+
+    with recording(run, JobInfo.in_foreground()) as recorder:
+        FlowTrainer(
+            build_model(CONFIG, 64),
+            CONFIG,
+            train_dataset,
+            val_dataset,
+            torch.device("cpu"),
+            run=run,
+            recorder=recorder,
+            stop_reason=stop_reason,
+        ).train()
+    return run
+
+
+def test_a_finished_run_has_what_the_seed_lists(study: Path) -> None:
+    run = train(study)
+    (record,) = records_of(run, "run")
+    assert record["project"] == "flow-matching-study"
+    assert record["run_group"] == "flow-methods"
+    assert record["display_name"] == "tracked"
+    assert record["run_id"] == run.tracking_id()
+    metrics = {record["name"]: record.get("summary") for record in records_of(run, "metric")}
+    assert metrics == {"train/loss": {"min": True}, "val/loss": {"min": True}}
+
+    found = summary_of(run)
+    assert found["config"]["lr"] == 2e-3
+    assert found["config"]["arch_args"] == {"width": 16, "depth": 1}
+    rows = list(read_rows(run.metrics_file))
+    losses = [row["val/loss"] for row in rows if "val/loss" in row]
+    assert found["summary"]["final_epoch"] == 1
+    assert found["summary"]["best_val_loss"] == min(losses)
+    assert found["summary"]["checkpoint_path"] == str(run.best)
+    assert found["summary"]["val/loss"]["min"] == min(losses)
+    assert found["exit_code"] == 0
+
+
+def test_the_history_is_the_rows_of_the_metrics_file(study: Path) -> None:
+    run = train(study)
+    rows = []
+    for record in records_of(run, "history"):
+        row = {k: v for k, v in record["item"].items() if k not in ("_runtime", "_timestamp")}
+        rows.append({"step": row.pop("_step"), **row})
+    assert rows == list(read_rows(run.metrics_file))
+
+
+def test_an_exception_tags_the_run_failed(study: Path) -> None:
+    with pytest.raises(ValueError, match="the bug"):
+        train(study, break_with=ValueError("the bug"))
+    found = summary_of(Run(study, "tracked"))
+    assert found["exit_code"] == 1
+    assert found["tags"] == ["failed"]
+    assert found["notes"].startswith("ValueError: the bug")
+    assert "Traceback (most recent call last)" in found["notes"]
+
+
+def test_a_preemption_does_not_mark_the_run_failed(study: Path) -> None:
+    run = Run(study, "tracked")
+    with pytest.raises(RunInterrupted):
+        train(study, break_with=RunInterrupted("preempted", 3))
+    found = summary_of(run)
+    assert not found.get("tags")
+    assert found["exit_code"] == 75
+    assert records_of(run, "preempting")
+
+
+def test_disabled_leaves_wandb_out_altogether(study: Path) -> None:
+    code = (
+        "import sys\nfrom flowjobs.cli import main\ntry:\n"
+        "    main(['train', '--epochs', '1', '--wandb-mode', 'disabled'])\n"
+        "finally:\n    print('wandb' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert not (Run(study, "mlp-icfm-digits-none").folder / "wandb").exists()
+
+
+def test_a_tracker_that_breaks_does_not_stop_training(
+    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**options: object) -> None:
+        raise OSError("no service")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    run = train(study)
+    status = run.status()
+    assert status is not None
+    assert status.state == "finished"
+    said = [text for text in caplog.messages if "W&B could not" in text]
+    assert len(said) == 1
+    assert "OSError: no service" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "mode"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": "x"}, "online"),
+        ("auto", {"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, "offline"),
+        ("online", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("disabled", {}, "disabled"),
+    ],
+)
+def test_the_mode_is_online_where_there_is_a_login(
+    monkeypatch: pytest.MonkeyPatch, asked: Any, environment: dict[str, str], mode: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert resolve_mode(TrackingConfig(wandb_mode=asked))[0] == mode
+
+
+def test_a_login_in_the_netrc_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine wandb.example.org login user password key\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert resolve_mode(TrackingConfig())[0] == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert resolve_mode(TrackingConfig())[0] == "online"

@@ -1,0 +1,113 @@
+"""EMA, schedule, randomness, model: the small parts of a step."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.training import EMAModel, get_cosine_schedule_with_warmup
+from flowjobs.training.models import build_model
+from flowjobs.training.models.mlp import MLP
+from flowjobs.training.randomness import derive_seed, epoch_order, seed_step
+
+CPU = torch.device("cpu")
+
+
+def test_ema_is_the_average_it_says() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    ema = EMAModel(model, decay=0.5)
+    expected = model.weight.item()
+    for update, value in enumerate([1.0, 2.0, 4.0, 8.0, 16.0] * 4):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        ema.update(model)
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * value
+    assert math.isclose(float(ema.shadow["weight"]), expected, rel_tol=1e-6)
+
+
+def test_ema_copies_buffers() -> None:
+    model = nn.BatchNorm1d(2)
+    ema = EMAModel(model)
+    model(torch.randn(8, 2))
+    ema.update(model)
+    assert torch.equal(ema.shadow["running_mean"], model.running_mean)
+
+
+def test_schedule_warms_up_and_decays_to_zero() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 4, 12)
+    rates = []
+    for _ in range(14):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert math.isclose(rates[8], 1.0)
+    assert rates[12:] == [0.0, 0.0]
+
+
+def test_seeds_depend_on_every_part() -> None:
+    seeds = {derive_seed(*parts) for parts in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1))}
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_step_can_be_replayed_alone() -> None:
+    def draw(step: int) -> torch.Tensor:
+        seed_step(CPU, seed=3, step=step, rank=0)
+        return torch.randn(4)
+
+    first, second = draw(7), draw(8)
+    assert torch.equal(draw(7), first)
+    assert not torch.equal(first, second)
+
+
+def test_an_epochs_order_follows_from_seed_and_epoch() -> None:
+    assert torch.equal(epoch_order(50, seed=1, epoch=2), epoch_order(50, seed=1, epoch=2))
+    assert not torch.equal(epoch_order(50, seed=1, epoch=2), epoch_order(50, seed=1, epoch=3))
+    assert torch.equal(epoch_order(50, 1, 2).sort().values, torch.arange(50))
+
+
+def test_an_untrained_mlp_predicts_no_velocity() -> None:
+    model = MLP(6, width=16, depth=2)
+    assert torch.equal(model(torch.randn(3, 6), torch.rand(3)), torch.zeros(3, 6))
+
+
+def test_the_mlp_sees_the_time() -> None:
+    model = MLP(2, width=16, depth=1)
+    nn.init.normal_(model.linear_out.weight)
+    x = torch.randn(1, 2)
+    assert not torch.equal(model(x, torch.tensor([0.1])), model(x, torch.tensor([0.9])))
+
+
+def test_weights_follow_from_the_seed() -> None:
+    config = TrainingConfig(arch_args=KeyValues(width=16), seed=5)
+    first, second = build_model(config, 4), build_model(config, 4)
+    assert str(first.state_dict()) == str(second.state_dict())
+
+
+def test_a_model_of_ones_own() -> None:
+    config = TrainingConfig(arch="mine=torch.nn:Linear", arch_args=KeyValues(out_features=3))
+    assert isinstance(build_model(config, 7), nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (TrainingConfig(arch="torch.nn:Nothing"), "the module torch.nn has no Nothing"),
+        (TrainingConfig(arch="torch.nope:Net"), "no module torch.nope"),
+        (TrainingConfig(arch="torch:add"), "add is not a subclass"),
+        (
+            TrainingConfig(arch="collections:OrderedDict"),
+            "OrderedDict is not a subclass of",
+        ),
+        (TrainingConfig(arch_args=KeyValues(widht=3)), "unexpected keyword.*widht.*width: int"),
+    ],
+)
+def test_a_model_that_cannot_be_built(config: TrainingConfig, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build_model(config, 4)

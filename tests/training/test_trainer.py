@@ -1,0 +1,185 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.errors import CheckpointMismatchError, RunInterrupted, TrainingDivergedError
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.training import FlowDataset, FlowTrainer
+from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.data import load_datasets
+from flowjobs.training.models import build_model
+from flowjobs.training.sampling import sample
+
+CPU = torch.device("cpu")
+SMALL = KeyValues(width=32, depth=1, dropout=0.1)
+
+
+@pytest.fixture(autouse=True)
+def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def make_trainer(study: Path, config: TrainingConfig, **options: Any) -> FlowTrainer:
+    train, val = load_datasets(config.dataset, study)
+    model = options.pop("model", None) or build_model(config, train.dim)
+    return FlowTrainer(model, config, train, val, CPU, **options)
+
+
+def stop_at(trainer_steps: int) -> Any:
+    asked = iter(range(trainer_steps + 1))
+    return lambda: "test" if next(asked) == trainer_steps else None
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two payloads are equal to the last bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def test_training_learns_and_leaves_what_the_seed_lists(study: Path) -> None:
+    config = TrainingConfig(epochs=20, lr=3e-3, warmup_steps=20)
+    result = make_trainer(study, config).train()
+    run = Run(study, "mlp-icfm-digits-none")
+    assert (result["epochs_run"], result["final_epoch"]) == (20, 19)
+    assert result["checkpoint_path"] == str(run.best)
+    # Predicting the mean velocity, which is nearly zero, scores its variance.
+    train, val = load_datasets("digits", study)
+    stats = read_checkpoint(run.best)["normalization_stats"]
+    normal = (val.data - stats["mean"]) / stats["std"]
+    mean_velocity = 1 + normal.var(0).mean()
+    assert result["best_val_loss"] < 0.75 * mean_velocity
+    assert read_checkpoint(run.best)["best_loss"] == result["best_val_loss"]
+    assert read_checkpoint(run.last)["step"] == result["steps"] == 20 * (len(train) // 64)
+
+
+def test_rows_have_the_seeds_keys_at_the_seeds_steps(study: Path) -> None:
+    make_trainer(study, TrainingConfig(epochs=3, arch_args=SMALL)).train()
+    rows = list(read_rows(Run(study, "mlp-icfm-digits-none").metrics_file))
+    train_keys = {"train/loss", "train/grad_norm", "train/lr"}
+    val_keys = {"val/loss", "val/best_loss"}
+    for row in rows:
+        at_tenth, at_epoch_end = row["step"] % 10 == 0, row["step"] % 23 == 0
+        expected = {"step", "epoch"}
+        expected |= train_keys if at_tenth else set()
+        expected |= val_keys if at_epoch_end else set()
+        assert set(row) == expected
+    assert [row["step"] for row in rows] == [10, 20, 23, 30, 40, 46, 50, 60, 69]
+    assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("flow", ["icfm", "otcfm"])
+@pytest.mark.parametrize("stops", [(1,), (23,), (30, 5, 1)])
+def test_interrupted_equals_uninterrupted(study: Path, flow: Any, stops: tuple[int, ...]) -> None:
+    config = TrainingConfig(flow=flow, epochs=3, arch_args=SMALL, sigma=0.1)
+    whole, parts = Run(study, "whole"), Run(study, "parts")
+    rows = {}
+    for run in (whole, parts):
+        for steps in stops if run is parts else ():
+            with pytest.raises(RunInterrupted):
+                train_in(run, config, stop_reason=stop_at(steps))
+        train_in(run, config)
+        rows[run.name] = list(read_rows(run.metrics_file))
+    assert same(read_checkpoint(whole.last), read_checkpoint(parts.last))
+    assert same(read_checkpoint(whole.best), read_checkpoint(parts.best))
+    assert rows["whole"] == rows["parts"]
+
+
+def train_in(run: Run, config: TrainingConfig, **options: Any) -> None:
+    from flowjobs.config import RunConfig, TrackingConfig
+    from flowjobs.runs.status import JobInfo
+    from flowjobs.tracking.recorder import recording
+
+    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    with recording(run, JobInfo.in_foreground()) as recorder:
+        make_trainer(run.study, config, run=run, recorder=recorder, **options).train()
+
+
+def test_rows_of_lost_work_come_once(study: Path) -> None:
+    config = TrainingConfig(epochs=2, arch_args=SMALL)
+    run = Run(study, "run")
+    train_in(run, config)
+    expected = run.metrics_file.read_bytes()
+    # As after a SIGKILL: rows past the checkpoint, and a torn one.
+    run.metrics_file.write_bytes(expected + b'{"step": 50, "epoch": 2}\n{"step": 6')
+    train_in(run, config)
+    assert run.metrics_file.read_bytes() == expected
+
+
+def test_the_loader_gives_the_bits_of_resident_data(study: Path) -> None:
+    payloads = []
+    for placement in ("device", "loader"):
+        config = TrainingConfig(epochs=2, arch_args=SMALL, data_placement=placement)
+        run = Run(study, placement)
+        train_in(run, config)
+        payloads.append(read_checkpoint(run.last))
+    assert same(payloads[0]["model_state_dict"], payloads[1]["model_state_dict"])
+    assert payloads[0]["best_loss"] == payloads[1]["best_loss"]
+
+
+def test_patience_ends_a_run_early(study: Path) -> None:
+    # A learning rate of nearly zero: nothing improves after the first epochs by rounding alone.
+    config = TrainingConfig(epochs=50, patience=2, lr=1e-12, arch_args=SMALL)
+    result = make_trainer(study, config).train()
+    assert result["epochs_run"] < 50
+    state = read_checkpoint(Run(study, "mlp-icfm-digits-none").last)
+    assert state["epochs_without_improvement"] == 2
+
+
+def test_a_loss_that_is_no_number_fails_the_run(study: Path) -> None:
+    config = TrainingConfig(epochs=5, lr=1e30, warmup_steps=0, arch_args=SMALL)
+    with pytest.raises(TrainingDivergedError, match="lower --lr"):
+        make_trainer(study, config).train()
+    status = json.loads((study / "runs/mlp-icfm-digits-none/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+
+
+def test_other_data_under_the_same_name_is_refused(study: Path) -> None:
+    config = TrainingConfig(epochs=1, arch_args=SMALL)
+    make_trainer(study, config).train()
+    changed = FlowDataset(load_datasets("digits", study)[0].data + 1)
+    val = load_datasets("digits", study)[1]
+    with pytest.raises(CheckpointMismatchError, match="the dataset digits has changed since"):
+        FlowTrainer(build_model(config, 64), config, changed, val, CPU).train()
+
+
+def test_bf16_trains(study: Path) -> None:
+    config = TrainingConfig(epochs=5, precision="bf16", arch_args=KeyValues(width=32))
+    result = make_trainer(study, config).train()
+    assert math.isfinite(result["best_val_loss"])
+    weights = read_checkpoint(Path(result["checkpoint_path"]))["model_state_dict"]
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_resuming_from_a_given_checkpoint(study: Path) -> None:
+    make_trainer(study, TrainingConfig(epochs=1, arch_args=SMALL)).train()
+    best = study / "checkpoints/mlp-icfm-digits-none/best.pt"
+    config = TrainingConfig(epochs=2, arch_args=SMALL)
+    result = make_trainer(study, config, resume_path=best).train()
+    assert result["epochs_run"] == 2
+
+
+class Shift(nn.Module):
+    """Moves every point by the same vector in unit time."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(x)
+
+
+def test_sampling_integrates_and_undoes_the_normalization() -> None:
+    stats = {"mean": torch.tensor([5.0, -5.0]), "std": torch.tensor([0.5, 2.0])}
+    drawn = sample(Shift(), 4000, stats, CPU)
+    assert torch.allclose(drawn.mean(0), torch.tensor([5.5, -3.0]), atol=0.15)
+    assert torch.allclose(drawn.std(0), stats["std"], rtol=0.05)
+    assert torch.equal(drawn, sample(Shift(), 4000, stats, CPU))
