@@ -24,6 +24,16 @@ Precision = Literal["fp32", "bf16"]
 DataPlacement = Literal["auto", "device", "loader"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
+# What sbatch reads from the environment and flowjobs has a field for. The field's value goes into
+# the batch file and the variable is then hidden from sbatch, for which it would win over the file.
+SBATCH_VARIABLES = {
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_QOS": "qos",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_TIMELIMIT": "timeout_min",
+}
+
 # `str | None` says the same, but for a union of that form tyro loads typeguard, a fifth of the
 # time of `submit --help`.
 OptionalStr = Optional[str]  # noqa: UP045

@@ -14,22 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from flowjobs.config import KeyValues, SlurmConfig, TrackingConfig, TrainingConfig, flag
+from flowjobs.config import (
+    SBATCH_VARIABLES,
+    KeyValues,
+    SlurmConfig,
+    TrackingConfig,
+    TrainingConfig,
+    flag,
+)
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import default_study
 
 FILE_NAME = "flowjobs.toml"
 PARTS = {"training": TrainingConfig, "slurm": SlurmConfig, "tracking": TrackingConfig}
-
-# What sbatch reads from the environment and flowjobs has a field for. The others reach sbatch as
-# they are.
-SBATCH_VARIABLES = {
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_QOS": "qos",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_TIMELIMIT": "timeout_min",
-}
 
 
 @dataclass(frozen=True)

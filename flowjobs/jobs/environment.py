@@ -52,6 +52,7 @@ def this_process(run: Run) -> JobProcess:
             log=_log_file(environment),
             host=socket.gethostname(),
             pid=os.getpid(),
+            gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         ),
         rank=environment.global_rank,
         world_size=environment.num_tasks,

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 
+from flowjobs.config import SBATCH_VARIABLES
+
 # Clients wait MessageTimeout (10 s by default) for a controller that is away.
 CLIENT_TIMEOUT_S = 30
 
@@ -51,18 +53,20 @@ def job_output_file(job_id: str) -> str | None:
 
 
 def environment_for_sbatch(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for sbatch, without what a surrounding job left in it.
+    """The environment for sbatch, without what would overrule the batch file.
 
     sbatch takes SLURM_* variables of a job it is called from (an interactive one, say) for the
-    new job's. The variables that say which cluster to talk to stay, and SBATCH_* ones are the
-    user's own.
+    new job's; those that say which cluster to talk to stay. Of the SBATCH_* variables, which win
+    over the file, those stay that the file does not decide.
     """
     kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
     foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+    # The job's name is how it is recognized later.
+    decided = {*SBATCH_VARIABLES, "SBATCH_JOB_NAME"}
     return {
         name: value
         for name, value in environment.items()
-        if name in kept or not name.startswith(foreign)
+        if name in kept or not (name.startswith(foreign) or name in decided)
     }
 
 

@@ -95,8 +95,6 @@ def _environment_of(cluster: Cluster) -> Iterator[None]:
         match cluster:
             case "slurm":
                 cleaned = slurm.environment_for_sbatch(os.environ)
-                # The job's name is how it is recognized later.
-                cleaned.pop("SBATCH_JOB_NAME", None)
                 os.environ.clear()
                 os.environ.update(cleaned)
                 # submitit prints what sbatch said, and raises it as well.

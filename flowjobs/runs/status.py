@@ -67,6 +67,7 @@ class JobInfo:
         log: The file that holds the attempt's output, if it has one.
         host: The node of rank 0.
         pid: The process of rank 0.
+        gpus: CUDA_VISIBLE_DEVICES of rank 0, if the scheduler set it.
     """
 
     cluster: str
@@ -74,6 +75,7 @@ class JobInfo:
     log: str | None
     host: str
     pid: int
+    gpus: str | None = None
 
     @classmethod
     def in_foreground(cls, log: Path | None = None) -> "JobInfo":

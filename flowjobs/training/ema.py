@@ -26,6 +26,8 @@ class EMAModel:
         self.decay = decay
         self.updates = 0
         self._averaged: list[Tensor] = list(self.model.parameters())
+        self._copied = list(self.model.buffers())
+        self._follow(model)
 
     @property
     def shadow(self) -> dict[str, Tensor]:
@@ -35,13 +37,20 @@ class EMAModel:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Average in the weights of `model` after one optimizer step; buffers are copied."""
+        if model is not self._followed:
+            self._follow(model)
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         # One fused kernel over all weights; a loop over them takes several times longer.
-        weights: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(self._averaged, weights, 1 - decay)
-        for averaged, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            averaged.copy_(buffer)
+        torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
+        if self._copied:
+            torch._foreach_copy_(self._copied, self._buffers)
+
+    def _follow(self, model: nn.Module) -> None:
+        # Walking the modules at each step would take a twentieth of a small model's step.
+        self._followed = model
+        self._weights: list[Tensor] = list(model.parameters())
+        self._buffers = list(model.buffers())
 
     def load_shadow(self, shadow: dict[str, Tensor], updates: int) -> None:
         """Restore what `shadow` and `updates` were."""

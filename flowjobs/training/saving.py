@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowjobs.errors import CheckpointError
@@ -36,6 +37,7 @@ class CheckpointSaver:
         self._last = last
         self._pending_best: Payload | None = None
         self._best_in_write: Payload | None = None
+        self._spare: Payload | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write: Future[float] | None = None
         self._stall_s = 0.0
@@ -45,7 +47,8 @@ class CheckpointSaver:
     def keep_best(self, payload: Payload) -> None:
         """Take a copy of the state; the next save writes it to best.pt."""
         started = time.monotonic()
-        self._pending_best = snapshot(payload)
+        self._pending_best = snapshot(payload, reuse=self._pending_best or self._spare)
+        self._spare = None
         self._stall_s += time.monotonic() - started
 
     def due(self, *, epoch_finished: bool) -> bool:
@@ -104,19 +107,41 @@ class CheckpointSaver:
         write, self._write = self._write, None
         try:
             self._cost_s = self._stall_s + write.result()
+            self._spare = self._best_in_write
         except (OSError, CheckpointError) as error:
             logger.warning("%s: a checkpoint could not be written: %s", self._last, error)
             self._pending_best = self._pending_best or self._best_in_write
         self._stall_s = 0.0
 
 
-def snapshot(value: Any) -> Any:
-    """A deep copy of nested dicts and lists with every tensor copied to the CPU."""
-    match value:
-        case Tensor():
-            return value.detach().to("cpu", copy=True)
-        case dict():
-            return {key: snapshot(item) for key, item in value.items()}
-        case list() | tuple():
-            return type(value)(snapshot(item) for item in value)
-    return value
+def snapshot(payload: Payload, reuse: Payload | None = None) -> Payload:
+    """A deep copy of a payload with every tensor copied to the CPU.
+
+    Args:
+        payload: Nested dicts and lists of tensors and plain values.
+        reuse: An older copy whose memory may be written over; new memory takes twice as long.
+    """
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+
+    def visit(value: Any, old: Any) -> Any:
+        match value:
+            case Tensor():
+                alike = isinstance(old, Tensor) and (old.shape, old.dtype) == (
+                    value.shape,
+                    value.dtype,
+                )
+                target = old if alike else torch.empty_like(value, device="cpu")
+                targets.append(target)
+                sources.append(value.detach())
+                return target
+            case dict():
+                before = old if isinstance(old, dict) else {}
+                return {key: visit(item, before.get(key)) for key, item in value.items()}
+            case list() | tuple():
+                return type(value)(visit(item, None) for item in value)
+        return value
+
+    copied: Payload = visit(payload, reuse)
+    torch._foreach_copy_(targets, sources)
+    return copied

@@ -20,6 +20,15 @@ class Ports:
 
     slurmctld: int
 
+    @classmethod
+    def load(cls, root: Path) -> "Ports":
+        """Those of the cluster in this folder."""
+        return cls(int((root / "ports").read_text()))
+
+    def save(self, root: Path) -> None:
+        """Makes them those of the cluster in this folder."""
+        (root / "ports").write_text(str(self.slurmctld))
+
     @property
     def slurmdbd(self) -> int:
         return self.slurmctld + 1

@@ -1,8 +1,8 @@
 """The daemons of the cluster: what each is started with, and how to tell that it serves."""
 
-import shutil
 import socket
 import subprocess
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.cluster.namespaces import as_host
 from tests.cluster.nodes import Node
 from tests.cluster.ports import Ports, is_listening
 from tests.cluster.settings import CONTROLLER, NODE_NAMES, hosts_file
-from tests.cluster.waiting import ClusterError
+from tests.cluster.waiting import ClusterError, wait_until
 
 
 class Services:
@@ -46,11 +46,19 @@ class Services:
 
     def daemons(self) -> list[Daemon]:
         """All of them, in the order in which they start."""
-        central = [self.munged, self.mariadbd, self.slurmdbd, self.slurmctld]
-        return central + [node.slurmd for node in self.nodes.values()]
+        return self._central() + [node.slurmd for node in self.nodes.values()]
 
-    def start_accounting(self, ports: Ports) -> None:
+    def pids(self) -> dict[str, int | None]:
+        """The process id of each daemon, None where it does not run."""
+        return {daemon.name: daemon.pid() for daemon in self.daemons()}
+
+    def is_any_running(self) -> bool:
+        """Whether at least one daemon runs."""
+        return any(self.pids().values())
+
+    def start_accounting(self) -> None:
         """Starts what the controller needs, unless it runs: munge, the database and slurmdbd."""
+        ports = Ports.load(self.root)
         self.munged.start()
         if not (self.root / "mariadb" / "data").exists():
             self._create_database()
@@ -60,8 +68,9 @@ class Services:
         self.slurmdbd.start()
         self.slurmdbd.wait_ready(partial(is_listening, ports.slurmdbd))
 
-    def start_controller(self, ports: Ports) -> None:
+    def start_controller(self) -> None:
         """Starts slurmctld, unless it runs, and waits until it answers."""
+        ports = Ports.load(self.root)
 
         def answers() -> bool:
             # A client command would go on trying for seconds where nobody listens yet.
@@ -72,17 +81,45 @@ class Services:
         self.slurmctld.start()
         self.slurmctld.wait_ready(answers)
 
+    def end_jobs(self, timeout_s: float = 30) -> None:
+        """Kills the processes of every job, cancels it and waits until the queue is empty."""
+
+        def queue_is_empty() -> bool:
+            if not run_client(self.slurm_conf, ("squeue", "--noheader")).strip():
+                return True
+            # Killed first: Slurm takes 3 s and more to end a job whose processes live. Again and
+            # again: what ends may start another, or put itself back into the queue.
+            for node in self.nodes.values():
+                node.kill_jobs()
+            run_client(self.slurm_conf, ("scancel", "--user=root"))
+            return False
+
+        def queue() -> str:
+            return run_client(self.slurm_conf, ("squeue",))
+
+        wait_until(queue_is_empty, "the queue to be empty", timeout_s, queue)
+
     def stop(self) -> bool:
-        """Stops all, and kills what still runs on the nodes. False if some had to be forced."""
+        """Kills what runs on the nodes and stops the rest. False if some had to be forced."""
         for node in self.nodes.values():
             node.kill()
-        central = (self.slurmctld, self.slurmdbd, self.mariadbd, self.munged)
-        return all([daemon.stop() for daemon in central])
+        return all([daemon.stop() for daemon in reversed(self._central())])
+
+    def kill(self) -> None:
+        """Kills all, for when no state is to be saved."""
+        for node in self.nodes.values():
+            node.kill()
+        for daemon in reversed(self._central()):
+            daemon.kill()
+
+    def _central(self) -> list[Daemon]:
+        return [self.munged, self.mariadbd, self.slurmdbd, self.slurmctld]
 
     def _create_database(self) -> None:
-        # Made aside and renamed, so that a half-made one is never taken for whole.
-        data, new = self.root / "mariadb" / "data", self.root / "mariadb" / "data.new"
-        shutil.rmtree(new, ignore_errors=True)
+        # Made aside and renamed, so that a half-made one is never taken for whole; under a name of
+        # its own, because the command goes on when a boot is killed.
+        data = self.root / "mariadb" / "data"
+        new = Path(tempfile.mkdtemp(prefix="data.", dir=data.parent))
         command = [_program("mariadb-install-db"), self._database_options, f"--datadir={new}"]
         command += ["--auth-root-authentication-method=normal"]  # no password; see settings.py
         command += ["--skip-test-db", "--skip-name-resolve"]

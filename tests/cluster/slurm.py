@@ -1,16 +1,16 @@
 """A Slurm cluster on this machine, and what a test does to it."""
 
 import contextlib
-import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from tests.cluster import client, settings
-from tests.cluster.ports import Ports, free_ports
+from tests.cluster import client
+from tests.cluster.boot import Boot
+from tests.cluster.ports import Ports
 from tests.cluster.services import Services
+from tests.cluster.settings import write_settings
 from tests.cluster.waiting import ClusterError, wait_until
 
 ROOT_VARIABLE = "FLOWJOBS_TEST_CLUSTER"
@@ -33,6 +33,7 @@ class SlurmCluster:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self._services = Services(self.root)
+        self._boot = Boot(self._services)
 
     # ---- the whole cluster ---------------------------------------------------------------
 
@@ -42,41 +43,15 @@ class SlurmCluster:
         Raises:
             ClusterError: a daemon does not start; the text has the end of its log.
         """
-        with self._lock("boot"):
-            if self.is_up():
-                return False
-            if self._state_is_usable():
-                # If that fails, what an earlier boot left is not as good as it looked.
-                with contextlib.suppress(ClusterError):
-                    self._boot()
-                    return True
-            self._wipe()
-            try:
-                self._boot()
-            except ClusterError:
-                self._services.stop()
-                raise
-        return True
+        return self._boot.up()
 
     def down(self) -> None:
         """Ends every job and daemon. Does nothing if the cluster is down."""
-        with self._lock("boot"):
-            if not any(self.daemons().values()):
-                self._services.stop()  # jobs may outlive all daemons
-                return
-            controller_ran = self._services.slurmctld.pid() is not None
-            if self._services.stop() and controller_ran:
-                self._clean_stop.touch()
+        self._boot.down()
 
     def is_up(self) -> bool:
         """Whether every daemon runs, the controller answers and each node takes jobs."""
-        if not all(self.daemons().values()):
-            return False
-        unusable = "--states=down,drain,no_respond,unknown"
-        try:
-            return not self.run("sinfo", "--noheader", unusable, "--format=%N").strip()
-        except ClusterError:
-            return False
+        return self._boot.is_up()
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
@@ -87,7 +62,7 @@ class SlurmCluster:
         """
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._lock("tests", wait=False))
+                stack.enter_context(self._boot.lock("tests", wait=False))
             except BlockingIOError as error:
                 raise ClusterError(
                     f"other tests are using the cluster in {self.root}: wait until they end, or "
@@ -97,14 +72,14 @@ class SlurmCluster:
 
     def daemons(self) -> dict[str, int | None]:
         """The process id of each daemon, None where it does not run."""
-        return {daemon.name: daemon.pid() for daemon in self._services.daemons()}
+        return self._services.pids()
 
     def reset(self) -> None:
         """The state between two tests: no jobs, all nodes idle, controller up, user signal on."""
-        self._services.start_accounting(self._ports())
+        self._services.start_accounting()
         self.start_controller()
         self.set_user_signal(True)
-        self._start_nodes_without_jobs()
+        self._boot.start_nodes_without_jobs()
 
     @property
     def env(self) -> dict[str, str]:
@@ -167,18 +142,7 @@ class SlurmCluster:
 
     def cancel_all(self, timeout_s: float = 30) -> None:
         """Kills the processes of every job, cancels it and waits until the queue is empty."""
-
-        def queue_is_empty() -> bool:
-            if not self.run("squeue", "-h", "-o", "%A").strip():
-                return True
-            # Killed first: Slurm takes 3 s and more to end a job whose processes live. Again and
-            # again: what ends may start another, or put itself back into the queue.
-            for node in self._services.nodes.values():
-                node.kill_jobs()
-            self.run("scancel", "--user=root")
-            return False
-
-        wait_until(queue_is_empty, "the queue to be empty", timeout_s, lambda: self.run("squeue"))
+        self._services.end_jobs(timeout_s)
 
     # ---- faults --------------------------------------------------------------------------
 
@@ -218,7 +182,7 @@ class SlurmCluster:
 
     def start_controller(self) -> None:
         """Starts slurmctld and waits until it answers."""
-        self._services.start_controller(self._ports())
+        self._services.start_controller()
 
     def restart_controller(self) -> None:
         """Ends slurmctld and starts it again."""
@@ -232,75 +196,9 @@ class SlurmCluster:
         """
         if self._user_signal() == on:
             return
-        settings.write_settings(self.root, self._ports(), user_signal=on)
+        write_settings(self.root, Ports.load(self.root), user_signal=on)
         self.run("scontrol", "reconfigure")
         wait_until(lambda: self._user_signal() == on, "the new settings to hold", 10)
 
     def _user_signal(self) -> bool:
         return "preempt_send_user_signal" in self.run("scontrol", "show", "config")
-
-    # ---- booting -------------------------------------------------------------------------
-
-    @property
-    def _clean_stop(self) -> Path:
-        return self.root / "stopped"
-
-    @property
-    def _fingerprint(self) -> Path:
-        return self.root / "fingerprint"
-
-    def _ports(self) -> Ports:
-        return Ports(int((self.root / "ports").read_text()))
-
-    def _state_is_usable(self) -> bool:
-        # What a crash left is not worth a repair: a boot from nothing takes seconds.
-        alive = any(self.daemons().values())
-        if not (alive or self._clean_stop.exists()):
-            return False
-        return self._fingerprint.exists() and (
-            self._fingerprint.read_text() == settings.fingerprint()
-        )
-
-    def _wipe(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        content = [path for path in self.root.iterdir() if path != self._fingerprint]
-        if self.root.stat().st_uid != os.geteuid() or (content and not self._fingerprint.exists()):
-            raise ClusterError(f"{self.root} is not a folder of this test cluster: choose another")
-        self._services.stop()
-        for path in content:  # all but the fingerprint, lest a wipe cut short is not taken up again
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._fingerprint.write_text(settings.fingerprint())
-
-    def _boot(self) -> None:
-        self._clean_stop.unlink(missing_ok=True)
-        settings.create_folders(self.root)
-        repairs = any(self.daemons().values())
-        if not repairs:
-            ports = free_ports()
-            (self.root / "ports").write_text(str(ports.slurmctld))
-            settings.write_settings(self.root, ports, user_signal=True)
-        self._services.start_accounting(self._ports())
-        self.start_controller()
-        if not repairs:
-            # Jobs of an earlier boot must not run again: before a node could start one.
-            self.run("scancel", "--user=root")
-            self._start_nodes_without_jobs()
-        else:
-            for name in self._services.nodes:
-                self.start_node(name)
-
-    def _start_nodes_without_jobs(self) -> None:
-        for node in self._services.nodes.values():
-            node.slurmd.start()
-        # Only now: without slurmd Slurm waits in vain to hear that a job's processes ended.
-        self.cancel_all()
-        for node in self._services.nodes.values():
-            node.wait_ready()
-
-    @contextlib.contextmanager
-    def _lock(self, what: str, wait: bool = True) -> Iterator[None]:
-        """A lock beside the folder, because a boot may delete the folder."""
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        with self.root.with_name(f"{self.root.name}.{what}.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            yield

@@ -105,6 +105,7 @@ def test_a_surrounding_job_does_not_leak_into_sbatch() -> None:
             "SLURM_MEM_PER_NODE": "1",
             "SUBMITIT_EXECUTOR": "slurm",
             "SBATCH_RESERVATION": "course",
+            "SBATCH_PARTITION": "in the batch file",
         }
     )
     assert set(kept) == {"PATH", "SLURM_CONF", "SBATCH_RESERVATION"}

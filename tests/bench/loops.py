@@ -1,0 +1,147 @@
+"""What a user would write or take instead of our trainer: the same model, data and steps.
+
+Each loop trains the default model on digits with AdamW, gradient clipping, warm-up and cosine, an
+average of the weights, and a validation with it after every epoch.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+from flowjobs.tracking.recorder import recording
+from flowjobs.training import FlowTrainer, get_cosine_schedule_with_warmup
+from flowjobs.training.data import load_datasets, normalization_stats
+from flowjobs.training.models import build_model
+
+DECAY = 0.999
+
+
+def normalized_digits(study: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Training and validation rows, normalized, on the device."""
+    train, val = load_datasets("digits", study)
+    stats = normalization_stats(train)
+    parts = ((part.data - stats["mean"]) / stats["std"] for part in (train, val))
+    train_rows, val_rows = (part.to(device) for part in parts)
+    return train_rows, val_rows
+
+
+def flow_loss(model: nn.Module, x_1: Tensor) -> Tensor:
+    """The flow-matching loss of independent coupling."""
+    x_0 = torch.randn_like(x_1)
+    t = torch.rand(len(x_1), 1, device=x_1.device)
+    x_t = x_0 + t * (x_1 - x_0)
+    return nn.functional.mse_loss(model(x_t, t.squeeze(-1)), x_1 - x_0)
+
+
+def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+    """Our trainer with all that it does: record, progress, checkpoints, exact resume."""
+    run = Run(study, "bench")
+    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    for old in (run.last, run.best, run.status_file, run.metrics_file):
+        old.unlink(missing_ok=True)
+    train, val = load_datasets("digits", study)
+    model = build_model(config, 64)
+    with recording(run, JobInfo.in_foreground()) as recorder:
+        FlowTrainer(model, config, train, val, device, run=run, recorder=recorder).train()
+
+
+def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+    """A bare loop by someone who knows torch: resident data, fused optimizer, foreach EMA."""
+    train, val = normalized_digits(study, device)
+    model = build_model(config, 64).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    weights, averaged = list(model.parameters()), list(ema.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, fused=True)
+    steps = config.epochs * (len(train) // config.batch_size)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, steps)
+    for _ in range(config.epochs):
+        order = torch.randperm(len(train), device=device)
+        for start in range(0, len(train) - config.batch_size + 1, config.batch_size):
+            loss = flow_loss(model, train[order[start : start + config.batch_size]])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, config.grad_clip)
+            optimizer.step()
+            scheduler.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(averaged, weights, 1 - DECAY)
+        with torch.no_grad():
+            flow_loss(ema, val).item()
+
+
+def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+    """A loop as tutorials have it: DataLoader, default optimizer, EMA parameter by parameter."""
+    train, val = normalized_digits(study, torch.device("cpu"))
+    loader = DataLoader(TensorDataset(train), config.batch_size, shuffle=True, drop_last=True)
+    val_loader = DataLoader(TensorDataset(val), config.batch_size)
+    model = build_model(config, 64).to(device)
+    ema = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    steps = config.epochs * len(loader)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, steps)
+    for _ in range(config.epochs):
+        for (rows,) in loader:
+            loss = flow_loss(model, rows.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            scheduler.step()
+            with torch.no_grad():
+                for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+                    average.mul_(DECAY).add_(weight, alpha=1 - DECAY)
+        with torch.no_grad():
+            for (rows,) in val_loader:
+                flow_loss(ema, rows.to(device)).item()
+
+
+def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+    """Lightning by its documentation: logger, checkpoints of best and last, EMA callback."""
+    import lightning
+    from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+
+    train, val = normalized_digits(study, torch.device("cpu"))
+    loader = DataLoader(TensorDataset(train), config.batch_size, shuffle=True, drop_last=True)
+    val_loader = DataLoader(TensorDataset(val), config.batch_size)
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = build_model(config, 64)
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            loss = flow_loss(self.model, batch[0])
+            self.log("train/loss", loss)
+            return loss
+
+        def validation_step(self, batch: list[Tensor], index: int) -> None:
+            self.log("val/loss", flow_loss(self.model, batch[0]))
+
+        def configure_optimizers(self) -> object:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=config.lr)
+            steps = config.epochs * len(loader)
+            scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, steps)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    trainer = lightning.Trainer(
+        max_epochs=config.epochs,
+        accelerator=device.type,
+        devices=1,
+        gradient_clip_val=config.grad_clip,
+        log_every_n_steps=10,
+        logger=CSVLogger(study / "lightning"),
+        callbacks=[
+            ModelCheckpoint(study / "lightning", monitor="val/loss", save_last=True),
+            EMAWeightAveraging(decay=DECAY),
+        ],
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), loader, val_loader)

@@ -1,0 +1,167 @@
+"""The main job on the real Slurm: submitted by the command line and by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.training.checkpoint import read_checkpoint
+from tests.cluster.slurm import SlurmCluster
+from tests.conftest import Command
+from tests.tracking.test_wandb_offline import records_of, summary_of
+
+SBATCH = Path(__file__).parents[2] / "sbatch"
+QUICK = ("--epochs", "3", "--arch-args", "width=32", "depth=1")
+MODEL = ("--arch", "mlp", "--flow", "icfm")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("PYTHON", sys.executable)
+
+
+def submitted(done: subprocess.CompletedProcess[str]) -> str:
+    """The job id that `flowjobs submit` printed."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return next(line[1] for line in lines if line and line[0] == "job")
+
+
+def sbatch(*arguments: str) -> str:
+    """Submit by hand. Returns the job id."""
+    done = subprocess.run(
+        ["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def output_of(run: Run) -> str:
+    return "".join(path.read_text() for path in run.logs.glob("*_log.out"))
+
+
+def test_submit_runs_on_slurm_to_the_end(
+    slurm: SlurmCluster, flowjobs: Command, study: Path
+) -> None:
+    done = flowjobs("submit", *MODEL, *QUICK)
+    job_id = submitted(done)
+    assert "slurm (sbatch is there and the controller answers)" in done.stdout
+    assert f"scancel {job_id}" in done.stdout
+    run = Run(study, "mlp-icfm-digits-none")
+    again = flowjobs("submit", *MODEL, *QUICK)
+    assert f"already there as job {job_id}" in again.stdout
+
+    assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED", output_of(run)
+    assert [row["State"] for row in slurm.accounting(job_id)] == ["COMPLETED"]
+    status = run.status()
+    assert status is not None
+    (attempt,) = status.attempts
+    assert (attempt.state, attempt.job.cluster, attempt.job.job_id) == ("finished", "slurm", job_id)
+    assert attempt.job.host in ("n1", "n2", "n3", "n4")
+    assert attempt.job.gpus in ("0", "1", "2", "3")  # one of the node's four
+    assert attempt.job.log == str(run.logs / f"{job_id}_0_log.out")
+
+    assert read_checkpoint(run.last)["step"] == read_checkpoint(run.best)["step"] == 69
+    assert run.samples_picture.exists()
+    assert [row["step"] for row in read_rows(run.metrics_file)][-1] == 69
+    found = summary_of(run)
+    assert found["exit_code"] == 0
+    assert found["summary"]["final_epoch"] == 2
+    assert len(records_of(run, "history")) == len(list(read_rows(run.metrics_file)))
+
+    assert "finished mlp-icfm-digits-none: 3 epochs" in flowjobs("logs", run.name).stdout
+    (listed,) = json.loads(flowjobs("status", "--json").stdout)
+    assert (listed["state"], listed["jobs"][0]["job_id"]) == ("finished", job_id)
+
+
+def test_sbatch_refusing_is_one_clear_error(
+    slurm: SlurmCluster, flowjobs: Command, study: Path
+) -> None:
+    done = flowjobs("submit", *MODEL, "--partition", "nowhere")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (said,) = done.stderr.splitlines()
+    assert "sbatch refused the job: sbatch: error: invalid partition specified: nowhere" in said
+    assert "--partition nowhere is not one of gpu, preempt, preempt-cancel" in said
+    run = Run(study, "mlp-icfm-digits-none")
+    assert run.submissions() == []
+    assert list(run.logs.iterdir()) == []
+
+    too_many = flowjobs("submit", *MODEL, "--gpus-per-node", "64")
+    assert too_many.returncode == 2
+    assert "Requested node configuration is not available" in too_many.stderr
+
+
+def test_sbatch_variables_and_flags_keep_their_order(
+    slurm: SlurmCluster, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_PARTITION", "preempt")
+    by_variable = submitted(flowjobs("submit", *MODEL, *QUICK, "--name", "by-variable"))
+    assert slurm.job(by_variable)["Partition"] == "preempt"
+    by_flag = flowjobs("submit", *MODEL, *QUICK, "--name", "by-flag", "--partition", "gpu")
+    assert slurm.job(submitted(by_flag))["Partition"] == "gpu"
+
+
+def test_submitting_from_inside_a_job(slurm: SlurmCluster, flowjobs: Command, study: Path) -> None:
+    # What an interactive job leaves in the environment would shape the new one.
+    command = f"{sys.executable} -m flowjobs submit {' '.join((*MODEL, *QUICK))}"
+    outer = sbatch(
+        "-N2", "--ntasks-per-node=3", "--mem=1G", "--output=outer.out", "--wrap", command
+    )
+    assert slurm.wait_state(outer, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
+    inner = Run(study, "mlp-icfm-digits-none").submissions()[0]["job_id"]
+    assert slurm.job(inner)["NumNodes"] == "1"
+    assert slurm.wait_state(inner, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
+
+
+def test_sbatch_by_hand_is_the_same_run_as_submit(
+    slurm: SlurmCluster, flowjobs: Command, study: Path
+) -> None:
+    by_submit = submitted(flowjobs("submit", *MODEL, *QUICK, "--name", "by-submit"))
+    by_hand = sbatch(str(SBATCH / "train.sh"), *MODEL, *QUICK, "--name", "by-hand")
+    for job_id in (by_submit, by_hand):
+        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
+    first, second = Run(study, "by-submit"), Run(study, "by-hand")
+    assert list(read_rows(first.metrics_file)) == list(read_rows(second.metrics_file))
+    one, other = (read_checkpoint(run.best)["ema_shadow"] for run in (first, second))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert summary_of(second)["exit_code"] == 0
+
+    status = second.status()
+    assert status is not None
+    job = status.attempts[0].job
+    assert (job.cluster, job.job_id) == ("slurm", by_hand)
+    assert job.gpus in ("0", "1", "2", "3")
+    assert "finished by-hand: 3 epochs" in flowjobs("logs", "by-hand").stdout
+
+
+def test_an_array_by_hand_trains_a_list_of_runs(
+    slurm: SlurmCluster, study: Path, workplace: Path
+) -> None:
+    lines = [" ".join((*MODEL, *QUICK, "--seed", str(s), "--name", f"seed{s}")) for s in (0, 1)]
+    (workplace / "runs.txt").write_text("\n".join(lines) + "\n")
+    array = sbatch("--array=1-2", str(SBATCH / "array.sh"), "runs.txt")
+    for task in (1, 2):
+        job_id = f"{array}_{task}"
+        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
+        status = Run(study, f"seed{task - 1}").status()
+        assert status is not None
+        assert (status.state, status.attempts[0].job.job_id) == ("finished", job_id)
+
+
+def test_ranks_on_several_nodes_train_one_run(
+    slurm: SlurmCluster, flowjobs: Command, study: Path
+) -> None:
+    options = ("--nodes", "2", "--gpus-per-node", "2", "--name", "ranks")
+    job_id = submitted(flowjobs("submit", *MODEL, *QUICK, *options))
+    run = Run(study, "ranks")
+    assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 90) == "COMPLETED", output_of(run)
+    status = run.status()
+    assert status is not None
+    assert len(status.attempts) == 1
+    assert [row["step"] for row in read_rows(run.metrics_file)][-1] == 69

@@ -1,0 +1,83 @@
+"""What the README shows is what happens. Its two long commands are run by .ci/run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowjobs.cli.defaults import load_defaults
+from flowjobs.cli.submit import Submit
+from flowjobs.config import TrainingConfig
+
+README = Path(__file__).parents[1] / "README.md"
+TEXT = README.read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if line.startswith("flowjobs ")
+]
+
+
+def test_there_are_commands_to_test() -> None:
+    assert len(COMMANDS) >= 7
+
+
+def test_the_commands_work_one_after_another(workplace: Path) -> None:
+    np.save("embeddings.npy", np.random.default_rng(0).normal(size=(12_000, 4)))
+    Path("my_models.py").write_text(
+        "import torch\n"
+        "class WideNet(torch.nn.Module):\n"
+        "    def __init__(self, dim, width):\n"
+        "        super().__init__()\n"
+        "        self.linear = torch.nn.Linear(dim, dim)\n"
+        "    def forward(self, x, t):\n"
+        "        return self.linear(x) * t[:, None]\n"
+    )
+    # A person's own defaults, so that each run takes a second here.
+    Path("flowjobs.toml").write_text('cluster = "local"\nepochs = 1\nwandb_mode = "disabled"\n')
+    scripts = Path(sys.executable).parent
+    for command in COMMANDS:
+        endless = command.endswith(" -f")
+        done = subprocess.run(
+            [*(("timeout", "3") if endless else ()), *shlex.split(command)],
+            env={**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        expected = 124 if endless else 0  # what timeout returns
+        assert done.returncode == expected, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def test_the_example_of_a_config_file_is_valid(workplace: Path) -> None:
+    (example,) = blocks("toml")
+    (workplace / "flowjobs.toml").write_text(example)
+    defaults = load_defaults()
+    submit = defaults.fill(Submit)
+    assert submit.slurm.partition == "preempt"
+    assert defaults.resolve_arch(TrainingConfig(arch="wide")).arch_path == "my_models:WideNet"
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", TEXT))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (README.parent / link).exists()
+
+
+def test_paths_named_in_the_text_exist() -> None:
+    named = set(re.findall(r"`((?:sbatch|jobs|training)/[a-z_]+\.(?:sh|py))`", TEXT))
+    assert len(named) >= 4
+    for name in named:
+        assert (README.parent / name).exists() or (README.parent / "flowjobs" / name).exists()
