@@ -217,12 +217,17 @@ class _SealedWriter:
         self._held = b""
 
     def write(self, data: bytes) -> int:
-        pending = self._held + bytes(data)
-        self._held = pending[-2:]
-        self._hash.update(pending[:-2])
-        self._file.write(pending[:-2])
-        self._size += len(pending) - len(self._held)
+        pending = memoryview(data) if len(data) >= 2 else memoryview(self._held + data)
+        if len(data) >= 2:
+            self._pass_on(memoryview(self._held))
+        self._pass_on(pending[:-2])
+        self._held = bytes(pending[-2:])
         return len(data)
+
+    def _pass_on(self, data: memoryview) -> None:
+        self._hash.update(data)
+        self._file.write(data)
+        self._size += len(data)
 
     def flush(self) -> None:
         self._file.flush()

@@ -19,6 +19,8 @@ class Boot:
 
     A boot is taken up where it stands only if that is known to be good: all is up but for what
     died since, or all was stopped in order. Anything else is wiped, which costs a second or two.
+    So is a cluster whose slurmctld died: it has forgotten its last seconds, and would give the ids
+    of its last jobs to others, which accounting then mixes up.
     """
 
     def __init__(self, services: Services) -> None:
@@ -68,7 +70,7 @@ class Boot:
     def start_nodes_without_jobs(self) -> None:
         """Starts slurmd where it is missing, ends all jobs and waits until the nodes are idle."""
         for node in self._services.nodes.values():
-            node.slurmd.start()
+            node.start()
         # Only now: without slurmd Slurm waits in vain to hear that a job's processes ended.
         self._services.end_jobs()
         for node in self._services.nodes.values():
@@ -110,7 +112,10 @@ class Boot:
         return self._condition_file.read_text() if self._condition_file.exists() else ""
 
     def _is_worth_keeping(self) -> bool:
-        if self._condition() != ("up" if self._services.is_any_running() else "stopped"):
+        is_any_running = self._services.is_any_running()
+        if self._condition() != ("up" if is_any_running else "stopped"):
+            return False
+        if is_any_running and self._services.slurmctld.pid() is None:
             return False
         return self._fingerprint_file.read_text() == settings.fingerprint()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,15 @@ class Node:
         # More than once, for what forks in between.
         wait_until(none_left, f"{what} of node {self.name} to die", 10)
 
+    def start(self) -> None:
+        """Starts slurmd, unless it runs, and does not wait for it."""
+        if not self.processes():
+            # After a power failure the node's own disk is empty, as it is where nodes boot over the
+            # network: slurmd, cleaning up after jobs, would be in the way of their next lives.
+            shutil.rmtree(self._spool, ignore_errors=True)
+        self._spool.mkdir(parents=True, exist_ok=True)
+        self.slurmd.start()
+
     # ---- as Slurm sees it ----------------------------------------------------------------
 
     def bring_back(self) -> None:
@@ -78,7 +88,7 @@ class Node:
             # Slurm repeats for seconds what it could not tell the node: to end the jobs it had.
             # No job may start before that is told, lest a requeued one is ended in their place.
             self.set_state("drain")
-            self.slurmd.start()
+            self.start()
             self.slurmd.wait_ready(lambda: self._is_registered(self._show()))
             if lost_power:
                 # A machine takes longer to boot than Slurm to give it up. This one comes back at
@@ -108,6 +118,10 @@ class Node:
         """`scontrol update` of the node's state: down, drain or resume."""
         change = (f"nodename={self.name}", f"state={state}", "reason=test")
         run_client(self._slurm_conf, ("scontrol", "update", *change))
+
+    @property
+    def _spool(self) -> Path:
+        return self.root / "spool" / self.name
 
     @property
     def _slurm_conf(self) -> Path:

@@ -56,8 +56,6 @@ def create_folders(root: Path) -> None:
     if not key.exists():
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
-    for name in NODE_NAMES:
-        (root / "spool" / name).mkdir(parents=True, exist_ok=True)
     for name in (CONTROLLER, *NODE_NAMES):
         _write_hosts(hosts_file(root, name))
     for index in range(GPUS_PER_NODE):

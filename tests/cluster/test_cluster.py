@@ -10,6 +10,7 @@ import pytest
 
 from tests.cluster.daemons import Daemon
 from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
 
 # Says which signals it gets and goes on, as a run does that has no time to end.
 _RECORD_SIGNALS = """\
@@ -28,6 +29,13 @@ def _start(slurm: SlurmCluster, folder: Path, *arguments: str, command: str = "s
     job = slurm.submit(output, "--gres=gpu:1", *arguments, f"--wrap={command}")
     slurm.wait_state(job, "RUNNING")
     return job
+
+
+def _kill(slurm: SlurmCluster, daemon: str) -> None:
+    pid = slurm.daemons()[daemon]
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: slurm.daemons()[daemon] is None, f"{daemon} to die", 10)
 
 
 def _wait_text(path: Path, text: str, timeout_s: float = 15) -> None:
@@ -167,19 +175,25 @@ def test_second_up_changes_nothing(slurm: SlurmCluster) -> None:
     assert slurm.daemons() == before
 
 
-@pytest.mark.parametrize("name", ["mariadbd", "slurmdbd", "slurmctld", "slurmd-n4"])
+@pytest.mark.parametrize("name", ["munged", "mariadbd", "slurmdbd", "slurmd-n4"])
 def test_up_starts_again_what_died(slurm: SlurmCluster, tmp_path: Path, name: str) -> None:
     job = _start(slurm, tmp_path, "-w", "n1")
     before = slurm.daemons()
     pid = before.pop(name)
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    _kill(slurm, name)
     assert slurm.up()
     after = slurm.daemons()
     assert after.pop(name) not in (None, pid)
     assert after == before
-    if name != "slurmctld":  # killed, it forgets what happened in its last seconds
-        assert slurm.job(job)["JobState"] == "RUNNING"
+    assert slurm.job(job)["JobState"] == "RUNNING"
+
+
+def test_up_boots_anew_when_the_controller_died(slurm: SlurmCluster) -> None:
+    before = slurm.daemons()
+    _kill(slurm, "slurmctld")
+    assert slurm.up()
+    assert slurm.is_up()
+    assert not before.items() & slurm.daemons().items()
 
 
 def test_pid_file_of_a_strangers_process_is_not_believed(tmp_path: Path) -> None:
