@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.data import Data
 from flowjobs.cli.defaults import CommandOptions, load_defaults
 from flowjobs.cli.logs import Logs
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Any] = {
     "status": Status,
     "logs": Logs,
     "data": Data,
+    "checkpoint": Checkpoint,
 }
 
 DESCRIPTION = """Flow-matching ablations on a preemptible Slurm cluster, or on this machine.

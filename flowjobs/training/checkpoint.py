@@ -6,9 +6,11 @@ itself does not check the archive's checksums.
 """
 
 import hashlib
+import logging
 import os
 import pickle
 import struct
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -21,6 +23,8 @@ from flowjobs.errors import CheckpointDamagedError, CheckpointError, CheckpointM
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.run import Run, default_study
 from flowjobs.training.ema import EMAModel
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _SEAL = b"flowjobs sha256 "
@@ -159,6 +163,8 @@ def restore_payload(
 def write_checkpoint(path: Path, payload: Payload) -> int:
     """Write `payload` to `path` whole or not at all, and verify what reached the disk.
 
+    The file that it replaces is kept as `last.previous.pt` (or `best.previous.pt`).
+
     Returns:
         The size in bytes.
     """
@@ -172,7 +178,58 @@ def write_checkpoint(path: Path, payload: Payload) -> int:
         file.seek(0)
         # Before the rename: the good file there is only given up for one that reads back.
         _verify(file, path)
+        _keep_previous(path)
     return size
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def read_newest_good(path: Path, device: torch.device | str = "cpu") -> Payload | None:
+    """Read the checkpoint at `path`, or the one before it if that one is damaged.
+
+    A damaged file is set aside under a name that says so, with a warning.
+
+    Returns:
+        The payload; None if there is no good one.
+
+    Raises:
+        CheckpointMismatchError: Written by a newer version of flowjobs.
+        CheckpointError: A file that is there cannot be read (permissions, a failing disk): going
+            on without it would throw work away that may still be sound.
+    """
+    for candidate in (path, previous_of(path)):
+        if not os.path.lexists(candidate):
+            continue
+        try:
+            return read_checkpoint(candidate, device)
+        except CheckpointDamagedError as error:
+            logger.warning("%s; set aside as %s", error, _set_aside(candidate).name)
+    return None
+
+
+def _keep_previous(path: Path) -> None:
+    if not path.is_file():
+        return
+    link = path.with_name(f".{path.name}.{os.getpid()}.link")
+    try:
+        # A second name for the same file, so that there is a good one at `path` at all times.
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, previous_of(path))
+    except OSError:
+        # No hard links on this file system; until the new file is in place a start finds the
+        # previous one under its own name.
+        os.replace(path, previous_of(path))
+
+
+def _set_aside(path: Path) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+    aside = path.with_name(f"{path.stem}.damaged-{stamp}{path.suffix}")
+    path.rename(aside)
+    return aside
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
@@ -183,6 +240,8 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
         CheckpointMismatchError: Written by a newer version of flowjobs.
         CheckpointError: There is no file, or it cannot be read.
     """
+    if path.is_dir():
+        raise CheckpointDamagedError(f"{path} is a folder, not a checkpoint")
     try:
         with path.open("rb") as file:
             _verify(file, path)
@@ -195,10 +254,12 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if payload.get("format", 0) > FORMAT:
+    found = payload.get("format") if isinstance(payload, dict) else None
+    if not isinstance(found, int):
+        raise CheckpointMismatchError(f"{path} is not a checkpoint of a run")
+    if found > FORMAT:
         raise CheckpointMismatchError(
-            f"{path} has format {payload['format']}, this flowjobs reads up to {FORMAT}: "
-            "update flowjobs"
+            f"{path} has format {found}, this flowjobs reads up to {FORMAT}: update flowjobs"
         )
     return payload
 

@@ -28,6 +28,15 @@ class Ranks:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """The other ranks enter the block when the first one has left it."""
+        if self.world_size > 1 and not self.is_first:
+            distributed.barrier()
+        yield
+        if self.world_size > 1 and self.is_first:
+            distributed.barrier()
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar tensor over the ranks."""
         return self.sum(value) / self.world_size

@@ -19,7 +19,7 @@ from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.recorder import Recorder, recording
 from flowjobs.training.batches import make_batches
-from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.checkpoint import read_checkpoint, read_newest_good
 from flowjobs.training.data import FlowDataset, normalization_stats
 from flowjobs.training.distributed import Ranks, single_process
 from flowjobs.training.flows import sample_path
@@ -118,7 +118,9 @@ class FlowTrainer:
         started = time.monotonic()
         # Every rank trains, the first one writes.
         saver = CheckpointSaver(run.best, run.last) if self._ranks.is_first else None
-        self._restore(run, saver)
+        # The first rank sets damaged files aside before the others look.
+        with self._ranks.first_goes_first():
+            self._restore(run, saver)
         first_step = self.state.step
         if recorder:
             recorder.go_on_after(first_step)
@@ -210,17 +212,24 @@ class FlowTrainer:
         return {"val/loss": val_loss, "val/best_loss": self.state.best_loss}
 
     def _restore(self, run: Run, saver: CheckpointSaver | None) -> None:
-        path = self._resume_path or run.last
-        if not path.exists() and not self._resume_path:
-            return
-        self.state.restore(read_checkpoint(path, self._device), path)
+        """Take over the newest good checkpoint, if there is one."""
+        if self._resume_path:
+            path, payload = self._resume_path, read_checkpoint(self._resume_path, self._device)
+        else:
+            path = run.last
+            found = read_newest_good(path, self._device)
+            if found is None:
+                return
+            payload = found
+        self.state.restore(payload, path)
+        # Never remember a better best than the one that is there: it is what the run ends with.
+        best = read_newest_good(run.best)
+        best_there = math.inf if best is None else best["best_loss"]
+        self.state.best_loss = max(self.state.best_loss, best_there)
         logger.info(
             "Resumed from epoch %d, step %d (%s)", self.state.epochs_finished, self.state.step, path
         )
         if self._resume_path and saver:
-            if not run.best.exists():
-                # The best of another run: this one's own first epoch sets its best.
-                self.state.best_loss = math.inf
             # On disk at once, so that a later start without --resume goes on from here.
             saver.save_and_wait(self.state.payload())
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from tests.cluster.client import run_client
 from tests.cluster.ports import free_ports
 from tests.cluster.services import Services
 from tests.cluster.waiting import ClusterError, wait_until
+
+logger = logging.getLogger(__name__)
 
 
 class Boot:
@@ -35,10 +38,11 @@ class Boot:
             if self.is_up():
                 return False
             if self._is_worth_keeping():
-                # If that fails, the state is not as good as it looked.
-                with contextlib.suppress(ClusterError):
+                try:
                     self._start()
                     return True
+                except ClusterError as error:  # the state is not as good as it looked
+                    logger.warning("The cluster is booted from nothing, because %s", error)
             self._wipe()
             try:
                 self._start()

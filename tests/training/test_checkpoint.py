@@ -13,7 +13,12 @@ from flowjobs.training import (
     load_checkpoint,
     save_checkpoint,
 )
-from flowjobs.training.checkpoint import read_checkpoint, write_checkpoint
+from flowjobs.training.checkpoint import (
+    previous_of,
+    read_checkpoint,
+    read_newest_good,
+    write_checkpoint,
+)
 
 
 def parts(width: int = 4) -> tuple[Any, ...]:
@@ -119,3 +124,80 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 def test_checkpoint_path_is_the_seeds() -> None:
     assert get_checkpoint_path("mlp-icfm-5k-none") == "study/checkpoints/mlp-icfm-5k-none/best.pt"
+
+
+def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2, 3):
+        write_checkpoint(path, {"format": 1, "step": step})
+    assert read_checkpoint(path)["step"] == 3
+    assert read_checkpoint(tmp_path / "last.previous.pt")["step"] == 2
+
+
+def test_the_checkpoint_before_is_kept_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*names: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    test_the_checkpoint_before_is_kept(tmp_path)
+
+
+def damage_truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def damage_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def damage_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def damage_bomb(path: Path) -> None:
+    write_checkpoint(path.with_name("bomb.pt"), {"format": 1, "epoch": Bomb()})
+    path.with_name("bomb.pt").replace(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_truncate, damage_empty, damage_flip, damage_folder, damage_bomb]
+)
+def test_a_damaged_file_is_set_aside_and_the_one_before_used(
+    tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        write_checkpoint(path, {"format": 1, "step": step})
+    damage(path)
+    found = read_newest_good(path)
+    assert found is not None
+    assert found["step"] == 1
+    assert not path.exists()
+    (aside,) = tmp_path.glob("last.damaged-*.pt")
+    assert aside.name in caplog.text
+    damage_empty(previous_of(path))
+    assert read_newest_good(path) is None
+
+
+def test_a_file_that_cannot_be_read_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, {"format": 1})
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
+        read_newest_good(path)
+    assert path.exists()

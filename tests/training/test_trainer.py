@@ -183,3 +183,20 @@ def test_sampling_integrates_and_undoes_the_normalization() -> None:
     assert torch.allclose(drawn.mean(0), torch.tensor([5.5, -3.0]), atol=0.15)
     assert torch.allclose(drawn.std(0), stats["std"], rtol=0.05)
     assert torch.equal(drawn, sample(Shift(), 4000, stats, CPU))
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_damaged_checkpoint_does_not_change_the_end(study: Path, which: str) -> None:
+    config = TrainingConfig(epochs=4, arch_args=SMALL)
+    whole, damaged = Run(study, "whole"), Run(study, "damaged")
+    train_in(whole, config)
+    # Two stops leave two checkpoints; the newer one is then damaged.
+    for steps in (30, 30):
+        with pytest.raises(RunInterrupted):
+            train_in(damaged, config, stop_reason=stop_at(steps))
+    path = getattr(damaged, which)
+    path.write_bytes(path.read_bytes()[:1000])
+    train_in(damaged, config)
+    assert same(read_checkpoint(whole.last), read_checkpoint(damaged.last))
+    assert same(read_checkpoint(whole.best), read_checkpoint(damaged.best))
+    assert list(read_rows(whole.metrics_file)) == list(read_rows(damaged.metrics_file))

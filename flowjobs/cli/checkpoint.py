@@ -1,0 +1,63 @@
+"""flowjobs checkpoint."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from flowjobs.cli.defaults import Defaults
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Say what is in a checkpoint, after verifying it. Runs no code from the file."""
+
+    action: tyro.conf.Positional[Literal["inspect"]]
+    """inspect: print step, losses, config and tensors."""
+
+    path: tyro.conf.Positional[Path]
+    """A best.pt or last.pt."""
+
+    json: bool = False
+    """Print JSON."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Print. Returns the exit code."""
+        from flowjobs.training.checkpoint import read_checkpoint
+
+        found = describe(self.path, read_checkpoint(self.path))
+        if self.json:
+            print(json.dumps(found, indent=2))
+            return 0
+        for key, value in found.items():
+            if isinstance(value, dict):
+                print(f"{key}:")
+                for name, item in value.items():
+                    print(f"  {name:32} {item}")
+            else:
+                print(f"{key:34} {value}")
+        return 0
+
+
+def describe(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
+    """What a person asks of a checkpoint, as JSON's types."""
+    weights = payload["model_state_dict"]
+    stats = payload["normalization_stats"]
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "format": payload["format"],
+        "step": payload["step"],
+        "epochs_finished": payload["epoch"] + 1,
+        "best_loss": payload["best_loss"],
+        "epochs_without_improvement": payload["epochs_without_improvement"],
+        "data_width": len(stats["mean"]),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "config": payload["config"],
+        "model": {
+            name: f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for name, tensor in weights.items()
+        },
+    }

@@ -1,0 +1,24 @@
+import json
+from pathlib import Path
+
+from tests.conftest import Command
+
+
+def test_inspect_says_what_is_in_a_checkpoint(flowjobs: Command, workplace: Path) -> None:
+    model = ("--arch-args", "width=16", "depth=1")
+    flowjobs("train", "--epochs", "1", *model, "--wandb-mode", "disabled")
+    path = "study/checkpoints/mlp-icfm-digits-none/last.pt"
+    found = json.loads(flowjobs("checkpoint", "inspect", path, "--json").stdout)
+    assert (found["step"], found["epochs_finished"], found["data_width"]) == (23, 1, 64)
+    assert found["config"]["arch_args"] == {"width": 16, "depth": 1}
+    assert found["model"]["linear_in.weight"] == "(16, 64) float32"
+    assert "linear_in.weight" in flowjobs("checkpoint", "inspect", path).stdout
+
+
+def test_inspect_refuses_a_damaged_file(flowjobs: Command, workplace: Path) -> None:
+    Path("torn.pt").write_bytes(b"PK\x03\x04")
+    done = flowjobs("checkpoint", "inspect", "torn.pt")
+    assert done.returncode == 2
+    assert "torn.pt (4 bytes) has no digest at its end" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert Path("torn.pt").exists()
