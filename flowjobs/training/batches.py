@@ -4,6 +4,7 @@ Both ways give the same bits: the rows of a step follow from the seed and the st
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -119,6 +120,7 @@ class LoadedBatches:
             sampler=_StepsFrom(self._order, step),
             num_workers=self._num_workers,
             pin_memory=self._mean.is_cuda,
+            worker_init_fn=_leave_signals_to_the_trainer,
             generator=torch.Generator(),  # or it would draw its base seed from the step's
         )
         return iter(loader)
@@ -136,6 +138,13 @@ class _StepsFrom(Sampler[list[int]]):
         while True:
             yield self._order.indices(step).tolist()
             step += 1
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # Slurm signals every process of a step. A reader that died of it would break the step that
+    # the trainer wants to finish before it saves; readers end when the trainer does.
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def normalized(rows: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -39,6 +39,17 @@ def send_signal(pid: int, signum: signal.Signals) -> None:
         os.kill(pid, signum)
 
 
+def _is_ending(pid: int) -> bool:
+    """Whether a process is past its last instruction, but its ports may not be free yet."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    state, *fields = text.rpartition(")")[2].split()
+    is_exiting = int(fields[5]) & 0x4  # PF_EXITING, among its flags
+    return bool(is_exiting) and state not in "ZX"
+
+
 @dataclass(frozen=True)
 class Daemon:
     """One daemon of the cluster under `root`.
@@ -71,10 +82,9 @@ class Daemon:
         """Its process id, or None if it does not run."""
         try:
             pid = int(self.pid_file.read_text())
-            environment = Path(f"/proc/{pid}/environ").read_bytes()
         except (OSError, ValueError):
             return None
-        return pid if f"{_MARK}={self._mark}".encode() in environment.split(b"\0") else None
+        return pid if self._is_process(pid) or _is_ending(pid) else None
 
     def start(self) -> None:
         """Starts it in a session of its own, unless it runs."""
@@ -150,3 +160,10 @@ class Daemon:
             text = ""
         tail = "\n".join(text.splitlines()[-lines:])
         return f"The end of {self.log_file}:\n{tail or '(empty)'}"
+
+    def _is_process(self, pid: int) -> bool:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+        return f"{_MARK}={self._mark}".encode() in environment.split(b"\0")
