@@ -79,6 +79,12 @@ def test_submit_runs_on_slurm_to_the_end(
     assert (listed["state"], listed["jobs"][0]["job_id"]) == ("finished", job_id)
 
 
+def test_follow_watches_a_job_on_slurm_to_its_end(slurm: SlurmCluster, flowjobs: Command) -> None:
+    done = flowjobs("submit", *MODEL, *QUICK, "--follow")
+    assert submitted(done)
+    assert "finished  3 epochs, best validation loss" in done.stdout
+
+
 def test_sbatch_refusing_is_one_clear_error(
     slurm: SlurmCluster, flowjobs: Command, study: Path
 ) -> None:
@@ -115,8 +121,8 @@ def test_submitting_from_inside_a_job(slurm: SlurmCluster, flowjobs: Command, st
     )
     assert slurm.wait_state(outer, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
     inner = Run(study, "mlp-icfm-digits-none").submissions()[0]["job_id"]
-    assert slurm.job(inner)["NumNodes"] == "1"
     assert slurm.wait_state(inner, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
+    assert slurm.job(inner)["NumNodes"] == "1"
 
 
 def test_sbatch_by_hand_is_the_same_run_as_submit(
