@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ SBATCH_VARIABLES = {
     "SBATCH_TIMELIMIT": "timeout_min",
 }
 
+MAX_SEED = 2**63 - 1
+DATA_FILE_SUFFIXES = (".pt", ".npy")
+
 # `str | None` says the same, but for a union of that form tyro loads typeguard, a fifth of the
 # time of `submit --help`.
 OptionalStr = Optional[str]  # noqa: UP045
@@ -41,8 +45,8 @@ OptionalInt = Optional[int]  # noqa: UP045
 OptionalFloat = Optional[float]  # noqa: UP045
 
 # The training fields that do not decide what a step computes, so that a run keeps its name and
-# its signature when they change. `epochs` says how long, and a larger one extends the run.
-NOT_IN_SIGNATURE = frozenset({"epochs", "group", "data_placement", "num_workers"})
+# its signature when they change. `epochs` and `patience` say how long; more extends the run.
+NOT_IN_SIGNATURE = frozenset({"epochs", "patience", "group", "data_placement", "num_workers"})
 
 
 class KeyValues(dict[str, Any]):
@@ -52,7 +56,7 @@ class KeyValues(dict[str, Any]):
     def parse(cls, items: Iterable[str]) -> "KeyValues":
         """`["width=512", "norm=layer"]` -> `{"width": 512, "norm": "layer"}`.
 
-        A value is a Python literal, else a string.
+        A value is a Python literal (of JSON's types: a tuple becomes a list), else a string.
 
         Raises:
             ValueError: An item is not of the form key=value.
@@ -63,8 +67,8 @@ class KeyValues(dict[str, Any]):
             if not (key and equals):
                 raise ValueError(f"found {item!r}, expected key=value")
             try:
-                parsed[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+                parsed[key] = json.loads(json.dumps(ast.literal_eval(value)))
+            except (ValueError, SyntaxError, TypeError):  # no literal, or none that JSON knows
                 parsed[key] = value
         return parsed
 
@@ -107,7 +111,7 @@ class TrainingConfig:
     """Steps of linear warm-up before the cosine decay."""
 
     patience: int = 50
-    """Epochs without a better validation loss before the run stops early."""
+    """Epochs without a better validation loss before the run stops early; more extends it."""
 
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
@@ -144,6 +148,7 @@ class TrainingConfig:
         for name in ("lr", "grad_clip"):
             _require(self, name, above=0)
         _require(self, "ema_decay", minimum=0, below=1)
+        _require(self, "seed", minimum=0, below=MAX_SEED)
         _require_choice("flow", self.flow, Flow)
         _require_choice("aug", self.aug, Augmentation)
         _require_choice("precision", self.precision, Precision)
@@ -155,7 +160,9 @@ class TrainingConfig:
     @property
     def run_name(self) -> str:
         """`{arch}-{flow}-{dataset}-{aug}`: the name of the run's folder where none is given."""
-        parts = (self.arch_label, self.flow, Path(self.dataset).stem, self.aug)
+        is_file = self.dataset.endswith(DATA_FILE_SUFFIXES)
+        dataset = Path(self.dataset).stem if is_file else self.dataset
+        parts = (self.arch_label, self.flow, dataset, self.aug)
         return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))
 
     @property
@@ -216,7 +223,7 @@ class SlurmConfig:
     """Time limit of one job in minutes, not of the run; default: the partition's."""
 
     signal_delay_s: int = 90
-    """Seconds before the time limit at which the job is told to save."""
+    """Seconds before the time limit at which the job is told to save; at most half the limit."""
 
     comment: OptionalStr = None
     """Comment of the job."""
@@ -239,6 +246,13 @@ class SlurmConfig:
                     f"--sbatch: found {key!r}, expected the long name of an sbatch option "
                     "without its dashes (reservation)"
                 )
+
+    @property
+    def signal_before_end_s(self) -> int:
+        """`signal_delay_s`, but no more than half of a short time limit."""
+        if self.timeout_min is None:
+            return self.signal_delay_s
+        return min(self.signal_delay_s, 30 * self.timeout_min)
 
     @property
     def tasks_per_node(self) -> int:
@@ -335,6 +349,7 @@ def _require(
 ) -> None:
     value = getattr(config, name)
     bounds = [
+        (not math.isfinite(value), "a finite number"),
         (minimum is not None and not value >= minimum, f"at least {minimum}"),
         (above is not None and not value > above, f"more than {above}"),
         (below is not None and not value < below, f"less than {below}"),

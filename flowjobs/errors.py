@@ -5,6 +5,7 @@ FlowjobsError                 something a person can mend: printed without a tra
 │   └── RunMismatchError      the run of this name was started with another config
 ├── DataError                 a dataset that is missing, unreadable or not usable
 ├── CheckpointError           a checkpoint that cannot be used
+│   ├── CheckpointWriteError      it could not be written at last: exit 1, the run failed
 │   ├── CheckpointDamagedError    not the bytes that were written
 │   └── CheckpointMismatchError   good bytes, of another model or a newer version
 ├── RunNotFoundError          no run of that name in the study
@@ -35,6 +36,12 @@ class DataError(FlowjobsError):
 
 class CheckpointError(FlowjobsError):
     """A checkpoint that cannot be used."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """The state could not be written; the text has the path and the reason."""
+
+    exit_code = 1
 
 
 class CheckpointDamagedError(CheckpointError):

@@ -1,7 +1,7 @@
 #!/bin/bash
 # A list of runs as one Slurm array, one task a run, by plain sbatch:
 #
-#     sbatch --array=1-$(wc -l < runs.txt) sbatch/array.sh runs.txt
+#     sbatch --array=1-$(grep -c '' runs.txt) sbatch/array.sh runs.txt
 #
 # Each line of runs.txt holds the arguments of one `python -m flowjobs train`:
 #
@@ -31,7 +31,7 @@ fi
 
 read -r -a arguments < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")
 if [ "${#arguments[@]}" -eq 0 ]; then
-    echo "error: $1 has no line $SLURM_ARRAY_TASK_ID: use --array=1-\$(wc -l < $1)" >&2
+    echo "error: $1 has no line $SLURM_ARRAY_TASK_ID: it has $(grep -c '' "$1")" >&2
     exit 2
 fi
 

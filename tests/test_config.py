@@ -26,6 +26,7 @@ def test_run_name_is_the_seeds() -> None:
         ("my.models:WideNet", "digits", "WideNet-icfm-digits-none"),
         ("wide=my.models:WideNet", "digits", "wide-icfm-digits-none"),
         ("mlp", "/data/my embeddings.npy", "mlp-icfm-my_embeddings-none"),
+        ("mlp", "v1.5k", "mlp-icfm-v1.5k-none"),
     ],
 )
 def test_run_name_can_be_a_folder(arch: str, dataset: str, name: str) -> None:
@@ -60,7 +61,7 @@ def test_signature_changes_with_what_changes_the_result_only() -> None:
     [
         ("batch_size", 0, "--batch-size: found 0, expected at least 1"),
         ("lr", 0.0, "--lr: found 0.0, expected more than 0"),
-        ("lr", float("nan"), "--lr: found nan, expected more than 0"),
+        ("lr", float("nan"), "--lr: found nan, expected a finite number"),
         ("ema_decay", 1.0, "--ema-decay: found 1.0, expected less than 1"),
         ("flow", "sbcfm", "--flow: found 'sbcfm', expected one of icfm, otcfm"),
     ],
@@ -77,7 +78,7 @@ def test_an_sbatch_option_is_named_without_dashes() -> None:
 
 def test_key_values_are_literals_or_strings() -> None:
     parsed = KeyValues.parse(["width=512", "norm=layer", "scales=(1, 2)", "gres=gpu:2", "x=1=2"])
-    assert parsed == {"width": 512, "norm": "layer", "scales": (1, 2), "gres": "gpu:2", "x": "1=2"}
+    assert parsed == {"width": 512, "norm": "layer", "scales": [1, 2], "gres": "gpu:2", "x": "1=2"}
 
 
 def test_an_arch_is_checked_without_importing_it() -> None:

@@ -3,12 +3,13 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.errors import ConfigError
+from flowjobs.runs.datasets import split_files
 from flowjobs.runs.run import default_study
 
 
@@ -26,6 +27,9 @@ class Data:
     """Training rows of each split (1k 5k 10k), or all. A smaller one is part of a larger one; all
     share one validation part."""
 
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace splits of these names that hold other rows."""
+
     study: Path = field(default_factory=default_study)
     """Root of the study."""
 
@@ -35,9 +39,9 @@ class Data:
         from flowjobs.training.data import FlowDataset, write_splits
 
         study = self.study.expanduser().absolute()
-        written = write_splits(FlowDataset(self.file).data, study, sizes)
+        written = write_splits(FlowDataset(self.file).data, study, sizes, overwrite=self.overwrite)
         for name, rows in written.items():
-            print(f"{study / 'datasets' / 'splits' / name}: {rows} training rows")
+            print(f"{split_files(study, name)[0]}: {rows} training rows")
         return 0
 
 

@@ -23,6 +23,7 @@ from flowjobs.config import (
     flag,
 )
 from flowjobs.errors import ConfigError
+from flowjobs.runs.datasets import is_data_file
 from flowjobs.runs.run import default_study
 
 FILE_NAME = "flowjobs.toml"
@@ -77,8 +78,7 @@ class Defaults:
 
     def source_of(self, config: Any, name: str) -> str:
         """Where the value of a parsed config's field came from."""
-        value = getattr(config, name)
-        if value != getattr(self.fill(type(config)), name):
+        if getattr(config, name) != getattr(self.fill(type(config)), name):
             return flag(name)
         return self.sources.get(name, "default")
 
@@ -94,7 +94,10 @@ def load_defaults(environment: Mapping[str, str] = os.environ) -> Defaults:
         _read_file(path, defaults)
     for variable, name in SBATCH_VARIABLES.items():
         if found := environment.get(variable):
-            defaults.values[name] = _sbatch_value(variable, found)
+            value = _sbatch_value(name, found)
+            if value is None:
+                continue  # for sbatch itself to read, in a form of its own
+            defaults.values[name] = value
             defaults.sources[name] = variable
     return defaults
 
@@ -143,9 +146,11 @@ def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
     for option in options:
         if option is KeyValues and isinstance(value, dict):
             return KeyValues(value)
+        # Paths are relative to the file, so that they mean the same from every folder below.
         if option is Path and isinstance(value, str):
-            # Relative to the file, so that it means the same from every folder below.
             return path.parent / Path(value).expanduser()
+        if key == "dataset" and isinstance(value, str) and is_data_file(value):
+            return str(path.parent / Path(value).expanduser())
         if option is float and type(value) is int:
             return float(value)
         if get_origin(option) is Literal and value in get_args(option):
@@ -160,15 +165,12 @@ def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
     raise ConfigError(f"{path}: {key} = {value!r}, expected {expected}")
 
 
-def _sbatch_value(variable: str, found: str) -> str | int:
-    if SBATCH_VARIABLES[variable] != "timeout_min":
+def _sbatch_value(name: str, found: str) -> str | int | None:
+    if name != "timeout_min":
         return found
-    # Imported here: it is rarely set, and the scheduler's side is slow to load.
-    from flowjobs.jobs.slurm import minutes
+    from flowjobs.jobs.slurm import minutes  # rarely needed
 
     try:
         return minutes(found)
-    except ValueError as error:
-        raise ConfigError(
-            f"{variable}={found}: expected one of sbatch's forms, such as 90, 1:30:00 or 2-12"
-        ) from error
+    except ValueError:
+        return None

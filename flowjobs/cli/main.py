@@ -9,7 +9,7 @@ import tyro
 
 from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.data import Data
-from flowjobs.cli.defaults import CommandOptions, load_defaults
+from flowjobs.cli.defaults import load_defaults
 from flowjobs.cli.logs import Logs
 from flowjobs.cli.status import Status
 from flowjobs.cli.submit import Submit
@@ -29,8 +29,8 @@ COMMANDS: dict[str, Any] = {
 
 DESCRIPTION = """Flow-matching ablations on a preemptible Slurm cluster, or on this machine.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was done; 75 preempted, the same command
-goes on; 130 Ctrl-C.
+Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was done; 75 preempted or
+Ctrl-C, the same command goes on; 130 Ctrl-C twice.
 """
 
 
@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command. Returns its exit code."""
     defaults = load_defaults()
+    if "study" in defaults.values:
+        # Every command looks there for the study, and a flag wins over it.
+        os.environ.setdefault("FLOWJOBS_STUDY", str(defaults.values.pop("study")))
     name, *rest = arguments or ("",)
     if name not in COMMANDS:
         # Help, or a word that is no command: tyro lists those that there are, and exits.
@@ -67,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
         _parse(every, "flowjobs", arguments, description=DESCRIPTION)
     # The parser of one command alone is built in half the time of all of them.
     cls = COMMANDS[name]
-    default = {"default": defaults.fill(cls)} if issubclass(cls, CommandOptions) else {}
+    default = {"default": defaults.fill(cls)} if cls in (Submit, Train) else {}
     code: int = _parse(cls, f"flowjobs {name}", rest, **default).run(defaults)
     return code
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig, check_arch
-from flowjobs.errors import RunNotFoundError
 from flowjobs.runs.datasets import check_dataset, is_data_file
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import Run, check_run_name
 
 
 def prepare_run(
@@ -15,10 +14,18 @@ def prepare_run(
     study: Path,
     name: str | None,
     training: TrainingConfig,
-    slurm: SlurmConfig,
+    slurm: SlurmConfig | None,
     tracking: TrackingConfig,
 ) -> tuple[Run, RunConfig]:
     """The run that a command means, and its config. Writes nothing.
+
+    Args:
+        defaults: For the user's names of models.
+        study: Root of the study.
+        name: Name of the run, or None for the config's own.
+        training: What to train.
+        slurm: What to ask of the cluster; None leaves it as it was asked for before.
+        tracking: Where to mirror it.
 
     Raises:
         FlowjobsError: Something in it cannot be used.
@@ -32,15 +39,14 @@ def prepare_run(
         training = dataclasses.replace(training, dataset=str(path))
     check_dataset(training.dataset, study)
     run = Run(study, name or training.run_name)
-    config = RunConfig(training, slurm, tracking)
-    run.merge(config)
-    return run, config
+    check_run_name(run.name)
+    if slurm is None:
+        slurm = run.config().slurm if run.exists() else SlurmConfig()
+    return run, RunConfig(training, slurm, tracking)
 
 
 def existing_run(study: Path, name: str) -> Run:
     """The run of this name, or a RunNotFoundError that lists those that there are."""
     run = Run(study.expanduser().absolute(), name.rstrip("/").rpartition("/")[2])
-    if not run.exists():
-        run.config()
-        raise RunNotFoundError(name)
+    run.config()
     return run

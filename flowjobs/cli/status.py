@@ -60,7 +60,7 @@ def _print_table(runs: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "state", "epoch", "step", "val/loss", "best", "job", box=None)
+    table = Table("state", "epoch", "step", "val/loss", "best", "job", box=None)
     for run in runs:
         best = run["best_val_loss"]
         latest = run["latest"].get("val/loss")

@@ -50,8 +50,8 @@ class Submit(CommandOptions):
     def run(self, defaults: Defaults) -> int:
         """Submit, and follow if asked to. Returns the exit code."""
         # The scheduler's side is slow to load, and --help does without.
-        from flowjobs.jobs.executors import choose_cluster
-        from flowjobs.jobs.submit import queued_job, submit
+        from flowjobs.jobs.executors import check_local, choose_cluster
+        from flowjobs.jobs.submit import running_job, submit
 
         if self.follow and self.no_follow:
             raise ConfigError("--follow and --no-follow: found both, expected one")
@@ -59,17 +59,21 @@ class Submit(CommandOptions):
             defaults, self.study, self.name, self.training, self.slurm, self.tracking
         )
         cluster, why = choose_cluster(self.cluster)
+        if cluster == "local":
+            check_local(config.slurm)
+        busy = running_job(run) if run.exists() else None
+        run.merge(config, in_use=busy is not None)
         if self.dry_run:
             self._print_plan(run, config, defaults, f"{cluster} ({why})")
+            return 0
+        if busy:
+            print(f"{run.name} is already there as {busy}; nothing was submitted")
             return 0
         if note := run.create(config):
             print(note)
         if run.finished():
             print(f"{run.name} is finished: {run.best}, {run.samples_picture}")
-            print("to train on, give it more --epochs")
-            return 0
-        if job_id := queued_job(run):
-            print(f"{run.name} is already there as job {job_id}; nothing was submitted")
+            print("to train on, give it more --epochs, or more --patience if it stopped early")
             return 0
 
         mode, mode_reason = resolve_mode(config.tracking)
@@ -90,7 +94,7 @@ class Submit(CommandOptions):
         )
         if cluster == "debug" or self.no_follow or (cluster == "slurm" and not self.follow):
             return 0
-        return follow(run, attempts_before, job.alive if cluster == "local" else None)
+        return follow(run, attempts_before, lambda: job.alive(run), requeues=cluster == "slurm")
 
     def _study_flag(self) -> str:
         return "" if self.study == default_study() else f" --study {self.study}"
@@ -100,11 +104,13 @@ class Submit(CommandOptions):
 
         _print_rows(run=run.name, folder=str(run.folder), cluster=cluster)
         print("\n# where the values come from")
-        parts: list[Any] = [config.training, config.slurm, config.tracking]
+        # As they were given, not as `config` has them: paths are absolute there.
+        parts: list[Any] = [self, self.training, self.slurm, self.tracking]
         for part in parts:
             for known in dataclasses.fields(part):
                 source = defaults.source_of(part, known.name)
-                if source != "default":
+                shown = known.name not in ("training", "slurm", "tracking", "dry_run")
+                if shown and source != "default":
                     print(f"{flag(known.name):18} {getattr(part, known.name)}  ({source})")
         print("all others are flowjobs' own defaults\n")
         print(slurm_executor(run, config.slurm).batch_file())

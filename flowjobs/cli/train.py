@@ -1,36 +1,45 @@
 """flowjobs train."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import prepare_run
-from flowjobs.config import OptionalStr, SlurmConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import OptionalStr, TrackingConfig, TrainingConfig
+from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.run import default_study
 
 
 @dataclass(frozen=True)
-class Train(CommandOptions):
+class Train:
     """Train a run in this process: here, or as the last line of a batch script."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    study: Path = field(default_factory=default_study)
+    """Root of the study; default: $FLOWJOBS_STUDY, else ./study."""
+
     name: OptionalStr = None
     """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
 
     resume: Path | None = None
-    """Start from this checkpoint instead of the run's last.pt; without it, the run goes on from
-    last.pt if there is one."""
+    """Start from this checkpoint; without it, the run goes on from its last.pt if there is one. A
+    run that already comes from it goes on from its last.pt too."""
 
     def run(self, defaults: Defaults) -> int:
         """Train to the end. Returns the exit code."""
         from flowjobs.jobs.task import log_to_stderr, train_run
 
         run, config = prepare_run(
-            defaults, self.study, self.name, self.training, SlurmConfig(), self.tracking
+            defaults, self.study, self.name, self.training, None, self.tracking
         )
-        if note := run.create(config):
+        in_use = run.exists() and lock_holder(run.folder) is not None
+        if note := run.create(config, in_use=in_use):
             print(note)
         log_to_stderr()
-        train_run(run, self.resume)
+        # A job that Slurm started again goes on from where it was.
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        train_run(run, None if requeued else self.resume)
         return 0

@@ -86,7 +86,7 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
         "cpus_per_task": asked.cpus_per_task,
         "mem": None if memory is None else f"{round(memory * 1024)}M",
         "time": asked.timeout_min,
-        "signal_delay_s": asked.signal_delay_s,
+        "signal_delay_s": asked.signal_before_end_s,
         "comment": asked.comment,
         "wckey": None,
         "stderr_to_stdout": True,
@@ -98,7 +98,12 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
     return executor
 
 
-def _local_executor(run: Run, asked: SlurmConfig) -> LocalExecutor:
+def check_local(asked: SlurmConfig) -> list[int]:
+    """The GPUs that a job on this machine gets.
+
+    Raises:
+        ConfigError: More is asked for than this machine has.
+    """
     if asked.nodes > 1:
         raise ConfigError(f"--nodes: found {asked.nodes}; without Slurm there is this machine only")
     visible = visible_gpus()
@@ -107,14 +112,18 @@ def _local_executor(run: Run, asked: SlurmConfig) -> LocalExecutor:
         raise ConfigError(
             f"--gpus-per-node: found {asked.gpus_per_node}, this machine has {len(visible)}"
         )
-    gpus = visible[: asked.gpus_per_node]
+    return visible[: asked.gpus_per_node]
+
+
+def _local_executor(run: Run, asked: SlurmConfig) -> LocalExecutor:
+    gpus = check_local(asked)
     executor = LocalExecutor(folder=run.logs)
     executor.update_parameters(
         gpus_per_node=len(gpus),
         visible_gpus=gpus,
         tasks_per_node=max(1, len(gpus)),
         timeout_min=asked.timeout_min or NO_LIMIT_MIN,
-        signal_delay_s=asked.signal_delay_s,
+        signal_delay_s=asked.signal_before_end_s,
         stderr_to_stdout=True,
     )
     return executor
@@ -124,5 +133,10 @@ def visible_gpus() -> list[int]:
     """The GPUs of this machine that a job may use. Looked up without loading torch."""
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if asked is not None:
-        return [int(index) for index in asked.split(",") if index.strip().isdigit()]
+        entries = [entry.strip() for entry in asked.split(",") if entry.strip()]
+        if not all(entry.isdigit() for entry in entries):
+            raise ConfigError(
+                f"CUDA_VISIBLE_DEVICES={asked}: submitit's local executor takes indices (0,1) only"
+            )
+        return [int(entry) for entry in entries]
     return list(range(len(list(GPUS_OF_NVIDIA.glob("*")))))

@@ -18,6 +18,7 @@ from flowjobs.errors import SubmissionError
 from flowjobs.jobs import slurm
 from flowjobs.jobs.executors import Cluster, make_executor
 from flowjobs.jobs.task import RunTask, log_to_stderr
+from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import Run
 
 
@@ -42,8 +43,10 @@ class SubmittedJob:
         """What ends the job by hand."""
         return f"scancel {self.job_id}" if self.cluster == "slurm" else f"kill {self.job_id}"
 
-    def alive(self) -> bool:
-        """Whether a job on this machine still runs."""
+    def alive(self, run: Run) -> bool:
+        """Whether the job still waits or runs."""
+        if self.cluster == "slurm":
+            return slurm.queued_state(self.job_id, run.name) is not None
         return not self.job.done()
 
 
@@ -59,14 +62,14 @@ def submit(run: Run, cluster: Cluster) -> SubmittedJob:
         SubmissionError: sbatch refused; the text has its words and what could be meant.
     """
     asked = run.config().slurm
-    before = set(run.logs.iterdir())
     executor = make_executor(cluster, run, asked)
-    with _environment_of(cluster):
+    with _environment_of(cluster, asked):
         try:
             job: Job[None] = executor.submit(RunTask(str(run.folder)))
         except (FailedJobError, FailedSubmissionError) as error:
-            for leftover in set(run.logs.iterdir()) - before:
-                leftover.unlink()
+            for pattern in (".submission_file_*.sh", "[0-9a-f]" * 32 + ".pkl"):
+                for leftover in run.logs.glob(pattern):
+                    leftover.unlink()
             raise SubmissionError(_explain(str(error), asked)) from error
     submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
     run.add_submission(submitted.job_id, cluster, submitted.log)
@@ -76,17 +79,22 @@ def submit(run: Run, cluster: Cluster) -> SubmittedJob:
     return submitted
 
 
-def queued_job(run: Run) -> str | None:
-    """The id of the run's newest Slurm job if it still waits or runs, else None."""
+def running_job(run: Run) -> str | None:
+    """The job of the run that waits or runs, in words for a person; None if there is none.
+
+    Raises:
+        SubmissionError: There was a Slurm job, and Slurm does not say what became of it.
+    """
     submissions = run.submissions()
-    if not submissions or submissions[-1]["cluster"] != "slurm":
-        return None
-    job_id: str = submissions[-1]["job_id"]
-    return job_id if slurm.queued_state(job_id, run.name) else None
+    if submissions and submissions[-1]["cluster"] == "slurm":
+        job_id = submissions[-1]["job_id"]
+        if state := slurm.queued_state(job_id, run.name):
+            return f"job {job_id} ({state.lower()})"
+    return lock_holder(run.folder)
 
 
 @contextlib.contextmanager
-def _environment_of(cluster: Cluster) -> Iterator[None]:
+def _environment_of(cluster: Cluster, asked: SlurmConfig) -> Iterator[None]:
     """What a job inherits from the submitting process, while the block lasts."""
     saved = dict(os.environ)
     # A job that finds the service of another process's wandb fails to start its own.
@@ -94,7 +102,7 @@ def _environment_of(cluster: Cluster) -> Iterator[None]:
     try:
         match cluster:
             case "slurm":
-                cleaned = slurm.environment_for_sbatch(os.environ)
+                cleaned = slurm.environment_for_sbatch(os.environ, asked)
                 os.environ.clear()
                 os.environ.update(cleaned)
                 # submitit prints what sbatch said, and raises it as well.
@@ -120,10 +128,13 @@ def _detached_children() -> Iterator[None]:
     handlers = {
         number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)
     }
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(descriptor) for descriptor in range(3)]
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
     nowhere = os.open(os.devnull, os.O_RDWR)
+    while nowhere <= 2:  # a process may be started with its standard streams closed
+        nowhere = os.dup(nowhere)
+    kept = [os.dup(descriptor) for descriptor in range(3)]
     try:
         for descriptor in range(3):
             os.dup2(nowhere, descriptor)

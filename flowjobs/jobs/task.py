@@ -56,6 +56,8 @@ def train_run(run: Run, resume_path: Path | None = None) -> None:
             logger.info("%s is finished", run.name)
             return
         process = this_process(run)
+        if process.job.cluster == "none" and process.job.log:
+            log_to_file(Path(process.job.log))
         _train(run, process, signals, resume_path)
 
 
@@ -64,7 +66,8 @@ def _train(run: Run, process: JobProcess, signals: StopSignals, resume_path: Pat
     from flowjobs.training.distributed import joined_ranks
     from flowjobs.training.run_training import run_training
 
-    with joined_ranks(process.rank, process.world_size, process.local_rank) as ranks:
+    use_gpu = run.config().slurm.gpus_per_node > 0
+    with joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu) as ranks:
         if not ranks.is_first:
             run_training(run, None, ranks, signals.reason, resume_path)
             return

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from flowjobs.runs.lock import run_lock
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now, outcome_of
+from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now, outcome_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ class Attempt:
     def __init__(self, run: Run, job: JobInfo) -> None:
         self.run = run
         self.job = job
-        self.outcome: Outcome | None = None
         self._stack = ExitStack()
         self._written_at = 0.0
 
@@ -40,7 +39,8 @@ class Attempt:
         self._record = AttemptRecord(len(self._status.attempts) + 1, self.job, started=now())
         self._status.attempts.append(self._record)
         self._status.state, self._status.reason, self._status.exit_code = "running", "", None
-        self._status.epochs = self.run.config().training.epochs
+        asked = self.run.config().training
+        self._status.epochs, self._status.patience = asked.epochs, asked.patience
         self._status.write(self.run.status_file)
         logger.info(
             "attempt %d at %s: %s job %s on %s",
@@ -72,7 +72,7 @@ class Attempt:
         traceback: TracebackType | None,
     ) -> None:
         with self._stack:  # the lock is freed last
-            outcome = self.outcome = outcome_of(error)
+            outcome = outcome_of(error)
             self._record.ended = now()
             self._record.state = self._status.state = outcome.state
             self._record.reason = self._status.reason = outcome.reason

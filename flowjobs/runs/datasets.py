@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from flowjobs.config import DATA_FILE_SUFFIXES
 from flowjobs.errors import DataError
 
 EMBEDDED = "digits"
-FILE_SUFFIXES = (".pt", ".npy")
 
 
 def split_files(study: Path, dataset: str) -> tuple[Path, Path]:
@@ -16,7 +16,7 @@ def split_files(study: Path, dataset: str) -> tuple[Path, Path]:
 
 def is_data_file(dataset: str) -> bool:
     """Whether `--dataset` is the path of a file rather than the name of splits."""
-    return dataset.endswith(FILE_SUFFIXES)
+    return dataset.endswith(DATA_FILE_SUFFIXES)
 
 
 def check_dataset(dataset: str, study: Path) -> None:

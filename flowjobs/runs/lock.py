@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from flowjobs.errors import RunBusyError
 from flowjobs.runs.files import write_json
 from flowjobs.runs.status import JobInfo
@@ -22,6 +20,8 @@ def run_lock(folder: Path, holder: JobInfo) -> Iterator[None]:
     Raises:
         RunBusyError: Another attempt holds it; the text says which.
     """
+    from filelock import FileLock, Timeout  # slow to load, and --help does without
+
     lock = FileLock(folder / ".lock")
     holder_file = folder / ".lock-holder.json"
     try:
@@ -36,6 +36,17 @@ def run_lock(folder: Path, holder: JobInfo) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def lock_holder(folder: Path) -> str | None:
+    """Who holds the run in `folder`, in words for a person; None if nobody does."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return None
+    except Timeout:
+        return _describe(folder / ".lock-holder.json")
 
 
 def _describe(holder_file: Path) -> str:

@@ -1,5 +1,6 @@
 """A run's folder: every path in it, its config, and who may change them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import RunConfig, config_to_dict, flag, run_config_from_dict
+from flowjobs.config import NOT_IN_SIGNATURE, RunConfig, config_to_dict, flag, run_config_from_dict
 from flowjobs.errors import ConfigError, RunMismatchError, RunNotFoundError
 from flowjobs.runs.files import append_line, write_json
 from flowjobs.runs.status import RunStatus, now, read_status
@@ -96,54 +97,74 @@ class Run:
         """The status on disk, or None before the first attempt."""
         return read_status(self.status_file)
 
+    def started(self) -> bool:
+        """Whether there is work of the run that another config would make worthless."""
+        status = self.status()
+        steps = [] if status is None else [attempt.last_step for attempt in status.attempts]
+        return any(steps) or self.last.exists() or self.best.exists()
+
     def finished(self) -> bool:
         """Whether the run has done all that its config asks for."""
         status = self.status()
-        return (
-            status is not None
-            and status.state == "finished"
-            and status.epochs is not None
-            and status.epochs >= self.config().training.epochs
-        )
+        if status is None or status.state != "finished":
+            return False
+        asked = self.config().training
+        return (status.epochs or 0) >= asked.epochs and (status.patience or 0) >= asked.patience
 
     def submissions(self) -> list[dict[str, Any]]:
         """Every job that was submitted for the run, oldest first: job_id, cluster, submitted."""
         if not self.jobs_file.exists():
             return []
-        return [json.loads(line) for line in self.jobs_file.read_text().splitlines()]
+        entries = []
+        for line in self.jobs_file.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # torn by a full disk
+                entries.append(json.loads(line))
+        return entries
 
     def add_submission(self, job_id: str, cluster: str, log: Path | None) -> None:
         """Note that a job was submitted for the run."""
         entry = {"job_id": job_id, "cluster": cluster, "submitted": now(), "log": str(log or "")}
         append_line(self.jobs_file, json.dumps(entry))
 
-    def create(self, config: RunConfig) -> str:
+    def create(self, config: RunConfig, *, in_use: bool = False) -> str:
         """Make the run's folder and config, or check that it is the same run.
 
         What does not change the result (the partition, the time limit, the W&B mode) is taken
-        over from `config`; so is a larger number of epochs.
+        over from `config`; so is a larger number of epochs. A run that has not trained a step
+        takes over all of it: a mistyped flag does not take the name for good.
+
+        Args:
+            config: What is asked for.
+            in_use: Whether a job of the run waits or runs, so that its config must stay.
 
         Returns:
             What a person should know, or "": that the run is extended, say.
 
         Raises:
             RunMismatchError: A run of this name has another signature.
+            ConfigError: The folder cannot be made.
         """
         from filelock import FileLock  # slow to load, and --help does without
 
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--study {self.study}: {error.strerror}: {error.filename}"
+            ) from error
         # Ranks and sweeps create the same run at once.
         with FileLock(self.folder / ".config.lock"):
-            merged, note = self.merge(config)
+            merged, note = self.merge(config, in_use=in_use)
             signature = merged.training.signature
-            # The W&B id stays when the study is moved.
-            wandb_id = self.tracking_id() if self.exists() else _new_tracking_id(self, signature)
+            wandb_id = _new_tracking_id(self, signature)
+            if self.exists() and self.config().training.signature == signature:
+                wandb_id = self.tracking_id()  # it stays when the study is moved
             identity = {"name": self.name, "signature": signature, "wandb_id": wandb_id}
             write_json(self.config_file, {**identity, **config_to_dict(merged)})
         return note
 
-    def merge(self, asked: RunConfig) -> tuple[RunConfig, str]:
+    def merge(self, asked: RunConfig, *, in_use: bool = False) -> tuple[RunConfig, str]:
         """What `create` would write, and what a person should know of it. Writes nothing.
 
         Raises:
@@ -154,25 +175,44 @@ class Run:
             return asked, ""
         found = self.config()
         if found.training.signature != asked.training.signature:
-            raise RunMismatchError(self._differences(found, asked))
+            if in_use or self.started():
+                raise RunMismatchError(self._differences(found, asked))
+            return asked, f"{self.name} had not trained a step; it takes over this config"
+        notes = []
         before, after = found.training.epochs, asked.training.epochs
         if after > before:
-            return asked, (
+            notes.append(
                 f"extends {self.name} from {before} to {after} epochs; "
                 "the learning rate follows the longer schedule from here on"
             )
         if after < before:
-            longer = replace(asked, training=replace(asked.training, epochs=before))
-            return longer, f"{self.name} keeps its {before} epochs (--epochs {after} is fewer)"
-        return asked, ""
+            notes.append(f"{self.name} keeps its {before} epochs (--epochs {after} is fewer)")
+        place = {"wandb_project", "wandb_entity"}
+        kept = {key: getattr(found.tracking, key) for key in place}
+        if any(getattr(asked.tracking, key) != value for key, value in kept.items()):
+            notes.append(f"{self.name} stays in the W&B project {kept['wandb_project']}")
+        merged = replace(
+            asked,
+            training=replace(
+                asked.training,
+                epochs=max(before, after),
+                patience=max(found.training.patience, asked.training.patience),
+            ),
+            tracking=replace(asked.tracking, **kept),
+        )
+        return merged, "\n".join(notes)
 
     def _differences(self, found: RunConfig, asked: RunConfig) -> str:
         old, new = found.training.to_dict(), asked.training.to_dict()
-        changed = [key for key in new if new[key] != old[key]]
+        changed = [key for key in new if new[key] != old[key] and key not in NOT_IN_SIGNATURE]
         lines = [f"  {flag(key)}: {old[key]} there, {new[key]} asked for" for key in changed]
-        suffix = "-".join(
-            re.sub(r"[^A-Za-z0-9.]+", "", f"{key}{new[key]}".replace("_", "")) for key in changed
-        )
+        plain = [f"{key}{new[key]}" for key in changed if not isinstance(new[key], dict)]
+        plain += [
+            f"{key}{value}"
+            for key, value in new["arch_args"].items()
+            if old["arch_args"].get(key) != value
+        ]
+        suffix = "-".join(re.sub(r"[^A-Za-z0-9.]+", "", part) for part in plain) or "2"
         return "\n".join(
             [
                 f"a run named {self.name} exists with another config:",

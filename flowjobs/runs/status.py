@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import socket
 import traceback
@@ -12,6 +13,8 @@ from typing import Any, Literal
 
 from flowjobs.errors import FlowjobsError, RunInterrupted
 from flowjobs.runs.files import write_json
+
+logger = logging.getLogger(__name__)
 
 State = Literal["submitted", "running", "preempted", "finished", "failed", "cancelled"]
 
@@ -108,6 +111,7 @@ class RunStatus:
     total_steps: int | None = None
     epoch: int = 0
     epochs: int | None = None
+    patience: int | None = None
     best_val_loss: float | None = None
     exit_code: int | None = None
     updated: str = ""
@@ -125,16 +129,32 @@ class RunStatus:
 
 
 def read_status(path: Path) -> RunStatus | None:
-    """The status at `path`, or None before the first attempt."""
+    """The status at `path`; None before the first attempt.
+
+    A file that is damaged counts as none, with a warning: what the run goes on from is its
+    checkpoint. Fields of a newer version are left out.
+    """
     try:
         found: dict[str, Any] = json.loads(path.read_text())
+        attempts = [
+            AttemptRecord(**_known(AttemptRecord, record | {"job": _job(record["job"])}))
+            for record in found.pop("attempts")
+        ]
+        return RunStatus(**_known(RunStatus, found), attempts=attempts)
     except FileNotFoundError:
         return None
-    attempts = [
-        AttemptRecord(**{**record, "job": JobInfo(**record["job"])})
-        for record in found.pop("attempts")
-    ]
-    return RunStatus(**found, attempts=attempts)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning("%s is damaged (%s); it is written anew", path, error)
+        return None
+
+
+def _job(found: dict[str, Any]) -> JobInfo:
+    return JobInfo(**_known(JobInfo, found))
+
+
+def _known(cls: Any, found: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in found.items() if name in names}
 
 
 def now() -> str:

@@ -18,15 +18,14 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
     """
     asked: str = config.wandb_mode
     why = f"--wandb-mode {asked}"
-    if environment := os.environ.get("WANDB_MODE"):
+    environment = os.environ.get("WANDB_MODE", "").lower()
+    words = {"dryrun": "offline", "run": "online"}  # wandb's older ones
+    environment = words.get(environment, environment)
+    if environment in ("online", "offline", "disabled"):
         asked, why = environment, f"WANDB_MODE={environment}"
     match asked:
         case "online" | "offline" | "disabled":
             return asked, why
-        case "dryrun":  # wandb's older words
-            return "offline", why
-        case "run":
-            return "online", why
     if has_login():
         return "online", "there is a login"
     return "offline", "no login here: `wandb login` or WANDB_API_KEY would make it online"

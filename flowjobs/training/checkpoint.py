@@ -52,6 +52,7 @@ def save_checkpoint(
     *,
     step: int | None = None,
     epochs_without_improvement: int = 0,
+    resumed_from: str = "",
 ) -> None:
     """Write a checkpoint, making its folder where needed.
 
@@ -67,6 +68,7 @@ def save_checkpoint(
         stats: Normalization: `mean` and `std`, each of shape (dim,).
         step: Optimizer steps done; the scheduler's count by default.
         epochs_without_improvement: Epochs since the best validation loss.
+        resumed_from: Digest of the checkpoint that the run was started from, if one was given.
 
     Raises:
         CheckpointError: The bytes on disk are not those that were written.
@@ -81,6 +83,7 @@ def save_checkpoint(
         scheduler=scheduler,
         best_loss=best_loss,
         epochs_without_improvement=epochs_without_improvement,
+        resumed_from=resumed_from,
         config=config,
         stats=stats,
     )
@@ -119,6 +122,7 @@ def checkpoint_payload(
     scheduler: LRScheduler,
     best_loss: float,
     epochs_without_improvement: int,
+    resumed_from: str,
     config: dict[str, Any],
     stats: dict[str, Tensor],
 ) -> Payload:
@@ -134,6 +138,7 @@ def checkpoint_payload(
         "scheduler_state_dict": scheduler.state_dict(),
         "best_loss": best_loss,
         "epochs_without_improvement": epochs_without_improvement,
+        "resumed_from": resumed_from,
         "config": config,
         "normalization_stats": stats,
     }
@@ -171,7 +176,11 @@ def write_checkpoint(path: Path, payload: Payload) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(path) as file:
         sealed = _SealedWriter(file)
-        torch.save(payload, cast(IO[bytes], sealed))
+        try:
+            torch.save(payload, cast(IO[bytes], sealed))
+        except RuntimeError as error:
+            # torch turns the error of a full disk into one of its own that does not name it.
+            raise sealed.failed_with or error from error
         size = sealed.seal()
         file.flush()
         os.fsync(file.fileno())
@@ -208,6 +217,11 @@ def read_newest_good(path: Path, device: torch.device | str = "cpu") -> Payload 
         except CheckpointDamagedError as error:
             logger.warning("%s; set aside as %s", error, _set_aside(candidate).name)
     return None
+
+
+def digest_of(path: Path) -> str:
+    """The digest that a checkpoint is sealed with; does not verify it."""
+    return path.read_bytes()[-64:].decode(errors="replace")
 
 
 def _keep_previous(path: Path) -> None:
@@ -276,6 +290,7 @@ class _SealedWriter:
         self._hash = hashlib.sha256()
         self._size = 0
         self._held = b""
+        self.failed_with: OSError | None = None
 
     def write(self, data: bytes) -> int:
         pending = memoryview(data) if len(data) >= 2 else memoryview(self._held + data)
@@ -287,7 +302,11 @@ class _SealedWriter:
 
     def _pass_on(self, data: memoryview) -> None:
         self._hash.update(data)
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.failed_with = error
+            raise
         self._size += len(data)
 
     def flush(self) -> None:

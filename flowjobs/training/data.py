@@ -79,6 +79,8 @@ def load_datasets(dataset: str, study: Path) -> tuple[FlowDataset, FlowDataset]:
     check_dataset(dataset, study)
     if is_data_file(dataset):
         whole = FlowDataset(dataset)
+        if len(whole) < 2:
+            raise DataError(f"{dataset} has one row, expected at least 2: some are for validation")
         train, val = split_rows(whole.data, _val_count(len(whole)))
         parts = FlowDataset(train), FlowDataset(val)
         parts[0].name, parts[1].name = f"{dataset} (training)", f"{dataset} (validation)"
@@ -109,29 +111,40 @@ def split_rows(data: Tensor, n_val: int) -> tuple[Tensor, Tensor]:
     return data[order[n_val:]], data[order[:n_val]]
 
 
-def write_splits(data: Tensor, study: Path, sizes: dict[str, int | None]) -> dict[str, int]:
+def write_splits(
+    data: Tensor, study: Path, sizes: dict[str, int | None], *, overwrite: bool = False
+) -> dict[str, int]:
     """Write nested splits: a smaller one's rows are the first of a larger one's.
 
     Args:
         data: All rows, shape (n, dim).
         study: The root of the study.
         sizes: Training rows by the name of the split; None for all that are left.
+        overwrite: Replace splits of these names that hold other rows.
 
     Returns:
         The training rows written by name. All splits share one validation part.
 
     Raises:
-        DataError: A split asks for more rows than there are.
+        DataError: A split asks for more rows than there are, or is there with other rows. Nothing
+            is written then.
     """
     train, val = split_rows(data, _val_count(len(data)))
-    written = {}
+    if len(train) == 0:
+        raise DataError(f"{len(data)} rows are too few to split: expected at least 2")
     for name, size in sizes.items():
         if size is not None and not 1 <= size <= len(train):
             raise DataError(
                 f"--sizes: {name} asks for {size} training rows; {len(train)} are left of "
                 f"{len(data)} after {len(val)} for validation"
             )
-        part = train if size is None else train[:size]
+        there = split_files(study, name)[0]
+        part = train[:size]
+        if there.exists() and not overwrite and not torch.equal(FlowDataset(there).data, part):
+            raise DataError(f"{there} holds other rows: remove it, or add --overwrite")
+    written = {}
+    for name, size in sizes.items():
+        part = train[:size]
         train_file, val_file = split_files(study, name)
         train_file.parent.mkdir(parents=True, exist_ok=True)
         # The validation part first: where train.pt is, the split is complete.

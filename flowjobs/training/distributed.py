@@ -55,7 +55,7 @@ def single_process(device: torch.device) -> Ranks:
 
 
 @contextmanager
-def joined_ranks(rank: int, world_size: int, local_rank: int) -> Iterator[Ranks]:
+def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> Iterator[Ranks]:
     """Pick this process's device and, where there are several, join the others.
 
     Uses NCCL on GPUs and gloo on CPUs. With several ranks, MASTER_ADDR and MASTER_PORT must be
@@ -65,9 +65,10 @@ def joined_ranks(rank: int, world_size: int, local_rank: int) -> Iterator[Ranks]
         rank: This process among all, from 0.
         world_size: How many there are.
         local_rank: This process among those on the node, from 0: its GPU.
+        use_gpu: Compute on a GPU if there is one.
     """
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if use_gpu and torch.cuda.is_available():
         # A job step may see all of the node's GPUs or its own alone.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)

@@ -53,7 +53,11 @@ def run_training(
     result = trainer.train()
     if not ranks.is_first:
         return
-    draw_samples(run, trainer, val_dataset, ranks.device)
+    try:
+        draw_samples(run, trainer, val_dataset, ranks.device)
+    except Exception:
+        # A picture is no reason to call a trained run failed.
+        logger.warning("no samples were drawn", exc_info=True)
     logger.info(
         "finished %s: %d epochs in %.1f s, best validation loss %.4f, %s, %s",
         run.name,

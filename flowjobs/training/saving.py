@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowjobs.errors import CheckpointError
+from flowjobs.errors import CheckpointError, CheckpointWriteError
 from flowjobs.training.checkpoint import Payload, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -76,13 +76,13 @@ class CheckpointSaver:
         """Write the state and return when it is on disk.
 
         Raises:
-            CheckpointError: It could not be written; the text names the path and the reason.
+            CheckpointWriteError: It could not be written; the text names the path and the reason.
         """
         self._collect()
         try:
             self._write_both(self._pending_best, payload)
         except OSError as error:
-            raise CheckpointError(
+            raise CheckpointWriteError(
                 f"{self._last.parent}: the checkpoint could not be written: {error.strerror}; "
                 "the one before it is still there"
             ) from error

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 def get_cosine_schedule_with_warmup(
     optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int
 ) -> LambdaLR:
-    """The learning rate of step s as a factor of the optimizer's: s / warm-up, then a half cosine.
+    """The optimizer's learning rate times (s + 1) / warm-up at step s, then times a half cosine.
 
     Args:
         optimizer: Its learning rates are the peak.

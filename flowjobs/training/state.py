@@ -44,6 +44,7 @@ class TrainState:
         self.step = 0
         self.best_loss = math.inf
         self.epochs_without_improvement = 0
+        self.resumed_from = ""
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._stats = stats
@@ -86,6 +87,7 @@ class TrainState:
             scheduler=self.scheduler,
             best_loss=self.best_loss,
             epochs_without_improvement=self.epochs_without_improvement,
+            resumed_from=self.resumed_from,
             config=self._config.to_dict(),
             stats=self._stats,
         )
@@ -105,6 +107,11 @@ class TrainState:
                     "another --name"
                 )
         restore_payload(payload, path, self.model, self.ema, self.optimizer, self.scheduler)
+        # The schedule may have become longer since; the optimizer's rate is still the old one's.
+        rates = self.scheduler.base_lrs, self.scheduler.lr_lambdas, self.optimizer.param_groups
+        for base_rate, factor, group in zip(*rates, strict=True):
+            group["lr"] = base_rate * factor(self.scheduler.last_epoch)
         self.step = payload["step"]
         self.best_loss = payload["best_loss"]
         self.epochs_without_improvement = payload["epochs_without_improvement"]
+        self.resumed_from = payload["resumed_from"]

@@ -19,7 +19,12 @@ from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.recorder import Recorder, recording
 from flowjobs.training.batches import make_batches
-from flowjobs.training.checkpoint import read_checkpoint, read_newest_good
+from flowjobs.training.checkpoint import (
+    Payload,
+    digest_of,
+    read_checkpoint,
+    read_newest_good,
+)
 from flowjobs.training.data import FlowDataset, normalization_stats
 from flowjobs.training.distributed import Ranks, single_process
 from flowjobs.training.flows import sample_path
@@ -120,7 +125,9 @@ class FlowTrainer:
         saver = CheckpointSaver(run.best, run.last) if self._ranks.is_first else None
         # The first rank sets damaged files aside before the others look.
         with self._ranks.first_goes_first():
-            self._restore(run, saver)
+            adopted = self._restore(run)
+        if adopted:
+            self._adopt(saver)
         first_step = self.state.step
         if recorder:
             recorder.go_on_after(first_step)
@@ -196,41 +203,58 @@ class FlowTrainer:
             "train/grad_norm": float(grad_norm),
             "train/lr": float(learning_rate),
         }
-        if not math.isfinite(row["train/loss"]):
-            raise TrainingDivergedError(
-                f"train/loss is {row['train/loss']} at step {state.step}: lower --lr "
-                f"({config.lr}) or --grad-clip ({config.grad_clip})"
-            )
+        self._check_finite(row)
         return row
 
     def _end_epoch(self, saver: CheckpointSaver | None) -> dict[str, float]:
         """Validate and keep the best. Returns what to log."""
         with self._arithmetic():
             val_loss = self._validation.loss(self._ema_velocity)
+        self._check_finite({"val/loss": val_loss})  # before such a state could be saved
         if self.state.note_val_loss(val_loss) and saver:
             saver.keep_best(self.state.payload())
         return {"val/loss": val_loss, "val/best_loss": self.state.best_loss}
 
-    def _restore(self, run: Run, saver: CheckpointSaver | None) -> None:
-        """Take over the newest good checkpoint, if there is one."""
-        if self._resume_path:
-            path, payload = self._resume_path, read_checkpoint(self._resume_path, self._device)
-        else:
-            path = run.last
-            found = read_newest_good(path, self._device)
-            if found is None:
-                return
-            payload = found
+    def _check_finite(self, row: dict[str, float]) -> None:
+        for key, value in row.items():
+            if not math.isfinite(value):
+                raise TrainingDivergedError(
+                    f"{key} is {value} at step {self.state.step}: lower --lr "
+                    f"({self._config.lr}) or --grad-clip ({self._config.grad_clip})"
+                )
+
+    def _restore(self, run: Run) -> bool:
+        """Take over the newest good checkpoint, or the one that was asked for.
+
+        Returns:
+            Whether the state is new to the run's folder and should be saved there.
+        """
+        path, payload = run.last, read_newest_good(run.last, self._device)
+        given = self._resume_path
+        if given and not (payload and _comes_from(payload, given)):
+            path, payload = given, read_checkpoint(given, self._device)
+            payload["resumed_from"] = digest_of(given)
+        if payload is None:
+            return False
         self.state.restore(payload, path)
+        logger.info(
+            "Resumed from epoch %d, step %d (%s)", self.state.epochs_finished, self.state.step, path
+        )
         # Never remember a better best than the one that is there: it is what the run ends with.
         best = read_newest_good(run.best)
         best_there = math.inf if best is None else best["best_loss"]
         self.state.best_loss = max(self.state.best_loss, best_there)
-        logger.info(
-            "Resumed from epoch %d, step %d (%s)", self.state.epochs_finished, self.state.step, path
-        )
-        if self._resume_path and saver:
-            # On disk at once, so that a later start without --resume goes on from here.
+        return path == given
+
+    def _adopt(self, saver: CheckpointSaver | None) -> None:
+        """Make a state that came from another file the run's own, before the first step."""
+        if math.isinf(self.state.best_loss):
+            # No best.pt here yet: as good as this state is the best so far.
+            self.state.best_loss = self._validation.loss(self._ema_velocity)
+            if saver:
+                saver.keep_best(self.state.payload())
+        if saver:
+            # On disk at once, so that a start without --resume goes on from here too.
             saver.save_and_wait(self.state.payload())
 
     def _prepare(self, model: nn.Module) -> Velocity:
@@ -283,3 +307,13 @@ class FlowTrainer:
                 }
             )
         return result
+
+
+def _comes_from(payload: Payload, given: Path) -> bool:
+    """Whether the run was already started from the checkpoint `given`.
+
+    Then it goes on from its own: the same command is run again after a preemption.
+    """
+    if not given.exists():
+        return bool(payload["resumed_from"])
+    return bool(payload["resumed_from"] == digest_of(given))

@@ -70,6 +70,12 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, said: str) -> None:
 def test_a_time_limit_in_sbatchs_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBATCH_TIMELIMIT", "1-12")
     assert load_defaults().fill(SlurmConfig).timeout_min == 2160
-    monkeypatch.setenv("SBATCH_TIMELIMIT", "soon")
-    with pytest.raises(ConfigError, match="SBATCH_TIMELIMIT=soon"):
-        load_defaults()
+    # What is no number of minutes is left for sbatch itself to read, or to refuse.
+    for limit in ("UNLIMITED", "0", "-1", "1:2:3:4"):
+        monkeypatch.setenv("SBATCH_TIMELIMIT", limit)
+        assert load_defaults().fill(SlurmConfig).timeout_min is None
+
+
+def test_a_data_file_is_looked_up_from_the_config_file(tmp_path: Path) -> None:
+    write(tmp_path / "flowjobs.toml", 'dataset = "data/x.npy"\n')
+    assert load_defaults().fill(TrainingConfig).dataset == str(tmp_path / "data/x.npy")

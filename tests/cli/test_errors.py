@@ -32,6 +32,11 @@ from tests.conftest import Command
         (["status", "no-run"], "no run no-run in"),
         (["data", "split", "none.npy"], "none.npy: no such file"),
         (["data", "split", "none.npy", "--sizes", "many"], "--sizes: found 'many'"),
+        (["submit", "--seed", "99999999999999999999"], "--seed: found 9+, expected less than"),
+        (["submit", "--mem-gb", "inf"], "--mem-gb: found inf, expected a finite number"),
+        (["submit", "--study", "/dev/null", "--cluster", "local"], "--study /dev/null"),
+        (["train", "--arch-args", "width=big", "--wandb-mode", "disabled"], "--arch-args {'width'"),
+        (["train", "--cluster", "debug"], "Unrecognized options: --cluster"),
     ],
 )
 def test_bad_input(flowjobs: Command, workplace: Path, arguments: list[str], said: str) -> None:
@@ -59,11 +64,37 @@ def test_an_unreadable_dataset_is_refused_by_train(flowjobs: Command, workplace:
 
 
 def test_the_same_name_with_another_config(flowjobs: Command, study: Path) -> None:
-    Run(study, "mlp-icfm-digits-none").create(RunConfig(TrainingConfig()))
+    run = Run(study, "mlp-icfm-digits-none")
+    run.create(RunConfig(TrainingConfig()))
+    run.last.touch()  # it has work to lose
     done = flowjobs("submit", "--lr", "0.5")
     assert done.returncode == 2
     assert "--lr: 0.001 there, 0.5 asked for" in done.stderr
     assert "--name mlp-icfm-digits-none-lr0.5" in done.stderr
+
+
+def test_a_mistyped_flag_does_not_take_the_name(flowjobs: Command, study: Path) -> None:
+    quick = ("--epochs", "1", "--wandb-mode", "disabled")
+    assert flowjobs("train", *quick, "--arch-args", "widht=8").returncode == 2
+    done = flowjobs("train", *quick, "--arch-args", "width=8")
+    assert done.returncode == 0, done.stderr
+    assert "had not trained a step" in done.stdout
+    config = Run(study, "mlp-icfm-digits-none").config()
+    assert config.training.arch_args == {"width": 8}
+
+
+def test_a_model_of_another_shape_is_refused_before_training(
+    flowjobs: Command, workplace: Path
+) -> None:
+    (workplace / "narrow.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, dim): super().__init__(); self.a = torch.nn.Linear(dim, 1)\n"
+        "    def forward(self, x, t): return self.a(x)\n"
+    )
+    done = flowjobs("train", "--arch", "narrow:Net", "--wandb-mode", "disabled")
+    assert done.returncode == 2
+    assert "forward returns (2, 1), expected a velocity of shape (2, 64)" in done.stderr
 
 
 def test_a_bug_gets_its_traceback(flowjobs: Command, workplace: Path) -> None:

@@ -77,6 +77,8 @@ def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> No
     _, said = submitting.communicate(timeout=20)
     assert submitting.returncode == 0
     assert "no longer watching" in said
+    again = subprocess.run(submitting.args, capture_output=True, text=True, check=True)
+    assert "already there as local job" in again.stdout
     rows_then = run.metrics_file.stat().st_size
     wait_for(lambda: run.metrics_file.stat().st_size > rows_then)
     # The printed way to end it: it saves, and says so.
@@ -136,6 +138,21 @@ def test_a_job_that_cannot_start_says_why_in_one_line(
     assert done.returncode == 2
     assert "unexpected keyword argument 'widht'; MLP takes" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_the_log_of_a_run_in_the_foreground_is_kept(flowjobs: Command) -> None:
+    assert flowjobs("train", "--epochs", "1", *QUICK[2:]).returncode == 0
+    assert "finished mlp-icfm-digits-none" in flowjobs("logs", "mlp-icfm-digits-none").stdout
+
+
+def test_every_command_finds_the_study_of_the_config_file(
+    flowjobs: Command, workplace: Path
+) -> None:
+    (workplace / "flowjobs.toml").write_text('study = "elsewhere"\n')
+    assert flowjobs("train", "--epochs", "1", *QUICK[2:]).returncode == 0
+    assert (workplace / "elsewhere/runs").exists()
+    assert "mlp-icfm-digits-none" in flowjobs("status").stdout
+    assert flowjobs("logs", "mlp-icfm-digits-none").returncode == 0
 
 
 def wait_for(condition: object, timeout_s: float = 30) -> None:

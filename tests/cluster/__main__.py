@@ -23,7 +23,7 @@ Partitions, all of the same nodes:
     preempt-cancel    preempted: told at once, killed later, not requeued
 
 To preempt what runs on n1:    sbatch -p gpu -w n1 --gres=gpu:4 --wrap 'sleep 60'
-To start a requeued job now:   scontrol update jobid=JOB starttime=now
+To start a requeued job now:   scontrol update jobid=JOB starttime=now+1
 Logs:                          {log}
 To stop it:                    python -m tests.cluster down{root_option}
 """

@@ -35,7 +35,7 @@ class Boot:
     def up(self) -> bool:
         """Boots the cluster, or starts what is missing of it. False if it was up."""
         with self.lock("boot"):
-            if self.is_up():
+            if self.is_up() and self._is_of_this_version():
                 return False
             if self._is_worth_keeping():
                 try:
@@ -121,6 +121,9 @@ class Boot:
             return False
         if is_any_running and self._services.slurmctld.pid() is None:
             return False
+        return self._is_of_this_version()
+
+    def _is_of_this_version(self) -> bool:
         return self._fingerprint_file.read_text() == settings.fingerprint()
 
     def _wipe(self) -> None:

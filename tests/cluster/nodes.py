@@ -33,7 +33,7 @@ class Node:
         host = as_host(self.name, hosts_file(self.root, self.name))
         return Daemon(f"slurmd-{self.name}", self.root, (*host, *command))
 
-    # ---- its processes -------------------------------------------------------------------
+    # Its processes
 
     def processes(self) -> list[int]:
         """Everything that runs on the node: slurmd, slurmstepd, jobs and what jobs left behind."""
@@ -76,7 +76,7 @@ class Node:
         self._spool.mkdir(parents=True, exist_ok=True)
         self.slurmd.start()
 
-    # ---- as Slurm sees it ----------------------------------------------------------------
+    # As Slurm sees it
 
     def bring_back(self) -> None:
         """Starts slurmd, unless it runs, and waits until the node takes jobs.

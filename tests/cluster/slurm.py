@@ -35,7 +35,7 @@ class SlurmCluster:
         self._services = Services(self.root)
         self._boot = Boot(self._services)
 
-    # ---- the whole cluster ---------------------------------------------------------------
+    # The whole cluster
 
     def up(self) -> bool:
         """Boots the cluster, or starts what is missing of it. False if it was up.
@@ -94,7 +94,7 @@ class SlurmCluster:
         """
         return client.run_client(self._services.slurm_conf, command)
 
-    # ---- jobs ----------------------------------------------------------------------------
+    # Jobs
 
     def submit(self, *arguments: str) -> str:
         """`sbatch` with these arguments; returns the job's id."""
@@ -144,7 +144,7 @@ class SlurmCluster:
         """Kills the processes of every job, cancels it and waits until the queue is empty."""
         self._services.end_jobs(timeout_s)
 
-    # ---- faults --------------------------------------------------------------------------
+    # Faults
 
     def preempt(self, name: str) -> str:
         """Submits a job that needs a whole node and preempts for it; returns the new job's id.

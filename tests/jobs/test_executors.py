@@ -106,6 +106,15 @@ def test_a_surrounding_job_does_not_leak_into_sbatch() -> None:
             "SUBMITIT_EXECUTOR": "slurm",
             "SBATCH_RESERVATION": "course",
             "SBATCH_PARTITION": "in the batch file",
-        }
+            "SBATCH_QOS": "not in the batch file",
+            "SBATCH_OUTPUT": "elsewhere",
+        },
+        SlurmConfig(partition="gpu"),
     )
-    assert set(kept) == {"PATH", "SLURM_CONF", "SBATCH_RESERVATION"}
+    assert set(kept) == {"PATH", "SLURM_CONF", "SBATCH_RESERVATION", "SBATCH_QOS"}
+
+
+def test_a_short_time_limit_leaves_time_to_save() -> None:
+    assert SlurmConfig(timeout_min=1).signal_before_end_s == 30
+    assert SlurmConfig(timeout_min=60).signal_before_end_s == 90
+    assert SlurmConfig().signal_before_end_s == 90

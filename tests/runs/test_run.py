@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import RunConfig, SlurmConfig, TrainingConfig
+from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import (
     ConfigError,
     RunBusyError,
@@ -43,6 +43,7 @@ def test_creating_again_is_the_same_run(study: Path) -> None:
 
 def test_a_changed_config_under_the_same_name_lists_the_differences(study: Path) -> None:
     run = created(study, lr=1e-3)
+    run.last.touch()
     asked = RunConfig(TrainingConfig(lr=3e-4, seed=2))
     with pytest.raises(RunMismatchError) as caught:
         run.create(asked)
@@ -52,6 +53,41 @@ def test_a_changed_config_under_the_same_name_lists_the_differences(study: Path)
         "give this one a name of its own (--name a-lr0.0003-seed2), or ask for the values there to "
         "go on with that run",
     ]
+
+
+def test_a_config_that_never_trained_a_step_is_replaced(study: Path) -> None:
+    run = created(study, lr=1e-3)
+    before = run.tracking_id()
+    asked = RunConfig(TrainingConfig(lr=3e-4))
+    with pytest.raises(RunMismatchError):
+        run.create(asked, in_use=True)
+    assert "had not trained a step" in run.create(asked)
+    assert run.config().training.lr == 3e-4
+    assert run.tracking_id() != before
+
+
+def test_a_run_stays_in_its_wandb_project(study: Path) -> None:
+    run = created(study)
+    tracking = TrackingConfig(wandb_project="other", wandb_mode="disabled")
+    assert "stays in the W&B project flow-matching-study" in run.create(
+        RunConfig(tracking=tracking)
+    )
+    assert run.config().tracking.wandb_project == "flow-matching-study"
+    assert run.config().tracking.wandb_mode == "disabled"
+
+
+def test_a_damaged_status_is_written_anew(study: Path) -> None:
+    run = created(study)
+    for content in ("", "{", "[]", '{"attempts": [{}]}'):
+        run.status_file.write_text(content)
+        assert run.status() is None
+    with Attempt(run, JOB):
+        pass
+    found = json.loads(run.status_file.read_text())
+    run.status_file.write_text(json.dumps({**found, "of a newer version": 1}))
+    status = run.status()
+    assert status is not None
+    assert status.state == "finished"
 
 
 def test_more_epochs_extend_and_fewer_change_nothing(study: Path) -> None:

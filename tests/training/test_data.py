@@ -41,6 +41,21 @@ def test_a_split_larger_than_the_data_is_refused(study: Path) -> None:
         write_splits(torch.zeros(100, 2), study, {"5k": 5000})
 
 
+def test_a_split_of_other_rows_is_not_overwritten_by_mistake(study: Path) -> None:
+    write_splits(torch.zeros(100, 2), study, {"20": 20})
+    write_splits(torch.zeros(100, 2), study, {"20": 20})
+    with pytest.raises(DataError, match="holds other rows: remove it, or add --overwrite"):
+        write_splits(torch.ones(100, 2), study, {"10": 10, "20": 20})
+    assert not (study / "datasets/splits/10").exists()
+    write_splits(torch.ones(100, 2), study, {"20": 20}, overwrite=True)
+    assert load_datasets("20", study)[0].data.max() == 1
+
+
+def test_one_row_cannot_be_split(study: Path) -> None:
+    with pytest.raises(DataError, match="1 rows are too few"):
+        write_splits(torch.zeros(1, 2), study, {"all": None})
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".npy"])
 def test_a_file_of_ones_own(tmp_path: Path, study: Path, suffix: str) -> None:
     data = torch.randn(40, 3)

@@ -91,8 +91,9 @@ def test_weights_follow_from_the_seed() -> None:
 
 
 def test_a_model_of_ones_own() -> None:
-    config = TrainingConfig(arch="mine=torch.nn:Linear", arch_args=KeyValues(out_features=3))
-    assert isinstance(build_model(config, 7), nn.Linear)
+    path = "flowjobs.training.models.mlp:MLP"
+    config = TrainingConfig(arch=f"mine={path}", arch_args=KeyValues(width=8))
+    assert isinstance(build_model(config, 7), MLP)
 
 
 @pytest.mark.parametrize(

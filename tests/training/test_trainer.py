@@ -1,5 +1,7 @@
 import json
 import math
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,12 @@ import torch
 from torch import nn
 
 from flowjobs.config import KeyValues, TrainingConfig
-from flowjobs.errors import CheckpointMismatchError, RunInterrupted, TrainingDivergedError
+from flowjobs.errors import (
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    RunInterrupted,
+    TrainingDivergedError,
+)
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer
@@ -16,6 +23,8 @@ from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.data import load_datasets
 from flowjobs.training.models import build_model
 from flowjobs.training.sampling import sample
+from flowjobs.training.saving import CheckpointSaver
+from flowjobs.training.state import TrainState
 
 CPU = torch.device("cpu")
 SMALL = KeyValues(width=32, depth=1, dropout=0.1)
@@ -168,6 +177,63 @@ def test_resuming_from_a_given_checkpoint(study: Path) -> None:
     config = TrainingConfig(epochs=2, arch_args=SMALL)
     result = make_trainer(study, config, resume_path=best).train()
     assert result["epochs_run"] == 2
+
+
+def test_the_same_command_with_resume_goes_on_and_not_back(study: Path) -> None:
+    origin, run = Run(study, "origin"), Run(study, "run")
+    train_in(origin, TrainingConfig(epochs=1, arch_args=SMALL))
+    config = TrainingConfig(epochs=3, arch_args=SMALL)
+    with pytest.raises(RunInterrupted):
+        train_in(run, config, resume_path=origin.last, stop_reason=stop_at(10))
+    train_in(run, config, resume_path=origin.last)
+    status = run.status()
+    assert status is not None
+    assert [attempt.first_step for attempt in status.attempts] == [23, 34]
+
+
+def test_resuming_from_a_finished_run_has_a_best(study: Path) -> None:
+    origin, run = Run(study, "origin"), Run(study, "run")
+    config = TrainingConfig(epochs=1, arch_args=SMALL)
+    train_in(origin, config)
+    train_in(run, config, resume_path=origin.last)
+    assert read_checkpoint(run.best)["best_loss"] == read_checkpoint(origin.best)["best_loss"]
+
+
+def test_the_first_step_of_an_extended_run_has_the_longer_schedules_rate(study: Path) -> None:
+    short, long = (TrainingConfig(epochs=e, arch_args=SMALL, warmup_steps=5) for e in (1, 3))
+    run = Run(study, "run")
+    train_in(run, short)
+    trainer = make_trainer(study, long, run=run)
+    trainer._restore(run)
+    half_cosine = 0.5 * (1 + math.cos(math.pi * (23 - 5) / (69 - 5)))
+    assert math.isclose(trainer.state.optimizer.param_groups[0]["lr"], long.lr * half_cosine)
+
+
+def test_a_full_disk_in_the_middle_of_a_save_is_tried_again(
+    study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, _ = load_datasets("digits", study)
+    config = TrainingConfig(arch_args=KeyValues(width=256))
+    stats = {"mean": torch.zeros(64), "std": torch.ones(64)}
+    state = TrainState(build_model(config, train.dim), config, 23, stats)
+    saver = CheckpointSaver(tmp_path / "best.pt", tmp_path / "last.pt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        saver.keep_best(state.payload())
+        saver.save(state.payload())
+        saver._collect()
+        assert "could not be written" in caplog.text
+        assert list(tmp_path.glob("*.pt")) == []
+        with pytest.raises(CheckpointWriteError, match="File too large"):
+            saver.save_and_wait(state.payload())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    saver.save_and_wait(state.payload())
+    saver.close()
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 0
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 class Shift(nn.Module):
