@@ -5,6 +5,7 @@ average of the weights, and a validation with it after every epoch.
 """
 
 import copy
+import shutil
 from pathlib import Path
 
 import torch
@@ -42,13 +43,17 @@ def flow_loss(model: nn.Module, x_1: Tensor) -> Tensor:
 def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
     """Our trainer with all that it does: record, progress, checkpoints, exact resume."""
     run = Run(study, "bench")
+    for folder in (run.folder, run.checkpoints):
+        shutil.rmtree(folder, ignore_errors=True)  # or it would go on from where it was
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
-    for old in (run.last, run.best, run.status_file, run.metrics_file):
-        old.unlink(missing_ok=True)
     train, val = load_datasets("digits", study)
     model = build_model(config, 64)
     with recording(run, JobInfo.in_foreground()) as recorder:
-        FlowTrainer(model, config, train, val, device, run=run, recorder=recorder).train()
+        trainer = FlowTrainer(model, config, train, val, device, run=run, recorder=recorder)
+        assert trainer.train()["epochs_run"] == config.epochs
+    status = run.status()
+    assert status is not None
+    assert status.attempts[0].first_step == 0, "the steps were not taken here"
 
 
 def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:

@@ -41,7 +41,7 @@ def test_the_trainer_is_as_fast_as_a_tuned_loop(study: Path) -> None:
     ratios = paired_ratios(
         silent(loops.flowjobs_loop, config, study),
         {name: silent(loop, config, study) for name, loop in others.items()},
-        rounds=5,
+        rounds=3,
     )
     assert ratios["tuned bare loop"] >= 0.97
     assert ratios["DataLoader loop"] >= 1.3

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tests.cluster.waiting import ClusterError, wait_until
 
@@ -40,14 +41,24 @@ def send_signal(pid: int, signum: signal.Signals) -> None:
 
 
 def _is_ending(pid: int) -> bool:
-    """Whether a process is past its last instruction, but its ports may not be free yet."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    """Whether a process was killed, but its ports and file locks may not be free yet."""
+    first = _thread_state(pid, pid)
+    if first not in ("ending", "dead"):
         return False
+    # The first thread may be a zombie while others still hold what they share.
+    threads = [int(path.name) for path in Path(f"/proc/{pid}/task").glob("*")]
+    return any(_thread_state(pid, thread) in ("alive", "ending") for thread in threads)
+
+
+def _thread_state(pid: int, thread: int) -> Literal["alive", "ending", "dead", "gone"]:
+    try:
+        text = Path(f"/proc/{pid}/task/{thread}/stat").read_text()
+    except OSError:
+        return "gone"
     state, *fields = text.rpartition(")")[2].split()
-    is_exiting = int(fields[5]) & 0x4  # PF_EXITING, among its flags
-    return bool(is_exiting) and state not in "ZX"
+    if state in ("Z", "X"):
+        return "dead"
+    return "ending" if int(fields[5]) & 0x4 else "alive"  # PF_EXITING, among its flags
 
 
 @dataclass(frozen=True)

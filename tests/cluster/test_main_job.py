@@ -12,6 +12,7 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 from tests.tracking.test_wandb_offline import records_of, summary_of
 
@@ -57,7 +58,12 @@ def test_submit_runs_on_slurm_to_the_end(
     assert f"already there as job {job_id}" in again.stdout
 
     assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED", output_of(run)
-    assert [row["State"] for row in slurm.accounting(job_id)] == ["COMPLETED"]
+    # Accounting follows within seconds.
+    wait_until(
+        lambda: [row["State"] for row in slurm.accounting(job_id)] == ["COMPLETED"],
+        "accounting to know the job's end",
+        timeout_s=10,
+    )
     status = run.status()
     assert status is not None
     (attempt,) = status.attempts
