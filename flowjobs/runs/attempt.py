@@ -62,7 +62,7 @@ class Attempt:
         self._status.step, self._status.total_steps = step, total_steps
         self._status.epoch, self._status.best_val_loss = epoch, best_val_loss
         if time.monotonic() - self._written_at > STATUS_EVERY_S:
-            self._status.write(self.run.status_file)
+            self._status.write(self.run.status_file, flush=False)
             self._written_at = time.monotonic()
 
     def __exit__(

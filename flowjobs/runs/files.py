@@ -9,26 +9,33 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
-def replaced_whole(path: Path) -> Iterator[BinaryIO]:
+def replaced_whole(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     """Open a new file that takes `path`'s place when the block ends without an exception.
 
     The bytes are flushed to the disk before the rename and the folder after it, so that a power
     loss leaves the old file or the new one. The name is unique to the process: two writers
     cannot mix their bytes.
+
+    Args:
+        path: The file to replace.
+        flush: Wait for the disk. Without, the file is still replaced whole for every process,
+            but a power loss may leave an empty one.
     """
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         with temporary.open("w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         # A full disk must not keep the torn file as well.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    if flush:
+        flush_folder(path.parent)
 
 
 def flush_folder(folder: Path) -> None:
@@ -42,10 +49,10 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace `path` by `content` as JSON."""
+def write_json(path: Path, content: Mapping[str, Any], *, flush: bool = True) -> None:
+    """Replace `path` by `content` as JSON; see `replaced_whole` for `flush`."""
     text = json.dumps(content, indent=2) + "\n"
-    with replaced_whole(path) as file:
+    with replaced_whole(path, flush=flush) as file:
         file.write(text.encode())
 
 

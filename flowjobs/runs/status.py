@@ -122,10 +122,10 @@ class RunStatus:
         """The newest attempt's log file."""
         return self.attempts[-1].job.log if self.attempts else None
 
-    def write(self, path: Path) -> None:
-        """Replace the file at `path`."""
+    def write(self, path: Path, *, flush: bool = True) -> None:
+        """Replace the file at `path`; without `flush`, not waiting for the disk."""
         self.updated = now()
-        write_json(path, dataclasses.asdict(self))
+        write_json(path, dataclasses.asdict(self), flush=flush)
 
 
 def read_status(path: Path) -> RunStatus | None:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Saving may take this share of the training's time, so the interval follows what a save costs.
 COST_SHARE = 0.01
+# What a save is taken to cost before there was one: the first comes after ten seconds.
+FIRST_COST_S = 0.1
 # Without a finished epoch in between, save after this long all the same.
 LONGEST_INTERVAL_S = 300.0
 
@@ -41,7 +43,7 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write: Future[float] | None = None
         self._stall_s = 0.0
-        self._cost_s = 0.0
+        self._cost_s = FIRST_COST_S
         self._saved_at = time.monotonic()
 
     def keep_best(self, payload: Payload) -> None:
@@ -53,8 +55,10 @@ class CheckpointSaver:
 
     def due(self, *, epoch_finished: bool) -> bool:
         """Whether a save is worth its time now."""
-        if self._write is not None and not self._write.done():
-            return False
+        if self._write is not None:
+            if not self._write.done():
+                return False
+            self._collect()
         elapsed = time.monotonic() - self._saved_at
         affordable = elapsed * COST_SHARE >= self._cost_s
         return affordable and (epoch_finished or elapsed >= LONGEST_INTERVAL_S)
