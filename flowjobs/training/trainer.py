@@ -190,7 +190,13 @@ class FlowTrainer:
         for parameter in self._parameters:
             parameter.grad = None  # what zero_grad does, without its profiling hooks
         loss.backward()  # type: ignore[no-untyped-call]
-        grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip)
+        grad_norm = nn.utils.get_total_norm(
+            [p.grad for p in self._parameters if p.grad is not None]
+        )
+        # The fused optimizer divides by this as it reads the gradients, as it does for GradScaler:
+        # clipping them first would be one more pass over all of them, 4 % of a step.
+        scale = (grad_norm / config.grad_clip).clamp(min=1.0)
+        state.optimizer.grad_scale = scale  # type: ignore[attr-defined]
         state.optimizer.step()
         state.scheduler.step()
         state.ema.update(state.model)
