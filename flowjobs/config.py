@@ -143,7 +143,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
             _require(self, name, minimum=1)
-        for name in ("warmup_steps", "seed", "num_workers", "weight_decay", "sigma"):
+        for name in ("warmup_steps", "num_workers", "weight_decay", "sigma"):
             _require(self, name, minimum=0)
         for name in ("lr", "grad_clip"):
             _require(self, name, above=0)
@@ -160,8 +160,7 @@ class TrainingConfig:
     @property
     def run_name(self) -> str:
         """`{arch}-{flow}-{dataset}-{aug}`: the name of the run's folder where none is given."""
-        is_file = self.dataset.endswith(DATA_FILE_SUFFIXES)
-        dataset = Path(self.dataset).stem if is_file else self.dataset
+        dataset = Path(self.dataset).stem if is_data_file(self.dataset) else self.dataset
         parts = (self.arch_label, self.flow, dataset, self.aug)
         return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))
 
@@ -284,6 +283,11 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def is_data_file(dataset: str) -> bool:
+    """Whether `--dataset` is the path of a file rather than the name of splits."""
+    return dataset.endswith(DATA_FILE_SUFFIXES)
 
 
 def check_arch(config: TrainingConfig) -> None:

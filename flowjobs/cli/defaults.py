@@ -21,9 +21,9 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
     flag,
+    is_data_file,
 )
 from flowjobs.errors import ConfigError
-from flowjobs.runs.datasets import is_data_file
 from flowjobs.runs.run import default_study
 
 FILE_NAME = "flowjobs.toml"

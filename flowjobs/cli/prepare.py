@@ -4,8 +4,15 @@ import dataclasses
 from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig, check_arch
-from flowjobs.runs.datasets import check_dataset, is_data_file
+from flowjobs.config import (
+    RunConfig,
+    SlurmConfig,
+    TrackingConfig,
+    TrainingConfig,
+    check_arch,
+    is_data_file,
+)
+from flowjobs.runs.datasets import check_dataset
 from flowjobs.runs.run import Run, check_run_name
 
 

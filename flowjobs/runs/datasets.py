@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flowjobs.config import DATA_FILE_SUFFIXES
+from flowjobs.config import is_data_file
 from flowjobs.errors import DataError
 
 EMBEDDED = "digits"
@@ -12,11 +12,6 @@ def split_files(study: Path, dataset: str) -> tuple[Path, Path]:
     """`STUDY/datasets/splits/NAME/train.pt` and `val.pt`."""
     folder = study / "datasets" / "splits" / dataset
     return folder / "train.pt", folder / "val.pt"
-
-
-def is_data_file(dataset: str) -> bool:
-    """Whether `--dataset` is the path of a file rather than the name of splits."""
-    return dataset.endswith(DATA_FILE_SUFFIXES)
 
 
 def check_dataset(dataset: str, study: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowjobs.config import is_data_file
 from flowjobs.errors import DataError
-from flowjobs.runs.datasets import EMBEDDED, check_dataset, is_data_file, split_files
+from flowjobs.runs.datasets import EMBEDDED, check_dataset, split_files
 from flowjobs.runs.files import replaced_whole
 
 # Rows that are read at once where a pass over all of a file is needed.
