@@ -13,6 +13,7 @@ FlowjobsError                 something a person can mend: printed without a tra
 ├── SubmissionError           the scheduler refused the job
 └── TrainingDivergedError     the loss is not a number any more: exit 1, for the run failed
 RunInterrupted                not an error: the run saved its state and left on request
+RunTakenOverError             not an error: another attempt holds the run now
 """
 
 
@@ -82,3 +83,7 @@ class RunInterrupted(Exception):
         super().__init__(f"{reason}; saved at step {step}")
         self.reason = reason
         self.step = step
+
+
+class RunTakenOverError(Exception):
+    """Not an error: another attempt holds the run now; this one must write nothing more."""
