@@ -311,8 +311,9 @@ def digest_of(path: Path) -> str:
 
 
 def _keep_previous(path: Path) -> None:
-    if not path.is_file():
-        return
+    previous = previous_of(path)
+    if not path.is_file() or (previous.is_file() and previous.samefile(path)):
+        return  # the latter where a save was killed between its two renames
     link = path.with_name(f".{path.name}.{os.getpid()}.link")
     link.unlink(missing_ok=True)
     try:
@@ -321,9 +322,9 @@ def _keep_previous(path: Path) -> None:
     except OSError:
         # No hard links on this file system; until the new file is in place a start finds the
         # previous one under its own name.
-        os.replace(path, previous_of(path))
+        os.replace(path, previous)
         return
-    os.replace(link, previous_of(path))
+    os.replace(link, previous)
 
 
 def _set_aside(path: Path, why: str) -> Path:
