@@ -10,6 +10,7 @@ from flowjobs.config import TrainingConfig
 from flowjobs.errors import CheckpointMismatchError
 from flowjobs.training.checkpoint import Payload, checkpoint_payload, restore_payload
 from flowjobs.training.ema import EMAModel
+from flowjobs.training.optimizer import LightAdamW
 from flowjobs.training.schedule import get_cosine_schedule_with_warmup
 
 
@@ -34,7 +35,7 @@ class TrainState:
     ) -> None:
         self.model = model
         self.ema = EMAModel(model, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = LightAdamW(
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.total_steps = config.epochs * steps_per_epoch

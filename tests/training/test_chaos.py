@@ -1,0 +1,127 @@
+"""A run killed with SIGKILL at random instants ends with the bits of one that was left alone."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.training import saving
+from flowjobs.training.checkpoint import read_checkpoint
+from tests.training import warm_process
+from tests.training.same import same
+
+ROWS, BATCH = 40, 8
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """How a run is tormented.
+
+    Attributes:
+        kills: Of attempts that train and save all the time.
+        cold_kills: Of attempts started from the command line, which import torch first.
+        epochs: Long enough that the kills do not outlast the run.
+    """
+
+    kills: int
+    cold_kills: int
+    epochs: int
+
+
+def arguments(name: str, epochs: int) -> list[str]:
+    return [
+        *("train", "--name", name, "--wandb-mode", "disabled", "--dataset", "data.pt"),
+        *("--arch-args", "width=16", "depth=1", "dropout=0.1", "--batch-size", str(BATCH)),
+        *("--epochs", str(epochs), "--patience", str(epochs), "--checkpoint-every-s", "0"),
+    ]
+
+
+def attempt(options: list[str]) -> None:
+    """One attempt that saves whenever no save is under way, so that many kills hit one."""
+    from flowjobs.cli.main import main
+
+    torch.set_num_threads(1)
+    saving.COST_SHARE = 1e9
+    main(options)
+
+
+def survive_one(options: list[str], delay_s: float, log: Path) -> bool:
+    """Start an attempt and kill it; whether it was still alive then."""
+    process = warm_process.start(attempt, options, log=log)
+    process.join(delay_s)
+    process.kill()
+    process.join()
+    return process.exitcode == -9
+
+
+def survive_one_cold(options: list[str], delay_s: float, log: Path) -> bool:
+    """The same with the command line as a person starts it."""
+    with log.open("a") as out:
+        command = [sys.executable, "-m", "flowjobs", *options]
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    time.sleep(delay_s)
+    process.kill()
+    return process.wait() == -9
+
+
+def finish(options: list[str], log: Path) -> None:
+    process = warm_process.start(attempt, options, log=log)
+    process.join(250)
+    assert process.exitcode == 0, log.read_text()[-5000:]
+
+
+@pytest.mark.parametrize(
+    "chaos",
+    [
+        Chaos(kills=8, cold_kills=2, epochs=500),
+        pytest.param(Chaos(120, 10, 6000), marks=[pytest.mark.long, pytest.mark.timeout(900)]),
+    ],
+)
+def test_a_run_killed_at_random_ends_as_if_nothing_had_happened(study: Path, chaos: Chaos) -> None:
+    generator = torch.Generator().manual_seed(0)
+    torch.save(torch.randn(ROWS, 4, generator=generator), "data.pt")
+    whole, killed = Run(study, "whole"), Run(study, "killed")
+    log = Path("killed.log").absolute()
+    options = arguments(killed.name, chaos.epochs)
+    # Which kills come where is drawn once; where they hit still depends on the machine's speed.
+    chance = random.Random(3)
+    order = [True] * chaos.cold_kills + [False] * chaos.kills
+    chance.shuffle(order)
+    hits, torn = 0, 0
+    for cold in order:
+        if cold:
+            hits += survive_one_cold(options, chance.uniform(0, 5), log)
+        else:
+            hits += survive_one(options, chance.uniform(0.05, 0.8), log)
+        torn += any(killed.checkpoints.glob(".*.tmp"))
+    assert hits == len(order), "the run was over before the last kill"
+    finish(options, log)
+    finish(arguments(whole.name, chaos.epochs), Path("whole.log").absolute())
+
+    status = killed.status()
+    assert status is not None
+    firsts = [record.first_step for record in status.attempts if record.first_step is not None]
+    print(
+        f"\n{hits} kills; {len(firsts)} attempts came to train, {len(set(firsts))} went on from "
+        f"another step than the one before; {torn} died within a save"
+    )
+    said = log.read_text()
+    assert "damaged" not in said
+    assert "set aside" not in said
+    assert "Traceback" not in said
+    assert firsts == sorted(firsts)
+    assert same(read_checkpoint(whole.last), read_checkpoint(killed.last))
+    assert same(read_checkpoint(whole.best), read_checkpoint(killed.best))
+    assert whole.metrics_file.read_bytes() == killed.metrics_file.read_bytes()
+    steps = [row["step"] for row in read_rows(killed.metrics_file)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == chaos.epochs * (ROWS * 85 // 100 // BATCH)
+    assert not [name for name in os.listdir(killed.checkpoints) if name.startswith(".")]
