@@ -2,16 +2,18 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
-from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.metrics import latest_values, read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training import saving
 from flowjobs.training.checkpoint import read_checkpoint
@@ -53,23 +55,26 @@ def attempt(options: list[str]) -> None:
     main(options)
 
 
-def survive_one(options: list[str], delay_s: float, log: Path) -> bool:
-    """Start an attempt and kill it; whether it was still alive then."""
-    process = warm_process.start(attempt, options, log=log)
-    process.join(delay_s)
-    process.kill()
-    process.join()
-    return process.exitcode == -9
-
-
-def survive_one_cold(options: list[str], delay_s: float, log: Path) -> bool:
-    """The same with the command line as a person starts it."""
+def start_cold(options: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    """The same from the command line as a person starts it, with the interval that it gives."""
     with log.open("a") as out:
         command = [sys.executable, "-m", "flowjobs", *options]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    time.sleep(delay_s)
-    process.kill()
-    return process.wait() == -9
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+
+
+def ended_by(process: "BaseProcess | subprocess.Popen[bytes]") -> int | None:
+    if isinstance(process, subprocess.Popen):
+        return process.wait()
+    process.join()
+    return process.exitcode
+
+
+def wait(run: Run, delay_s: float, steps: int) -> None:
+    """Until the time is over, or the run is so many steps further, so that it lasts."""
+    goal = latest_values(run.metrics_file).get("step", 0) + steps
+    until = time.monotonic() + delay_s
+    while time.monotonic() < until and latest_values(run.metrics_file).get("step", 0) < goal:
+        time.sleep(0.002)
 
 
 def finish(options: list[str], log: Path) -> None:
@@ -81,8 +86,8 @@ def finish(options: list[str], log: Path) -> None:
 @pytest.mark.parametrize(
     "chaos",
     [
-        Chaos(kills=8, cold_kills=2, epochs=500),
-        pytest.param(Chaos(120, 10, 6000), marks=[pytest.mark.long, pytest.mark.timeout(900)]),
+        Chaos(kills=8, cold_kills=2, epochs=400),
+        pytest.param(Chaos(120, 10, 3500), marks=[pytest.mark.long, pytest.mark.timeout(900)]),
     ],
 )
 def test_a_run_killed_at_random_ends_as_if_nothing_had_happened(study: Path, chaos: Chaos) -> None:
@@ -97,10 +102,12 @@ def test_a_run_killed_at_random_ends_as_if_nothing_had_happened(study: Path, cha
     chance.shuffle(order)
     hits, torn = 0, 0
     for cold in order:
-        if cold:
-            hits += survive_one_cold(options, chance.uniform(0, 5), log)
-        else:
-            hits += survive_one(options, chance.uniform(0.05, 0.8), log)
+        process = (
+            start_cold(options, log) if cold else warm_process.start(attempt, options, log=log)
+        )
+        wait(killed, chance.uniform(0, 5 if cold else 1.5), steps=chance.randrange(1, 150))
+        process.kill()
+        hits += ended_by(process) == -signal.SIGKILL
         torn += any(killed.checkpoints.glob(".*.tmp"))
     assert hits == len(order), "the run was over before the last kill"
     finish(options, log)
