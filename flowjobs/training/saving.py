@@ -5,11 +5,9 @@ writes the pending best first, and a run killed in between repeats steps, never 
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,9 @@ class CheckpointSaver:
     Args:
         best: The path of best.pt.
         last: The path of last.pt.
-        record: A file that must never be behind last.pt: it is flushed to the disk first.
+        flush_rows: Called in the writing thread; returns when the record of the run, which must
+            never be behind last.pt, is on the disk. Rows that are not there when the node goes
+            down would not come again after this checkpoint.
         every_s: Seconds after which a save comes in the middle of an epoch too.
         before_replace: Called in the writing thread before a file takes its name; a
             RunTakenOverError from it ends all writing.
@@ -48,13 +48,13 @@ class CheckpointSaver:
         self,
         best: Path,
         last: Path,
-        record: Path | None = None,
+        flush_rows: Callable[[], None] = lambda: None,
         every_s: float | None = None,
         before_replace: Callable[[], None] = lambda: None,
     ) -> None:
         self._best = best
         self._last = last
-        self._record = record
+        self._flush_rows = flush_rows
         self._longest_interval_s = LONGEST_INTERVAL_S if every_s is None else every_s
         self._before_replace = before_replace
         self.taken_over: RunTakenOverError | None = None
@@ -121,24 +121,18 @@ class CheckpointSaver:
 
     def _write_both(self, best: Payload | None, state: Payload) -> float:
         started = time.thread_time()
-        self._flush_record()
+        try:
+            self._flush_rows()
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"{self._last} is not written before the rows of its steps, and the record of "
+                f"these could not be: {error.strerror}"
+            ) from error
         if best is not None:
             write_checkpoint(self._best, best, self._before_replace)
         size = write_checkpoint(self._last, state, self._before_replace)
         logger.debug("saved step %d to %s (%d bytes)", state["step"], self._last, size)
         return time.thread_time() - started
-
-    def _flush_record(self) -> None:
-        # Rows up to this step are in the system's memory at least, and outlive the process. When
-        # the node goes down they would be lost, and not come again after this checkpoint.
-        if self._record is None:
-            return
-        with suppress(OSError):  # a checkpoint without them is better than none
-            descriptor = os.open(self._record, os.O_WRONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
     def _collect(self) -> None:
         if self._write is None:

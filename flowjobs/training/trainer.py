@@ -161,7 +161,7 @@ class FlowTrainer:
         if recorder is None:
             return CheckpointSaver(run.best, run.last, every_s=every_s)
         return CheckpointSaver(
-            run.best, run.last, run.metrics_file, every_s, before_replace=recorder.check_held
+            run.best, run.last, recorder.flush_rows, every_s, before_replace=recorder.check_held
         )
 
     def _run_steps(self, saver: CheckpointSaver | None, recorder: Recorder | None) -> str | None:
@@ -310,7 +310,11 @@ class FlowTrainer:
     def _tell_progress(self, recorder: Recorder) -> None:
         state = self.state
         best = state.best_loss if math.isfinite(state.best_loss) else None
-        recorder.progress(state.step, state.total_steps, state.epochs_finished, best)
+        try:
+            recorder.progress(state.step, state.total_steps, state.epochs_finished, best)
+        except OSError as error:
+            # A full disk, say. What counts is the checkpoint, which says so and is tried again.
+            logger.debug("the progress could not be written: %s", error)
 
     def _say(self, row: dict[str, float]) -> None:
         if self._ranks.is_first:

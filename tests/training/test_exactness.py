@@ -4,8 +4,12 @@ import contextlib
 import itertools
 import os
 import random
+import resource
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from torch import nn
 
 from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunInterrupted, RunTakenOverError
+from flowjobs.runs import attempt
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -76,6 +81,24 @@ def test_a_run_may_leave_after_every_step(study: Path, every: int) -> None:
     interrupt_everywhere(study, CONFIG, every)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16"},
+        {"flow": "otcfm", "sigma": 0.1},
+        {"data_placement": "loader", "num_workers": 1},
+        {"checkpoint_every_s": 0.0, "ema_decay": 0.5},
+    ],
+)
+def test_so_it_is_with_every_kind_of_step(study: Path, options: dict[str, Any]) -> None:
+    interrupt_everywhere(study, replace(CONFIG, **options), every=3)
+
+
+@pytest.mark.long
+def test_so_it_is_with_a_compiled_model(study: Path) -> None:
+    interrupt_everywhere(study, replace(CONFIG, compile=True), every=7)
+
+
 @pytest.mark.parametrize("every", [1, STEPS_PER_EPOCH])
 def test_patience_and_ties_count_alike(study: Path, every: int) -> None:
     # With a rate of nearly zero and an average that hardly moves, losses tie from epoch to epoch.
@@ -110,6 +133,45 @@ def test_a_model_with_buffers_and_chance_of_its_own_ends_the_same(study: Path) -
     for key in ("level", "norm.running_mean", "norm.num_batches_tracked"):
         assert torch.equal(best["ema_shadow"][key], best["model_state_dict"][key])
     assert best["model_state_dict"]["level"].abs().sum() > 0
+
+
+def test_a_full_disk_in_the_middle_of_a_run_changes_nothing(
+    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, filled = Run(study, "whole"), Run(study, "filled")
+    config = replace(CONFIG, epochs=60, patience=60, checkpoint_every_s=0.0)
+    train(whole, config)
+    monkeypatch.setattr(saving, "COST_SHARE", 1e9)  # a save whenever none is under way
+    monkeypatch.setattr(attempt, "STATUS_EVERY_S", 0.0)
+    with small_files_only(filled, steps=range(50, 250)):
+        train(filled, config)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("the next save tries again" in text for text in said)
+    assert sum("rows wait in memory" in text for text in said) == 1
+    assert_equal(whole, filled)
+
+
+@contextlib.contextmanager
+def small_files_only(run: Run, steps: range) -> Iterator[None]:
+    """While these steps are trained, no file of the process may grow over a few bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    real = FlowTrainer._step
+
+    def step(trainer: FlowTrainer) -> dict[str, float]:
+        if trainer.state.step == steps.start:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (run.metrics_file.stat().st_size + 7, -1))
+        if trainer.state.step == steps.stop:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return real(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlowTrainer, "_step", step)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
 
 
 def test_an_attempt_that_has_lost_the_run_stops_and_writes_nothing_more(

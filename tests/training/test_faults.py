@@ -98,7 +98,7 @@ def state(step: int) -> dict[str, Any]:
 
 
 def make_saver(folder: Path) -> CheckpointSaver:
-    return CheckpointSaver(folder / "best.pt", folder / "last.pt", folder / "metrics.jsonl")
+    return CheckpointSaver(folder / "best.pt", folder / "last.pt")
 
 
 def save(folder: Path, step: int) -> None:
@@ -110,7 +110,6 @@ def save(folder: Path, step: int) -> None:
 
 def prepare(folder: Path) -> None:
     folder.mkdir()
-    (folder / "metrics.jsonl").touch()
     for step in (1, 2):
         save(folder, step)
 
@@ -137,7 +136,7 @@ def check_it_goes_on(folder: Path) -> None:
     assert last["step"] == 4
     names = {file.name for file in folder.iterdir()}
     previous = {"best.previous.pt", "last.previous.pt"}
-    assert names == {"best.pt", "last.pt", "metrics.jsonl"} | previous
+    assert names == {"best.pt", "last.pt"} | previous
 
 
 def operations_of_a_save(folder: Path, hard_links: bool) -> list[str]:
@@ -155,7 +154,7 @@ def test_an_error_at_any_file_operation_leaves_a_good_state(
     operations = operations_of_a_save(tmp_path / "clean", hard_links)
     assert operations.count("open") == 2
     assert operations.count("write") > 20
-    assert operations.count("fsync") == 7  # the record; each file, once more, and its folder
+    assert operations.count("fsync") == 6  # for each file: twice, and its folder
     assert operations.count("link") == 2
     assert operations.count("replace") == 4
     found = set()
