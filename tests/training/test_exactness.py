@@ -43,6 +43,8 @@ def data(n: int, seed: int) -> FlowDataset:
 def train(run: Run, config: TrainingConfig, steps: int | None = None) -> None:
     """One attempt: to the end, or that many steps."""
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    if config.compile:
+        torch.compiler.reset()  # a new process has compiled nothing yet
     boundaries = itertools.count(1)
     with recording(run, JobInfo.in_foreground()) as recorder:
         FlowTrainer(
@@ -95,6 +97,7 @@ def test_so_it_is_with_every_kind_of_step(study: Path, options: dict[str, Any]) 
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_so_it_is_with_a_compiled_model(study: Path) -> None:
     interrupt_everywhere(study, replace(CONFIG, compile=True), every=7)
 
