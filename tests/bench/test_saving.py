@@ -58,7 +58,7 @@ def test_a_save_stalls_training_for_a_part_of_a_plain_torch_save(tmp_path: Path)
         f"{1e3 * statistics.median(whole):.0f} ms; torch.save takes "
         f"{1e3 * statistics.median(plain):.0f} ms: {ratio:.2f} of it"
     )
-    assert ratio < 0.8
+    assert ratio < 0.5
 
 
 def train(study: Path, *, saving: bool) -> None:
@@ -84,6 +84,6 @@ def test_saving_takes_one_percent_of_training_at_most(study: Path) -> None:
     ratios = paired_ratios(
         lambda: train(study, saving=True),
         {"without saving": lambda: train(study, saving=False)},
-        rounds=5,
+        rounds=4,
     )
     assert ratios["without saving"] >= 0.99
