@@ -277,12 +277,29 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class RestartConfig:
+    """When a run is started again without a person. Preemptions and time limits always are."""
+
+    retries: int = 0
+    """Starts after a death that may pass: node lost, out of memory, killed, GPU lost, file system;
+    never after an exception of the code."""
+
+    give_up_after: int = 5
+    """Attempts in a row without a new step after which the run stops."""
+
+    def __post_init__(self) -> None:
+        _require(self, "retries", minimum=0)
+        _require(self, "give_up_after", minimum=1)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All that a job needs to know; a run's `config.json`."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    restarts: RestartConfig = field(default_factory=RestartConfig)
 
 
 def is_data_file(dataset: str) -> bool:
@@ -326,6 +343,7 @@ def run_config_from_dict(found: Mapping[str, Any]) -> RunConfig:
         training=_part_from_dict(TrainingConfig, found.get("training", {})),
         slurm=_part_from_dict(SlurmConfig, found.get("slurm", {})),
         tracking=_part_from_dict(TrackingConfig, found.get("tracking", {})),
+        restarts=_part_from_dict(RestartConfig, found.get("restarts", {})),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from flowjobs.config import (
     SBATCH_VARIABLES,
     KeyValues,
+    RestartConfig,
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
@@ -27,7 +28,12 @@ from flowjobs.errors import ConfigError
 from flowjobs.runs.run import default_study
 
 FILE_NAME = "flowjobs.toml"
-PARTS = {"training": TrainingConfig, "slurm": SlurmConfig, "tracking": TrackingConfig}
+PARTS = {
+    "training": TrainingConfig,
+    "slurm": SlurmConfig,
+    "tracking": TrackingConfig,
+    "restarts": RestartConfig,
+}
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
 from flowjobs.cli.follow import follow
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
     OptionalStr,
+    RestartConfig,
     RunConfig,
     SlurmConfig,
     TrackingConfig,
@@ -34,6 +35,7 @@ class Submit(CommandOptions):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    restarts: RestartConfig = field(default_factory=RestartConfig)
 
     name: OptionalStr = None
     """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
@@ -56,7 +58,13 @@ class Submit(CommandOptions):
         if self.follow and self.no_follow:
             raise ConfigError("--follow and --no-follow: found both, expected one")
         run, config = prepare_run(
-            defaults, self.study, self.name, self.training, self.slurm, self.tracking
+            defaults,
+            self.study,
+            self.name,
+            self.training,
+            self.slurm,
+            self.tracking,
+            self.restarts,
         )
         cluster, why = choose_cluster(self.cluster)
         if cluster == "local":
@@ -83,6 +91,7 @@ class Submit(CommandOptions):
             cluster=f"{cluster} ({why})",
             tracking=f"W&B {mode} ({mode_reason})",
         )
+        run.clear_cancel()
         attempts_before = len(status.attempts) if (status := run.status()) else 0
         job = submit(run, cluster)
         command = f"python -m flowjobs %s {run.name}{self._study_flag()}"
@@ -105,11 +114,11 @@ class Submit(CommandOptions):
         _print_rows(run=run.name, folder=str(run.folder), cluster=cluster)
         print("\n# where the values come from")
         # As they were given, not as `config` has them: paths are absolute there.
-        parts: list[Any] = [self, self.training, self.slurm, self.tracking]
+        parts: list[Any] = [self, self.training, self.slurm, self.tracking, self.restarts]
         for part in parts:
             for known in dataclasses.fields(part):
                 source = defaults.source_of(part, known.name)
-                shown = known.name not in ("training", "slurm", "tracking", "dry_run")
+                shown = known.name not in (*PARTS, "dry_run")
                 if shown and source != "default":
                     print(f"{flag(known.name):18} {getattr(part, known.name)}  ({source})")
         print("all others are flowjobs' own defaults\n")

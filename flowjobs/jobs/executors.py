@@ -1,6 +1,8 @@
 """submitit's executors, each given what a run asks of its cluster."""
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,14 @@ from flowjobs.config import SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.jobs import slurm
 from flowjobs.runs.run import Run
+
+# A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
+# blocked ones wait until there are some. Before 2019, env could not do that.
+SETUP = (
+    "guard=",
+    "block='env --block-signal=TERM --block-signal=USR2'",
+    "$block true 2>/dev/null && guard=$block",
+)
 
 Cluster = Literal["slurm", "local", "debug"]
 
@@ -92,10 +102,25 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
         "stderr_to_stdout": True,
         "srun_args": srun_args,
         "additional_parameters": options,
+        "setup": [*SETUP],
+        "teardown": _teardown(run),
     }
-    executor = SlurmExecutorAnywhere(folder=run.logs)
+    executor = SlurmExecutorAnywhere(
+        folder=run.logs, python=f"$guard {shlex.quote(sys.executable)}"
+    )
     executor.update_parameters(**parameters)
     return executor
+
+
+def _teardown(run: Run) -> list[str]:
+    command = [sys.executable, "-m", "flowjobs", "reconcile", run.name]
+    command += ["--study", str(run.study)]
+    return [
+        "code=$?",
+        "# For a death that could not speak: says what it was, and goes on if it may.",
+        f"[ $code -eq 0 ] || {shlex.join(command)} --exit-code $code",
+        "exit $code",
+    ]
 
 
 def check_local(asked: SlurmConfig) -> list[int]:
