@@ -19,12 +19,14 @@ from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
+    EXIT_CANCELLED,
     EXIT_FAILED,
     EXIT_PREEMPTED,
     AttemptRecord,
     JobInfo,
     Outcome,
     RunStatus,
+    now,
 )
 
 logger = logging.getLogger(__name__)
@@ -79,12 +81,13 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         status = run.status() or RunStatus()
         attempt = status.open_attempt
         lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
-        if attempt is None and (job.job_id, job.restart) in lives:
-            return None
-        if attempt is None or attempt.job.job_id != job.job_id:
-            outcome = deaths.cause_of_no_start(job, exit_code)
-        else:
+        if attempt and (attempt.job.job_id, attempt.job.restart) == (job.job_id, job.restart):
             outcome = deaths.cause_of(run, attempt, exit_code)
+        elif attempt or (job.job_id, job.restart) in lives or exit_code == EXIT_CANCELLED:
+            return None  # it has said so itself, or another job holds the run
+        else:
+            outcome = deaths.cause_of_no_start(job, exit_code)
+            status.attempts.append(AttemptRecord(len(status.attempts) + 1, job, started=now()))
         again = _should_go_on(run, status, job, outcome)
         _write(run, status, _as_it_goes_on(outcome, again))
         if again:
@@ -121,6 +124,7 @@ def _close(run: Run, queue: Collection[str]) -> Outcome | None:
         log = run.submissions()[-1]["log"]
         job = JobInfo("slurm", job_id, log, host="its node", pid=0)
         outcome = deaths.cause_of_no_start(job)
+        status.attempts.append(AttemptRecord(len(status.attempts) + 1, job, started=now()))
     else:
         if not _is_gone(run, attempt, waits):
             return None

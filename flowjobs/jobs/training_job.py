@@ -87,7 +87,12 @@ class TrainingJob:
         """Whether this start is one that the run's user does not want any more."""
         if self._job.started_by_person:
             return False
-        return self._run.cancel_requested() or deaths.cancelled_while_requeued(self._job)
+        cancelled = self._run.cancel_requested() or deaths.cancelled_while_requeued(self._job)
+        status = self._run.status()
+        if cancelled and status and status.state == "preempted" and self._process.rank == 0:
+            status.close(Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled"))
+            status.write(self._run.status_file)
+        return cancelled
 
     def train(self, signals: StopSignals, resume_path: Path | None) -> None:
         """Train to the end, or until told to leave."""
