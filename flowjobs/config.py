@@ -46,7 +46,16 @@ OptionalFloat = Optional[float]  # noqa: UP045
 
 # The training fields that do not decide what a step computes, so that a run keeps its name and
 # its signature when they change. `epochs` and `patience` say how long; more extends the run.
-NOT_IN_SIGNATURE = frozenset({"epochs", "patience", "group", "data_placement", "num_workers"})
+NOT_IN_SIGNATURE = frozenset(
+    {
+        "epochs",
+        "patience",
+        "group",
+        "data_placement",
+        "num_workers",
+        "checkpoint_every_s",
+    }
+)
 
 
 class KeyValues(dict[str, Any]):
@@ -140,6 +149,14 @@ class TrainingConfig:
     num_workers: int = 2
     """Processes that read data for the loader."""
 
+    checkpoint_every_s: OptionalFloat = None
+    """Save after this many seconds at the latest, in the middle of an epoch too; default: 300. A
+    save waits for longer where it would take more than 1 % of the training's time."""
+
+    deterministic: bool = False
+    """On a GPU too, end with the bits of an uninterrupted run: only deterministic algorithms of
+    torch, which can be slower, and an error if an operation has none. A CPU does so anyway."""
+
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
             _require(self, name, minimum=1)
@@ -147,6 +164,8 @@ class TrainingConfig:
             _require(self, name, minimum=0)
         for name in ("lr", "grad_clip"):
             _require(self, name, above=0)
+        if self.checkpoint_every_s is not None:
+            _require(self, "checkpoint_every_s", minimum=0)
         _require(self, "ema_decay", minimum=0, below=1)
         _require(self, "seed", minimum=0, below=MAX_SEED)
         _require_choice("flow", self.flow, Flow)

@@ -1,12 +1,16 @@
 """`metrics.jsonl`: one row a logged step, the record that W&B mirrors."""
 
 import json
+import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flowjobs.runs.files import replaced_whole
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -18,7 +22,8 @@ class MetricsFile:
     """Appends rows to `metrics.jsonl`, each step at most once.
 
     A row is one write to a file opened for appending: it outlives the process from then on,
-    whatever kills it, without a flush to the disk for every row.
+    whatever kills it, without a flush to the disk for every row. Rows that a full disk does not
+    take wait in memory and come later, in order.
 
     Args:
         path: The file; it is made where it does not exist.
@@ -28,15 +33,48 @@ class MetricsFile:
 
     def __init__(self, path: Path, after_step: int) -> None:
         _drop_rows_after(path, after_step)
+        self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting = b""
+        self._warned = False
+        # Rows come from the training, `flush` from the thread that saves.
+        self._lock = threading.Lock()
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; it must have a `step` past the last one's."""
-        os.write(self._descriptor, (json.dumps(row) + "\n").encode())
+        with self._lock:
+            self._waiting += (json.dumps(row) + "\n").encode()
+            try:
+                self._write_waiting()
+            except OSError as error:
+                if not self._warned:
+                    logger.warning("%s: %s; its rows wait in memory", self._path, error.strerror)
+                self._warned = True
+
+    def flush(self) -> None:
+        """Return when every row is on the disk.
+
+        Raises:
+            OSError: Some are not.
+        """
+        with self._lock:
+            self._write_waiting()
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        with self._lock:
+            try:
+                self._write_waiting()
+            except OSError as error:
+                logger.warning("%s: %s; its last rows are lost", self._path, error.strerror)
+            os.close(self._descriptor)
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            # A disk that is nearly full takes a part of a row; the rest must follow it.
+            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+        self._warned = False
 
 
 def read_rows(path: Path) -> Iterator[Row]:

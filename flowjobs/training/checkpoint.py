@@ -5,11 +5,16 @@ its comment holds the SHA-256 of everything before it, so that one flipped bit i
 itself does not check the archive's checksums.
 """
 
+import errno
 import hashlib
 import logging
 import os
 import pickle
+import shutil
+import stat
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -19,7 +24,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from flowjobs.errors import CheckpointDamagedError, CheckpointError, CheckpointMismatchError
+from flowjobs.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointWriteError,
+)
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.run import Run, default_study
 from flowjobs.training.ema import EMAModel
@@ -71,8 +81,8 @@ def save_checkpoint(
         resumed_from: Digest of the checkpoint that the run was started from, if one was given.
 
     Raises:
-        CheckpointError: The bytes on disk are not those that were written.
-        OSError: The file cannot be written.
+        CheckpointWriteError: The file cannot be written, or does not hold what was written; the
+            text says which, why, and how much room it needs.
     """
     payload = checkpoint_payload(
         epoch=epoch,
@@ -165,14 +175,34 @@ def restore_payload(
         ) from error
 
 
-def write_checkpoint(path: Path, payload: Payload) -> int:
+def write_checkpoint(
+    path: Path, payload: Payload, before_replace: Callable[[], None] = lambda: None
+) -> int:
     """Write `payload` to `path` whole or not at all, and verify what reached the disk.
 
     The file that it replaces is kept as `last.previous.pt` (or `best.previous.pt`).
 
+    Args:
+        path: The file to replace.
+        payload: What it shall hold.
+        before_replace: Called when the new file is good and before any name changes; what it
+            raises leaves everything as it is.
+
     Returns:
         The size in bytes.
+
+    Raises:
+        CheckpointWriteError: The file cannot be written, or does not hold what was written.
     """
+    try:
+        return _write(path, payload, before_replace)
+    except OSError as error:
+        raise CheckpointWriteError(_why_not_written(path, payload, error)) from error
+    except CheckpointDamagedError as error:
+        raise CheckpointWriteError(f"{error}, so that the file before it is kept") from error
+
+
+def _write(path: Path, payload: Payload, before_replace: Callable[[], None]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(path) as file:
         sealed = _SealedWriter(file)
@@ -187,8 +217,43 @@ def write_checkpoint(path: Path, payload: Payload) -> int:
         file.seek(0)
         # Before the rename: the good file there is only given up for one that reads back.
         _verify(file, path)
+        before_replace()
         _keep_previous(path)
     return size
+
+
+def _why_not_written(path: Path, payload: Payload, error: OSError) -> str:
+    needed = sum(tensor.nbytes for tensor in _tensors(payload))
+    text = f"{path} could not be written: {error.strerror}; it needs {_size(needed)}"
+    with suppress(OSError):
+        text += f", {_size(shutil.disk_usage(path.parent).free)} are free there"
+    if error.errno == errno.EDQUOT:
+        text += " but not within your quota"
+    return f"{text}; a checkpoint that was there before still is"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.2f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    match value:
+        case Tensor():
+            yield value
+        case dict():
+            for item in value.values():
+                yield from _tensors(item)
+        case list() | tuple():
+            for item in value:
+                yield from _tensors(item)
+
+
+def sweep_unfinished(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it. The caller must be its one writer."""
+    for unfinished in (f".{path.name}.*.tmp", f".{path.name}.*.link"):
+        for file in path.parent.glob(unfinished):
+            with suppress(OSError):
+                file.unlink()
 
 
 def previous_of(path: Path) -> Path:
@@ -196,27 +261,48 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def read_newest_good(path: Path, device: torch.device | str = "cpu") -> Payload | None:
-    """Read the checkpoint at `path`, or the one before it if that one is damaged.
+def read_newest_good(
+    path: Path,
+    device: torch.device | str = "cpu",
+    check: Callable[[Payload, Path], None] = lambda payload, path: None,
+) -> Payload | None:
+    """Read the checkpoint at `path`, or the one before it if that one cannot be used.
 
-    A damaged file is set aside under a name that says so, with a warning.
+    A file that is not used is set aside under a name that says why, with a warning.
+
+    Args:
+        path: last.pt or best.pt.
+        device: Where the tensors go.
+        check: Raises a CheckpointMismatchError if the run cannot go on from a payload.
 
     Returns:
-        The payload; None if there is no good one.
+        The payload; None if there is no file, or all are damaged.
 
     Raises:
-        CheckpointMismatchError: Written by a newer version of flowjobs.
+        CheckpointMismatchError: There are sound files, but of another model or a newer version of
+            flowjobs, and none that the run can go on from. They stay where they are: a person
+            must say what shall become of them.
         CheckpointError: A file that is there cannot be read (permissions, a failing disk): going
             on without it would throw work away that may still be sound.
     """
+    refused: list[tuple[Path, CheckpointMismatchError]] = []
+    payload = None
     for candidate in (path, previous_of(path)):
-        if not os.path.lexists(candidate):
+        if payload is not None or not os.path.lexists(candidate):
             continue
         try:
-            return read_checkpoint(candidate, device)
+            found = read_checkpoint(candidate, device)
+            check(found, candidate)
+            payload = found
         except CheckpointDamagedError as error:
-            logger.warning("%s; set aside as %s", error, _set_aside(candidate).name)
-    return None
+            logger.warning("%s; set aside as %s", error, _set_aside(candidate, "damaged").name)
+        except CheckpointMismatchError as error:
+            refused.append((candidate, error))
+    if payload is None and refused:
+        raise refused[0][1]
+    for file, reason in refused:
+        logger.warning("%s; set aside as %s", reason, _set_aside(file, "mismatched").name)
+    return payload
 
 
 def digest_of(path: Path) -> str:
@@ -225,23 +311,25 @@ def digest_of(path: Path) -> str:
 
 
 def _keep_previous(path: Path) -> None:
-    if not path.is_file():
-        return
+    previous = previous_of(path)
+    if not path.is_file() or (previous.is_file() and previous.samefile(path)):
+        return  # the latter where a save was killed between its two renames
     link = path.with_name(f".{path.name}.{os.getpid()}.link")
+    link.unlink(missing_ok=True)
     try:
         # A second name for the same file, so that there is a good one at `path` at all times.
-        link.unlink(missing_ok=True)
         os.link(path, link)
-        os.replace(link, previous_of(path))
     except OSError:
         # No hard links on this file system; until the new file is in place a start finds the
         # previous one under its own name.
-        os.replace(path, previous_of(path))
+        os.replace(path, previous)
+        return
+    os.replace(link, previous)
 
 
-def _set_aside(path: Path) -> Path:
+def _set_aside(path: Path, why: str) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-    aside = path.with_name(f"{path.stem}.damaged-{stamp}{path.suffix}")
+    aside = path.with_name(f"{path.stem}.{why}-{stamp}{path.suffix}")
     path.rename(aside)
     return aside
 
@@ -250,13 +338,15 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
     """Read and verify a checkpoint. Runs no code from the file.
 
     Raises:
-        CheckpointDamagedError: Not the bytes that were written.
+        CheckpointDamagedError: Not the bytes that were written, or no file but a folder or a loop
+            of links.
         CheckpointMismatchError: Written by a newer version of flowjobs.
         CheckpointError: There is no file, or it cannot be read.
     """
-    if path.is_dir():
-        raise CheckpointDamagedError(f"{path} is a folder, not a checkpoint")
     try:
+        # Before it is opened: a named pipe would wait for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointDamagedError(f"{path} is not a file, as a checkpoint is")
         with path.open("rb") as file:
             _verify(file, path)
             file.seek(0)
@@ -267,7 +357,8 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
             "run code from the file"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        kind = CheckpointDamagedError if error.errno == errno.ELOOP else CheckpointError
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
     found = payload.get("format") if isinstance(payload, dict) else None
     if not isinstance(found, int):
         raise CheckpointMismatchError(f"{path} is not a checkpoint of a run")

@@ -58,8 +58,8 @@ def single_process(device: torch.device) -> Ranks:
 def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> Iterator[Ranks]:
     """Pick this process's device and, where there are several, join the others.
 
-    Uses NCCL on GPUs and gloo on CPUs. With several ranks, MASTER_ADDR and MASTER_PORT must be
-    in the environment.
+    Uses NCCL for tensors on GPUs and gloo for those on CPUs. With several ranks, MASTER_ADDR and
+    MASTER_PORT must be in the environment.
 
     Args:
         rank: This process among all, from 0.
@@ -76,7 +76,9 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
         yield single_process(device)
         return
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Tensors on the CPU go through gloo in both cases: flags that no GPU should wait for.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend)
     try:
         yield Ranks(rank, world_size, device)
     finally:

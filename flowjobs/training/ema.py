@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+_Place = tuple[dict[str, Tensor | None], str]
+
 
 class EMAModel:
     """Keeps a second copy of a model whose weights average the first one's over the steps.
@@ -26,7 +28,7 @@ class EMAModel:
         self.decay = decay
         self.updates = 0
         self._averaged: list[Tensor] = list(self.model.parameters())
-        self._copied = list(self.model.buffers())
+        self._copied = _buffer_places(self.model)
         self._follow(model)
 
     @property
@@ -44,15 +46,29 @@ class EMAModel:
         # One fused kernel over all weights; a loop over them takes several times longer.
         torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
         if self._copied:
-            torch._foreach_copy_(self._copied, self._buffers)
+            torch._foreach_copy_(_at(self._copied), _at(self._buffers))
 
     def _follow(self, model: nn.Module) -> None:
         # Walking the modules at each step would take a twentieth of a small model's step.
         self._followed = model
         self._weights: list[Tensor] = list(model.parameters())
-        self._buffers = list(model.buffers())
+        # Their places, since a model may put a new tensor there (`self.mean = 0.9 * self.mean`).
+        self._buffers = _buffer_places(model)
 
     def load_shadow(self, shadow: dict[str, Tensor], updates: int) -> None:
         """Restore what `shadow` and `updates` were."""
         self.model.load_state_dict(shadow)
         self.updates = updates
+
+
+def _buffer_places(model: nn.Module) -> list[_Place]:
+    return [
+        (module._buffers, name)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def _at(places: list[_Place]) -> list[Tensor]:
+    return [buffers[name] for buffers, name in places]  # type: ignore[misc]

@@ -7,7 +7,6 @@ optimal transport (https://arxiv.org/abs/2302.00482); names as in torchcfm and f
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from flowjobs.config import Flow
@@ -66,6 +65,8 @@ def couple_by_optimal_transport(x_0: Tensor, x_1: Tensor) -> Tensor:
     Returns:
         The rows of x_0 in the order of their partners in x_1.
     """
+    from scipy.optimize import linear_sum_assignment  # not at the start of runs without it
+
     cost = torch.cdist(x_1.float(), x_0.float()).square()
     _, partner = linear_sum_assignment(cost.cpu().numpy())
     return x_0[torch.as_tensor(partner, device=x_0.device)]

@@ -5,7 +5,9 @@ The order of an epoch follows from (seed, epoch), the noise, times and dropout o
 """
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,13 @@ def seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
         torch.cuda.default_generators[index].manual_seed(value)
+
+
+def seed_python_and_numpy(*parts: int | str) -> None:
+    """Seed the default generators of `random` and numpy, which a user's own model may draw from."""
+    value = derive_seed(*parts)
+    random.seed(value)
+    np.random.seed(value % 2**32)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torchdiffeq import odeint
 
 from flowjobs.runs.files import replaced_whole
 from flowjobs.training.randomness import generator_for
@@ -35,6 +34,8 @@ def sample(
     Returns:
         Samples in the data's own units, on the CPU, shape (n, dim).
     """
+    from torchdiffeq import odeint  # loads scipy, which the start of a run does without
+
     mean, std = stats["mean"].to(device), stats["std"].to(device)
     generator = generator_for(device, seed, "samples")
     x_0 = torch.randn((n, len(mean)), generator=generator, device=device)

@@ -6,6 +6,7 @@ writes the pending best first, and a run killed in between repeats steps, never 
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowjobs.errors import CheckpointError, CheckpointWriteError
+from flowjobs.errors import CheckpointWriteError, RunTakenOverError
 from flowjobs.training.checkpoint import Payload, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -32,19 +33,41 @@ class CheckpointSaver:
     Args:
         best: The path of best.pt.
         last: The path of last.pt.
+        flush_rows: Called in the writing thread; returns when the record of the run, which must
+            never be behind last.pt, is on the disk. Rows that are not there when the node goes
+            down would not come again after this checkpoint.
+        every_s: Seconds after which a save comes in the middle of an epoch too.
+        before_replace: Called in the writing thread before a file takes its name; a
+            RunTakenOverError from it ends all writing.
+
+    Attributes:
+        taken_over: What `before_replace` raised in the background, if it did.
     """
 
-    def __init__(self, best: Path, last: Path) -> None:
+    def __init__(
+        self,
+        best: Path,
+        last: Path,
+        flush_rows: Callable[[], None] = lambda: None,
+        every_s: float | None = None,
+        before_replace: Callable[[], None] = lambda: None,
+    ) -> None:
         self._best = best
         self._last = last
+        self._flush_rows = flush_rows
+        self._longest_interval_s = LONGEST_INTERVAL_S if every_s is None else every_s
+        self._before_replace = before_replace
+        self.taken_over: RunTakenOverError | None = None
         self._pending_best: Payload | None = None
         self._best_in_write: Payload | None = None
         self._spare: Payload | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write: Future[float] | None = None
         self._stall_s = 0.0
-        self._cost_s = FIRST_COST_S
+        # Who asks for an interval knows what a save costs here; the second one is measured.
+        self._cost_s = FIRST_COST_S if every_s is None else 0.0
         self._saved_at = time.monotonic()
+        self._warned_of: str | None = None
 
     def keep_best(self, payload: Payload) -> None:
         """Take a copy of the state; the next save writes it to best.pt."""
@@ -59,9 +82,11 @@ class CheckpointSaver:
             if not self._write.done():
                 return False
             self._collect()
+        if self.taken_over:
+            return False
         elapsed = time.monotonic() - self._saved_at
         affordable = elapsed * COST_SHARE >= self._cost_s
-        return affordable and (epoch_finished or elapsed >= LONGEST_INTERVAL_S)
+        return affordable and (epoch_finished or elapsed >= self._longest_interval_s)
 
     def save(self, payload: Payload) -> None:
         """Copy the state now and write it beside the training.
@@ -81,15 +106,12 @@ class CheckpointSaver:
 
         Raises:
             CheckpointWriteError: It could not be written; the text names the path and the reason.
+            RunTakenOverError: Another attempt holds the run; nothing was written.
         """
         self._collect()
-        try:
-            self._write_both(self._pending_best, payload)
-        except OSError as error:
-            raise CheckpointWriteError(
-                f"{self._last.parent}: the checkpoint could not be written: {error.strerror}; "
-                "the one before it is still there"
-            ) from error
+        if self.taken_over:
+            raise self.taken_over
+        self._write_both(self._pending_best, payload)
         self._pending_best = None
 
     def close(self) -> None:
@@ -99,9 +121,16 @@ class CheckpointSaver:
 
     def _write_both(self, best: Payload | None, state: Payload) -> float:
         started = time.thread_time()
+        try:
+            self._flush_rows()
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"{self._last} is not written before the rows of its steps, and the record of "
+                f"these could not be: {error.strerror}"
+            ) from error
         if best is not None:
-            write_checkpoint(self._best, best)
-        size = write_checkpoint(self._last, state)
+            write_checkpoint(self._best, best, self._before_replace)
+        size = write_checkpoint(self._last, state, self._before_replace)
         logger.debug("saved step %d to %s (%d bytes)", state["step"], self._last, size)
         return time.thread_time() - started
 
@@ -112,10 +141,21 @@ class CheckpointSaver:
         try:
             self._cost_s = self._stall_s + write.result()
             self._spare = self._best_in_write
-        except (OSError, CheckpointError) as error:
-            logger.warning("%s: a checkpoint could not be written: %s", self._last, error)
+            self._warned_of = None
+        except CheckpointWriteError as error:
+            self._warn(error)
             self._pending_best = self._pending_best or self._best_in_write
+        except RunTakenOverError as error:
+            self.taken_over = error
         self._stall_s = 0.0
+
+    def _warn(self, error: CheckpointWriteError) -> None:
+        """Say it once a cause, until a save succeeds: a full disk can stay full for days."""
+        cause = error.__cause__
+        kind = cause.strerror if isinstance(cause, OSError) else type(cause).__name__
+        level = logging.DEBUG if kind == self._warned_of else logging.WARNING
+        logger.log(level, "%s; training goes on, and the next save tries again", error)
+        self._warned_of = kind
 
 
 def snapshot(payload: Payload, reuse: Payload | None = None) -> Payload:

@@ -10,6 +10,7 @@ from flowjobs.config import TrainingConfig
 from flowjobs.errors import CheckpointMismatchError
 from flowjobs.training.checkpoint import Payload, checkpoint_payload, restore_payload
 from flowjobs.training.ema import EMAModel
+from flowjobs.training.optimizer import LightAdamW
 from flowjobs.training.schedule import get_cosine_schedule_with_warmup
 
 
@@ -34,7 +35,7 @@ class TrainState:
     ) -> None:
         self.model = model
         self.ema = EMAModel(model, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = LightAdamW(
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.total_steps = config.epochs * steps_per_epoch
@@ -92,13 +93,13 @@ class TrainState:
             stats=self._stats,
         )
 
-    def restore(self, payload: Payload, path: Path) -> None:
-        """Take over a checkpoint's state; `path` is for the error's text.
+    def check(self, payload: Payload, path: Path) -> None:
+        """Raise unless the run can go on from a payload; `path` is for the error's text.
 
         Raises:
             CheckpointMismatchError: Another model, or other data under the same name.
         """
-        there = payload["normalization_stats"]
+        there = payload.get("normalization_stats", {})
         for key, found in self._stats.items():
             if key not in there or not torch.equal(there[key].cpu(), found.cpu()):
                 raise CheckpointMismatchError(
@@ -106,6 +107,23 @@ class TrainState:
                     f"{self._config.dataset} has changed since; restore it, or give the run "
                     "another --name"
                 )
+        weights, own = payload["model_state_dict"], self.model.state_dict()
+        for key in sorted(weights.keys() | own.keys()):
+            shapes = [_shape(part[key]) if key in part else "absent" for part in (weights, own)]
+            if shapes[0] != shapes[1]:
+                raise CheckpointMismatchError(
+                    f"{path} is of another model than the config asks for ({key}: {shapes[0]} "
+                    f"there, {shapes[1]} here): give the run another --name, or restore the "
+                    "arguments it was started with"
+                )
+
+    def restore(self, payload: Payload, path: Path) -> None:
+        """Take over a checkpoint's state; `path` is for the error's text.
+
+        Raises:
+            CheckpointMismatchError: Another model, or other data under the same name.
+        """
+        self.check(payload, path)
         restore_payload(payload, path, self.model, self.ema, self.optimizer, self.scheduler)
         # The schedule may have become longer since; the optimizer's rate is still the old one's.
         rates = self.scheduler.base_lrs, self.scheduler.lr_lambdas, self.optimizer.param_groups
@@ -115,3 +133,8 @@ class TrainState:
         self.best_loss = payload["best_loss"]
         self.epochs_without_improvement = payload["epochs_without_improvement"]
         self.resumed_from = payload["resumed_from"]
+
+
+def _shape(value: object) -> str:
+    # A module's extra state may be anything.
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

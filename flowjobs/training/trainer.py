@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
-from flowjobs.errors import RunInterrupted, TrainingDivergedError
+from flowjobs.errors import RunInterrupted, RunTakenOverError, TrainingDivergedError
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.recorder import Recorder, recording
@@ -24,11 +24,15 @@ from flowjobs.training.checkpoint import (
     digest_of,
     read_checkpoint,
     read_newest_good,
+    sweep_unfinished,
 )
 from flowjobs.training.data import FlowDataset, normalization_stats
+from flowjobs.training.determinism import deterministic_algorithms
 from flowjobs.training.distributed import Ranks, single_process
 from flowjobs.training.flows import sample_path
-from flowjobs.training.randomness import seed_step
+from flowjobs.training.leaving import Leave, Leaving
+from flowjobs.training.models.mlp import MLP
+from flowjobs.training.randomness import seed_python_and_numpy, seed_step
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
 from flowjobs.training.validation import Validation, Velocity
@@ -67,7 +71,8 @@ class FlowTrainer:
         run: The run's folder; by default the one of `config.run_name` in the default study.
         recorder: Where rows and progress go.
         ranks: The processes that train together; by default this one alone.
-        stop_reason: Asked after each step; a text makes the trainer save and leave.
+        stop_reason: Asked after each step, on every rank; a text from any of them makes all save
+            and leave after the same step.
     """
 
     def __init__(
@@ -93,6 +98,8 @@ class FlowTrainer:
         self._recorder = recorder
         self._ranks = ranks or single_process(device)
         self._stop_reason = stop_reason
+        self._leaving = Leaving(self._ranks)
+        self._built_in = isinstance(model, MLP)
 
         stats = normalization_stats(train_dataset)
         mean, std = stats["mean"].to(device), stats["std"].to(device)
@@ -109,20 +116,22 @@ class FlowTrainer:
 
         Raises:
             RunInterrupted: `stop_reason` asked to leave; the state is saved.
+            RunTakenOverError: Another attempt holds the run now; nothing was saved.
             TrainingDivergedError: The loss is not a number any more.
             RunBusyError: On its own: another process trains this run.
         """
-        if self._run is not None:
-            return self._train(self._run, self._recorder)
-        run = Run(default_study().absolute(), self._config.run_name)
-        run.create(RunConfig(self._config, tracking=TrackingConfig(self._wandb_project)))
-        with recording(run, JobInfo.in_foreground()) as recorder:
-            return self._train(run, recorder)
+        with deterministic_algorithms(self._config.deterministic):
+            if self._run is not None:
+                return self._train(self._run, self._recorder)
+            run = Run(default_study().absolute(), self._config.run_name)
+            run.create(RunConfig(self._config, tracking=TrackingConfig(self._wandb_project)))
+            with recording(run, JobInfo.in_foreground()) as recorder:
+                return self._train(run, recorder)
 
     def _train(self, run: Run, recorder: Recorder | None) -> TrainingResult:
         started = time.monotonic()
         # Every rank trains, the first one writes.
-        saver = CheckpointSaver(run.best, run.last) if self._ranks.is_first else None
+        saver = self._make_saver(run, recorder) if self._ranks.is_first else None
         # The first rank sets damaged files aside before the others look.
         with self._ranks.first_goes_first():
             adopted = self._restore(run)
@@ -134,16 +143,26 @@ class FlowTrainer:
             self._tell_progress(recorder)
         try:
             reason = self._run_steps(saver, recorder)
-            if recorder:
-                self._tell_progress(recorder)
             if saver and (self.state.step > first_step or not run.last.exists()):
                 saver.save_and_wait(self.state.payload())
+            if recorder:
+                self._tell_progress(recorder)
         finally:
             if saver:
                 saver.close()
         if reason:
             raise RunInterrupted(reason, self.state.step)
         return self._summarize(run, recorder, time.monotonic() - started)
+
+    def _make_saver(self, run: Run, recorder: Recorder | None) -> CheckpointSaver:
+        for path in (run.best, run.last):
+            sweep_unfinished(path)
+        every_s = self._config.checkpoint_every_s
+        if recorder is None:
+            return CheckpointSaver(run.best, run.last, every_s=every_s)
+        return CheckpointSaver(
+            run.best, run.last, recorder.flush_rows, every_s, before_replace=recorder.check_held
+        )
 
     def _run_steps(self, saver: CheckpointSaver | None, recorder: Recorder | None) -> str | None:
         """Train until the run is finished (None), or until asked to leave (the reason)."""
@@ -168,14 +187,25 @@ class FlowTrainer:
             if saver and saver.due(epoch_finished=state.at_epoch_end):
                 saver.save(state.payload())
 
-            if not state.finished and (reason := self._stop_reason()):
-                return reason
+            if not state.finished and (leave := self._leaving.agreed(self._wants_to_leave(saver))):
+                if leave.taken_over:
+                    raise RunTakenOverError(leave.reason)
+                return leave.reason
+        self._leaving.close()
         return None
+
+    def _wants_to_leave(self, saver: CheckpointSaver | None) -> Leave | None:
+        if saver and saver.taken_over:
+            return Leave(str(saver.taken_over), taken_over=True)
+        reason = self._stop_reason()
+        return Leave(reason) if reason else None
 
     def _step(self) -> dict[str, float]:
         """One optimizer step. Returns what to log of it, at most steps nothing."""
         config, state = self._config, self.state
         seed_step(self._device, config.seed, state.step, self._ranks.rank)
+        if not self._built_in:
+            seed_python_and_numpy(config.seed, state.step, self._ranks.rank)
         learning_rate = state.optimizer.param_groups[0]["lr"]
 
         x_1 = self._batches.rows(state.step)
@@ -235,7 +265,7 @@ class FlowTrainer:
         Returns:
             Whether the state is new to the run's folder and should be saved there.
         """
-        path, payload = run.last, read_newest_good(run.last, self._device)
+        path, payload = run.last, read_newest_good(run.last, self._device, self.state.check)
         given = self._resume_path
         if given and not (payload and _comes_from(payload, given)):
             path, payload = given, read_checkpoint(given, self._device)
@@ -247,7 +277,7 @@ class FlowTrainer:
             "Resumed from epoch %d, step %d (%s)", self.state.epochs_finished, self.state.step, path
         )
         # Never remember a better best than the one that is there: it is what the run ends with.
-        best = read_newest_good(run.best)
+        best = read_newest_good(run.best, check=self.state.check)
         best_there = math.inf if best is None else best["best_loss"]
         self.state.best_loss = max(self.state.best_loss, best_there)
         return path == given
@@ -280,7 +310,11 @@ class FlowTrainer:
     def _tell_progress(self, recorder: Recorder) -> None:
         state = self.state
         best = state.best_loss if math.isfinite(state.best_loss) else None
-        recorder.progress(state.step, state.total_steps, state.epochs_finished, best)
+        try:
+            recorder.progress(state.step, state.total_steps, state.epochs_finished, best)
+        except OSError as error:
+            # A full disk, say. What counts is the checkpoint, which says so and is tried again.
+            logger.debug("the progress could not be written: %s", error)
 
     def _say(self, row: dict[str, float]) -> None:
         if self._ranks.is_first:

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,31 @@ def test_metrics_keep_each_step_once(tmp_path: Path) -> None:
     metrics.close()
     assert [row["step"] for row in read_rows(path)] == [10, 20, 30]
     assert latest_values(path) == {"step": 30, "x": 10.0}
+
+
+def test_rows_that_a_full_disk_does_not_take_come_later_and_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, after_step=0)
+    metrics.append({"step": 10})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, limits[1]))
+    try:
+        metrics.append({"step": 20})
+        metrics.append({"step": 30})
+        assert len(caplog.records) == 1
+        assert [row["step"] for row in read_rows(path)] == [10]
+        with pytest.raises(OSError, match="File too large"):
+            metrics.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    metrics.append({"step": 40})
+    metrics.flush()
+    metrics.close()
+    assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (10, 20, 30, 40))
 
 
 def test_metrics_that_are_not_there_are_empty(tmp_path: Path) -> None:

@@ -1,3 +1,6 @@
+import errno
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from flowjobs.errors import CheckpointDamagedError, CheckpointError, CheckpointMismatchError
+from flowjobs.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    RunTakenOverError,
+)
 from flowjobs.training import (
     EMAModel,
     get_checkpoint_path,
@@ -17,6 +26,7 @@ from flowjobs.training.checkpoint import (
     previous_of,
     read_checkpoint,
     read_newest_good,
+    sweep_unfinished,
     write_checkpoint,
 )
 
@@ -39,6 +49,10 @@ def saved(path: Path, width: int = 4) -> tuple[Any, ...]:
     return model, ema, optimizer, scheduler
 
 
+def files_in(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "best.pt"
     before = saved(path)
@@ -55,23 +69,37 @@ def test_any_torch_can_read_it_without_running_code(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 2
 
 
-@pytest.mark.parametrize("where", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_one_flipped_bit_is_noticed(tmp_path: Path, where: float) -> None:
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
     saved(path)
-    content = bytearray(path.read_bytes())
-    content[round(where * (len(content) - 1))] ^= 1
-    path.write_bytes(content)
+    sound = path.read_bytes()
+    # Every bit of the two ends, where the archive's structure and the seal are, and many between.
+    ends = [*range(80), *range(len(sound) - 600, len(sound))]
+    places = [8 * byte + bit for byte in ends for bit in range(8)]
+    places += random.Random(0).sample(range(8 * len(sound)), 2000)
+    for place in places:
+        content = bytearray(sound)
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        with pytest.raises(CheckpointDamagedError):
+            read_checkpoint(path)
+
+
+def test_a_file_cut_short_anywhere_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    saved(path)
+    sound = path.read_bytes()
+    for kept in {*range(200), *range(0, len(sound), 37), *range(len(sound) - 200, len(sound))}:
+        path.write_bytes(sound[:kept])
+        with pytest.raises(CheckpointDamagedError, match="cut short"):
+            read_checkpoint(path)
+
+
+def test_a_file_that_goes_on_too_long_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    saved(path)
+    path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(CheckpointDamagedError):
-        read_checkpoint(path)
-
-
-@pytest.mark.parametrize("kept", [0, 1, 100, -1])
-def test_a_file_cut_short_is_noticed(tmp_path: Path, kept: int) -> None:
-    path = tmp_path / "best.pt"
-    saved(path)
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(CheckpointDamagedError, match="cut short"):
         read_checkpoint(path)
 
 
@@ -105,21 +133,79 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "nowhere.pt")
 
 
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES])
+def test_a_write_that_fails_leaves_the_old_file_and_says_what_it_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     path = tmp_path / "checkpoints" / "best.pt"
-    saved(path)
+    saved(path, width=300)
     before = path.read_bytes()
 
-    def full_disk(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        saved(path)
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(CheckpointWriteError) as caught:
+        saved(path, width=300)
+    said = str(caught.value)
+    assert said.startswith(f"{path} could not be written: {os.strerror(code)}; it needs 1.45 MB, ")
+    assert ("your quota" in said) == (code == errno.EDQUOT)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_system_that_keeps_other_bytes_is_noticed_before_the_old_file_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, {"format": 1, "step": 1})
+    real = os.fsync
+
+    def lose_a_bit(descriptor: int) -> None:
+        os.pwrite(descriptor, b"?", 200)
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", lose_a_bit)
+    with pytest.raises(CheckpointWriteError, match="does not hold the bytes"):
+        write_checkpoint(path, {"format": 1, "step": 2})
+    assert read_checkpoint(path)["step"] == 1
+
+
+def test_an_attempt_that_lost_the_run_changes_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        write_checkpoint(path, {"format": 1, "step": step})
+    before = files_in(tmp_path)
+
+    def lost() -> None:
+        raise RunTakenOverError("job 2 holds the run")
+
+    with pytest.raises(RunTakenOverError):
+        write_checkpoint(path, {"format": 1, "step": 3}, before_replace=lost)
+    assert files_in(tmp_path) == before
+
+
+def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        write_checkpoint(path, {"format": 1, "step": step})
+    kept = {path, previous_of(path), tmp_path / ".best.pt.n1-7.tmp", tmp_path / ".last.ptx.tmp"}
+    left = {tmp_path / ".last.pt.n1-7.tmp", tmp_path / ".last.pt.7.link"}
+    for file in {*kept, *left} - {path, previous_of(path)}:
+        file.touch()
+    sweep_unfinished(path)
+    assert set(files_in(tmp_path)) == kept
+
+
+def test_a_writer_whose_file_was_swept_fails_and_harms_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        write_checkpoint(path, {"format": 1, "step": step})
+    with pytest.raises(CheckpointWriteError, match="No such file"):
+        write_checkpoint(
+            path, {"format": 1, "step": 3}, before_replace=lambda: sweep_unfinished(path)
+        )
+    assert read_checkpoint(path)["step"] == 2
 
 
 def test_checkpoint_path_is_the_seeds() -> None:
@@ -144,48 +230,120 @@ def test_the_checkpoint_before_is_kept_without_hard_links(
     test_the_checkpoint_before_is_kept(tmp_path)
 
 
-def damage_truncate(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def damage_empty(path: Path) -> None:
+def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def damage_flip(path: Path) -> None:
+def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.write_bytes(content)
 
 
-def damage_folder(path: Path) -> None:
+def folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
+    (path / "data.pkl").touch()
 
 
-def damage_bomb(path: Path) -> None:
+def link_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def named_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def another_torch_file(path: Path) -> None:
+    torch.save({"format": 1, "step": 9}, path)
+
+
+def bomb(path: Path) -> None:
     write_checkpoint(path.with_name("bomb.pt"), {"format": 1, "epoch": Bomb()})
     path.with_name("bomb.pt").replace(path)
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_truncate, damage_empty, damage_flip, damage_folder, damage_bomb]
-)
+DAMAGES = [truncate, empty, flip, folder, link_loop, named_pipe, another_torch_file, bomb]
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_set_aside_and_the_one_before_used(
-    tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, damage: Any, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "last.pt"
+    path = tmp_path / f"{name}.pt"
     for step in (1, 2):
         write_checkpoint(path, {"format": 1, "step": step})
     damage(path)
     found = read_newest_good(path)
     assert found is not None
     assert found["step"] == 1
-    assert not path.exists()
-    (aside,) = tmp_path.glob("last.damaged-*.pt")
+    assert not os.path.lexists(path)
+    (aside,) = tmp_path.glob(f"{name}.damaged-*.pt")
     assert aside.name in caplog.text
-    damage_empty(previous_of(path))
+    empty(previous_of(path))
     assert read_newest_good(path) is None
+
+
+def newer_format(path: Path) -> None:
+    write_checkpoint(path.with_name("new.pt"), {"format": 99})
+    path.with_name("new.pt").replace(path)
+
+
+def another_model(path: Path) -> None:
+    write_checkpoint(path.with_name("other.pt"), {"format": 1, "width": 5})
+    path.with_name("other.pt").replace(path)
+
+
+def check_width(payload: dict[str, Any], path: Path) -> None:
+    if payload["width"] != 4:
+        raise CheckpointMismatchError(f"{path} is of another model")
+
+
+@pytest.mark.parametrize("mismatch", [newer_format, another_model])
+def test_a_file_of_something_else_is_set_aside_where_one_before_it_fits(
+    tmp_path: Path, mismatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        write_checkpoint(path, {"format": 1, "step": step, "width": 4})
+    mismatch(path)
+    found = read_newest_good(path, check=check_width)
+    assert found is not None
+    assert found["step"] == 1
+    (aside,) = tmp_path.glob("last.mismatched-*.pt")
+    assert aside.name in caplog.text
+
+
+@pytest.mark.parametrize("mismatch", [newer_format, another_model])
+def test_sound_files_of_something_else_alone_are_an_error_and_stay(
+    tmp_path: Path, mismatch: Any
+) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        write_checkpoint(path, {"format": 1, "step": step, "width": 4})
+    mismatch(path)
+    mismatch(previous_of(path))
+    before = files_in(tmp_path)
+    with pytest.raises(CheckpointMismatchError):
+        read_newest_good(path, check=check_width)
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission_is_an_error_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, {"format": 1})
+    path.chmod(0)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        read_newest_good(path)
+    assert path.exists()
 
 
 def test_a_file_that_cannot_be_read_is_not_given_up(

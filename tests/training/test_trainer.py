@@ -25,6 +25,7 @@ from flowjobs.training.models import build_model
 from flowjobs.training.sampling import sample
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
+from tests.training.same import same
 
 CPU = torch.device("cpu")
 SMALL = KeyValues(width=32, depth=1, dropout=0.1)
@@ -44,17 +45,6 @@ def make_trainer(study: Path, config: TrainingConfig, **options: Any) -> FlowTra
 def stop_at(trainer_steps: int) -> Any:
     asked = iter(range(trainer_steps + 1))
     return lambda: "test" if next(asked) == trainer_steps else None
-
-
-def same(first: Any, second: Any) -> bool:
-    """Whether two payloads are equal to the last bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
 
 
 def test_training_learns_and_leaves_what_the_seed_lists(study: Path) -> None:
@@ -226,7 +216,7 @@ def test_a_full_disk_in_the_middle_of_a_save_is_tried_again(
         saver._collect()
         assert "could not be written" in caplog.text
         assert list(tmp_path.glob("*.pt")) == []
-        with pytest.raises(CheckpointWriteError, match="File too large"):
+        with pytest.raises(CheckpointWriteError, match=r"File too large; it needs 4\.50 MB"):
             saver.save_and_wait(state.payload())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

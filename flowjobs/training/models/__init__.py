@@ -9,6 +9,7 @@ from torch import nn
 from flowjobs.config import TrainingConfig, check_arch
 from flowjobs.errors import ConfigError
 from flowjobs.training.models.mlp import MLP
+from flowjobs.training.randomness import seed_python_and_numpy
 
 
 def build_model(config: TrainingConfig, dim: int) -> nn.Module:
@@ -21,6 +22,8 @@ def build_model(config: TrainingConfig, dim: int) -> nn.Module:
     cls = _model_class(config.arch_path)
     _check_arguments(cls, config)
     torch.manual_seed(config.seed)
+    # What a model draws and does not keep in its state must come out the same at each start.
+    seed_python_and_numpy(config.seed)
     try:
         model = cls(dim, **config.arch_args)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,0 +1,267 @@
+"""Interrupted equals uninterrupted, at any step, also for models with state and chance."""
+
+import contextlib
+import itertools
+import os
+import random
+import resource
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import RunInterrupted, RunTakenOverError
+from flowjobs.runs import attempt
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+from flowjobs.tracking.recorder import Recorder, recording
+from flowjobs.training import FlowDataset, FlowTrainer, saving
+from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.determinism import CUBLAS_WORKSPACE, deterministic_algorithms
+from flowjobs.training.models import build_model
+from tests.training.same import same
+
+CPU = torch.device("cpu")
+STEPS_PER_EPOCH = 5
+CONFIG = TrainingConfig(
+    epochs=4, batch_size=8, warmup_steps=3, arch_args=KeyValues(width=16, depth=1, dropout=0.2)
+)
+
+
+def data(n: int, seed: int) -> FlowDataset:
+    return FlowDataset(torch.randn(n, 6, generator=torch.Generator().manual_seed(seed)))
+
+
+def train(run: Run, config: TrainingConfig, steps: int | None = None) -> None:
+    """One attempt: to the end, or that many steps."""
+    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    if config.compile:
+        torch.compiler.reset()  # a new process has compiled nothing yet
+    boundaries = itertools.count(1)
+    with recording(run, JobInfo.in_foreground()) as recorder:
+        FlowTrainer(
+            build_model(config, 6),
+            config,
+            data(8 * STEPS_PER_EPOCH + 3, seed=1),
+            data(20, seed=2),
+            CPU,
+            run=run,
+            recorder=recorder,
+            stop_reason=lambda: "test" if next(boundaries) == steps else None,
+        ).train()
+
+
+def assert_equal(first: Run, second: Run) -> None:
+    assert same(read_checkpoint(first.last), read_checkpoint(second.last))
+    assert same(read_checkpoint(first.best), read_checkpoint(second.best))
+    assert list(read_rows(first.metrics_file)) == list(read_rows(second.metrics_file))
+
+
+def interrupt_everywhere(study: Path, config: TrainingConfig, every: int) -> None:
+    """Compare a whole run with one that leaves after every so many steps."""
+    whole, parts = Run(study, "whole"), Run(study, "parts")
+    train(whole, config)
+    for _ in range(1000):
+        try:
+            train(parts, config, steps=every)
+        except RunInterrupted:
+            continue
+        break
+    assert_equal(whole, parts)
+
+
+@pytest.mark.parametrize("every", [1, 2, STEPS_PER_EPOCH])
+def test_a_run_may_leave_after_every_step(study: Path, every: int) -> None:
+    interrupt_everywhere(study, CONFIG, every)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16"},
+        {"flow": "otcfm", "sigma": 0.1},
+        {"data_placement": "loader", "num_workers": 1},
+        {"checkpoint_every_s": 0.0, "ema_decay": 0.5},
+    ],
+)
+def test_so_it_is_with_every_kind_of_step(study: Path, options: dict[str, Any]) -> None:
+    interrupt_everywhere(study, replace(CONFIG, **options), every=3)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_so_it_is_with_a_compiled_model(study: Path) -> None:
+    interrupt_everywhere(study, replace(CONFIG, compile=True), every=7)
+
+
+@pytest.mark.parametrize("every", [1, STEPS_PER_EPOCH])
+def test_patience_and_ties_count_alike(study: Path, every: int) -> None:
+    # With a rate of nearly zero and an average that hardly moves, losses tie from epoch to epoch.
+    config = replace(CONFIG, epochs=30, patience=3, lr=1e-30, weight_decay=0.0)
+    interrupt_everywhere(study, config, every)
+    assert read_checkpoint(Run(study, "parts").last)["epochs_without_improvement"] == 3
+    assert read_checkpoint(Run(study, "parts").best)["epoch"] == 0
+
+
+class Moody(nn.Module):
+    """State in buffers, one of them put anew at each step, and chance from three libraries."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim + 1, dim)
+        self.norm = nn.BatchNorm1d(dim)
+        self.directions = torch.from_numpy(np.random.randn(dim)).float() + random.random()
+        self.register_buffer("level", torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.level = 0.9 * self.level + 0.1 * x.mean(0)
+            x = x * (1 + 0.1 * random.random()) + 0.1 * float(np.random.rand()) + torch.rand(1)
+        out = self.linear(torch.cat([x - self.level, t.unsqueeze(-1)], dim=-1))
+        return self.norm(out) + self.directions
+
+
+def test_a_model_with_buffers_and_chance_of_its_own_ends_the_same(study: Path) -> None:
+    config = TrainingConfig(epochs=4, batch_size=8, arch=f"{__name__}:Moody")
+    interrupt_everywhere(study, config, every=3)
+    best = read_checkpoint(Run(study, "parts").best)
+    for key in ("level", "norm.running_mean", "norm.num_batches_tracked"):
+        assert torch.equal(best["ema_shadow"][key], best["model_state_dict"][key])
+    assert best["model_state_dict"]["level"].abs().sum() > 0
+
+
+def test_a_full_disk_in_the_middle_of_a_run_changes_nothing(
+    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, filled = Run(study, "whole"), Run(study, "filled")
+    config = replace(CONFIG, epochs=60, patience=60, checkpoint_every_s=0.0)
+    train(whole, config)
+    monkeypatch.setattr(saving, "COST_SHARE", 1e9)  # a save whenever none is under way
+    monkeypatch.setattr(attempt, "STATUS_EVERY_S", 0.0)
+    with small_files_only(filled, steps=range(50, 250)):
+        train(filled, config)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("the next save tries again" in text for text in said)
+    assert sum("rows wait in memory" in text for text in said) == 1
+    assert_equal(whole, filled)
+
+
+@contextlib.contextmanager
+def small_files_only(run: Run, steps: range) -> Iterator[None]:
+    """While these steps are trained, no file of the process may grow over a few bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    real = FlowTrainer._step
+
+    def step(trainer: FlowTrainer) -> dict[str, float]:
+        if trainer.state.step == steps.start:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (run.metrics_file.stat().st_size + 7, -1))
+        if trainer.state.step == steps.stop:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return real(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlowTrainer, "_step", step)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+
+
+def test_an_attempt_that_has_lost_the_run_stops_and_writes_nothing_more(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(study, "run")
+    with pytest.raises(RunInterrupted):
+        train(run, CONFIG, steps=7)
+    summaries = []
+
+    def check_held(recorder: Recorder) -> None:
+        raise RunTakenOverError("job 2 holds the run")
+
+    monkeypatch.setattr(Recorder, "check_held", check_held)
+    monkeypatch.setattr(Recorder, "summarize", lambda recorder, values: summaries.append(values))
+    monkeypatch.setattr(saving, "COST_SHARE", 1e9)
+    before = {file: file.read_bytes() for file in run.checkpoints.iterdir()}
+    with pytest.raises(RunTakenOverError, match="job 2 holds the run"):
+        train(run, replace(CONFIG, epochs=5000, patience=5000, checkpoint_every_s=0.0))
+    assert {file: file.read_bytes() for file in run.checkpoints.iterdir()} == before
+    assert summaries == []
+    assert max(row["step"] for row in read_rows(run.metrics_file)) < 5000 * STEPS_PER_EPOCH
+
+
+def test_what_killed_attempts_left_is_swept_at_the_next_start(study: Path) -> None:
+    run = Run(study, "run")
+    with pytest.raises(RunInterrupted):
+        train(run, CONFIG, steps=7)
+    for name in (".last.pt.n1-7.tmp", ".best.pt.n1-7.tmp", ".last.pt.7.link"):
+        (run.checkpoints / name).write_bytes(b"half")
+    train(run, CONFIG)
+    assert not list(run.checkpoints.glob(".*"))
+
+
+class Watching(nn.Linear):
+    """Notes what is set while it computes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+        self.seen: list[tuple[object, ...]] = []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.seen.append(settings())
+        return super().forward(x)
+
+
+def settings() -> tuple[object, ...]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+        torch.utils.deterministic.fill_uninitialized_memory,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_holds_while_the_run_trains_and_no_longer(
+    workplace: Path, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = settings()
+    model = Watching(6)
+    config = TrainingConfig(epochs=1, batch_size=8, deterministic=wanted)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    FlowTrainer(model, config, data(40, 1), data(20, 2), CPU).train()
+    expected = (True, False, True, False, False, CUBLAS_WORKSPACE) if wanted else before
+    assert set(model.seen) == {expected}
+    assert settings() == before
+
+
+def test_what_was_set_before_is_set_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        before = settings()
+        with contextlib.suppress(ZeroDivisionError), deterministic_algorithms(True):
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+            raise ZeroDivisionError
+        assert settings() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_changes_no_bit_on_a_cpu(study: Path) -> None:
+    plain, deterministic = Run(study, "plain"), Run(study, "deterministic")
+    train(plain, CONFIG)
+    train(deterministic, replace(CONFIG, deterministic=True))
+    for part in ("model_state_dict", "ema_shadow", "optimizer_state_dict"):
+        assert same(read_checkpoint(plain.last)[part], read_checkpoint(deterministic.last)[part])

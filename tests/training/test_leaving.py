@@ -1,0 +1,120 @@
+"""Ranks of one run leave at the same step, whichever of them is told to."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.distributed import single_process
+from flowjobs.training.leaving import Leave, Leaving
+from tests.training import rank_job
+from tests.training.same import same
+
+CONFIG = TrainingConfig(epochs=40, arch_args=KeyValues(width=32, depth=1, dropout=0.1))
+Process = subprocess.Popen[str]
+
+VOTE = """
+import datetime, sys
+from torch import distributed
+from flowjobs.training.distributed import Ranks
+from flowjobs.training.leaving import Leave, Leaving
+import torch
+rank, world_size, port, wishes = int(sys.argv[1]), 3, sys.argv[2], eval(sys.argv[3])
+distributed.init_process_group(
+    "gloo", f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=60), world_size, rank
+)
+leaving = Leaving(Ranks(rank, world_size, torch.device("cpu")))
+for boundary in range(8):
+    leave = leaving.agreed(wishes.get((rank, boundary)))
+    if leave:
+        print(boundary, leave)
+        break
+leaving.close()
+distributed.destroy_process_group()
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return str(listening.getsockname()[1])
+
+
+def start(*arguments: object) -> Process:
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def start_ranks(run: Run) -> list[Process]:
+    run.create(RunConfig(CONFIG, tracking=TrackingConfig(wandb_mode="disabled")))
+    port = free_port()
+    return [start(rank_job.__file__, run.folder.absolute(), rank, 2, port) for rank in range(2)]
+
+
+def end(processes: list[Process], expected: int) -> list[str]:
+    """Wait for all; what each printed."""
+    said = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [expected] * len(processes), said
+    return [out for out, _ in said]
+
+
+def wait_for_step(run: Run, processes: list[Process], step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not any(row["step"] >= step for row in read_rows(run.metrics_file)):
+        assert [process.poll() for process in processes] == [None, None], end(processes, 0)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(study: Path) -> None:
+    whole, parts = Run(study, "whole"), Run(study, "parts")
+    for rank, number in ((1, signal.SIGUSR2), (0, signal.SIGTERM)):
+        processes = start_ranks(parts)
+        wait_for_step(parts, processes, 50 if rank else 300)
+        processes[rank].send_signal(number)
+        said = end(processes, 75)
+        assert said[0] == said[1]
+        assert number.name in said[0]
+        assert said[0].endswith(f"saved at step {read_checkpoint(parts.last)['step']}\n")
+    assert read_checkpoint(parts.last)["step"] < 40 * 23
+    for run in (whole, parts):
+        end(start_ranks(run), 0)
+    assert same(read_checkpoint(whole.last), read_checkpoint(parts.last))
+    assert same(read_checkpoint(whole.best), read_checkpoint(parts.best))
+    assert list(read_rows(whole.metrics_file)) == list(read_rows(parts.metrics_file))
+
+
+def voted(wishes: dict[tuple[int, int], Leave]) -> list[str]:
+    """What three ranks print that want to leave at (rank, boundary)."""
+    port = free_port()
+    return end([start("-c", VOTE, rank, port, repr(wishes)) for rank in range(3)], 0)
+
+
+def test_the_reason_is_the_same_on_every_rank() -> None:
+    early, late = Leave("SIGTERM"), Leave("SIGUSR2")
+    assert voted({(2, 3): late, (1, 3): early, (0, 4): late}) == [f"4 {early}\n"] * 3
+
+
+def test_a_lost_run_comes_before_any_other_reason_and_no_wish_is_no_reason() -> None:
+    told, lost = Leave("SIGTERM"), Leave("job 2 holds the run", taken_over=True)
+    assert voted({(0, 2): lost, (1, 2): told, (2, 2): told}) == [f"3 {lost}\n"] * 3
+    assert voted({}) == [""] * 3
+
+
+def test_a_single_process_leaves_at_once() -> None:
+    leaving = Leaving(single_process(torch.device("cpu")))
+    assert leaving.agreed(None) is None
+    assert leaving.agreed(Leave("SIGTERM")) == Leave("SIGTERM")
+    leaving.close()
