@@ -73,6 +73,8 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
     # srun no longer takes over --cpus-per-task from sbatch since Slurm 22.05.
     srun_args = [f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else []
     memory = asked.mem_gb
+    typed = f"{asked.gpu_type}:{asked.gpus_per_node}" if asked.gpu_type else asked.gpus_per_node
+    gpus = typed if asked.gpus_per_node else None
     parameters: dict[str, Any] = {
         "job_name": run.name,
         "partition": asked.partition,
@@ -82,7 +84,7 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
         "exclude": asked.exclude,
         "nodes": asked.nodes,
         "ntasks_per_node": asked.tasks_per_node,
-        "gpus_per_node": asked.gpus_per_node or None,
+        "gpus_per_node": gpus,
         "cpus_per_task": asked.cpus_per_task,
         "mem": None if memory is None else f"{round(memory * 1024)}M",
         "time": asked.timeout_min,

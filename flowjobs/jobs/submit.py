@@ -17,6 +17,7 @@ from flowjobs.config import SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import slurm
 from flowjobs.jobs.executors import Cluster, make_executor
+from flowjobs.jobs.sbatch_environment import environment_for_sbatch
 from flowjobs.jobs.task import RunTask, log_to_stderr
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import Run
@@ -102,7 +103,7 @@ def _environment_of(cluster: Cluster, asked: SlurmConfig) -> Iterator[None]:
     try:
         match cluster:
             case "slurm":
-                cleaned = slurm.environment_for_sbatch(os.environ, asked)
+                cleaned = environment_for_sbatch(os.environ, asked)
                 os.environ.clear()
                 os.environ.update(cleaned)
                 # submitit prints what sbatch said, and raises it as well.

@@ -6,7 +6,7 @@ import pytest
 
 from flowjobs.config import KeyValues, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
-from flowjobs.jobs import executors, slurm
+from flowjobs.jobs import executors
 from flowjobs.runs.run import Run
 
 RECORDED = Path(__file__).with_name("batch_file.sh")
@@ -60,6 +60,15 @@ def test_requeue_can_be_forbidden(study: Path) -> None:
     assert "#SBATCH --requeue" not in text
 
 
+def test_a_gpu_type_goes_with_the_number(study: Path) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig())
+    text = executors.slurm_executor(run, SlurmConfig(gpus_per_node=2, gpu_type="a100")).batch_file()
+    assert "#SBATCH --gpus-per-node=a100:2" in text
+    on_cpu = SlurmConfig(gpus_per_node=0, gpu_type="a100")
+    assert "--gpus" not in executors.slurm_executor(run, on_cpu).batch_file()
+
+
 def test_without_sbatch_auto_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert executors.choose_cluster("auto") == ("local", "sbatch is not on PATH")
@@ -79,39 +88,6 @@ def test_this_machine_has_one_node_and_so_many_gpus(
         executors.make_executor("local", run, SlurmConfig(gpus_per_node=3))
     with pytest.raises(ConfigError, match="--nodes: found 2"):
         executors.make_executor("local", run, SlurmConfig(nodes=2))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("90", 90),
-        ("1:30", 2),
-        ("1:30:00", 90),
-        ("2-12", 3600),
-        ("1-0:30", 1470),
-        ("1-1:1:1", 1502),
-    ],
-)
-def test_sbatchs_time_limits(text: str, expected: int) -> None:
-    assert slurm.minutes(text) == expected
-
-
-def test_a_surrounding_job_does_not_leak_into_sbatch() -> None:
-    kept = slurm.environment_for_sbatch(
-        {
-            "PATH": "/bin",
-            "SLURM_CONF": "/etc/slurm.conf",
-            "SLURM_JOB_ID": "7",
-            "SLURM_MEM_PER_NODE": "1",
-            "SUBMITIT_EXECUTOR": "slurm",
-            "SBATCH_RESERVATION": "course",
-            "SBATCH_PARTITION": "in the batch file",
-            "SBATCH_QOS": "not in the batch file",
-            "SBATCH_OUTPUT": "elsewhere",
-        },
-        SlurmConfig(partition="gpu"),
-    )
-    assert set(kept) == {"PATH", "SLURM_CONF", "SBATCH_RESERVATION", "SBATCH_QOS"}
 
 
 def test_a_short_time_limit_leaves_time_to_save() -> None:
