@@ -1,3 +1,4 @@
+import os
 import re
 import sys
 from pathlib import Path
@@ -76,18 +77,49 @@ def test_without_sbatch_auto_is_this_machine(monkeypatch: pytest.MonkeyPatch) ->
         executors.choose_cluster("slurm")
 
 
-def test_this_machine_has_one_node_and_so_many_gpus(
-    study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_this_machine_has_one_node_and_so_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert executors.check_local(SlurmConfig(gpus_per_node=2)) == ["2", "3"]
+    with pytest.raises(ConfigError, match="--gpus-per-node: found 3, this machine has 2"):
+        executors.check_local(SlurmConfig(gpus_per_node=3))
+    with pytest.raises(ConfigError, match="--nodes: found 2"):
+        executors.check_local(SlurmConfig(nodes=2))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    assert executors.check_local(SlurmConfig()) == ["MIG-a"]
+    with pytest.raises(ConfigError, match="sees one MIG instance only"):
+        executors.check_local(SlurmConfig(gpus_per_node=2))
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        ("0, 1", ["0", "1"]),
+        ("1,-1,0", ["1"]),
+        ("-1", []),
+        ("", []),
+        ("NoDevFiles", []),
+        ("MIG-GPU-5f/1/0", ["MIG-GPU-5f/1/0"]),
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,1", None),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_see(
+    monkeypatch: pytest.MonkeyPatch, named: str, seen: list[str] | None
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert executors.visible_gpus() == (named.split(",") if seen is None else seen)
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_a_job_on_this_machine_gets_its_gpus_by_their_names(
+    study: Path, monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c,GPU-1f0d3c6e-aaaa,GPU-3")
     run = Run(study, "a")
     run.create(RunConfig())
-    executor = executors.make_executor("local", run, SlurmConfig(gpus_per_node=2))
-    assert executor.parameters["visible_gpus"] == [2, 3]
-    with pytest.raises(ConfigError, match="--gpus-per-node: found 3, this machine has 2"):
-        executors.make_executor("local", run, SlurmConfig(gpus_per_node=3))
-    with pytest.raises(ConfigError, match="--nodes: found 2"):
-        executors.make_executor("local", run, SlurmConfig(nodes=2))
+    executor = executors.make_executor("local", run, SlurmConfig(gpus_per_node=asked))
+    job = executor.submit(os.getenv, "CUDA_VISIBLE_DEVICES")
+    expected = ",".join(["GPU-8932f937-d72c", "GPU-1f0d3c6e-aaaa"][:asked])
+    assert job.results() == [expected] * max(1, asked)
 
 
 def test_a_short_time_limit_leaves_time_to_save() -> None:
