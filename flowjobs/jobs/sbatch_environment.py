@@ -85,6 +85,12 @@ def seconds_before_end(signal: str) -> int:
     return int(found[1] or 60)
 
 
+def _cpus_per_task(cpus: str) -> Fields:
+    if not re.fullmatch(r"[1-9]\d*", cpus):
+        raise ValueError(cpus)
+    return {"cpus_per_task": int(cpus)}
+
+
 def _gpus_per_node(gpus: str) -> Fields:
     """`2` or `a100:2`."""
     found = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d+)", gpus)
@@ -128,7 +134,7 @@ _MEANINGS: dict[str, tuple[str, Callable[[str], Fields]]] = {
         lambda value: {"signal_delay_s": seconds_before_end(value)},
     ),
     # There is one process per GPU.
-    "SBATCH_CPUS_PER_GPU": ("cpus_per_task", lambda value: {"cpus_per_task": int(value)}),
+    "SBATCH_CPUS_PER_GPU": ("cpus_per_task", _cpus_per_task),
     "SBATCH_GRES": ("gpus_per_node", _gpus_of_gres),
     # Of all nodes together, which is the same where there is one; `submit` refuses it for more.
     "SBATCH_GPUS": ("gpus_per_node", _gpus_per_node),

@@ -83,7 +83,7 @@ def test_only_the_time_of_a_signal_is_taken_over(text: str, expected: int) -> No
         ({"SBATCH_TIMELIMIT": "UNLIMITED"}, {"timeout_min": None}),
         ({"SBATCH_GRES": "gpu:a100:1,gpu:h100:1"}, {"gpus_per_node": None}),
         ({"SBATCH_SIGNAL": "soon, please"}, {"signal_delay_s": None}),
-        ({"SBATCH_CPUS_PER_GPU": "many"}, {"cpus_per_task": None}),
+        ({"SBATCH_CPUS_PER_GPU": "0"}, {"cpus_per_task": None}),
     ],
 )
 def test_a_variable_means_a_field(variables: dict[str, str], expected: dict[str, Any]) -> None:
