@@ -14,6 +14,8 @@ def free_memory_bytes(root: Path = Path("/"), environment: Mapping[str, str] = o
         root: Where /proc and /sys are.
         environment: For SLURM_MEM_PER_NODE (MB), the job's limit where no cgroup has it.
     """
+    if not (root / "proc/meminfo").exists():  # not Linux, which has no job's limits either
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = [_fields(root / "proc/meminfo")["MemAvailable:"] * KIB, *_free_in_cgroups(root)]
     limit_mb = environment.get("SLURM_MEM_PER_NODE", "")
     if limit_mb.isdigit() and int(limit_mb):  # 0 is all of the node's
