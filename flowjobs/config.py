@@ -25,16 +25,6 @@ Precision = Literal["fp32", "bf16"]
 DataPlacement = Literal["auto", "device", "loader"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
-# What sbatch reads from the environment and flowjobs has a field for. The field's value goes into
-# the batch file and the variable is then hidden from sbatch, for which it would win over the file.
-SBATCH_VARIABLES = {
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_QOS": "qos",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_TIMELIMIT": "timeout_min",
-}
-
 MAX_SEED = 2**63 - 1
 DATA_FILE_SUFFIXES = (".pt", ".npy")
 
@@ -230,6 +220,9 @@ class SlurmConfig:
 
     gpus_per_node: int = 1
     """GPUs per node; 0 trains on the CPU."""
+
+    gpu_type: OptionalStr = None
+    """Type of the GPUs, as the cluster names it (a100); default: any."""
 
     cpus_per_task: OptionalInt = None
     """CPU cores per process; default: the cluster's."""

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command. Returns its exit code."""
-    defaults = load_defaults()
+    defaults = load_defaults(arguments=arguments)
     if "study" in defaults.values:
         # Every command looks there for the study, and a flag wins over it.
         os.environ.setdefault("FLOWJOBS_STUDY", str(defaults.values.pop("study")))

@@ -50,7 +50,9 @@ def prepare_run(
     check_dataset(training.dataset, study)
     run = Run(study, name or training.run_name)
     check_run_name(run.name)
-    if slurm is None:
+    if slurm is not None:
+        defaults.check_variables(slurm)
+    else:
         slurm = run.config().slurm if run.exists() else SlurmConfig()
     return run, RunConfig(training, slurm, tracking, restarts)
 

@@ -1,6 +1,7 @@
 """flowjobs submit."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from flowjobs.config import (
     flag,
 )
 from flowjobs.errors import ConfigError
+from flowjobs.jobs.sbatch_environment import DECIDED, environment_for_sbatch
 from flowjobs.runs.run import Run, default_study
 from flowjobs.tracking.mode import resolve_mode
 
@@ -114,15 +116,27 @@ class Submit(CommandOptions):
         _print_rows(run=run.name, folder=str(run.folder), cluster=cluster)
         print("\n# where the values come from")
         # As they were given, not as `config` has them: paths are absolute there.
+        used = set()
         parts: list[Any] = [self, self.training, self.slurm, self.tracking, self.restarts]
         for part in parts:
             for known in dataclasses.fields(part):
                 source = defaults.source_of(part, known.name)
+                used.add(source)
                 shown = known.name not in (*PARTS, "dry_run")
                 if shown and source != "default":
                     print(f"{flag(known.name):18} {getattr(part, known.name)}  ({source})")
-        print("all others are flowjobs' own defaults\n")
+        print("all others are flowjobs' own defaults")
+        self._print_variables(config.slurm, used)
+        print()
         print(slurm_executor(run, config.slurm).batch_file())
+
+    def _print_variables(self, slurm: SlurmConfig, used: set[str]) -> None:
+        seen_by_sbatch = environment_for_sbatch(os.environ, slurm)
+        for name in sorted(os.environ):
+            if name.startswith("SBATCH_") and (name in seen_by_sbatch or name not in used):
+                reason = DECIDED.get(name, "the batch file says it")
+                end = "read by sbatch" if name in seen_by_sbatch else f"not used: {reason}"
+                print(f"{name} {seen_by_sbatch.get(name, os.environ[name])}  ({end})")
 
 
 def _print_rows(**rows: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import slurm
+from flowjobs.jobs.sbatch_environment import environment_for_sbatch
 from flowjobs.runs.run import Run
 
 # What sbatch was told on its command line is not in the script, so it is taken from the job's
@@ -77,7 +78,7 @@ def resubmit(run: Run, entry: dict[str, Any], exclude: str | None) -> str:
         nodes = f"{before[-1].partition('=')[2]},{exclude}" if before else exclude
         command.insert(1, f"--exclude={nodes}")
         command = [option for option in command if option not in before]
-    environment = slurm.environment_for_sbatch(os.environ, run.config().slurm)
+    environment = environment_for_sbatch(os.environ, run.config().slurm)
     return slurm.sbatch(command, {**environment, slurm.CONTINUES: entry["job_id"]})
 
 

@@ -9,17 +9,8 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from flowjobs.config import SBATCH_VARIABLES, SlurmConfig
 from flowjobs.errors import SubmissionError
-
-# The job's name is how it is recognized later, its output how `logs` finds it; one run is no array.
-ALWAYS_DECIDED = {
-    "SBATCH_JOB_NAME",
-    "SBATCH_OUTPUT",
-    "SBATCH_ERROR",
-    "SBATCH_OPEN_MODE",
-    "SBATCH_ARRAY_INX",
-}
+from flowjobs.jobs.sbatch_environment import minutes
 
 # In the environment of a job that flowjobs itself submitted: the id of the job it goes on from.
 CONTINUES = "FLOWJOBS_CONTINUES"
@@ -243,52 +234,6 @@ def accounting(job_ids: Collection[str]) -> list[AccountingRow]:
             AccountingRow(job_id, state, int(exit_code), int(number or 0), nodes, ended, name)
         )
     return rows
-
-
-def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -> dict[str, str]:
-    """The environment for sbatch, without what would overrule the batch file.
-
-    sbatch takes SLURM_* variables of a job it is called from (an interactive one, say) for the
-    new job's; those that say which cluster to talk to stay. Of the SBATCH_* variables, which win
-    over the file, those stay that the file does not decide.
-
-    Args:
-        environment: The environment of this process.
-        asked: What the batch file is made from.
-    """
-    kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
-    foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
-    decided = {
-        variable for variable, name in SBATCH_VARIABLES.items() if getattr(asked, name) is not None
-    }
-    decided |= ALWAYS_DECIDED
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in kept or not (name.startswith(foreign) or name in decided)
-    }
-
-
-def minutes(time_limit: str) -> int:
-    """A time limit in one of sbatch's forms ("90", "1:30:00", "2-12") in minutes, rounded up.
-
-    Raises:
-        ValueError: It is of none of those forms, or no limit at all ("UNLIMITED", "0").
-    """
-    if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", time_limit):
-        raise ValueError(time_limit)
-    days, dash, rest = time_limit.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, mins, secs = (*parts, 0, 0)[:3]
-    elif len(parts) == 3:
-        hours, mins, secs = parts
-    else:
-        hours, (mins, secs) = 0, (*parts, 0)[:2]
-    total = int(days or 0) * 1440 + hours * 60 + mins + (1 if secs else 0)
-    if total == 0:
-        raise ValueError(time_limit)
-    return total
 
 
 def _timestamp(text: str | None) -> float | None:

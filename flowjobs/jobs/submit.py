@@ -18,6 +18,7 @@ from flowjobs.config import SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import by_hand, slurm
 from flowjobs.jobs.executors import Cluster, make_executor
+from flowjobs.jobs.sbatch_environment import environment_for_sbatch
 from flowjobs.jobs.task import RunTask, log_to_stderr
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import Run
@@ -136,7 +137,7 @@ def _environment_of(cluster: Cluster, asked: SlurmConfig, continues: str | None)
     try:
         match cluster:
             case "slurm":
-                cleaned = slurm.environment_for_sbatch(os.environ, asked)
+                cleaned = environment_for_sbatch(os.environ, asked)
                 os.environ.clear()
                 os.environ.update(cleaned)
                 # submitit prints what sbatch said, and raises it as well.

@@ -56,9 +56,6 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.flush()
 
-    def check_held(self) -> None:
-        """Raise a RunTakenOverError if another attempt holds the run now."""
-
     def close(self) -> None:
         """Close the metrics file."""
         if self._metrics is not None:
