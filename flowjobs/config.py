@@ -25,16 +25,6 @@ Precision = Literal["fp32", "bf16"]
 DataPlacement = Literal["auto", "device", "loader"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
-# What sbatch reads from the environment and flowjobs has a field for. The field's value goes into
-# the batch file and the variable is then hidden from sbatch, for which it would win over the file.
-SBATCH_VARIABLES = {
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_QOS": "qos",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_TIMELIMIT": "timeout_min",
-}
-
 MAX_SEED = 2**63 - 1
 DATA_FILE_SUFFIXES = (".pt", ".npy")
 
@@ -231,6 +221,9 @@ class SlurmConfig:
     gpus_per_node: int = 1
     """GPUs per node; 0 trains on the CPU."""
 
+    gpu_type: OptionalStr = None
+    """Type of the GPUs, as the cluster names it (a100); default: any."""
+
     cpus_per_task: OptionalInt = None
     """CPU cores per process; default: the cluster's."""
 
@@ -296,12 +289,29 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class RestartConfig:
+    """When a run is started again without a person. Preemptions and time limits always are."""
+
+    retries: int = 0
+    """Starts after a death that may pass: node lost, out of memory, killed, GPU lost, file system;
+    never after an exception of the code."""
+
+    give_up_after: int = 5
+    """Attempts in a row without a new step after which the run stops."""
+
+    def __post_init__(self) -> None:
+        _require(self, "retries", minimum=0)
+        _require(self, "give_up_after", minimum=1)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All that a job needs to know; a run's `config.json`."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    restarts: RestartConfig = field(default_factory=RestartConfig)
 
 
 def is_data_file(dataset: str) -> bool:
@@ -345,6 +355,7 @@ def run_config_from_dict(found: Mapping[str, Any]) -> RunConfig:
         training=_part_from_dict(TrainingConfig, found.get("training", {})),
         slurm=_part_from_dict(SlurmConfig, found.get("slurm", {})),
         tracking=_part_from_dict(TrackingConfig, found.get("tracking", {})),
+        restarts=_part_from_dict(RestartConfig, found.get("restarts", {})),
     )
 
 

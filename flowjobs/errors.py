@@ -11,7 +11,8 @@ FlowjobsError                 something a person can mend: printed without a tra
 ├── RunNotFoundError          no run of that name in the study
 ├── RunBusyError              another attempt trains the run now
 ├── SubmissionError           the scheduler refused the job
-└── TrainingDivergedError     the loss is not a number any more: exit 1, for the run failed
+├── TrainingDivergedError     the loss is not a number any more: exit 1, for the run failed
+└── NoProgressError           attempt after attempt ended without a new step: exit 1
 RunInterrupted                not an error: the run saved its state and left on request
 RunTakenOverError             not an error: another attempt holds the run now
 """
@@ -71,18 +72,26 @@ class TrainingDivergedError(FlowjobsError):
     exit_code = 1
 
 
+class NoProgressError(FlowjobsError):
+    """Several attempts in a row ended without a new step."""
+
+    exit_code = 1
+
+
 class RunInterrupted(Exception):
-    """Not an error: the run saved its state at a step boundary and left on request.
+    """Not an error: the run left, with its state saved, and may go on.
 
     Args:
         reason: Why it left, in words for a person ("preempted (SIGUSR2)").
-        step: Optimizer steps done, all of them saved.
+        step: Optimizer steps done, all of them saved; None if that is not known.
+        kind: The reason in a word or two ("preempted", "time limit", "cancelled").
     """
 
-    def __init__(self, reason: str, step: int) -> None:
-        super().__init__(f"{reason}; saved at step {step}")
+    def __init__(self, reason: str, step: int | None = None, kind: str = "preempted") -> None:
+        super().__init__(reason if step is None else f"{reason}; saved at step {step}")
         self.reason = reason
         self.step = step
+        self.kind = kind
 
 
 class RunTakenOverError(Exception):

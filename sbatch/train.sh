@@ -16,7 +16,8 @@
 # One process per GPU. For two GPUs: --gpus-per-node=2 and 2 here.
 #SBATCH --ntasks-per-node=1
 
-# Told to save 90 s before the time limit; started again after a preemption, with one log.
+# Told to save 90 s before the time limit; started again after it and after a preemption, with one
+# log. A scancel ends it for good.
 #SBATCH --signal=USR2@90
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -26,6 +27,16 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
 
+# A signal that comes before python listens would kill it; blocked ones wait.
+guard=
+block='env --block-signal=TERM --block-signal=USR2'
+$block true 2>/dev/null && guard=$block
+
 # srun, so that the signals reach python; it does not take over --cpus-per-task by itself.
 srun --unbuffered ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    "$PYTHON" -u -m flowjobs train "$@"
+    $guard "$PYTHON" -u -m flowjobs train "$@"
+code=$?
+
+# For a death that could not speak: says what it was, and goes on if it may (train --retries N).
+[ $code -eq 0 ] || "$PYTHON" -m flowjobs reconcile --exit-code $code
+exit $code

@@ -49,17 +49,15 @@ def test_the_commands_work_one_after_another(workplace: Path) -> None:
     Path("flowjobs.toml").write_text('cluster = "local"\nepochs = 1\nwandb_mode = "disabled"\n')
     scripts = Path(sys.executable).parent
     for command in COMMANDS:
-        endless = command.endswith(" -f")
         done = subprocess.run(
-            [*(("timeout", "3") if endless else ()), *shlex.split(command)],
+            shlex.split(command),
             env={**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             check=False,
             stdin=subprocess.DEVNULL,
         )
-        expected = 124 if endless else 0  # what timeout returns
-        assert done.returncode == expected, f"{command}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
 def test_the_example_of_a_config_file_is_valid(workplace: Path) -> None:

@@ -39,7 +39,7 @@ class Data:
         from flowjobs.training.data import FlowDataset, write_splits
 
         study = self.study.expanduser().absolute()
-        written = write_splits(FlowDataset(self.file).data, study, sizes, overwrite=self.overwrite)
+        written = write_splits(FlowDataset(self.file), study, sizes, overwrite=self.overwrite)
         for name, rows in written.items():
             print(f"{split_files(study, name)[0]}: {rows} training rows")
         return 0

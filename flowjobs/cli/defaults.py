@@ -9,14 +9,14 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from flowjobs.config import (
-    SBATCH_VARIABLES,
     KeyValues,
+    RestartConfig,
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
@@ -24,10 +24,16 @@ from flowjobs.config import (
     is_data_file,
 )
 from flowjobs.errors import ConfigError
+from flowjobs.jobs.sbatch_environment import fields_from, variables_of
 from flowjobs.runs.run import default_study
 
 FILE_NAME = "flowjobs.toml"
-PARTS = {"training": TrainingConfig, "slurm": SlurmConfig, "tracking": TrackingConfig}
+PARTS = {
+    "training": TrainingConfig,
+    "slurm": SlurmConfig,
+    "tracking": TrackingConfig,
+    "restarts": RestartConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,15 @@ class Defaults:
         values: By field name; only those that are not the built-in's.
         sources: The file or the variable that gave each.
         archs: The user's names for models of their own: package.module:Name by name.
+        unread: The variables that are not understood, by the field that they are about.
+        flags: The flags on the command line.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     archs: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+    flags: frozenset[str] = frozenset()
 
     def fill(self, cls: Any) -> Any:
         """An instance of a command or a config with these defaults in place."""
@@ -78,13 +88,40 @@ class Defaults:
 
     def source_of(self, config: Any, name: str) -> str:
         """Where the value of a parsed config's field came from."""
+        if flag(name) in self.flags:  # also where it repeats the default
+            return flag(name)
         if getattr(config, name) != getattr(self.fill(type(config)), name):
             return flag(name)
         return self.sources.get(name, "default")
 
+    def check_variables(self, slurm: SlurmConfig) -> None:
+        """Raise a ConfigError for a variable of sbatch that would be used and cannot be."""
+        for name, variable in self.unread.items():
+            # A field without a value is not in the batch file: sbatch reads its variable itself.
+            if getattr(slurm, name) is not None and not self._by_flag(slurm, name):
+                raise ConfigError(
+                    f"{variable} cannot be read as a value of {flag(name)}: give the flag, or "
+                    "unset the variable"
+                )
+        of_all_nodes = self.sources.get("gpus_per_node") == "SBATCH_GPUS"
+        if slurm.nodes > 1 and of_all_nodes and not self._by_flag(slurm, "gpus_per_node"):
+            raise ConfigError(
+                f"SBATCH_GPUS counts the GPUs of all {slurm.nodes} nodes together: give "
+                "--gpus-per-node, or unset the variable"
+            )
 
-def load_defaults(environment: Mapping[str, str] = os.environ) -> Defaults:
+    def _by_flag(self, config: Any, name: str) -> bool:
+        return self.source_of(config, name) == flag(name)
+
+
+def load_defaults(
+    environment: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()
+) -> Defaults:
     """Read the files and the variables.
+
+    Args:
+        environment: For sbatch's variables and the user's config folder.
+        arguments: The command line, for the flags that are in it.
 
     Raises:
         ConfigError: A file that is not TOML, a key that is no field, a value of another type.
@@ -92,14 +129,30 @@ def load_defaults(environment: Mapping[str, str] = os.environ) -> Defaults:
     defaults = Defaults()
     for path in _files(environment):
         _read_file(path, defaults)
-    for variable, name in SBATCH_VARIABLES.items():
-        if found := environment.get(variable):
-            value = _sbatch_value(name, found)
-            if value is None:
-                continue  # for sbatch itself to read, in a form of its own
+    _read_variables(environment, defaults)
+    flags = (word.partition("=")[0] for word in arguments if word.startswith("--"))
+    defaults.flags = frozenset(flag(word[2:]) for word in flags)
+    return defaults
+
+
+def _read_variables(environment: Mapping[str, str], defaults: Defaults) -> None:
+    for name, (variable, value) in fields_from(environment).items():
+        if value is None:
+            defaults.values.pop(name, None)
+            defaults.unread[name] = f"{variable}={environment[variable]}"
+            defaults.sources[name] = f"{defaults.unread[name]}, which sbatch reads"
+        else:
             defaults.values[name] = value
             defaults.sources[name] = variable
-    return defaults
+    # Options of a file that have a variable of their own and no field.
+    options = defaults.values.get("sbatch", {})
+    kept = {
+        option: value
+        for option, value in options.items()
+        if not any(variable in environment for variable in variables_of(option))
+    }
+    if kept != options:
+        defaults.values["sbatch"] = KeyValues(kept)
 
 
 def _files(environment: Mapping[str, str]) -> list[Path]:
@@ -163,14 +216,3 @@ def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
         if option is not types.NoneType
     )
     raise ConfigError(f"{path}: {key} = {value!r}, expected {expected}")
-
-
-def _sbatch_value(name: str, found: str) -> str | int | None:
-    if name != "timeout_min":
-        return found
-    from flowjobs.jobs.slurm import minutes  # rarely needed
-
-    try:
-        return minutes(found)
-    except ValueError:
-        return None

@@ -15,6 +15,7 @@ POLL_S = 0.3
 # Time for the last words of a process that has ended to be seen over a shared file system.
 LAST_WORDS_S = 2.0
 ASK_SLURM_EVERY_S = 10.0
+FINAL_STATES = ("finished", "failed", "cancelled")
 
 
 def follow(run: Run, attempts_before: int, alive: Callable[[], bool], *, requeues: bool) -> int:
@@ -90,7 +91,7 @@ def _watch(
 def _ended(status: RunStatus, *, waits_for_requeue: bool) -> bool:
     if status.state == "preempted":
         return not waits_for_requeue
-    return status.state in ("finished", "failed", "cancelled")
+    return status.state in FINAL_STATES
 
 
 def _last_line(run: Run) -> str:

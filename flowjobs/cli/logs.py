@@ -9,11 +9,10 @@ from typing import Annotated
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.follow import FINAL_STATES, LAST_WORDS_S, POLL_S
 from flowjobs.cli.prepare import existing_run
 from flowjobs.errors import RunNotFoundError
 from flowjobs.runs.run import Run, default_study
-
-POLL_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,8 @@ class Logs:
     """Name of the run."""
 
     follow: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["-f"])] = False
-    """Go on printing what is added, until Ctrl-C."""
+    """Go on printing what is added, until the run has ended (a preempted one has not), or
+    Ctrl-C."""
 
     study: Path = field(default_factory=default_study)
     """Root of the study."""
@@ -32,21 +32,42 @@ class Logs:
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""
         run = existing_run(self.study, self.name)
-        shown, offset = _newest_log(run), 0
+        shown = _newest_log(run)
         if shown is None and not self.follow:
             raise RunNotFoundError(f"{run.name} has no log yet: its job has not started")
+        # Kept for each: the last lines of an attempt may come when the next has begun.
+        offsets: dict[Path, int] = {}
+        ended_at: float | None = None
         while True:
-            if shown is not None and shown.exists():
-                with shown.open("rb") as file:
-                    file.seek(offset)
-                    sys.stdout.write(file.read().decode(errors="replace"))
-                    sys.stdout.flush()
-                    offset = file.tell()
-            if not self.follow:
+            # Looked up before the log is read: then nothing comes after what is read last.
+            now, newest = time.monotonic(), _newest_log(run)
+            ended_at = None if not _has_ended(run) else ended_at or now
+            for log in dict.fromkeys((shown, newest)):
+                if log is not None:
+                    offsets[log] = _print_from(log, offsets.get(log, 0))
+            shown = newest
+            if not self.follow or (ended_at is not None and now - ended_at > LAST_WORDS_S):
                 return 0
             time.sleep(POLL_S)
-            if (newest := _newest_log(run)) != shown:
-                shown, offset = newest, 0
+
+
+def _print_from(log: Path, offset: int) -> int:
+    """Print what the file has from `offset` on. Returns its end."""
+    with log.open("rb") as file:
+        file.seek(offset)
+        sys.stdout.write(file.read().decode(errors="replace"))
+        sys.stdout.flush()
+        return file.tell()
+
+
+def _has_ended(run: Run) -> bool:
+    """Whether nothing more is to come: the run is at an end and no new job of it waits."""
+    status = run.status()
+    if status is None or status.state not in FINAL_STATES:
+        return False
+    last = status.attempts[-1]
+    jobs = run.submissions()
+    return not jobs or jobs[-1]["job_id"] == last.job.job_id or jobs[-1]["submitted"] < last.started
 
 
 def _newest_log(run: Run) -> Path | None:

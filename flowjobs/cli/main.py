@@ -7,22 +7,26 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from flowjobs.cli.cancel import Cancel
 from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.data import Data
 from flowjobs.cli.defaults import load_defaults
 from flowjobs.cli.logs import Logs
+from flowjobs.cli.reconcile import Reconcile
 from flowjobs.cli.status import Status
 from flowjobs.cli.submit import Submit
 from flowjobs.cli.train import Train
 from flowjobs.config import KeyValues
-from flowjobs.errors import FlowjobsError, RunInterrupted
-from flowjobs.runs.status import EXIT_INTERRUPTED_BY_KEYBOARD, EXIT_PREEMPTED
+from flowjobs.errors import FlowjobsError
+from flowjobs.runs.status import EXIT_CANCELLED
 
 COMMANDS: dict[str, Any] = {
     "submit": Submit,
     "train": Train,
     "status": Status,
     "logs": Logs,
+    "cancel": Cancel,
+    "reconcile": Reconcile,
     "data": Data,
     "checkpoint": Checkpoint,
 }
@@ -44,11 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FlowjobsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except RunInterrupted as interrupted:
-        print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED_BY_KEYBOARD)
+        sys.exit(EXIT_CANCELLED)
     except BrokenPipeError:
         # `flowjobs logs RUN | head`: nothing is left to tell anyone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command. Returns its exit code."""
-    defaults = load_defaults()
+    defaults = load_defaults(arguments=arguments)
     if "study" in defaults.values:
         # Every command looks there for the study, and a flag wins over it.
         os.environ.setdefault("FLOWJOBS_STUDY", str(defaults.values.pop("study")))

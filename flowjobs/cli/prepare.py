@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.config import (
+    RestartConfig,
     RunConfig,
     SlurmConfig,
     TrackingConfig,
@@ -23,6 +24,7 @@ def prepare_run(
     training: TrainingConfig,
     slurm: SlurmConfig | None,
     tracking: TrackingConfig,
+    restarts: RestartConfig,
 ) -> tuple[Run, RunConfig]:
     """The run that a command means, and its config. Writes nothing.
 
@@ -33,6 +35,7 @@ def prepare_run(
         training: What to train.
         slurm: What to ask of the cluster; None leaves it as it was asked for before.
         tracking: Where to mirror it.
+        restarts: When to start it again.
 
     Raises:
         FlowjobsError: Something in it cannot be used.
@@ -47,9 +50,11 @@ def prepare_run(
     check_dataset(training.dataset, study)
     run = Run(study, name or training.run_name)
     check_run_name(run.name)
-    if slurm is None:
+    if slurm is not None:
+        defaults.check_variables(slurm)
+    else:
         slurm = run.config().slurm if run.exists() else SlurmConfig()
-    return run, RunConfig(training, slurm, tracking)
+    return run, RunConfig(training, slurm, tracking, restarts)
 
 
 def existing_run(study: Path, name: str) -> Run:

@@ -1,16 +1,18 @@
 """flowjobs submit."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 
-from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
 from flowjobs.cli.follow import follow
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
     OptionalStr,
+    RestartConfig,
     RunConfig,
     SlurmConfig,
     TrackingConfig,
@@ -18,6 +20,7 @@ from flowjobs.config import (
     flag,
 )
 from flowjobs.errors import ConfigError
+from flowjobs.jobs.sbatch_environment import DECIDED, environment_for_sbatch
 from flowjobs.runs.run import Run, default_study
 from flowjobs.tracking.mode import resolve_mode
 
@@ -34,6 +37,7 @@ class Submit(CommandOptions):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    restarts: RestartConfig = field(default_factory=RestartConfig)
 
     name: OptionalStr = None
     """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
@@ -56,7 +60,13 @@ class Submit(CommandOptions):
         if self.follow and self.no_follow:
             raise ConfigError("--follow and --no-follow: found both, expected one")
         run, config = prepare_run(
-            defaults, self.study, self.name, self.training, self.slurm, self.tracking
+            defaults,
+            self.study,
+            self.name,
+            self.training,
+            self.slurm,
+            self.tracking,
+            self.restarts,
         )
         cluster, why = choose_cluster(self.cluster)
         if cluster == "local":
@@ -83,6 +93,7 @@ class Submit(CommandOptions):
             cluster=f"{cluster} ({why})",
             tracking=f"W&B {mode} ({mode_reason})",
         )
+        run.clear_cancel()
         attempts_before = len(status.attempts) if (status := run.status()) else 0
         job = submit(run, cluster)
         command = f"python -m flowjobs %s {run.name}{self._study_flag()}"
@@ -105,15 +116,27 @@ class Submit(CommandOptions):
         _print_rows(run=run.name, folder=str(run.folder), cluster=cluster)
         print("\n# where the values come from")
         # As they were given, not as `config` has them: paths are absolute there.
-        parts: list[Any] = [self, self.training, self.slurm, self.tracking]
+        used = set()
+        parts: list[Any] = [self, self.training, self.slurm, self.tracking, self.restarts]
         for part in parts:
             for known in dataclasses.fields(part):
                 source = defaults.source_of(part, known.name)
-                shown = known.name not in ("training", "slurm", "tracking", "dry_run")
+                used.add(source)
+                shown = known.name not in (*PARTS, "dry_run")
                 if shown and source != "default":
                     print(f"{flag(known.name):18} {getattr(part, known.name)}  ({source})")
-        print("all others are flowjobs' own defaults\n")
+        print("all others are flowjobs' own defaults")
+        self._print_variables(config.slurm, used)
+        print()
         print(slurm_executor(run, config.slurm).batch_file())
+
+    def _print_variables(self, slurm: SlurmConfig, used: set[str]) -> None:
+        seen_by_sbatch = environment_for_sbatch(os.environ, slurm)
+        for name in sorted(os.environ):
+            if name.startswith("SBATCH_") and (name in seen_by_sbatch or name not in used):
+                reason = DECIDED.get(name, "the batch file says it")
+                end = "read by sbatch" if name in seen_by_sbatch else f"not used: {reason}"
+                print(f"{name} {seen_by_sbatch.get(name, os.environ[name])}  ({end})")
 
 
 def _print_rows(**rows: str) -> None:

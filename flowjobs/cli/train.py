@@ -1,14 +1,15 @@
 """flowjobs train."""
 
-import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import prepare_run
-from flowjobs.config import OptionalStr, TrackingConfig, TrainingConfig
+from flowjobs.config import OptionalStr, RestartConfig, TrackingConfig, TrainingConfig
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import default_study
+from flowjobs.runs.status import EXIT_PREEMPTED
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Train:
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    restarts: RestartConfig = field(default_factory=RestartConfig)
 
     study: Path = field(default_factory=default_study)
     """Root of the study; default: $FLOWJOBS_STUDY, else ./study."""
@@ -30,16 +32,22 @@ class Train:
 
     def run(self, defaults: Defaults) -> int:
         """Train to the end. Returns the exit code."""
-        from flowjobs.jobs.task import log_to_stderr, train_run
+        from flowjobs.jobs.environment import started_by_person
+        from flowjobs.jobs.task import log_to_stderr
+        from flowjobs.jobs.training_job import train_run
 
         run, config = prepare_run(
-            defaults, self.study, self.name, self.training, None, self.tracking
+            defaults, self.study, self.name, self.training, None, self.tracking, self.restarts
         )
         in_use = run.exists() and lock_holder(run.folder) is not None
         if note := run.create(config, in_use=in_use):
             print(note)
         log_to_stderr()
-        # A job that Slurm started again goes on from where it was.
-        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        train_run(run, None if requeued else self.resume)
-        return 0
+        by_person = started_by_person()
+        if by_person:
+            run.clear_cancel()
+        # A job that is started again goes on from where it was.
+        code = train_run(run, self.resume if by_person else None)
+        if code == EXIT_PREEMPTED:
+            print("the same command goes on from there", file=sys.stderr)
+        return code

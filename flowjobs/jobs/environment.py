@@ -9,7 +9,7 @@ from submitit.local.debug import DebugJobEnvironment
 from submitit.local.local import LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from flowjobs.jobs import slurm
+from flowjobs.jobs import by_hand, slurm
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 
@@ -49,10 +49,12 @@ def this_process(run: Run) -> JobProcess:
         JobInfo(
             cluster=environment.name(),
             job_id=environment.job_id,
-            log=_log_file(environment),
+            log=_log_file(environment, run),
             host=socket.gethostname(),
             pid=os.getpid(),
             gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            restart=_restarts(environment, run),
+            continues=slurm.CONTINUES in os.environ,
         ),
         rank=environment.global_rank,
         world_size=environment.num_tasks,
@@ -71,9 +73,41 @@ def _submitit_environment() -> JobEnvironment | None:
     return None
 
 
-def _log_file(environment: JobEnvironment) -> str | None:
+def batch_script_job(run: Run) -> JobInfo:
+    """The job whose batch script has started this process, outside of srun."""
+    array_id = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job_id = os.environ["SLURM_JOB_ID"]
+    if array_id:
+        job_id = f"{array_id}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return JobInfo(
+        cluster="slurm",
+        job_id=job_id,
+        log=by_hand.known_log(run, job_id),
+        host=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        pid=os.getpid(),
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        continues=slurm.CONTINUES in os.environ,
+    )
+
+
+def started_by_person() -> bool:
+    """Whether a person asked for this process: it is not the rest of an earlier job."""
+    return (
+        slurm.CONTINUES not in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
+    )
+
+
+def _restarts(environment: JobEnvironment, run: Run) -> int:
+    if environment.name() == "slurm":
+        return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    status = run.status()
+    attempts = status.attempts if status else []
+    return sum(attempt.job.job_id == environment.job_id for attempt in attempts)
+
+
+def _log_file(environment: JobEnvironment, run: Run) -> str | None:
     if "SUBMITIT_FOLDER" in os.environ:
         return str(environment.paths.stdout)
     if environment.name() == "slurm":
-        return slurm.job_output_file(environment.job_id)
+        return by_hand.note_job(run, environment.job_id)
     return None

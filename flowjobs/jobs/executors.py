@@ -1,12 +1,17 @@
 """submitit's executors, each given what a run asks of its cluster."""
 
+import itertools
 import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from submitit.core.core import Executor
 from submitit.local.debug import DebugExecutor
-from submitit.local.local import LocalExecutor
+from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor
 
 from flowjobs.config import SlurmConfig
@@ -14,11 +19,20 @@ from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.jobs import slurm
 from flowjobs.runs.run import Run
 
+# A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
+# blocked ones wait until there are some. Before 2019, env could not do that.
+SETUP = (
+    "guard=",
+    "block='env --block-signal=TERM --block-signal=USR2'",
+    "$block true 2>/dev/null && guard=$block",
+)
+
 Cluster = Literal["slurm", "local", "debug"]
 
 # submitit's local executor ends a job after two minutes unless told otherwise.
 NO_LIMIT_MIN = 60 * 24 * 365
 GPUS_OF_NVIDIA = Path("/proc/driver/nvidia/gpus")
+CUDA_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
 
 
 def choose_cluster(asked: Literal["auto", "slurm", "local", "debug"]) -> tuple[Cluster, str]:
@@ -73,6 +87,8 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
     # srun no longer takes over --cpus-per-task from sbatch since Slurm 22.05.
     srun_args = [f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else []
     memory = asked.mem_gb
+    typed = f"{asked.gpu_type}:{asked.gpus_per_node}" if asked.gpu_type else asked.gpus_per_node
+    gpus = typed if asked.gpus_per_node else None
     parameters: dict[str, Any] = {
         "job_name": run.name,
         "partition": asked.partition,
@@ -82,7 +98,7 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
         "exclude": asked.exclude,
         "nodes": asked.nodes,
         "ntasks_per_node": asked.tasks_per_node,
-        "gpus_per_node": asked.gpus_per_node or None,
+        "gpus_per_node": gpus,
         "cpus_per_task": asked.cpus_per_task,
         "mem": None if memory is None else f"{round(memory * 1024)}M",
         "time": asked.timeout_min,
@@ -92,13 +108,49 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
         "stderr_to_stdout": True,
         "srun_args": srun_args,
         "additional_parameters": options,
+        "setup": [*SETUP],
+        "teardown": _teardown(run),
     }
-    executor = SlurmExecutorAnywhere(folder=run.logs)
+    executor = SlurmExecutorAnywhere(
+        folder=run.logs, python=f"$guard {shlex.quote(sys.executable)}"
+    )
     executor.update_parameters(**parameters)
     return executor
 
 
-def check_local(asked: SlurmConfig) -> list[int]:
+def _teardown(run: Run) -> list[str]:
+    command = [sys.executable, "-m", "flowjobs", "reconcile", run.name]
+    command += ["--study", str(run.study)]
+    return [
+        "code=$?",
+        "# For a death that could not speak: says what it was, and goes on if it may.",
+        f"[ $code -eq 0 ] || {shlex.join(command)} --exit-code $code",
+        "exit $code",
+    ]
+
+
+class LocalExecutorWithGpus(LocalExecutor):
+    """submitit's, for GPUs by any name that CUDA_VISIBLE_DEVICES may hold.
+
+    submitit's own takes indices only, and a machine may name its GPUs by UUID.
+
+    Args:
+        folder: Where the job's files go.
+        gpus: CUDA's names of the GPUs that the job gets.
+    """
+
+    def __init__(self, folder: Path, gpus: Sequence[str]) -> None:
+        super().__init__(folder=folder)
+        self._gpus = gpus
+
+    def _submit_command(self, command: str) -> LocalJob[Any]:
+        # submitit puts its list of indices into the same variable just before.
+        gpus = ["env", f"CUDA_VISIBLE_DEVICES={','.join(self._gpus)}"]
+        job: LocalJob[Any] = super()._submit_command(f"{shlex.join(gpus)} {command}")
+        return job
+
+
+def check_local(asked: SlurmConfig) -> list[str]:
     """The GPUs that a job on this machine gets.
 
     Raises:
@@ -112,15 +164,19 @@ def check_local(asked: SlurmConfig) -> list[int]:
         raise ConfigError(
             f"--gpus-per-node: found {asked.gpus_per_node}, this machine has {len(visible)}"
         )
-    return visible[: asked.gpus_per_node]
+    gpus = visible[: asked.gpus_per_node]
+    if len(gpus) > 1 and any(name.startswith("MIG-") for name in gpus):
+        raise ConfigError(
+            f"--gpus-per-node: found {asked.gpus_per_node}; a process sees one MIG instance only, "
+            "and those of a run see the same"
+        )
+    return gpus
 
 
 def _local_executor(run: Run, asked: SlurmConfig) -> LocalExecutor:
     gpus = check_local(asked)
-    executor = LocalExecutor(folder=run.logs)
+    executor = LocalExecutorWithGpus(run.logs, gpus)
     executor.update_parameters(
-        gpus_per_node=len(gpus),
-        visible_gpus=gpus,
         tasks_per_node=max(1, len(gpus)),
         timeout_min=asked.timeout_min or NO_LIMIT_MIN,
         signal_delay_s=asked.signal_before_end_s,
@@ -129,14 +185,16 @@ def _local_executor(run: Run, asked: SlurmConfig) -> LocalExecutor:
     return executor
 
 
-def visible_gpus() -> list[int]:
-    """The GPUs of this machine that a job may use. Looked up without loading torch."""
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine that a job may use. Looked up without loading torch.
+
+    Returns:
+        What CUDA_VISIBLE_DEVICES names, an index, a UUID or a MIG instance each; else the index of
+        every GPU.
+    """
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if asked is not None:
-        entries = [entry.strip() for entry in asked.split(",") if entry.strip()]
-        if not all(entry.isdigit() for entry in entries):
-            raise ConfigError(
-                f"CUDA_VISIBLE_DEVICES={asked}: submitit's local executor takes indices (0,1) only"
-            )
-        return [int(entry) for entry in entries]
-    return list(range(len(list(GPUS_OF_NVIDIA.glob("*")))))
+    if asked is None:
+        return [str(index) for index in range(len(list(GPUS_OF_NVIDIA.glob("*"))))]
+    names = (name.strip() for name in asked.split(","))
+    # CUDA sees those before the first that is none: "-1", "NoDevFiles" and "" hide all.
+    return list(itertools.takewhile(CUDA_NAME.fullmatch, names))

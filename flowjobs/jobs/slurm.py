@@ -1,22 +1,22 @@
-"""Asking Slurm. Robust forms only: see each function for what the short ones get wrong."""
+"""Asking Slurm, and asking it for things. Robust forms only: see each function for the traps."""
 
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-from flowjobs.config import SBATCH_VARIABLES, SlurmConfig
 from flowjobs.errors import SubmissionError
+from flowjobs.jobs.sbatch_environment import minutes
 
-# The job's name is how it is recognized later, its output how `logs` finds it; one run is no array.
-ALWAYS_DECIDED = {
-    "SBATCH_JOB_NAME",
-    "SBATCH_OUTPUT",
-    "SBATCH_ERROR",
-    "SBATCH_OPEN_MODE",
-    "SBATCH_ARRAY_INX",
-}
+# In the environment of a job that flowjobs itself submitted: the id of the job it goes on from.
+CONTINUES = "FLOWJOBS_CONTINUES"
+
+# What Slurm tells every process of a step.
+STEP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 # Clients wait MessageTimeout (10 s by default) for a controller that is away.
 CLIENT_TIMEOUT_S = 30
@@ -38,10 +38,8 @@ def partitions() -> list[str]:
     return sorted(set(answer.stdout.split())) if answer.returncode == 0 else []
 
 
-def queued_state(job_id: str, job_name: str) -> str | None:
-    """The state of a job in the queue ("PENDING", "RUNNING", …), or None if it is not there.
-
-    The name is compared too, since a cluster may use an id again after a crash.
+def queue() -> dict[str, tuple[str, str]]:
+    """State ("PENDING", "RUNNING", …) and name of each of this user's jobs in the queue, by id.
 
     Raises:
         SubmissionError: Slurm does not answer.
@@ -50,73 +48,215 @@ def queued_state(job_id: str, job_name: str) -> str | None:
     # which cannot be told from a controller that is away. -r lists the tasks of an array.
     answer = _run("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%j")
     if answer.returncode != 0:
-        raise SubmissionError(
-            f"Slurm does not say whether job {job_id} is still there: {_first_line(answer)}; "
-            "try again when it answers"
-        )
+        raise SubmissionError(f"Slurm does not say which jobs there are: {_first_line(answer)}")
+    found = {}
     for line in answer.stdout.splitlines():
-        found_id, state, name = line.strip().split("|", 2)
-        if found_id == job_id and name == job_name:
-            return state
-    return None
+        job_id, state, name = line.strip().split("|", 2)
+        found[job_id] = (state, name)
+    return found
+
+
+def queued_state(job_id: str, job_name: str) -> str | None:
+    """The state of a job in the queue, or None if it is not there.
+
+    The name is compared too, since a cluster may use an id again after a crash.
+
+    Raises:
+        SubmissionError: Slurm does not answer.
+    """
+    state, name = queue().get(job_id, ("", ""))
+    return state if state and name == job_name else None
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What the controller says of one job (`scontrol show job`).
+
+    Attributes:
+        state: "RUNNING", "COMPLETING", "PENDING", …
+        restarts: How often Slurm has started the job again, or is about to.
+        preempted: Whether its place was given to another job.
+        seconds_left: Until Slurm kills it: to the time limit, or to the end of the grace.
+        over_limit: Whether it ran until its time limit.
+        requeue: Whether Slurm may start it again.
+        fields: All fields, by scontrol's names.
+    """
+
+    state: str
+    restarts: int
+    preempted: bool
+    seconds_left: float
+    over_limit: bool
+    requeue: bool
+    fields: Mapping[str, str]
+
+
+# "Key=value Key=value": a value may hold spaces, so it ends where the next key begins.
+_FIELD = re.compile(r"(?:^|\s)([A-Za-z][\w:/]*)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)")
+
+
+def job_record(job_id: str) -> JobRecord | None:
+    """The controller's record of a job; None where it does not know the job.
+
+    Raises:
+        SubmissionError: Slurm does not answer.
+    """
+    answer = _run("scontrol", "show", "job", job_id, "--oneliner")
+    if answer.returncode != 0:
+        if "Invalid job id" in answer.stderr:
+            return None
+        raise SubmissionError(f"Slurm says nothing of job {job_id}: {_first_line(answer)}")
+    fields: dict[str, str] = {}
+    for key, value in _FIELD.findall(answer.stdout.splitlines()[0]):
+        fields.setdefault(key, value)
+    start, end = _timestamp(fields.get("StartTime")), _timestamp(fields.get("EndTime"))
+    limit_s = _limit_s(fields.get("TimeLimit", ""))
+    return JobRecord(
+        state=fields.get("JobState", "").split()[0],
+        restarts=int(fields.get("Restarts", "0")),
+        preempted=_timestamp(fields.get("PreemptTime")) is not None,
+        seconds_left=float("inf") if end is None else end - time.time(),
+        over_limit=None not in (start, end, limit_s) and end - start >= limit_s,  # type: ignore[operator]
+        requeue=fields.get("Requeue") == "1",
+        fields=fields,
+    )
 
 
 def job_output_file(job_id: str) -> str | None:
     """The file that a job's output goes to, or None if Slurm does not say."""
-    answer = _run("scontrol", "show", "job", job_id)
-    found = re.search(r"^\s*StdOut=(.+)$", answer.stdout, flags=re.MULTILINE)
-    return found.group(1) if found else None
+    try:
+        record = job_record(job_id)
+    except SubmissionError:
+        return None
+    return record.fields.get("StdOut") if record else None
 
 
-def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -> dict[str, str]:
-    """The environment for sbatch, without what would overrule the batch file.
+def kill_wait_s() -> float:
+    """Seconds that Slurm waits between telling a job to end and killing it; its default if it
+    does not say."""
+    answer = _run("scontrol", "show", "config")
+    found = re.search(r"^KillWait\s*=\s*(\d+)", answer.stdout, flags=re.MULTILINE)
+    return float(found.group(1)) if found else 30.0
 
-    sbatch takes SLURM_* variables of a job it is called from (an interactive one, say) for the
-    new job's; those that say which cluster to talk to stay. Of the SBATCH_* variables, which win
-    over the file, those stay that the file does not decide.
+
+def requeue(job_id: str, exclude: str | None = None) -> None:
+    """Have Slurm kill the job and start it again under the same id.
+
+    **This brings back a job that its user has just cancelled**: look at its record first.
 
     Args:
-        environment: The environment of this process.
-        asked: What the batch file is made from.
-    """
-    kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
-    foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
-    decided = {
-        variable for variable, name in SBATCH_VARIABLES.items() if getattr(asked, name) is not None
-    }
-    decided |= ALWAYS_DECIDED
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in kept or not (name.startswith(foreign) or name in decided)
-    }
-
-
-def minutes(time_limit: str) -> int:
-    """A time limit in one of sbatch's forms ("90", "1:30:00", "2-12") in minutes, rounded up.
+        job_id: A job that runs; usually this process's own.
+        exclude: A node that it should not start on again.
 
     Raises:
-        ValueError: It is of none of those forms, or no limit at all ("UNLIMITED", "0").
+        SubmissionError: Slurm refuses (requeuing is forbidden for the job), or does not answer.
     """
-    if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", time_limit):
-        raise ValueError(time_limit)
-    days, dash, rest = time_limit.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, mins, secs = (*parts, 0, 0)[:3]
-    elif len(parts) == 3:
-        hours, mins, secs = parts
-    else:
-        hours, (mins, secs) = 0, (*parts, 0)[:2]
-    total = int(days or 0) * 1440 + hours * 60 + mins + (1 if secs else 0)
-    if total == 0:
-        raise ValueError(time_limit)
-    return total
+    record = job_record(job_id) if exclude else None
+    answer = _run("scontrol", "requeue", job_id)
+    if answer.returncode != 0:
+        raise SubmissionError(_first_line(answer))
+    if record and exclude:
+        # Once it is requeued it is a job that waits, and may be changed. The list is replaced.
+        before = record.fields.get("ExcNodeList", "(null)")
+        nodes = exclude if before == "(null)" else f"{before},{exclude}"
+        _run("scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}")
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    # Without the limit on bit strings Slurm cuts long lists of array tasks short.
-    environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}
+def write_batch_script(job_id: str, path: str) -> bool:
+    """Copy the script that a job was submitted with to `path`; False if Slurm does not give it."""
+    return _run("scontrol", "write", "batch_script", job_id, path).returncode == 0
+
+
+def sbatch(command: list[str], environment: Mapping[str, str]) -> str:
+    """Submit by a full command line (`sbatch --parsable …`). Returns the job's id.
+
+    Raises:
+        SubmissionError: sbatch refused.
+    """
+    answer = _run(*command, environment=environment)
+    if answer.returncode != 0:
+        raise SubmissionError(f"sbatch refused the job: {_first_line(answer)}")
+    return answer.stdout.strip().partition(";")[0]
+
+
+def cancel(job_id: str) -> None:
+    """Cancel a job; one that is gone already is no error.
+
+    Raises:
+        SubmissionError: Slurm does not answer, or refuses.
+    """
+    answer = _run("scancel", job_id)
+    if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
+        raise SubmissionError(f"scancel {job_id}: {_first_line(answer)}")
+
+
+@dataclass(frozen=True)
+class AccountingRow:
+    """One life of a job, as sacct has it (`-D`: a requeued job has several).
+
+    Attributes:
+        job_id: As submitted (`12_3` for an array task).
+        state: First word of State: "CANCELLED" of "CANCELLED by 0".
+        exit_code: Of the batch script.
+        signal: That killed it, or 0.
+        nodes: NodeList.
+        ended: End, in ISO form of the cluster's local time, or "Unknown".
+        job_name: To tell a job from another that got the same id.
+    """
+
+    job_id: str
+    state: str
+    exit_code: int
+    signal: int
+    nodes: str
+    ended: str
+    job_name: str
+
+
+def accounting(job_ids: Collection[str]) -> list[AccountingRow]:
+    """Every life of these jobs, oldest first; none where there is no accounting.
+
+    One call for all of them. Accounting is some seconds behind the controller.
+    """
+    if not job_ids:
+        return []
+    # A separator that no job name holds; -D for every life; -X without the steps.
+    answer = _run(
+        "sacct", "-X", "-D", "-n", "-P", "--delimiter=\x1f", "-j", ",".join(job_ids),
+        "-o", "JobID,State,ExitCode,NodeList,End,JobName",
+    )  # fmt: skip
+    rows = []
+    for line in answer.stdout.splitlines():
+        job_id, state, code, nodes, ended, name = line.split("\x1f")
+        exit_code, _, number = code.partition(":")
+        state = state.split()[0] if state else ""
+        rows.append(
+            AccountingRow(job_id, state, int(exit_code), int(number or 0), nodes, ended, name)
+        )
+    return rows
+
+
+def _timestamp(text: str | None) -> float | None:
+    try:
+        # Slurm prints local time.
+        return time.mktime(time.strptime(text or "", "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def _limit_s(text: str) -> float | None:
+    try:
+        return 60.0 * minutes(text)
+    except ValueError:
+        return None
+
+
+def _run(
+    *command: str, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    # Slurm signals every process of a step, and this one may be started as the job is told to
+    # end. A blocked signal is inherited as blocked.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STEP_SIGNALS)
     try:
         return subprocess.run(
             command,
@@ -124,10 +264,13 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
             text=True,
             check=False,
             timeout=CLIENT_TIMEOUT_S,
-            env=environment,
+            # Without the limit on bit strings Slurm cuts long lists of array tasks short.
+            env={**environment, "SLURM_BITSTR_LEN": "0"},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, returncode=1, stdout="", stderr=str(error))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _first_line(answer: subprocess.CompletedProcess[str]) -> str:

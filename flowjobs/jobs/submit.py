@@ -1,6 +1,7 @@
 """Hands a run to submitit: as a Slurm job, as a job on this machine, or into the debugger."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import signal
@@ -15,11 +16,13 @@ from submitit.local.debug import DebugJob
 
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import SubmissionError
-from flowjobs.jobs import slurm
+from flowjobs.jobs import by_hand, slurm
 from flowjobs.jobs.executors import Cluster, make_executor
+from flowjobs.jobs.sbatch_environment import environment_for_sbatch
 from flowjobs.jobs.task import RunTask, log_to_stderr
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,27 @@ class SubmittedJob:
         return not self.job.done()
 
 
-def submit(run: Run, cluster: Cluster) -> SubmittedJob:
+def submit(
+    run: Run, cluster: Cluster, *, continues: str | None = None, exclude: str | None = None
+) -> SubmittedJob:
     """Submit the run's job.
 
     Args:
         run: The run; its config is on disk.
         cluster: Where to; "debug" also runs it, in this process, and stops in the debugger on an
             exception.
+        continues: The job that this one goes on from, without a person having asked for it.
+        exclude: A node to leave out beside those of the config.
 
     Raises:
         SubmissionError: sbatch refused; the text has its words and what could be meant.
     """
     asked = run.config().slurm
+    if exclude:
+        nodes = f"{asked.exclude},{exclude}" if asked.exclude else exclude
+        asked = dataclasses.replace(asked, exclude=nodes)
     executor = make_executor(cluster, run, asked)
-    with _environment_of(cluster, asked):
+    with _environment_of(cluster, asked, continues):
         try:
             job: Job[None] = executor.submit(RunTask(str(run.folder)))
         except (FailedJobError, FailedSubmissionError) as error:
@@ -72,11 +82,33 @@ def submit(run: Run, cluster: Cluster) -> SubmittedJob:
                     leftover.unlink()
             raise SubmissionError(_explain(str(error), asked)) from error
     submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
-    run.add_submission(submitted.job_id, cluster, submitted.log)
+    run.add_submission(submitted.job_id, cluster, submitted.log, continues=continues)
     if isinstance(job, DebugJob):
         log_to_stderr()
         job.results()
     return submitted
+
+
+def resubmit(run: Run, job: JobInfo, exclude: str | None = None) -> str:
+    """Submit a run again, the way its job was submitted, to go on from that one.
+
+    Args:
+        run: The run.
+        job: The job that ends.
+        exclude: A node to leave out.
+
+    Returns:
+        The new job's id.
+
+    Raises:
+        SubmissionError: It cannot be submitted.
+    """
+    if job.cluster == "local":
+        return submit(run, "local", continues=job.job_id).job_id
+    entries = [entry for entry in run.submissions() if entry["job_id"] == job.job_id]
+    if entries and "again" in entries[-1]:
+        return by_hand.resubmit(run, entries[-1], exclude)
+    return submit(run, "slurm", continues=job.job_id, exclude=exclude).job_id
 
 
 def running_job(run: Run) -> str | None:
@@ -94,15 +126,18 @@ def running_job(run: Run) -> str | None:
 
 
 @contextlib.contextmanager
-def _environment_of(cluster: Cluster, asked: SlurmConfig) -> Iterator[None]:
+def _environment_of(cluster: Cluster, asked: SlurmConfig, continues: str | None) -> Iterator[None]:
     """What a job inherits from the submitting process, while the block lasts."""
     saved = dict(os.environ)
     # A job that finds the service of another process's wandb fails to start its own.
     os.environ.pop("WANDB_SERVICE", None)
+    os.environ.pop(slurm.CONTINUES, None)
+    if continues:
+        os.environ[slurm.CONTINUES] = continues
     try:
         match cluster:
             case "slurm":
-                cleaned = slurm.environment_for_sbatch(os.environ, asked)
+                cleaned = environment_for_sbatch(os.environ, asked)
                 os.environ.clear()
                 os.environ.update(cleaned)
                 # submitit prints what sbatch said, and raises it as well.

@@ -1,15 +1,12 @@
-"""What runs on the node: from the run's folder to its outcome, the same under every executor."""
+"""What submitit pickles and runs on the node, the same under every executor."""
 
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowjobs.errors import FlowjobsError, RunInterrupted
-from flowjobs.jobs.environment import JobProcess, this_process
-from flowjobs.jobs.preemption import StopSignals
+from flowjobs.errors import FlowjobsError
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import EXIT_PREEMPTED
 
 logger = logging.getLogger(__name__)
 
@@ -26,53 +23,18 @@ class RunTask:
 
     def __call__(self) -> None:
         """Run the job; its exit code is the outcome's. A bug raises."""
+        # Not at the top: a job may submit its run again, and so this task.
+        from flowjobs.jobs.training_job import train_run
+
         log_to_stderr()
         run = Run.at(Path(self.folder))
         try:
-            train_run(run)
-        except RunInterrupted as interrupted:
-            logger.warning("%s", interrupted)
-            sys.exit(EXIT_PREEMPTED)
+            code = train_run(run)
         except FlowjobsError as error:
             logger.error("%s", error)
-            sys.exit(error.exit_code)
-
-
-def train_run(run: Run, resume_path: Path | None = None) -> None:
-    """Train a run to its end in this process, from its newest checkpoint if there is one.
-
-    Args:
-        run: The run; its config is on disk.
-        resume_path: Start from this checkpoint instead.
-
-    Raises:
-        RunInterrupted: A signal asked to leave; the state is saved.
-        RunBusyError: Another attempt trains the run.
-        FlowjobsError: The config cannot be trained.
-    """
-    # Armed before the slow imports: a job may be preempted while torch loads.
-    with StopSignals() as signals:
-        if resume_path is None and run.finished():
-            logger.info("%s is finished", run.name)
-            return
-        process = this_process(run)
-        if process.job.cluster == "none" and process.job.log:
-            log_to_file(Path(process.job.log))
-        _train(run, process, signals, resume_path)
-
-
-def _train(run: Run, process: JobProcess, signals: StopSignals, resume_path: Path | None) -> None:
-    from flowjobs.tracking.recorder import recording
-    from flowjobs.training.distributed import joined_ranks
-    from flowjobs.training.run_training import run_training
-
-    use_gpu = run.config().slurm.gpus_per_node > 0
-    with joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu) as ranks:
-        if not ranks.is_first:
-            run_training(run, None, ranks, signals.reason, resume_path)
-            return
-        with recording(run, process.job) as recorder:
-            run_training(run, recorder, ranks, signals.reason, resume_path)
+            code = error.exit_code
+        if code:
+            sys.exit(code)
 
 
 def log_to_stderr() -> None:

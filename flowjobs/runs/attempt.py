@@ -2,12 +2,23 @@
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 
-from flowjobs.runs.lock import run_lock
+from flowjobs.errors import NoProgressError, RunTakenOverError
+from flowjobs.runs.lock import Judge, RunLock, system_lock_decides
+from flowjobs.runs.restarts import fruitless_attempts
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now, outcome_of
+from flowjobs.runs.status import (
+    EXIT_FAILED,
+    AttemptRecord,
+    JobInfo,
+    Outcome,
+    RunStatus,
+    now,
+    outcome_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -16,52 +27,105 @@ logger = logging.getLogger(__name__)
 STATUS_EVERY_S = 5.0
 
 
+def ended_without_a_word(record: AttemptRecord) -> Outcome:
+    """The outcome of an attempt that left no word of its end, where nobody knows more."""
+    reason = f"attempt {record.number} ended without a word, {record.job.words}"
+    return Outcome("failed", EXIT_FAILED, reason, kind="killed")
+
+
 class Attempt:
     """Holds the run while the block lasts, and writes down what it does and how it ended.
 
     Args:
         run: The run to hold.
         job: Where this attempt runs.
+        judge: Says whether the attempt that is named as the run's holder still lives.
+        explain: Says how an attempt ended that could not say it itself.
+
+    Attributes:
+        number: Of the run's attempts, from 1.
+        closed: The outcome of the attempt before this one, if this one had to write it down.
 
     Raises:
         RunBusyError: On entering: another attempt holds the run.
+        NoProgressError: On entering: too many attempts have ended without a new step.
     """
 
-    def __init__(self, run: Run, job: JobInfo) -> None:
+    def __init__(
+        self,
+        run: Run,
+        job: JobInfo,
+        judge: Judge = system_lock_decides,
+        explain: Callable[[AttemptRecord], Outcome] = ended_without_a_word,
+    ) -> None:
         self.run = run
         self.job = job
+        self._lock = RunLock(run.folder, job, judge)
+        self._explain = explain
         self._stack = ExitStack()
         self._written_at = 0.0
+        self.number = 0
+        self.closed: Outcome | None = None
 
     def __enter__(self) -> "Attempt":
-        self._stack.enter_context(run_lock(self.run.folder, self.job))
-        self._status = self.run.status() or RunStatus()
-        self._record = AttemptRecord(len(self._status.attempts) + 1, self.job, started=now())
+        with self._stack:
+            self._stack.enter_context(self._lock)
+            self._status = self.run.status() or RunStatus()
+            if before := self._status.open_attempt:
+                self.closed = self._explain(before)
+                self._status.close(self.closed)
+                logger.warning("%s", self.closed.reason)
+            self._open()
+            self._stack = self._stack.pop_all()  # all is well: the lock is kept
+        logger.info("attempt %d at %s: %s", self.number, self.run.name, self.job.words)
+        return self
+
+    def _open(self) -> None:
+        config = self.run.config()
+        self.number = len(self._status.attempts) + 1
+        self._record = AttemptRecord(self.number, self.job, started=now())
         self._status.attempts.append(self._record)
         self._status.state, self._status.reason, self._status.exit_code = "running", "", None
-        asked = self.run.config().training
-        self._status.epochs, self._status.patience = asked.epochs, asked.patience
+        self._status.epochs = config.training.epochs
+        self._status.patience = config.training.patience
+        self._check_progress()
         self._status.write(self.run.status_file)
-        logger.info(
-            "attempt %d at %s: %s job %s on %s",
-            self._record.number,
-            self.run.name,
-            self.job.cluster,
-            self.job.job_id,
-            self.job.host,
+
+    def _check_progress(self) -> None:
+        *before, _ = self._status.attempts
+        fruitless = fruitless_attempts(self._status.attempts)
+        if fruitless < self.run.config().restarts.give_up_after:
+            return
+        error = NoProgressError(
+            f"{fruitless} attempts in a row ended without a new step, the last one: "
+            f"{before[-1].reason}; the run is not started again by itself (--give-up-after): "
+            "mend the cause, then submit it again"
         )
-        return self
+        self._status.close(outcome_of(error))
+        self._status.write(self.run.status_file)
+        raise error
+
+    def check_held(self) -> None:
+        """Raise a RunTakenOverError if another attempt has taken the run over."""
+        self._lock.check_held()
+
+    def goes_on_from(self, step: int) -> None:
+        """Note the step that this attempt starts at, before it trains."""
+        self._record.first_step = self._record.last_step = step
+        self._status.step = step
+        self._lock.check_held()
+        self._check_progress()
+        self._status.write(self.run.status_file)
 
     def progress(
         self, step: int, total_steps: int, epoch: int, best_val_loss: float | None
     ) -> None:
         """Note how far the run is; reaches the disk every few seconds and at the end."""
-        if self._record.first_step is None:
-            self._record.first_step = step
         self._record.last_step = step
         self._status.step, self._status.total_steps = step, total_steps
         self._status.epoch, self._status.best_val_loss = epoch, best_val_loss
         if time.monotonic() - self._written_at > STATUS_EVERY_S:
+            self._lock.check_held()
             self._status.write(self.run.status_file, flush=False)
             self._written_at = time.monotonic()
 
@@ -72,9 +136,11 @@ class Attempt:
         traceback: TracebackType | None,
     ) -> None:
         with self._stack:  # the lock is freed last
-            outcome = outcome_of(error)
-            self._record.ended = now()
-            self._record.state = self._status.state = outcome.state
-            self._record.reason = self._status.reason = outcome.reason
-            self._status.exit_code = outcome.exit_code
+            if not isinstance(error, RunTakenOverError):
+                self.close(outcome_of(error))
+
+    def close(self, outcome: Outcome) -> None:
+        """Write down how the attempt ended, if it still holds the run."""
+        if self._lock.is_held():
+            self._status.close(outcome)
             self._status.write(self.run.status_file)

@@ -1,59 +1,167 @@
-"""One writer: the lock that an attempt holds on its run."""
+"""One writer: the lock that an attempt holds on its run, and how a dead holder loses it.
+
+Two things make the lock. The operating system's lock on `.lock` is freed when its process dies,
+however it dies. `.lock-holder.json` names the attempt that holds the run: where the system's lock
+cannot be trusted (a process that lives on beside its rerun, a file system that knows no locks
+between nodes), the scheduler's word on that attempt's job decides. Whoever is not named there any
+more has lost the run and must write nothing.
+"""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
 
-from flowjobs.errors import RunBusyError
+from flowjobs.errors import RunBusyError, RunTakenOverError
 from flowjobs.runs.files import write_json
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import JobInfo, read_job
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+# What is known of the holder of a run: "leaving" is a process that has been told to end, or of
+# which nothing can be said at the moment.
+Verdict = Literal["gone", "alive", "leaving"]
+# Asked with the holder and whether the system's lock is free.
+Judge = Callable[[JobInfo, bool], Verdict]
+
+# Longer than Slurm waits, by default, between telling a job to end and killing it (KillWait).
+LEAVING_WAIT_S = 90.0
+POLL_S = 0.5
 
 
-@contextmanager
-def run_lock(folder: Path, holder: JobInfo) -> Iterator[None]:
-    """Hold the run in `folder` for the length of the block.
+def system_lock_decides(holder: JobInfo, lock_is_free: bool) -> Verdict:
+    """The judge where there is no scheduler: a process that died has freed its lock."""
+    return "gone" if lock_is_free else "alive"
 
-    The operating system frees the lock when its process dies, however it dies.
+
+class RunLock:
+    """Holds the run in `folder` for the length of a `with` block.
+
+    Args:
+        folder: The run's folder.
+        job: The attempt that wants it.
+        judge: Says whether the attempt that is named as its holder still lives.
 
     Raises:
-        RunBusyError: Another attempt holds it; the text says which.
+        RunBusyError: On entering: another attempt holds it; the text says which.
     """
-    from filelock import FileLock, Timeout  # slow to load, and --help does without
 
-    lock = FileLock(folder / ".lock")
-    holder_file = folder / ".lock-holder.json"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunBusyError(
-            f"the run in {folder} is being trained by {_describe(holder_file)}: "
-            "wait for it, or cancel it first"
-        ) from None
-    try:
-        write_json(holder_file, asdict(holder))
-        yield
-    finally:
-        lock.release()
+    def __init__(self, folder: Path, job: JobInfo, judge: Judge = system_lock_decides) -> None:
+        self._folder = folder
+        self._job = job
+        self._judge = judge
+        self._token = uuid.uuid4().hex
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> "RunLock":
+        deadline = time.monotonic() + LEAVING_WAIT_S
+        while (verdict := self._try()) != "gone":
+            if verdict == "alive" or time.monotonic() > deadline:
+                raise RunBusyError(
+                    f"the run in {self._folder} is being trained by "
+                    f"{_describe(_read_holder(self._folder))}: wait for it, or cancel it first"
+                )
+            time.sleep(POLL_S)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.is_held():
+            _holder_file(self._folder).unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.release()
+
+    def is_held(self) -> bool:
+        """Whether this attempt is still the one that holds the run."""
+        try:
+            found = _read_holder(self._folder)
+        except OSError:
+            return True  # a file system that is away for a moment has not given the run away
+        return found is not None and found.get("token") == self._token
+
+    def check_held(self) -> None:
+        """Raise a RunTakenOverError if another attempt has taken the run over."""
+        if not self.is_held():
+            raise RunTakenOverError(
+                f"the run in {self._folder} was taken over by "
+                f"{_describe(_read_holder(self._folder))}; this attempt writes nothing more"
+            )
+
+    def _try(self) -> Verdict:
+        """Take the lock if its holder is gone; the answer says what is known of the holder."""
+        from filelock import FileLock, Timeout  # slow to load, and --help does without
+
+        lock = FileLock(self._folder / ".lock")
+        # Those who come to take the run do so one after another.
+        with FileLock(self._folder / ".lock-gate"):
+            free = True
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                free = False
+            verdict = self._judge_holder(free)
+            if verdict != "gone":
+                lock.release()
+                return verdict
+            if not free:
+                # Held by a process that does not count any more. A new file is a new lock.
+                (self._folder / ".lock").unlink()
+                lock.acquire(timeout=0)
+            holder = {**asdict(self._job), "token": self._token}
+            write_json(_holder_file(self._folder), holder)
+            self._lock = lock
+        return "gone"
+
+    def _judge_holder(self, free: bool) -> Verdict:
+        found = _read_holder(self._folder)
+        if found is None:
+            # Nobody is named, but the lock is taken: by one who leaves, or who only looks.
+            return "gone" if free else "leaving"
+        try:
+            return self._judge(read_job(found), free)
+        except TypeError:  # written by another version
+            return "gone" if free else "alive"
 
 
 def lock_holder(folder: Path) -> str | None:
-    """Who holds the run in `folder`, in words for a person; None if nobody does."""
+    """Who holds the run in `folder` on this machine, in words for a person; None if nobody."""
     from filelock import FileLock, Timeout
 
+    found = _read_holder(folder)
+    if found is None:
+        return None
     try:
         with FileLock(folder / ".lock", timeout=0):
             return None
     except Timeout:
-        return _describe(folder / ".lock-holder.json")
+        return _describe(found)
 
 
-def _describe(holder_file: Path) -> str:
+def _holder_file(folder: Path) -> Path:
+    return folder / ".lock-holder.json"
+
+
+def _read_holder(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(holder_file.read_text())
-        return (
-            f"{found['cluster']} job {found['job_id']} on {found['host']} (process {found['pid']})"
-        )
-    except (OSError, ValueError, KeyError):
+        found: dict[str, Any] = json.loads(_holder_file(folder).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found
+
+
+def _describe(holder: dict[str, Any] | None) -> str:
+    if holder is None:
+        return "another attempt"
+    try:
+        return "{cluster} job {job_id} on {host} (process {pid})".format(**holder)
+    except KeyError:
         return "another attempt"

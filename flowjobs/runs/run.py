@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class Run:
     def jobs_file(self) -> Path:
         """A line a submission."""
         return self.folder / "jobs.jsonl"
+
+    @property
+    def cancel_file(self) -> Path:
+        """There while the run is cancelled."""
+        return self.folder / "cancelled.json"
 
     @property
     def logs(self) -> Path:
@@ -121,10 +127,43 @@ class Run:
                 entries.append(json.loads(line))
         return entries
 
-    def add_submission(self, job_id: str, cluster: str, log: Path | None) -> None:
-        """Note that a job was submitted for the run."""
-        entry = {"job_id": job_id, "cluster": cluster, "submitted": now(), "log": str(log or "")}
+    def add_submission(
+        self,
+        job_id: str,
+        cluster: str,
+        log: Path | None,
+        *,
+        continues: str | None = None,
+        again: Sequence[str] = (),
+    ) -> None:
+        """Note that a job was submitted for the run.
+
+        Args:
+            job_id: The scheduler's id.
+            cluster: "slurm", "local" or "debug".
+            log: The file that its output goes to.
+            continues: The job that it goes on from, if no person asked for it.
+            again: The command that submits the same job again, if it was submitted by hand.
+        """
+        entry: dict[str, Any] = {"job_id": job_id, "cluster": cluster, "submitted": now()}
+        entry["log"] = str(log or "")
+        if continues:
+            entry["continues"] = continues
+        if again:
+            entry["again"] = list(again)
         append_line(self.jobs_file, json.dumps(entry))
+
+    def cancel_requested(self) -> bool:
+        """Whether a person has cancelled the run and not submitted it since."""
+        return self.cancel_file.exists()
+
+    def request_cancel(self) -> None:
+        """Note that the run must not go on by itself."""
+        write_json(self.cancel_file, {"time": now()})
+
+    def clear_cancel(self) -> None:
+        """A person wants the run to go on after all."""
+        self.cancel_file.unlink(missing_ok=True)
 
     def create(self, config: RunConfig, *, in_use: bool = False) -> str:
         """Make the run's folder and config, or check that it is the same run.

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.errors import FlowjobsError, RunInterrupted
+from flowjobs.errors import FlowjobsError, NoProgressError, RunInterrupted
 from flowjobs.runs.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -28,12 +28,14 @@ class Outcome:
         exit_code: What the process returns; 0 only for a finished run.
         reason: Why, in words for a person; empty for a finished run.
         traceback: The traceback of an exception that is a bug, else empty.
+        kind: The reason in a word or two, the same for all of its kind ("out of memory").
     """
 
     state: State
     exit_code: int
     reason: str = ""
     traceback: str = ""
+    kind: str = ""
 
 
 FINISHED = Outcome("finished", exit_code=0)
@@ -41,7 +43,7 @@ FINISHED = Outcome("finished", exit_code=0)
 # EX_TEMPFAIL of sysexits.h: not a failure, the same command goes on from here.
 EXIT_PREEMPTED = 75
 EXIT_FAILED = 1
-EXIT_INTERRUPTED_BY_KEYBOARD = 130
+EXIT_CANCELLED = 130
 
 
 def outcome_of(error: BaseException | None) -> Outcome:
@@ -49,15 +51,20 @@ def outcome_of(error: BaseException | None) -> Outcome:
     match error:
         case None:
             return FINISHED
+        case RunInterrupted(kind="cancelled"):
+            return Outcome("cancelled", EXIT_CANCELLED, str(error), kind="cancelled")
         case RunInterrupted():
-            return Outcome("preempted", EXIT_PREEMPTED, str(error))
+            return Outcome("preempted", EXIT_PREEMPTED, str(error), kind=error.kind)
         case KeyboardInterrupt():
-            return Outcome("cancelled", EXIT_INTERRUPTED_BY_KEYBOARD, "interrupted by Ctrl-C")
+            reason = "interrupted by Ctrl-C"
+            return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+        case NoProgressError():
+            return Outcome("failed", error.exit_code, str(error), kind="no progress")
         case FlowjobsError():
-            return Outcome("failed", error.exit_code, str(error))
+            return Outcome("failed", error.exit_code, str(error), kind="exception")
     text = "".join(traceback.format_exception(error))
     reason = f"{type(error).__name__}: {error}"
-    return Outcome("failed", EXIT_FAILED, reason, text)
+    return Outcome("failed", EXIT_FAILED, reason, text, kind="exception")
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class JobInfo:
         host: The node of rank 0.
         pid: The process of rank 0.
         gpus: CUDA_VISIBLE_DEVICES of rank 0, if the scheduler set it.
+        restart: How often the scheduler has started this job again.
+        continues: Whether the job was submitted by flowjobs itself, to go on with an earlier one.
     """
 
     cluster: str
@@ -79,6 +88,18 @@ class JobInfo:
     host: str
     pid: int
     gpus: str | None = None
+    restart: int = 0
+    continues: bool = False
+
+    @property
+    def words(self) -> str:
+        """Where the attempt runs, for a person: "slurm job 12 on n1"."""
+        return f"{self.cluster} job {self.job_id} on {self.host}"
+
+    @property
+    def started_by_person(self) -> bool:
+        """Whether this is the first start that a person asked for."""
+        return self.restart == 0 and not self.continues
 
     @classmethod
     def in_foreground(cls, log: Path | None = None) -> "JobInfo":
@@ -98,7 +119,13 @@ class AttemptRecord:
     last_step: int | None = None
     ended: str | None = None
     state: State = "running"
+    kind: str = ""
     reason: str = ""
+
+    def close(self, outcome: Outcome) -> None:
+        """Note how the attempt ended."""
+        self.ended = now()
+        self.state, self.kind, self.reason = outcome.state, outcome.kind, outcome.reason
 
 
 @dataclass
@@ -122,6 +149,18 @@ class RunStatus:
         """The newest attempt's log file."""
         return self.attempts[-1].job.log if self.attempts else None
 
+    @property
+    def open_attempt(self) -> AttemptRecord | None:
+        """The newest attempt, if nobody has said yet how it ended."""
+        newest = self.attempts[-1] if self.attempts else None
+        return newest if newest and newest.ended is None else None
+
+    def close(self, outcome: Outcome) -> None:
+        """Note how the newest attempt ended: that is the run's state from now on."""
+        if self.open_attempt:
+            self.open_attempt.close(outcome)
+        self.state, self.reason, self.exit_code = outcome.state, outcome.reason, outcome.exit_code
+
     def write(self, path: Path, *, flush: bool = True) -> None:
         """Replace the file at `path`; without `flush`, not waiting for the disk."""
         self.updated = now()
@@ -137,7 +176,7 @@ def read_status(path: Path) -> RunStatus | None:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         attempts = [
-            AttemptRecord(**_known(AttemptRecord, record | {"job": _job(record["job"])}))
+            AttemptRecord(**_known(AttemptRecord, record | {"job": read_job(record["job"])}))
             for record in found.pop("attempts")
         ]
         return RunStatus(**_known(RunStatus, found), attempts=attempts)
@@ -148,7 +187,8 @@ def read_status(path: Path) -> RunStatus | None:
         return None
 
 
-def _job(found: dict[str, Any]) -> JobInfo:
+def read_job(found: dict[str, Any]) -> JobInfo:
+    """A JobInfo from JSON; fields that this version does not know are left out."""
     return JobInfo(**_known(JobInfo, found))
 
 

@@ -1,28 +1,34 @@
 """What a run says of itself while it trains: to `metrics.jsonl`, to its tracker, to its status."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.attempt import Attempt, ended_without_a_word
+from flowjobs.runs.lock import Judge, system_lock_decides
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome
 from flowjobs.tracking.tracked import tracked
 from flowjobs.tracking.tracker import Tracker
 
 
 class Recorder:
-    """The one outlet of a training loop; only the first rank has one."""
+    """The one outlet of a training loop; only the first rank has one.
+
+    Attributes:
+        attempt: The attempt that this one records.
+    """
 
     def __init__(self, run: Run, attempt: Attempt, tracker: Tracker) -> None:
         self._run = run
-        self._attempt = attempt
+        self.attempt = attempt
         self._tracker = tracker
         self._metrics: MetricsFile | None = None
 
     def go_on_after(self, step: int) -> None:
         """Say from which step the rows come; rows on disk past it are dropped."""
+        self.attempt.goes_on_from(step)
         self._metrics = MetricsFile(self._run.metrics_file, after_step=step)
 
     def record(self, row: Mapping[str, Any]) -> None:
@@ -35,7 +41,11 @@ class Recorder:
         self, step: int, total_steps: int, epoch: int, best_val_loss: float | None
     ) -> None:
         """Say how far the run is."""
-        self._attempt.progress(step, total_steps, epoch, best_val_loss)
+        self.attempt.progress(step, total_steps, epoch, best_val_loss)
+
+    def check_held(self) -> None:
+        """Raise a RunTakenOverError if another attempt has taken the run over."""
+        self.attempt.check_held()
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary in the tracker."""
@@ -46,9 +56,6 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.flush()
 
-    def check_held(self) -> None:
-        """Raise a RunTakenOverError if another attempt holds the run now."""
-
     def close(self) -> None:
         """Close the metrics file."""
         if self._metrics is not None:
@@ -57,15 +64,21 @@ class Recorder:
 
 
 @contextmanager
-def recording(run: Run, job: JobInfo) -> Iterator[Recorder]:
+def recording(
+    run: Run,
+    job: JobInfo,
+    judge: Judge = system_lock_decides,
+    explain: Callable[[AttemptRecord], Outcome] = ended_without_a_word,
+) -> Iterator[Recorder]:
     """Hold the run and track it for as long as the block lasts.
 
-    An exception in the block becomes the attempt's outcome, on disk and in the tracker.
+    An exception in the block becomes the attempt's outcome, on disk and in the tracker. The
+    arguments are those of `Attempt`.
 
     Raises:
         RunBusyError: Another attempt holds the run.
     """
-    with Attempt(run, job) as attempt, tracked(run) as tracker:
+    with Attempt(run, job, judge, explain) as attempt, tracked(run) as tracker:
         recorder = Recorder(run, attempt, tracker)
         try:
             yield recorder

@@ -3,7 +3,6 @@
 Both ways give the same bits: the rows of a step follow from the seed and the step alone.
 """
 
-import os
 import signal
 from collections.abc import Iterator
 from typing import Protocol
@@ -16,6 +15,7 @@ from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.training.data import FlowDataset
 from flowjobs.training.distributed import Ranks
+from flowjobs.training.memory import free_memory_bytes
 from flowjobs.training.randomness import epoch_order
 
 # Share of the free memory that resident data may take; the rest is for the model's activations.
@@ -79,7 +79,9 @@ class ResidentBatches:
 
     def __init__(self, dataset: FlowDataset, order: Order, mean: Tensor, std: Tensor) -> None:
         self.steps_per_epoch = order.steps_per_epoch
-        self._data = normalized(dataset.data, mean, std)
+        self._data = torch.empty((len(dataset), dataset.dim), device=mean.device)
+        for indices, rows in dataset.in_order_of_file():
+            self._data[indices.to(mean.device)] = normalized(rows, mean, std)
         self._order = order
 
     def rows(self, step: int) -> Tensor:
@@ -163,7 +165,7 @@ def make_batches(
         case "loader":
             resident = False
         case "auto":
-            resident = 4 * dataset.data.numel() <= RESIDENT_SHARE * _free_bytes(ranks.device)
+            resident = 4 * len(dataset) * dataset.dim <= RESIDENT_SHARE * _free_bytes(ranks.device)
     if resident:
         order = Order(len(dataset), config, ranks, ranks.device)
         return ResidentBatches(dataset, order, mean, std)
@@ -174,4 +176,4 @@ def make_batches(
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory_bytes()

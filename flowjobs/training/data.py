@@ -1,6 +1,7 @@
 """Datasets of vectors: reading them, checking them, splitting them, normalizing them."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch.utils.data import Dataset
 from flowjobs.config import is_data_file
 from flowjobs.errors import DataError
 from flowjobs.runs.datasets import EMBEDDED, check_dataset, split_files
-from flowjobs.runs.files import replaced_whole
+from flowjobs.training.row_reader import RowReader, reader_of
+from flowjobs.training.tensor_file import write_tensor
 
-# Rows that are read at once where a pass over all of a file is needed.
-CHUNK_ROWS = 65_536
+# What is looked at at once where a pass over all rows is needed, in float64.
+CHUNK_BYTES = 8 * 1024**2
 VAL_SHARE = 0.15
 
 
@@ -23,7 +25,8 @@ class FlowDataset(Dataset[Tensor]):
 
     Args:
         source: A `.pt` file that holds one tensor, a `.npy` file, or a tensor: of floats, of
-            shape (n, dim). Files are mapped into memory, not read.
+            shape (n, dim). A file is mapped into memory; of a large one rows are read when they
+            are asked for.
 
     Raises:
         DataError: The file is missing, unreadable, of another shape or type, empty, or holds a
@@ -32,20 +35,78 @@ class FlowDataset(Dataset[Tensor]):
 
     def __init__(self, source: str | Path | Tensor) -> None:
         self.name = "tensor" if isinstance(source, Tensor) else str(source)
-        self.data = source if isinstance(source, Tensor) else _load(Path(source))
-        _check(self.data, self.name)
+        self._mapped = source if isinstance(source, Tensor) else _load(Path(source))
+        _check_shape(self._mapped, self.name)
+        self._reader: RowReader | None = None
+        if not isinstance(source, Tensor):
+            self._reader = reader_of(Path(source), self._mapped)
+        self._index: Tensor | None = None
+        self._check_finite()
+
+    def part(self, index: Tensor, name: str) -> "FlowDataset":
+        """Some of the rows, in the order of `index`, int64 of shape (m,). Copies none."""
+        part = copy.copy(self)
+        part._index = index if self._index is None else self._index[index]
+        part.name = name
+        return part
 
     @property
     def dim(self) -> int:
         """Width of a row."""
-        return self.data.shape[1]
+        return self._mapped.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers in the file."""
+        return self._mapped.dtype
+
+    @property
+    def data(self) -> Tensor:
+        """All rows, shape (n, dim); of a part, a copy."""
+        return self._mapped if self._index is None else self._mapped[self._index]
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self._mapped) if self._index is None else len(self._index)
 
-    def __getitem__(self, index: int | Sequence[int]) -> Tensor:
-        """A row of shape (dim,), or the rows of a list of indices, as float32."""
-        return self.data[index].float()
+    def __getitem__(self, index: int | Sequence[int] | slice) -> Tensor:
+        """A row of shape (dim,), or the rows of a list of indices or a slice, as float32."""
+        return self._rows(index).float()
+
+    def in_order(self) -> Iterator[Tensor]:
+        """All rows once, (m, dim) at a time, of the file's type."""
+        n = rows_of_chunk(self.dim)
+        for start in range(0, len(self), n):
+            yield self._rows(slice(start, start + n))
+
+    def in_order_of_file(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All rows once, which is fast where they do not fit in memory.
+
+        Yields:
+            The indices of some rows in this dataset, int64 of shape (m,), and the rows, of shape
+            (m, dim) and the file's type.
+        """
+        order = torch.arange(len(self)) if self._index is None else self._index.argsort()
+        for indices in torch.split(order, rows_of_chunk(self.dim)):
+            yield indices, self._rows(indices)
+
+    def _rows(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
+        """Rows of the file's type."""
+        places = index if self._index is None else self._index[index]
+        if self._reader is None:
+            return self._mapped[places]
+        return self._reader.rows(places)
+
+    def _check_finite(self) -> None:
+        for indices, rows in self.in_order_of_file():
+            finite = torch.isfinite(rows).all(dim=1)
+            if not bool(finite.all()):
+                row = int(indices[~finite][0])
+                raise DataError(f"{self.name}: row {row} has a value that is NaN or infinite")
+
+
+def rows_of_chunk(dim: int) -> int:
+    """How many rows of this width are looked at at once."""
+    return max(1, CHUNK_BYTES // (8 * dim))
 
 
 def normalization_stats(dataset: FlowDataset) -> dict[str, Tensor]:
@@ -57,11 +118,11 @@ def normalization_stats(dataset: FlowDataset) -> dict[str, Tensor]:
     total = torch.zeros(dataset.dim, dtype=torch.float64)
     squares = torch.zeros_like(total)
     n = len(dataset)
-    for chunk in torch.split(dataset.data, CHUNK_ROWS):
-        total += chunk.double().sum(0)
+    for _, rows in dataset.in_order_of_file():
+        total += rows.double().sum(0)
     mean = total / n
-    for chunk in torch.split(dataset.data, CHUNK_ROWS):
-        squares += (chunk.double() - mean).square().sum(0)
+    for _, rows in dataset.in_order_of_file():
+        squares += (rows.double() - mean).square().sum(0)
     std = (squares / n).sqrt()
     floor = 0.1 * std.mean()
     if floor == 0:
@@ -82,13 +143,10 @@ def load_datasets(dataset: str, study: Path) -> tuple[FlowDataset, FlowDataset]:
         whole = FlowDataset(dataset)
         if len(whole) < 2:
             raise DataError(f"{dataset} has one row, expected at least 2: some are for validation")
-        train, val = split_rows(whole.data, _val_count(len(whole)))
-        parts = FlowDataset(train), FlowDataset(val)
-        parts[0].name, parts[1].name = f"{dataset} (training)", f"{dataset} (validation)"
-        return parts
+        return split(whole)
     train_file, val_file = split_files(study, dataset)
     if dataset == EMBEDDED and not train_file.exists():
-        write_splits(load_digits(), study, {EMBEDDED: None})
+        write_splits(FlowDataset(load_digits()), study, {EMBEDDED: None})
     parts = FlowDataset(train_file), FlowDataset(val_file)
     if parts[0].dim != parts[1].dim:
         raise DataError(
@@ -105,20 +163,24 @@ def load_digits() -> Tensor:
     return torch.from_numpy(load().data).float()
 
 
-def split_rows(data: Tensor, n_val: int) -> tuple[Tensor, Tensor]:
-    """Training and validation rows after a shuffle that is always the same."""
+def split(whole: FlowDataset) -> tuple[FlowDataset, FlowDataset]:
+    """The training and the validation part after a shuffle that is always the same."""
     # Not the run's seed: runs of several seeds are compared on the same validation rows.
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return data[order[n_val:]], data[order[:n_val]]
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    n_val = max(1, round(VAL_SHARE * len(whole)))
+    return (
+        whole.part(order[n_val:], f"{whole.name} (training)"),
+        whole.part(order[:n_val], f"{whole.name} (validation)"),
+    )
 
 
 def write_splits(
-    data: Tensor, study: Path, sizes: dict[str, int | None], *, overwrite: bool = False
+    whole: FlowDataset, study: Path, sizes: dict[str, int | None], *, overwrite: bool = False
 ) -> dict[str, int]:
     """Write nested splits: a smaller one's rows are the first of a larger one's.
 
     Args:
-        data: All rows, shape (n, dim).
+        whole: All rows.
         study: The root of the study.
         sizes: Training rows by the name of the split; None for all that are left.
         overwrite: Replace splits of these names that hold other rows.
@@ -130,34 +192,35 @@ def write_splits(
         DataError: A split asks for more rows than there are, or is there with other rows. Nothing
             is written then.
     """
-    train, val = split_rows(data, _val_count(len(data)))
-    if len(train) == 0:
-        raise DataError(f"{len(data)} rows are too few to split: expected at least 2")
+    if len(whole) < 2:
+        raise DataError(f"{len(whole)} rows are too few to split: expected at least 2")
+    train, val = split(whole)
+    parts = {}
     for name, size in sizes.items():
         if size is not None and not 1 <= size <= len(train):
             raise DataError(
                 f"--sizes: {name} asks for {size} training rows; {len(train)} are left of "
-                f"{len(data)} after {len(val)} for validation"
+                f"{len(whole)} after {len(val)} for validation"
             )
+        parts[name] = train.part(torch.arange(len(train))[:size], name)
         there = split_files(study, name)[0]
-        part = train[:size]
-        if there.exists() and not overwrite and not torch.equal(FlowDataset(there).data, part):
+        if there.exists() and not overwrite and not same_rows(FlowDataset(there), parts[name]):
             raise DataError(f"{there} holds other rows: remove it, or add --overwrite")
-    written = {}
-    for name, size in sizes.items():
-        part = train[:size]
+    for name, part in parts.items():
         train_file, val_file = split_files(study, name)
         train_file.parent.mkdir(parents=True, exist_ok=True)
         # The validation part first: where train.pt is, the split is complete.
-        for file, rows in ((val_file, val), (train_file, part)):
-            with replaced_whole(file) as out:
-                torch.save(rows.contiguous().clone(), out)
-        written[name] = len(part)
-    return written
+        for rows, file in ((val, val_file), (part, train_file)):
+            write_tensor(file, (len(rows), rows.dim), rows.dtype, rows.in_order())
+    return {name: len(part) for name, part in parts.items()}
 
 
-def _val_count(n: int) -> int:
-    return max(1, round(VAL_SHARE * n))
+def same_rows(first: FlowDataset, second: FlowDataset) -> bool:
+    """Whether both hold the same numbers in the same order."""
+    if (len(first), first.dim, first.dtype) != (len(second), second.dim, second.dtype):
+        return False
+    pairs = zip(first.in_order(), second.in_order(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
 
 
 def _load(path: Path) -> Tensor:
@@ -177,14 +240,9 @@ def _load(path: Path) -> Tensor:
     return loaded
 
 
-def _check(data: Tensor, name: str) -> None:
+def _check_shape(data: Tensor, name: str) -> None:
     shape = tuple(data.shape)
     if data.ndim != 2 or 0 in shape:
         raise DataError(f"{name} has shape {shape}, expected (n, dim) with at least one row")
     if not data.is_floating_point():
         raise DataError(f"{name} is of type {data.dtype}, expected floats")
-    for start in range(0, len(data), CHUNK_ROWS):
-        finite = torch.isfinite(data[start : start + CHUNK_ROWS]).all(dim=1)
-        if not bool(finite.all()):
-            row = start + int((~finite).nonzero()[0])
-            raise DataError(f"{name}: row {row} has a value that is NaN or infinite")

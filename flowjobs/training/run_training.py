@@ -90,4 +90,4 @@ def draw_samples(
     else:
         n = min(len(reference), 500)
         drawn = sample(model, n, stats, device)
-        draw_projection(run.samples_picture, drawn, reference.data[:n].float())
+        draw_projection(run.samples_picture, drawn, reference[:n])

@@ -55,7 +55,7 @@ class Validation:
         device = self._mean.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for index in range(self._ranks.rank, len(self._slices), self._ranks.world_size):
-            x_1 = normalized(self._dataset.data[self._slices[index]], self._mean, self._std)
+            x_1 = normalized(self._dataset[self._slices[index]], self._mean, self._std)
             generator = generator_for(device, "validation", index)
             x_0 = torch.randn(x_1.shape, generator=generator, device=device)
             t = torch.rand(len(x_1), generator=generator, device=device)

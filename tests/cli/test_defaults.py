@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,49 @@ def test_a_time_limit_in_sbatchs_words(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in ("UNLIMITED", "0", "-1", "1:2:3:4"):
         monkeypatch.setenv("SBATCH_TIMELIMIT", limit)
         assert load_defaults().fill(SlurmConfig).timeout_min is None
+
+
+def test_a_variable_wins_over_a_file_and_a_flag_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "flowjobs.toml", "gpus_per_node = 4\nmem_gb = 8\n")
+    monkeypatch.setenv("SBATCH_GPUS_PER_NODE", "2")
+    monkeypatch.setenv("SBATCH_MEM_PER_NODE", "0")
+    defaults = load_defaults(arguments=["submit", "--gpus-per-node=2"])
+    slurm = defaults.fill(SlurmConfig)
+    # All of a node's memory is no number of GB: the file's gives way, sbatch reads the variable.
+    assert (slurm.gpus_per_node, slurm.mem_gb) == (2, None)
+    assert defaults.source_of(slurm, "mem_gb") == "SBATCH_MEM_PER_NODE=0, which sbatch reads"
+    assert defaults.source_of(slurm, "gpus_per_node") == "--gpus-per-node"
+    assert load_defaults().source_of(slurm, "gpus_per_node") == "SBATCH_GPUS_PER_NODE"
+    defaults.check_variables(slurm)
+
+
+def test_a_files_sbatch_option_gives_way_to_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "flowjobs.toml", "sbatch = {reservation = 'file', exclusive = true}\n")
+    monkeypatch.setenv("SBATCH_RESERVATION", "variable")
+    assert load_defaults().fill(SlurmConfig).sbatch == {"exclusive": True}
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "flag", "said"),
+    [
+        ("SBATCH_SIGNAL", "soon, please", "--signal-delay-s", "cannot be read as a value of"),
+        ("SBATCH_GPUS_PER_NODE", "two", "--gpus-per-node", "SBATCH_GPUS_PER_NODE=two cannot"),
+        ("SBATCH_GPUS", "4", "--gpus-per-node", "counts the GPUs of all 2 nodes together"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named_unless_a_flag_wins(
+    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, flag: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, text)
+    slurm = dataclasses.replace(load_defaults().fill(SlurmConfig), nodes=2)
+    with pytest.raises(ConfigError, match=said):
+        load_defaults().check_variables(slurm)
+    # Even with the value that it has anyway.
+    load_defaults(arguments=["submit", flag, "1"]).check_variables(slurm)
 
 
 def test_a_data_file_is_looked_up_from_the_config_file(tmp_path: Path) -> None:

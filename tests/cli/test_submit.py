@@ -104,6 +104,25 @@ def test_a_dry_run_shows_the_batch_file_and_writes_nothing(
     assert [path.name for path in workplace.iterdir()] == ["flowjobs.toml"]
 
 
+def test_a_dry_run_shows_what_becomes_of_sbatchs_variables(
+    flowjobs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_SIGNAL", "USR2@60")
+    monkeypatch.setenv("SBATCH_MEM_PER_NODE", "2G")
+    monkeypatch.setenv("SBATCH_RESERVATION", "course")
+    monkeypatch.setenv("SBATCH_OUTPUT", "elsewhere")
+    done = flowjobs("submit", "--dry-run", "--mem-gb", "4", "--cluster", "local")
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --mem=4096M" in done.stdout
+    assert "#SBATCH --signal=USR2@60" in done.stdout
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "--signal-delay-s 60 (SBATCH_SIGNAL)" in lines
+    assert "--mem-gb 4.0 (--mem-gb)" in lines
+    assert "SBATCH_MEM_PER_NODE 2G (not used: the batch file says it)" in lines
+    assert "SBATCH_RESERVATION course (read by sbatch)" in lines
+    assert "SBATCH_OUTPUT elsewhere (not used: logs are in the run's folder)" in lines
+
+
 def test_debug_runs_in_the_process_and_stops_in_the_debugger(workplace: Path) -> None:
     (workplace / "broken.py").write_text(
         "import torch\n"

@@ -119,6 +119,40 @@ def test_sbatch_variables_and_flags_keep_their_order(
     assert slurm.job(submitted(by_flag))["Partition"] == "gpu"
 
 
+def test_what_slurm_got_is_the_flags_value_else_the_variables(
+    slurm: SlurmCluster, flowjobs: Command, monkeypatch: pytest.MonkeyPatch, study: Path
+) -> None:
+    variables = {
+        "SBATCH_GPUS_PER_NODE": "2",
+        "SBATCH_MEM_PER_NODE": "300M",
+        "SBATCH_SIGNAL": "B:USR1@70",
+        "SBATCH_JOB_NAME": "hidden",
+        "SBATCH_GPUS_PER_TASK": "3",
+        "SBATCH_NO_REQUEUE": "",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    held = ("--sbatch", "hold=True")
+    by_variable = submitted(flowjobs("submit", *MODEL, "--name", "by-variable", *held))
+    job = slurm.job(by_variable)
+    assert job["JobName"] == "by-variable"
+    assert "gres:gpu:2" in job["TresPerNode"]
+    assert "TresPerTask" not in job
+    assert job["MinMemoryNode"] == "300M"
+    assert job["Requeue"] == "0"
+    assert "--signal=USR2@70" in next((study / "runs/by-variable/logs").glob("*.sh")).read_text()
+
+    flags = ("--gpus-per-node", "1", "--mem-gb", "0.25", "--signal-delay-s", "80")
+    held = (*held, "requeue=True")
+    by_flag = submitted(flowjobs("submit", *MODEL, "--name", "by-flag", *flags, *held))
+    job = slurm.job(by_flag)
+    assert "gres:gpu:1" in job["TresPerNode"]
+    assert job["MinMemoryNode"] == "256M"
+    assert job["Requeue"] == "1"
+    for job_id in (by_variable, by_flag):
+        subprocess.run(["scancel", job_id], check=True)
+
+
 def test_submitting_from_inside_a_job(slurm: SlurmCluster, flowjobs: Command, study: Path) -> None:
     # What an interactive job leaves in the environment would shape the new one.
     command = f"{sys.executable} -m flowjobs submit {' '.join((*MODEL, *QUICK))}"

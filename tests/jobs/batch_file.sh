@@ -21,6 +21,18 @@
 #SBATCH --signal=USR2@120
 #SBATCH --time=90
 
+# setup
+guard=
+block='env --block-signal=TERM --block-signal=USR2'
+$block true 2>/dev/null && guard=$block
+
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output STUDY/runs/mlp-icfm-digits-none/logs/%j_%t_log.out --cpus-per-task=8 PYTHON -u -m submitit.core._submit STUDY/runs/mlp-icfm-digits-none/logs
+srun --unbuffered --output STUDY/runs/mlp-icfm-digits-none/logs/%j_%t_log.out --cpus-per-task=8 $guard PYTHON -u -m submitit.core._submit STUDY/runs/mlp-icfm-digits-none/logs
+
+
+# teardown
+code=$?
+# For a death that could not speak: says what it was, and goes on if it may.
+[ $code -eq 0 ] || PYTHON -m flowjobs reconcile mlp-icfm-digits-none --study STUDY --exit-code $code
+exit $code

@@ -1,3 +1,4 @@
+import os
 import re
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 
 from flowjobs.config import KeyValues, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
-from flowjobs.jobs import executors, slurm
+from flowjobs.jobs import executors
 from flowjobs.runs.run import Run
 
 RECORDED = Path(__file__).with_name("batch_file.sh")
@@ -60,6 +61,15 @@ def test_requeue_can_be_forbidden(study: Path) -> None:
     assert "#SBATCH --requeue" not in text
 
 
+def test_a_gpu_type_goes_with_the_number(study: Path) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig())
+    text = executors.slurm_executor(run, SlurmConfig(gpus_per_node=2, gpu_type="a100")).batch_file()
+    assert "#SBATCH --gpus-per-node=a100:2" in text
+    on_cpu = SlurmConfig(gpus_per_node=0, gpu_type="a100")
+    assert "--gpus" not in executors.slurm_executor(run, on_cpu).batch_file()
+
+
 def test_without_sbatch_auto_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert executors.choose_cluster("auto") == ("local", "sbatch is not on PATH")
@@ -67,51 +77,49 @@ def test_without_sbatch_auto_is_this_machine(monkeypatch: pytest.MonkeyPatch) ->
         executors.choose_cluster("slurm")
 
 
-def test_this_machine_has_one_node_and_so_many_gpus(
-    study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_this_machine_has_one_node_and_so_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    run = Run(study, "a")
-    run.create(RunConfig())
-    executor = executors.make_executor("local", run, SlurmConfig(gpus_per_node=2))
-    assert executor.parameters["visible_gpus"] == [2, 3]
+    assert executors.check_local(SlurmConfig(gpus_per_node=2)) == ["2", "3"]
     with pytest.raises(ConfigError, match="--gpus-per-node: found 3, this machine has 2"):
-        executors.make_executor("local", run, SlurmConfig(gpus_per_node=3))
+        executors.check_local(SlurmConfig(gpus_per_node=3))
     with pytest.raises(ConfigError, match="--nodes: found 2"):
-        executors.make_executor("local", run, SlurmConfig(nodes=2))
+        executors.check_local(SlurmConfig(nodes=2))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    assert executors.check_local(SlurmConfig()) == ["MIG-a"]
+    with pytest.raises(ConfigError, match="sees one MIG instance only"):
+        executors.check_local(SlurmConfig(gpus_per_node=2))
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("named", "seen"),
     [
-        ("90", 90),
-        ("1:30", 2),
-        ("1:30:00", 90),
-        ("2-12", 3600),
-        ("1-0:30", 1470),
-        ("1-1:1:1", 1502),
+        ("0, 1", ["0", "1"]),
+        ("1,-1,0", ["1"]),
+        ("-1", []),
+        ("", []),
+        ("NoDevFiles", []),
+        ("MIG-GPU-5f/1/0", ["MIG-GPU-5f/1/0"]),
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,1", None),
     ],
 )
-def test_sbatchs_time_limits(text: str, expected: int) -> None:
-    assert slurm.minutes(text) == expected
+def test_gpus_are_those_that_cuda_would_see(
+    monkeypatch: pytest.MonkeyPatch, named: str, seen: list[str] | None
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert executors.visible_gpus() == (named.split(",") if seen is None else seen)
 
 
-def test_a_surrounding_job_does_not_leak_into_sbatch() -> None:
-    kept = slurm.environment_for_sbatch(
-        {
-            "PATH": "/bin",
-            "SLURM_CONF": "/etc/slurm.conf",
-            "SLURM_JOB_ID": "7",
-            "SLURM_MEM_PER_NODE": "1",
-            "SUBMITIT_EXECUTOR": "slurm",
-            "SBATCH_RESERVATION": "course",
-            "SBATCH_PARTITION": "in the batch file",
-            "SBATCH_QOS": "not in the batch file",
-            "SBATCH_OUTPUT": "elsewhere",
-        },
-        SlurmConfig(partition="gpu"),
-    )
-    assert set(kept) == {"PATH", "SLURM_CONF", "SBATCH_RESERVATION", "SBATCH_QOS"}
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_a_job_on_this_machine_gets_its_gpus_by_their_names(
+    study: Path, monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c,GPU-1f0d3c6e-aaaa,GPU-3")
+    run = Run(study, "a")
+    run.create(RunConfig())
+    executor = executors.make_executor("local", run, SlurmConfig(gpus_per_node=asked))
+    job = executor.submit(os.getenv, "CUDA_VISIBLE_DEVICES")
+    expected = ",".join(["GPU-8932f937-d72c", "GPU-1f0d3c6e-aaaa"][:asked])
+    assert job.results() == [expected] * max(1, asked)
 
 
 def test_a_short_time_limit_leaves_time_to_save() -> None:

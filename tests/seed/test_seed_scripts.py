@@ -14,7 +14,7 @@ import torch
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.data import load_digits, write_splits
+from flowjobs.training.data import FlowDataset, load_digits, write_splits
 
 SCRIPTS = Path(__file__).parent
 
@@ -34,7 +34,7 @@ def run_script(name: str) -> str:
 def write_1k_of_width_1024(study: Path) -> None:
     digits = load_digits()
     directions = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
-    write_splits(digits @ directions, study, {"1k": 1000})
+    write_splits(FlowDataset(digits @ directions), study, {"1k": 1000})
 
 
 def test_checkpoint_utilities(workplace: Path) -> None:

@@ -11,7 +11,6 @@ from flowjobs.training.data import (
     load_datasets,
     load_digits,
     normalization_stats,
-    split_rows,
     write_splits,
 )
 
@@ -27,7 +26,7 @@ def test_digits_are_the_real_ones(study: Path) -> None:
 
 def test_splits_are_nested_and_share_their_validation_part(study: Path) -> None:
     data = torch.arange(200.0).reshape(100, 2)
-    written = write_splits(data, study, {"20": 20, "50": 50, "all": None})
+    written = write_splits(FlowDataset(data), study, {"20": 20, "50": 50, "all": None})
     assert written == {"20": 20, "50": 50, "all": 85}
     parts = {name: load_datasets(name, study) for name in written}
     assert torch.equal(parts["20"][0].data, parts["50"][0].data[:20])
@@ -38,22 +37,22 @@ def test_splits_are_nested_and_share_their_validation_part(study: Path) -> None:
 
 def test_a_split_larger_than_the_data_is_refused(study: Path) -> None:
     with pytest.raises(DataError, match="5k asks for 5000 training rows; 85 are left of 100"):
-        write_splits(torch.zeros(100, 2), study, {"5k": 5000})
+        write_splits(FlowDataset(torch.zeros(100, 2)), study, {"5k": 5000})
 
 
 def test_a_split_of_other_rows_is_not_overwritten_by_mistake(study: Path) -> None:
-    write_splits(torch.zeros(100, 2), study, {"20": 20})
-    write_splits(torch.zeros(100, 2), study, {"20": 20})
+    write_splits(FlowDataset(torch.zeros(100, 2)), study, {"20": 20})
+    write_splits(FlowDataset(torch.zeros(100, 2)), study, {"20": 20})
     with pytest.raises(DataError, match="holds other rows: remove it, or add --overwrite"):
-        write_splits(torch.ones(100, 2), study, {"10": 10, "20": 20})
+        write_splits(FlowDataset(torch.ones(100, 2)), study, {"10": 10, "20": 20})
     assert not (study / "datasets/splits/10").exists()
-    write_splits(torch.ones(100, 2), study, {"20": 20}, overwrite=True)
+    write_splits(FlowDataset(torch.ones(100, 2)), study, {"20": 20}, overwrite=True)
     assert load_datasets("20", study)[0].data.max() == 1
 
 
 def test_one_row_cannot_be_split(study: Path) -> None:
     with pytest.raises(DataError, match="1 rows are too few"):
-        write_splits(torch.zeros(1, 2), study, {"all": None})
+        write_splits(FlowDataset(torch.zeros(1, 2)), study, {"all": None})
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".npy"])
@@ -66,9 +65,9 @@ def test_a_file_of_ones_own(tmp_path: Path, study: Path, suffix: str) -> None:
         np.save(path, data.numpy())
     train, val = load_datasets(str(path), study)
     assert (len(train), len(val), train.dim) == (34, 6, 3)
-    expected = split_rows(data, 6)
-    assert torch.equal(train.data, expected[0])
-    assert torch.equal(val.data, expected[1])
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(train.data, data[order[6:]])
+    assert torch.equal(val.data, data[order[:6]])
 
 
 def test_stats_normalize_the_training_part(study: Path) -> None:
@@ -99,7 +98,7 @@ def test_bad_data_is_refused_by_name_and_row(tmp_path: Path, data: torch.Tensor,
 
 
 def test_a_bad_row_past_the_first_chunk_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowjobs.training.data.CHUNK_ROWS", 4)
+    monkeypatch.setattr("flowjobs.training.data.CHUNK_BYTES", 4 * 2 * 8)
     data = torch.zeros(10, 2)
     data[9, 1] = float("inf")
     with pytest.raises(DataError, match="row 9"):
@@ -122,7 +121,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_widths_are_refused(study: Path) -> None:
-    write_splits(torch.randn(20, 2), study, {"mine": None})
+    write_splits(FlowDataset(torch.randn(20, 2)), study, {"mine": None})
     torch.save(torch.randn(4, 3), study / "datasets/splits/mine/val.pt")
     with pytest.raises(DataError, match=r"width 2.*width 3"):
         load_datasets("mine", study)
@@ -134,6 +133,6 @@ def test_constant_data_is_refused() -> None:
 
 
 def test_a_missing_dataset_lists_those_that_there_are(study: Path) -> None:
-    write_splits(torch.randn(20, 2), study, {"1k": None})
+    write_splits(FlowDataset(torch.randn(20, 2)), study, {"1k": None})
     with pytest.raises(DataError, match="there are 1k, digits"):
         load_datasets("10k", study)

@@ -2,6 +2,8 @@ import json
 import math
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,20 @@ def test_bf16_trains(study: Path) -> None:
     assert math.isfinite(result["best_val_loss"])
     weights = read_checkpoint(Path(result["checkpoint_path"]))["model_state_dict"]
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.long
+def test_a_compiled_model_learns_the_same(study: Path, workplace: Path) -> None:
+    best = {}
+    for name, options in (("plain", ()), ("compiled", ("--compile",))):
+        command = [sys.executable, "-m", "flowjobs", "train", "--name", name, "--epochs", "5"]
+        arch = ("--arch-args", "width=32", "depth=1")
+        subprocess.run([*command, *options, *arch], check=True)
+        payload = read_checkpoint(Run(study, name).best)
+        assert all("_orig_mod" not in key for key in payload["model_state_dict"])
+        best[name] = payload["best_loss"]
+    assert math.isclose(best["compiled"], best["plain"], rel_tol=0.01)
+    assert best["compiled"] != best["plain"]  # other kernels round differently: it was compiled
 
 
 def test_resuming_from_a_given_checkpoint(study: Path) -> None:

@@ -1,0 +1,31 @@
+"""flowjobs cancel."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare import existing_run
+from flowjobs.runs.run import default_study
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Cancel runs for good: nothing starts them again until they are submitted again."""
+
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """Names of the runs."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Cancel. Returns the exit code."""
+        from flowjobs.jobs.cancelling import cancel
+
+        runs = [existing_run(self.study, name) for name in self.names]
+        for run in runs:
+            for line in cancel(run):
+                print(line)
+        return 0

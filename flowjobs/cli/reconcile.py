@@ -1,0 +1,50 @@
+"""flowjobs reconcile."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare import existing_run
+from flowjobs.config import OptionalInt
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import default_study, run_names
+
+
+@dataclass(frozen=True)
+class Reconcile:
+    """Close runs that died without a word, on disk and in W&B; from a login node or cron."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names of runs; default: all."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study."""
+
+    exit_code: OptionalInt = None
+    """What srun returned: given by the last lines of the run's own batch script."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Close what is dead. Returns the exit code."""
+        from flowjobs.jobs.environment import batch_script_job
+        from flowjobs.jobs.reconcile import close_ended_job, reconcile
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        study = self.study.expanduser().absolute()
+        if self.exit_code is None:
+            names = self.names or run_names(study)
+            for closed in reconcile(existing_run(study, name) for name in names):
+                print(f"{closed.run.name}: {closed.outcome.state}: {closed.outcome.reason}")
+            return 0
+        if "SLURM_JOB_ID" not in os.environ:
+            raise ConfigError("--exit-code: expected only in the batch script of a Slurm job")
+        for name in self.names or run_names(study):
+            run = existing_run(study, name)
+            job = batch_script_job(run)
+            concerned = self.names or job.job_id in {job["job_id"] for job in run.submissions()}
+            if concerned and (outcome := close_ended_job(run, job, self.exit_code)):
+                print(f"{run.name}: {outcome.state}: {outcome.reason}")
+        return 0

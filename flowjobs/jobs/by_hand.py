@@ -1,0 +1,100 @@
+"""Jobs that a person submitted with plain sbatch: found out at their start, submitted again so."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from flowjobs.errors import SubmissionError
+from flowjobs.jobs import slurm
+from flowjobs.jobs.sbatch_environment import environment_for_sbatch
+from flowjobs.runs.run import Run
+
+# What sbatch was told on its command line is not in the script, so it is taken from the job's
+# record: scontrol's name of a field, and the option it came from.
+OPTIONS = {
+    "JobName": "--job-name",
+    "Partition": "--partition",
+    "Account": "--account",
+    "QOS": "--qos",
+    "TimeLimit": "--time",
+    "NumNodes": "--nodes",
+    "CPUs/Task": "--cpus-per-task",
+    "MinMemoryNode": "--mem",
+    "MinMemoryCPU": "--mem-per-cpu",
+    "Features": "--constraint",
+    "ReqNodeList": "--nodelist",
+    "ExcNodeList": "--exclude",
+    "Reservation": "--reservation",
+    "Comment": "--comment",
+    "WorkDir": "--chdir",
+    "StdOut": "--output",
+    "ArrayTaskId": "--array",
+}
+NOTHING = ("", "(null)", "N/A", "UNLIMITED", "0")
+
+
+def known_log(run: Run, job_id: str) -> str | None:
+    """The output file of a job of the run, if the run has noted the job."""
+    logs = [entry["log"] for entry in run.submissions() if entry["job_id"] == job_id]
+    return logs[-1] or None if logs else None
+
+
+def note_job(run: Run, job_id: str) -> str | None:
+    """Note how the job that this process is in can be submitted again, once a job.
+
+    Returns:
+        Its output file; None if Slurm does not say.
+    """
+    if any(entry["job_id"] == job_id for entry in run.submissions()):
+        return known_log(run, job_id)
+    try:
+        record = slurm.job_record(job_id)
+    except SubmissionError:
+        return None
+    if record is None:
+        return None
+    log = record.fields.get("StdOut")
+    again: list[str] = []
+    script = run.logs / f"{job_id}.sh"
+    if slurm.write_batch_script(job_id, str(script)):
+        again = _command(record, script)
+    continues = os.environ.get(slurm.CONTINUES)
+    run.add_submission(
+        job_id, "slurm", Path(log) if log else None, continues=continues, again=again
+    )
+    return log
+
+
+def resubmit(run: Run, entry: dict[str, Any], exclude: str | None) -> str:
+    """Submit the job of an entry of `jobs.jsonl` again. Returns the new job's id.
+
+    Raises:
+        SubmissionError: sbatch refused.
+    """
+    command = list(entry["again"])
+    if exclude:
+        before = [option for option in command if option.startswith("--exclude=")]
+        nodes = f"{before[-1].partition('=')[2]},{exclude}" if before else exclude
+        command.insert(1, f"--exclude={nodes}")
+        command = [option for option in command if option not in before]
+    environment = environment_for_sbatch(os.environ, run.config().slurm)
+    return slurm.sbatch(command, {**environment, slurm.CONTINUES: entry["job_id"]})
+
+
+def _command(record: slurm.JobRecord, script: Path) -> list[str]:
+    fields = record.fields
+    options = [
+        f"{option}={fields[name]}"
+        for name, option in OPTIONS.items()
+        if fields.get(name, "") not in NOTHING
+    ]
+    tasks = fields.get("NtasksPerN:B:S:C", "").partition(":")[0]
+    if tasks not in NOTHING:
+        options.append(f"--ntasks-per-node={tasks}")
+    resources = fields.get("TresPerNode", "")
+    if resources not in NOTHING:
+        # Slurm says gres:gpu:1 for what was asked as --gpus-per-node=1 or --gres=gpu:1.
+        options.append(f"--gres={resources.replace('gres:', '')}")
+    _, *arguments = shlex.split(fields.get("Command", ""))
+    return ["sbatch", "--parsable", "--open-mode=append", *options, str(script), *arguments]

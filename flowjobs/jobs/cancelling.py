@@ -1,0 +1,56 @@
+"""Ends a run's jobs because its user wants no more of it."""
+
+import contextlib
+import os
+import signal
+
+from flowjobs.errors import SubmissionError
+from flowjobs.jobs import slurm
+from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import EXIT_CANCELLED, Outcome, RunStatus
+
+
+def cancel(run: Run) -> list[str]:
+    """Cancel a run and every job of it. Returns what was done, in words for a person.
+
+    Raises:
+        SubmissionError: Slurm does not answer. The run is noted as cancelled all the same: a job
+            of it that starts again sees that and ends.
+    """
+    if run.finished():
+        return [f"{run.name} is finished; there is nothing to cancel"]
+    run.request_cancel()  # first: a job that is just being requeued must see it
+    ended = _end_jobs(run)
+    if ended:
+        return [f"{run.name}: cancelled {', '.join(ended)}; submit it again to go on"]
+    if lock_holder(run.folder) is None:
+        status = run.status() or RunStatus()
+        if status.state != "cancelled":
+            status.close(Outcome("cancelled", EXIT_CANCELLED, "cancelled by flowjobs cancel"))
+            status.write(run.status_file)
+    return [f"{run.name}: no job of it waits or runs; nothing will start it again"]
+
+
+def _end_jobs(run: Run) -> list[str]:
+    entries = run.submissions()
+    ended = []
+    if slurm_ids := {entry["job_id"] for entry in entries if entry["cluster"] == "slurm"}:
+        queued = slurm.queue()
+        for job_id in sorted(slurm_ids & queued.keys()):
+            slurm.cancel(job_id)
+            ended.append(f"job {job_id}")
+    status = run.status()
+    attempt = status.open_attempt if status else None
+    if attempt and attempt.job.cluster in ("local", "none") and lock_holder(run.folder):
+        job = attempt.job
+        if job.host != os.uname().nodename:
+            raise SubmissionError(
+                f"{run.name} runs as process {job.pid} on {job.host}: cancel it from there; "
+                "it is noted as cancelled and will not be started again"
+            )
+        with contextlib.suppress(ProcessLookupError):
+            # The process that trains: submitit's controller starts nothing more when that ends.
+            os.kill(job.pid, signal.SIGTERM)
+            ended.append(f"process {job.pid}")
+    return ended

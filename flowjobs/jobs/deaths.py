@@ -1,0 +1,174 @@
+"""How an attempt ended that could not say it itself: from accounting and from its own log."""
+
+import errno
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowjobs.errors import CheckpointWriteError
+from flowjobs.jobs import slurm
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import (
+    EXIT_CANCELLED,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    AttemptRecord,
+    JobInfo,
+    Outcome,
+    State,
+)
+
+TAIL_BYTES = 65_536
+LAST_LINES = 30
+
+# "exceeded memory limit (1234567890 > 1073741824), being killed", in bytes.
+OVER_LIMIT = re.compile(r"exceeded memory limit \((\d+) > (\d+)\)")
+OOM_KILL = re.compile(r"oom[-_ ]kill|Out Of Memory", re.IGNORECASE)
+
+FILE_SYSTEM = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.EREMOTEIO,
+        errno.EHOSTDOWN,
+        errno.ENXIO,
+    }
+)
+LOST_GPU = re.compile(r"CUDA error|CUDA driver|NCCL|\bECC\b|CUBLAS_STATUS|CUDNN_STATUS|cudaError")
+
+
+def cause_of(run: Run, attempt: AttemptRecord, exit_code: int | None = None) -> Outcome:
+    """The outcome of an attempt that is over and has left no word of it.
+
+    Args:
+        run: The run.
+        attempt: The attempt.
+        exit_code: What srun returned, if its batch script is the one that asks.
+    """
+    life = _life(attempt) if attempt.job.cluster == "slurm" else None
+    log = log_tail(attempt.job.log)
+    # A job that is started again goes on in the same file.
+    log = log[max(0, log.rfind(f"attempt {attempt.number} at ")) :]
+    where = f"on {attempt.job.host}, attempt {attempt.number}{_step(attempt)}"
+    words, kind, state, code = _explain(life, log, exit_code)
+    return Outcome(state, code, f"{words} {where}", _last_words(log), kind)
+
+
+def cause_of_no_start(job: JobInfo, exit_code: int | None = None) -> Outcome:
+    """The outcome of a job that ended before its attempt could begin."""
+    rows = slurm.accounting([job.job_id])
+    log = log_tail(job.log)
+    if rows and rows[-1].state == "CANCELLED":
+        reason = f"job {job.job_id} was cancelled before it started"
+        return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+    if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
+        reason = f"job {job.job_id} was told to leave before it could listen"
+        return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
+    last = next((line for line in reversed(log.splitlines()) if line.strip()), "it has no log")
+    reason = f"job {job.job_id} ended before the run could start: {last.strip()}"
+    return Outcome("failed", EXIT_FAILED, reason, _last_words(log), "never started")
+
+
+def cancelled_while_requeued(job: JobInfo) -> bool:
+    """Whether the user cancelled the job's earlier life just as it asked to be requeued.
+
+    Slurm then starts it again all the same, and accounting says REQUEUED. What is left is what
+    slurmstepd wrote to the job's output: every other end has its reason there (DUE TO …).
+    """
+    ends = re.findall(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT (.*)", log_tail(job.log))
+    return bool(job.restart and ends and "DUE TO" not in ends[-1])
+
+
+def passing_kind(error: BaseException) -> str | None:
+    """The kind of an exception that may pass on another node or at another time, else None."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory"
+    if isinstance(error, CheckpointWriteError):
+        return "file system"
+    if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
+        return "file system"
+    text = str(error)
+    if isinstance(error, RuntimeError) and LOST_GPU.search(text) and "assert" not in text:
+        return "lost GPU"
+    return None
+
+
+def log_tail(log: str | None) -> str:
+    """The end of a log file; empty if there is none."""
+    try:
+        with Path(log or "").open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _life(attempt: AttemptRecord) -> slurm.AccountingRow | None:
+    """Accounting's row of the life of the job that the attempt was."""
+    rows = [row for row in slurm.accounting([attempt.job.job_id]) if row.ended != "Unknown"]
+    same_job = rows[attempt.job.restart : attempt.job.restart + 1]
+    return same_job[0] if same_job else None
+
+
+def _explain(
+    life: slurm.AccountingRow | None, log: str, exit_code: int | None
+) -> tuple[str, str, State, int]:
+    """Words, kind, state and exit code of the death."""
+    match life.state if life else "":
+        case "NODE_FAIL" | "BOOT_FAIL":
+            return "node failure", "node failure", "preempted", EXIT_PREEMPTED
+        case "PREEMPTED" | "REQUEUED":
+            return "killed while it was preempted", "preempted", "preempted", EXIT_PREEMPTED
+        case "TIMEOUT" | "DEADLINE":
+            return "killed at the time limit", "time limit", "preempted", EXIT_PREEMPTED
+        case "CANCELLED":
+            return "cancelled", "cancelled", "cancelled", EXIT_CANCELLED
+        case "OUT_OF_MEMORY":
+            return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
+    code = exit_code
+    if code is None and life is not None:
+        code = 128 + life.signal if life.signal else life.exit_code
+    if OVER_LIMIT.search(log) or OOM_KILL.search(log):
+        return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
+    number = None if code is None else code - 128 if code > 128 else code
+    match number:
+        case signal.SIGSEGV:
+            return "segmentation fault", "segmentation fault", "failed", 128 + signal.SIGSEGV
+        case signal.SIGABRT:
+            return "aborted (SIGABRT)", "aborted", "failed", 128 + signal.SIGABRT
+        case signal.SIGBUS:
+            return "bus error", "bus error", "failed", 128 + signal.SIGBUS
+        case signal.SIGTERM | signal.SIGUSR2:
+            # Told to leave before it could listen.
+            return "told to leave while it started", "preempted", "preempted", EXIT_PREEMPTED
+        case None | signal.SIGKILL:
+            return "killed (SIGKILL)", "killed", "failed", 128 + signal.SIGKILL
+    return f"ended with exit code {code}", "exception", "failed", code or EXIT_FAILED
+
+
+def _memory_words(log: str) -> str:
+    found: Sequence[str] = ()
+    if matches := OVER_LIMIT.findall(log):
+        found = matches[-1]
+    if not found:
+        return "out of memory"
+    used, limit = (int(number) / 2**30 for number in found)
+    return f"out of memory: {used:.3g} of {limit:.3g} GiB"
+
+
+def _step(attempt: AttemptRecord) -> str:
+    return "" if attempt.last_step is None else f", step {attempt.last_step:,}"
+
+
+def _last_words(log: str) -> str:
+    """The last traceback of the log, or its last lines."""
+    at = log.rfind("Traceback (most recent call last)")
+    lines = (log[at:] if at >= 0 else log).splitlines()
+    return "\n".join(lines[-LAST_LINES:])

@@ -1,0 +1,169 @@
+"""A run as a job: from its folder to its outcome, and on to the next job if it is interrupted."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowjobs.errors import RunInterrupted, RunTakenOverError, SubmissionError
+from flowjobs.jobs import deaths
+from flowjobs.jobs.environment import JobProcess, this_process
+from flowjobs.jobs.going_on import go_on
+from flowjobs.jobs.holders import judge_for
+from flowjobs.jobs.notice import notice_of, seconds_left
+from flowjobs.jobs.preemption import StopSignals
+from flowjobs.jobs.task import log_to_file
+from flowjobs.runs.restarts import may_retry
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import (
+    EXIT_CANCELLED,
+    EXIT_PREEMPTED,
+    AttemptRecord,
+    Outcome,
+    outcome_of,
+)
+
+if TYPE_CHECKING:
+    from flowjobs.tracking.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+
+def train_run(run: Run, resume_path: Path | None = None) -> int:
+    """Train a run in this process, from its newest checkpoint if there is one.
+
+    A run that is told to leave saves its state and is started again where that can be done.
+
+    Args:
+        run: The run; its config is on disk.
+        resume_path: Start from this checkpoint instead.
+
+    Returns:
+        The exit code of the process: 0 if the run is finished.
+
+    Raises:
+        RunBusyError: Another attempt trains the run.
+        FlowjobsError: The config cannot be trained.
+    """
+    process = this_process(run)
+    if process.job.cluster == "none" and process.job.log:
+        log_to_file(Path(process.job.log))
+    attempt = TrainingJob(run, process)
+    # Armed before the slow imports: a job may be preempted while torch loads.
+    with StopSignals(attempt.seconds_left, attempt.too_late) as signals:
+        if resume_path is None and run.finished():
+            logger.info("%s is finished", run.name)
+            return 0
+        if attempt.was_cancelled():
+            logger.info("%s was cancelled: submit it again to go on", run.name)
+            return EXIT_CANCELLED
+        try:
+            attempt.train(signals, resume_path)
+        except RunTakenOverError as error:
+            logger.warning("%s", error)
+            return EXIT_PREEMPTED
+        except RunInterrupted as left:
+            logger.warning("%s", left)
+            if left.kind == "cancelled":
+                return EXIT_CANCELLED
+            return attempt.go_on()
+    return 0
+
+
+class TrainingJob:
+    """One start of a run as a job: between the training, which knows none, and the scheduler."""
+
+    def __init__(self, run: Run, process: JobProcess) -> None:
+        self._run = run
+        self._process = process
+        self._job = process.job
+        self._recorder: Recorder | None = None
+        self._exclude: str | None = None
+
+    def was_cancelled(self) -> bool:
+        """Whether this start is one that the run's user does not want any more."""
+        if self._job.started_by_person:
+            return False
+        cancelled = self._run.cancel_requested() or deaths.cancelled_while_requeued(self._job)
+        status = self._run.status()
+        if cancelled and status and status.state == "preempted" and self._process.rank == 0:
+            status.close(Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled"))
+            status.write(self._run.status_file)
+        return cancelled
+
+    def train(self, signals: StopSignals, resume_path: Path | None) -> None:
+        """Train to the end, or until told to leave."""
+        from flowjobs.tracking.recorder import recording
+        from flowjobs.training.distributed import joined_ranks
+        from flowjobs.training.run_training import run_training
+
+        run, process = self._run, self._process
+        use_gpu = run.config().slurm.gpus_per_node > 0
+        with joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu) as ranks:
+            if not ranks.is_first:
+                run_training(run, None, ranks, signals.reason, resume_path)
+                return
+
+            def explain(record: AttemptRecord) -> Outcome:
+                return deaths.cause_of(run, record)
+
+            with recording(run, self._job, judge_for(self._job), explain) as recorder:
+                self._recorder = recorder
+                with self._explained(signals):
+                    run_training(run, recorder, ranks, signals.reason, resume_path)
+
+    @contextmanager
+    def _explained(self, signals: StopSignals) -> Iterator[None]:
+        """Adds to what ends the block what only the scheduler knows, and what may be retried."""
+        try:
+            yield
+        except RunInterrupted as left:
+            signals.stand_down()  # the state is saved
+            with suppress(SubmissionError):  # Slurm is away: the signal's name must do
+                notice = notice_of(self._run, self._job, signals.received())
+                raise RunInterrupted(notice.reason, left.step, notice.why) from None
+            raise
+        except Exception as error:
+            signals.stand_down()
+            kind = deaths.passing_kind(error)
+            if kind is None or not self._may_retry(kind):
+                raise
+            self._exclude = self._job.host
+            reason = f"{kind}: {outcome_of(error).reason}; starts again (--retries)"
+            logger.exception("%s", reason)
+            raise RunInterrupted(reason, kind=kind) from error
+        signals.stand_down()
+
+    def _may_retry(self, kind: str) -> bool:
+        status = self._run.status()
+        if status is None or self._job.cluster == "none":
+            return False
+        *before, this = status.attempts
+        return may_retry(before, kind, this.last_step, self._run.config().restarts.retries)
+
+    def go_on(self) -> int:
+        """Have the run started again. Returns the exit code of this process."""
+        if self._process.rank > 0:
+            return EXIT_PREEMPTED
+        return go_on(self._run, self._job, self._exclude)
+
+    def seconds_left(self, number: signal.Signals) -> float | None:
+        """How long this process may live after a signal."""
+        return seconds_left(self._run, self._job, number)
+
+    def too_late(self) -> None:
+        """The main thread hangs and is about to be killed: leave what is on disk, and go on."""
+        code = EXIT_PREEMPTED
+        try:
+            reason = "told to leave, and no step ended in time"
+            logger.error("%s: the run goes on from its last checkpoint", reason)
+            if self._recorder is not None:
+                left = RunInterrupted(reason, kind="hung")
+                self._recorder.attempt.close(outcome_of(left))
+                code = self.go_on()
+        finally:
+            # Not sys.exit: it would wait for the thread that hangs.
+            os._exit(code)

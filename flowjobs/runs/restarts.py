@@ -1,0 +1,54 @@
+"""What the attempts so far say about starting a run once more. Knows no scheduler."""
+
+from collections.abc import Sequence
+
+from flowjobs.runs.status import AttemptRecord
+
+# Deaths that may pass: another node, or another hour, and the same step goes well.
+PASSING = frozenset({"node failure", "out of memory", "lost GPU", "file system", "killed"})
+
+
+def fruitless_attempts(attempts: Sequence[AttemptRecord]) -> int:
+    """How many attempts in a row, up to the last one that ended, brought the run no step further.
+
+    An attempt got somewhere if the next one started further: what it did and could not save does
+    not count. Of the last one, which nothing followed yet, its own word is taken. What a person
+    starts begins the count anew.
+
+    Args:
+        attempts: All attempts; a last one that has not ended is the one that asks.
+    """
+    count = 0
+    following: int | None = None  # where the attempt after the one looked at started
+    for attempt in reversed(attempts):
+        if attempt.ended is not None:
+            reached = attempt.last_step if following is None else following
+            if reached is not None and reached > (attempt.first_step or 0):
+                return count
+            count += 1
+        if attempt.job.started_by_person:
+            return count
+        following = attempt.first_step if attempt.first_step is not None else following
+    return count
+
+
+def may_retry(attempts: Sequence[AttemptRecord], kind: str, step: int | None, retries: int) -> bool:
+    """Whether a run that died of `kind` at `step` is started again.
+
+    Args:
+        attempts: All attempts that ended before the one that died.
+        kind: How it died; see `PASSING`.
+        step: The last step that it is known to have done.
+        retries: How often it may be, since a person started the run (--retries).
+    """
+    if kind not in PASSING:
+        return False
+    spent = 0
+    for attempt in reversed(attempts):
+        if attempt.kind in PASSING and attempt.ended is not None:
+            spent += 1
+            if attempt.kind == kind and step is not None and attempt.last_step == step:
+                return False  # a bug after all: it comes back at the same step
+        if attempt.job.started_by_person:
+            break
+    return spent < retries

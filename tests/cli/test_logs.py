@@ -1,0 +1,118 @@
+"""`logs -f` on a run whose attempts are played by the test, as jobs would leave them on disk."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import RunConfig
+from flowjobs.errors import RunInterrupted
+from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+from tests.cluster.waiting import wait_until
+
+
+class Following:
+    """`flowjobs logs -f RUN` in a process of its own; what it prints goes to a file."""
+
+    def __init__(self, name: str, output: Path) -> None:
+        self._output = output
+        command = [sys.executable, "-m", "flowjobs", "logs", "-f", name]
+        with output.open("wb") as file:
+            self.process = subprocess.Popen(command, stdout=file)
+
+    def printed(self) -> str:
+        return self._output.read_text()
+
+    def wait_for(self, text: str) -> None:
+        wait_until(lambda: text in self.printed(), f"{text!r}", timeout_s=30, explain=self.printed)
+
+
+@pytest.fixture
+def run(study: Path) -> Run:
+    run = Run(study, "a")
+    run.create(RunConfig())
+    return run
+
+
+@pytest.fixture
+def following(run: Run, tmp_path: Path) -> Iterator[Following]:
+    following = Following(run.name, tmp_path / "printed")
+    yield following
+    following.process.kill()
+    following.process.wait()
+
+
+def submit_job(run: Run, job_id: str) -> tuple[JobInfo, Path]:
+    log = run.logs / f"{job_id}_0_log.out"
+    run.add_submission(job_id, "local", log)
+    return JobInfo("local", job_id, str(log), "here", os.getpid()), log
+
+
+def add(log: Path, line: str) -> None:
+    with log.open("a") as file:
+        file.write(line + "\n")
+
+
+def test_follows_a_run_that_starts_later_to_its_end(run: Run, following: Following) -> None:
+    job, log = submit_job(run, "1")
+    with Attempt(run, job):
+        add(log, "first")
+        following.wait_for("first\n")
+        add(log, "second")
+        following.wait_for("first\nsecond\n")
+        assert following.process.poll() is None
+    add(log, "the last words")
+    assert following.process.wait(timeout=20) == 0
+    assert following.printed() == "first\nsecond\nthe last words\n"
+
+
+def test_goes_on_with_the_log_of_the_next_attempt(run: Run, following: Following) -> None:
+    job, log = submit_job(run, "1")
+
+    def preempted() -> None:
+        with Attempt(run, job):
+            add(log, "one")
+            following.wait_for("one\n")
+            raise RunInterrupted("preempted", 7)
+
+    with pytest.raises(RunInterrupted):
+        preempted()
+    with pytest.raises(subprocess.TimeoutExpired):
+        following.process.wait(timeout=4)  # longer than it waits for last words
+
+    again, next_log = submit_job(run, "2")
+    with Attempt(run, again):
+        add(next_log, "two")
+        following.wait_for("two\n")
+        # A word of the scheduler about the first job makes its log the newer file for a moment.
+        add(log, "one more")
+        following.wait_for("one more\n")
+        add(next_log, "three")
+        following.wait_for("three\n")
+    assert following.process.wait(timeout=20) == 0
+    assert following.printed() == "one\ntwo\none more\nthree\n"
+
+
+def test_waits_for_a_job_that_was_submitted_after_the_end(run: Run, tmp_path: Path) -> None:
+    def failed() -> None:
+        job, log = submit_job(run, "1")
+        with Attempt(run, job):
+            add(log, "one")
+            raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        failed()
+    assert Following(run.name, tmp_path / "of the ended").process.wait(timeout=20) == 0
+    job, log = submit_job(run, "2")
+    following = Following(run.name, tmp_path / "printed")
+    with pytest.raises(subprocess.TimeoutExpired):
+        following.process.wait(timeout=4)
+    with Attempt(run, job):
+        add(log, "two")
+    assert following.process.wait(timeout=20) == 0
+    assert following.printed() == "one\ntwo\n"
