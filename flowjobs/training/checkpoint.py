@@ -1,23 +1,19 @@
 """One checkpoint file: written whole, sealed with a digest, verified, loaded without running code.
 
-A file is what `torch.save` writes, and `torch.load` reads it anywhere. It is a zip archive, and
-its comment holds the SHA-256 of everything before it, so that one flipped bit is noticed; torch
-itself does not check the archive's checksums.
+A file is what `torch.save` writes, and `torch.load` reads it anywhere.
 """
 
 import errno
-import hashlib
 import logging
 import os
 import pickle
 import shutil
 import stat
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +29,11 @@ from flowjobs.errors import (
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.run import Run, default_study
 from flowjobs.training.ema import EMAModel
+from flowjobs.training.seal import SealedWriter, verify_seal
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_SEAL = b"flowjobs sha256 "
-_SEAL_SIZE = len(_SEAL) + 64
-_COMMENT_LENGTH = struct.pack("<H", _SEAL_SIZE)
 
 Payload = dict[str, Any]
 
@@ -205,7 +199,7 @@ def write_checkpoint(
 def _write(path: Path, payload: Payload, before_replace: Callable[[], None]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(path) as file:
-        sealed = _SealedWriter(file)
+        sealed = SealedWriter(file)
         try:
             torch.save(payload, cast(IO[bytes], sealed))
         except RuntimeError as error:
@@ -216,7 +210,7 @@ def _write(path: Path, payload: Payload, before_replace: Callable[[], None]) -> 
         os.fsync(file.fileno())
         file.seek(0)
         # Before the rename: the good file there is only given up for one that reads back.
-        _verify(file, path)
+        verify_seal(file, path)
         before_replace()
         _keep_previous(path)
     return size
@@ -305,11 +299,6 @@ def read_newest_good(
     return payload
 
 
-def digest_of(path: Path) -> str:
-    """The digest that a checkpoint is sealed with; does not verify it."""
-    return path.read_bytes()[-64:].decode(errors="replace")
-
-
 def _keep_previous(path: Path) -> None:
     previous = previous_of(path)
     if not path.is_file() or (previous.is_file() and previous.samefile(path)):
@@ -348,7 +337,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointDamagedError(f"{path} is not a file, as a checkpoint is")
         with path.open("rb") as file:
-            _verify(file, path)
+            verify_seal(file, path)
             file.seek(0)
             payload: Payload = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -367,64 +356,3 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
             f"{path} has format {found}, this flowjobs reads up to {FORMAT}: update flowjobs"
         )
     return payload
-
-
-class _SealedWriter:
-    """A file that hashes what passes and holds back the zip archive's last two bytes.
-
-    Those are the length of the archive's comment, zero in what torch writes; `seal` writes the
-    real one and the comment.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._held = b""
-        self.failed_with: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        pending = memoryview(data) if len(data) >= 2 else memoryview(self._held + data)
-        if len(data) >= 2:
-            self._pass_on(memoryview(self._held))
-        self._pass_on(pending[:-2])
-        self._held = bytes(pending[-2:])
-        return len(data)
-
-    def _pass_on(self, data: memoryview) -> None:
-        self._hash.update(data)
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self.failed_with = error
-            raise
-        self._size += len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def seal(self) -> int:
-        assert self._held == b"\0\0", "torch.save no longer ends a file in an empty zip comment"
-        seal = _SEAL + self._hash.hexdigest().encode()
-        self._file.write(_COMMENT_LENGTH + seal)
-        return self._size + 2 + len(seal)
-
-
-def _verify(file: BinaryIO, path: Path) -> None:
-    size = file.seek(0, os.SEEK_END)
-    body = size - _SEAL_SIZE - 2
-    file.seek(max(0, body))
-    tail = file.read()
-    if body <= 0 or not tail.startswith(_COMMENT_LENGTH + _SEAL):
-        raise CheckpointDamagedError(
-            f"{path} ({size} bytes) has no digest at its end: it is cut short, or not a "
-            "checkpoint of flowjobs"
-        )
-    file.seek(0)
-    digest = hashlib.sha256()
-    while body > 0:
-        block = file.read(min(body, 1 << 20))
-        digest.update(block)
-        body -= len(block)
-    if digest.hexdigest().encode() != tail[-64:]:
-        raise CheckpointDamagedError(f"{path} does not hold the bytes that were written")

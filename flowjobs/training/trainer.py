@@ -21,7 +21,6 @@ from flowjobs.tracking.recorder import Recorder, recording
 from flowjobs.training.batches import make_batches
 from flowjobs.training.checkpoint import (
     Payload,
-    digest_of,
     read_checkpoint,
     read_newest_good,
     sweep_unfinished,
@@ -34,6 +33,7 @@ from flowjobs.training.leaving import Leave, Leaving
 from flowjobs.training.models.mlp import MLP
 from flowjobs.training.randomness import seed_python_and_numpy, seed_step
 from flowjobs.training.saving import CheckpointSaver
+from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
 from flowjobs.training.validation import Validation, Velocity
 
