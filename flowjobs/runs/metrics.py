@@ -32,7 +32,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
-        _drop_rows_after(path, after_step)
+        _rewrite_up_to(path, after_step)
         self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._waiting = b""
@@ -96,13 +96,12 @@ def _rows_of(text: bytes) -> Iterator[Row]:
             yield row
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
+def _rewrite_up_to(path: Path, step: int) -> None:
+    # Always a new file: an attempt that has lost the run and does not know yet still has the old
+    # one open, and what it appends there harms nobody.
     kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
-    if kept.encode() != path.read_bytes():
-        with replaced_whole(path) as file:
-            file.write(kept.encode())
+    with replaced_whole(path) as file:
+        file.write(kept.encode())
 
 
 def latest_values(path: Path) -> Row:

@@ -1,5 +1,7 @@
 """From a run's config to its result: data, model, training, picture."""
 
+import atexit
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,9 @@ def run_training(
         stop_reason: Asked at each step boundary; a text makes the run save and leave.
         resume_path: Start from this checkpoint instead of last.pt.
     """
+    # At its end the interpreter would search all that torch has loaded for garbage, which takes
+    # 0.2 s of the time that a preempted job has.
+    atexit.register(gc.freeze)
     config = run.config().training
     train_dataset, val_dataset = load_datasets(config.dataset, run.study)
     model = build_model(config, train_dataset.dim)

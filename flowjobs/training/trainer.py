@@ -99,6 +99,7 @@ class FlowTrainer:
         self._ranks = ranks or single_process(device)
         self._stop_reason = stop_reason
         self._leaving = Leaving(self._ranks)
+        self._taken_over: RunTakenOverError | None = None
         self._built_in = isinstance(model, MLP)
 
         stats = normalization_stats(train_dataset)
@@ -150,6 +151,8 @@ class FlowTrainer:
         finally:
             if saver:
                 saver.close()
+        if self._taken_over:
+            raise self._taken_over
         if reason:
             raise RunInterrupted(reason, self.state.step)
         return self._summarize(run, recorder, time.monotonic() - started)
@@ -195,8 +198,8 @@ class FlowTrainer:
         return None
 
     def _wants_to_leave(self, saver: CheckpointSaver | None) -> Leave | None:
-        if saver and saver.taken_over:
-            return Leave(str(saver.taken_over), taken_over=True)
+        if lost := self._taken_over or (saver and saver.taken_over):
+            return Leave(str(lost), taken_over=True)
         reason = self._stop_reason()
         return Leave(reason) if reason else None
 
@@ -315,6 +318,8 @@ class FlowTrainer:
         except OSError as error:
             # A full disk, say. What counts is the checkpoint, which says so and is tried again.
             logger.debug("the progress could not be written: %s", error)
+        except RunTakenOverError as error:
+            self._taken_over = error  # all ranks leave for it at the next boundary
 
     def _say(self, row: dict[str, float]) -> None:
         if self._ranks.is_first:

@@ -184,6 +184,19 @@ def test_metrics_keep_each_step_once(tmp_path: Path) -> None:
     assert latest_values(path) == {"step": 30, "x": 10.0}
 
 
+def test_rows_of_an_attempt_that_lost_the_run_reach_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lost = MetricsFile(path, after_step=0)
+    lost.append({"step": 10})
+    holder = MetricsFile(path, after_step=10)
+    for step in (20, 30):
+        lost.append({"step": step})
+        holder.append({"step": step})
+    lost.close()
+    holder.close()
+    assert [row["step"] for row in read_rows(path)] == [10, 20, 30]
+
+
 def test_rows_that_a_full_disk_does_not_take_come_later_and_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -199,6 +199,27 @@ def test_an_attempt_that_has_lost_the_run_stops_and_writes_nothing_more(
     assert max(row["step"] for row in read_rows(run.metrics_file)) < 5000 * STEPS_PER_EPOCH
 
 
+def test_a_run_that_is_lost_between_two_saves_stops_too(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(study, "run")
+    with pytest.raises(RunInterrupted):
+        train(run, CONFIG, steps=7)
+    before = {file: file.read_bytes() for file in run.checkpoints.iterdir()}
+    real = Recorder.progress
+
+    def progress(recorder: Recorder, step: int, *rest: Any) -> None:
+        if step == 10:
+            raise RunTakenOverError("job 2 holds the run")
+        assert step < 10
+        real(recorder, step, *rest)
+
+    monkeypatch.setattr(Recorder, "progress", progress)
+    with pytest.raises(RunTakenOverError, match="job 2 holds the run"):
+        train(run, CONFIG)
+    assert {file: file.read_bytes() for file in run.checkpoints.iterdir()} == before
+
+
 def test_what_killed_attempts_left_is_swept_at_the_next_start(study: Path) -> None:
     run = Run(study, "run")
     with pytest.raises(RunInterrupted):

@@ -1,0 +1,89 @@
+"""What saving costs: the step that it stalls, and the training as a whole."""
+
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+from flowjobs.tracking.recorder import recording
+from flowjobs.training import FlowTrainer
+from flowjobs.training.data import load_datasets
+from flowjobs.training.models import build_model
+from flowjobs.training.saving import CheckpointSaver
+from flowjobs.training.state import TrainState
+from tests.bench.ratios import paired_ratios
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
+
+
+def a_large_state() -> dict[str, Any]:
+    """About 150 MB: weights, average and both moments of 9 million parameters."""
+    config = TrainingConfig(arch_args=KeyValues(width=1024, depth=4))
+    model = build_model(config, 64).to(DEVICE)
+    stats = {"mean": torch.zeros(64), "std": torch.ones(64)}
+    state = TrainState(model, config, 100, stats)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    state.optimizer.step()
+    return state.payload()
+
+
+def test_a_save_stalls_training_for_a_part_of_a_plain_torch_save(tmp_path: Path) -> None:
+    payload = a_large_state()
+    saver = CheckpointSaver(tmp_path / "best.pt", tmp_path / "last.pt")
+    stalls, plain, whole = [], [], []
+    for _ in range(9):
+        started = time.perf_counter()
+        saver.save(payload)
+        stalls.append(time.perf_counter() - started)
+        saver._collect()
+        whole.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        torch.save(payload, tmp_path / "plain.pt")
+        plain.append(time.perf_counter() - started)
+    saver.close()
+    ratio = statistics.median(ours / theirs for ours, theirs in zip(stalls, plain, strict=True))
+    print(
+        f"\n{(tmp_path / 'plain.pt').stat().st_size / 1e6:.0f} MB: the step waits "
+        f"{1e3 * statistics.median(stalls):.0f} ms, the disk has it after "
+        f"{1e3 * statistics.median(whole):.0f} ms; torch.save takes "
+        f"{1e3 * statistics.median(plain):.0f} ms: {ratio:.2f} of it"
+    )
+    assert ratio < 0.5
+
+
+def train(study: Path, *, saving: bool) -> None:
+    """About twenty seconds on a CPU: the first save of a run comes after ten."""
+    config = TrainingConfig(epochs=700, patience=1000, lr=1e-4)
+    run = Run(study, "bench")
+    for folder in (run.folder, run.checkpoints):
+        shutil.rmtree(folder, ignore_errors=True)
+    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    train_dataset, val_dataset = load_datasets("digits", study)
+    model = build_model(config, 64)
+    with pytest.MonkeyPatch.context() as patch, recording(run, JobInfo.in_foreground()) as recorder:
+        if not saving:
+            patch.setattr(CheckpointSaver, "due", lambda saver, epoch_finished: False)
+            patch.setattr(CheckpointSaver, "keep_best", lambda saver, payload: None)
+            patch.setattr(CheckpointSaver, "save_and_wait", lambda saver, payload: None)
+        FlowTrainer(
+            model, config, train_dataset, val_dataset, DEVICE, run=run, recorder=recorder
+        ).train()
+
+
+def test_saving_takes_one_percent_of_training_at_most(study: Path) -> None:
+    ratios = paired_ratios(
+        lambda: train(study, saving=True),
+        {"without saving": lambda: train(study, saving=False)},
+        rounds=4,
+    )
+    assert ratios["without saving"] >= 0.99
