@@ -13,6 +13,7 @@ from flowjobs.cli.defaults import load_defaults
 from flowjobs.cli.logs import Logs
 from flowjobs.cli.status import Status
 from flowjobs.cli.submit import Submit
+from flowjobs.cli.sync import Sync
 from flowjobs.cli.train import Train
 from flowjobs.config import KeyValues
 from flowjobs.errors import FlowjobsError, RunInterrupted
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Any] = {
     "train": Train,
     "status": Status,
     "logs": Logs,
+    "sync": Sync,
     "data": Data,
     "checkpoint": Checkpoint,
 }

@@ -237,8 +237,9 @@ class Backend:
                     return {"viewer": {**viewer, "email": "", "teams": {"edges": []}}}
                 case "ServerFeaturesQuery":
                     return {"serverInfo": {"features": []}}
-                case "RunResumeStatus":
-                    return {"model": self._resume_status(asked)}
+                case "RunResumeStatus" | "FlowjobsRun":
+                    resuming = operation == "RunResumeStatus"
+                    return {"model": (self._resume_status if resuming else self._shown)(asked)}
                 case "UpsertBucket":
                     return {"upsertBucket": self._upsert(asked)}
                 case "CreateRunFiles":
@@ -273,6 +274,20 @@ class Backend:
             "wandbConfig": json.dumps({"t": own.get("t", 1)}),
         }
         return {**project, "bucket": bucket}
+
+    def _shown(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        stored = self._runs.get(asked["name"])
+        if stored is None:
+            return {"bucket": None}
+        bucket = {
+            "state": stored.state,
+            "tags": stored.tags,
+            "notes": stored.notes,
+            "historyLineCount": len(stored.lines),
+            "historyTail": json.dumps(stored.lines[-1:]),
+            "eventsTail": json.dumps(stored.events[-1:]),
+        }
+        return {"bucket": bucket}
 
     def _upsert(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         run_id = asked["name"] or asked["id"]

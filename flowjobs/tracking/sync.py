@@ -1,0 +1,279 @@
+"""Brings a run to the W&B server from a node that has internet, each logged step exactly once.
+
+W&B is a mirror: what is uploaded is not the run's own sessions but one clean session, made anew
+(`mirror`) of the rows of `metrics.jsonl` past the last step that the server says it has, and closed
+with the state that `status.json` gives. So it does not matter how the run's sessions overlap, where
+they were torn, which of them were uploaded before and by whom, or where an upload was cut: the next
+one asks the server again and goes on from there. With explicit steps wandb's own sync takes the
+rows as they are; it says that all went well whether or not it did, so the server is asked again
+afterwards.
+
+A run that trains now is left for later as a whole: an upload ends with a state, and "running" is
+none that it can end with. A run that waits for its next job is uploaded and shown as preempted.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flowjobs.errors import ServerError, TrackingError
+from flowjobs.runs.files import write_json
+from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import EXIT_FAILED, EXIT_PREEMPTED, Outcome
+from flowjobs.tracking.labels import notes_for, tags_for
+from flowjobs.tracking.mirror import Ending, read_sessions, tracked_files, write_mirror
+from flowjobs.tracking.server import RunAddress, RunOnServer, Server
+
+POLL_S = 1.0
+# How long the server may have no new row before an upload counts as stuck.
+STALL_S = 60.0
+# How long the server may take to count what it has received.
+COUNTED_WITHIN_S = 30.0
+# After an upload was cut, the server may still be taking in the last of it.
+SETTLED_AFTER_S = 2.0
+# Of the shell that syncs; they would change what is uploaded, or keep it from being.
+NOT_FOR_SYNC = (
+    "WANDB_DISABLED",
+    "WANDB_ENTITY",
+    "WANDB_MODE",
+    "WANDB_NAME",
+    "WANDB_NOTES",
+    "WANDB_PROJECT",
+    "WANDB_RESUME",
+    "WANDB_RUN_GROUP",
+    "WANDB_RUN_ID",
+    "WANDB_SERVICE",
+    "WANDB_TAGS",
+)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What a sync did for a run.
+
+    Attributes:
+        state: "uploaded"; "unchanged", for the server had all; "trains", and was left for later;
+            "untracked", by its config or since it never started.
+        rows: How many rows were sent.
+        note: More for a person, or "".
+    """
+
+    run: str
+    state: Literal["uploaded", "unchanged", "trains", "untracked"]
+    rows: int = 0
+    note: str = ""
+
+
+def sync_run(run: Run, server: Server, progress: Progress, *, stall_s: float = STALL_S) -> Synced:
+    """Make the server have all of a run that does not train now; twice does no harm.
+
+    Args:
+        run: The run.
+        server: Where to.
+        progress: Called with the rows that arrived, and those that were sent.
+        stall_s: The upload is ended when the server has no new row for so long.
+
+    Raises:
+        ServerError: The server cannot be used now.
+        TrackingError: It does not have what was sent.
+    """
+    if run.config().tracking.wandb_mode == "disabled" or not any(run.folder.glob("wandb/*run-*")):
+        return Synced(run.name, "untracked")
+    if holder := lock_holder(run.folder):
+        return Synced(run.name, "trains", note=holder)
+    if _is_synced(run, server):
+        return Synced(run.name, "unchanged")
+    from filelock import FileLock
+
+    # A second sync waits here, and finds the work done.
+    with FileLock(run.folder / "wandb" / ".sync.lock"):
+        if _is_synced(run, server):
+            return Synced(run.name, "unchanged")
+        seen = _fingerprint(run, server)
+        sent = _bring_up_to_date(run, server, progress, stall_s)
+        for path in tracked_files(run):
+            # A plain `wandb sync` would send its rows again, and the server has them twice.
+            path.with_name(f"{path.name}.synced").touch()
+        write_json(_state_file(run), {"fingerprint": seen})
+    return Synced(run.name, "uploaded" if sent is not None else "unchanged", sent or 0)
+
+
+def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: float) -> int | None:
+    """Upload what is missing. Returns how many rows that were; None if not even the state was."""
+    # Beside the sessions, and where a plain `wandb sync` does not look.
+    work = run.folder / "wandb" / "upload"
+    if work.exists():
+        time.sleep(SETTLED_AFTER_S)
+        shutil.rmtree(work)
+    address = _address(run)
+    before = server.run(address)
+    recorded = read_sessions(tracked_files(run))
+    ending = _ending(run, before, recorded.tags, recorded.notes)
+    last = max((row["step"] for row in read_rows(run.metrics_file)), default=-1)
+    if before.last_step >= last and _ended(before, ending):
+        return None
+
+    folder = work / f"offline-run-{time.strftime('%Y%m%d_%H%M%S')}-{run.tracking_id()}"
+    steps = write_mirror(
+        run,
+        recorded,
+        folder,
+        after_step=before.last_step,
+        after_event_s=before.last_event_s,
+        ending=ending,
+    )
+
+    def arrived() -> int:
+        return server.run(address, patience_s=0).rows - before.rows
+
+    said = _upload(folder, arrived, lambda rows: progress(rows, len(steps)), stall_s)
+    expected_rows = before.rows + len(steps)
+    expected_last = steps[-1] if steps else before.last_step
+    give_up_at = time.monotonic() + min(stall_s, COUNTED_WITHIN_S)
+    while True:
+        after = server.run(address)
+        if (after.rows, after.last_step) == (expected_rows, expected_last) and after.state not in (
+            "",
+            "running",
+        ):
+            break
+        if time.monotonic() > give_up_at:
+            raise TrackingError(
+                f"the server has {after.rows} rows to step {after.last_step}, state "
+                f"{after.state or 'unknown'}; expected {expected_rows} to step {expected_last}. "
+                f"Sync again. wandb said: {said}"
+            )
+        time.sleep(POLL_S)
+    progress(len(steps), len(steps))
+    shutil.rmtree(work)
+    return len(steps)
+
+
+def _upload(
+    folder: Path, arrived: Callable[[], int], progress: Callable[[int], None], stall_s: float
+) -> str:
+    """Run wandb's own sync on a session's folder. Returns what it said last."""
+    environment = {key: text for key, text in os.environ.items() if key not in NOT_FOR_SYNC}
+    environment["WANDB_DIR"] = str(folder.parent)  # for its logs
+    log = folder.parent / "sync.log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", "flowjobs.tracking.upload", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            # Ctrl-C is for us; we end the upload.
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            _wait(process, arrived, progress, stall_s)
+        finally:
+            process.kill()
+    return " / ".join(log.read_text(errors="replace").splitlines()[-3:])
+
+
+def _wait(
+    process: "subprocess.Popen[bytes]",
+    arrived: Callable[[], int],
+    progress: Callable[[int], None],
+    stall_s: float,
+) -> None:
+    rows, moved_at = 0, time.monotonic()
+    while True:
+        try:
+            process.wait(POLL_S)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            now = arrived()
+        except ServerError:
+            now = rows
+        if now > rows:
+            rows, moved_at = now, time.monotonic()
+            progress(rows)
+        if time.monotonic() - moved_at > stall_s:
+            raise TrackingError(
+                f"the server took {rows} rows and then none for {stall_s:.0f} s; sync again, it "
+                "goes on from there"
+            )
+
+
+def _ending(run: Run, there: RunOnServer, tags: Sequence[str], notes: str) -> Ending:
+    """What W&B is to show, from the run's status; a person's tags and notes there stay."""
+    status = run.status()
+    outcome = Outcome("preempted", EXIT_PREEMPTED)
+    if status is not None:
+        match status.state:
+            case "finished":
+                outcome = Outcome("finished", 0)
+            case "failed" | "cancelled":
+                code = status.exit_code or EXIT_FAILED
+                outcome = Outcome(status.state, code, status.reason)
+            case "preempted":
+                outcome = Outcome("preempted", EXIT_PREEMPTED, status.reason)
+    return Ending(
+        exit_code=outcome.exit_code,
+        preempting=outcome.state == "preempted",
+        tags=tags_for(outcome, list(dict.fromkeys([*there.tags, *tags]))),
+        notes=notes_for(outcome, there.notes or notes, status),
+    )
+
+
+def _ended(there: RunOnServer, ending: Ending) -> bool:
+    """Whether the server shows the ending already."""
+    states = {"failed"}
+    if ending.preempting:
+        states = {"preempting", "preempted"}
+    elif ending.exit_code == 0:
+        states = {"finished"}
+    return (
+        there.state in states
+        and set(there.tags) == set(ending.tags)
+        and there.notes == ending.notes
+    )
+
+
+def _address(run: Run) -> RunAddress:
+    tracking = run.config().tracking
+    return RunAddress(tracking.wandb_entity, tracking.wandb_project, run.tracking_id())
+
+
+def _is_synced(run: Run, server: Server) -> bool:
+    try:
+        found = json.loads(_state_file(run).read_text())
+        return bool(found["fingerprint"] == _fingerprint(run, server))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _state_file(run: Run) -> Path:
+    return run.folder / "wandb" / "synced.json"
+
+
+def _fingerprint(run: Run, server: Server) -> str:
+    """Differs when there is something to say to the server; asks no server."""
+    status = run.status()
+    said = [server.url, run.tracking_id()]
+    if status is not None:
+        said += [status.state, status.reason, str(status.exit_code)]
+    for path in (run.metrics_file, *tracked_files(run)):
+        if path.exists():
+            stat = path.stat()
+            said.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
