@@ -1,254 +1,262 @@
-"""One clean W&B session of a run, made of what is on disk, for the steps a server lacks.
+"""The process that mirrors a run to W&B: `python -m flowjobs.tracking.mirror FOLDER TOKEN`.
 
-The rows are those of `metrics.jsonl`. From the run's own sessions come what only they have: the
-config, the definitions of metrics, the times of the rows, pictures, system metrics, the summary.
-These overlap where an attempt repeated steps, lack what was not flushed, and may be damaged; none
-of them is changed. Knows of no server but what it has.
+A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
+server, hangs, dies, prints) reaches the training, and so that what was logged gets on record when
+the training is killed. It follows `metrics.jsonl`; on its standard input come "follow", when the
+rows of earlier attempts that do not count any more are gone from that file, and "finish", when
+`tracking.json` holds the outcome. On its standard output go JSON lines of what a person should
+know. It ends with 0 if W&B knows the outcome.
 """
 
+import contextlib
+import dataclasses
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+import os
+import select
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from flowjobs.config import config_to_dict
-from flowjobs.runs.metrics import Row, read_rows
+from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.offline_files import read_records, record_of, write_records
+from flowjobs.tracking.session import LOWEST, Session, read_session, write_session
 
-KeyPath = tuple[str, ...]
+logger = logging.getLogger(__name__)
 
+EXIT_CLOSED, EXIT_NOT_CLOSED = 0, 3
 
-@dataclass
-class Recorded:
-    """What a run's sessions have on record, the newest one's word first.
-
-    Attributes:
-        header: Which wandb wrote it.
-        run: The newest run record, with config, tags and notes.
-        beside_run: What the newest session says of its machine and config beside it.
-        metrics: Definitions by the metric's name.
-        times: `_timestamp` and `_runtime` of each step; `_runtime` goes on from session to session.
-        pictures: Items of media by step.
-        summary: Values as JSON, by their path.
-        stats: System metrics.
-        files: Where each file is, by its name.
-    """
-
-    header: Any = None
-    run: Any = None
-    beside_run: list[Any] = field(default_factory=list)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    times: dict[int, tuple[float, float]] = field(default_factory=dict)
-    pictures: dict[int, list[Any]] = field(default_factory=dict)
-    summary: dict[KeyPath, str] = field(default_factory=dict)
-    stats: list[Any] = field(default_factory=list)
-    files: dict[str, Path] = field(default_factory=dict)
-
-    @property
-    def tags(self) -> list[str]:
-        """The run's tags, as its newest session has them."""
-        return list(self.run.run.tags) if self.run else []
-
-    @property
-    def notes(self) -> str:
-        """The run's notes, as its newest session has them."""
-        return str(self.run.run.notes) if self.run else ""
+# How late a row may be in W&B, and how long a command may wait.
+PACE_S = 0.25
+# Time for wandb to write what was logged last; it flushes its file every second.
+FLUSH_S = 1.5
+PROBE_TIMEOUT_S = 3.0
+FIRST_RETRY_S, LAST_RETRY_S = 2.0, 120.0
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How the session that is made ends.
-
-    Attributes:
-        exit_code: 0 finished; else failed, or preempted with `preempting`.
-    """
-
-    exit_code: int
-    preempting: bool
-    tags: Sequence[str]
-    notes: str
-
-
-def tracked_files(run: Run) -> list[Path]:
-    """W&B's files of the run's sessions, online and offline, oldest first."""
-    name = f"run-{run.tracking_id()}.wandb"
-    found = run.folder.glob(f"wandb/*run-*/{name}")
-    return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"))
-
-
-def read_sessions(files: Sequence[Path]) -> Recorded:
-    """All that can be read of these sessions, given oldest first."""
-    recorded = Recorded()
-    for path in files:
-        _read_session(recorded, path)
-    return recorded
-
-
-def write_mirror(
-    run: Run,
-    recorded: Recorded,
-    folder: Path,
-    *,
-    after_step: int,
-    after_event_s: float,
-    ending: Ending,
-) -> list[int]:
-    """Write a session with the rows past `after_step` to `folder`, with the files it names.
+class Mirror:
+    """Keeps W&B in step with the run's folder, as long as the training process lives.
 
     Args:
-        run: Its `metrics.jsonl` has the rows.
-        recorded: What its sessions have.
-        folder: Is made; the file in it is `run-ID.wandb`.
-        after_step: The last step that the server has.
-        after_event_s: Time of the last system metrics that it has, in seconds of the epoch.
-        ending: How the session ends.
-
-    Returns:
-        The steps of the rows in it, in order.
+        run: The run.
+        session: The session that this process writes.
+        commands: File descriptor that commands are read from.
+        events: File descriptor that a person's news go to.
     """
-    rows = {row["step"]: row for row in read_rows(run.metrics_file)}
-    steps = sorted(step for step in {*rows, *recorded.pictures} if step > after_step)
-    (folder / "files").mkdir(parents=True)
-    for name, source in recorded.files.items():
-        target = folder / "files" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
 
-    def records() -> Iterator[Any]:
-        if recorded.header:
-            yield recorded.header
-        yield _run_record(run, recorded, ending)
-        yield from recorded.beside_run
-        yield from recorded.metrics.values()
-        for stats in recorded.stats:
-            if _seconds(stats.stats.timestamp) > after_event_s:
-                yield stats
-        yield from _history(recorded, {step: rows.get(step, {}) for step in steps})
-        yield _summary(recorded, rows)
-        if recorded.files:
-            files = record_of()
-            for name in recorded.files:
-                files.files.files.add(path=name)
-            yield files
-        if ending.preempting:
-            preempting = record_of()
-            preempting.preempting.SetInParent()
-            yield preempting
-        end = record_of()
-        end.exit.exit_code = ending.exit_code
-        yield end
+    def __init__(self, run: Run, session: Session, commands: int, events: int) -> None:
+        self._run = run
+        self._session = session
+        self._commands = commands
+        self._events = events
+        self._parent = os.getppid()
+        self._following = False
+        self._rows: MetricsReader | None = None
+        # The newest row waits for the next one: the run's picture belongs into the last.
+        self._held: Row | None = None
+        self._wandb: Any = None
+        self._complained = False
+        self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
+        self._owner_read = 0
 
-    write_records(folder / f"run-{run.tracking_id()}.wandb", records())
-    return steps
+    def follow_to_the_end(self) -> int:
+        """Mirror until told to finish. Returns the exit code."""
+        while True:
+            for command in self._next_commands():
+                match command:
+                    case "follow":
+                        self._following = True
+                    case "finish":
+                        return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
+            if self._superseded():
+                return EXIT_NOT_CLOSED
+            if os.getppid() != self._parent:
+                self._put_on_record()
+                time.sleep(FLUSH_S)
+                return EXIT_NOT_CLOSED
+            self._put_on_record()
 
-
-def _read_session(recorded: Recorded, path: Path) -> None:
-    ran_before = max((runtime for _, runtime in recorded.times.values()), default=0.0)
-    beside_run: list[Any] = []
-    names_a_run = False
-    for record in read_records(path):
-        match record.WhichOneof("record_type"):
-            case "header":
-                recorded.header = record
-            case "run":
-                recorded.run, names_a_run = record, True
-            case "environment" | "config":
-                beside_run.append(record)
-            case "metric":
-                recorded.metrics[record.metric.name or record.metric.glob_name] = record
-            case "history":
-                _read_history(recorded, record, ran_before)
-            case "summary":
-                recorded.summary |= {_path(i): i.value_json for i in record.summary.update}
-            case "stats":
-                recorded.stats.append(record)
-            case "files":
-                names = [item.path for item in record.files.files]
-                found = {name: path.parent / "files" / name for name in names}
-                recorded.files |= {name: file for name, file in found.items() if file.is_file()}
-    if names_a_run:
-        recorded.beside_run = beside_run
-
-
-def _read_history(recorded: Recorded, record: Any, ran_before: float) -> None:
-    step = record.history.step.num
-    items = {_path(item): item for item in record.history.item}
-    timestamp, runtime = items.get(("_timestamp",)), items.get(("_runtime",))
-    if timestamp and runtime and step not in recorded.times:
-        recorded.times[step] = (
-            float(timestamp.value_json),
-            ran_before + float(runtime.value_json),
-        )
-    media = {path[0] for path in items if path[1:] == ("_type",)}
-    if media:
-        recorded.pictures[step] = [item for path, item in items.items() if path[0] in media]
-
-
-def _run_record(run: Run, recorded: Recorded, ending: Ending) -> Any:
-    record = record_of(recorded.run.SerializeToString() if recorded.run else b"")
-    record.ClearField("control")
-    own = record.run
-    if not recorded.run:
-        # No session lived long enough to say what it is of.
-        config = run.config()
-        own.run_id, own.display_name = run.tracking_id(), run.name
-        own.project = config.tracking.wandb_project
-        own.entity = config.tracking.wandb_entity or ""
-        own.run_group = config.training.group or ""
-        own.start_time.GetCurrentTime()
-        for key, value in config_to_dict(config.training).items():
-            own.config.update.add(key=key, value_json=json.dumps(value))
-    own.resume = True
-    own.tags[:] = ending.tags
-    own.notes = ending.notes
-    return record
-
-
-def _history(recorded: Recorded, rows: Mapping[int, Row]) -> Iterator[Any]:
-    # A row that only `metrics.jsonl` has took place right after the one before it.
-    time_and_runtime = min(recorded.times.values(), default=None)
-    for step, row in rows.items():
-        time_and_runtime = recorded.times.get(step, time_and_runtime)
-        record = record_of()
-        record.history.step.num = step
-        values = {"_step": step, **{key: row[key] for key in row if key != "step"}}
-        if time_and_runtime:
-            values["_timestamp"], values["_runtime"] = time_and_runtime
-        for key, value in values.items():
-            record.history.item.add(nested_key=[key], value_json=json.dumps(value))
-        record.history.item.extend(recorded.pictures.get(step, ()))
-        yield record
-
-
-def _summary(recorded: Recorded, rows: Mapping[int, Row]) -> Any:
-    """As one uninterrupted session would leave it: every session counts its extremes anew."""
-    values = dict(recorded.summary)
-    extremes: dict[KeyPath, Any] = {}
-    for step in sorted(rows):
-        for key, value in rows[step].items():
-            definition = recorded.metrics.get(key)
-            asked = definition.metric.summary if definition else None
-            if key == "step" or (asked is not None and asked.none):
+    def finish(self) -> bool:
+        """Tell W&B the outcome that is on disk. Returns whether it knows it now."""
+        self._session = read_session(self._run) or self._session
+        self._following = True
+        self._retry_at = 0.0
+        # A signal to all processes of the job has killed wandb's own: then once more, anew.
+        for _ in range(2):
+            if not self._put_on_record():
+                return False
+            try:
+                self._finish()
+            except Exception as error:
+                self._lose(error)
+                if isinstance(error, TimeoutError):
+                    return False
+                self._retry_at = 0.0
                 continue
-            if asked is None or asked.last or not asked.ListFields():
-                extremes[key,] = value
+            write_session(self._run, dataclasses.replace(self._session, closed=True))
+            return True
+        return False
+
+    def _finish(self) -> None:
+        outcome = self._session.outcome
+        assert outcome is not None, "the outcome is on disk before the command comes"
+        picture: Path | None = self._run.samples_picture
+        if outcome.state != "finished" or not self._run.samples_picture.exists():
+            picture = None
+        if self._held is not None:
+            self._wandb.log(self._held, picture)
+            self._held = picture = None
+        summary = summary_of(read_rows(self._run.metrics_file)) | self._session.summary
+        self._wandb.finish(outcome, summary, picture)
+
+    def _put_on_record(self) -> bool:
+        """Log the rows that W&B does not have yet. Returns whether it answers."""
+        if self._wandb is None and not self._open():
+            return False
+        try:
+            self._log_new_rows()
+        except Exception as error:
+            self._lose(error)
+            return False
+        return True
+
+    def _log_new_rows(self) -> None:
+        if self._rows is None:
+            if not self._following or not self._run.metrics_file.exists():
+                return
+            # From the top: W&B may lack rows of this attempt and of those before it.
+            self._rows, self._held = MetricsReader(self._run.metrics_file), None
+        for row in self._rows.new_rows():
+            if row["step"] <= self._wandb.on_record:
                 continue
-            for name, choose in (("min", min), ("max", max)):
-                if getattr(asked, name):
-                    extremes[key, name] = choose(value, extremes.get((key, name), value))
-    values |= {path: json.dumps(value) for path, value in extremes.items()}
-    record = record_of()
-    for path, value_json in values.items():
-        record.summary.update.add(nested_key=path, value_json=value_json)
-    return record
+            if self._held is not None:
+                self._wandb.log(self._held)
+            self._held = row
+
+    def _open(self) -> bool:
+        if time.monotonic() < self._retry_at:
+            return False
+        try:
+            if self._session.mode == "online":
+                check_server_answers()
+            from flowjobs.tracking.wandb_session import WandbSession
+
+            self._wandb = WandbSession(self._run, self._session.mode)
+        except Exception as error:
+            self._lose(error)
+            return False
+        self._tell(connected=True)
+        if self._complained:
+            self._tell(info="W&B answers again; it gets what it missed")
+            self._complained = False
+        self._retry_after = FIRST_RETRY_S
+        return True
+
+    def _lose(self, error: Exception) -> None:
+        """Start anew later, after whatever happened to wandb."""
+        self._wandb = self._rows = self._held = None
+        if not self._complained:
+            self._complained = True
+            self._tell(
+                connected=False,
+                warning=f"W&B does not go on ({type(error).__name__}: {error}); training does, "
+                "metrics.jsonl has every row, and W&B gets them when it can",
+            )
+        logger.warning("lost W&B", exc_info=error)
+        _tear_down_wandb()
+        self._retry_at = time.monotonic() + self._retry_after
+        self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
+
+    def _superseded(self) -> bool:
+        """Whether a later attempt owns the run in W&B: this one lost it and still lives."""
+        try:
+            written = self._run.tracking_file.stat().st_mtime_ns
+        except OSError:
+            return False
+        if written == self._owner_read:
+            return False
+        self._owner_read = written
+        newest = read_session(self._run)
+        return newest is not None and newest.token != self._session.token
+
+    def _next_commands(self) -> list[str]:
+        """What the parent asks for; waits a moment for it."""
+        ready, _, _ = select.select([self._commands], [], [], PACE_S)
+        if not ready:
+            return []
+        text = os.read(self._commands, 4096).decode()
+        if not text:
+            # The parent is gone, or goes: do not ask again, and do not turn in circles meanwhile.
+            time.sleep(PACE_S)
+        return text.split()
+
+    def _tell(self, **news: str | bool) -> None:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            os.write(self._events, (json.dumps(news) + "\n").encode())
 
 
-def _path(item: Any) -> KeyPath:
-    return tuple(item.nested_key) or (item.key,)
+def check_server_answers() -> None:
+    """Raise OSError if nothing listens at W&B's address: wandb itself waits half a minute."""
+    import wandb
+
+    url = urlsplit(wandb.setup().settings.base_url)
+    if urllib.request.getproxies().get(url.scheme):
+        return
+    port = url.port or (443 if url.scheme == "https" else 80)
+    socket.create_connection((url.hostname or "", port), PROBE_TIMEOUT_S).close()
 
 
-def _seconds(timestamp: Any) -> float:
-    return float(timestamp.seconds + timestamp.nanos / 1e9)
+def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
+    """What a run's summary says of its rows: the lowest losses, the newest of all else.
+
+    Each session says it whole: wandb itself knows only the rows of a session of its own.
+    """
+    summary: dict[str, Any] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key in LOWEST:
+                summary[key] = {"min": min(value, summary.get(key, {}).get("min", value))}
+            elif key != "step":
+                summary[key] = value
+    return summary
+
+
+def _tear_down_wandb() -> None:
+    wandb = sys.modules.get("wandb")
+    if wandb is None:
+        return
+    try:
+        wandb.teardown()
+    except (Exception, SystemExit):
+        logger.info("wandb.teardown", exc_info=True)
+
+
+def main() -> None:
+    """Mirror the run in the folder of the first argument; see the module."""
+    folder, token = sys.argv[1:3]
+    run = Run.at(Path(folder))
+    # Nothing that wandb reads or prints, nor its own process, may take part in the conversation.
+    commands, events = os.dup(0), os.dup(1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(2, 1)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s")
+    session = read_session(run)
+    if session is None or session.token != token:
+        sys.exit(EXIT_NOT_CLOSED)
+    mirror = Mirror(run, session, commands, events)
+    if session.outcome is not None:  # the process that trained is gone
+        code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED
+    else:
+        code = mirror.follow_to_the_end()
+    # Not sys.exit: wandb's hooks there wait for servers, and would end a session that only died.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Brings a run to the W&B server from a node that has internet, each logged step exactly once.
 
 W&B is a mirror: what is uploaded is not the run's own sessions but one clean session, made anew
-(`mirror`) of the rows of `metrics.jsonl` past the last step that the server says it has, and closed
+(`clean_session`) of the rows of `metrics.jsonl` past the last step that the server says it has, and closed
 with the state that `status.json` gives. So it does not matter how the run's sessions overlap, where
 they were torn, which of them were uploaded before and by whom, or where an upload was cut: the next
 one asks the server again and goes on from there. With explicit steps wandb's own sync takes the
@@ -31,7 +31,7 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_FAILED, EXIT_PREEMPTED, Outcome
 from flowjobs.tracking.labels import notes_for, tags_for
-from flowjobs.tracking.mirror import Ending, read_sessions, tracked_files, write_mirror
+from flowjobs.tracking.clean_session import Ending, read_sessions, tracked_files, write_clean_session
 from flowjobs.tracking.server import RunAddress, RunOnServer, Server
 
 POLL_S = 1.0
@@ -126,7 +126,7 @@ def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: flo
         return None
 
     folder = work / f"offline-run-{time.strftime('%Y%m%d_%H%M%S')}-{run.tracking_id()}"
-    steps = write_mirror(
+    steps = write_clean_session(
         run,
         recorded,
         folder,
