@@ -1,5 +1,6 @@
 """flowjobs sync."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import existing_run
-from flowjobs.errors import ConfigError, LoginError, ServerError, TrackingError
+from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
 from flowjobs.runs.run import Run, default_study, run_names
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Sync:
 
 
 def _server() -> "Server":
+    # Of another process; wandb would join it.
+    os.environ.pop("WANDB_SERVICE", None)
     import wandb
 
     from flowjobs.tracking.server import Server
@@ -86,7 +89,8 @@ def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:
     from flowjobs.tracking.sync import sync_run
 
     failures: set[str] = set()
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         for run in runs:
             bar = bars.add_task(run.name, total=None)
             try:
@@ -98,7 +102,7 @@ def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:
             except ServerError as error:
                 failures.add(str(error))
                 break  # it would not do more for the other runs
-            except TrackingError as error:
+            except (FlowjobsError, OSError) as error:
                 failures.add(f"{run.name}: {error}")
             finally:
                 bars.remove_task(bar)

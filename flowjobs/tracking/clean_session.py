@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import config_to_dict
 from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.run import Run
+from flowjobs.tracking.mirror import summary_of
 from flowjobs.tracking.offline_files import read_records, record_of, write_records
+from flowjobs.tracking.session import LOWEST, read_session
 
 KeyPath = tuple[str, ...]
 
 
 @dataclass
 class Recorded:
-    """What a run's sessions have on record, the newest one's word first.
+    """What a run's sessions have on record; the newest one's word counts.
 
     Attributes:
         header: Which wandb wrote it.
@@ -122,12 +123,12 @@ def write_clean_session(
             yield recorded.header
         yield _run_record(run, recorded, ending)
         yield from recorded.beside_run
-        yield from recorded.metrics.values()
+        yield from (recorded.metrics or _definitions()).values()
         for stats in recorded.stats:
             if _seconds(stats.stats.timestamp) > after_event_s:
                 yield stats
         yield from _history(recorded, {step: rows.get(step, {}) for step in steps})
-        yield _summary(recorded, rows)
+        yield _summary(run, recorded, rows)
         if recorded.files:
             files = record_of()
             for name in recorded.files:
@@ -199,12 +200,22 @@ def _run_record(run: Run, recorded: Recorded, ending: Ending) -> Any:
         own.entity = config.tracking.wandb_entity or ""
         own.run_group = config.training.group or ""
         own.start_time.GetCurrentTime()
-        for key, value in config_to_dict(config.training).items():
+        for key, value in config.training.to_dict().items():
             own.config.update.add(key=key, value_json=json.dumps(value))
     own.resume = True
     own.tags[:] = ending.tags
     own.notes = ending.notes
     return record
+
+
+def _definitions() -> dict[str, Any]:
+    records = {}
+    for name in LOWEST:
+        record = records[name] = record_of()
+        record.metric.name = name
+        record.metric.summary.min = True
+        record.metric.options.defined = True
+    return records
 
 
 def _history(recorded: Recorded, rows: Mapping[int, Row]) -> Iterator[Any]:
@@ -223,26 +234,16 @@ def _history(recorded: Recorded, rows: Mapping[int, Row]) -> Iterator[Any]:
         yield record
 
 
-def _summary(recorded: Recorded, rows: Mapping[int, Row]) -> Any:
-    """As one uninterrupted session would leave it: every session counts its extremes anew."""
-    values = dict(recorded.summary)
-    extremes: dict[KeyPath, Any] = {}
-    for step in sorted(rows):
-        for key, value in rows[step].items():
-            definition = recorded.metrics.get(key)
-            asked = definition.metric.summary if definition else None
-            if key == "step" or (asked is not None and asked.none):
-                continue
-            if asked is None or asked.last or not asked.ListFields():
-                extremes[key,] = value
-                continue
-            for name, choose in (("min", min), ("max", max)):
-                if getattr(asked, name):
-                    extremes[key, name] = choose(value, extremes.get((key, name), value))
-    values |= {path: json.dumps(value) for path, value in extremes.items()}
+def _summary(run: Run, recorded: Recorded, rows: Mapping[int, Row]) -> Any:
+    """As one uninterrupted session would leave it: each session knows only its own rows."""
+    said = read_session(run)
+    values = summary_of(rows[step] for step in sorted(rows)) | (said.summary if said else {})
     record = record_of()
-    for path, value_json in values.items():
-        record.summary.update.add(nested_key=path, value_json=value_json)
+    for path, value_json in recorded.summary.items():
+        if path[0] not in values:
+            record.summary.update.add(nested_key=path, value_json=value_json)
+    for key, value in values.items():
+        record.summary.update.add(nested_key=[key], value_json=json.dumps(value))
     return record
 
 

@@ -1,12 +1,12 @@
 """Brings a run to the W&B server from a node that has internet, each logged step exactly once.
 
 W&B is a mirror: what is uploaded is not the run's own sessions but one clean session, made anew
-(`clean_session`) of the rows of `metrics.jsonl` past the last step that the server says it has, and closed
-with the state that `status.json` gives. So it does not matter how the run's sessions overlap, where
-they were torn, which of them were uploaded before and by whom, or where an upload was cut: the next
-one asks the server again and goes on from there. With explicit steps wandb's own sync takes the
-rows as they are; it says that all went well whether or not it did, so the server is asked again
-afterwards.
+(`clean_session`) of the rows of `metrics.jsonl` past the last step that the server says it has, and
+closed with the state that `status.json` gives. So it does not matter how the run's sessions
+overlap, where they were torn, which of them were uploaded before and by whom, or where an upload
+was cut: the next one asks the server again and goes on from there. With explicit steps wandb's own
+sync takes the rows as they are; it says that all went well whether or not it did, so the server is
+asked again afterwards.
 
 A run that trains now is left for later as a whole: an upload ends with a state, and "running" is
 none that it can end with. A run that waits for its next job is uploaded and shown as preempted.
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,15 +30,21 @@ from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_FAILED, EXIT_PREEMPTED, Outcome
+from flowjobs.tracking.clean_session import (
+    Ending,
+    read_sessions,
+    tracked_files,
+    write_clean_session,
+)
 from flowjobs.tracking.labels import notes_for, tags_for
-from flowjobs.tracking.clean_session import Ending, read_sessions, tracked_files, write_clean_session
 from flowjobs.tracking.server import RunAddress, RunOnServer, Server
+from flowjobs.tracking.session import read_session, write_session
 
 POLL_S = 1.0
 # How long the server may have no new row before an upload counts as stuck.
 STALL_S = 60.0
 # How long the server may take to count what it has received.
-COUNTED_WITHIN_S = 30.0
+COUNTED_WITHIN_S = 10.0
 # After an upload was cut, the server may still be taking in the last of it.
 SETTLED_AFTER_S = 2.0
 # Of the shell that syncs; they would change what is uploaded, or keep it from being.
@@ -89,7 +95,7 @@ def sync_run(run: Run, server: Server, progress: Progress, *, stall_s: float = S
         ServerError: The server cannot be used now.
         TrackingError: It does not have what was sent.
     """
-    if run.config().tracking.wandb_mode == "disabled" or not any(run.folder.glob("wandb/*run-*")):
+    if run.config().tracking.wandb_mode == "disabled" or not run.tracking_file.exists():
         return Synced(run.name, "untracked")
     if holder := lock_holder(run.folder):
         return Synced(run.name, "trains", note=holder)
@@ -106,6 +112,9 @@ def sync_run(run: Run, server: Server, progress: Progress, *, stall_s: float = S
         for path in tracked_files(run):
             # A plain `wandb sync` would send its rows again, and the server has them twice.
             path.with_name(f"{path.name}.synced").touch()
+        session = read_session(run)
+        if session is not None and session.outcome and not session.closed:
+            write_session(run, replace(session, closed=True))
         write_json(_state_file(run), {"fingerprint": seen})
     return Synced(run.name, "uploaded" if sent is not None else "unchanged", sent or 0)
 
@@ -141,7 +150,7 @@ def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: flo
     said = _upload(folder, arrived, lambda rows: progress(rows, len(steps)), stall_s)
     expected_rows = before.rows + len(steps)
     expected_last = steps[-1] if steps else before.last_step
-    give_up_at = time.monotonic() + min(stall_s, COUNTED_WITHIN_S)
+    give_up_at = time.monotonic() + COUNTED_WITHIN_S
     while True:
         after = server.run(address)
         if (after.rows, after.last_step) == (expected_rows, expected_last) and after.state not in (
@@ -218,18 +227,15 @@ def _ending(run: Run, there: RunOnServer, tags: Sequence[str], notes: str) -> En
     """What W&B is to show, from the run's status; a person's tags and notes there stay."""
     status = run.status()
     outcome = Outcome("preempted", EXIT_PREEMPTED)
-    if status is not None:
-        match status.state:
-            case "finished":
-                outcome = Outcome("finished", 0)
-            case "failed" | "cancelled":
-                code = status.exit_code or EXIT_FAILED
-                outcome = Outcome(status.state, code, status.reason)
-            case "preempted":
-                outcome = Outcome("preempted", EXIT_PREEMPTED, status.reason)
+    if status is not None and status.state in ("finished", "failed", "cancelled", "preempted"):
+        code = 0 if status.state == "finished" else status.exit_code or EXIT_FAILED
+        outcome = Outcome(status.state, code, status.reason)
+    session = read_session(run)
+    if session is not None and session.outcome and session.outcome.state == outcome.state:
+        outcome = session.outcome  # it has the traceback
     return Ending(
         exit_code=outcome.exit_code,
-        preempting=outcome.state == "preempted",
+        preempting=outcome.state in ("preempted", "cancelled"),
         tags=tags_for(outcome, list(dict.fromkeys([*there.tags, *tags]))),
         notes=notes_for(outcome, there.notes or notes, status),
     )

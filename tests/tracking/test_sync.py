@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunInterrupted, TrackingError
@@ -47,8 +46,6 @@ def attempt(run: Run, steps: int, end: str = "finish") -> None:
     """One attempt in this process."""
     with contextlib.suppress(RunInterrupted, ValueError):
         drive(run, steps, end)
-    # Its last block may not be on disk before.
-    wandb.teardown()
 
 
 def start_attempt(run: Run, steps: int) -> "subprocess.Popen[bytes]":
@@ -203,14 +200,20 @@ def spoil_flipped_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [spoil_header_only, spoil_truncated, spoil_torn_last_record, spoil_flipped_bit]
+    ("spoil", "another"),
+    [
+        (spoil_header_only, False),
+        (spoil_header_only, True),
+        (spoil_truncated, False),
+        (spoil_torn_last_record, False),
+        (spoil_flipped_bit, True),
+    ],
 )
-@pytest.mark.parametrize("which", ["first", "only"])
 def test_a_damaged_file_costs_no_row(
-    run: Run, backend: Backend, spoil: Callable[[Path], None], which: str
+    run: Run, backend: Backend, spoil: Callable[[Path], None], another: bool
 ) -> None:
     attempt(run, 150, "preempt")
-    if which == "first":
+    if another:
         time.sleep(1)  # a session's folder is named by the second
         attempt(run, 200)
     damaged = session_files(run.folder)[0]
@@ -294,15 +297,14 @@ def test_a_sync_killed_at_any_time_and_repeated_gives_each_step_once(
     attempt(run, 300)
     attempt(other, 100)
     chance = random.Random(0)
-    for _ in range(6):
-        with slow(backend, 0.15):
-            process = start_sync(study)
-            seen = len(backend.requests)
-            wait_for(lambda seen=seen: len(backend.requests) > seen)  # type: ignore[misc]
-            time.sleep(chance.uniform(0, 2.5))
-            kill(process)
-    last = start_sync(study)
-    assert last.wait(60) == 0
+    with slow(backend, 0.3):
+        for _ in range(6):
+            with start_sync(study) as process:
+                time.sleep(chance.uniform(0.8, 4))
+                kill(process)
+    with start_sync(study) as process:
+        assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
     for each in (run, other):
         there = backend.run(each.tracking_id())
         assert there.state == "finished"
@@ -313,8 +315,7 @@ def test_an_upload_does_not_outlive_the_sync_that_is_killed(
     study: Path, run: Run, backend: Backend
 ) -> None:
     attempt(run, 100)
-    with slow(backend, 0.5):
-        process = start_sync(study)
+    with slow(backend, 0.5), start_sync(study) as process:
         wait_for(lambda: "RunResumeStatus" in backend.requests)
         kill(process)
         time.sleep(1.0)
@@ -325,19 +326,19 @@ def test_an_upload_does_not_outlive_the_sync_that_is_killed(
 
 def test_ctrl_c_ends_a_watch_in_peace(study: Path, run: Run, backend: Backend) -> None:
     attempt(run, 40, "preempt")
-    process = start_sync(study, "--watch", "--every-s", "0.2")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "tracked: 40 rows uploaded, verified\n"
-    backend.go_down()
-    attempt(run, 80, "preempt")
-    assert process.stderr is not None
-    assert "cannot reach" in process.stderr.readline()
-    time.sleep(1)
-    backend.come_back()
-    assert process.stdout.readline() == "tracked: 40 rows uploaded, verified\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (0, "", "")
+    with start_sync(study, "--watch", "--every-s", "0.2") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "tracked: 40 rows uploaded, verified\n"
+        backend.go_down()
+        attempt(run, 80, "preempt")
+        assert "cannot reach" in process.stderr.readline()
+        time.sleep(1)
+        backend.come_back()
+        assert process.stdout.readline() == "tracked: 40 rows uploaded, verified\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 0
     assert_equal_histories(run, backend.run(run.tracking_id()))
 
 
@@ -345,13 +346,13 @@ def test_a_server_that_fails_for_a_while_costs_no_row(
     study: Path, run: Run, backend: Backend
 ) -> None:
     attempt(run, 100)
-    process = start_sync(study)
-    wait_for(lambda: "RunResumeStatus" in backend.requests)
-    backend.fail_with = 500
-    time.sleep(4)
-    backend.fail_with = None
-    _, err = process.communicate(timeout=100)
-    assert (process.returncode, err) == (0, "")
+    with start_sync(study) as process:
+        wait_for(lambda: "RunResumeStatus" in backend.requests)
+        backend.fail_with = 500
+        time.sleep(4)
+        backend.fail_with = None
+        assert process.communicate(timeout=100)[1] == ""
+    assert process.returncode == 0
     assert_equal_histories(run, backend.run(run.tracking_id()))
 
 
@@ -368,22 +369,30 @@ def test_an_upload_that_gets_nowhere_is_given_up_and_goes_on_later(
     assert_equal_histories(run, sync(run, backend))
 
 
+def test_an_upload_that_did_not_arrive_is_noticed(
+    run: Run, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(run, 30)
+    monkeypatch.setattr("flowjobs.tracking.sync.COUNTED_WITHIN_S", 1)
+    answer = backend._file_stream
+    # What the server says then is no error to `wandb sync`.
+    backend._file_stream = lambda run_id, sent: (200, {})  # type: ignore[method-assign]
+    with pytest.raises(TrackingError, match="has 0 rows to step -1, state running; expected 30"):
+        sync(run, backend)
+    backend._file_stream = answer  # type: ignore[method-assign]
+    assert_equal_histories(run, sync(run, backend))
+
+
 def test_one_run_that_fails_does_not_keep_the_rest(
     study: Path, run: Run, backend: Backend, flowjobs: Command
 ) -> None:
-    other = new_run(study, "another")
+    broken = new_run(study, "broken")
+    broken.config_file.write_text("{")
     attempt(run, 30)
-    attempt(other, 30)
-    answer = backend._upsert
-
-    def refuse_one(asked: dict[str, Any]) -> dict[str, Any]:
-        # What the server says then is not an error to `wandb sync`.
-        return answer({**asked, "name": "elsewhere"} if "another" in asked["name"] else asked)
-
-    backend._upsert = refuse_one  # type: ignore[method-assign,assignment]
     done = flowjobs("sync")
     assert done.returncode == 1
-    assert "error: another: the server has 0 rows" in done.stderr
+    assert "error: broken: " in done.stderr
+    assert "is not JSON" in done.stderr
     assert done.stdout == "tracked: 30 rows uploaded, verified\n"
 
 
