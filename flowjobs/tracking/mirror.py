@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.session import LOWEST, Session, read_session, write_session
+from flowjobs.tracking.session import LOWEST, Session, read_session, upload_lock, write_session
 
 logger = logging.getLogger(__name__)
 
@@ -250,10 +250,11 @@ def main() -> None:
     if session is None or session.token != token:
         sys.exit(EXIT_NOT_CLOSED)
     mirror = Mirror(run, session, commands, events)
-    if session.outcome is not None:  # the process that trained is gone
-        code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED
-    else:
-        code = mirror.follow_to_the_end()
+    with upload_lock(run) if session.mode == "online" else contextlib.nullcontext():
+        if session.outcome is not None:  # the process that trained is gone
+            code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED
+        else:
+            code = mirror.follow_to_the_end()
     # Not sys.exit: wandb's hooks there wait for servers, and would end a session that only died.
     os._exit(code)
 

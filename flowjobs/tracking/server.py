@@ -2,18 +2,15 @@
 
 import base64
 import json
-import netrc
-import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from flowjobs.errors import LoginError, ServerError, TrackingError
+from flowjobs.tracking.mode import api_key
 
 ANSWER_WITHIN_S = 20.0
 # How long an answer that may pass (500, 429, a cut connection) is asked for again.
@@ -77,7 +74,7 @@ class Server:
         Raises:
             LoginError: There is no key.
         """
-        key = os.environ.get("WANDB_API_KEY") or _key_in_netrc(url)
+        key = api_key(url)
         if not key:
             raise LoginError(
                 f"no login for {url}: run `wandb login` once on this machine, or set "
@@ -156,16 +153,3 @@ def _last_of(tail: str | None, key: str, default: float) -> Any:
     """The value of `key` in the newest of the rows, which are JSON in JSON."""
     rows = [json.loads(row) for row in json.loads(tail or "[]")]
     return max((row.get(key, default) for row in rows), default=default)
-
-
-def _key_in_netrc(url: str) -> str | None:
-    host = urlsplit(url).netloc
-    home = Path.home()
-    for candidate in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
-        try:
-            found = netrc.netrc(candidate).authenticators(host) if candidate else None
-        except (OSError, netrc.NetrcParseError):
-            continue
-        if found:
-            return found[2]
-    return None

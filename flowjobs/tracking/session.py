@@ -5,6 +5,8 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +41,20 @@ class Session:
     summary: dict[str, Any] = field(default_factory=dict)
     outcome: Outcome | None = None
     closed: bool = False
+
+
+@contextmanager
+def upload_lock(run: Run) -> Iterator[None]:
+    """Hold what is uploaded of a run to a server; waits for whoever holds it.
+
+    Two at once would both send what the server lacks.
+    """
+    from filelock import FileLock
+
+    folder = run.folder / "wandb"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / ".upload.lock"):
+        yield
 
 
 def new_session(run: Run, mode: Mode) -> Session:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import flowjobs
 from flowjobs.errors import ServerError, TrackingError
 from flowjobs.runs.files import write_json
 from flowjobs.runs.lock import lock_holder
@@ -38,7 +39,7 @@ from flowjobs.tracking.clean_session import (
 )
 from flowjobs.tracking.labels import notes_for, tags_for
 from flowjobs.tracking.server import RunAddress, RunOnServer, Server
-from flowjobs.tracking.session import read_session, write_session
+from flowjobs.tracking.session import read_session, upload_lock, write_session
 
 POLL_S = 1.0
 # How long the server may have no new row before an upload counts as stuck.
@@ -95,28 +96,30 @@ def sync_run(run: Run, server: Server, progress: Progress, *, stall_s: float = S
         ServerError: The server cannot be used now.
         TrackingError: It does not have what was sent.
     """
+    if done := _nothing_to_do(run, server):
+        return done
+    with upload_lock(run):
+        # Another sync held it, and has done the work.
+        if done := _nothing_to_do(run, server):
+            return done
+        seen = _fingerprint(run, server)
+        sent = _bring_up_to_date(run, server, progress, stall_s)
+        for path in tracked_files(run):
+            # A plain `wandb sync` would send its rows again, and the server have them twice.
+            path.with_name(f"{path.name}.synced").touch()
+        write_json(_state_file(run), {"fingerprint": seen})
+        session = read_session(run)
+        if session and session.outcome and not session.closed and not lock_holder(run.folder):
+            write_session(run, replace(session, closed=True))
+    return Synced(run.name, "unchanged" if sent is None else "uploaded", sent or 0)
+
+
+def _nothing_to_do(run: Run, server: Server) -> Synced | None:
     if run.config().tracking.wandb_mode == "disabled" or not run.tracking_file.exists():
         return Synced(run.name, "untracked")
     if holder := lock_holder(run.folder):
         return Synced(run.name, "trains", note=holder)
-    if _is_synced(run, server):
-        return Synced(run.name, "unchanged")
-    from filelock import FileLock
-
-    # A second sync waits here, and finds the work done.
-    with FileLock(run.folder / "wandb" / ".sync.lock"):
-        if _is_synced(run, server):
-            return Synced(run.name, "unchanged")
-        seen = _fingerprint(run, server)
-        sent = _bring_up_to_date(run, server, progress, stall_s)
-        for path in tracked_files(run):
-            # A plain `wandb sync` would send its rows again, and the server has them twice.
-            path.with_name(f"{path.name}.synced").touch()
-        session = read_session(run)
-        if session is not None and session.outcome and not session.closed:
-            write_session(run, replace(session, closed=True))
-        write_json(_state_file(run), {"fingerprint": seen})
-    return Synced(run.name, "uploaded" if sent is not None else "unchanged", sent or 0)
+    return Synced(run.name, "unchanged") if _is_synced(run, server) else None
 
 
 def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: float) -> int | None:
@@ -176,11 +179,15 @@ def _upload(
     """Run wandb's own sync on a session's folder. Returns what it said last."""
     environment = {key: text for key, text in os.environ.items() if key not in NOT_FOR_SYNC}
     environment["WANDB_DIR"] = str(folder.parent)  # for its logs
+    package_root = str(Path(flowjobs.__file__).parent.parent)
+    python_path = filter(None, [package_root, os.environ.get("PYTHONPATH")])
+    environment["PYTHONPATH"] = os.pathsep.join(python_path)
     log = folder.parent / "sync.log"
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            [sys.executable, "-m", "flowjobs.tracking.upload", str(folder)],
+            # -P: a file wandb.py in the working directory is not wandb.
+            [sys.executable, "-P", "-m", "flowjobs.tracking.upload", str(folder)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
