@@ -61,6 +61,7 @@ class Mirror:
         self._held: Row | None = None
         self._wandb: Any = None
         self._complained = False
+        self._wandb_was_lost = False
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
         self._owner_read = 0
 
@@ -85,24 +86,26 @@ class Mirror:
         """Tell W&B the outcome that is on disk. Returns whether it knows it now."""
         self._session = read_session(self._run) or self._session
         self._following = True
-        self._retry_at = 0.0
-        # A signal to all processes of the job has killed wandb's own: then once more, anew.
-        for _ in range(2):
-            if not self._put_on_record():
-                return False
-            try:
-                self._finish()
-            except Exception as error:
-                self._lose(error)
-                if isinstance(error, TimeoutError):
-                    return False
-                self._retry_at = 0.0
-                continue
-            write_session(self._run, dataclasses.replace(self._session, closed=True))
+        if self._finish():
             return True
-        return False
+        # A signal to all processes of the job has killed wandb's own: then once more, anew.
+        return self._wandb_was_lost and self._finish()
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
+        self._retry_at, self._wandb_was_lost = 0.0, False
+        if self._wandb is None and not self._open():
+            return False
+        try:
+            self._log_new_rows()
+            self._say_outcome()
+        except Exception as error:
+            self._wandb_was_lost = isinstance(error, ConnectionError)
+            self._lose(error)
+            return False
+        write_session(self._run, dataclasses.replace(self._session, closed=True))
+        return True
+
+    def _say_outcome(self) -> None:
         outcome = self._session.outcome
         assert outcome is not None, "the outcome is on disk before the command comes"
         picture: Path | None = self._run.samples_picture
@@ -114,16 +117,14 @@ class Mirror:
         summary = summary_of(read_rows(self._run.metrics_file)) | self._session.summary
         self._wandb.finish(outcome, summary, picture)
 
-    def _put_on_record(self) -> bool:
-        """Log the rows that W&B does not have yet. Returns whether it answers."""
+    def _put_on_record(self) -> None:
+        """Log the rows that W&B does not have yet, if it answers."""
         if self._wandb is None and not self._open():
-            return False
+            return
         try:
             self._log_new_rows()
         except Exception as error:
             self._lose(error)
-            return False
-        return True
 
     def _log_new_rows(self) -> None:
         if self._rows is None:
@@ -132,11 +133,12 @@ class Mirror:
             # From the top: W&B may lack rows of this attempt and of those before it.
             self._rows, self._held = MetricsReader(self._run.metrics_file), None
         for row in self._rows.new_rows():
-            if row["step"] <= self._wandb.on_record:
-                continue
-            if self._held is not None:
+            if self._held is None:
+                is_new = row["step"] > self._wandb.on_record
+            elif is_new := row["step"] > self._held["step"]:
                 self._wandb.log(self._held)
-            self._held = row
+            if is_new:
+                self._held = row
 
     def _open(self) -> bool:
         if time.monotonic() < self._retry_at:

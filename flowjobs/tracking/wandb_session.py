@@ -25,7 +25,7 @@ from flowjobs.tracking.offline_files import (
 from flowjobs.tracking.session import LOWEST, Mode
 
 INIT_TIMEOUT_S = 20
-FINISH_TIMEOUT_S = 30
+FINISH_TIMEOUT_S = 15
 # The file is flushed every second.
 FLUSH_TIMEOUT_S = 3
 PICTURE = "samples"

@@ -15,13 +15,13 @@ from typing import Any
 import flowjobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
-from flowjobs.tracking.session import Mode, Session, new_session, write_session
+from flowjobs.tracking.session import Mode, Session, new_session, read_session, write_session
 
 logger = logging.getLogger(__name__)
 
 # A preempted run must be gone before its grace is over; so must one that W&B does not answer.
 SHORT_FINISH_S = 5.0
-LONG_FINISH_S = 30.0
+LONG_FINISH_S = 15.0
 
 # Slurm signals every process of a job; the mirror is to end when the training has said its last.
 SIGNALS_FOR_TRAINING_ALONE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
@@ -67,7 +67,6 @@ class WandbTracker:
 
     def finish(self, outcome: Outcome) -> None:
         """See `Tracker`."""
-        self._session = dataclasses.replace(self._session, outcome=outcome)
         self._try(lambda: self._finish(outcome))
 
     def _start(self) -> None:
@@ -79,6 +78,10 @@ class WandbTracker:
         threading.Thread(target=self._pass_on, args=(self._mirror,), daemon=True).start()
 
     def _finish(self, outcome: Outcome) -> None:
+        newest = read_session(self._run)
+        if newest is not None and newest.token != self._session.token:
+            return  # another attempt has taken the run over; the mirror sees it too, and stops
+        self._session = dataclasses.replace(self._session, outcome=outcome)
         if self._mirror is None or self._mirror.poll() is not None:
             self._start()  # it was killed; a new one catches up and finds the outcome on disk
         else:
