@@ -33,6 +33,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_FAILED, EXIT_PREEMPTED, Outcome
 from flowjobs.tracking.clean_session import (
     Ending,
+    Recorded,
     read_sessions,
     tracked_files,
     write_clean_session,
@@ -48,21 +49,6 @@ STALL_S = 60.0
 COUNTED_WITHIN_S = 10.0
 # After an upload was cut, the server may still be taking in the last of it.
 SETTLED_AFTER_S = 2.0
-# Of the shell that syncs; they would change what is uploaded, or keep it from being.
-NOT_FOR_SYNC = (
-    "WANDB_DISABLED",
-    "WANDB_ENTITY",
-    "WANDB_MODE",
-    "WANDB_NAME",
-    "WANDB_NOTES",
-    "WANDB_PROJECT",
-    "WANDB_RESUME",
-    "WANDB_RUN_GROUP",
-    "WANDB_RUN_ID",
-    "WANDB_SERVICE",
-    "WANDB_TAGS",
-)
-
 Progress = Callable[[int, int], None]
 
 
@@ -129,9 +115,9 @@ def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: flo
     if work.exists():
         time.sleep(SETTLED_AFTER_S)
         shutil.rmtree(work)
-    address = _address(run)
-    before = server.run(address)
     recorded = read_sessions(tracked_files(run))
+    address = _address(run, recorded)
+    before = server.run(address)
     ending = _ending(run, before, recorded.tags, recorded.notes)
     last = max((row["step"] for row in read_rows(run.metrics_file)), default=-1)
     if before.last_step >= last and _ended(before, ending):
@@ -177,7 +163,8 @@ def _upload(
     folder: Path, arrived: Callable[[], int], progress: Callable[[int], None], stall_s: float
 ) -> str:
     """Run wandb's own sync on a session's folder. Returns what it said last."""
-    environment = {key: text for key, text in os.environ.items() if key not in NOT_FOR_SYNC}
+    environment = dict(os.environ)
+    environment.pop("WANDB_SERVICE", None)  # of another process; wandb would join it
     environment["WANDB_DIR"] = str(folder.parent)  # for its logs
     package_root = str(Path(flowjobs.__file__).parent.parent)
     python_path = filter(None, [package_root, os.environ.get("PYTHONPATH")])
@@ -262,9 +249,11 @@ def _ended(there: RunOnServer, ending: Ending) -> bool:
     )
 
 
-def _address(run: Run) -> RunAddress:
+def _address(run: Run, recorded: Recorded) -> RunAddress:
     tracking = run.config().tracking
-    return RunAddress(tracking.wandb_entity, tracking.wandb_project, run.tracking_id())
+    # Where the config leaves the entity open, WANDB_ENTITY may have named it on the cluster.
+    entity = recorded.run.run.entity if recorded.run else ""
+    return RunAddress(entity or tracking.wandb_entity, tracking.wandb_project, run.tracking_id())
 
 
 def _is_synced(run: Run, server: Server) -> bool:

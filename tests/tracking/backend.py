@@ -277,7 +277,7 @@ class Backend:
 
     def _shown(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         stored = self._runs.get(asked["name"])
-        if stored is None:
+        if stored is None or stored.entity != (asked.get("entity") or ENTITY):
             return {"bucket": None}
         bucket = {
             "state": stored.state,

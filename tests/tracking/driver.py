@@ -34,7 +34,8 @@ def drive(run: Run, steps: int, end: str = "finish", pause_s: float = 0.0) -> No
         for step in range(first + 1, steps + 1):
             recorder.record(row_of(step))
             if step % CHECKPOINT_EVERY == 0:
-                checkpoint.write_text(str(step))
+                checkpoint.with_suffix(".new").write_text(str(step))
+                checkpoint.with_suffix(".new").replace(checkpoint)
             time.sleep(pause_s)
         recorder.summarize({"final_step": steps})
         match end:
