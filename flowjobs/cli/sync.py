@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +16,6 @@ from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
 from flowjobs.runs.run import Run, default_study, run_names
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from flowjobs.tracking.server import Server
     from flowjobs.tracking.sync import Synced
 
@@ -83,29 +80,20 @@ def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:
     Returns:
         Whether something failed.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from flowjobs.tracking.sync import sync_run
-
     failures: set[str] = set()
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        for run in runs:
-            bar = bars.add_task(run.name, total=None)
-            try:
-                done = sync_run(run, server, partial(_show, bars, bar))
-                if said is None or done.state == "uploaded":
-                    print(_in_words(done), flush=True)
-            except LoginError:
-                raise
-            except ServerError as error:
-                failures.add(str(error))
-                break  # it would not do more for the other runs
-            except (FlowjobsError, OSError) as error:
-                failures.add(f"{run.name}: {error}")
-            finally:
-                bars.remove_task(bar)
+    for run in runs:
+        try:
+            done = _sync_one(run, server)
+        except LoginError:
+            raise
+        except ServerError as error:
+            failures.add(str(error))
+            break  # it would not do more for the other runs
+        except (FlowjobsError, OSError) as error:
+            failures.add(f"{run.name}: {error}")
+            continue
+        if said is None or done.state == "uploaded":
+            print(_in_words(done), flush=True)
     for failure in sorted(failures - (said or set())):
         print(f"error: {failure}", file=sys.stderr, flush=True)
     if said is not None:
@@ -114,8 +102,27 @@ def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:
     return bool(failures)
 
 
-def _show(bars: "Progress", bar: "TaskID", rows: int, total: int) -> None:
-    bars.update(bar, completed=rows, total=total)
+def _sync_one(run: Run, server: "Server") -> "Synced":
+    """Sync a run, with a bar in a terminal while rows are uploaded."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from flowjobs.tracking.sync import sync_run
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return sync_run(run, server, lambda rows, total: None)
+    bars = Progress(console=console, transient=True)
+    bar = bars.add_task(run.name)
+
+    def show(rows: int, total: int) -> None:
+        bars.start()
+        bars.update(bar, completed=rows, total=total)
+
+    try:
+        return sync_run(run, server, show)
+    finally:
+        bars.stop()
 
 
 def _in_words(done: "Synced") -> str:

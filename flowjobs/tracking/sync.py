@@ -9,7 +9,8 @@ sync takes the rows as they are; it says that all went well whether or not it di
 asked again afterwards.
 
 A run that trains now is left for later as a whole: an upload ends with a state, and "running" is
-none that it can end with. A run that waits for its next job is uploaded and shown as preempted.
+none that it can end with. A run that waits for its next job is uploaded and shown as preempted,
+also when its process was killed: whether that was the end is for others to find out.
 """
 
 import hashlib
@@ -136,27 +137,29 @@ def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: flo
     def arrived() -> int:
         return server.run(address, patience_s=0).rows - before.rows
 
+    progress(0, len(steps))
     said = _upload(folder, arrived, lambda rows: progress(rows, len(steps)), stall_s)
-    expected_rows = before.rows + len(steps)
-    expected_last = steps[-1] if steps else before.last_step
-    give_up_at = time.monotonic() + COUNTED_WITHIN_S
-    while True:
-        after = server.run(address)
-        if (after.rows, after.last_step) == (expected_rows, expected_last) and after.state not in (
-            "",
-            "running",
-        ):
-            break
-        if time.monotonic() > give_up_at:
-            raise TrackingError(
-                f"the server has {after.rows} rows to step {after.last_step}, state "
-                f"{after.state or 'unknown'}; expected {expected_rows} to step {expected_last}. "
-                f"Sync again. wandb said: {said}"
-            )
-        time.sleep(POLL_S)
+    last_step = steps[-1] if steps else before.last_step
+    _verify(server, address, before.rows + len(steps), last_step, said)
     progress(len(steps), len(steps))
     shutil.rmtree(work)
     return len(steps)
+
+
+def _verify(server: Server, address: RunAddress, rows: int, last_step: int, said: str) -> None:
+    """Raise a TrackingError unless the server has the rows, and the end of the session."""
+    give_up_at = time.monotonic() + COUNTED_WITHIN_S
+    while True:
+        there = server.run(address)
+        if (there.rows, there.last_step) == (rows, last_step) and there.state != "running":
+            return
+        if time.monotonic() > give_up_at:
+            raise TrackingError(
+                f"the server has {there.rows} rows to step {there.last_step}, state "
+                f"{there.state or 'unknown'}; expected {rows} to step {last_step}. "
+                f"Sync again. wandb said: {said}"
+            )
+        time.sleep(POLL_S)
 
 
 def _upload(
@@ -220,7 +223,7 @@ def _wait(
 def _ending(run: Run, there: RunOnServer, tags: Sequence[str], notes: str) -> Ending:
     """What W&B is to show, from the run's status; a person's tags and notes there stay."""
     status = run.status()
-    outcome = Outcome("preempted", EXIT_PREEMPTED)
+    outcome = Outcome("preempted", EXIT_PREEMPTED, "its process ended without a word")
     if status is not None and status.state in ("finished", "failed", "cancelled", "preempted"):
         code = 0 if status.state == "finished" else status.exit_code or EXIT_FAILED
         outcome = Outcome(status.state, code, status.reason)

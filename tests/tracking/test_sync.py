@@ -1,6 +1,7 @@
 """`flowjobs sync`: the real client, a local server, and runs that ended in every way."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunInterrupted, TrackingError
@@ -139,6 +141,25 @@ def test_a_preempted_run_shows_as_preempted_and_goes_on(run: Run, backend: Backe
     for key in ("_timestamp", "_runtime"):
         values = [row[key] for row in there.history]
         assert values == sorted(values)
+
+
+def test_the_picture_of_a_finished_run_is_uploaded(run: Run, backend: Backend) -> None:
+    Image.new("RGB", (4, 4)).save(run.samples_picture)
+    attempt(run, 30)
+    there = sync(run, backend)
+    (shown,) = [row.pop("samples") for row in there.rows if "samples" in row]
+    assert there.history[-1]["samples"] == shown
+    assert there.files[shown["path"]] == run.samples_picture.read_bytes()
+    assert there.summary["samples"] == shown
+
+
+def test_system_metrics_come_once(run: Run, backend: Backend) -> None:
+    for steps in (30, 60, 90):
+        attempt(run, steps, "preempt")
+        there = sync(run, backend)
+    events = [json.loads(line)["_timestamp"] for line in backend._runs[there.id].events]
+    assert len(events) == 3  # each session measures once at its start
+    assert events == sorted(set(events))
 
 
 def test_a_failed_run_shows_why_and_its_recovery_clears_it(run: Run, backend: Backend) -> None:
