@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import wandb
 import wandb.errors
+from wandb.sdk import wandb_setup
 
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
@@ -147,7 +148,8 @@ class WandbSession:
 
 def check_server_answers() -> None:
     """Raise CommError if nothing listens at W&B's address: `wandb.init` waits half a minute."""
-    url = urlsplit(wandb.setup().settings.base_url)
+    # Not wandb.setup(): it waits for ever if wandb's own process is killed as it starts (0.31).
+    url = urlsplit(wandb_setup.singleton().settings.base_url)
     if urllib.request.getproxies().get(url.scheme):
         return
     address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
