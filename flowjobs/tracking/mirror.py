@@ -14,18 +14,16 @@ import json
 import logging
 import os
 import select
-import socket
 import sys
 import time
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.session import LOWEST, Session, read_session, upload_lock, write_session
+from flowjobs.tracking.wandb_session import WandbSession, may_pass_at_once, tear_down_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +33,6 @@ EXIT_CLOSED, EXIT_NOT_CLOSED = 0, 3
 PACE_S = 0.25
 # Time for wandb to write what was logged last; it flushes its file every second.
 FLUSH_S = 1.5
-PROBE_TIMEOUT_S = 3.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 120.0
 
 
@@ -54,14 +51,13 @@ class Mirror:
         self._session = session
         self._commands = commands
         self._events = events
-        self._parent = os.getppid()
+        self._parent: int | None = os.getppid()
         self._following = False
         self._rows: MetricsReader | None = None
         # The newest row waits for the next one: the run's picture belongs into the last.
         self._held: Row | None = None
-        self._wandb: Any = None
+        self._wandb: WandbSession | None = None
         self._complained = False
-        self._wandb_was_lost = False
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
         self._owner_read = 0
 
@@ -76,6 +72,7 @@ class Mirror:
                         return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
             if self._superseded():
                 return EXIT_NOT_CLOSED
+            # A forked worker of the parent may outlive it, and keeps the pipe open.
             if os.getppid() != self._parent:
                 self._put_on_record()
                 time.sleep(FLUSH_S)
@@ -86,22 +83,20 @@ class Mirror:
         """Tell W&B the outcome that is on disk. Returns whether it knows it now."""
         self._session = read_session(self._run) or self._session
         self._following = True
-        if self._finish():
-            return True
-        # A signal to all processes of the job has killed wandb's own: then once more, anew.
-        return self._wandb_was_lost and self._finish()
+        return self._finish(retry=True)
 
-    def _finish(self) -> bool:
-        self._retry_at, self._wandb_was_lost = 0.0, False
-        if self._wandb is None and not self._open():
-            return False
+    def _finish(self, *, retry: bool) -> bool:
+        self._retry_at = 0.0
         try:
+            if self._wandb is None:
+                self._open()
             self._log_new_rows()
             self._say_outcome()
         except Exception as error:
-            self._wandb_was_lost = isinstance(error, ConnectionError)
-            self._lose(error)
-            return False
+            # A signal to all processes of the job has killed wandb's own: then once more, anew.
+            retry = retry and may_pass_at_once(error)
+            self._lose(error, silently=retry)
+            return retry and self._finish(retry=False)
         write_session(self._run, dataclasses.replace(self._session, closed=True))
         return True
 
@@ -111,6 +106,7 @@ class Mirror:
         picture: Path | None = self._run.samples_picture
         if outcome.state != "finished" or not self._run.samples_picture.exists():
             picture = None
+        assert self._wandb is not None, "opened before"
         if self._held is not None:
             self._wandb.log(self._held, picture)
             self._held = picture = None
@@ -119,14 +115,17 @@ class Mirror:
 
     def _put_on_record(self) -> None:
         """Log the rows that W&B does not have yet, if it answers."""
-        if self._wandb is None and not self._open():
-            return
         try:
+            if self._wandb is None:
+                if time.monotonic() < self._retry_at:
+                    return
+                self._open()
             self._log_new_rows()
         except Exception as error:
             self._lose(error)
 
     def _log_new_rows(self) -> None:
+        assert self._wandb is not None, "opened before"
         if self._rows is None:
             if not self._following or not self._run.metrics_file.exists():
                 return
@@ -140,29 +139,18 @@ class Mirror:
             if is_new:
                 self._held = row
 
-    def _open(self) -> bool:
-        if time.monotonic() < self._retry_at:
-            return False
-        try:
-            if self._session.mode == "online":
-                check_server_answers()
-            from flowjobs.tracking.wandb_session import WandbSession
-
-            self._wandb = WandbSession(self._run, self._session.mode)
-        except Exception as error:
-            self._lose(error)
-            return False
+    def _open(self) -> None:
+        self._wandb = WandbSession(self._run, self._session.mode)
         self._tell(connected=True)
         if self._complained:
             self._tell(info="W&B answers again; it gets what it missed")
             self._complained = False
         self._retry_after = FIRST_RETRY_S
-        return True
 
-    def _lose(self, error: Exception) -> None:
+    def _lose(self, error: Exception, *, silently: bool = False) -> None:
         """Start anew later, after whatever happened to wandb."""
         self._wandb = self._rows = self._held = None
-        if not self._complained:
+        if not (self._complained or silently):
             self._complained = True
             self._tell(
                 connected=False,
@@ -170,7 +158,7 @@ class Mirror:
                 "metrics.jsonl has every row, and W&B gets them when it can",
             )
         logger.warning("lost W&B", exc_info=error)
-        _tear_down_wandb()
+        tear_down_wandb()
         self._retry_at = time.monotonic() + self._retry_after
         self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
 
@@ -193,24 +181,12 @@ class Mirror:
             return []
         text = os.read(self._commands, 4096).decode()
         if not text:
-            # The parent is gone, or goes: do not ask again, and do not turn in circles meanwhile.
-            time.sleep(PACE_S)
+            self._parent = None
         return text.split()
 
     def _tell(self, **news: str | bool) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
             os.write(self._events, (json.dumps(news) + "\n").encode())
-
-
-def check_server_answers() -> None:
-    """Raise OSError if nothing listens at W&B's address: wandb itself waits half a minute."""
-    import wandb
-
-    url = urlsplit(wandb.setup().settings.base_url)
-    if urllib.request.getproxies().get(url.scheme):
-        return
-    port = url.port or (443 if url.scheme == "https" else 80)
-    socket.create_connection((url.hostname or "", port), PROBE_TIMEOUT_S).close()
 
 
 def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
@@ -226,16 +202,6 @@ def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
             elif key != "step":
                 summary[key] = value
     return summary
-
-
-def _tear_down_wandb() -> None:
-    wandb = sys.modules.get("wandb")
-    if wandb is None:
-        return
-    try:
-        wandb.teardown()
-    except (Exception, SystemExit):
-        logger.info("wandb.teardown", exc_info=True)
 
 
 def main() -> None:

@@ -3,13 +3,19 @@
 Its methods may raise whatever wandb raises, and may take long when a server does not answer.
 """
 
+import logging
 import os
+import socket
 import time
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import wandb
+import wandb.errors
+from wandb.sdk import wandb_setup
 
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
@@ -24,11 +30,18 @@ from flowjobs.tracking.offline_files import (
 )
 from flowjobs.tracking.session import LOWEST, Mode
 
+logger = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 3.0
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 15
 # The file is flushed every second.
 FLUSH_TIMEOUT_S = 3
 PICTURE = "samples"
+
+
+class NotWrittenError(OSError):
+    """The offline file is not complete on disk."""
 
 
 class WandbSession:
@@ -48,9 +61,11 @@ class WandbSession:
         if mode == "offline":
             close_dead_files(run)
             self.on_record = last_step_on_record(run.folder)
-        config = run.config()
-        # What a parent process left here would be joined instead of starting our own.
+        # What a parent process, or a session before, left here would be joined.
         os.environ.pop("WANDB_SERVICE", None)
+        if mode == "online":
+            check_server_answers()
+        config = run.config()
         self._run = wandb.init(
             project=config.tracking.wandb_project,
             entity=config.tracking.wandb_entity,
@@ -103,7 +118,7 @@ class WandbSession:
 
         Raises:
             TimeoutError: The server does not take it.
-            OSError: The disk does not.
+            NotWrittenError: The disk does not.
         """
         if summary:
             self._run.summary.update(dict(summary))
@@ -122,13 +137,39 @@ class WandbSession:
         deadline = time.monotonic() + FLUSH_TIMEOUT_S
         while not is_closed(self.file):
             if time.monotonic() > deadline:
-                raise OSError(f"{self.file} is not complete: is the disk full?")
+                raise NotWrittenError(f"{self.file} is not complete: is the disk full?")
             time.sleep(0.02)
 
     def _label(self, outcome: Outcome | None) -> None:
         self._run.tags = tags_for(outcome, self._run.tags or ())
         status = self._folder_run.status()
         self._run.notes = notes_for(outcome, self._run.notes or "", status)
+
+
+def check_server_answers() -> None:
+    """Raise CommError if nothing listens at W&B's address: `wandb.init` waits half a minute."""
+    # Not wandb.setup(): it waits for ever if wandb's own process is killed as it starts (0.31).
+    url = urlsplit(wandb_setup.singleton().settings.base_url)
+    if urllib.request.getproxies().get(url.scheme):
+        return
+    address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    try:
+        socket.create_connection(address, PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise wandb.errors.CommError(f"no answer from {url.netloc}: {error}") from error
+
+
+def may_pass_at_once(error: Exception) -> bool:
+    """Whether a new session may do: wandb's own process died, and not a server that refuses."""
+    return not isinstance(error, wandb.Error | TimeoutError | NotWrittenError)
+
+
+def tear_down_wandb() -> None:
+    """Forget everything of a session that broke, so that another one can begin."""
+    try:
+        wandb.teardown()
+    except (Exception, SystemExit):
+        logger.info("wandb.teardown", exc_info=True)
 
 
 def close_dead_files(run: Run) -> None:

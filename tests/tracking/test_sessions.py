@@ -13,7 +13,13 @@ from flowjobs.runs.run import Run
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
-from tests.tracking.history import assert_history_is_exact, on_server, run_to_the_end
+from tests.tracking.history import (
+    assert_history_is_exact,
+    has_picture,
+    on_server,
+    run_to_the_end,
+    wait_until_open,
+)
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
@@ -77,7 +83,7 @@ def test_a_signal_to_all_processes_of_the_job_ends_it_preempted(
     run, backend = tracked_run(mode)
     process = attempts.start(run, 10_000, pace_s=0.02)
     everybody = [*attempts.mirror_and_core(process.pid), process.pid]
-    attempts.wait_for_rows(run, 60)
+    wait_until_open(run, backend)
     attempts.kill(*everybody, with_signal=signal.SIGUSR2)
     attempts.kill(*everybody, with_signal=signal.SIGTERM)
     code, said = attempts.finish(process)
@@ -118,3 +124,21 @@ def test_what_a_person_wrote_stays_and_recovery_clears_the_failure(
     assert found.tags == ["mine", "flowjobs"]
     assert found.notes.startswith("flowjobs: finished\n> attempt 2")
     assert found.notes.endswith("\n\nlook at this")
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_the_picture_is_in_the_last_row_and_nowhere_else(tracked_run: MakeRun, mode: str) -> None:
+    run, backend = tracked_run(mode)
+    process = attempts.start(run, 500, pace_s=0.02)
+    attempts.wait_for_rows(run, 20)
+    process.terminate()
+    attempts.finish(process)
+    run_to_the_end(run, 500)
+    # Its process died before it could note that the run is finished, so another one does it all.
+    run_to_the_end(run, 500)
+    assert_history_is_exact(run, backend)
+    rows = attempts.offline_rows(run) if backend is None else on_server(run, backend).rows
+    assert [row["step"] for row in rows if has_picture(row)] == [500]
+    if backend is not None:
+        pictures = [name for name in on_server(run, backend).files if "media/images" in name]
+        assert len(pictures) == 1
