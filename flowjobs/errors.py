@@ -10,6 +10,9 @@ FlowjobsError                 something a person can mend: printed without a tra
 │   └── CheckpointMismatchError   good bytes, of another model or a newer version
 ├── RunNotFoundError          no run of that name in the study
 ├── RunBusyError              another attempt trains the run now
+├── TrackingError             a run could not be mirrored to the W&B server: exit 1
+│   ├── ServerError               it cannot be reached, or fails, for any run
+│   └── LoginError                no key for it, or a wrong one: exit 2
 ├── SubmissionError           the scheduler refused the job
 ├── TrainingDivergedError     the loss is not a number any more: exit 1, for the run failed
 └── NoProgressError           attempt after attempt ended without a new step: exit 1
@@ -60,6 +63,22 @@ class RunNotFoundError(FlowjobsError):
 
 class RunBusyError(FlowjobsError):
     """Another attempt trains the run now."""
+
+
+class TrackingError(FlowjobsError):
+    """A run could not be mirrored to the W&B server."""
+
+    exit_code = 1
+
+
+class ServerError(TrackingError):
+    """The W&B server cannot be reached, or fails, whatever is asked of it."""
+
+
+class LoginError(TrackingError):
+    """There is no key for the W&B server, or it refuses the one there is."""
+
+    exit_code = 2
 
 
 class SubmissionError(FlowjobsError):

@@ -15,6 +15,7 @@ from flowjobs.cli.logs import Logs
 from flowjobs.cli.reconcile import Reconcile
 from flowjobs.cli.status import Status
 from flowjobs.cli.submit import Submit
+from flowjobs.cli.sync import Sync
 from flowjobs.cli.train import Train
 from flowjobs.config import KeyValues
 from flowjobs.errors import FlowjobsError
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Any] = {
     "logs": Logs,
     "cancel": Cancel,
     "reconcile": Reconcile,
+    "sync": Sync,
     "data": Data,
     "checkpoint": Checkpoint,
 }

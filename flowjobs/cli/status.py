@@ -1,5 +1,6 @@
 """flowjobs status."""
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import existing_run
+from flowjobs.errors import SubmissionError
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run, default_study, run_names
 from flowjobs.runs.status import RunStatus
@@ -30,6 +32,7 @@ class Status:
 
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""
+        _close_what_died(self.study, self.name)
         if self.name is not None:
             found: Any = _describe(existing_run(self.study, self.name))
         else:
@@ -42,6 +45,15 @@ class Status:
             if not isinstance(found, list):
                 _print_attempts(found)
         return 0
+
+
+def _close_what_died(study: Path, name: str | None) -> None:
+    from flowjobs.jobs.reconcile import reconcile
+
+    study = study.expanduser().absolute()
+    runs = [Run(study, name) for name in run_names(study)]
+    with contextlib.suppress(SubmissionError):  # Slurm does not answer: as far as is known
+        reconcile(run for run in runs if name in (None, run.name))
 
 
 def _describe(run: Run) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class Submit(CommandOptions):
         cluster, why = choose_cluster(self.cluster)
         if cluster == "local":
             check_local(config.slurm)
-        busy = running_job(run) if run.exists() else None
+        # A job that was cancelled may still be leaving: the new one waits for that.
+        busy = running_job(run) if run.exists() and not run.cancel_requested() else None
         run.merge(config, in_use=busy is not None)
         if self.dry_run:
             self._print_plan(run, config, defaults, f"{cluster} ({why})")

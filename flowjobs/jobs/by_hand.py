@@ -94,7 +94,12 @@ def _command(record: slurm.JobRecord, script: Path) -> list[str]:
         options.append(f"--ntasks-per-node={tasks}")
     resources = fields.get("TresPerNode", "")
     if resources not in NOTHING:
-        # Slurm says gres:gpu:1 for what was asked as --gpus-per-node=1 or --gres=gpu:1.
-        options.append(f"--gres={resources.replace('gres:', '')}")
+        # Slurm says gres:gpu:1 for what was asked as --gpus-per-node=1 or as --gres=gpu:1, and
+        # adds one to the other: only the one that the script has is replaced.
+        wanted = resources.replace("gres:", "")
+        if "--gpus-per-node" in script.read_text():
+            options.append(f"--gpus-per-node={wanted.removeprefix('gpu:')}")
+        else:
+            options.append(f"--gres={wanted}")
     _, *arguments = shlex.split(fields.get("Command", ""))
     return ["sbatch", "--parsable", "--open-mode=append", *options, str(script), *arguments]

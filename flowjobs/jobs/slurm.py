@@ -91,7 +91,9 @@ class JobRecord:
     fields: Mapping[str, str]
 
 
-# "Key=value Key=value": a value may hold spaces, so it ends where the next key begins.
+# Several "Key=value" on a line: a value may hold spaces, so it ends where the next key begins.
+# These have a line of their own, and may hold anything.
+_LINES_OF_THEIR_OWN = ("Command=", "WorkDir=", "StdOut=", "StdErr=", "StdIn=", "Comment=")
 _FIELD = re.compile(r"(?:^|\s)([A-Za-z][\w:/]*)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)")
 
 
@@ -101,14 +103,20 @@ def job_record(job_id: str) -> JobRecord | None:
     Raises:
         SubmissionError: Slurm does not answer.
     """
-    answer = _run("scontrol", "show", "job", job_id, "--oneliner")
+    answer = _run("scontrol", "show", "job", job_id)
     if answer.returncode != 0:
         if "Invalid job id" in answer.stderr:
             return None
         raise SubmissionError(f"Slurm says nothing of job {job_id}: {_first_line(answer)}")
     fields: dict[str, str] = {}
-    for key, value in _FIELD.findall(answer.stdout.splitlines()[0]):
-        fields.setdefault(key, value)
+    # Of an array it prints all tasks, a block each.
+    for line in answer.stdout.partition("\n\n")[0].splitlines():
+        if line.lstrip().startswith(_LINES_OF_THEIR_OWN):
+            key, _, value = line.lstrip().partition("=")
+            fields[key] = value
+            continue
+        for key, value in _FIELD.findall(line):
+            fields.setdefault(key, value)
     start, end = _timestamp(fields.get("StartTime")), _timestamp(fields.get("EndTime"))
     limit_s = _limit_s(fields.get("TimeLimit", ""))
     return JobRecord(

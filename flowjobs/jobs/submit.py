@@ -120,9 +120,20 @@ def running_job(run: Run) -> str | None:
     submissions = run.submissions()
     if submissions and submissions[-1]["cluster"] == "slurm":
         job_id = submissions[-1]["job_id"]
-        if state := slurm.queued_state(job_id, run.name):
+        state = slurm.queued_state(job_id, run.name)
+        if state == "COMPLETING" and not _comes_back(run, job_id):
+            return None  # its process may still save; the next one waits for it
+        if state:
             return f"job {job_id} ({state.lower()})"
     return lock_holder(run.folder)
+
+
+def _comes_back(run: Run, job_id: str) -> bool:
+    """Whether Slurm will start a job that ends again."""
+    record = slurm.job_record(job_id)
+    status = run.status()
+    lives = [known.job.restart for known in (status.attempts if status else [])]
+    return record is not None and record.restarts > max(lives, default=0)
 
 
 @contextlib.contextmanager

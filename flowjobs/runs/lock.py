@@ -152,10 +152,10 @@ def _holder_file(folder: Path) -> Path:
 
 def _read_holder(folder: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(_holder_file(folder).read_text())
+        found = json.loads(_holder_file(folder).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return found
+    return found if isinstance(found, dict) else None
 
 
 def _describe(holder: dict[str, Any] | None) -> str:

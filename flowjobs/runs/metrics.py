@@ -77,6 +77,29 @@ class MetricsFile:
         self._warned = False
 
 
+class MetricsReader:
+    """Reads a metrics file that is being written, each row once.
+
+    Args:
+        path: The file; what replaces it later is not seen.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+
+    def new_rows(self) -> list[Row]:
+        """The rows since the last call; a line that is not whole yet comes with the next."""
+        start = self._file.tell()
+        text = self._file.read()
+        whole = text.rfind(b"\n") + 1
+        self._file.seek(start + whole)
+        return list(_rows_of(text[:whole]))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a metrics file, in order, without a torn last line; none if it is absent."""
     try:

@@ -23,7 +23,8 @@ def fruitless_attempts(attempts: Sequence[AttemptRecord]) -> int:
     for attempt in reversed(attempts):
         if attempt.ended is not None:
             reached = attempt.last_step if following is None else following
-            if reached is not None and reached > (attempt.first_step or 0):
+            start = attempt.first_step
+            if start is not None and reached is not None and reached > start:
                 return count
             count += 1
         if attempt.job.started_by_person:

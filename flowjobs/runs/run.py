@@ -44,6 +44,11 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def tracking_file(self) -> Path:
+        """The newest session in W&B, and what W&B is still to be told of it."""
+        return self.folder / "tracking.json"
+
+    @property
     def jobs_file(self) -> Path:
         """A line a submission."""
         return self.folder / "jobs.jsonl"

@@ -33,15 +33,20 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
 
 def has_login() -> bool:
     """Whether wandb would find credentials: in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or api_key(url))
+
+
+def api_key(url: str) -> str | None:
+    """The key that wandb would use for the server at `url`."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
     home = Path.home()
-    candidates = [os.environ.get("NETRC"), str(home / ".netrc"), str(home / "_netrc")]
-    for candidate in filter(None, candidates):
+    for candidate in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
         try:
-            if netrc.netrc(candidate).authenticators(urlsplit(url).netloc):
-                return True
+            found = netrc.netrc(candidate).authenticators(urlsplit(url).netloc) if candidate else ()
         except (OSError, netrc.NetrcParseError):
             continue
-    return False
+        if found:
+            return found[2]
+    return None

@@ -30,12 +30,12 @@ class Recorder:
         """Say from which step the rows come; rows on disk past it are dropped."""
         self.attempt.goes_on_from(step)
         self._metrics = MetricsFile(self._run.metrics_file, after_step=step)
+        self._tracker.follow()
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Record one row: first on disk, where it is safe, then in the tracker."""
+        """Record one row on disk, where it is safe and where the tracker finds it."""
         assert self._metrics is not None, "go_on_after comes first"
         self._metrics.append(row)
-        self._tracker.log(row)
 
     def progress(
         self, step: int, total_steps: int, epoch: int, best_val_loss: float | None

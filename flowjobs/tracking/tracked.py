@@ -8,6 +8,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import outcome_of
 from flowjobs.tracking.mode import resolve_mode
 from flowjobs.tracking.tracker import NoTracker, Tracker
+from flowjobs.tracking.wandb_tracker import WandbTracker
 
 logger = logging.getLogger(__name__)
 
@@ -17,13 +18,7 @@ def tracked(run: Run) -> Iterator[Tracker]:
     """A tracker for as long as the block lasts; an exception in it is the run's outcome."""
     mode, why = resolve_mode(run.config().tracking)
     logger.info("W&B: %s (%s)", mode, why)
-    tracker: Tracker
-    if mode == "disabled":
-        tracker = NoTracker()
-    else:
-        from flowjobs.tracking.wandb_tracker import WandbTracker
-
-        tracker = WandbTracker(run, mode)
+    tracker: Tracker = NoTracker() if mode == "disabled" else WandbTracker(run, mode)
     try:
         yield tracker
     except BaseException as error:

@@ -7,10 +7,13 @@ from flowjobs.runs.status import Outcome
 
 
 class Tracker(Protocol):
-    """Mirrors a run somewhere. None of its methods raises or waits for a network."""
+    """Mirrors a run's `metrics.jsonl` somewhere.
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Mirror one row of `metrics.jsonl`; `step` is among its keys."""
+    None of its methods raises, and none but `finish` waits.
+    """
+
+    def follow(self) -> None:
+        """From now on `metrics.jsonl` holds only rows that count, and those that come."""
         ...
 
     def summarize(self, values: Mapping[str, Any]) -> None:
@@ -18,14 +21,14 @@ class Tracker(Protocol):
         ...
 
     def finish(self, outcome: Outcome) -> None:
-        """Close the attempt, and say how it ended."""
+        """Close the attempt, and say how it ended; waits for a few seconds at most."""
         ...
 
 
 class NoTracker:
     """Tracks nothing."""
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def follow(self) -> None:
         """See `Tracker`."""
 
     def summarize(self, values: Mapping[str, Any]) -> None:

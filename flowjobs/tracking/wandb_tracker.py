@@ -1,93 +1,165 @@
-"""A run in Weights & Biases. Tracking never stops training: a failure is logged once."""
+"""The training process's end of the mirror: starts it, talks to it, never waits for it long."""
 
+import dataclasses
+import json
 import logging
 import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-import wandb
-
-from flowjobs.config import config_to_dict
+import flowjobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
+from flowjobs.tracking.session import Mode, Session, new_session, read_session, write_session
 
 logger = logging.getLogger(__name__)
 
-# Room that W&B gives a run's notes on its page.
-NOTES_CHARACTERS = 4000
+# A preempted run must be gone before its grace is over; so must one that W&B does not answer.
+SHORT_FINISH_S = 5.0
+LONG_FINISH_S = 15.0
+
+# Slurm signals every process of a job; the mirror is to end when the training has said its last.
+SIGNALS_FOR_TRAINING_ALONE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
+
+# Arguments say these; in the environment they are another run's.
+NOT_FOR_THE_MIRROR = (
+    "WANDB_SERVICE",
+    "WANDB_MODE",
+    "WANDB_RUN_ID",
+    "WANDB_RESUME",
+    "WANDB_NAME",
+    "WANDB_NOTES",
+    "WANDB_TAGS",
+    "WANDB_RUN_GROUP",
+    "WANDB_SILENT",
+)
 
 
 class WandbTracker:
     """Mirrors a run to W&B, online or in offline files under the run's folder.
 
     Args:
-        run: The run; its tracking id makes every attempt the same W&B run.
-        mode: "online" or "offline".
+        run: The run; its newest attempt is the one that is tracked.
+        mode: Where to.
     """
 
-    def __init__(self, run: Run, mode: Literal["online", "offline"]) -> None:
-        self._broken = False
-        self._run: Any = None
-        self._try("start", lambda: self._start(run, mode))
+    def __init__(self, run: Run, mode: Mode) -> None:
+        self._run = run
+        self._session = new_session(run, mode)
+        self._connected = False
+        self._said = False
+        self._mirror: subprocess.Popen[bytes] | None = None
+        self._try(self._start)
 
-    def _start(self, run: Run, mode: Literal["online", "offline"]) -> None:
-        config = run.config()
-        # A stale service of a parent process would be joined instead of starting our own.
-        os.environ.pop("WANDB_SERVICE", None)
-        self._run = wandb.init(
-            project=config.tracking.wandb_project,
-            entity=config.tracking.wandb_entity,
-            group=config.training.group,
-            name=run.name,
-            id=run.tracking_id(),
-            config=config_to_dict(config.training),
-            dir=run.folder,
-            mode=mode,
-            # An attempt goes on with the run that the one before it left.
-            resume="allow",
-            settings=wandb.Settings(
-                # A hard kill loses what was not flushed: by default 15 s of everything.
-                x_transaction_log_flush_interval=1,
-                console="off",
-                silent=True,
-            ),
-        )
-        self._run.define_metric("train/loss", summary="min")
-        self._run.define_metric("val/loss", summary="min")
-
-    def log(self, row: Mapping[str, Any]) -> None:
+    def follow(self) -> None:
         """See `Tracker`."""
-        values = {key: value for key, value in row.items() if key != "step"}
-        # With commit the row is on record now; without, only when the next step is logged.
-        self._try("log", lambda: self._run.log(values, step=row["step"], commit=True))
+        self._try(lambda: self._send("follow"))
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
-        self._try("write the summary", lambda: self._run.summary.update(dict(values)))
+        summary = self._session.summary | dict(values)
+        self._session = dataclasses.replace(self._session, summary=summary)
 
     def finish(self, outcome: Outcome) -> None:
         """See `Tracker`."""
-        self._try("finish", lambda: self._finish(outcome))
+        self._try(lambda: self._finish(outcome))
+
+    def _start(self) -> None:
+        write_session(self._run, self._session)
+        self._mirror = start_mirror(self._run, self._session)
+        if self._session.outcome is not None:
+            return
+        # Not a thread to wait for: it ends when the mirror does.
+        threading.Thread(target=self._pass_on, args=(self._mirror,), daemon=True).start()
 
     def _finish(self, outcome: Outcome) -> None:
-        match outcome.state:
-            case "failed":
-                self._run.tags = tuple({*(self._run.tags or ()), "failed"})
-                self._run.notes = f"{outcome.reason}\n\n{outcome.traceback}"[:NOTES_CHARACTERS]
-            case "preempted":
-                self._run.mark_preempting()
-        self._run.finish(exit_code=outcome.exit_code)
+        newest = read_session(self._run)
+        if newest is not None and newest.token != self._session.token:
+            return  # another attempt has taken the run over; the mirror sees it too, and stops
+        self._session = dataclasses.replace(self._session, outcome=outcome)
+        if self._mirror is None or self._mirror.poll() is not None:
+            self._start()  # it was killed; a new one catches up and finds the outcome on disk
+        else:
+            write_session(self._run, self._session)
+            self._send("finish")
+        assert self._mirror is not None
+        patient = self._connected and outcome.state in ("finished", "failed")
+        closed = wait_for_mirror(self._mirror, LONG_FINISH_S if patient else SHORT_FINISH_S)
+        if not closed:
+            logger.warning(
+                "W&B does not know yet that %s is %s: `flowjobs sync` tells it",
+                self._run.name,
+                outcome.state,
+            )
 
-    def _try(self, what: str, action: Callable[[], Any]) -> None:
-        if self._broken:
-            return
+    def _send(self, command: str) -> None:
+        if self._mirror is not None and self._mirror.stdin is not None:
+            self._mirror.stdin.write(f"{command}\n".encode())
+            self._mirror.stdin.flush()
+
+    def _pass_on(self, mirror: subprocess.Popen[bytes]) -> None:
+        """Say to the person at the log what the mirror says."""
+        assert mirror.stdout is not None
+        with mirror.stdout:
+            for line in mirror.stdout:
+                news = json.loads(line)
+                self._connected = news.get("connected", self._connected)
+                if "warning" in news:
+                    logger.warning("%s", news["warning"])
+                if "info" in news:
+                    logger.info("%s", news["info"])
+
+    def _try(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:
-            self._broken = True
-            logger.warning(
-                "W&B could not %s (%s: %s); training goes on, metrics.jsonl has every row",
-                what,
-                type(error).__name__,
-                error,
+        except OSError as error:
+            if not self._said:
+                self._said = True
+                logger.warning("W&B gets nothing of this attempt for now: %s", error)
+
+
+def start_mirror(run: Run, session: Session) -> subprocess.Popen[bytes]:
+    """Start the process that mirrors a session, which is the one in the run's folder.
+
+    Without an outcome in the session it waits for commands; with one it tells W&B and ends.
+
+    Raises:
+        OSError: It could not be started.
+    """
+    package_root = str(Path(flowjobs.__file__).parent.parent)
+    python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_THE_MIRROR}
+    log = run.folder / "wandb" / "mirror.log"
+    log.parent.mkdir(exist_ok=True)
+    pipe = subprocess.PIPE if session.outcome is None else subprocess.DEVNULL
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_TRAINING_ALONE)
+    try:
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                # -P: a file wandb.py beside the user's code is not wandb.
+                [sys.executable, "-P", "-m", "flowjobs.tracking.mirror", run.folder, session.token],
+                stdin=pipe,
+                stdout=pipe,
+                stderr=output,
+                env={**environment, "PYTHONPATH": python_path},
+                start_new_session=True,
             )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def wait_for_mirror(mirror: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    """Wait until a mirror ends, or end it. Returns whether W&B knows the outcome."""
+    try:
+        code = mirror.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        mirror.kill()  # wandb's own process sees that and goes too
+        code = mirror.wait()
+    if mirror.stdin is not None:
+        mirror.stdin.close()
+    return code == 0

@@ -89,7 +89,8 @@ class Disturbed:
         return f"{self.status()}\n{queue}\n{self.logs()}"
 
     def logs(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.run.logs.glob("*.out")))
+        found = {*self.run.logs.glob("*.out"), *Path.cwd().glob("*.out")}
+        return "".join(path.read_text() for path in sorted(found))
 
     def job_ids(self) -> list[str]:
         """Of every job that was submitted for the run."""
@@ -384,6 +385,99 @@ def test_where_requeuing_is_forbidden_the_run_goes_on_as_a_new_job(
     old, new = job.run.submissions()
     assert (old["job_id"], new["continues"]) == (job.job_id, job.job_id)
     assert_equal_to(whole, job.run)
+
+
+def test_a_scancel_in_the_moment_of_the_requeue_still_ends_the_run(start: Start) -> None:
+    job = start()
+    # What the process finds when it asks is that it still runs; the scancel comes just after.
+    job.tell("hold")
+    job.slurm.run("scancel", job.job_id)
+    job.slurm.run("scontrol", "requeue", job.job_id)
+    job.tell("")
+    wait = "was cancelled: submit it again"
+    job.hurry_while(lambda: wait in job.logs())
+    assert job.wait_for_state("cancelled", "running").state == "cancelled"
+
+
+def test_a_step_that_never_ends_is_left_before_the_grace_is_over(start: Start, whole: Run) -> None:
+    job = start("--partition", "preempt", "--checkpoint-every-s", "0.5", *ON_N1, step=20)
+    job.tell("hold")
+    time.sleep(1)
+    other = job.slurm.preempt("n1")
+    job.wait_for_state("preempted")
+    job.slurm.run("scancel", other)
+    job.tell("")
+    job.wait_for_state("finished")
+    assert job.attempts() == [("preempted", "hung"), ("finished", "")]
+    assert "told to leave, and no step ended in time" in job.logs()
+    assert_equal_to(whole, job.run)
+
+
+def by_hand(
+    study: Path, slurm: SlurmCluster, script: str, options: tuple[str, ...], *sbatch: str
+) -> Disturbed:
+    """Submits a batch script as a person would, and waits until its run trains."""
+    command = ("sbatch", "--parsable", *sbatch, str(REPOSITORY / "sbatch" / script), *options)
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    job = Disturbed(Run(study, "disturbed"), said.strip(), slurm)
+    job.wait_for_step(10)
+    return job
+
+
+@pytest.fixture
+def hand_made(start: Start, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """The arguments of `train` for the run, with the environment that its job needs."""
+    monkeypatch.setenv("PYTHON", sys.executable)
+    return (*OPTIONS, "--name", "disturbed")
+
+
+def test_a_job_by_hand_goes_on_as_a_new_job_where_requeuing_is_forbidden(
+    hand_made: tuple[str, ...], study: Path, slurm: SlurmCluster, whole: Run
+) -> None:
+    where = ("-p", "preempt", "-w", "n1", "--no-requeue", "--mem=1G")
+    job = by_hand(study, slurm, "train.sh", hand_made, *where)
+    preempt_and_wait(job)
+    job.wait_for_state("finished")
+    assert job.steps_lost() == 0
+    assert_equal_to(whole, job.run)
+    old, new = job.run.submissions()
+    assert new["continues"] == old["job_id"] == job.job_id
+    record = slurm.job(new["job_id"])
+    assert (record["Partition"], record["ReqNodeList"]) == ("preempt", "n1")
+    assert (record["MinMemoryNode"], record["TresPerNode"]) == ("1G", "gres:gpu:1")
+
+
+def test_a_task_of_an_array_goes_on_like_a_job_of_its_own(
+    hand_made: tuple[str, ...], study: Path, slurm: SlurmCluster, whole: Run
+) -> None:
+    other = " ".join((*OPTIONS, "--epochs", "1", "--name", "beside"))
+    Path("runs.txt").write_text(f"{other}\n{' '.join(hand_made)}\n")
+    where = ("--array=1-2", "-p", "preempt", "-w", "n1")
+    job = by_hand(study, slurm, "array.sh", ("runs.txt",), *where)
+    job.wait_for_step(10)
+    preempt_and_wait(job)
+    job.wait_for_state("finished")
+    assert job.status().attempts[0].job.job_id == f"{job.job_id}_2"
+    assert job.attempts() == [("preempted", "preempted"), ("finished", "")]
+    assert job.steps_lost() == 0
+    assert_equal_to(whole, job.run)
+
+
+def test_two_nodes_of_two_ranks_leave_at_one_step_and_lose_nothing(
+    start: Start, flowjobs: Command, study: Path
+) -> None:
+    ranks = ("--nodes", "2", "--gpus-per-node", "2", "--partition", "preempt")
+    job = start(*ranks, "--sbatch", "nodelist=n[1-2]")
+    preempt_and_wait(job)
+    job.wait_for_state("finished")
+    assert job.attempts() == [("preempted", "preempted"), ("finished", "")]
+    assert job.steps_lost() == 0
+
+    done = flowjobs("submit", *OPTIONS, "--name", "whole", *ranks)
+    assert done.returncode == 0, done.stderr
+    whole = Disturbed(Run(study, "whole"), "", job.slurm)
+    whole.wait_for_state("finished")
+    assert_equal_to(whole.run, job.run)
 
 
 def alive(pid: int) -> bool:

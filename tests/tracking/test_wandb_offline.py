@@ -77,7 +77,7 @@ def train(study: Path, *, break_with: Exception | None = None) -> Run:
 
 def test_a_finished_run_has_what_the_seed_lists(study: Path) -> None:
     run = train(study)
-    (record,) = records_of(run, "run")
+    record = records_of(run, "run")[-1]  # each replaces the one before
     assert record["project"] == "flow-matching-study"
     assert record["run_group"] == "flow-methods"
     assert record["display_name"] == "tracked"
@@ -111,9 +111,9 @@ def test_an_exception_tags_the_run_failed(study: Path) -> None:
         train(study, break_with=ValueError("the bug"))
     found = summary_of(Run(study, "tracked"))
     assert found["exit_code"] == 1
-    assert found["tags"] == ["failed"]
-    assert found["notes"].startswith("ValueError: the bug")
-    assert "Traceback (most recent call last)" in found["notes"]
+    assert found["tags"] == ["flowjobs", "failed"]
+    assert found["notes"].startswith("flowjobs: failed: ValueError: the bug\n> attempt 1, ")
+    assert "> Traceback (most recent call last)" in found["notes"]
 
 
 def test_a_preemption_does_not_mark_the_run_failed(study: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_preemption_does_not_mark_the_run_failed(study: Path) -> None:
     with pytest.raises(RunInterrupted):
         train(study, break_with=RunInterrupted("preempted", 3))
     found = summary_of(run)
-    assert not found.get("tags")
+    assert found["tags"] == ["flowjobs"]
     assert found["exit_code"] == 75
     assert records_of(run, "preempting")
 
@@ -137,20 +137,19 @@ def test_disabled_leaves_wandb_out_altogether(study: Path) -> None:
     assert not (Run(study, "mlp-icfm-digits-none").folder / "wandb").exists()
 
 
-def test_a_tracker_that_breaks_does_not_stop_training(
-    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_tracker_that_cannot_start_does_not_stop_training(
+    study: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(**options: object) -> None:
-        raise OSError("no service")
-
-    monkeypatch.setattr("wandb.init", refuse)
-    run = train(study)
+    run = Run(study, "tracked")
+    run.folder.mkdir(parents=True)
+    (run.folder / "wandb").write_text("a file where the folder should be")
+    train(study)
     status = run.status()
     assert status is not None
     assert status.state == "finished"
-    said = [text for text in caplog.messages if "W&B could not" in text]
+    said = [text for text in caplog.messages if "W&B gets nothing" in text]
     assert len(said) == 1
-    assert "OSError: no service" in said[0]
+    assert "File exists" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""flowjobs sync."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare import existing_run
+from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
+from flowjobs.runs.run import Run, default_study, run_names
+
+if TYPE_CHECKING:
+    from flowjobs.tracking.server import Server
+    from flowjobs.tracking.sync import Synced
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Upload runs to W&B from a node with internet: each step once, whatever was there before."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names of runs; default: all of the study."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study."""
+
+    watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on until Ctrl-C, and say only what is new."""
+
+    every_s: float = 60.0
+    """With --watch: pause between two looks, in seconds."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Upload. Returns the exit code."""
+        if self.every_s <= 0:
+            raise ConfigError(f"--every-s: found {self.every_s}, expected a number above 0")
+        named = [existing_run(self.study, name) for name in self.names]
+        server = _server()
+        if not self.watch:
+            return 1 if _sync(named or self._all(), server, said=None) else 0
+        said: set[str] = set()
+        try:
+            while True:
+                _sync(named or self._all(), server, said)
+                time.sleep(self.every_s)
+        except KeyboardInterrupt:
+            return 0
+
+    def _all(self) -> list[Run]:
+        study = self.study.expanduser().absolute()
+        return [Run(study, name) for name in run_names(study)]
+
+
+def _server() -> "Server":
+    # Of another process; wandb would join it.
+    os.environ.pop("WANDB_SERVICE", None)
+    import wandb
+
+    from flowjobs.tracking.server import Server
+
+    # From WANDB_BASE_URL, or from what `wandb login --host` wrote down.
+    return Server.of_this_login(wandb.setup().settings.base_url)
+
+
+def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:
+    """Sync these runs, and print what there is to say.
+
+    Args:
+        runs: What to sync.
+        server: Where to.
+        said: The failures that were printed before, and need not be again; None prints all, also
+            of runs where nothing was done.
+
+    Returns:
+        Whether something failed.
+    """
+    failures: set[str] = set()
+    for run in runs:
+        try:
+            done = _sync_one(run, server)
+        except LoginError:
+            raise
+        except ServerError as error:
+            failures.add(str(error))
+            break  # it would not do more for the other runs
+        except (FlowjobsError, OSError) as error:
+            failures.add(f"{run.name}: {error}")
+            continue
+        if said is None or done.state == "uploaded":
+            print(_in_words(done), flush=True)
+    for failure in sorted(failures - (said or set())):
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+    if said is not None:
+        said.clear()
+        said |= failures
+    return bool(failures)
+
+
+def _sync_one(run: Run, server: "Server") -> "Synced":
+    """Sync a run, with a bar in a terminal while rows are uploaded."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from flowjobs.tracking.sync import sync_run
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return sync_run(run, server, lambda rows, total: None)
+    bars = Progress(console=console, transient=True)
+    bar = bars.add_task(run.name)
+
+    def show(rows: int, total: int) -> None:
+        bars.start()
+        bars.update(bar, completed=rows, total=total)
+
+    try:
+        return sync_run(run, server, show)
+    finally:
+        bars.stop()
+
+
+def _in_words(done: "Synced") -> str:
+    match done.state:
+        case "uploaded":
+            return f"{done.run}: {done.rows} rows uploaded, verified"
+        case "unchanged":
+            return f"{done.run}: all of it is on the server"
+        case "trains":
+            return f"{done.run}: trains now ({done.note}); sync it when it has stopped"
+    return f"{done.run}: not tracked"

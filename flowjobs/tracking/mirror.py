@@ -1,0 +1,231 @@
+"""The process that mirrors a run to W&B: `python -m flowjobs.tracking.mirror FOLDER TOKEN`.
+
+A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
+server, hangs, dies, prints) reaches the training, and so that what was logged gets on record when
+the training is killed. It follows `metrics.jsonl`; on its standard input come "follow", when the
+rows of earlier attempts that do not count any more are gone from that file, and "finish", when
+`tracking.json` holds the outcome. On its standard output go JSON lines of what a person should
+know. It ends with 0 if W&B knows the outcome.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import select
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flowjobs.runs.metrics import MetricsReader, Row, read_rows
+from flowjobs.runs.run import Run
+from flowjobs.tracking.session import LOWEST, Session, read_session, upload_lock, write_session
+from flowjobs.tracking.wandb_session import WandbSession, may_pass_at_once, tear_down_wandb
+
+logger = logging.getLogger(__name__)
+
+EXIT_CLOSED, EXIT_NOT_CLOSED = 0, 3
+
+# How late a row may be in W&B, and how long a command may wait.
+PACE_S = 0.25
+# Time for wandb to write what was logged last; it flushes its file every second.
+FLUSH_S = 1.5
+FIRST_RETRY_S, LAST_RETRY_S = 2.0, 120.0
+
+
+class Mirror:
+    """Keeps W&B in step with the run's folder, as long as the training process lives.
+
+    Args:
+        run: The run.
+        session: The session that this process writes.
+        commands: File descriptor that commands are read from.
+        events: File descriptor that a person's news go to.
+    """
+
+    def __init__(self, run: Run, session: Session, commands: int, events: int) -> None:
+        self._run = run
+        self._session = session
+        self._commands = commands
+        self._events = events
+        self._parent: int | None = os.getppid()
+        self._following = False
+        self._rows: MetricsReader | None = None
+        # The newest row waits for the next one: the run's picture belongs into the last.
+        self._held: Row | None = None
+        self._wandb: WandbSession | None = None
+        self._complained = False
+        self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
+        self._owner_read = 0
+
+    def follow_to_the_end(self) -> int:
+        """Mirror until told to finish. Returns the exit code."""
+        while True:
+            for command in self._next_commands():
+                match command:
+                    case "follow":
+                        self._following = True
+                    case "finish":
+                        return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
+            if self._superseded():
+                return EXIT_NOT_CLOSED
+            # A forked worker of the parent may outlive it, and keeps the pipe open.
+            if os.getppid() != self._parent:
+                self._put_on_record()
+                time.sleep(FLUSH_S)
+                return EXIT_NOT_CLOSED
+            self._put_on_record()
+
+    def finish(self) -> bool:
+        """Tell W&B the outcome that is on disk. Returns whether it knows it now."""
+        self._session = read_session(self._run) or self._session
+        self._following = True
+        return self._finish(retry=True)
+
+    def _finish(self, *, retry: bool) -> bool:
+        self._retry_at = 0.0
+        try:
+            if self._wandb is None:
+                self._open()
+            self._log_new_rows()
+            self._say_outcome()
+        except Exception as error:
+            # A signal to all processes of the job has killed wandb's own: then once more, anew.
+            retry = retry and may_pass_at_once(error)
+            self._lose(error, silently=retry)
+            return retry and self._finish(retry=False)
+        write_session(self._run, dataclasses.replace(self._session, closed=True))
+        return True
+
+    def _say_outcome(self) -> None:
+        outcome = self._session.outcome
+        assert outcome is not None, "the outcome is on disk before the command comes"
+        picture: Path | None = self._run.samples_picture
+        if outcome.state != "finished" or not self._run.samples_picture.exists():
+            picture = None
+        assert self._wandb is not None, "opened before"
+        if self._held is not None:
+            self._wandb.log(self._held, picture)
+            self._held = picture = None
+        summary = summary_of(read_rows(self._run.metrics_file)) | self._session.summary
+        self._wandb.finish(outcome, summary, picture)
+
+    def _put_on_record(self) -> None:
+        """Log the rows that W&B does not have yet, if it answers."""
+        try:
+            if self._wandb is None:
+                if time.monotonic() < self._retry_at:
+                    return
+                self._open()
+            self._log_new_rows()
+        except Exception as error:
+            self._lose(error)
+
+    def _log_new_rows(self) -> None:
+        assert self._wandb is not None, "opened before"
+        if self._rows is None:
+            if not self._following or not self._run.metrics_file.exists():
+                return
+            # From the top: W&B may lack rows of this attempt and of those before it.
+            self._rows, self._held = MetricsReader(self._run.metrics_file), None
+        for row in self._rows.new_rows():
+            if self._held is None:
+                is_new = row["step"] > self._wandb.on_record
+            elif is_new := row["step"] > self._held["step"]:
+                self._wandb.log(self._held)
+            if is_new:
+                self._held = row
+
+    def _open(self) -> None:
+        self._wandb = WandbSession(self._run, self._session.mode)
+        self._tell(connected=True)
+        if self._complained:
+            self._tell(info="W&B answers again; it gets what it missed")
+            self._complained = False
+        self._retry_after = FIRST_RETRY_S
+
+    def _lose(self, error: Exception, *, silently: bool = False) -> None:
+        """Start anew later, after whatever happened to wandb."""
+        self._wandb = self._rows = self._held = None
+        if not (self._complained or silently):
+            self._complained = True
+            self._tell(
+                connected=False,
+                warning=f"W&B does not go on ({type(error).__name__}: {error}); training does, "
+                "metrics.jsonl has every row, and W&B gets them when it can",
+            )
+        logger.warning("lost W&B", exc_info=error)
+        tear_down_wandb()
+        self._retry_at = time.monotonic() + self._retry_after
+        self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
+
+    def _superseded(self) -> bool:
+        """Whether a later attempt owns the run in W&B: this one lost it and still lives."""
+        try:
+            written = self._run.tracking_file.stat().st_mtime_ns
+        except OSError:
+            return False
+        if written == self._owner_read:
+            return False
+        self._owner_read = written
+        newest = read_session(self._run)
+        return newest is not None and newest.token != self._session.token
+
+    def _next_commands(self) -> list[str]:
+        """What the parent asks for; waits a moment for it."""
+        ready, _, _ = select.select([self._commands], [], [], PACE_S)
+        if not ready:
+            return []
+        text = os.read(self._commands, 4096).decode()
+        if not text:
+            self._parent = None
+        return text.split()
+
+    def _tell(self, **news: str | bool) -> None:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            os.write(self._events, (json.dumps(news) + "\n").encode())
+
+
+def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
+    """What a run's summary says of its rows: the lowest losses, the newest of all else.
+
+    Each session says it whole: wandb itself knows only the rows of a session of its own.
+    """
+    summary: dict[str, Any] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key in LOWEST:
+                summary[key] = {"min": min(value, summary.get(key, {}).get("min", value))}
+            elif key != "step":
+                summary[key] = value
+    return summary
+
+
+def main() -> None:
+    """Mirror the run in the folder of the first argument; see the module."""
+    folder, token = sys.argv[1:3]
+    run = Run.at(Path(folder))
+    # Nothing that wandb reads or prints, nor its own process, may take part in the conversation.
+    commands, events = os.dup(0), os.dup(1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(2, 1)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s")
+    session = read_session(run)
+    if session is None or session.token != token:
+        sys.exit(EXIT_NOT_CLOSED)
+    mirror = Mirror(run, session, commands, events)
+    with upload_lock(run) if session.mode == "online" else contextlib.nullcontext():
+        if session.outcome is not None:  # the process that trained is gone
+            code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED
+        else:
+            code = mirror.follow_to_the_end()
+    # Not sys.exit: wandb's hooks there wait for servers, and would end a session that only died.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

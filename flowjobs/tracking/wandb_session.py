@@ -1,0 +1,183 @@
+"""An open session of a run in W&B, online or in an offline file. Loads wandb.
+
+Its methods may raise whatever wandb raises, and may take long when a server does not answer.
+"""
+
+import logging
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import wandb
+import wandb.errors
+from wandb.sdk import wandb_setup
+
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
+from flowjobs.tracking.identity import config_for_wandb
+from flowjobs.tracking.labels import notes_for, tags_for
+from flowjobs.tracking.offline_files import (
+    append_outcome,
+    is_closed,
+    is_header_only,
+    last_step_on_record,
+    session_files,
+)
+from flowjobs.tracking.session import LOWEST, Mode
+
+logger = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 3.0
+INIT_TIMEOUT_S = 20
+FINISH_TIMEOUT_S = 15
+# The file is flushed every second.
+FLUSH_TIMEOUT_S = 3
+PICTURE = "samples"
+
+
+class NotWrittenError(OSError):
+    """The offline file is not complete on disk."""
+
+
+class WandbSession:
+    """Opens a session of the run: the same W&B run each time, with its identity complete.
+
+    Args:
+        run: The run.
+        mode: Where the session goes.
+
+    Attributes:
+        on_record: The last step that W&B has from sessions before; -1 if it has none.
+    """
+
+    def __init__(self, run: Run, mode: Mode) -> None:
+        self._folder_run = run
+        self._mode = mode
+        if mode == "offline":
+            close_dead_files(run)
+            self.on_record = last_step_on_record(run.folder)
+        # What a parent process, or a session before, left here would be joined.
+        os.environ.pop("WANDB_SERVICE", None)
+        if mode == "online":
+            check_server_answers()
+        config = run.config()
+        self._run = wandb.init(
+            project=config.tracking.wandb_project,
+            entity=config.tracking.wandb_entity,
+            group=config.training.group,
+            name=run.name,
+            id=run.tracking_id(),
+            config=config_for_wandb(run, Path.cwd()),
+            dir=run.folder,
+            mode=mode,
+            # An attempt goes on with the run that the one before it left.
+            resume="allow",
+            settings=wandb.Settings(
+                # A hard kill loses what was not flushed: by default 15 s of everything.
+                x_transaction_log_flush_interval=1,
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
+                x_stats_pid=os.getppid(),
+                disable_git=True,  # the config has it
+                console="off",
+                silent=True,
+            ),
+        )
+        if mode == "online":
+            self.on_record = self._run.starting_step - 1
+        for metric in LOWEST:
+            self._run.define_metric(metric, summary="min")
+        self._label(None)
+
+    @property
+    def file(self) -> Path:
+        """The session's own record on disk."""
+        return Path(self._run.settings.sync_file)
+
+    def log(self, row: Mapping[str, Any], picture: Path | None = None) -> None:
+        """Put one row of `metrics.jsonl` on record, with the picture in it if there is one."""
+        values = {key: value for key, value in row.items() if key != "step"}
+        if picture is not None:
+            values[PICTURE] = wandb.Image(str(picture))
+        # With commit the row is on record now; without, only when the next step is logged.
+        self._run.log(values, step=row["step"], commit=True)
+
+    def finish(self, outcome: Outcome, summary: Mapping[str, Any], picture: Path | None) -> None:
+        """Say how the attempt ended, and wait until it is on record.
+
+        Args:
+            outcome: How it ended.
+            summary: Values of the run's summary.
+            picture: A picture that no row holds.
+
+        Raises:
+            TimeoutError: The server does not take it.
+            NotWrittenError: The disk does not.
+        """
+        if summary:
+            self._run.summary.update(dict(summary))
+        if picture is not None and PICTURE not in dict(self._run.summary):
+            self._run.summary[PICTURE] = wandb.Image(str(picture))
+        self._label(outcome)
+        # A cancelled run is neither finished nor failed; like a preempted one it may go on.
+        if outcome.state in ("preempted", "cancelled"):
+            self._run.mark_preempting()
+        self._run.finish(exit_code=outcome.exit_code)
+        if self._mode == "offline":
+            self._wait_until_written()
+
+    def _wait_until_written(self) -> None:
+        """`finish` returns before the file is flushed, and says nothing of a full disk."""
+        deadline = time.monotonic() + FLUSH_TIMEOUT_S
+        while not is_closed(self.file):
+            if time.monotonic() > deadline:
+                raise NotWrittenError(f"{self.file} is not complete: is the disk full?")
+            time.sleep(0.02)
+
+    def _label(self, outcome: Outcome | None) -> None:
+        self._run.tags = tags_for(outcome, self._run.tags or ())
+        status = self._folder_run.status()
+        self._run.notes = notes_for(outcome, self._run.notes or "", status)
+
+
+def check_server_answers() -> None:
+    """Raise CommError if nothing listens at W&B's address: `wandb.init` waits half a minute."""
+    # Not wandb.setup(): it waits for ever if wandb's own process is killed as it starts (0.31).
+    url = urlsplit(wandb_setup.singleton().settings.base_url)
+    if urllib.request.getproxies().get(url.scheme):
+        return
+    address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    try:
+        socket.create_connection(address, PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise wandb.errors.CommError(f"no answer from {url.netloc}: {error}") from error
+
+
+def may_pass_at_once(error: Exception) -> bool:
+    """Whether a new session may do: wandb's own process died, and not a server that refuses."""
+    return not isinstance(error, wandb.Error | TimeoutError | NotWrittenError)
+
+
+def tear_down_wandb() -> None:
+    """Forget everything of a session that broke, so that another one can begin."""
+    try:
+        wandb.teardown()
+    except (Exception, SystemExit):
+        logger.info("wandb.teardown", exc_info=True)
+
+
+def close_dead_files(run: Run) -> None:
+    """Close the offline files that a killed process left open: the run goes on after each.
+
+    The caller holds the run. A process that has lost the run and still writes its file writes to
+    nowhere from then on.
+    """
+    for path in session_files(run.folder):
+        if not is_closed(path) and not is_header_only(path):
+            append_outcome(path, exit_code=EXIT_PREEMPTED, tags=None, notes=None, preempting=True)

@@ -1,0 +1,83 @@
+"""Jobs of submitit's local executor: interrupted, cancelled and killed like those on a cluster."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
+from tests.cluster.waiting import wait_until
+from tests.conftest import Command
+from tests.jobs.test_nothing_is_lost import OPTIONS, REPOSITORY, assert_equal_to, whole
+
+__all__ = ["whole"]
+
+
+@pytest.fixture
+def run(flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """A run that trains as a local job."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    submit(flowjobs)
+    run = Run(study, "local")
+    wait_until(lambda: len(list(read_rows(run.metrics_file))) > 1, "the run to train", 60)
+    yield run
+    Path("control").unlink(missing_ok=True)
+
+
+def submit(flowjobs: Command, *options: str) -> str:
+    local = ("--name", "local", "--cluster", "local", "--no-follow")
+    done = flowjobs("submit", *OPTIONS, *local, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def status_of(run: Run) -> RunStatus:
+    return run.status() or RunStatus()
+
+
+def wait_for(run: Run, state: str) -> None:
+    wait_until(lambda: status_of(run).state == state, state, 60, lambda: str(status_of(run)))
+
+
+def test_a_time_limit_starts_the_job_again_at_once(run: Run, whole: Run) -> None:
+    os.kill(status_of(run).attempts[-1].job.pid, signal.SIGUSR2)
+    wait_for(run, "finished")
+    first, second = status_of(run).attempts
+    assert (first.state, first.kind) == ("preempted", "time limit")
+    assert second.first_step == first.last_step
+    assert second.job.restart == 1
+    assert_equal_to(whole, run)
+
+
+def test_cancel_ends_the_job_until_it_is_submitted_again(
+    run: Run, flowjobs: Command, whole: Run
+) -> None:
+    done = flowjobs("cancel", "local")
+    assert done.returncode == 0, done.stderr
+    wait_for(run, "cancelled")
+    assert "nothing to cancel" not in flowjobs("cancel", "local").stdout
+    submit(flowjobs)
+    wait_for(run, "finished")
+    assert [attempt.state for attempt in status_of(run).attempts] == ["cancelled", "finished"]
+    assert_equal_to(whole, run)
+    assert "is finished; there is nothing to cancel" in flowjobs("cancel", "local").stdout
+
+
+def test_a_killed_job_is_found_dead_by_status_and_goes_on_when_submitted(
+    run: Run, flowjobs: Command, whole: Run
+) -> None:
+    pid = status_of(run).attempts[-1].job.pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: "failed" in flowjobs("status", "local").stdout, "status to notice", 30)
+    status = status_of(run)
+    assert (status.state, status.exit_code) == ("failed", 137)
+    assert status.reason.startswith("killed (SIGKILL) on")
+    assert flowjobs("reconcile").stdout == ""  # nothing is left to close
+    submit(flowjobs)
+    wait_for(run, "finished")
+    assert_equal_to(whole, run)

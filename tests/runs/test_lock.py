@@ -1,0 +1,93 @@
+"""One writer: who gets the lock of a run, from whom, and what the other one finds out."""
+
+import json
+import multiprocessing
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flowjobs.errors import RunBusyError, RunTakenOverError
+from flowjobs.runs import lock as lock_module
+from flowjobs.runs.lock import Judge, RunLock, Verdict, lock_holder
+from flowjobs.runs.status import JobInfo
+
+JOB = JobInfo("slurm", "12", None, "n1", os.getpid())
+
+
+def judge_that_says(verdict: Verdict) -> Judge:
+    return lambda holder, lock_is_free: verdict
+
+
+def hold_and_die(folder: Path) -> None:
+    lock = RunLock(folder, JOB)
+    lock.__enter__()
+    os._exit(9)
+
+
+def test_a_killed_holder_does_not_block(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=hold_and_die, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert (tmp_path / ".lock-holder.json").exists()
+    assert lock_holder(tmp_path) is None
+    with RunLock(tmp_path, JOB) as lock:
+        lock.check_held()
+
+
+def test_who_lost_the_run_finds_out_and_frees_nothing(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path, JOB), RunLock(tmp_path, JOB, judge_that_says("gone"))
+    first.__enter__()
+    with second:
+        assert not first.is_held()
+        with pytest.raises(RunTakenOverError, match="taken over by slurm job 12 on n1"):
+            first.check_held()
+        first.__exit__(None, None, None)
+        second.check_held()
+        with pytest.raises(RunBusyError), RunLock(tmp_path, JOB):
+            pass
+    with RunLock(tmp_path, JOB):
+        pass
+
+
+def test_a_holder_whose_lock_is_not_seen_from_here_is_believed_to_live(tmp_path: Path) -> None:
+    # A file system that knows no locks between nodes: the system's lock looks free.
+    with RunLock(tmp_path, JOB):
+        pass
+    holder = {"cluster": "slurm", "job_id": "7", "log": None, "host": "n9", "pid": 1, "token": "x"}
+    (tmp_path / ".lock-holder.json").write_text(json.dumps(holder))
+    with (
+        pytest.raises(RunBusyError, match="slurm job 7 on n9"),
+        RunLock(tmp_path, JOB, judge_that_says("alive")),
+    ):
+        pass
+    with RunLock(tmp_path, JOB, judge_that_says("gone")):
+        pass
+
+
+def test_a_holder_that_leaves_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "LEAVING_WAIT_S", 1.5)
+    leaving = RunLock(tmp_path, JOB)
+    leaving.__enter__()
+    told_at = time.monotonic()
+    with pytest.raises(RunBusyError), RunLock(tmp_path, JOB, judge_that_says("leaving")):
+        pass
+    assert 1.4 < time.monotonic() - told_at < 10
+
+    def judge(holder: JobInfo, lock_is_free: bool) -> Verdict:
+        leaving.__exit__(None, None, None)  # it leaves while it is being asked about
+        return "leaving"
+
+    with RunLock(tmp_path, JOB, judge) as lock:
+        lock.check_held()
+
+
+def test_a_holder_file_of_another_version_is_no_obstacle(tmp_path: Path) -> None:
+    for content in ("", "{", "[]", '{"cluster": "slurm"}', json.dumps({"token": 1, "new": 2})):
+        (tmp_path / ".lock-holder.json").write_text(content)
+        with RunLock(tmp_path, replace(JOB, job_id="13")) as lock:
+            lock.check_held()

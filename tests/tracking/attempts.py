@@ -1,0 +1,159 @@
+"""Attempts at a run that record rows as training does, without torch: a start takes half a second.
+
+`python -m tests.tracking.attempts FOLDER LAST_STEP PACE_S` is one attempt: it goes on from its
+checkpoint, which is taken every fifth row, and leaves at a step boundary when it is told to.
+"""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
+from flowjobs.errors import RunInterrupted
+from flowjobs.jobs.preemption import StopSignals
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+from flowjobs.tracking.offline_files import read_records, session_files
+from flowjobs.tracking.recorder import recording
+
+ROW_EVERY_STEPS = 10
+SAVE_EVERY_STEPS = 50
+
+# One white pixel.
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTjXJQAAAABJRU5ErkJggg=="
+)
+
+Row = dict[str, Any]
+
+
+def make_run(study: Path, mode: WandbMode, name: str = "mirrored") -> Run:
+    """A run whose attempts can begin."""
+    run = Run(study, name)
+    run.create(
+        RunConfig(TrainingConfig(epochs=2), tracking=TrackingConfig(wandb_mode=mode)),
+    )
+    return run
+
+
+def row_at(step: int) -> Row:
+    """The row of a step: the same in every attempt, as training is exact."""
+    row: Row = {"step": step, "epoch": step // 100, "train/loss": 1 / step + 1 / 3}
+    if step % 100 == 0:
+        row["val/loss"] = 2 / step
+    return row
+
+
+def attempt(run: Run, last_step: int, pace_s: float) -> None:
+    """One attempt, in this process."""
+    checkpoint = run.folder / "step"
+    with (
+        StopSignals() as signals,
+        recording(run, JobInfo.in_foreground(run.logs / "attempt.log")) as recorder,
+    ):
+        start = int(checkpoint.read_text()) if checkpoint.exists() else 0
+        recorder.go_on_after(start)
+        for step in range(start + ROW_EVERY_STEPS, last_step + 1, ROW_EVERY_STEPS):
+            time.sleep(pace_s)
+            recorder.record(row_at(step))
+            recorder.progress(step, last_step, step // 100, None)
+            if step % SAVE_EVERY_STEPS == 0:
+                checkpoint.with_suffix(".new").write_text(str(step))
+                checkpoint.with_suffix(".new").replace(checkpoint)
+            if reason := signals.reason():
+                checkpoint.write_text(str(step))
+                raise RunInterrupted(reason, step)
+        run.samples_picture.write_bytes(PICTURE)
+        recorder.summarize({"final_epoch": 1})
+
+
+def start(run: Run, last_step: int, pace_s: float = 0.0) -> subprocess.Popen[str]:
+    """One attempt, in a process of its own."""
+    arguments = [str(run.folder), str(last_step), str(pace_s)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.tracking.attempts", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str]:
+    """Wait for an attempt. Returns its exit code and what it said."""
+    _, said = process.communicate(timeout=timeout_s)
+    return process.returncode, said
+
+
+def children(pid: int) -> list[int]:
+    """The child processes of a process, by what the kernel says."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def mirror_and_core(trainer: int) -> tuple[int, int]:
+    """The processes that mirror an attempt: ours and wandb's own. Waits until both are there."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for mirror in children(trainer):
+            for core in children(mirror):
+                if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes():
+                    return mirror, core
+        time.sleep(0.02)
+    raise AssertionError("wandb did not start")
+
+
+def kill(*pids: int, with_signal: signal.Signals = signal.SIGKILL) -> None:
+    """Signal processes that may be gone already."""
+    for pid in pids:
+        try:
+            os.kill(pid, with_signal)
+        except ProcessLookupError:
+            continue
+
+
+def wait_for_rows(run: Run, count: int, timeout_s: float = 30) -> None:
+    """Wait until `metrics.jsonl` has so many rows."""
+    deadline = time.monotonic() + timeout_s
+    while len(list(read_rows(run.metrics_file))) < count:
+        assert time.monotonic() < deadline, "no rows came"
+        time.sleep(0.02)
+
+
+def offline_rows(run: Run) -> list[Row]:
+    """The history in all offline files of a run, in order, in the form of `metrics.jsonl`."""
+    return [row for path in session_files(run.folder) for row in _rows_in(path)]
+
+
+def _rows_in(path: Path) -> Iterator[Row]:
+    for record in read_records(path):
+        if record.WhichOneof("record_type") == "history":
+            found = {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            own = {key: value for key, value in found.items() if not key.startswith("_")}
+            yield {"step": record.history.step.num, **own}
+
+
+def main(arguments: Sequence[str]) -> None:
+    folder, last_step, pace_s = arguments
+    try:
+        attempt(Run.at(Path(folder)), int(last_step), float(pace_s))
+    except RunInterrupted as left:
+        print(left, file=sys.stderr)
+        sys.exit(75)
+
+
+if __name__ == "__main__":
+    import logging
+
+    logging.basicConfig(level=logging.INFO)
+    main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""What the tests of tracking claim of a run's history, online and offline."""
+
+import time
+
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.tracking.offline_files import session_files
+from tests.tracking import attempts
+from tests.tracking.backend import Backend, RunOnServer
+
+
+def on_server(run: Run, backend: Backend) -> RunOnServer:
+    """The run as the server has it."""
+    return backend.run(run.tracking_id())
+
+
+def assert_history_is_exact(run: Run, backend: Backend | None) -> None:
+    """Every row of metrics.jsonl once, in order, with its values; nothing else.
+
+    Args:
+        run: A run whose rows are those of `attempts`.
+        backend: Its server; None reads its offline files.
+    """
+    rows = list(read_rows(run.metrics_file))
+    assert rows == [attempts.row_at(10 * number) for number in range(1, len(rows) + 1)]
+    if backend is None:
+        assert without_picture(attempts.offline_rows(run)) == rows
+        return
+    found = on_server(run, backend)
+    assert without_picture(found.rows) == rows
+    assert [row["_step"] for row in found.received] == [row["step"] for row in rows]
+
+
+def without_picture(rows: list[attempts.Row]) -> list[attempts.Row]:
+    """The rows as training recorded them; the last row of a finished run holds its picture too."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith("samples")} for row in rows
+    ]
+
+
+def has_picture(row: attempts.Row) -> bool:
+    """Whether a row holds the run's picture."""
+    return any(key.startswith("samples") for key in row)
+
+
+def wait_until_open(run: Run, backend: Backend | None) -> None:
+    """Wait until the session has begun where it goes."""
+    deadline = time.monotonic() + 30
+    while not (session_files(run.folder) if backend is None else backend.runs()):
+        assert time.monotonic() < deadline, "no session began"
+        time.sleep(0.05)
+    time.sleep(0.5)
+
+
+def run_to_the_end(run: Run, last_step: int) -> str:
+    """One attempt that finishes. Returns what it said."""
+    code, said = attempts.finish(attempts.start(run, last_step))
+    assert code == 0, said
+    return said

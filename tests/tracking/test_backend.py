@@ -1,0 +1,101 @@
+"""The local backend does to the real client what the hosted server would."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.tracking.backend import Backend
+
+INIT = """
+import wandb
+run = wandb.init(project="p", id="a-run", name="a name", group="g", config={"lr": 0.5},
+    tags=["mine"], notes="seen", resume="allow",
+    settings=wandb.Settings(console="off", silent=True, init_timeout=8))
+run.define_metric("loss", summary="min")
+"""
+
+
+def client(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", INIT + code], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_run_arrives_whole(backend: Backend) -> None:
+    done = client("for step in 1, 2: run.log({'loss': 1 / step}, step=step, commit=True)\n")
+    assert done.returncode == 0, done.stderr
+    run = backend.run("a-run")
+    assert (run.project, run.group, run.name, run.state) == ("p", "g", "a name", "finished")
+    assert (run.tags, run.notes, run.config) == (["mine"], "seen", {"lr": 0.5})
+    assert run.rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    assert run.summary == {"loss": {"min": 0.5}}
+    assert "requirements.txt" in run.files
+
+
+def test_states_follow_from_the_exit_code(backend: Backend) -> None:
+    client("run.finish(exit_code=3)")
+    run = backend.run("a-run")
+    assert (run.state, run.exit_code) == ("failed", 3)
+    client("run.mark_preempting(); run.finish(exit_code=75)")
+    run = backend.run("a-run")
+    assert (run.state, run.exit_code) == ("preempted", 75)
+    client("import os, signal, time; time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)")
+    assert backend.run("a-run").state == "running"
+    assert backend.run("a-run").sessions == 3
+
+
+def test_a_resumed_session_learns_of_the_last_step(backend: Backend) -> None:
+    client("run.log({'loss': 1}, step=7, commit=True)")
+    backend.edit("a-run", tags=["theirs"], notes="by hand")
+    done = client("print(run.starting_step, run.resumed, run.tags, run.notes)")
+    assert done.stdout.split("\n")[0] == "8 True ('mine',) seen"
+
+
+def test_a_row_at_a_step_that_is_there_is_dropped(backend: Backend) -> None:
+    client("run.log({'loss': 1}, step=7, commit=True)")
+    stored = backend._runs["a-run"]
+    stored.add_history(1, ['{"_step": 7, "loss": 2}', '{"_step": 8, "loss": 3}'])
+    stored.add_history(2, ['{"_step": 8, "loss": 3}'])
+    run = backend.run("a-run")
+    assert [row["_step"] for row in run.received] == [7, 7, 8]
+    assert [row["loss"] for row in run.history] == [1, 3]
+    assert run.dropped == [{"_step": 7, "loss": 2}]
+
+
+def test_what_came_while_it_was_down_arrives_later(backend: Backend) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", INIT + "input()\nrun.log({'loss': 1}, step=1)\nrun.finish()"],
+        stdin=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while not backend.runs() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    backend.go_down()
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    time.sleep(1)
+    backend.come_back()
+    assert process.wait(timeout=60) == 0
+    process.stdin.close()
+    assert len(backend.run("a-run").history) == 1
+
+
+@pytest.mark.parametrize("fault", ["key", "down", "error"])
+def test_a_client_that_gets_no_answer_raises(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    if fault == "key":
+        monkeypatch.setenv("WANDB_API_KEY", "local-" + "f" * 40)
+    elif fault == "down":
+        backend.go_down()
+    else:
+        backend.fail_with = 500
+    done = client("")
+    assert done.returncode != 0, done.stderr
+    assert backend.runs() == []
+    assert os.environ["WANDB_BASE_URL"] == backend.url

@@ -1,0 +1,136 @@
+"""What W&B says of attempts that could not say it themselves, after `close_session`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
+from flowjobs.tracking.closing import close_session, pending_outcome
+from flowjobs.tracking.offline_files import session_files
+from tests.tracking import attempts
+from tests.tracking.backend import Backend
+from tests.tracking.conftest import MakeRun
+from tests.tracking.history import assert_history_is_exact, on_server, run_to_the_end
+from tests.tracking.leet import Inspected, inspect
+
+OUT_OF_MEMORY = Outcome("failed", 137, "out of memory: 61.2 of 60 GiB on n3, attempt 1, step 400")
+CANCELLED = Outcome("cancelled", 130, "cancelled by its user")
+
+
+def attempt_that_is_killed(run: Run) -> None:
+    process = attempts.start(run, 5000, pace_s=0.02)
+    everybody = [*attempts.mirror_and_core(process.pid), process.pid]
+    attempts.wait_for_rows(run, 45)
+    attempts.kill(*everybody)
+    attempts.finish(process)
+
+
+def attempt_that_never_reached_wandb(run: Run) -> None:
+    status = RunStatus("running")
+    job = JobInfo("slurm", "12", "/logs/12.out", "n3", 1)
+    status.attempts.append(AttemptRecord(1, job, started=now()))
+    status.write(run.status_file)
+
+
+def state_of(run: Run, backend: Backend | None) -> tuple[str, int | None, list[str], str]:
+    """State, exit code, tags and notes: on the server, or in the newest offline file."""
+    if backend is not None:
+        found = on_server(run, backend)
+        return found.state, found.exit_code, found.tags, found.notes
+    read: Inspected = inspect(session_files(run.folder)[-1])
+    return read.state, read.exit_code, read.tags, read.notes
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_death_without_a_word_is_failed_with_its_reason(tracked_run: MakeRun, mode: str) -> None:
+    run, backend = tracked_run(mode)
+    attempt_that_is_killed(run)
+    assert close_session(run, OUT_OF_MEMORY)
+    state, exit_code, tags, notes = state_of(run, backend)
+    assert (state, exit_code, tags) == ("failed", 137, ["flowjobs", "failed"])
+    assert notes.startswith(f"flowjobs: failed: {OUT_OF_MEMORY.reason}\n> attempt 1, ")
+    assert f"> log: {run.logs}" in notes
+    assert_history_is_exact(run, backend)
+
+    assert not close_session(run, OUT_OF_MEMORY)
+    run_to_the_end(run, 1000)
+    state, exit_code, tags, notes = state_of(run, backend)
+    assert (state, exit_code, tags) == ("finished", 0, ["flowjobs"])
+    assert notes.startswith("flowjobs: finished\n")
+    assert_history_is_exact(run, backend)
+    assert not close_session(run, OUT_OF_MEMORY)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_crash_before_wandb_started_is_there_with_its_identity(
+    tracked_run: MakeRun, mode: str
+) -> None:
+    run, backend = tracked_run(mode)
+    attempt_that_never_reached_wandb(run)
+    assert close_session(run, Outcome("failed", 1, "ImportError: no module named torch"))
+    state, exit_code, tags, notes = state_of(run, backend)
+    assert (state, exit_code, tags) == ("failed", 1, ["flowjobs", "failed"])
+    assert "> attempt 1, slurm job 12 on n3, step 0\n> log: /logs/12.out" in notes
+    if backend is None:
+        config = inspect(session_files(run.folder)[-1]).config
+    else:
+        config = on_server(run, backend).config
+    assert config["lr"] == 1e-3
+    assert config["attempts"] == [{"attempt": 1, "cluster": "slurm", "job_id": "12", "host": "n3"}]
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_run_that_is_cancelled_while_it_waits_is_not_failed(
+    tracked_run: MakeRun, mode: str
+) -> None:
+    run, backend = tracked_run(mode)
+    process = attempts.start(run, 5000, pace_s=0.02)
+    attempts.wait_for_rows(run, 45)
+    process.terminate()
+    assert attempts.finish(process)[0] == 75
+    assert state_of(run, backend)[0] == "preempted"
+    assert not close_session(run, Outcome("preempted", 75, "preempted"))
+
+    assert close_session(run, CANCELLED)
+    state, exit_code, tags, notes = state_of(run, backend)
+    assert (state, exit_code, tags) == ("preempted", 130, ["flowjobs", "cancelled"])
+    assert notes.startswith("flowjobs: cancelled: cancelled by its user")
+    assert_history_is_exact(run, backend)
+
+
+def test_an_offline_file_that_is_only_a_header_does_not_hinder(tracked_run: MakeRun) -> None:
+    run, _ = tracked_run("offline")
+    attempt_that_is_killed(run)
+    (file,) = session_files(run.folder)
+    file.write_bytes(file.read_bytes()[:7])
+    assert close_session(run, OUT_OF_MEMORY)
+    assert state_of(run, None)[0] == "failed"
+    assert_history_is_exact(run, None)
+
+
+def test_an_outcome_that_cannot_be_told_is_kept(tracked_run: MakeRun, backend: Backend) -> None:
+    run, _ = tracked_run("online")
+    attempt_that_is_killed(run)
+    backend.go_down()
+    assert close_session(run, OUT_OF_MEMORY)
+    assert pending_outcome(run) == OUT_OF_MEMORY
+    backend.come_back()
+    assert close_session(run, OUT_OF_MEMORY)
+    assert pending_outcome(run) is None
+    assert on_server(run, backend).state == "failed"
+
+
+def test_a_run_without_tracking_has_nothing_to_close(tracked_run: MakeRun) -> None:
+    run, _ = tracked_run("disabled")
+    attempt_that_never_reached_wandb(run)
+    assert not close_session(run, OUT_OF_MEMORY)
+    assert not run.tracking_file.exists()
+
+
+def test_closing_loads_neither_torch_nor_wandb(tmp_path: Path) -> None:
+    code = "import sys, flowjobs.tracking.closing\nprint({'torch', 'wandb'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

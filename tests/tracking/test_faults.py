@@ -1,0 +1,177 @@
+"""Whatever happens to W&B: training ends well and in time, and the rows arrive when they can."""
+
+import os
+import resource
+import time
+
+import pytest
+
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.tracking.closing import close_session, pending_outcome
+from tests.tracking import attempts
+from tests.tracking.backend import Backend
+from tests.tracking.conftest import MakeRun
+from tests.tracking.history import (
+    assert_history_is_exact,
+    on_server,
+    run_to_the_end,
+    without_picture,
+)
+
+FAULTS = ["down", "error", "key", "hang"]
+
+
+def break_server(backend: Backend, fault: str) -> None:
+    match fault:
+        case "down":
+            backend.go_down()
+        case "error":
+            backend.fail_with = 500
+        case "key":
+            backend.fail_with = 401
+        case "hang":
+            backend.delay_s = 3600
+
+
+def mend_server(backend: Backend, fault: str) -> None:
+    backend.fail_with, backend.delay_s = None, 0
+    if fault in ("down", "hang"):
+        backend.go_down()  # lets go of the requests that hang
+        backend.come_back()
+
+
+def tell_what_is_pending(run: Run) -> None:
+    outcome = pending_outcome(run)
+    assert outcome is not None
+    assert close_session(run, outcome)
+    assert pending_outcome(run) is None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_fails_from_the_start_costs_nothing_but_the_wait_at_the_end(
+    tracked_run: MakeRun, backend: Backend, fault: str
+) -> None:
+    run, _ = tracked_run("online")
+    break_server(backend, fault)
+    process = attempts.start(run, 500, pace_s=0.02)
+    began = time.monotonic()
+    attempts.wait_for_rows(run, 1)
+    first_row_s = time.monotonic() - began
+    code, said = attempts.finish(process)
+    assert code == 0, said
+    assert first_row_s < 3, "the start waited"
+    assert said.count("W&B does not go on") <= 1
+    assert "`flowjobs sync` tells it" in said
+    assert len(list(read_rows(run.metrics_file))) == 50
+
+    mend_server(backend, fault)
+    tell_what_is_pending(run)
+    assert_history_is_exact(run, backend)
+    assert on_server(run, backend).state == "finished"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_fails_in_the_middle_gets_everything_when_it_is_back(
+    tracked_run: MakeRun, backend: Backend, fault: str
+) -> None:
+    run, _ = tracked_run("online")
+    process = attempts.start(run, 2000, pace_s=0.02)
+    attempts.mirror_and_core(process.pid)
+    attempts.wait_for_rows(run, 40)
+    break_server(backend, fault)
+    attempts.wait_for_rows(run, 80)
+    mend_server(backend, fault)
+    code, said = attempts.finish(process)
+    assert code == 0, said
+    if pending_outcome(run):
+        tell_what_is_pending(run)
+    assert_history_is_exact(run, backend)
+    assert on_server(run, backend).state == "finished"
+
+
+def test_a_preempted_attempt_does_not_wait_for_a_server_that_went_away(
+    tracked_run: MakeRun, backend: Backend
+) -> None:
+    run, _ = tracked_run("online")
+    process = attempts.start(run, 5000, pace_s=0.02)
+    attempts.mirror_and_core(process.pid)
+    attempts.wait_for_rows(run, 60)
+    backend.go_down()
+    process.terminate()
+    began = time.monotonic()
+    code, said = attempts.finish(process)
+    assert code == 75, said
+    assert time.monotonic() - began < 7
+    backend.come_back()
+    run_to_the_end(run, 1500)
+    assert_history_is_exact(run, backend)
+
+
+def test_a_service_of_another_process_is_not_joined(
+    tracked_run: MakeRun, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", "3-12345-unix-/tmp/no-such-socket")
+    monkeypatch.setenv("WANDB_RUN_ID", "another-run")
+    run, _ = tracked_run("online")
+    run_to_the_end(run, 500)
+    assert backend.runs() == [run.tracking_id()]
+    assert_history_is_exact(run, backend)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_mirror_that_is_killed_costs_no_row(tracked_run: MakeRun, mode: str) -> None:
+    run, backend = tracked_run(mode)
+    process = attempts.start(run, 1000, pace_s=0.02)
+    mirror, core = attempts.mirror_and_core(process.pid)
+    attempts.wait_for_rows(run, 40)
+    attempts.kill(mirror, core)
+    code, said = attempts.finish(process)
+    assert code == 0, said
+    assert pending_outcome(run) is None
+    assert_history_is_exact(run, backend)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_two_attempts_alive_at_once_give_each_step_once(tracked_run: MakeRun, mode: str) -> None:
+    run, backend = tracked_run(mode)
+    first = attempts.start(run, 1000, pace_s=0.02)
+    attempts.mirror_and_core(first.pid)
+    attempts.wait_for_rows(run, 50)
+    # As when only slurmd has died: nothing keeps the second one from starting.
+    (run.folder / ".lock").unlink()
+    second = attempts.start(run, 1500, pace_s=0.02)
+    assert attempts.finish(second)[0] == 0
+    attempts.finish(first)
+    expected = [attempts.row_at(10 * number) for number in range(1, 151)]
+    if backend is None:
+        assert without_picture(attempts.offline_rows(run)) == expected
+        return
+    found = on_server(run, backend)
+    assert without_picture(found.rows) == expected
+    assert [row["_step"] for row in found.received] == [row["step"] for row in expected]
+    assert found.state == "finished"
+
+
+def test_a_full_disk_costs_no_row(tracked_run: MakeRun) -> None:
+    run, _ = tracked_run("offline")
+    process = attempts.start(run, 1000, pace_s=0.02)
+    _, core = attempts.mirror_and_core(process.pid)
+    # What a full disk does to wandb's file, and to that alone.
+    resource.prlimit(core, resource.RLIMIT_FSIZE, (3000, 3000))
+    code, said = attempts.finish(process)
+    assert code == 0, said
+    tell_what_is_pending(run)
+    assert_history_is_exact(run, None)
+
+
+def test_without_an_account_nothing_asks_for_one(
+    tracked_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = tracked_run("online")
+    monkeypatch.delenv("WANDB_API_KEY")
+    began = time.monotonic()
+    said = run_to_the_end(run, 1000)
+    assert time.monotonic() - began < 10
+    assert "wandb.ai/authorize" not in said
+    assert not os.path.exists(os.path.expanduser("~/.netrc"))

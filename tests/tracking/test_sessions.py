@@ -1,0 +1,144 @@
+"""One W&B run over several attempts: each step once, as in `metrics.jsonl`, and what a person said.
+
+The real client, against a server on this machine and offline.
+"""
+
+import random
+import signal
+import time
+
+import pytest
+
+from flowjobs.runs.run import Run
+from tests.tracking import attempts
+from tests.tracking.backend import Backend
+from tests.tracking.conftest import MakeRun
+from tests.tracking.history import (
+    assert_history_is_exact,
+    has_picture,
+    on_server,
+    run_to_the_end,
+    wait_until_open,
+)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_one_run_over_three_attempts_has_every_step_once(tracked_run: MakeRun, mode: str) -> None:
+    run, backend = tracked_run(mode)
+    first = attempts.start(run, 1000, pace_s=0.02)
+    attempts.wait_for_rows(run, 30)
+    first.terminate()
+    assert attempts.finish(first)[0] == 75
+
+    second = attempts.start(run, 1000, pace_s=0.02)
+    attempts.wait_for_rows(run, 60)
+    attempts.kill(*attempts.mirror_and_core(second.pid), second.pid)
+    attempts.finish(second)
+
+    run_to_the_end(run, 1000)
+    assert_history_is_exact(run, backend)
+    if backend is not None:
+        found = on_server(run, backend)
+        assert (found.state, found.exit_code) == ("finished", 0)
+        assert found.summary["train/loss"] == {"min": attempts.row_at(1000)["train/loss"]}
+        assert found.summary["final_epoch"] == 1
+        assert len(found.config["attempts"]) == 3
+
+
+def killed_many_times(run: Run, backend: Backend | None, kills: int) -> None:
+    chance = random.Random(4)
+    last_step = 200 * kills
+    for _ in range(kills):
+        process = attempts.start(run, last_step, pace_s=0.005)
+        time.sleep(chance.uniform(0.3, 1.6))
+        mirror = attempts.children(process.pid)
+        core = [pid for parent in mirror for pid in attempts.children(parent)]
+        # The whole job, as Slurm does it; python alone; all but python.
+        victims = chance.choice([[*core, *mirror, process.pid], [process.pid], [*core, *mirror]])
+        attempts.kill(*victims)
+        if process.pid not in victims:
+            time.sleep(chance.uniform(0, 0.3))
+            attempts.kill(process.pid)
+        attempts.finish(process)
+    run_to_the_end(run, last_step)
+    assert_history_is_exact(run, backend)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_six_kills_lose_and_double_nothing(tracked_run: MakeRun, mode: str) -> None:
+    killed_many_times(*tracked_run(mode), kills=6)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_fifty_kills_lose_and_double_nothing(tracked_run: MakeRun, mode: str) -> None:
+    killed_many_times(*tracked_run(mode), kills=50)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_signal_to_all_processes_of_the_job_ends_it_preempted(
+    tracked_run: MakeRun, mode: str
+) -> None:
+    run, backend = tracked_run(mode)
+    process = attempts.start(run, 10_000, pace_s=0.02)
+    everybody = [*attempts.mirror_and_core(process.pid), process.pid]
+    wait_until_open(run, backend)
+    attempts.kill(*everybody, with_signal=signal.SIGUSR2)
+    attempts.kill(*everybody, with_signal=signal.SIGTERM)
+    code, said = attempts.finish(process)
+    assert code == 75, said
+    assert_history_is_exact(run, backend)
+    if backend is not None:
+        assert on_server(run, backend).state == "preempted"
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wandb_dying_alone_costs_no_row(tracked_run: MakeRun, mode: str) -> None:
+    run, backend = tracked_run(mode)
+    process = attempts.start(run, 3000, pace_s=0.02)
+    _, core = attempts.mirror_and_core(process.pid)
+    attempts.wait_for_rows(run, 40)
+    attempts.kill(core)
+    code, said = attempts.finish(process)
+    assert code == 0, said
+    assert_history_is_exact(run, backend)
+    assert said.count("W&B does not go on") == 1
+    assert "W&B answers again" in said
+
+
+def test_what_a_person_wrote_stays_and_recovery_clears_the_failure(
+    tracked_run: MakeRun, backend: Backend
+) -> None:
+    run, _ = tracked_run("online")
+    (run.folder / "step").mkdir()
+    assert attempts.finish(attempts.start(run, 100))[0] == 1
+    found = on_server(run, backend)
+    assert (found.state, found.exit_code) == ("failed", 1)
+    backend.edit(found.id, tags=[*found.tags, "mine"], notes=f"{found.notes}\n\nlook at this")
+
+    (run.folder / "step").rmdir()
+    run_to_the_end(run, 100)
+    found = on_server(run, backend)
+    assert found.state == "finished"
+    assert found.tags == ["mine", "flowjobs"]
+    assert found.notes.startswith("flowjobs: finished\n> attempt 2")
+    assert found.notes.endswith("\n\nlook at this")
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_the_picture_is_in_the_last_row_and_nowhere_else(tracked_run: MakeRun, mode: str) -> None:
+    run, backend = tracked_run(mode)
+    process = attempts.start(run, 500, pace_s=0.02)
+    attempts.wait_for_rows(run, 20)
+    process.terminate()
+    attempts.finish(process)
+    run_to_the_end(run, 500)
+    # Its process died before it could note that the run is finished, so another one does it all.
+    run_to_the_end(run, 500)
+    assert_history_is_exact(run, backend)
+    rows = attempts.offline_rows(run) if backend is None else on_server(run, backend).rows
+    assert [row["step"] for row in rows if has_picture(row)] == [500]
+    if backend is not None:
+        pictures = [name for name in on_server(run, backend).files if "media/images" in name]
+        assert len(pictures) == 1

@@ -1,0 +1,517 @@
+"""`flowjobs sync`: the real client, a local server, and runs that ended in every way."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import RunInterrupted, TrackingError
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
+from flowjobs.tracking.offline_files import is_closed, session_files
+from flowjobs.tracking.server import Server
+from flowjobs.tracking.sync import sync_run
+from tests.conftest import Command
+from tests.tracking.backend import KEY, Backend, RunOnServer
+from tests.tracking.driver import drive, row_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(study: Path) -> Run:
+    """A run that is tracked offline, not started yet."""
+    return new_run(study, "tracked")
+
+
+def new_run(study: Path, name: str) -> Run:
+    run = Run(study, name)
+    run.create(
+        RunConfig(TrainingConfig(group="flows"), tracking=TrackingConfig(wandb_mode="offline"))
+    )
+    return run
+
+
+def attempt(run: Run, steps: int, end: str = "finish") -> None:
+    """One attempt in this process."""
+    with contextlib.suppress(RunInterrupted, ValueError):
+        drive(run, steps, end)
+
+
+def start_attempt(run: Run, steps: int) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tests.tracking.driver", str(run.folder), str(steps)]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def rows_written(run: Run) -> int:
+    return sum(1 for _ in read_rows(run.metrics_file))
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 30) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.005)
+
+
+def kill(process: "subprocess.Popen[Any]") -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def killed_attempt(run: Run, steps: int, rows: int) -> None:
+    """An attempt that is killed when it has written so many rows more."""
+    before = rows_written(run)
+    process = start_attempt(run, steps)
+    wait_for(lambda: rows_written(run) >= before + rows)
+    kill(process)
+
+
+def sync(run: Run, backend: Backend, *, stall_s: float = 60) -> RunOnServer:
+    sync_run(run, Server(backend.url, KEY), lambda rows, total: None, stall_s=stall_s)
+    return backend.run(run.tracking_id())
+
+
+def assert_equal_histories(run: Run, there: RunOnServer) -> None:
+    """Every row of the record is on the server, once, and none came twice."""
+    assert there.rows == list(read_rows(run.metrics_file))
+    assert len({row["_step"] for row in there.history}) == len(there.history)
+    assert there.dropped == []
+
+
+def test_a_finished_run_is_on_the_server_as_if_it_had_been_online(
+    run: Run, backend: Backend
+) -> None:
+    attempt(run, 100)
+    there = sync(run, backend)
+    assert_equal_histories(run, there)
+    assert [row["step"] for row in there.rows] == list(range(1, 101))
+    assert (there.state, there.exit_code) == ("finished", 0)
+    assert (there.group, there.name) == ("flows", "tracked")
+    assert there.config["lr"] == run.config().training.lr
+    assert there.summary["final_step"] == 100
+    assert there.summary["val/loss"]["min"] == 1 / 100
+    assert there.summary["train/loss"]["min"] == 0
+    assert "wandb-metadata.json" in there.files
+    timestamps = [row["_timestamp"] for row in there.history]
+    assert timestamps == sorted(timestamps)
+    assert time.time() - 600 < timestamps[0] < time.time()
+
+
+def test_a_second_sync_sends_nothing(run: Run, backend: Backend) -> None:
+    attempt(run, 50)
+    sync(run, backend)
+    backend.requests.clear()
+    sync(run, backend)
+    assert backend.requests == []
+
+
+def test_a_sync_elsewhere_that_finds_all_there_sends_nothing(run: Run, backend: Backend) -> None:
+    attempt(run, 50)
+    sync(run, backend)
+    (run.folder / "wandb" / "synced.json").unlink()
+    backend.requests.clear()
+    sync(run, backend)
+    assert backend.requests == ["FlowjobsRun"]
+
+
+def test_a_preempted_run_shows_as_preempted_and_goes_on(run: Run, backend: Backend) -> None:
+    attempt(run, 70, "preempt")
+    there = sync(run, backend)
+    assert (there.state, "failed" in there.tags) == ("preempted", False)
+    assert len(there.rows) == 70
+    attempt(run, 150)
+    there = sync(run, backend)
+    assert there.state == "finished"
+    assert_equal_histories(run, there)
+    assert there.summary["train/loss"]["min"] == 0
+    assert there.summary["val/loss"]["min"] == 1 / 150
+    for key in ("_timestamp", "_runtime"):
+        values = [row[key] for row in there.history]
+        assert values == sorted(values)
+
+
+def test_the_picture_of_a_finished_run_is_uploaded(run: Run, backend: Backend) -> None:
+    Image.new("RGB", (4, 4)).save(run.samples_picture)
+    attempt(run, 30)
+    there = sync(run, backend)
+    (shown,) = [row.pop("samples") for row in there.rows if "samples" in row]
+    assert there.history[-1]["samples"] == shown
+    assert there.files[shown["path"]] == run.samples_picture.read_bytes()
+    assert there.summary["samples"] == shown
+
+
+def test_system_metrics_come_once(run: Run, backend: Backend) -> None:
+    for steps in (30, 60, 90):
+        attempt(run, steps, "preempt")
+        there = sync(run, backend)
+    events = [json.loads(line)["_timestamp"] for line in backend._runs[there.id].events]
+    assert len(events) == 3  # each session measures once at its start
+    assert events == sorted(set(events))
+
+
+def test_a_failed_run_shows_why_and_its_recovery_clears_it(run: Run, backend: Backend) -> None:
+    attempt(run, 70, "raise")
+    there = sync(run, backend)
+    assert (there.state, there.exit_code, "failed" in there.tags) == ("failed", 1, True)
+    assert "ValueError: the bug" in there.notes
+    attempt(run, 90)
+    there = sync(run, backend)
+    assert (there.state, "failed" in there.tags) == ("finished", False)
+    assert "the bug" not in there.notes
+    assert_equal_histories(run, there)
+
+
+def test_what_a_person_wrote_in_the_page_stays(run: Run, backend: Backend) -> None:
+    attempt(run, 30, "preempt")
+    there = sync(run, backend)
+    backend.edit(there.id, tags=[*there.tags, "keep"], notes="look at this\n\n" + there.notes)
+    attempt(run, 60)
+    there = sync(run, backend)
+    assert "keep" in there.tags
+    assert "look at this" in there.notes
+
+
+def test_a_run_that_was_killed_waits_for_its_next_attempt(run: Run, backend: Backend) -> None:
+    killed_attempt(run, 10_000, rows=50)
+    there = sync(run, backend)
+    assert (there.state, "failed" in there.tags) == ("preempted", False)
+    assert_equal_histories(run, there)
+
+
+def test_a_run_that_trains_is_left_for_later(run: Run, backend: Backend) -> None:
+    process = start_attempt(run, 100_000)
+    try:
+        wait_for(lambda: rows_written(run) > 20)
+        done = sync_run(run, Server(backend.url, KEY), lambda rows, total: None)
+        assert done.state == "trains"
+        assert f"process {process.pid}" in done.note
+        assert backend.runs() == []
+        assert not list(run.folder.glob("wandb/**/*.synced"))
+    finally:
+        kill(process)
+    assert_equal_histories(run, sync(run, backend))
+
+
+def spoil_header_only(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:7])
+
+
+def spoil_truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def spoil_torn_last_record(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def spoil_flipped_bit(path: Path) -> None:
+    log = bytearray(path.read_bytes())
+    log[len(log) // 2] ^= 4
+    path.write_bytes(log)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "another"),
+    [
+        (spoil_header_only, False),
+        (spoil_header_only, True),
+        (spoil_truncated, False),
+        (spoil_torn_last_record, False),
+        (spoil_flipped_bit, True),
+    ],
+)
+def test_a_damaged_file_costs_no_row(
+    run: Run, backend: Backend, spoil: Callable[[Path], None], another: bool
+) -> None:
+    attempt(run, 150, "preempt")
+    if another:
+        time.sleep(1)  # a session's folder is named by the second
+        attempt(run, 200)
+    damaged = session_files(run.folder)[0]
+    spoil(damaged)
+    before = damaged.read_bytes()
+    there = sync(run, backend)
+    assert_equal_histories(run, there)
+    assert there.config["lr"] == run.config().training.lr
+    assert (there.group, there.name) == ("flows", "tracked")
+    assert damaged.read_bytes() == before
+
+
+def test_two_sessions_at_once_give_each_step_once(run: Run, backend: Backend) -> None:
+    first = start_attempt(run, 100_000)
+    wait_for(lambda: rows_written(run) > 60)
+    os.kill(first.pid, signal.SIGSTOP)
+    # Its node is thought to be dead, so another attempt is let in.
+    (run.folder / ".lock").unlink()
+    try:
+        attempt(run, 300)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+        time.sleep(0.2)
+        kill(first)
+    there = sync(run, backend)
+    assert len({row["_step"] for row in there.history}) == len(there.history)
+    assert [row for row in there.rows if row["step"] <= 300] == [row_of(s) for s in range(1, 301)]
+
+
+def kill_often(run: Run, backend: Backend, kills: int, synced_between: bool) -> RunOnServer:
+    chance = random.Random(kills)
+    for _ in range(kills):
+        killed_attempt(run, 10**6, rows=chance.randrange(1, 400))
+        if synced_between and chance.random() < 0.4:
+            sync(run, backend)
+    attempt(run, rows_written(run) + 30)
+    assert len(session_files(run.folder)) > kills / 3  # the others died before W&B had started
+    return sync(run, backend)
+
+
+@pytest.mark.parametrize("synced_between", [False, True])
+def test_after_six_kills_the_server_has_every_step_once(
+    run: Run, backend: Backend, synced_between: bool
+) -> None:
+    there = kill_often(run, backend, 6, synced_between)
+    assert there.state == "finished"
+    assert_equal_histories(run, there)
+    assert there.rows == [row_of(step) for step in range(1, len(there.rows) + 1)]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_after_fifty_kills_the_server_has_every_step_once(run: Run, backend: Backend) -> None:
+    there = kill_often(run, backend, 50, synced_between=False)
+    assert_equal_histories(run, there)
+    assert there.rows == [row_of(step) for step in range(1, len(there.rows) + 1)]
+
+
+def start_sync(study: Path, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "flowjobs", "sync", "--study", str(study), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def slow(backend: Backend, delay_s: float) -> Iterator[None]:
+    backend.delay_s = delay_s
+    yield
+    backend.delay_s = 0
+
+
+def test_a_sync_killed_at_any_time_and_repeated_gives_each_step_once(
+    study: Path, run: Run, backend: Backend
+) -> None:
+    other = new_run(study, "other")
+    attempt(run, 300)
+    attempt(other, 100)
+    chance = random.Random(0)
+    with slow(backend, 0.3):
+        for _ in range(6):
+            with start_sync(study) as process:
+                time.sleep(chance.uniform(0.8, 4))
+                kill(process)
+    with start_sync(study) as process:
+        assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
+    for each in (run, other):
+        there = backend.run(each.tracking_id())
+        assert there.state == "finished"
+        assert_equal_histories(each, there)
+
+
+def test_an_upload_does_not_outlive_the_sync_that_is_killed(
+    study: Path, run: Run, backend: Backend
+) -> None:
+    attempt(run, 100)
+    with slow(backend, 0.5), start_sync(study) as process:
+        wait_for(lambda: "RunResumeStatus" in backend.requests)
+        kill(process)
+        time.sleep(1.0)
+        backend.requests.clear()
+        time.sleep(1.5)
+        assert backend.requests == []
+
+
+def test_ctrl_c_ends_a_watch_in_peace(study: Path, run: Run, backend: Backend) -> None:
+    attempt(run, 40, "preempt")
+    with start_sync(study, "--watch", "--every-s", "0.2") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "tracked: 40 rows uploaded, verified\n"
+        backend.go_down()
+        attempt(run, 80, "preempt")
+        assert "cannot reach" in process.stderr.readline()
+        time.sleep(1)
+        backend.come_back()
+        assert process.stdout.readline() == "tracked: 40 rows uploaded, verified\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 0
+    assert_equal_histories(run, backend.run(run.tracking_id()))
+
+
+def test_a_server_that_fails_for_a_while_costs_no_row(
+    study: Path, run: Run, backend: Backend
+) -> None:
+    attempt(run, 100)
+    backend.fail_with = 503
+    with start_sync(study) as process:
+        time.sleep(3)
+        backend.fail_with = None
+        wait_for(lambda: "RunResumeStatus" in backend.requests)
+        backend.fail_with = 500
+        time.sleep(4)
+        backend.fail_with = None
+        assert process.communicate(timeout=100)[1] == ""
+    assert process.returncode == 0
+    assert_equal_histories(run, backend.run(run.tracking_id()))
+
+
+def test_an_upload_that_gets_nowhere_is_given_up_and_goes_on_later(
+    run: Run, backend: Backend
+) -> None:
+    attempt(run, 100)
+    answer = backend._file_stream
+    backend._file_stream = lambda run_id, sent: (500, {})  # type: ignore[method-assign]
+    with pytest.raises(TrackingError, match="took 0 rows and then none"):
+        sync(run, backend, stall_s=3)
+    backend._file_stream = answer  # type: ignore[method-assign]
+    assert not list(run.folder.glob("wandb/**/*.synced"))
+    assert_equal_histories(run, sync(run, backend))
+
+
+def test_an_upload_that_did_not_arrive_is_noticed(
+    run: Run, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(run, 30)
+    monkeypatch.setattr("flowjobs.tracking.sync.COUNTED_WITHIN_S", 1)
+    answer = backend._file_stream
+    # What the server says then is no error to `wandb sync`.
+    backend._file_stream = lambda run_id, sent: (200, {})  # type: ignore[method-assign]
+    with pytest.raises(TrackingError, match="has 0 rows to step -1, state running; expected 30"):
+        sync(run, backend)
+    backend._file_stream = answer  # type: ignore[method-assign]
+    assert_equal_histories(run, sync(run, backend))
+
+
+def test_one_run_that_fails_does_not_keep_the_rest(
+    study: Path, run: Run, backend: Backend, flowjobs: Command
+) -> None:
+    broken = new_run(study, "broken")
+    broken.config_file.write_text("{")
+    attempt(run, 30)
+    done = flowjobs("sync")
+    assert done.returncode == 1
+    assert "error: broken: " in done.stderr
+    assert "is not JSON" in done.stderr
+    assert done.stdout == "tracked: 30 rows uploaded, verified\n"
+
+
+def test_a_wrong_key_and_no_key_say_what_to_do(
+    run: Run, backend: Backend, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(run, 30)
+    monkeypatch.setenv("WANDB_API_KEY", KEY[:-1] + "f")
+    done = flowjobs("sync")
+    assert done.returncode == 2
+    assert f"{backend.url} refuses the login here (401): run `wandb login" in done.stderr
+    monkeypatch.delenv("WANDB_API_KEY")
+    done = flowjobs("sync")
+    assert done.returncode == 2
+    assert f"no login for {backend.url}: run `wandb login` once" in done.stderr
+    assert backend.runs() == []
+
+
+def test_a_server_that_is_down_is_an_error_at_once(
+    run: Run, backend: Backend, flowjobs: Command
+) -> None:
+    attempt(run, 30)
+    backend.go_down()
+    started = time.monotonic()
+    done = flowjobs("sync")
+    assert time.monotonic() - started < 15
+    assert done.returncode == 1
+    assert f"cannot reach {backend.url}" in done.stderr
+
+
+def test_a_run_that_is_not_tracked_is_not_uploaded(
+    study: Path, backend: Backend, flowjobs: Command
+) -> None:
+    run = Run(study, "secret")
+    run.create(RunConfig(TrainingConfig(), tracking=TrackingConfig(wandb_mode="disabled")))
+    attempt(run, 20)
+    new_run(study, "waiting")
+    done = flowjobs("sync")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "secret: not tracked\nwaiting: not tracked\n"
+    assert backend.runs() == []
+
+
+def test_an_unknown_run_is_an_error_that_lists_those_there_are(
+    run: Run, backend: Backend, flowjobs: Command
+) -> None:
+    done = flowjobs("sync", "trackd")
+    assert done.returncode == 2
+    assert "there are tracked" in done.stderr
+
+
+def test_the_shell_of_the_sync_does_not_change_what_is_uploaded(
+    run: Run, backend: Backend, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(run, 30)
+    for name, text in {
+        "WANDB_MODE": "offline",
+        "WANDB_SERVICE": "3-1-tcp-localhost-1",
+        "WANDB_PROJECT": "another",
+        "WANDB_RUN_ID": "another",
+    }.items():
+        monkeypatch.setenv(name, text)
+    done = flowjobs("sync")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_equal_histories(run, backend.run(run.tracking_id()))
+
+
+def test_the_entity_is_the_one_of_the_cluster(
+    run: Run, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_ENTITY", "the-lab")
+    attempt(run, 30)
+    monkeypatch.delenv("WANDB_ENTITY")
+    there = sync(run, backend)
+    assert there.entity == "the-lab"
+    assert_equal_histories(run, there)
+
+
+def test_a_plain_wandb_sync_afterwards_uploads_nothing_twice(run: Run, backend: Backend) -> None:
+    attempt(run, 30)
+    there = sync(run, backend)
+    assert is_closed(session_files(run.folder)[0])
+    command = [str(Path(sys.executable).with_name("wandb")), "sync", "--yes"]
+    command.append(str(run.folder / "wandb"))
+    subprocess.run(command, check=True, capture_output=True)
+    assert backend.run(there.id) == there
+
+
+def test_a_damaged_status_does_not_stop_a_sync(run: Run, backend: Backend) -> None:
+    attempt(run, 30)
+    run.status_file.write_text("{")
+    assert run.status() is None
+    assert len(sync(run, backend).rows) == 30
+    RunStatus("finished", exit_code=0).write(run.status_file)
+    assert sync(run, backend).state == "finished"
