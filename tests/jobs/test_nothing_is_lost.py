@@ -4,6 +4,7 @@ Each test disturbs a job of one small run, waits for the run's end, and holds it
 metrics against those of the same run left in peace.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -21,14 +22,18 @@ import torch
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
+from flowjobs.tracking.offline_files import session_files
 from flowjobs.training.checkpoint import read_checkpoint
+from tests.cluster.client import CommandError
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
+from tests.tracking import leet
 
 OPTIONS = (
     *("--arch", "tests.jobs.slow_model:SlowModel", "--flow", "icfm", "--epochs", "4"),
     *("--batch-size", "128", "--arch-args", "control=control"),
+    *("--wandb-mode", "offline"),
 )
 REPOSITORY = Path(__file__).parents[2]
 
@@ -82,7 +87,8 @@ class Disturbed:
         for line in self.slurm.run("squeue", "-h", "-r", "-o", "%i|%T|%r").splitlines():
             job_id, state, reason = line.split("|")
             if (state, reason) == ("PENDING", "BeginTime"):
-                self.slurm.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
+                with contextlib.suppress(CommandError):  # it has started meanwhile
+                    self.slurm.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
 
     def explain(self) -> str:
         queue = self.slurm.run("squeue", "-h", "-o", "%i %T %r %j")
@@ -117,7 +123,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
-        "WANDB_MODE": "disabled",
+        "WANDB_MODE": "disabled",  # it wins over the option
     }
     subprocess.run(command, check=True, env=environment, cwd=folder, timeout=120)
     return Run(folder / "study", "whole")
@@ -132,7 +138,6 @@ def start(
 ) -> Start:
     """Submits the run and waits until it trains."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("WANDB_MODE", "offline")
 
     def start(*options: str, step: int = 10) -> Disturbed:
         done = flowjobs("submit", *OPTIONS, "--name", "disturbed", *options)
@@ -145,8 +150,25 @@ def start(
     return start
 
 
+def assert_in_wandb(run: Run, state: str, exit_code: int, reason: str = "") -> None:
+    """W&B's offline files tell the run's end, and each row of metrics.jsonl once."""
+    files = session_files(run.folder)
+    newest = leet.inspect(files[-1])
+    assert (newest.state, newest.exit_code) == (state, exit_code)
+    assert ("failed" in newest.tags) == (state == "failed")
+    assert reason in newest.notes
+    told = {row["step"]: row for file in files for row in leet.history(file)}
+    steps = [row["step"] for file in files for row in leet.history(file)]
+    assert len(steps) == len(told), "a step is there twice"
+    rows = list(read_rows(run.metrics_file))
+    for row in rows:
+        assert {key: told[row["step"]][key] for key in row} == row
+
+
 def assert_equal_to(whole: Run, run: Run) -> None:
-    """Weights, EMA, optimizer and metrics are the same, to the last bit."""
+    """Weights, EMA, optimizer and metrics are the same, to the last bit, and W&B knows them."""
+    if run.config().tracking.wandb_mode == "offline":
+        assert_in_wandb(run, "finished", 0)
     for mine, other in ((run.last, whole.last), (run.best, whole.best)):
         found, expected = read_checkpoint(mine), read_checkpoint(other)
         for part in ("model_state_dict", "ema_shadow"):
@@ -229,6 +251,7 @@ def test_killed_by_sigkill_it_fails_and_goes_on_when_asked(
     assert job.attempts() == [("failed", "killed")]
     assert "killed (SIGKILL) on n1, attempt 1, step" in job.status().reason
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
+    assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL) on n1, attempt 1, step")
     assert flowjobs("submit", *OPTIONS, "--name", "disturbed").returncode == 0
     job.wait_for_state("finished")
     assert_equal_to(whole, job.run)
@@ -252,6 +275,7 @@ def test_a_segmentation_fault_fails(start: Start) -> None:
     assert job.attempts() == [("failed", "segmentation fault")]
     assert status.exit_code == 139
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
+    assert_in_wandb(job.run, "failed", 139, "segmentation fault on n1, attempt 1, step")
 
 
 def test_out_of_memory_is_named_with_its_figures(start: Start) -> None:
@@ -260,6 +284,8 @@ def test_out_of_memory_is_named_with_its_figures(start: Start) -> None:
     status = job.wait_for_state("failed")
     assert job.attempts() == [("failed", "out of memory")]
     assert re.match(r"out of memory: \d\.\d+ of 2 GiB on n1, attempt 1, step \d+", status.reason)
+    job.slurm.wait_state(job.job_id, "FAILED")
+    assert_in_wandb(job.run, "failed", 137, status.reason)
 
 
 def test_an_exception_fails_and_is_not_repeated(start: Start) -> None:
@@ -270,6 +296,7 @@ def test_an_exception_fails_and_is_not_repeated(start: Start) -> None:
     assert status.exit_code == 1
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
     assert len(job.attempts()) == 1
+    assert_in_wandb(job.run, "failed", 1, "told to fail")
 
 
 def test_a_file_system_error_is_retried_but_not_at_the_same_step(start: Start) -> None:
