@@ -28,6 +28,7 @@ from flowjobs.runs.status import (
     RunStatus,
     now,
 )
+from flowjobs.tracking.closing import close_session, pending_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def reconcile(runs: Iterable[Run]) -> list[Closed]:
     Raises:
         SubmissionError: Slurm does not answer; nothing was changed.
     """
+    runs = list(runs)
     suspects = [run for run in runs if _awaits_an_end(run)]
     in_slurm = any(_newest_job(run)[1] == "slurm" for run in suspects)
     queue = slurm.queue() if in_slurm else {}
@@ -63,6 +65,10 @@ def reconcile(runs: Iterable[Run]) -> list[Closed]:
             continue
         if outcome:
             closed.append(Closed(run, outcome))
+    for run in runs:
+        # Told in vain before: the server was away, or the process had no time left.
+        if lock_holder(run.folder) is None and (outcome := pending_outcome(run)):
+            close_session(run, outcome)
     return closed
 
 
@@ -179,3 +185,5 @@ def _node_to_avoid(job: JobInfo, outcome: Outcome) -> str | None:
 def _write(run: Run, status: RunStatus, outcome: Outcome) -> None:
     status.close(outcome)
     status.write(run.status_file)
+    # W&B last: what is on disk decides, and a server may not answer.
+    close_session(run, outcome)

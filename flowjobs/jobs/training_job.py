@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowjobs.errors import RunInterrupted, RunTakenOverError, SubmissionError
+from flowjobs.errors import NoProgressError, RunInterrupted, RunTakenOverError, SubmissionError
 from flowjobs.jobs import deaths
 from flowjobs.jobs.environment import JobProcess, this_process
 from flowjobs.jobs.going_on import go_on
@@ -25,6 +25,7 @@ from flowjobs.runs.status import (
     Outcome,
     outcome_of,
 )
+from flowjobs.tracking.closing import close_session
 
 if TYPE_CHECKING:
     from flowjobs.tracking.recorder import Recorder
@@ -110,10 +111,14 @@ class TrainingJob:
             def explain(record: AttemptRecord) -> Outcome:
                 return deaths.cause_of(run, record)
 
-            with recording(run, self._job, judge_for(self._job), explain) as recorder:
-                self._recorder = recorder
-                with self._explained(signals):
-                    run_training(run, recorder, ranks, signals.reason, resume_path)
+            try:
+                with recording(run, self._job, judge_for(self._job), explain) as recorder:
+                    self._recorder = recorder
+                    with self._explained(signals):
+                        run_training(run, recorder, ranks, signals.reason, resume_path)
+            except NoProgressError as error:
+                close_session(run, outcome_of(error))  # it may be known before tracking begins
+                raise
 
     @contextmanager
     def _explained(self, signals: StopSignals) -> Iterator[None]:

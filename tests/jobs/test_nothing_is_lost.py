@@ -4,6 +4,7 @@ Each test disturbs a job of one small run, waits for the run's end, and holds it
 metrics against those of the same run left in peace.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -21,14 +22,19 @@ import torch
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
+from flowjobs.tracking.offline_files import session_files
 from flowjobs.training.checkpoint import read_checkpoint
+from tests.cluster.client import CommandError
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
+from tests.jobs.readme_table import assert_in_readme
+from tests.tracking import leet
 
 OPTIONS = (
     *("--arch", "tests.jobs.slow_model:SlowModel", "--flow", "icfm", "--epochs", "4"),
     *("--batch-size", "128", "--arch-args", "control=control"),
+    *("--wandb-mode", "offline"),
 )
 REPOSITORY = Path(__file__).parents[2]
 
@@ -82,7 +88,8 @@ class Disturbed:
         for line in self.slurm.run("squeue", "-h", "-r", "-o", "%i|%T|%r").splitlines():
             job_id, state, reason = line.split("|")
             if (state, reason) == ("PENDING", "BeginTime"):
-                self.slurm.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
+                with contextlib.suppress(CommandError):  # it has started meanwhile
+                    self.slurm.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
 
     def explain(self) -> str:
         queue = self.slurm.run("squeue", "-h", "-o", "%i %T %r %j")
@@ -98,6 +105,10 @@ class Disturbed:
 
     def attempts(self) -> list[tuple[str, str]]:
         return [(attempt.state, attempt.kind) for attempt in self.status().attempts]
+
+    def is_row(self, what: str) -> None:
+        """The README's table says of `what` what came of this run."""
+        assert_in_readme(what, self.status(), len(self.job_ids()), self.steps_lost())
 
     def steps_lost(self) -> int:
         """Steps that were done and had to be done again."""
@@ -117,7 +128,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
-        "WANDB_MODE": "disabled",
+        "WANDB_MODE": "disabled",  # it wins over the option
     }
     subprocess.run(command, check=True, env=environment, cwd=folder, timeout=120)
     return Run(folder / "study", "whole")
@@ -132,7 +143,6 @@ def start(
 ) -> Start:
     """Submits the run and waits until it trains."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("WANDB_MODE", "offline")
 
     def start(*options: str, step: int = 10) -> Disturbed:
         done = flowjobs("submit", *OPTIONS, "--name", "disturbed", *options)
@@ -145,8 +155,26 @@ def start(
     return start
 
 
+def assert_in_wandb(run: Run, state: str, exit_code: int, reason: str = "") -> None:
+    """W&B's offline files tell the run's end, and each row of metrics.jsonl once."""
+    files = session_files(run.folder)
+    newest = leet.inspect(files[-1])
+    assert (newest.state, newest.exit_code) == (state, exit_code)
+    assert ("failed" in newest.tags) == (state == "failed")
+    assert ("cancelled" in newest.tags) == ("cancelled" in reason)
+    assert reason in newest.notes
+    told = {row["step"]: row for file in files for row in leet.history(file)}
+    steps = [row["step"] for file in files for row in leet.history(file)]
+    assert len(steps) == len(told), "a step is there twice"
+    rows = list(read_rows(run.metrics_file))
+    for row in rows:
+        assert {key: told[row["step"]][key] for key in row} == row
+
+
 def assert_equal_to(whole: Run, run: Run) -> None:
-    """Weights, EMA, optimizer and metrics are the same, to the last bit."""
+    """Weights, EMA, optimizer and metrics are the same, to the last bit, and W&B knows them."""
+    if run.config().tracking.wandb_mode == "offline":
+        assert_in_wandb(run, "finished", 0)
     for mine, other in ((run.last, whole.last), (run.best, whole.best)):
         found, expected = read_checkpoint(mine), read_checkpoint(other)
         for part in ("model_state_dict", "ema_shadow"):
@@ -177,6 +205,7 @@ def test_preempted_with_grace_and_user_signal(start: Start, whole: Run) -> None:
     assert job.steps_lost() == 0
     assert job.job_ids() == [job.job_id]
     assert_equal_to(whole, job.run)
+    job.is_row("is preempted, with grace and the user signal")
 
 
 def test_preempted_with_grace_and_term_only(start: Start, whole: Run) -> None:
@@ -188,6 +217,7 @@ def test_preempted_with_grace_and_term_only(start: Start, whole: Run) -> None:
     assert "SIGTERM" in job.status().attempts[0].reason
     assert job.steps_lost() == 0
     assert_equal_to(whole, job.run)
+    job.is_row("is preempted, with grace and TERM only")
 
 
 def test_preempted_without_grace(start: Start, whole: Run) -> None:
@@ -197,6 +227,7 @@ def test_preempted_without_grace(start: Start, whole: Run) -> None:
     assert [state for state, _ in job.attempts()] == ["preempted", "finished"]
     assert job.steps_lost() == 0
     assert_equal_to(whole, job.run)
+    job.is_row("is preempted, without grace")
 
 
 def test_requeued_by_hand(start: Start, whole: Run) -> None:
@@ -206,6 +237,7 @@ def test_requeued_by_hand(start: Start, whole: Run) -> None:
     assert job.attempts() == [("preempted", "requeued"), ("finished", "")]
     assert job.steps_lost() == 0
     assert_equal_to(whole, job.run)
+    job.is_row("is requeued (`scontrol requeue`)")
 
 
 def test_the_time_limit_costs_nothing(start: Start, whole: Run) -> None:
@@ -218,6 +250,7 @@ def test_the_time_limit_costs_nothing(start: Start, whole: Run) -> None:
     assert job.steps_lost() == 0
     assert job.job_ids() == [job.job_id]
     assert_equal_to(whole, job.run)
+    job.is_row("reaches its time limit")
 
 
 def test_killed_by_sigkill_it_fails_and_goes_on_when_asked(
@@ -229,6 +262,8 @@ def test_killed_by_sigkill_it_fails_and_goes_on_when_asked(
     assert job.attempts() == [("failed", "killed")]
     assert "killed (SIGKILL) on n1, attempt 1, step" in job.status().reason
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
+    assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL) on n1, attempt 1, step")
+    job.is_row("has its python killed (SIGKILL)")
     assert flowjobs("submit", *OPTIONS, "--name", "disturbed").returncode == 0
     job.wait_for_state("finished")
     assert_equal_to(whole, job.run)
@@ -243,6 +278,7 @@ def test_killed_by_sigkill_it_is_retried_on_another_node(start: Start, whole: Ru
     assert first.job.host != second.job.host
     assert job.job_ids() == [job.job_id]
     assert_equal_to(whole, job.run)
+    job.is_row("has its python killed (SIGKILL), with `--retries 1`")
 
 
 def test_a_segmentation_fault_fails(start: Start) -> None:
@@ -252,6 +288,8 @@ def test_a_segmentation_fault_fails(start: Start) -> None:
     assert job.attempts() == [("failed", "segmentation fault")]
     assert status.exit_code == 139
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
+    assert_in_wandb(job.run, "failed", 139, "segmentation fault on n1, attempt 1, step")
+    job.is_row("has a segmentation fault")
 
 
 def test_out_of_memory_is_named_with_its_figures(start: Start) -> None:
@@ -260,6 +298,9 @@ def test_out_of_memory_is_named_with_its_figures(start: Start) -> None:
     status = job.wait_for_state("failed")
     assert job.attempts() == [("failed", "out of memory")]
     assert re.match(r"out of memory: \d\.\d+ of 2 GiB on n1, attempt 1, step \d+", status.reason)
+    job.slurm.wait_state(job.job_id, "FAILED")
+    assert_in_wandb(job.run, "failed", 137, status.reason)
+    job.is_row("takes more memory than it asked for")
 
 
 def test_an_exception_fails_and_is_not_repeated(start: Start) -> None:
@@ -270,6 +311,8 @@ def test_an_exception_fails_and_is_not_repeated(start: Start) -> None:
     assert status.exit_code == 1
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
     assert len(job.attempts()) == 1
+    assert_in_wandb(job.run, "failed", 1, "told to fail")
+    job.is_row("raises an exception")
 
 
 def test_a_file_system_error_is_retried_but_not_at_the_same_step(start: Start) -> None:
@@ -288,6 +331,7 @@ def test_a_lost_node_loses_only_what_was_not_saved(start: Start, whole: Run) -> 
     job.wait_for_state("finished")
     assert job.attempts() == [("preempted", "node failure"), ("finished", "")]
     assert_equal_to(whole, job.run)
+    job.is_row("loses its node")
 
 
 def test_a_process_that_lives_on_beside_its_rerun_writes_nothing_more(
@@ -308,6 +352,7 @@ def test_a_process_that_lives_on_beside_its_rerun_writes_nothing_more(
     assert job.attempts() == [("preempted", "node failure"), ("finished", "")]
     assert_equal_to(whole, job.run)
     job.slurm.start_node(first.job.host)
+    job.is_row("loses its slurmd alone, and lives on beside its rerun")
 
 
 def test_a_restart_of_the_controller_is_not_noticed(start: Start, whole: Run) -> None:
@@ -316,6 +361,7 @@ def test_a_restart_of_the_controller_is_not_noticed(start: Start, whole: Run) ->
     job.wait_for_state("finished")
     assert job.attempts() == [("finished", "")]
     assert_equal_to(whole, job.run)
+    job.is_row("sees slurmctld restarted")
 
 
 def test_a_controller_that_is_away_is_waited_for(start: Start, whole: Run) -> None:
@@ -329,6 +375,7 @@ def test_a_controller_that_is_away_is_waited_for(start: Start, whole: Run) -> No
     assert job.attempts() == [("preempted", "preempted"), ("finished", "")]
     assert job.steps_lost() == 0
     assert_equal_to(whole, job.run)
+    job.is_row("wants to requeue while slurmctld is away")
 
 
 def test_scancel_ends_the_run_until_it_is_submitted_again(
@@ -340,6 +387,8 @@ def test_scancel_ends_the_run_until_it_is_submitted_again(
     assert job.slurm.wait_state(job.job_id, {"CANCELLED", "PENDING"}) == "CANCELLED"
     time.sleep(1)
     assert job.slurm.run("squeue", "-h") == ""
+    assert_in_wandb(job.run, "preempted", 130, "cancelled by scancel")
+    job.is_row("is cancelled by `scancel`")
     assert flowjobs("submit", *OPTIONS, "--name", "disturbed").returncode == 0
     job.wait_for_state("finished")
     assert job.steps_lost() == 0
@@ -359,6 +408,8 @@ def test_flowjobs_cancel_ends_the_run_until_it_is_submitted_again(
     job.slurm.run("scontrol", "requeue", job.job_id)
     wait_until(lambda: "was cancelled: submit it again" in job.logs(), "the job to refuse", 60)
     assert job.status().state == "cancelled"
+    assert_in_wandb(job.run, "preempted", 130, "cancelled by flowjobs cancel")
+    job.is_row("is cancelled by `flowjobs cancel`")
     assert flowjobs("submit", *OPTIONS, "--name", "disturbed").returncode == 0
     job.wait_for_state("finished")
     assert job.steps_lost() == 0
@@ -372,6 +423,7 @@ def test_where_the_partition_cancels_the_run_goes_on(start: Start, whole: Run) -
     assert job.attempts() == [("preempted", "preempted"), ("finished", "")]
     assert job.steps_lost() == 0
     assert_equal_to(whole, job.run)
+    job.is_row("is preempted where PreemptMode=CANCEL")
 
 
 def test_where_requeuing_is_forbidden_the_run_goes_on_as_a_new_job(
@@ -385,6 +437,7 @@ def test_where_requeuing_is_forbidden_the_run_goes_on_as_a_new_job(
     old, new = job.run.submissions()
     assert (old["job_id"], new["continues"]) == (job.job_id, job.job_id)
     assert_equal_to(whole, job.run)
+    job.is_row("is preempted where requeuing is forbidden (`--no-requeue`)")
 
 
 def test_a_scancel_in_the_moment_of_the_requeue_still_ends_the_run(start: Start) -> None:
