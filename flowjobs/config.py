@@ -33,6 +33,7 @@ DATA_FILE_SUFFIXES = (".pt", ".npy")
 OptionalStr = Optional[str]  # noqa: UP045
 OptionalInt = Optional[int]  # noqa: UP045
 OptionalFloat = Optional[float]  # noqa: UP045
+OptionalPath = Optional[Path]  # noqa: UP045
 
 # The training fields that do not decide what a step computes, so that a run keeps its name and
 # its signature when they change. `epochs` and `patience` say how long; more extends the run.

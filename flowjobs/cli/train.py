@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import prepare_run
-from flowjobs.config import OptionalStr, RestartConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import OptionalPath, OptionalStr, RestartConfig, TrackingConfig, TrainingConfig
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import default_study
 from flowjobs.runs.status import EXIT_PREEMPTED
@@ -26,7 +26,7 @@ class Train:
     name: OptionalStr = None
     """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
 
-    resume: Path | None = None
+    resume: OptionalPath = None
     """Start from this checkpoint; without it, the run goes on from its last.pt if there is one. A
     run that already comes from it goes on from its last.pt too."""
 

@@ -14,7 +14,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.recorder import recording
 from flowjobs.training import FlowTrainer
-from flowjobs.training.data import load_datasets
+from flowjobs.training.data import FlowDataset
 from flowjobs.training.models import build_model
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
@@ -62,13 +62,17 @@ def test_a_save_stalls_training_for_a_part_of_a_plain_torch_save(tmp_path: Path)
 
 
 def train(study: Path, *, saving: bool) -> None:
-    """Long enough for several saves: the first one of a run comes after ten seconds."""
-    config = TrainingConfig(epochs=500, patience=1000, lr=1e-4)
+    """Long enough for a save or two: the first one of a run comes after ten seconds.
+
+    An epoch has a hundred steps: each one that is the best so far is copied at its end.
+    """
+    config = TrainingConfig(epochs=50, lr=1e-4)
     run = Run(study, "bench")
     for folder in (run.folder, run.checkpoints):
         shutil.rmtree(folder, ignore_errors=True)
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
-    train_dataset, val_dataset = load_datasets("digits", study)
+    rows = torch.randn(7000, 64, generator=torch.Generator().manual_seed(0))
+    train_dataset, val_dataset = FlowDataset(rows[:6400]), FlowDataset(rows[6400:])
     model = build_model(config, 64)
     with pytest.MonkeyPatch.context() as patch, recording(run, JobInfo.in_foreground()) as recorder:
         if not saving:

@@ -19,7 +19,8 @@ def assert_in_readme(what: str, status: RunStatus, jobs: int, steps_lost: int) -
         jobs: How many Slurm jobs it took.
         steps_lost: Steps that were done and had to be done again.
     """
-    row = f"| {what} | {_what_the_run_did(status, jobs)} | {_lost(status, steps_lost)} | {_end(status)} |"
+    cells = (what, _what_the_run_did(status, jobs), _lost(status, steps_lost), _end(status))
+    row = f"| {' | '.join(cells)} |"
     assert row in README.read_text().splitlines(), f"README.md lacks this row:\n{row}"
 
 
