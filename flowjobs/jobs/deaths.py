@@ -70,8 +70,7 @@ def cause_of_no_start(job: JobInfo, exit_code: int | None = None) -> Outcome:
     if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
         reason = f"job {job.job_id} was told to leave before it could listen"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
-    last = next((line for line in reversed(log.splitlines()) if line.strip()), "it has no log")
-    reason = f"job {job.job_id} ended before the run could start: {last.strip()}"
+    reason = f"job {job.job_id} ended before the run could start: {_last_error(log)}"
     return Outcome("failed", EXIT_FAILED, reason, _last_words(log), "never started")
 
 
@@ -165,6 +164,15 @@ def _memory_words(log: str) -> str:
 
 def _step(attempt: AttemptRecord) -> str:
     return "" if attempt.last_step is None else f", step {attempt.last_step:,}"
+
+
+def _last_error(log: str) -> str:
+    """What the last traceback of the log says, else its last line."""
+    lines = [line for line in _last_words(log).splitlines() if line.strip()]
+    raised = [line for line in lines if not line.startswith((" ", "Traceback"))]
+    if lines and lines[0].startswith("Traceback") and raised:
+        return raised[0]
+    return lines[-1].strip() if lines else "it has no log"
 
 
 def _last_words(log: str) -> str:

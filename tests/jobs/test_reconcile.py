@@ -1,0 +1,111 @@
+"""Runs whose job is gone without a word, on the real Slurm: who finds out, and what they say."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flowjobs.runs.run import Run
+from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
+from tests.conftest import Command
+from tests.jobs.test_nothing_is_lost import (
+    OPTIONS,
+    REPOSITORY,
+    Start,
+    assert_in_wandb,
+    start,
+)
+
+__all__ = ["start"]
+
+
+def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(
+    start: Start, flowjobs: Command
+) -> None:
+    job = start()
+    # The batch script's last lines die too.
+    job.slurm.run("scancel", "--full", "--signal=KILL", job.job_id)
+    job.slurm.wait_state(job.job_id, "FAILED")
+    wait_until(
+        lambda: [row["State"] for row in job.slurm.accounting(job.job_id)] == ["FAILED"],
+        "accounting to know the job's end",
+        10,
+    )
+    assert job.status().state == "running"  # nobody has said anything else yet
+    done = flowjobs("reconcile")
+    assert done.stdout.startswith("disturbed: failed: killed (SIGKILL) on n1, attempt 1, step")
+    status = job.status()
+    assert (status.state, status.exit_code) == ("failed", 137)
+    assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL)")
+    again = flowjobs("reconcile")
+    assert (again.returncode, again.stdout) == (0, "")
+    assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL)")
+
+
+def test_a_lost_job_is_started_again_if_it_may_be(start: Start, flowjobs: Command) -> None:
+    job = start("--retries", "1")
+    job.slurm.run("scancel", "--full", "--signal=KILL", job.job_id)
+    job.slurm.wait_state(job.job_id, "FAILED")
+    assert "starts again" in flowjobs("reconcile").stdout
+    old, new = job.run.submissions()
+    assert (old["job_id"], new["continues"]) == (job.job_id, job.job_id)
+    assert job.slurm.job(new["job_id"])["ExcNodeList"] == "n1"
+    job.wait_for_state("finished")
+    assert_in_wandb(job.run, "finished", 0)
+
+
+def test_a_job_whose_import_fails_is_failed_with_the_reason(
+    slurm: SlurmCluster, flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Path("broken")
+    broken.mkdir()
+    (broken / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open')\n")
+    path = os.pathsep.join([str(broken.absolute()), str(REPOSITORY)])
+    monkeypatch.setenv("PYTHONPATH", path)
+    done = flowjobs("submit", *OPTIONS, "--name", "broken")
+    assert done.returncode == 0, done.stderr
+    run = Run(study, "broken")
+    job_id = run.submissions()[0]["job_id"]
+    assert slurm.wait_state(job_id, {"FAILED", "COMPLETED"}, 60) == "FAILED"
+    status = run.status()
+    assert status is not None
+    assert status.state == "failed"
+    said = f"job {job_id} ended before the run could start: ImportError: libcudart.so.12"
+    assert status.reason.startswith(said)
+    assert status.attempts[0].kind == "never started"
+    assert_in_wandb(run, "failed", 1, "libcudart.so.12: cannot open")
+    assert flowjobs("reconcile").stdout == ""
+
+
+def test_a_job_that_is_cancelled_while_it_waits_is_cancelled_not_failed(
+    slurm: SlurmCluster, flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    done = flowjobs("submit", *OPTIONS, "--name", "waiting", "--sbatch", "hold=True")
+    assert done.returncode == 0, done.stderr
+    run = Run(study, "waiting")
+    job_id = run.submissions()[0]["job_id"]
+    assert flowjobs("reconcile").stdout == ""
+    slurm.run("scancel", job_id)
+    wait_until(
+        lambda: "CANCELLED" in slurm.accounting(job_id)[0]["State"], "accounting to know", 10
+    )
+    assert flowjobs("status", "waiting").returncode == 0  # it looks in passing
+    status = run.status()
+    assert status is not None
+    assert status.state == "cancelled"
+
+
+def test_without_slurm_reconcile_changes_nothing_and_says_so(
+    start: Start, flowjobs: Command
+) -> None:
+    job = start()
+    job.slurm.stop_controller()
+    done = flowjobs("reconcile")
+    assert done.returncode == 2
+    assert "Slurm does not say which jobs there are" in done.stderr
+    assert flowjobs("status").returncode == 0
+    assert job.status().state == "running"
+    job.slurm.start_controller()
+    job.wait_for_state("finished")
