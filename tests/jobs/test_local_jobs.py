@@ -12,9 +12,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
-from tests.jobs.test_nothing_is_lost import OPTIONS, REPOSITORY, assert_equal_to, whole
-
-__all__ = ["whole"]
+from tests.jobs.disturbed import OPTIONS, REPOSITORY, assert_equal_to
 
 
 @pytest.fixture

@@ -9,15 +9,7 @@ from flowjobs.runs.run import Run
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
-from tests.jobs.test_nothing_is_lost import (
-    OPTIONS,
-    REPOSITORY,
-    Start,
-    assert_in_wandb,
-    start,
-)
-
-__all__ = ["start"]
+from tests.jobs.disturbed import OPTIONS, REPOSITORY, Start, assert_in_wandb
 
 
 def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(

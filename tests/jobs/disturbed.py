@@ -1,0 +1,171 @@
+"""A small run on the real Slurm, what a test does to its job, and what must come of it."""
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
+from flowjobs.tracking.offline_files import session_files
+from flowjobs.training.checkpoint import read_checkpoint
+from tests.cluster.client import CommandError
+from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
+from tests.jobs.readme_table import assert_in_readme
+from tests.tracking import leet
+
+OPTIONS = (
+    *("--arch", "tests.jobs.slow_model:SlowModel", "--flow", "icfm", "--epochs", "4"),
+    *("--batch-size", "128", "--arch-args", "control=control"),
+    *("--wandb-mode", "offline"),
+)
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass
+class Disturbed:
+    """A run whose job a test disturbs."""
+
+    run: Run
+    job_id: str
+    slurm: SlurmCluster
+
+    def tell(self, what: str) -> None:
+        """What the model does in its next step; see SlowModel."""
+        Path("control").write_text(what)
+
+    def kill(self, number: signal.Signals) -> None:
+        """Sends a signal to the process that trains, as nothing else of the job sees it."""
+        os.kill(self.status().attempts[-1].job.pid, number)
+
+    def status(self) -> RunStatus:
+        return self.run.status() or RunStatus()
+
+    def wait_for_step(self, step: int, attempt: int = 1) -> None:
+        def reached() -> bool:
+            rows = list(read_rows(self.run.metrics_file))
+            started = len(self.status().attempts) >= attempt
+            return started and bool(rows) and rows[-1]["step"] >= step
+
+        wait_until(reached, f"step {step} of attempt {attempt}", 60, self.explain)
+
+    def wait_for_attempt(self, number: int) -> None:
+        """Waits until the attempt trains, hurrying a job that waits for its BeginTime."""
+        self.hurry_while(lambda: len(self.status().attempts) >= number)
+
+    def wait_for_state(self, *states: str) -> RunStatus:
+        self.hurry_while(lambda: self.status().state in states)
+        return self.status()
+
+    def hurry_while(self, reached: Callable[[], bool], timeout_s: float = 90) -> None:
+        end = time.monotonic() + timeout_s
+        hurried_at = 0.0
+        while not reached():
+            assert time.monotonic() < end, self.explain()
+            if time.monotonic() - hurried_at > 1:
+                hurried_at = time.monotonic()
+                self._hurry()
+            time.sleep(0.1)
+
+    def _hurry(self) -> None:
+        for line in self.slurm.run("squeue", "-h", "-r", "-o", "%i|%T|%r").splitlines():
+            job_id, state, reason = line.split("|")
+            if (state, reason) == ("PENDING", "BeginTime"):
+                with contextlib.suppress(CommandError):  # it has started meanwhile
+                    self.slurm.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
+
+    def explain(self) -> str:
+        queue = self.slurm.run("squeue", "-h", "-o", "%i %T %r %j")
+        return f"{self.status()}\n{queue}\n{self.logs()}"
+
+    def logs(self) -> str:
+        found = {*self.run.logs.glob("*.out"), *Path.cwd().glob("*.out")}
+        return "".join(path.read_text() for path in sorted(found))
+
+    def job_ids(self) -> list[str]:
+        """Of every job that was submitted for the run."""
+        return [entry["job_id"] for entry in self.run.submissions()]
+
+    def attempts(self) -> list[tuple[str, str]]:
+        return [(attempt.state, attempt.kind) for attempt in self.status().attempts]
+
+    def is_row(self, what: str) -> None:
+        """The README's table says of `what` what came of this run."""
+        assert_in_readme(what, self.status(), len(self.job_ids()), self.steps_lost())
+
+    def steps_lost(self) -> int:
+        """Steps that were done and had to be done again."""
+        attempts = self.status().attempts
+        return sum(
+            (before.last_step or 0) - (after.first_step or 0)
+            for before, after in itertools.pairwise(attempts)
+        )
+
+
+Start = Callable[..., Disturbed]
+
+
+def assert_in_wandb(run: Run, state: str, exit_code: int, reason: str = "") -> None:
+    """W&B's offline files tell the run's end, and each row of metrics.jsonl once."""
+    files = session_files(run.folder)
+    newest = leet.inspect(files[-1])
+    assert (newest.state, newest.exit_code) == (state, exit_code)
+    assert ("failed" in newest.tags) == (state == "failed")
+    assert ("cancelled" in newest.tags) == ("cancelled" in reason)
+    assert reason in newest.notes
+    told = {row["step"]: row for file in files for row in leet.history(file)}
+    steps = [row["step"] for file in files for row in leet.history(file)]
+    assert len(steps) == len(told), "a step is there twice"
+    rows = list(read_rows(run.metrics_file))
+    for row in rows:
+        assert {key: told[row["step"]][key] for key in row} == row
+
+
+def assert_equal_to(whole: Run, run: Run) -> None:
+    """Weights, EMA, optimizer and metrics are the same, to the last bit, and W&B knows them."""
+    if run.config().tracking.wandb_mode == "offline":
+        assert_in_wandb(run, "finished", 0)
+    for mine, other in ((run.last, whole.last), (run.best, whole.best)):
+        found, expected = read_checkpoint(mine), read_checkpoint(other)
+        for part in ("model_state_dict", "ema_shadow"):
+            assert all(
+                torch.equal(found[part][key], value) for key, value in expected[part].items()
+            )
+        assert found["step"] == expected["step"]
+        assert found["scheduler_state_dict"] == expected["scheduler_state_dict"]
+    assert list(read_rows(run.metrics_file)) == list(read_rows(whole.metrics_file))
+
+
+def preempt_and_wait(job: Disturbed) -> None:
+    """Gives the place of the job to another one, and back when it has left."""
+    other = job.slurm.preempt("n1")
+    job.wait_for_state("preempted")
+    job.slurm.run("scancel", other)
+
+
+def by_hand(
+    study: Path, slurm: SlurmCluster, script: str, options: tuple[str, ...], *sbatch: str
+) -> Disturbed:
+    """Submits a batch script as a person would, and waits until its run trains."""
+    command = ("sbatch", "--parsable", *sbatch, str(REPOSITORY / "sbatch" / script), *options)
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    job = Disturbed(Run(study, "disturbed"), said.strip(), slurm)
+    job.wait_for_step(10)
+    return job
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
