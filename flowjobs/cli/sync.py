@@ -60,12 +60,13 @@ class Sync:
 def _server() -> "Server":
     # Of another process; wandb would join it.
     os.environ.pop("WANDB_SERVICE", None)
-    import wandb
+    from wandb.sdk import wandb_setup
 
     from flowjobs.tracking.server import Server
 
-    # From WANDB_BASE_URL, or from what `wandb login --host` wrote down.
-    return Server.of_this_login(wandb.setup().settings.base_url)
+    # From WANDB_BASE_URL, or from what `wandb login --host` wrote down. Not by wandb.setup(),
+    # which starts wandb's own process.
+    return Server.of_this_login(wandb_setup.singleton().settings.base_url)
 
 
 def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:

@@ -335,6 +335,19 @@ def test_a_sync_killed_at_any_time_and_repeated_gives_each_step_once(
         assert_equal_histories(each, there)
 
 
+def test_two_syncs_at_once_upload_once(study: Path, run: Run, backend: Backend) -> None:
+    attempt(run, 100)
+    with slow(backend, 0.2), start_sync(study) as first, start_sync(study) as second:
+        outputs = [each.communicate(timeout=60) for each in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert sorted(outputs) == [
+        ("tracked: 100 rows uploaded, verified\n", ""),
+        ("tracked: all of it is on the server\n", ""),
+    ]
+    assert backend.run(run.tracking_id()).sessions == 1
+    assert_equal_histories(run, backend.run(run.tracking_id()))
+
+
 def test_an_upload_does_not_outlive_the_sync_that_is_killed(
     study: Path, run: Run, backend: Backend
 ) -> None:
