@@ -31,7 +31,9 @@ Judge = Callable[[JobInfo, bool], Verdict]
 
 # Longer than Slurm waits, by default, between telling a job to end and killing it (KillWait).
 LEAVING_WAIT_S = 90.0
-POLL_S = 0.5
+# Whoever looks whether the run is held (`status`) holds it for an instant.
+GLANCE_S = 1.0
+POLL_S = 0.25
 
 
 def system_lock_decides(holder: JobInfo, lock_is_free: bool) -> Verdict:
@@ -59,9 +61,10 @@ class RunLock:
         self._lock: FileLock | None = None
 
     def __enter__(self) -> "RunLock":
-        deadline = time.monotonic() + LEAVING_WAIT_S
+        started = time.monotonic()
+        patience_s = {"leaving": LEAVING_WAIT_S, "alive": GLANCE_S}
         while (verdict := self._try()) != "gone":
-            if verdict == "alive" or time.monotonic() > deadline:
+            if time.monotonic() - started > patience_s[verdict]:
                 raise RunBusyError(
                     f"the run in {self._folder} is being trained by "
                     f"{_describe(_read_holder(self._folder))}: wait for it, or cancel it first"
