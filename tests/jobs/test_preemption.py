@@ -69,3 +69,38 @@ def test_a_signal_to_all_processes_loses_no_step(
     status = run.status()
     assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [0, saved]
+
+
+def test_a_signal_in_any_phase_loses_no_step_and_never_kills(study: Path) -> None:
+    # As a batch script starts it: blocked signals wait until there are handlers.
+    guard = ["env", "--block-signal=TERM", "--block-signal=USR2"]
+    options = (*OPTIONS, "--wandb-mode", "offline", "--epochs", "12")
+    command = [sys.executable, "-m", "flowjobs", "train", *options]
+    run = Run(study, "interrupted")
+    # The command line, the imports, the start of W&B, the first steps, validation and saves.
+    for delay_s in (0.1, 0.3, 0.5, 0.9, 1.3, 1.7, 2.1, 2.5):
+        process = subprocess.Popen(
+            [*guard, *command, "--name", run.name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        time.sleep(delay_s)
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGUSR2)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode in (75, 0), said
+        assert "Traceback" not in said
+    assert subprocess.run([*command, "--name", run.name], check=False).returncode == 0
+    status = run.status()
+    assert status is not None
+    starts = [attempt.first_step for attempt in status.attempts]
+    ends = [attempt.last_step for attempt in status.attempts]
+    assert starts[1:] == ends[:-1]  # each goes on where the one before it left
+
+    assert subprocess.run([*command, "--name", "whole"], check=False).returncode == 0
+    whole = Run(study, "whole")
+    assert list(read_rows(run.metrics_file)) == list(read_rows(whole.metrics_file))
+    weights = [read_checkpoint(which.last)["model_state_dict"] for which in (run, whole)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
