@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 
 from flowjobs.config import TrackingConfig
 
+# Where wandb goes without WANDB_BASE_URL: 0.31 and later, and before.
+DEFAULT_HOSTS = ["api.forge.coreweave.com", "api.wandb.ai"]
+
 ResolvedMode = Literal["online", "offline", "disabled"]
 
 
@@ -35,13 +38,15 @@ def has_login() -> bool:
     """Whether wandb would find credentials: in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    url = os.environ.get("WANDB_BASE_URL")
+    hosts = [urlsplit(url).netloc] if url else DEFAULT_HOSTS
     home = Path.home()
     candidates = [os.environ.get("NETRC"), str(home / ".netrc"), str(home / "_netrc")]
     for candidate in filter(None, candidates):
         try:
-            if netrc.netrc(candidate).authenticators(urlsplit(url).netloc):
-                return True
+            logins = netrc.netrc(candidate).hosts
         except (OSError, netrc.NetrcParseError):
             continue
+        if logins.keys() & set(hosts):
+            return True
     return False
