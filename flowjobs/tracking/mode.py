@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 
 from flowjobs.config import TrackingConfig
 
+# Where wandb goes without WANDB_BASE_URL: 0.31 and later, and before.
+DEFAULT_HOSTS = ["api.forge.coreweave.com", "api.wandb.ai"]
+
 ResolvedMode = Literal["online", "offline", "disabled"]
 
 
@@ -33,18 +36,26 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
 
 def has_login() -> bool:
     """Whether wandb would find credentials: in the environment or in the netrc file."""
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or api_key(url))
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    url = os.environ.get("WANDB_BASE_URL")
+    hosts = [urlsplit(url).netloc] if url else DEFAULT_HOSTS
+    return any(_api_key_for(host) for host in hosts)
 
 
 def api_key(url: str) -> str | None:
-    """The key that wandb would use for the server at `url`."""
+    """The key that wandb would use at a server: the environment's, else the netrc file's."""
+    return _api_key_for(urlsplit(url).netloc)
+
+
+def _api_key_for(host: str) -> str | None:
     if key := os.environ.get("WANDB_API_KEY"):
         return key
     home = Path.home()
     for candidate in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
         try:
-            found = netrc.netrc(candidate).authenticators(urlsplit(url).netloc) if candidate else ()
+            # Not authenticators(): it takes the file's default entry for any host.
+            found = netrc.netrc(candidate).hosts.get(host) if candidate else None
         except (OSError, netrc.NetrcParseError):
             continue
         if found:

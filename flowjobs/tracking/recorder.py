@@ -8,7 +8,7 @@ from flowjobs.runs.attempt import Attempt, ended_without_a_word
 from flowjobs.runs.lock import Judge, system_lock_decides
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, outcome_of
 from flowjobs.tracking.tracked import tracked
 from flowjobs.tracking.tracker import Tracker
 
@@ -56,11 +56,12 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.flush()
 
-    def close(self) -> None:
-        """Close the metrics file."""
+    def close(self, outcome: Outcome) -> None:
+        """Close the metrics file, and say on disk how the attempt ended: W&B may take longer."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        self.attempt.close(outcome)
 
 
 @contextmanager
@@ -82,5 +83,7 @@ def recording(
         recorder = Recorder(run, attempt, tracker)
         try:
             yield recorder
-        finally:
-            recorder.close()
+        except BaseException as error:
+            recorder.close(outcome_of(error))
+            raise
+        recorder.close(outcome_of(None))

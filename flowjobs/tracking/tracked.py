@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import outcome_of
 from flowjobs.tracking.mode import resolve_mode
@@ -21,6 +22,8 @@ def tracked(run: Run) -> Iterator[Tracker]:
     tracker: Tracker = NoTracker() if mode == "disabled" else WandbTracker(run, mode)
     try:
         yield tracker
+    except RunTakenOverError:
+        raise  # its end is not the run's
     except BaseException as error:
         tracker.finish(outcome_of(error))
         raise

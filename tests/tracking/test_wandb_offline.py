@@ -1,6 +1,5 @@
 """What the real client leaves on disk, read back with its own reader."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,13 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.mode import resolve_mode
+from flowjobs.tracking.offline_files import session_files
 from flowjobs.tracking.recorder import recording
 from flowjobs.training import FlowTrainer
 from flowjobs.training.data import load_datasets
 from flowjobs.training.models import build_model
+from tests.tracking.attempts import offline_rows
+from tests.tracking.leet import Inspected, history, inspect, records
 
 CONFIG = TrainingConfig(
     epochs=2, group="flow-methods", arch_args=KeyValues(width=16, depth=1), lr=2e-3
@@ -27,28 +29,18 @@ CONFIG = TrainingConfig(
 
 def record_of(run: Run) -> Path:
     """The one offline file of a run."""
-    (found,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
+    (found,) = session_files(run.folder)
     return found
 
 
-def leet(path: Path, *options: str) -> str:
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json"]
-    done = subprocess.run(
-        [*command, *options, str(path)], capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
-def summary_of(run: Run) -> dict[str, Any]:
-    """Config, summary, tags, notes and state, as `wandb leet inspect` reads them."""
-    found: dict[str, Any] = json.loads(leet(record_of(run), "--summary"))
-    return found
+def summary_of(run: Run) -> Inspected:
+    """Config, summary, tags, notes and state."""
+    return inspect(record_of(run))
 
 
 def records_of(run: Run, kind: str) -> list[dict[str, Any]]:
     """The records of one kind, in order."""
-    records = [json.loads(line) for line in leet(record_of(run)).splitlines()]
-    return [record[kind] for record in records if record["type"] == kind]
+    return [record[kind] for record in records(record_of(run)) if record["type"] == kind]
 
 
 def train(study: Path, *, break_with: Exception | None = None) -> Run:
@@ -86,34 +78,31 @@ def test_a_finished_run_has_what_the_seed_lists(study: Path) -> None:
     assert metrics == {"train/loss": {"min": True}, "val/loss": {"min": True}}
 
     found = summary_of(run)
-    assert found["config"]["lr"] == 2e-3
-    assert found["config"]["arch_args"] == {"width": 16, "depth": 1}
+    assert found.config["lr"] == 2e-3
+    assert found.config["arch_args"] == {"width": 16, "depth": 1}
     rows = list(read_rows(run.metrics_file))
     losses = [row["val/loss"] for row in rows if "val/loss" in row]
-    assert found["summary"]["final_epoch"] == 1
-    assert found["summary"]["best_val_loss"] == min(losses)
-    assert found["summary"]["checkpoint_path"] == str(run.best)
-    assert found["summary"]["val/loss"]["min"] == min(losses)
-    assert found["exit_code"] == 0
+    assert found.summary["final_epoch"] == 1
+    assert found.summary["best_val_loss"] == min(losses)
+    assert found.summary["checkpoint_path"] == str(run.best)
+    assert found.summary["val/loss"]["min"] == min(losses)
+    assert found.exit_code == 0
 
 
 def test_the_history_is_the_rows_of_the_metrics_file(study: Path) -> None:
     run = train(study)
-    rows = []
-    for record in records_of(run, "history"):
-        row = {k: v for k, v in record["item"].items() if k not in ("_runtime", "_timestamp")}
-        rows.append({"step": row.pop("_step"), **row})
-    assert rows == list(read_rows(run.metrics_file))
+    assert history(record_of(run)) == list(read_rows(run.metrics_file))
+    assert history(record_of(run)) == offline_rows(run)
 
 
 def test_an_exception_tags_the_run_failed(study: Path) -> None:
     with pytest.raises(ValueError, match="the bug"):
         train(study, break_with=ValueError("the bug"))
     found = summary_of(Run(study, "tracked"))
-    assert found["exit_code"] == 1
-    assert found["tags"] == ["flowjobs", "failed"]
-    assert found["notes"].startswith("flowjobs: failed: ValueError: the bug\n> attempt 1, ")
-    assert "> Traceback (most recent call last)" in found["notes"]
+    assert found.exit_code == 1
+    assert found.tags == ["flowjobs", "failed"]
+    assert found.notes.startswith("flowjobs: failed: ValueError: the bug\n> attempt 1, ")
+    assert "> Traceback (most recent call last)" in found.notes
 
 
 def test_a_preemption_does_not_mark_the_run_failed(study: Path) -> None:
@@ -121,8 +110,8 @@ def test_a_preemption_does_not_mark_the_run_failed(study: Path) -> None:
     with pytest.raises(RunInterrupted):
         train(study, break_with=RunInterrupted("preempted", 3))
     found = summary_of(run)
-    assert found["tags"] == ["flowjobs"]
-    assert found["exit_code"] == 75
+    assert found.tags == ["flowjobs"]
+    assert (found.state, found.exit_code) == ("preempted", 75)
     assert records_of(run, "preempting")
 
 
