@@ -1,4 +1,4 @@
-"""The process that mirrors a run to W&B: `python -m flowjobs.tracking.mirror FOLDER TOKEN`.
+"""The process that mirrors a run to W&B: `python -m flowjobs.tracking.mirror FOLDER TOKEN PARENT`.
 
 A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
 server, hangs, dies, prints) reaches the training, and so that what was logged gets on record when
@@ -15,6 +15,7 @@ import logging
 import os
 import select
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +34,8 @@ EXIT_CLOSED, EXIT_NOT_CLOSED = 0, 3
 PACE_S = 0.25
 # Time for wandb to write what was logged last; it flushes its file every second.
 FLUSH_S = 1.5
+# How soon the death of the parent is seen, and how long what is left may take then.
+PARENT_POLL_S, LAST_WORDS_S = 2.0, 60.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 120.0
 
 
@@ -44,14 +47,15 @@ class Mirror:
         session: The session that this process writes.
         commands: File descriptor that commands are read from.
         events: File descriptor that a person's news go to.
+        parent: The process that trains.
     """
 
-    def __init__(self, run: Run, session: Session, commands: int, events: int) -> None:
+    def __init__(self, run: Run, session: Session, commands: int, events: int, parent: int) -> None:
         self._run = run
         self._session = session
         self._commands = commands
         self._events = events
-        self._parent: int | None = os.getppid()
+        self._parent: int | None = parent
         self._following = False
         self._rows: MetricsReader | None = None
         # The newest row waits for the next one: the run's picture belongs into the last.
@@ -204,9 +208,18 @@ def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
     return summary
 
 
+def end_with(parent: int) -> None:
+    """End this process some time after its parent, also if wandb hangs and never returns."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    time.sleep(LAST_WORDS_S)
+    os._exit(EXIT_NOT_CLOSED)
+
+
 def main() -> None:
     """Mirror the run in the folder of the first argument; see the module."""
-    folder, token = sys.argv[1:3]
+    folder, token, parent = sys.argv[1:4]
+    threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
     run = Run.at(Path(folder))
     # Nothing that wandb reads or prints, nor its own process, may take part in the conversation.
     commands, events = os.dup(0), os.dup(1)
@@ -217,7 +230,7 @@ def main() -> None:
     session = read_session(run)
     if session is None or session.token != token:
         sys.exit(EXIT_NOT_CLOSED)
-    mirror = Mirror(run, session, commands, events)
+    mirror = Mirror(run, session, commands, events, int(parent))
     with upload_lock(run) if session.mode == "online" else contextlib.nullcontext():
         if session.outcome is not None:  # the process that trained is gone
             code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED

@@ -137,12 +137,13 @@ def start_mirror(run: Run, session: Session) -> subprocess.Popen[bytes]:
     log = run.folder / "wandb" / "mirror.log"
     log.parent.mkdir(exist_ok=True)
     pipe = subprocess.PIPE if session.outcome is None else subprocess.DEVNULL
+    # -P: a file wandb.py beside the user's code is not wandb.
+    command = [sys.executable, "-P", "-m", "flowjobs.tracking.mirror"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_TRAINING_ALONE)
     try:
         with log.open("ab") as output:
             return subprocess.Popen(
-                # -P: a file wandb.py beside the user's code is not wandb.
-                [sys.executable, "-P", "-m", "flowjobs.tracking.mirror", run.folder, session.token],
+                [*command, run.folder, session.token, str(os.getpid())],
                 stdin=pipe,
                 stdout=pipe,
                 stderr=output,

@@ -81,7 +81,10 @@ def test_the_time_limit_costs_nothing(start: Start, whole: Run) -> None:
     job.wait_for_state("preempted")
     job.tell("")
     job.wait_for_state("finished")
-    assert job.attempts() == [("preempted", "time limit"), ("finished", "")]
+    # On a busy machine the second minute may not be enough either.
+    *interrupted, end = job.attempts()
+    assert set(interrupted) == {("preempted", "time limit")}
+    assert end == ("finished", "")
     assert job.steps_lost() == 0
     assert job.job_ids() == [job.job_id]
     assert_equal_to(whole, job.run)
