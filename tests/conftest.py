@@ -13,6 +13,7 @@ pytest_plugins = ["tests.cluster.fixtures"]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, those on the one Slurm of this machine take turns."""
     for item in items:

@@ -15,7 +15,7 @@ OUTCOME_TAGS = ("failed", "cancelled")
 OUR_NOTES = re.compile(r"^flowjobs: .*\n?(?:^>.*\n?)*\n?", flags=re.MULTILINE)
 
 # The end of a traceback names the error; W&B shows notes in a small box.
-TRACEBACK_LINES = 20
+TRACEBACK_LINES = 40
 LINE_CHARACTERS = 400
 
 

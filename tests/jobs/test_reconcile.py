@@ -1,6 +1,8 @@
 """Runs whose job is gone without a word, on the real Slurm: who finds out, and what they say."""
 
+import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,21 +11,30 @@ from flowjobs.runs.run import Run
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
-from tests.jobs.disturbed import OPTIONS, REPOSITORY, Start, assert_in_wandb
+from tests.jobs.disturbed import OPTIONS, REPOSITORY, Disturbed, Start, assert_in_wandb
 
 
-def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(
-    start: Start, flowjobs: Command
-) -> None:
-    job = start()
-    # The batch script's last lines die too.
-    job.slurm.run("scancel", "--full", "--signal=KILL", job.job_id)
+def kill_with_its_batch_shell(job: Disturbed) -> None:
+    """Kills all of a job that could say a word; the batch script's last lines die too."""
+    script = f"job{int(job.job_id):05}/slurm_script"
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if script in (process / "cmdline").read_text():
+                os.kill(int(process.name), signal.SIGKILL)
+    job.kill(signal.SIGKILL)
     job.slurm.wait_state(job.job_id, "FAILED")
     wait_until(
         lambda: [row["State"] for row in job.slurm.accounting(job.job_id)] == ["FAILED"],
         "accounting to know the job's end",
         10,
     )
+
+
+def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(
+    start: Start, flowjobs: Command
+) -> None:
+    job = start()
+    kill_with_its_batch_shell(job)
     assert job.status().state == "running"  # nobody has said anything else yet
     done = flowjobs("reconcile")
     assert done.stdout.startswith("disturbed: failed: killed (SIGKILL) on n1, attempt 1, step")
@@ -37,8 +48,7 @@ def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(
 
 def test_a_lost_job_is_started_again_if_it_may_be(start: Start, flowjobs: Command) -> None:
     job = start("--retries", "1")
-    job.slurm.run("scancel", "--full", "--signal=KILL", job.job_id)
-    job.slurm.wait_state(job.job_id, "FAILED")
+    kill_with_its_batch_shell(job)
     assert "starts again" in flowjobs("reconcile").stdout
     old, new = job.run.submissions()
     assert (old["job_id"], new["continues"]) == (job.job_id, job.job_id)
