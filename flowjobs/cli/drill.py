@@ -1,0 +1,210 @@
+"""flowjobs drill."""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.config import (
+    KeyValues,
+    OptionalInt,
+    RunConfig,
+    SlurmConfig,
+    TrainingConfig,
+    check_arch,
+)
+from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.runs.status import EXIT_CANCELLED, EXIT_FAILED
+
+if TYPE_CHECKING:
+    from flowjobs.jobs.cluster_facts import ClusterFacts
+    from flowjobs.jobs.drill_report import Report, Row
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+# The embedded digits in batches of 64.
+STEPS_PER_EPOCH = 23
+STEPS = 40_000
+# Enough for more than the least time limit, a minute.
+STEPS_TIME_LIMIT = 200_000
+# A short job finds its place sooner.
+TIMEOUT_MIN = 30
+
+
+@dataclass(frozen=True)
+class Drill(CommandOptions):
+    """Show on your own cluster that an interrupted run ends with the bits of an undisturbed one.
+
+    Submits a tiny run several times at once, interrupts all but one, each in another way, and
+    compares weights, EMA, optimizer and metrics. A preemption itself only the scheduler can cause:
+    the signals that it sends stand for it. Exit code 1 if something is not as promised.
+    """
+
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    time_limit: Flag = False
+    """Let one run meet a time limit too, which takes minutes."""
+
+    arch: str = "mlp"
+    """Model: a tiny mlp, or your own as package.module:Name."""
+
+    arch_args: KeyValues = field(default_factory=KeyValues)
+    """Arguments of the model; default for mlp: width=16 depth=1 dropout=0.1."""
+
+    steps: OptionalInt = None
+    """Steps of each run; default: 40000, or 200000 with --time-limit."""
+
+    json: Flag = False
+    """Print JSON."""
+
+    @classmethod
+    def with_defaults(cls, defaults: Defaults) -> "Drill":
+        """The command with a file's and sbatch's defaults, without those of training."""
+        return cls(cluster=defaults.fill(CommandOptions).cluster, slurm=defaults.fill(SlurmConfig))
+
+    def run(self, defaults: Defaults) -> int:
+        """Drill. Returns the exit code."""
+        from rich.console import Console
+
+        from flowjobs.jobs.drill import drill
+        from flowjobs.jobs.executors import check_local, choose_cluster
+
+        config = RunConfig(self._training(defaults), self.slurm)
+        if self.slurm.timeout_min is None:
+            config = dataclasses.replace(
+                config, slurm=dataclasses.replace(self.slurm, timeout_min=TIMEOUT_MIN)
+            )
+        defaults.check_variables(config.slurm)
+        cluster, _ = choose_cluster(self.cluster)
+        if cluster == "debug":
+            raise ConfigError("--cluster debug: found no job to interrupt, expected slurm or local")
+        if cluster == "local":
+            check_local(config.slurm)
+        # It would win over the runs' own configs.
+        os.environ["WANDB_MODE"] = "disabled"
+        folder = _make_folder(self.study.expanduser().absolute())
+        with Console(stderr=True).status("submitting") as status:
+            try:
+                report = drill(
+                    folder, cluster, config, time_limit=self.time_limit, say=status.update
+                )
+            except KeyboardInterrupt:
+                print(
+                    f"cancelled the drill's jobs; what they leave is in {folder}", file=sys.stderr
+                )
+                return EXIT_CANCELLED
+            except FlowjobsError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        if report.as_promised:
+            shutil.rmtree(folder)
+        if self.json:
+            kept = None if report.as_promised else str(folder)
+            summary = {"as_promised": report.as_promised, "folder": kept}
+            print(json.dumps({**dataclasses.asdict(report), **summary}, indent=2))
+        else:
+            _print_report(report, folder)
+        return 0 if report.as_promised else EXIT_FAILED
+
+    def _training(self, defaults: Defaults) -> TrainingConfig:
+        steps = self.steps or (STEPS_TIME_LIMIT if self.time_limit else STEPS)
+        arguments = self.arch_args
+        if self.arch == "mlp" and not arguments:
+            arguments = KeyValues(width=16, depth=1, dropout=0.1)
+        epochs = -(-steps // STEPS_PER_EPOCH)
+        training = TrainingConfig(
+            arch=self.arch,
+            arch_args=arguments,
+            epochs=epochs,
+            patience=epochs,
+            checkpoint_every_s=1.0,
+            deterministic=True,
+        )
+        training = defaults.resolve_arch(training)
+        check_arch(training)
+        return training
+
+
+def _make_folder(study: Path) -> Path:
+    try:
+        study.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="drill-", dir=study))
+    except OSError as error:
+        raise ConfigError(f"--study {study}: {error.strerror}: {error.filename}") from error
+
+
+def _print_report(report: "Report", folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for title, text in _facts_in_words(report.facts).items():
+        print(f"{title:11} {text}")
+    table = Table("drill", "signal", "went on as", "steps lost", "saved in", "same bits", box=None)
+    notice_s = report.facts.notice_s
+    for row in report.rows:
+        table.add_row(*_cells(row, notice_s))
+    print()
+    Console().print(table)
+    problems = [f"{row.way}: {row.problem}" for row in report.rows if row.problem]
+    notes = [shortfall.what for shortfall in report.shortfalls]
+    if problems or notes:
+        print()
+    for line in [*problems, *notes]:
+        print(f"- {line}")
+    print()
+    if report.as_promised:
+        print("as promised")
+    else:
+        print(f"not as promised; runs and logs are in {folder}")
+
+
+def _cells(row: "Row", notice_s: float | None) -> list[str]:
+    saved = "-"
+    if row.saved_s is not None:
+        saved = f"{row.saved_s:.1f} s" + (f" of {notice_s:g} s" if notice_s else "")
+    same = "-" if row.went_on is None else "no" if row.problem and not row.differs else "yes"
+    return [
+        row.way,
+        row.signal or "-",
+        row.went_on or "no",
+        "-" if row.steps_lost is None else str(row.steps_lost),
+        saved,
+        "no" if row.differs else same,
+    ]
+
+
+def _facts_in_words(facts: "ClusterFacts") -> dict[str, str]:
+    node = facts.node
+    words = {"cluster": facts.scheduler}
+    if facts.scheduler != "this machine":
+        grace = "unknown" if facts.grace_s is None else f"{facts.grace_s:g} s"
+        kill_wait = "unknown" if facts.kill_wait_s is None else f"{facts.kill_wait_s:g} s"
+        words["partition"] = facts.partition or "unknown"
+        words["preemption"] = (
+            f"PreemptMode {facts.preempt_mode or 'unknown'} ({facts.preempt_type or 'unknown'}), "
+            f"GraceTime {grace}, KillWait {kill_wait}, preempt_send_user_signal "
+            f"{_yes(facts.user_signal)}"
+        )
+        words["requeue"] = (
+            f"this job {_yes(facts.requeue)}, by default {_yes(facts.job_requeue)} (JobRequeue)"
+        )
+        words["accounting"] = _yes(facts.accounting)
+        if node:
+            words["on a node"] = f"{node.host}: sbatch and scontrol {_yes(node.commands)}"
+    words["study"] = (
+        f"{facts.study}: reached by a job {_yes(node is not None)}, "
+        f"file locks hold {_yes(node.locks if node else None)}"
+    )
+    return words
+
+
+def _yes(fact: bool | None) -> str:
+    return "unknown" if fact is None else "yes" if fact else "no"

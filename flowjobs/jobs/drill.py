@@ -1,0 +1,256 @@
+"""Interrupts tiny runs in every way there is, and sees whether each ends as an undisturbed one."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flowjobs.config import RunConfig, TrackingConfig
+from flowjobs.errors import SubmissionError
+from flowjobs.jobs import slurm
+from flowjobs.jobs.cancelling import cancel
+from flowjobs.jobs.cluster_facts import ClusterFacts, facts_of_slurm, facts_of_this_machine
+from flowjobs.jobs.drill_report import Drilled, Report, make_report
+from flowjobs.jobs.executors import Cluster
+from flowjobs.jobs.interruptions import Interruption, possible
+from flowjobs.jobs.node_probe import NodeAnswer, NodeProbe, NodeQuestion
+from flowjobs.jobs.reconcile import reconcile
+from flowjobs.jobs.submit import SubmittedJob, submit
+from flowjobs.runs.metrics import latest_values
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
+
+POLL_S = 0.2
+ASK_SLURM_EVERY_S = 2.0
+# Steps that an attempt does before it is interrupted.
+STEPS_BEFORE = 20
+# A job that left the queue may be back in a moment, under a new id; its files may be late.
+GONE_S = 15.0
+# Nothing happens for so long to a job that runs: it hangs.
+HANGS_S = 600.0
+
+
+@dataclass
+class Watched:
+    """A run of the drill, from its submission to its end.
+
+    Attributes:
+        run: The run.
+        job: Its first job.
+        how: How it is to be interrupted; None for the one that is left in peace.
+        told: The number of the attempt that was interrupted; 0 before.
+        told_at: When, by this process's monotonic clock.
+        saved_s: See `Drilled`; so are `reached`, `by_drill` and `problem`.
+        waits_for: Why the job waits, by Slurm's word; empty if it does not.
+        done: Whether there is nothing more to wait for.
+        last_seen: What was last seen of it; `changed_at`: when that was new.
+    """
+
+    run: Run
+    job: SubmittedJob
+    how: Interruption | None = None
+    told: int = 0
+    told_at: float = 0.0
+    saved_s: float | None = None
+    reached: int = 0
+    by_drill: bool = False
+    waits_for: str = ""
+    problem: str = ""
+    done: bool = False
+    changed_at: float = field(default_factory=time.monotonic)
+    last_seen: object = None
+
+    def drilled(self) -> Drilled:
+        """What is known of it in the end."""
+        return Drilled(
+            self.run,
+            self.how,
+            told=self.told,
+            saved_s=self.saved_s,
+            reached=self.reached,
+            by_drill=self.by_drill,
+            problem=self.problem,
+        )
+
+
+def drill(
+    study: Path,
+    cluster: Cluster,
+    config: RunConfig,
+    *,
+    time_limit: bool,
+    say: Callable[[str], None],
+) -> Report:
+    """Submit the runs, interrupt them, wait for their end and compare.
+
+    Takes minutes, and as long as the jobs wait for their place. Leaves no jobs behind, whatever
+    ends it.
+
+    Args:
+        study: An empty folder for the drill's own runs, absolute, in the user's study.
+        cluster: Where to.
+        config: The run that is trained, once for each interruption.
+        time_limit: Whether one of them is to meet its time limit.
+        say: Called with a line on what is going on, again and again.
+
+    Raises:
+        SubmissionError: A job was refused, or Slurm does not answer any more.
+    """
+    config = replace(config, tracking=TrackingConfig(wandb_mode="disabled"))
+    drilling = _Drill(study, cluster, say)
+    try:
+        facts = drilling.start(config, time_limit)
+        node = drilling.watch()
+    except BaseException:  # also Ctrl-C
+        drilling.cancel()
+        raise
+    say("comparing")
+    reference, *others = (watched.drilled() for watched in drilling.watched)
+    return make_report(replace(facts, node=node), others, reference.run)
+
+
+class _Drill:
+    def __init__(self, study: Path, cluster: Cluster, say: Callable[[str], None]) -> None:
+        self._study = study
+        self._cluster = cluster
+        self._say = say
+        self._probe_run = Run(study, "drill-node")
+        self.watched: list[Watched] = []
+
+    def start(self, config: RunConfig, time_limit: bool) -> ClusterFacts:
+        """Submit all jobs. Returns what the cluster says of itself."""
+        self._probe_run.create(config)
+        self._question = NodeQuestion(self._probe_run.folder)
+        probe = NodeProbe(str(self._probe_run.folder))
+        self._probe = submit(self._probe_run, self._cluster, task=probe)
+        study = str(self._study.parent)
+        if self._cluster == "slurm":
+            facts = facts_of_slurm(self._probe.job_id, study)
+        else:
+            facts = facts_of_this_machine(study)
+        self._submit("drill-undisturbed", config, None)
+        for how in possible(self._cluster, requeue=facts.requeue, time_limit=time_limit):
+            self._submit(how.run_name, how.prepare(config), how)
+        return facts
+
+    def _submit(self, name: str, config: RunConfig, how: Interruption | None) -> None:
+        run = Run(self._study, name)
+        run.create(config)
+        self.watched.append(Watched(run, submit(run, self._cluster), how))
+
+    def cancel(self) -> None:
+        """End every job."""
+        for run in [self._probe_run, *(watched.run for watched in self.watched)]:
+            with suppress(SubmissionError):
+                cancel(run)
+
+    def watch(self) -> NodeAnswer | None:
+        """Interrupt the runs, and wait until their jobs are gone and the node has answered.
+
+        Returns:
+            The node's answer; None if its job has ended without one.
+        """
+        node: NodeAnswer | None = None
+        probe_gone_at: float | None = None
+        asked_at = 0.0
+        while True:
+            node = node or self._question.answer()
+            for watched in self.watched:
+                self._look_at_folder(watched)
+            if time.monotonic() - asked_at > ASK_SLURM_EVERY_S:
+                asked_at = time.monotonic()
+                self._look_at_jobs()
+                if probe_gone_at is None and not self._probe.alive(self._probe_run):
+                    probe_gone_at = asked_at
+            answered = node or time.monotonic() - (probe_gone_at or asked_at) > GONE_S
+            if probe_gone_at and answered and all(watched.done for watched in self.watched):
+                self._question.close()
+                return node
+            self._say("; ".join(map(_words, self.watched)))
+            time.sleep(POLL_S)
+
+    def _look_at_folder(self, watched: Watched) -> None:
+        """Interrupt the run once it trains, and note what becomes of that."""
+        run = watched.run
+        status = run.status() or RunStatus()
+        step = int(latest_values(run.metrics_file).get("step", 0))
+        if watched.told:
+            ended = status.attempts[watched.told - 1].ended
+            if watched.told_at and watched.saved_s is None and ended:
+                watched.saved_s = time.monotonic() - watched.told_at
+            if len(status.attempts) == watched.told:
+                watched.reached = max(watched.reached, step)
+        elif watched.how and (attempt := status.open_attempt):
+            begun = attempt.first_step is not None and step >= attempt.first_step + STEPS_BEFORE
+            if begun and run.last.exists():
+                self._interrupt(watched, watched.how, len(status.attempts))
+        seen = (status.state, len(status.attempts), step)
+        if seen != watched.last_seen or watched.waits_for:
+            watched.last_seen, watched.changed_at = seen, time.monotonic()
+
+    def _interrupt(self, watched: Watched, how: Interruption, attempt: int) -> None:
+        watched.told = attempt
+        if how.way != "time limit":  # that one comes by itself, nobody knows when
+            watched.told_at = time.monotonic()
+        try:
+            how.happen_to(watched.run, self._cluster, watched.job.job_id)
+        except SubmissionError as error:
+            watched.problem = f"could not be interrupted: {error}"
+
+    def _look_at_jobs(self) -> None:
+        """Find out which runs are done, and why the others wait."""
+        queue = slurm.queue() if self._cluster == "slurm" else {}
+        for watched in self.watched:
+            if watched.done:
+                continue
+            if self._cluster == "slurm":
+                ids = {entry["job_id"] for entry in watched.run.submissions()}
+                alive = bool(ids & queue.keys())
+                waiting = [job_id for job_id in ids if queue.get(job_id, ("",))[0] == "PENDING"]
+                watched.waits_for = _hurried(waiting)
+            else:
+                alive = watched.job.alive(watched.run)
+            self._judge(watched, alive)
+
+    def _judge(self, watched: Watched, alive: bool) -> None:
+        status = watched.run.status() or RunStatus()
+        still_s = time.monotonic() - watched.changed_at
+        if alive:
+            if still_s > HANGS_S:
+                watched.problem = f"nothing happened for {HANGS_S:.0f} s"
+                cancel(watched.run)
+        elif status.state in ("finished", "failed", "cancelled"):
+            watched.done = True
+        elif self._cluster == "slurm":
+            if still_s > GONE_S:
+                reconcile([watched.run])  # as `flowjobs status` would: says how it ended
+        elif watched.told and watched.how and not watched.how.saves and not watched.by_drill:
+            # On this machine nobody but its user notices that a job was killed.
+            watched.by_drill = True
+            watched.job = submit(watched.run, self._cluster)
+        elif still_s > GONE_S:
+            watched.problem = f"its job ended without a result, see {watched.job.log}"
+            watched.done = True
+
+
+def _hurried(job_ids: list[str]) -> str:
+    """Why jobs wait; one that only waits because it is started again soon starts sooner."""
+    reason = ""
+    for job_id in job_ids:
+        if record := slurm.job_record(job_id):
+            reason = record.fields.get("Reason", "")
+            if reason == "BeginTime":
+                slurm.start_soon(job_id)
+    return reason
+
+
+def _words(watched: Watched) -> str:
+    """What a run is doing, for a person who waits."""
+    name = watched.how.way if watched.how else "undisturbed"
+    status = watched.run.status() or RunStatus()
+    if watched.waits_for:
+        return f"{name} waits ({watched.waits_for})"
+    if status.state != "running":
+        return f"{name} {status.state}"
+    return f"{name} at step {latest_values(watched.run.metrics_file).get('step', 0)}"
