@@ -97,9 +97,8 @@ class Drill(CommandOptions):
                     folder, cluster, config, time_limit=self.time_limit, say=status.update
                 )
             except KeyboardInterrupt:
-                print(
-                    f"cancelled the drill's jobs; what they leave is in {folder}", file=sys.stderr
-                )
+                shutil.rmtree(folder, ignore_errors=True)
+                print("cancelled the drill's jobs", file=sys.stderr)
                 return EXIT_CANCELLED
             except FlowjobsError:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -170,14 +169,13 @@ def _cells(row: "Row", notice_s: float | None) -> list[str]:
     saved = "-"
     if row.saved_s is not None:
         saved = f"{row.saved_s:.1f} s" + (f" of {notice_s:g} s" if notice_s else "")
-    same = "-" if row.went_on is None else "no" if row.problem and not row.differs else "yes"
     return [
         row.way,
         row.signal or "-",
         row.went_on or "no",
         "-" if row.steps_lost is None else str(row.steps_lost),
         saved,
-        "no" if row.differs else same,
+        "-" if row.same_bits is None else _yes(row.same_bits),
     ]
 
 

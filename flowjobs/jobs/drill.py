@@ -1,5 +1,6 @@
 """Interrupts tiny runs in every way there is, and sees whether each ends as an undisturbed one."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,7 @@ from flowjobs.jobs.cluster_facts import ClusterFacts, facts_of_slurm, facts_of_t
 from flowjobs.jobs.drill_report import Drilled, Report, make_report
 from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.interruptions import Interruption, possible
-from flowjobs.jobs.node_probe import NodeAnswer, NodeProbe, NodeQuestion
+from flowjobs.jobs.node_probe import NodeAnswer, NodeQuestion
 from flowjobs.jobs.reconcile import reconcile
 from flowjobs.jobs.submit import SubmittedJob, submit
 from flowjobs.runs.metrics import latest_values
@@ -23,10 +24,12 @@ from flowjobs.runs.status import RunStatus
 
 POLL_S = 0.2
 ASK_SLURM_EVERY_S = 2.0
+HURRY_EVERY_S = 15.0
 # Steps that an attempt does before it is interrupted.
 STEPS_BEFORE = 20
 # A job that left the queue may be back in a moment, under a new id; its files may be late.
 GONE_S = 15.0
+CANCEL_WAIT_S = 60.0
 # Nothing happens for so long to a job that runs: it hangs.
 HANGS_S = 600.0
 
@@ -44,6 +47,7 @@ class Watched:
         saved_s: See `Drilled`; so are `reached`, `by_drill` and `problem`.
         waits_for: Why the job waits, by Slurm's word; empty if it does not.
         done: Whether there is nothing more to wait for.
+        hurried_at: When Slurm was last asked to start it sooner.
         last_seen: What was last seen of it; `changed_at`: when that was new.
     """
 
@@ -58,6 +62,7 @@ class Watched:
     waits_for: str = ""
     problem: str = ""
     done: bool = False
+    hurried_at: float = -math.inf
     changed_at: float = field(default_factory=time.monotonic)
     last_seen: object = None
 
@@ -98,7 +103,9 @@ def drill(
         SubmissionError: A job was refused, or Slurm does not answer any more.
     """
     config = replace(config, tracking=TrackingConfig(wandb_mode="disabled"))
-    drilling = _Drill(study, cluster, say)
+    probe = Run(study, "drill-node")
+    probe.create(config)
+    drilling = _Drill(study, cluster, NodeQuestion(probe, cluster), say)
     try:
         facts = drilling.start(config, time_limit)
         node = drilling.watch()
@@ -111,22 +118,20 @@ def drill(
 
 
 class _Drill:
-    def __init__(self, study: Path, cluster: Cluster, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, study: Path, cluster: Cluster, question: NodeQuestion, say: Callable[[str], None]
+    ) -> None:
         self._study = study
         self._cluster = cluster
+        self._question = question
         self._say = say
-        self._probe_run = Run(study, "drill-node")
         self.watched: list[Watched] = []
 
     def start(self, config: RunConfig, time_limit: bool) -> ClusterFacts:
         """Submit all jobs. Returns what the cluster says of itself."""
-        self._probe_run.create(config)
-        self._question = NodeQuestion(self._probe_run.folder)
-        probe = NodeProbe(str(self._probe_run.folder))
-        self._probe = submit(self._probe_run, self._cluster, task=probe)
         study = str(self._study.parent)
         if self._cluster == "slurm":
-            facts = facts_of_slurm(self._probe.job_id, study)
+            facts = facts_of_slurm(self._question.job.job_id, study)
         else:
             facts = facts_of_this_machine(study)
         self._submit("drill-undisturbed", config, None)
@@ -140,10 +145,20 @@ class _Drill:
         self.watched.append(Watched(run, submit(run, self._cluster), how))
 
     def cancel(self) -> None:
-        """End every job."""
-        for run in [self._probe_run, *(watched.run for watched in self.watched)]:
-            with suppress(SubmissionError):
-                cancel(run)
+        """End every job, and wait until they are gone."""
+        self._question.close()
+        deadline = time.monotonic() + CANCEL_WAIT_S
+        jobs = [(watched.run, watched.job) for watched in self.watched]
+        jobs.append((self._question.run, self._question.job))
+        with suppress(SubmissionError):
+            while time.monotonic() < deadline:
+                jobs = [(run, job) for run, job in jobs if job.alive(run)]
+                if not jobs:
+                    return
+                for run, _ in jobs:
+                    # Again and again: one that only starts does not know yet that it is a job.
+                    cancel(run)
+                time.sleep(1)
 
     def watch(self) -> NodeAnswer | None:
         """Interrupt the runs, and wait until their jobs are gone and the node has answered.
@@ -152,20 +167,21 @@ class _Drill:
             The node's answer; None if its job has ended without one.
         """
         node: NodeAnswer | None = None
-        probe_gone_at: float | None = None
         asked_at = 0.0
+        probe_gone_at: float | None = None
         while True:
-            node = node or self._question.answer()
+            if node is None and (node := self._question.answer()):
+                self._question.close()
             for watched in self.watched:
                 self._look_at_folder(watched)
             if time.monotonic() - asked_at > ASK_SLURM_EVERY_S:
                 asked_at = time.monotonic()
                 self._look_at_jobs()
-                if probe_gone_at is None and not self._probe.alive(self._probe_run):
+                if probe_gone_at is None and not self._question.job.alive(self._question.run):
                     probe_gone_at = asked_at
-            answered = node or time.monotonic() - (probe_gone_at or asked_at) > GONE_S
-            if probe_gone_at and answered and all(watched.done for watched in self.watched):
-                self._question.close()
+            # Its answer may come late over a network file system.
+            probed = probe_gone_at and (node or time.monotonic() - probe_gone_at > GONE_S)
+            if probed and all(watched.done for watched in self.watched):
                 return node
             self._say("; ".join(map(_words, self.watched)))
             time.sleep(POLL_S)
@@ -208,10 +224,21 @@ class _Drill:
                 ids = {entry["job_id"] for entry in watched.run.submissions()}
                 alive = bool(ids & queue.keys())
                 waiting = [job_id for job_id in ids if queue.get(job_id, ("",))[0] == "PENDING"]
-                watched.waits_for = _hurried(waiting)
+                watched.waits_for = self._hurry(watched, waiting)
             else:
                 alive = watched.job.alive(watched.run)
             self._judge(watched, alive)
+
+    def _hurry(self, watched: Watched, job_ids: list[str]) -> str:
+        """Why jobs of a run wait; one that is only to wait before it is started again need not."""
+        reason = ""
+        for job_id in job_ids:
+            record = slurm.job_record(job_id)
+            reason = record.fields.get("Reason", "") if record else ""
+            if reason == "BeginTime" and time.monotonic() - watched.hurried_at > HURRY_EVERY_S:
+                watched.hurried_at = time.monotonic()
+                slurm.start_soon(job_id)
+        return reason
 
     def _judge(self, watched: Watched, alive: bool) -> None:
         status = watched.run.status() or RunStatus()
@@ -232,17 +259,6 @@ class _Drill:
         elif still_s > GONE_S:
             watched.problem = f"its job ended without a result, see {watched.job.log}"
             watched.done = True
-
-
-def _hurried(job_ids: list[str]) -> str:
-    """Why jobs wait; one that only waits because it is started again soon starts sooner."""
-    reason = ""
-    for job_id in job_ids:
-        if record := slurm.job_record(job_id):
-            reason = record.fields.get("Reason", "")
-            if reason == "BeginTime":
-                slurm.start_soon(job_id)
-    return reason
 
 
 def _words(watched: Watched) -> str:

@@ -44,7 +44,7 @@ class Row:
         went_on: How the run went on, in words; None if it did not.
         steps_lost: Steps that had to be done again.
         saved_s: Seconds from the interruption to a state that is saved, at most.
-        differs: What is not the same as in the run left in peace, to the last bit.
+        same_bits: Whether it ended with the bits of the undisturbed run; None if it did not end.
         hosts: Where the attempts ran.
         problem: Why this is not as promised; empty if it is.
     """
@@ -54,7 +54,7 @@ class Row:
     went_on: str | None
     steps_lost: int | None
     saved_s: float | None
-    differs: list[str]
+    same_bits: bool | None
     hosts: list[str]
     problem: str
 
@@ -100,7 +100,7 @@ def _row(drilled: Drilled, undisturbed: Run) -> Row:
     before, after = _both_sides(status.attempts, drilled.told)
     if before is None or after is None:
         problem = drilled.problem or _problem_of_no_restart(status, before)
-        return Row(drilled.how.way, None, None, None, None, [], hosts, problem)
+        return Row(drilled.how.way, None, None, None, None, None, hosts, problem)
     steps_lost = max(drilled.reached, before.last_step or 0) - (after.first_step or 0)
     same_job = before.job.job_id == after.job.job_id
     went_on = "same job" if same_job else f"new job {after.job.job_id}"
@@ -120,7 +120,7 @@ def _row(drilled: Drilled, undisturbed: Run) -> Row:
         went_on="submitted again" if drilled.by_drill else went_on,
         steps_lost=steps_lost,
         saved_s=drilled.saved_s if drilled.how.saves else None,
-        differs=differs,
+        same_bits=not differs if finished else None,
         hosts=hosts,
         problem=problem,
     )
@@ -153,7 +153,7 @@ def _shortfalls_of_rows(rows: Sequence[Row], facts: ClusterFacts) -> list[Shortf
             )
         )
     hosts = {host for row in rows for host in row.hosts}
-    if any(row.differs for row in rows) and len(hosts) > 1:
+    if any(row.same_bits is False for row in rows) and len(hosts) > 1:
         found.append(
             Shortfall(
                 f"the attempts ran on {', '.join(sorted(hosts))}: processors of different types "

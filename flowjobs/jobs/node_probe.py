@@ -11,7 +11,10 @@ import submitit
 from filelock import FileLock, Timeout
 
 from flowjobs.jobs import slurm
+from flowjobs.jobs.executors import Cluster
+from flowjobs.jobs.submit import submit
 from flowjobs.runs.files import write_json
+from flowjobs.runs.run import Run
 
 # How long the node waits to be looked at: a network file system may show a new file late.
 LOOK_S = 120.0
@@ -69,15 +72,18 @@ class NodeProbe:
 
 
 class NodeQuestion:
-    """This host's side: holds a lock until the node has answered.
+    """This host's side: submits the probe, and holds a lock until the node has answered.
 
     Args:
-        folder: The folder of the run that the probe is submitted as.
+        run: The run that the probe is submitted as, for its config and its log.
+        cluster: Where to.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._lock = _hold(_our_lock(folder))
+    def __init__(self, run: Run, cluster: Cluster) -> None:
+        self.run = run
+        self._folder = run.folder
+        self._lock = _hold(_our_lock(run.folder))
+        self.job = submit(run, cluster, task=NodeProbe(str(run.folder)))
 
     def answer(self) -> NodeAnswer | None:
         """The node's answer; None while there is none."""
@@ -85,12 +91,11 @@ class NodeQuestion:
             found = NodeAnswer(**json.loads(_answer_file(self._folder).read_text()))
         except FileNotFoundError:
             return None
-        seen = _is_locked(_node_lock(self._folder))
-        _looked_file(self._folder).touch()
-        return replace(found, we_see_its_lock=seen)
+        return replace(found, we_see_its_lock=_is_locked(_node_lock(self._folder)))
 
     def close(self) -> None:
-        """Free the lock."""
+        """Free the lock, and let the node go."""
+        _looked_file(self._folder).touch()
         self._lock.release()
 
 
