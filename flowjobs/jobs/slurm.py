@@ -111,12 +111,15 @@ def job_record(job_id: str) -> JobRecord | None:
         fields.setdefault(key, value)
     start, end = _timestamp(fields.get("StartTime")), _timestamp(fields.get("EndTime"))
     limit_s = _limit_s(fields.get("TimeLimit", ""))
+    state = fields.get("JobState", "").split()[0]
+    # While a job runs, the end that is written there is the one at its time limit.
+    known = None not in (start, end, limit_s) and state != "RUNNING"
     return JobRecord(
-        state=fields.get("JobState", "").split()[0],
+        state=state,
         restarts=int(fields.get("Restarts", "0")),
         preempted=_timestamp(fields.get("PreemptTime")) is not None,
         seconds_left=float("inf") if end is None else end - time.time(),
-        over_limit=None not in (start, end, limit_s) and end - start >= limit_s,  # type: ignore[operator]
+        over_limit=known and end - start >= limit_s,  # type: ignore[operator]
         requeue=fields.get("Requeue") == "1",
         fields=fields,
     )
