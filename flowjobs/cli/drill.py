@@ -8,7 +8,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -22,6 +22,7 @@ from flowjobs.config import (
     check_arch,
 )
 from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.runs.run import default_study
 from flowjobs.runs.status import EXIT_CANCELLED, EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -40,13 +41,17 @@ TIMEOUT_MIN = 30
 
 
 @dataclass(frozen=True)
-class Drill(CommandOptions):
+class Drill:
     """Show on your own cluster that an interrupted run ends with the bits of an undisturbed one.
 
-    Submits a tiny run several times at once, interrupts all but one, each in another way, and
-    compares weights, EMA, optimizer and metrics. A preemption itself only the scheduler can cause:
-    the signals that it sends stand for it. Exit code 1 if something is not as promised.
+    Takes minutes. Exit code 1 if something is not as promised.
     """
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study; the drill's own runs are removed from it unless something fails."""
+
+    cluster: Literal["auto", "slurm", "local"] = "auto"
+    """auto: Slurm if its controller answers, else this machine."""
 
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
@@ -84,10 +89,10 @@ class Drill(CommandOptions):
             )
         defaults.check_variables(config.slurm)
         cluster, _ = choose_cluster(self.cluster)
-        if cluster == "debug":
-            raise ConfigError("--cluster debug: found no job to interrupt, expected slurm or local")
         if cluster == "local":
             check_local(config.slurm)
+            if self.time_limit:
+                raise ConfigError("--time-limit: expected Slurm, found this machine")
         # It would win over the runs' own configs.
         os.environ["WANDB_MODE"] = "disabled"
         folder = _make_folder(self.study.expanduser().absolute())
@@ -147,18 +152,16 @@ def _print_report(report: "Report", folder: Path) -> None:
     for title, text in _facts_in_words(report.facts).items():
         print(f"{title:11} {text}")
     table = Table("drill", "signal", "went on as", "steps lost", "saved in", "same bits", box=None)
-    notice_s = report.facts.notice_s
     for row in report.rows:
-        table.add_row(*_cells(row, notice_s))
+        table.add_row(*_cells(row, report.facts.notice_s))
     print()
     Console().print(table)
-    problems = [f"{row.way}: {row.problem}" for row in report.rows if row.problem]
-    notes = [shortfall.what for shortfall in report.shortfalls]
-    if problems or notes:
-        print()
-    for line in [*problems, *notes]:
-        print(f"- {line}")
-    print()
+    print("(user signal and TERM stand for a preemption, which only the scheduler can cause)\n")
+    for row in report.rows:
+        if row.problem:
+            print(f"{row.way}: {row.problem}")
+    for shortfall in report.shortfalls:
+        print(shortfall.what)
     if report.as_promised:
         print("as promised")
     else:
@@ -191,9 +194,7 @@ def _facts_in_words(facts: "ClusterFacts") -> dict[str, str]:
             f"GraceTime {grace}, KillWait {kill_wait}, preempt_send_user_signal "
             f"{_yes(facts.user_signal)}"
         )
-        words["requeue"] = (
-            f"this job {_yes(facts.requeue)}, by default {_yes(facts.job_requeue)} (JobRequeue)"
-        )
+        words["requeue"] = f"{_yes(facts.requeue)} (JobRequeue {_yes(facts.job_requeue)})"
         words["accounting"] = _yes(facts.accounting)
         if node:
             words["on a node"] = f"{node.host}: sbatch and scontrol {_yes(node.commands)}"

@@ -34,49 +34,27 @@ CANCEL_WAIT_S = 60.0
 HANGS_S = 600.0
 
 
-@dataclass
-class Watched:
+@dataclass(kw_only=True)
+class Watched(Drilled):
     """A run of the drill, from its submission to its end.
 
     Attributes:
-        run: The run.
         job: Its first job.
-        how: How it is to be interrupted; None for the one that is left in peace.
-        told: The number of the attempt that was interrupted; 0 before.
-        told_at: When, by this process's monotonic clock.
-        saved_s: See `Drilled`; so are `reached`, `by_drill` and `problem`.
+        told_at: When it was interrupted, by this process's monotonic clock; None if unknown.
         waits_for: Why the job waits, by Slurm's word; empty if it does not.
-        done: Whether there is nothing more to wait for.
         hurried_at: When Slurm was last asked to start it sooner.
-        last_seen: What was last seen of it; `changed_at`: when that was new.
+        last_seen: What was last seen of it.
+        changed_at: When that was new.
+        done: Whether there is nothing more to wait for.
     """
 
-    run: Run
     job: SubmittedJob
-    how: Interruption | None = None
-    told: int = 0
-    told_at: float = 0.0
-    saved_s: float | None = None
-    reached: int = 0
-    by_drill: bool = False
+    told_at: float | None = None
     waits_for: str = ""
-    problem: str = ""
-    done: bool = False
     hurried_at: float = -math.inf
-    changed_at: float = field(default_factory=time.monotonic)
     last_seen: object = None
-
-    def drilled(self) -> Drilled:
-        """What is known of it in the end."""
-        return Drilled(
-            self.run,
-            self.how,
-            told=self.told,
-            saved_s=self.saved_s,
-            reached=self.reached,
-            by_drill=self.by_drill,
-            problem=self.problem,
-        )
+    changed_at: float = field(default_factory=time.monotonic)
+    done: bool = False
 
 
 def drill(
@@ -100,7 +78,7 @@ def drill(
         say: Called with a line on what is going on, again and again.
 
     Raises:
-        SubmissionError: A job was refused, or Slurm does not answer any more.
+        SubmissionError: A job was refused.
     """
     config = replace(config, tracking=TrackingConfig(wandb_mode="disabled"))
     probe = Run(study, "drill-node")
@@ -113,8 +91,8 @@ def drill(
         drilling.cancel()
         raise
     say("comparing")
-    reference, *others = (watched.drilled() for watched in drilling.watched)
-    return make_report(replace(facts, node=node), others, reference.run)
+    undisturbed, *others = drilling.watched
+    return make_report(replace(facts, node=node), others, undisturbed.run)
 
 
 class _Drill:
@@ -125,6 +103,7 @@ class _Drill:
         self._cluster = cluster
         self._question = question
         self._say = say
+        self._probe_gone_at: float | None = None
         self.watched: list[Watched] = []
 
     def start(self, config: RunConfig, time_limit: bool) -> ClusterFacts:
@@ -142,7 +121,7 @@ class _Drill:
     def _submit(self, name: str, config: RunConfig, how: Interruption | None) -> None:
         run = Run(self._study, name)
         run.create(config)
-        self.watched.append(Watched(run, submit(run, self._cluster), how))
+        self.watched.append(Watched(run=run, how=how, job=submit(run, self._cluster)))
 
     def cancel(self) -> None:
         """End every job, and wait until they are gone."""
@@ -150,15 +129,13 @@ class _Drill:
         deadline = time.monotonic() + CANCEL_WAIT_S
         jobs = [(watched.run, watched.job) for watched in self.watched]
         jobs.append((self._question.run, self._question.job))
-        with suppress(SubmissionError):
-            while time.monotonic() < deadline:
-                jobs = [(run, job) for run, job in jobs if job.alive(run)]
-                if not jobs:
-                    return
+        while jobs and time.monotonic() < deadline:
+            with suppress(SubmissionError):  # Slurm is away
+                # Again and again: a process that only starts has not said yet who it is.
                 for run, _ in jobs:
-                    # Again and again: one that only starts does not know yet that it is a job.
                     cancel(run)
                 time.sleep(1)
+                jobs = [(run, job) for run, job in jobs if job.alive(run)]
 
     def watch(self) -> NodeAnswer | None:
         """Interrupt the runs, and wait until their jobs are gone and the node has answered.
@@ -168,7 +145,6 @@ class _Drill:
         """
         node: NodeAnswer | None = None
         asked_at = 0.0
-        probe_gone_at: float | None = None
         while True:
             if node is None and (node := self._question.answer()):
                 self._question.close()
@@ -176,11 +152,12 @@ class _Drill:
                 self._look_at_folder(watched)
             if time.monotonic() - asked_at > ASK_SLURM_EVERY_S:
                 asked_at = time.monotonic()
-                self._look_at_jobs()
-                if probe_gone_at is None and not self._question.job.alive(self._question.run):
-                    probe_gone_at = asked_at
-            # Its answer may come late over a network file system.
-            probed = probe_gone_at and (node or time.monotonic() - probe_gone_at > GONE_S)
+                with suppress(SubmissionError):  # Slurm is away
+                    self._look_at_jobs()
+            # The probe's answer may come late over a network file system.
+            probed = self._probe_gone_at and (
+                node or time.monotonic() - self._probe_gone_at > GONE_S
+            )
             if probed and all(watched.done for watched in self.watched):
                 return node
             self._say("; ".join(map(_words, self.watched)))
@@ -193,7 +170,7 @@ class _Drill:
         step = int(latest_values(run.metrics_file).get("step", 0))
         if watched.told:
             ended = status.attempts[watched.told - 1].ended
-            if watched.told_at and watched.saved_s is None and ended:
+            if ended and watched.told_at and watched.saved_s is None:
                 watched.saved_s = time.monotonic() - watched.told_at
             if len(status.attempts) == watched.told:
                 watched.reached = max(watched.reached, step)
@@ -216,6 +193,8 @@ class _Drill:
 
     def _look_at_jobs(self) -> None:
         """Find out which runs are done, and why the others wait."""
+        if self._probe_gone_at is None and not self._question.job.alive(self._question.run):
+            self._probe_gone_at = time.monotonic()
         queue = slurm.queue() if self._cluster == "slurm" else {}
         for watched in self.watched:
             if watched.done:

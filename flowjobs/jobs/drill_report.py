@@ -10,9 +10,9 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, RunStatus
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Drilled:
-    """A run of the drill after its end.
+    """A run of the drill, and what was seen of it.
 
     Attributes:
         run: The run.
@@ -27,11 +27,11 @@ class Drilled:
 
     run: Run
     how: Interruption | None
-    told: int
-    saved_s: float | None
-    reached: int
-    by_drill: bool
-    problem: str
+    told: int = 0
+    saved_s: float | None = None
+    reached: int = 0
+    by_drill: bool = False
+    problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = ("--steps", "2500")
+STEPS = ("--steps", "1500")
 LOCAL = ("--cluster", "local", "--gpus-per-node", "0")
 
 
@@ -122,10 +122,13 @@ def test_ctrl_c_leaves_no_jobs_behind(slurm: SlurmCluster, study: Path) -> None:
     assert slurm.run("squeue", "-h") == ""
 
 
-def test_there_must_be_a_job_to_interrupt(flowjobs: Command) -> None:
-    done = flowjobs("drill", "--cluster", "debug")
-    assert done.returncode == 2
-    assert "expected slurm or local" in done.stderr
+def test_bad_input_leaves_nothing(slurm: SlurmCluster, flowjobs: Command, study: Path) -> None:
+    done = flowjobs("drill", *LOCAL, "--time-limit")
+    assert (done.returncode, study.exists()) == (2, False)
+    assert done.stderr == "error: --time-limit: expected Slurm, found this machine\n"
+    done = flowjobs("drill", "--partition", "nowhere")
+    assert (done.returncode, list(study.iterdir())) == (2, [])
+    assert "--partition nowhere is not one of gpu, preempt" in done.stderr
 
 
 NODE = NodeAnswer("n1", True, "the controller answers", sees_our_lock=True, we_see_its_lock=True)
