@@ -36,6 +36,7 @@ def command(*arguments: str) -> str:
         command("--help"),
         command("submit", "--help"),
         command("train", "--help"),
+        command("drill", "--help"),
         command("status"),
         command("logs", "no-such-run"),
         command("submit", "--arch", "nonsense"),

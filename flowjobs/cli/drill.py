@@ -73,7 +73,10 @@ class Drill:
     @classmethod
     def with_defaults(cls, defaults: Defaults) -> "Drill":
         """The command with a file's and sbatch's defaults, without those of training."""
-        return cls(cluster=defaults.fill(CommandOptions).cluster, slurm=defaults.fill(SlurmConfig))
+        options: CommandOptions = defaults.fill(CommandOptions)
+        # The debugger has no job that could be interrupted.
+        cluster = "auto" if options.cluster == "debug" else options.cluster
+        return cls(cluster=cluster, slurm=defaults.fill(SlurmConfig))
 
     def run(self, defaults: Defaults) -> int:
         """Drill. Returns the exit code."""
@@ -119,7 +122,11 @@ class Drill:
         return 0 if report.as_promised else EXIT_FAILED
 
     def _training(self, defaults: Defaults) -> TrainingConfig:
-        steps = self.steps or (STEPS_TIME_LIMIT if self.time_limit else STEPS)
+        steps = self.steps
+        if steps is None:
+            steps = STEPS_TIME_LIMIT if self.time_limit else STEPS
+        if steps < 1:
+            raise ConfigError(f"--steps: found {steps}, expected at least 1")
         arguments = self.arch_args
         if self.arch == "mlp" and not arguments:
             arguments = KeyValues(width=16, depth=1, dropout=0.1)

@@ -20,7 +20,7 @@ from flowjobs.jobs.reconcile import reconcile
 from flowjobs.jobs.submit import SubmittedJob, submit
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import RunStatus
+from flowjobs.runs.status import AttemptRecord, RunStatus
 
 POLL_S = 0.2
 ASK_SLURM_EVERY_S = 2.0
@@ -177,19 +177,10 @@ class _Drill:
         elif watched.how and (attempt := status.open_attempt):
             begun = attempt.first_step is not None and step >= attempt.first_step + STEPS_BEFORE
             if begun and run.last.exists():
-                self._interrupt(watched, watched.how, len(status.attempts))
+                _interrupt(watched, watched.how, attempt)
         seen = (status.state, len(status.attempts), step)
         if seen != watched.last_seen or watched.waits_for:
             watched.last_seen, watched.changed_at = seen, time.monotonic()
-
-    def _interrupt(self, watched: Watched, how: Interruption, attempt: int) -> None:
-        watched.told = attempt
-        if how.way != "time limit":  # that one comes by itself, nobody knows when
-            watched.told_at = time.monotonic()
-        try:
-            how.happen_to(watched.run, self._cluster, watched.job.job_id)
-        except SubmissionError as error:
-            watched.problem = f"could not be interrupted: {error}"
 
     def _look_at_jobs(self) -> None:
         """Find out which runs are done, and why the others wait."""
@@ -238,6 +229,16 @@ class _Drill:
         elif still_s > GONE_S:
             watched.problem = f"its job ended without a result, see {watched.job.log}"
             watched.done = True
+
+
+def _interrupt(watched: Watched, how: Interruption, attempt: AttemptRecord) -> None:
+    watched.told = attempt.number
+    if how.way != "time limit":  # that one comes by itself, nobody knows when
+        watched.told_at = time.monotonic()
+    try:
+        how.happen_to(attempt.job)
+    except SubmissionError as error:
+        watched.problem = f"could not be interrupted: {error}"
 
 
 def _words(watched: Watched) -> str:

@@ -2,17 +2,18 @@
 
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from flowjobs.config import RestartConfig, RunConfig
 from flowjobs.jobs import slurm
 from flowjobs.jobs.executors import Cluster
-from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
 
 Way = Literal["user signal", "TERM", "requeue", "SIGKILL", "time limit"]
 
-SIGNALS = {
+SIGNALS: dict[Way, signal.Signals] = {
     "user signal": signal.SIGUSR2,
     "TERM": signal.SIGTERM,
     "SIGKILL": signal.SIGKILL,
@@ -49,8 +50,8 @@ class Interruption:
             return replace(config, restarts=RestartConfig(retries=1))
         return config
 
-    def happen_to(self, run: Run, cluster: Cluster, job_id: str) -> None:
-        """Interrupt the run's job, which trains.
+    def happen_to(self, job: JobInfo) -> None:
+        """Interrupt a job that trains.
 
         Raises:
             SubmissionError: Slurm refuses.
@@ -58,11 +59,12 @@ class Interruption:
         if self.way == "time limit":
             return  # it comes by itself
         if self.way == "requeue":
-            slurm.requeue(job_id)
-        elif cluster == "slurm":
-            slurm.signal_step(job_id, SIGNALS[self.way])
-        elif (status := run.status()) and status.open_attempt:
-            os.kill(status.open_attempt.job.pid, SIGNALS[self.way])
+            slurm.requeue(job.job_id)
+        elif job.cluster == "slurm":
+            slurm.signal_step(job.job_id, SIGNALS[self.way])
+        else:
+            with suppress(ProcessLookupError):  # it has just finished
+                os.kill(job.pid, SIGNALS[self.way])
 
 
 def possible(cluster: Cluster, *, requeue: bool | None, time_limit: bool) -> list[Interruption]:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from flowjobs.cli.defaults import load_defaults
+from flowjobs.cli.drill import Drill
 from flowjobs.jobs.cluster_facts import ClusterFacts, shortfalls
 from flowjobs.jobs.node_probe import NodeAnswer
 from flowjobs.training.same_bits import same
@@ -126,9 +128,22 @@ def test_bad_input_leaves_nothing(slurm: SlurmCluster, flowjobs: Command, study:
     done = flowjobs("drill", *LOCAL, "--time-limit")
     assert (done.returncode, study.exists()) == (2, False)
     assert done.stderr == "error: --time-limit: expected Slurm, found this machine\n"
+    done = flowjobs("drill", "--steps", "0")
+    assert (done.returncode, study.exists()) == (2, False)
+    assert done.stderr == "error: --steps: found 0, expected at least 1\n"
     done = flowjobs("drill", "--partition", "nowhere")
     assert (done.returncode, list(study.iterdir())) == (2, [])
     assert "--partition nowhere is not one of gpu, preempt" in done.stderr
+
+
+def test_defaults_of_training_are_none_of_the_drills(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("flowjobs.toml").write_text(
+        'partition = "preempt"\ncluster = "debug"\nepochs = 1\narch_args = { width = 4096 }\n'
+    )
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    drill = Drill.with_defaults(load_defaults())
+    assert (drill.slurm.partition, drill.slurm.account) == ("preempt", "lab")
+    assert (drill.cluster, drill.steps, drill.arch_args) == ("auto", None, {})
 
 
 NODE = NodeAnswer("n1", True, "the controller answers", sees_our_lock=True, we_see_its_lock=True)
