@@ -1,6 +1,7 @@
 """Interrupts tiny runs in every way there is, and sees whether each ends as an undisturbed one."""
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,7 @@ from flowjobs.jobs.cluster_facts import ClusterFacts, facts_of_slurm, facts_of_t
 from flowjobs.jobs.drill_report import Drilled, Report, make_report
 from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.interruptions import Interruption, possible
-from flowjobs.jobs.node_probe import NodeAnswer, NodeQuestion
+from flowjobs.jobs.node_probe import NodeAnswer, NodeProbe, NodeQuestion
 from flowjobs.jobs.reconcile import reconcile
 from flowjobs.jobs.submit import SubmittedJob, submit
 from flowjobs.runs.metrics import latest_values
@@ -83,7 +84,7 @@ def drill(
     config = replace(config, tracking=TrackingConfig(wandb_mode="disabled"))
     probe = Run(study, "drill-node")
     probe.create(config)
-    drilling = _Drill(study, cluster, NodeQuestion(probe, cluster), say)
+    drilling = _Drill(study, cluster, probe, say)
     try:
         facts = drilling.start(config, time_limit)
         node = drilling.watch()
@@ -97,38 +98,50 @@ def drill(
 
 class _Drill:
     def __init__(
-        self, study: Path, cluster: Cluster, question: NodeQuestion, say: Callable[[str], None]
+        self, study: Path, cluster: Cluster, probe: Run, say: Callable[[str], None]
     ) -> None:
         self._study = study
         self._cluster = cluster
-        self._question = question
-        self._say = say
+        self._probe = probe
+        self._question = NodeQuestion(probe.folder)
         self._probe_gone_at: float | None = None
+        self._say = say
+        self._jobs: list[tuple[Run, SubmittedJob]] = []
         self.watched: list[Watched] = []
 
     def start(self, config: RunConfig, time_limit: bool) -> ClusterFacts:
         """Submit all jobs. Returns what the cluster says of itself."""
+        job = self._submit(self._probe, NodeProbe(str(self._probe.folder)))
         study = str(self._study.parent)
         if self._cluster == "slurm":
-            facts = facts_of_slurm(self._question.job.job_id, study)
+            facts = facts_of_slurm(job.job_id, study)
         else:
             facts = facts_of_this_machine(study)
-        self._submit("drill-undisturbed", config, None)
+        self._start_run("drill-undisturbed", config, None)
         for how in possible(self._cluster, requeue=facts.requeue, time_limit=time_limit):
-            self._submit(how.run_name, how.prepare(config), how)
+            self._start_run(how.run_name, how.prepare(config), how)
         return facts
 
-    def _submit(self, name: str, config: RunConfig, how: Interruption | None) -> None:
+    def _start_run(self, name: str, config: RunConfig, how: Interruption | None) -> None:
         run = Run(self._study, name)
         run.create(config)
-        self.watched.append(Watched(run=run, how=how, job=submit(run, self._cluster)))
+        self.watched.append(Watched(run=run, how=how, job=self._submit(run)))
+
+    def _submit(self, run: Run, task: Callable[[], None] | None = None) -> SubmittedJob:
+        # Ctrl-C waits until the job is known: nobody would cancel it else.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            job = submit(run, self._cluster, task=task)
+            self._jobs.append((run, job))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return job
 
     def cancel(self) -> None:
         """End every job, and wait until they are gone."""
         self._question.close()
         deadline = time.monotonic() + CANCEL_WAIT_S
-        jobs = [(watched.run, watched.job) for watched in self.watched]
-        jobs.append((self._question.run, self._question.job))
+        jobs = self._jobs
         while jobs and time.monotonic() < deadline:
             with suppress(SubmissionError):  # Slurm is away
                 # Again and again: a process that only starts has not said yet who it is.
@@ -184,7 +197,7 @@ class _Drill:
 
     def _look_at_jobs(self) -> None:
         """Find out which runs are done, and why the others wait."""
-        if self._probe_gone_at is None and not self._question.job.alive(self._question.run):
+        if self._probe_gone_at is None and not self._jobs[0][1].alive(self._probe):
             self._probe_gone_at = time.monotonic()
         queue = slurm.queue() if self._cluster == "slurm" else {}
         for watched in self.watched:
@@ -225,7 +238,7 @@ class _Drill:
         elif watched.told and watched.how and not watched.how.saves and not watched.by_drill:
             # On this machine nobody but its user notices that a job was killed.
             watched.by_drill = True
-            watched.job = submit(watched.run, self._cluster)
+            watched.job = self._submit(watched.run)
         elif still_s > GONE_S:
             watched.problem = f"its job ended without a result, see {watched.job.log}"
             watched.done = True

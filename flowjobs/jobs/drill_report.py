@@ -1,7 +1,7 @@
 """What came of a drill: from the runs' folders and what was seen of them to a table's rows."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from flowjobs.jobs.cluster_facts import ClusterFacts, Shortfall, shortfalls
@@ -88,7 +88,8 @@ def make_report(facts: ClusterFacts, drills: Sequence[Drilled], undisturbed: Run
         reason = f"the undisturbed run {status.state}: {status.reason}"
         found.append(Shortfall(f"{reason}; see {undisturbed.logs}", breaks=True))
     rows = [_row(drilled, undisturbed) for drilled in drills]
-    return Report(facts, rows, [*found, *_shortfalls_of_rows(rows, facts)])
+    hosts = {host for row in rows for host in row.hosts} | set(_hosts(status))
+    return Report(facts, rows, [*found, *_shortfalls_of_rows(rows, facts, hosts)])
 
 
 def _row(drilled: Drilled, undisturbed: Run) -> Row:
@@ -96,7 +97,7 @@ def _row(drilled: Drilled, undisturbed: Run) -> Row:
 
     assert drilled.how is not None
     status = drilled.run.status() or RunStatus()
-    hosts = [attempt.job.host for attempt in status.attempts]
+    hosts = _hosts(status)
     before, after = _both_sides(status.attempts, drilled.told)
     if before is None or after is None:
         problem = drilled.problem or _problem_of_no_restart(status, before)
@@ -126,6 +127,10 @@ def _row(drilled: Drilled, undisturbed: Run) -> Row:
     )
 
 
+def _hosts(status: RunStatus) -> list[str]:
+    return [attempt.job.host for attempt in status.attempts]
+
+
 def _both_sides(
     attempts: Sequence[AttemptRecord], told: int
 ) -> tuple[AttemptRecord | None, AttemptRecord | None]:
@@ -141,7 +146,9 @@ def _problem_of_no_restart(status: RunStatus, before: AttemptRecord | None) -> s
     return f"{where}: {status.state} {status.reason}".rstrip()
 
 
-def _shortfalls_of_rows(rows: Sequence[Row], facts: ClusterFacts) -> list[Shortfall]:
+def _shortfalls_of_rows(
+    rows: Sequence[Row], facts: ClusterFacts, hosts: Collection[str]
+) -> list[Shortfall]:
     found = []
     times = [row.saved_s for row in rows if row.saved_s is not None]
     if times and facts.notice_s is not None and max(times) > facts.notice_s:
@@ -152,7 +159,6 @@ def _shortfalls_of_rows(rows: Sequence[Row], facts: ClusterFacts) -> list[Shortf
                 "may be lost: --checkpoint-every-s 30, or --study on a faster file system"
             )
         )
-    hosts = {host for row in rows for host in row.hosts}
     if any(row.same_bits is False for row in rows) and len(hosts) > 1:
         found.append(
             Shortfall(

@@ -11,10 +11,7 @@ import submitit
 from filelock import FileLock, Timeout
 
 from flowjobs.jobs import slurm
-from flowjobs.jobs.executors import Cluster
-from flowjobs.jobs.submit import submit
 from flowjobs.runs.files import write_json
-from flowjobs.runs.run import Run
 
 # How long the node waits to be looked at: a network file system may show a new file late.
 LOOK_S = 120.0
@@ -72,18 +69,15 @@ class NodeProbe:
 
 
 class NodeQuestion:
-    """This host's side: submits the probe, and holds a lock until the node has answered.
+    """This host's side: holds a lock until the node has answered.
 
     Args:
-        run: The run that the probe is submitted as, for its config and its log.
-        cluster: Where to.
+        folder: The folder of the run that the probe is submitted as.
     """
 
-    def __init__(self, run: Run, cluster: Cluster) -> None:
-        self.run = run
-        self._folder = run.folder
-        self._lock = _hold(_our_lock(run.folder))
-        self.job = submit(run, cluster, task=NodeProbe(str(run.folder)))
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = _hold(_our_lock(folder))
 
     def answer(self) -> NodeAnswer | None:
         """The node's answer; None while there is none."""
