@@ -37,6 +37,7 @@ def command(*arguments: str) -> str:
         command("submit", "--help"),
         command("train", "--help"),
         command("sync", "--help"),
+        command("drill", "--help"),
         command("status"),
         command("logs", "no-such-run"),
         command("submit", "--arch", "nonsense"),

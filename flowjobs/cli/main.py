@@ -11,6 +11,7 @@ from flowjobs.cli.cancel import Cancel
 from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.data import Data
 from flowjobs.cli.defaults import load_defaults
+from flowjobs.cli.drill import Drill
 from flowjobs.cli.logs import Logs
 from flowjobs.cli.reconcile import Reconcile
 from flowjobs.cli.status import Status
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Any] = {
     "sync": Sync,
     "data": Data,
     "checkpoint": Checkpoint,
+    "drill": Drill,
 }
 
 DESCRIPTION = """Flow-matching ablations on a preemptible Slurm cluster, or on this machine.
@@ -73,7 +75,11 @@ def run(arguments: Sequence[str]) -> int:
         _parse(every, "flowjobs", arguments, description=DESCRIPTION)
     # The parser of one command alone is built in half the time of all of them.
     cls = COMMANDS[name]
-    default = {"default": defaults.fill(cls)} if cls in (Submit, Train) else {}
+    default: dict[str, Any] = {}
+    if cls in (Submit, Train):
+        default = {"default": defaults.fill(cls)}
+    elif cls is Drill:
+        default = {"default": Drill.with_defaults(defaults)}
     code: int = _parse(cls, f"flowjobs {name}", rest, **default).run(defaults)
     return code
 

@@ -69,7 +69,9 @@ def _slurm_notice(run: Run, job: JobInfo, signal_name: str) -> Notice:
     if record.over_limit or (record.state == "RUNNING" and ends_soon):
         return Notice("time limit", f"time limit ({signal_name})", seconds)
     if record.state == "RUNNING":
-        return Notice("told to leave", f"told to leave ({signal_name})", kill_wait_s)
+        # TERM may be the first that is seen of a scancel; USR2 was sent by hand.
+        left = None if signal_name == "SIGUSR2" else kill_wait_s
+        return Notice("told to leave", f"told to leave ({signal_name})", left)
     return Notice("cancelled", f"cancelled by scancel ({signal_name})", kill_wait_s)
 
 

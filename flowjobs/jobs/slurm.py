@@ -119,12 +119,15 @@ def job_record(job_id: str) -> JobRecord | None:
             fields.setdefault(key, value)
     start, end = _timestamp(fields.get("StartTime")), _timestamp(fields.get("EndTime"))
     limit_s = _limit_s(fields.get("TimeLimit", ""))
+    state = fields.get("JobState", "").split()[0]
+    # While a job runs, the end that is written there is the one at its time limit.
+    known = None not in (start, end, limit_s) and state != "RUNNING"
     return JobRecord(
-        state=fields.get("JobState", "").split()[0],
+        state=state,
         restarts=int(fields.get("Restarts", "0")),
         preempted=_timestamp(fields.get("PreemptTime")) is not None,
         seconds_left=float("inf") if end is None else end - time.time(),
-        over_limit=None not in (start, end, limit_s) and end - start >= limit_s,  # type: ignore[operator]
+        over_limit=known and end - start >= limit_s,  # type: ignore[operator]
         requeue=fields.get("Requeue") == "1",
         fields=fields,
     )
@@ -142,9 +145,34 @@ def job_output_file(job_id: str) -> str | None:
 def kill_wait_s() -> float:
     """Seconds that Slurm waits between telling a job to end and killing it; its default if it
     does not say."""
+    found = settings().get("KillWait", "").partition(" ")[0]
+    return float(found) if found.isdigit() else 30.0
+
+
+def settings() -> dict[str, str]:
+    """The cluster's settings by slurm.conf's names; none if it does not answer."""
     answer = _run("scontrol", "show", "config")
-    found = re.search(r"^KillWait\s*=\s*(\d+)", answer.stdout, flags=re.MULTILINE)
-    return float(found.group(1)) if found else 30.0
+    lines = (line.partition("=") for line in answer.stdout.splitlines())
+    return {name.strip(): value.strip() for name, equals, value in lines if equals}
+
+
+def partition_settings(name: str) -> dict[str, str]:
+    """A partition's settings by slurm.conf's names; none if it does not answer."""
+    answer = _run("scontrol", "show", "partition", name, "--oneliner")
+    return dict(_FIELD.findall(answer.stdout.partition("\n")[0]))
+
+
+def qos_settings(name: str) -> dict[str, str]:
+    """PreemptMode and GraceTime of a quality of service; none where accounting does not answer."""
+    names = ("PreemptMode", "GraceTime")
+    answer = _run("sacctmgr", "-nP", "show", "qos", name, f"format={','.join(names)}")
+    line = answer.stdout.partition("\n")[0]
+    return dict(zip(names, line.split("|"), strict=False)) if line else {}
+
+
+def accounting_answers() -> bool:
+    """Whether there is accounting, so that it can be asked how a job ended."""
+    return _run("sacct", "-X", "-n", "-S", "now").returncode == 0
 
 
 def requeue(job_id: str, exclude: str | None = None) -> None:
@@ -168,6 +196,27 @@ def requeue(job_id: str, exclude: str | None = None) -> None:
         before = record.fields.get("ExcNodeList", "(null)")
         nodes = exclude if before == "(null)" else f"{before},{exclude}"
         _run("scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}")
+
+
+def start_soon(job_id: str) -> None:
+    """Let a job of one's own that is requeued start in some seconds, where that is allowed.
+
+    Slurm lets it wait for two minutes by default. Not at once: a node that still knows the job's
+    earlier life refuses it, or is drained ("Duplicate jobid").
+    """
+    _run("scontrol", "update", f"jobid={job_id}", "StartTime=now+3")
+
+
+def signal_step(job_id: str, number: signal.Signals) -> None:
+    """Send a signal to the processes of a job's first step, and not to its batch script.
+
+    Raises:
+        SubmissionError: Slurm does not answer, or refuses.
+    """
+    name = number.name.removeprefix("SIG")
+    answer = _run("scancel", f"--signal={name}", f"{job_id}.0")
+    if answer.returncode != 0:
+        raise SubmissionError(f"scancel --signal={name} {job_id}.0: {_first_line(answer)}")
 
 
 def write_batch_script(job_id: str, path: str) -> bool:

@@ -6,7 +6,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,12 @@ class SubmittedJob:
 
 
 def submit(
-    run: Run, cluster: Cluster, *, continues: str | None = None, exclude: str | None = None
+    run: Run,
+    cluster: Cluster,
+    *,
+    continues: str | None = None,
+    exclude: str | None = None,
+    task: Callable[[], None] | None = None,
 ) -> SubmittedJob:
     """Submit the run's job.
 
@@ -64,6 +69,7 @@ def submit(
             exception.
         continues: The job that this one goes on from, without a person having asked for it.
         exclude: A node to leave out beside those of the config.
+        task: What the job does; default: train the run.
 
     Raises:
         SubmissionError: sbatch refused; the text has its words and what could be meant.
@@ -75,7 +81,7 @@ def submit(
     executor = make_executor(cluster, run, asked)
     with _environment_of(cluster, asked, continues):
         try:
-            job: Job[None] = executor.submit(RunTask(str(run.folder)))
+            job: Job[None] = executor.submit(task or RunTask(str(run.folder)))
         except (FailedJobError, FailedSubmissionError) as error:
             for pattern in (".submission_file_*.sh", "[0-9a-f]" * 32 + ".pkl"):
                 for leftover in run.logs.glob(pattern):

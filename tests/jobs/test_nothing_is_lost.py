@@ -75,6 +75,16 @@ def test_requeued_by_hand(start: Start, whole: Run) -> None:
     job.is_row("is requeued (`scontrol requeue`)")
 
 
+def test_a_signal_by_hand_is_not_taken_for_a_time_limit(start: Start, whole: Run) -> None:
+    job = start()
+    job.slurm.run("scancel", "--signal=USR2", f"{job.job_id}.0")
+    job.wait_for_state("finished")
+    assert job.attempts() == [("preempted", "told to leave"), ("finished", "")]
+    assert job.steps_lost() == 0
+    assert job.job_ids() == [job.job_id]
+    assert_equal_to(whole, job.run)
+
+
 def test_the_time_limit_costs_nothing(start: Start, whole: Run) -> None:
     job = start("--timeout-min", "1")
     job.tell("slow")

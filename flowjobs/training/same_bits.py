@@ -1,0 +1,56 @@
+"""Whether two runs ended with the same bits."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from flowjobs.errors import CheckpointError
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from flowjobs.training.checkpoint import read_checkpoint
+
+
+def differences(run: Run, other: Run) -> list[str]:
+    """What of two runs is not the same to the last bit, in words for a person.
+
+    Compared are last.pt and best.pt (weights, EMA, optimizer, schedule, counters) and every row
+    of metrics.jsonl.
+    """
+    found = []
+    for mine, theirs in ((run.last, other.last), (run.best, other.best)):
+        try:
+            first, second = read_checkpoint(mine), read_checkpoint(theirs)
+        except CheckpointError as error:
+            found.append(str(error))
+            continue
+        parts = first.keys() | second.keys()
+        found += [
+            f"{mine.name}: {part}"
+            for part in sorted(parts)
+            if not same(first.get(part), second.get(part))
+        ]
+    if list(read_rows(run.metrics_file)) != list(read_rows(other.metrics_file)):
+        found.append(run.metrics_file.name)
+    return found
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two payloads, of nested dicts and lists of tensors, are equal to the last bit."""
+    match first:
+        case torch.Tensor():
+            return (
+                isinstance(second, torch.Tensor)
+                and (first.dtype, first.shape) == (second.dtype, second.shape)
+                # Not torch.equal: it takes 0.0 and -0.0 for the same.
+                and all(map(torch.equal, _bytes(first), _bytes(second)))
+            )
+        case dict():
+            return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+        case list() | tuple():
+            return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def _bytes(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
