@@ -38,5 +38,10 @@ srun --unbuffered ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
 code=$?
 
 # For a death that could not speak: says what it was, and goes on if it may (train --retries N).
-[ $code -eq 0 ] || "$PYTHON" -m flowjobs reconcile --exit-code $code
+study=()
+for argument in "$@"; do
+    [ "${previous:-}" = --study ] && study=(--study "$argument")
+    previous=$argument
+done
+[ $code -eq 0 ] || "$PYTHON" -m flowjobs reconcile --exit-code $code "${study[@]}"
 exit $code

@@ -52,8 +52,9 @@ def _close_what_died(study: Path, name: str | None) -> None:
 
     study = study.expanduser().absolute()
     runs = [Run(study, name) for name in run_names(study)]
-    with contextlib.suppress(SubmissionError):  # Slurm does not answer: as far as is known
-        reconcile(run for run in runs if name in (None, run.name))
+    # As far as is known: Slurm may not answer, and another's study may not be written to.
+    with contextlib.suppress(SubmissionError, OSError):
+        reconcile((run for run in runs if name in (None, run.name)), tell_wandb=False)
 
 
 def _describe(run: Run) -> dict[str, Any]:

@@ -46,8 +46,10 @@ class Train:
         by_person = started_by_person()
         if by_person:
             run.clear_cancel()
-        # A job that is started again goes on from where it was.
-        code = train_run(run, self.resume if by_person else None)
+        status = run.status()
+        begun = status is not None and any(a.first_step is not None for a in status.attempts)
+        # A job that is started again goes on from where it was, once it was anywhere.
+        code = train_run(run, self.resume if by_person or not begun else None)
         if code == EXIT_PREEMPTED:
             print("the same command goes on from there", file=sys.stderr)
         return code

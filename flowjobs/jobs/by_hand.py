@@ -1,7 +1,7 @@
 """Jobs that a person submitted with plain sbatch: found out at their start, submitted again so."""
 
 import os
-import shlex
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ OPTIONS = {
     "StdOut": "--output",
     "ArrayTaskId": "--array",
 }
-NOTHING = ("", "(null)", "N/A", "UNLIMITED", "0")
+NOTHING = ("", "(null)", "N/A", "UNLIMITED")
 
 
 def known_log(run: Run, job_id: str) -> str | None:
@@ -55,6 +55,8 @@ def note_job(run: Run, job_id: str) -> str | None:
     if record is None:
         return None
     log = record.fields.get("StdOut")
+    if record.fields.get("BatchFlag") in (None, "0"):
+        return log  # a shell of salloc's, say: nothing to submit again
     again: list[str] = []
     script = run.logs / f"{job_id}.sh"
     if slurm.write_batch_script(job_id, str(script)):
@@ -78,8 +80,16 @@ def resubmit(run: Run, entry: dict[str, Any], exclude: str | None) -> str:
         nodes = f"{before[-1].partition('=')[2]},{exclude}" if before else exclude
         command.insert(1, f"--exclude={nodes}")
         command = [option for option in command if option not in before]
+    # The new job must know what it is, also where jobs get no environment by default.
+    command.insert(1, "--export=ALL")
     environment = environment_for_sbatch(os.environ, run.config().slurm)
-    return slurm.sbatch(command, {**environment, slurm.CONTINUES: entry["job_id"]})
+    old = entry["job_id"]
+    new = slurm.sbatch(command, {**environment, slurm.CONTINUES: old})
+    if any(option.startswith("--array=") for option in command):
+        new = f"{new}_{old.partition('_')[2]}"
+    log = Path(entry["log"]) if entry["log"] else None
+    run.add_submission(new, "slurm", log, continues=old, again=entry["again"])
+    return new
 
 
 def _command(record: slurm.JobRecord, script: Path) -> list[str]:
@@ -96,10 +106,10 @@ def _command(record: slurm.JobRecord, script: Path) -> list[str]:
     if resources not in NOTHING:
         # Slurm says gres:gpu:1 for what was asked as --gpus-per-node=1 or as --gres=gpu:1, and
         # adds one to the other: only the one that the script has is replaced.
-        wanted = resources.replace("gres:", "")
+        wanted = re.sub("gres[:/]", "", resources)
         if "--gpus-per-node" in script.read_text():
             options.append(f"--gpus-per-node={wanted.removeprefix('gpu:')}")
         else:
             options.append(f"--gres={wanted}")
-    _, *arguments = shlex.split(fields.get("Command", ""))
+    _, *arguments = fields.get("Command", "").split() or [""]  # Slurm quotes nothing
     return ["sbatch", "--parsable", "--open-mode=append", *options, str(script), *arguments]

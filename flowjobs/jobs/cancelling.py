@@ -9,6 +9,7 @@ from flowjobs.jobs import slurm
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_CANCELLED, Outcome, RunStatus
+from flowjobs.tracking.closing import close_session
 
 
 def cancel(run: Run) -> list[str]:
@@ -22,13 +23,17 @@ def cancel(run: Run) -> list[str]:
         return [f"{run.name} is finished; there is nothing to cancel"]
     run.request_cancel()  # first: a job that is just being requeued must see it
     ended = _end_jobs(run)
+    status = run.status() or RunStatus()
+    # A process that trains says itself how it ends; of a job that only waits, nobody else would.
+    nobody_trains = status.open_attempt is None and lock_holder(run.folder) is None
+    if nobody_trains and status.state != "cancelled":
+        reason = "cancelled by flowjobs cancel"
+        outcome = Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+        status.close(outcome)
+        status.write(run.status_file)
+        close_session(run, outcome)
     if ended:
         return [f"{run.name}: cancelled {', '.join(ended)}; submit it again to go on"]
-    if lock_holder(run.folder) is None:
-        status = run.status() or RunStatus()
-        if status.state != "cancelled":
-            status.close(Outcome("cancelled", EXIT_CANCELLED, "cancelled by flowjobs cancel"))
-            status.write(run.status_file)
     return [f"{run.name}: no job of it waits or runs; nothing will start it again"]
 
 

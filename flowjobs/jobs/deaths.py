@@ -1,12 +1,15 @@
 """How an attempt ended that could not say it itself: from accounting and from its own log."""
 
 import errno
+import os
 import re
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from flowjobs.errors import CheckpointWriteError
+from flowjobs.errors import CheckpointWriteError, SubmissionError
 from flowjobs.jobs import slurm
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -26,6 +29,11 @@ LAST_LINES = 30
 OVER_LIMIT = re.compile(r"exceeded memory limit \((\d+) > (\d+)\)")
 OOM_KILL = re.compile(r"oom[-_ ]kill|Out Of Memory", re.IGNORECASE)
 
+# What slurmstepd writes behind CANCELLED AT … when it was not the user.
+NOT_BY_THE_USER = re.compile(
+    "DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE|JOB REQUEUE|TASK FAILURE)", re.IGNORECASE
+)
+
 FILE_SYSTEM = frozenset(
     {
         errno.EIO,
@@ -43,31 +51,57 @@ FILE_SYSTEM = frozenset(
 LOST_GPU = re.compile(r"CUDA error|CUDA driver|NCCL|\bECC\b|CUBLAS_STATUS|CUDNN_STATUS|cudaError")
 
 
-def cause_of(run: Run, attempt: AttemptRecord, exit_code: int | None = None) -> Outcome:
-    """The outcome of an attempt that is over and has left no word of it.
+@dataclass(frozen=True)
+class _Life:
+    """How one life of a Slurm job ended: its state, and exit code or signal of its script."""
+
+    state: str
+    exit_code: int
+    signal: int
+
+
+def cause_of(
+    run: Run, attempt: AttemptRecord, exit_code: int | None = None, *, restarted: bool = False
+) -> Outcome:
+    """The outcome of an attempt that is over and has left no word of it, as far as it is known.
 
     Args:
         run: The run.
         attempt: The attempt.
         exit_code: What srun returned, if its batch script is the one that asks.
+        restarted: Whether Slurm has started its job again.
     """
-    life = _life(attempt) if attempt.job.cluster == "slurm" else None
+    life = _life(attempt.job) if attempt.job.cluster == "slurm" else None
+    return _outcome(attempt, life, exit_code, restarted)
+
+
+def known_cause_of(run: Run, attempt: AttemptRecord) -> Outcome | None:
+    """The same; None as long as it is not known what Slurm has to say of the attempt's job."""
+    if attempt.job.cluster != "slurm":
+        return _outcome(attempt, None, None, restarted=False)
+    life = _life(attempt.job)
+    return _outcome(attempt, life, None, restarted=False) if life else None
+
+
+def _outcome(
+    attempt: AttemptRecord, life: _Life | None, exit_code: int | None, restarted: bool
+) -> Outcome:
     log = log_tail(attempt.job.log)
     # A job that is started again goes on in the same file.
     log = log[max(0, log.rfind(f"attempt {attempt.number} at ")) :]
     where = f"on {attempt.job.host}, attempt {attempt.number}{_step(attempt)}"
-    words, kind, state, code = _explain(life, log, exit_code)
+    words, kind, state, code = _explain(life, log, exit_code, restarted)
     return Outcome(state, code, f"{words} {where}", _last_words(log), kind)
 
 
 def cause_of_no_start(job: JobInfo, exit_code: int | None = None) -> Outcome:
     """The outcome of a job that ended before its attempt could begin."""
-    rows = slurm.accounting([job.job_id])
     log = log_tail(job.log)
-    if rows and rows[-1].state == "CANCELLED":
+    life = _life(job) if job.cluster == "slurm" and exit_code is None else None
+    if life and life.state == "CANCELLED":
         reason = f"job {job.job_id} was cancelled before it started"
         return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
-    if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
+    if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, EXIT_PREEMPTED):
         reason = f"job {job.job_id} was told to leave before it could listen"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
     reason = f"job {job.job_id} ended before the run could start: {_last_error(log)}"
@@ -80,8 +114,10 @@ def cancelled_while_requeued(job: JobInfo) -> bool:
     Slurm then starts it again all the same, and accounting says REQUEUED. What is left is what
     slurmstepd wrote to the job's output: every other end has its reason there (DUE TO …).
     """
-    ends = re.findall(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT (.*)", log_tail(job.log))
-    return bool(job.restart and ends and "DUE TO" not in ends[-1])
+    # An array task has an id of its own beside the array's.
+    job_id = os.environ.get("SLURM_JOB_ID", job.job_id)
+    ends = re.findall(rf"\*\*\* JOB {job_id} ON \S+ CANCELLED AT (.*)", log_tail(job.log))
+    return bool(job.restart and ends and not NOT_BY_THE_USER.search(ends[-1]))
 
 
 def passing_kind(error: BaseException) -> str | None:
@@ -109,15 +145,25 @@ def log_tail(log: str | None) -> str:
         return ""
 
 
-def _life(attempt: AttemptRecord) -> slurm.AccountingRow | None:
-    """Accounting's row of the life of the job that the attempt was."""
-    rows = [row for row in slurm.accounting([attempt.job.job_id]) if row.ended != "Unknown"]
-    same_job = rows[attempt.job.restart : attempt.job.restart + 1]
-    return same_job[0] if same_job else None
+def _life(job: JobInfo) -> _Life | None:
+    """How the life of a job that an attempt was ended: accounting's word, else the controller's.
+
+    Accounting is some seconds behind and not everywhere; the controller forgets a job after some
+    minutes, and what became of an earlier life at once.
+    """
+    rows = [row for row in slurm.accounting([job.job_id]) if row.ended != "Unknown"]
+    for row in rows[job.restart : job.restart + 1]:
+        return _Life(row.state, row.exit_code, row.signal)
+    with suppress(SubmissionError):
+        record = slurm.job_record(job.job_id)
+        if record and record.restarts == job.restart and record.state in slurm.ENDED:
+            code, _, number = record.fields.get("ExitCode", "0:0").partition(":")
+            return _Life(record.state, int(code), int(number or 0))
+    return None
 
 
 def _explain(
-    life: slurm.AccountingRow | None, log: str, exit_code: int | None
+    life: _Life | None, log: str, exit_code: int | None, restarted: bool
 ) -> tuple[str, str, State, int]:
     """Words, kind, state and exit code of the death."""
     match life.state if life else "":
@@ -131,11 +177,19 @@ def _explain(
             return "cancelled", "cancelled", "cancelled", EXIT_CANCELLED
         case "OUT_OF_MEMORY":
             return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
+    if restarted and life is None and exit_code is None:
+        return "lost, and started again by Slurm", "preempted", "preempted", EXIT_PREEMPTED
     code = exit_code
     if code is None and life is not None:
         code = 128 + life.signal if life.signal else life.exit_code
     if OVER_LIMIT.search(log) or OOM_KILL.search(log):
         return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
+    if code == EXIT_PREEMPTED:
+        return "left in time", "preempted", "preempted", EXIT_PREEMPTED
+    return _explain_code(code)
+
+
+def _explain_code(code: int | None) -> tuple[str, str, State, int]:
     number = None if code is None else code - 128 if code > 128 else code
     match number:
         case signal.SIGSEGV:

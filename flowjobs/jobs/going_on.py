@@ -48,16 +48,15 @@ def go_on(run: Run, job: JobInfo, exclude: str | None = None) -> int:
 
 def _go_on_in_slurm(run: Run, job: JobInfo, exclude: str | None) -> None:
     record = _record_when_it_answers(job.job_id)
-    if record is None or record.fields.get("BatchFlag") != "1":
+    if record is None or record.fields.get("BatchFlag") in (None, "0"):
         logger.info("%s is no batch job: run the same command again to go on", job.job_id)
         return
     if record.restarts > job.restart:
         logger.info("Slurm starts job %s again by itself", job.job_id)
         return
     # Between the answer above and the request below a `scancel` would be undone; the signal that
-    # it sends is found in the log by the next life (jobs/cancelling.py).
-    cancelled = record.state != "RUNNING" and not (record.preempted or record.over_limit)
-    if cancelled or run.cancel_requested():
+    # it sends is found in the log by the next life (jobs/deaths.py).
+    if record.cancelled or run.cancel_requested():
         logger.info("job %s was cancelled; the run stays as it is", job.job_id)
         return
     try:

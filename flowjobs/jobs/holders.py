@@ -1,5 +1,7 @@
 """Whether the attempt that is named as a run's holder still lives: Slurm's word decides."""
 
+import os
+
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import slurm
 from flowjobs.runs.lock import Judge, Verdict, system_lock_decides
@@ -18,9 +20,13 @@ def judge_for(me: JobInfo) -> Judge:
                 # of it still runs on a node that Slurm has lost.
                 return "gone"
             return system_lock_decides(holder, lock_is_free)
-        if lock_is_free and holder.host == me.host:
-            return "gone"  # on one machine the system's lock is right
-        return job_verdict(holder)
+        if lock_is_free and (holder.host == me.host or not slurm.is_here()):
+            # On one machine the system's lock is right; without Slurm nobody knows more.
+            return "gone"
+        verdict = job_verdict(holder)
+        if verdict == "alive" and os.environ.get(slurm.CONTINUES) == holder.job_id:
+            return "leaving"  # it has submitted this job as its last act
+        return verdict
 
     return judge
 

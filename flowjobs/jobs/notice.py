@@ -9,7 +9,7 @@ from flowjobs.jobs import slurm
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 
-Why = Literal["preempted", "time limit", "requeued", "cancelled", "told to leave"]
+Why = Literal["node failure", "preempted", "time limit", "requeued", "cancelled", "told to leave"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ def notice_of(run: Run, job: JobInfo, number: signal.Signals | None) -> Notice:
     name = number.name if number else "no signal"
     if number is signal.SIGINT:
         return Notice("told to leave", "interrupted by Ctrl-C")
+    if job.cluster == "none" and run.cancel_requested():
+        return Notice("cancelled", "cancelled by flowjobs cancel")
     if job.cluster == "local":
         seconds = float(run.config().slurm.signal_before_end_s)
         if run.cancel_requested():
@@ -72,7 +74,11 @@ def _slurm_notice(run: Run, job: JobInfo, signal_name: str) -> Notice:
         # TERM may be the first that is seen of a scancel; USR2 was sent by hand.
         left = None if signal_name == "SIGUSR2" else kill_wait_s
         return Notice("told to leave", f"told to leave ({signal_name})", left)
-    return Notice("cancelled", f"cancelled by scancel ({signal_name})", kill_wait_s)
+    if record.lost_a_node:
+        return Notice("node failure", f"a node was lost ({signal_name})", kill_wait_s)
+    if record.cancelled:
+        return Notice("cancelled", f"cancelled by scancel ({signal_name})", kill_wait_s)
+    return Notice("told to leave", f"told to leave ({signal_name})", kill_wait_s)
 
 
 def seconds_left(run: Run, job: JobInfo, number: signal.Signals) -> float | None:

@@ -1,21 +1,24 @@
 """Closes what died without a word, and has it started again where it should be.
 
 Asked by the last lines of a batch script, by `flowjobs reconcile` and in passing by `status`. The
-next attempt of a run does the same at its own start, under the run's lock (runs/attempt.py).
+next attempt of a run does the same at its own start (runs/attempt.py). First it is found out,
+which may take long; then it is written down, under the run's lock and only if no attempt has
+started meanwhile; then the run is started again; and W&B, which may not answer, comes last.
 """
 
 import logging
-from collections.abc import Collection, Iterable
+import os
+import socket
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
-from filelock import FileLock, Timeout
-
-from flowjobs.errors import FlowjobsError, SubmissionError
+from flowjobs.errors import FlowjobsError, RunBusyError
 from flowjobs.jobs import deaths, slurm
 from flowjobs.jobs.going_on import go_on
 from flowjobs.jobs.holders import job_verdict
 from flowjobs.jobs.submit import resubmit
-from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.lock import RECONCILE, RunLock, Verdict, lock_holder, system_lock_decides
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -32,6 +35,12 @@ from flowjobs.tracking.closing import close_session, pending_outcome
 
 logger = logging.getLogger(__name__)
 
+Queue = Mapping[str, tuple[str, str]]
+
+# Accounting is some seconds behind, and not there at all on some clusters: after this long the
+# cause is told as far as the log shows it.
+UNKNOWN_AFTER = timedelta(minutes=10)
+
 
 @dataclass(frozen=True)
 class Closed:
@@ -41,10 +50,31 @@ class Closed:
     outcome: Outcome
 
 
-def reconcile(runs: Iterable[Run]) -> list[Closed]:
-    """Close the runs whose job is gone, asking Slurm once for all of them.
+@dataclass(frozen=True)
+class Dead:
+    """What was found out of a run, before anything is written.
 
-    Doing it twice, or in two places at once, does no harm.
+    Attributes:
+        job: The job that is gone.
+        outcome: How it ended.
+        attempts: How many attempts there were when it was looked at.
+        waits: Whether Slurm starts the job again by itself.
+        started: Whether an attempt of the job had begun.
+    """
+
+    job: JobInfo
+    outcome: Outcome
+    attempts: int
+    waits: bool = False
+    started: bool = True
+
+
+def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Closed]:
+    """Close the runs whose job is gone; one question to Slurm answers it for those that are not.
+
+    Args:
+        runs: Those to look at.
+        tell_wandb: Also tell W&B what could not be told before. It may take a minute a run.
 
     Raises:
         SubmissionError: Slurm does not answer; nothing was changed.
@@ -56,19 +86,19 @@ def reconcile(runs: Iterable[Run]) -> list[Closed]:
     closed = []
     for run in suspects:
         try:
-            with FileLock(run.folder / ".reconcile-lock", timeout=0):
-                outcome = _close(run, queue)
-        except Timeout:
-            continue  # somebody else is at it
-        except FlowjobsError as error:
+            dead = _find_dead(run, queue)
+            outcome = _close(run, dead) if dead else None
+            if dead and outcome and outcome.state == "preempted" and not dead.waits:
+                new = resubmit(run, dead.job, _node_to_avoid(dead))
+                logger.info("%s goes on as job %s", run.name, new)
+        except (FlowjobsError, OSError) as error:
             logger.error("%s: %s", run.name, error)
             continue
         if outcome:
             closed.append(Closed(run, outcome))
-    for run in runs:
-        # Told in vain before: the server was away, or the process had no time left.
-        if lock_holder(run.folder) is None and (outcome := pending_outcome(run)):
-            close_session(run, outcome)
+    for run in runs if tell_wandb else ():
+        if lock_holder(run.folder) is None and (untold := pending_outcome(run)):
+            close_session(run, untold)
     return closed
 
 
@@ -83,30 +113,35 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     Returns:
         How the attempt ended; None if it has said so itself.
     """
-    with FileLock(run.folder / ".reconcile-lock", timeout=30):
-        status = run.status() or RunStatus()
-        attempt = status.open_attempt
-        lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
-        if attempt and (attempt.job.job_id, attempt.job.restart) == (job.job_id, job.restart):
-            outcome = deaths.cause_of(run, attempt, exit_code)
-        elif attempt or (job.job_id, job.restart) in lives or exit_code == EXIT_CANCELLED:
-            return None  # it has said so itself, or another job holds the run
-        else:
-            outcome = deaths.cause_of_no_start(job, exit_code)
-            status.attempts.append(AttemptRecord(len(status.attempts) + 1, job, started=now()))
-        again = _should_go_on(run, status, job, outcome)
-        _write(run, status, _as_it_goes_on(outcome, again))
-        if again:
-            go_on(run, job, _node_to_avoid(job, outcome))
-        return outcome
+    status = run.status() or RunStatus()
+    attempt, attempts = status.open_attempt, len(status.attempts)
+    lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
+    if attempt and (attempt.job.job_id, attempt.job.restart) == (job.job_id, job.restart):
+        dead = Dead(job, deaths.cause_of(run, attempt, exit_code), attempts)
+    elif attempt or (job.job_id, job.restart) in lives or exit_code == EXIT_CANCELLED:
+        return None  # it has said so itself, or another job holds the run
+    else:
+        dead = Dead(job, deaths.cause_of_no_start(job, exit_code), attempts, started=False)
+    outcome = _close(run, dead)
+    if outcome and outcome.state == "preempted":
+        go_on(run, job, _node_to_avoid(dead))
+    if outcome:
+        close_session(run, outcome)
+    return outcome
 
 
 def _awaits_an_end(run: Run) -> bool:
     status = run.status() or RunStatus()
+    entries = run.submissions()
     if status.open_attempt is not None:
         return True
-    known = {attempt.job.job_id for attempt in status.attempts}
-    return any(entry["job_id"] not in known for entry in run.submissions()[-1:])
+    if not entries or run.finished():
+        return False
+    if any(attempt.job.job_id == entries[-1]["job_id"] for attempt in status.attempts):
+        return status.state == "preempted" and entries[-1]["cluster"] == "slurm"
+    # A job that came too late, and was refused or found nothing to do, says nothing of the run.
+    ended = status.attempts[-1].ended if status.attempts else None
+    return ended is None or entries[-1]["submitted"] > ended
 
 
 def _newest_job(run: Run) -> tuple[str, str]:
@@ -119,45 +154,96 @@ def _newest_job(run: Run) -> tuple[str, str]:
     return entry["job_id"], entry["cluster"]
 
 
-def _close(run: Run, queue: Collection[str]) -> Outcome | None:
+def _find_dead(run: Run, queue: Queue) -> Dead | None:
+    """What became of the run's newest job, if that is over. Writes nothing."""
     status = run.status() or RunStatus()
+    attempts = len(status.attempts)
     attempt = status.open_attempt
-    job_id, cluster = _newest_job(run)
-    waits = job_id in queue
     if attempt is None:
-        if waits or cluster != "slurm":
-            return None
-        log = run.submissions()[-1]["log"]
-        job = JobInfo("slurm", job_id, log, host="its node", pid=0)
-        outcome = deaths.cause_of_no_start(job)
-        status.attempts.append(AttemptRecord(len(status.attempts) + 1, job, started=now()))
-    else:
-        if not _is_gone(run, attempt, waits):
-            return None
-        job = attempt.job
+        return _find_gone_job(run, status, queue)
+    if not _is_gone(run, attempt, queue):
+        return None
+    outcome = deaths.known_cause_of(run, attempt)
+    if outcome is None:
+        if datetime.now(UTC) - datetime.fromisoformat(status.updated) < UNKNOWN_AFTER:
+            return None  # accounting will know soon
         outcome = deaths.cause_of(run, attempt)
-    again = not waits and _should_go_on(run, status, job, outcome)
-    outcome = _as_it_goes_on(outcome, again or waits)
-    _write(run, status, outcome)
-    if again:
-        try:
-            new = resubmit(run, job, _node_to_avoid(job, outcome))
-            logger.info("%s goes on as job %s", run.name, new)
-        except SubmissionError as error:
-            _write(run, status, replace(outcome, state="failed", reason=f"{error}"))
-            raise
+    return Dead(attempt.job, outcome, attempts, waits=attempt.job.job_id in queue)
+
+
+def _find_gone_job(run: Run, status: RunStatus, queue: Queue) -> Dead | None:
+    """The run's newest job, if it ended while no attempt was there to say so."""
+    entry = run.submissions()[-1]
+    job_id, cluster = entry["job_id"], entry["cluster"]
+    job = JobInfo(cluster, job_id, entry["log"], entry.get("host", "its node"), pid=0)
+    started = job_id in {attempt.job.job_id for attempt in status.attempts}
+    if cluster == "local":
+        if job.host != socket.gethostname() or _lives(int(job_id)) or lock_holder(run.folder):
+            return None
+    elif cluster != "slurm" or job_id in queue or job_verdict(job) != "gone":
+        return None
+    outcome = deaths.cause_of_no_start(job)
+    if started and outcome.state != "cancelled":
+        # It left in good order, but had no time, or no way, to be started again.
+        reason = f"{status.reason}; then no job of it was left"
+        outcome = Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
+    return Dead(job, outcome, len(status.attempts), started=started)
+
+
+def _is_gone(run: Run, attempt: AttemptRecord, queue: Queue) -> bool:
+    job = attempt.job
+    if job.cluster == "slurm":
+        state, _ = queue.get(job.job_id, ("", ""))
+        # A job that is not in this user's queue may be another user's.
+        return state != "RUNNING" and job_verdict(job) == "gone"
+    # The locks of processes on another machine are not always seen from here.
+    return job.host == socket.gethostname() and lock_holder(run.folder) is None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _close(run: Run, dead: Dead) -> Outcome | None:
+    """Write down how a run's newest attempt ended.
+
+    Returns:
+        The outcome as it is on disk: "preempted" if the run is to be started again. None if an
+        attempt has started since it was looked at.
+    """
+
+    def judge(holder: JobInfo, lock_is_free: bool) -> Verdict:
+        same = (holder.job_id, holder.restart) == (dead.job.job_id, dead.job.restart)
+        return "gone" if same else system_lock_decides(holder, lock_is_free)
+
+    me = JobInfo(RECONCILE, str(os.getpid()), None, socket.gethostname(), os.getpid())
+    try:
+        with RunLock(run.folder, me, judge) as lock:
+            status = run.status() or RunStatus()
+            if len(status.attempts) != dead.attempts or not lock.is_held():
+                return None
+            if not dead.started:
+                record = AttemptRecord(len(status.attempts) + 1, dead.job, started=now())
+                status.attempts.append(record)
+            again = dead.waits or _should_go_on(run, status, dead)
+            outcome = _as_it_goes_on(dead.outcome, again)
+            status.close(outcome)
+            status.write(run.status_file)
+    except RunBusyError:
+        return None
     return outcome
 
 
-def _is_gone(run: Run, attempt: AttemptRecord, in_queue: bool) -> bool:
-    if attempt.job.cluster == "slurm":
-        return not in_queue or job_verdict(attempt.job) == "gone"
-    return lock_holder(run.folder) is None
-
-
-def _should_go_on(run: Run, status: RunStatus, job: JobInfo, outcome: Outcome) -> bool:
+def _should_go_on(run: Run, status: RunStatus, dead: Dead) -> bool:
     """Whether the run is to be started again, if the scheduler does not do it."""
-    if outcome.state == "cancelled" or run.cancel_requested() or job.cluster != "slurm":
+    outcome = dead.outcome
+    if outcome.state == "cancelled" or run.cancel_requested() or dead.job.cluster != "slurm":
         return False
     restarts = run.config().restarts
     if outcome.kind in ("preempted", "time limit"):
@@ -178,12 +264,5 @@ def _as_it_goes_on(outcome: Outcome, again: bool) -> Outcome:
     return outcome
 
 
-def _node_to_avoid(job: JobInfo, outcome: Outcome) -> str | None:
-    return None if outcome.kind in ("preempted", "time limit") else job.host
-
-
-def _write(run: Run, status: RunStatus, outcome: Outcome) -> None:
-    status.close(outcome)
-    status.write(run.status_file)
-    # W&B last: what is on disk decides, and a server may not answer.
-    close_session(run, outcome)
+def _node_to_avoid(dead: Dead) -> str | None:
+    return None if dead.outcome.kind in ("preempted", "time limit") else dead.job.host

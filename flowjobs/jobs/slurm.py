@@ -22,6 +22,11 @@ STEP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 CLIENT_TIMEOUT_S = 30
 
 
+def is_here() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("scontrol") is not None
+
+
 def controller_answers() -> tuple[bool, str]:
     """Whether jobs can be submitted to Slurm from here, and why not, in words for a person."""
     if shutil.which("sbatch") is None:
@@ -46,13 +51,14 @@ def queue() -> dict[str, tuple[str, str]]:
     """
     # Not --json: it ignores -j in Slurm 22.05. Not -j: it fails for a job that has been forgotten,
     # which cannot be told from a controller that is away. -r lists the tasks of an array.
-    answer = _run("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%j")
+    answer = _run("squeue", "-h", "-a", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%j")
     if answer.returncode != 0:
         raise SubmissionError(f"Slurm does not say which jobs there are: {_first_line(answer)}")
     found = {}
     for line in answer.stdout.splitlines():
-        job_id, state, name = line.strip().split("|", 2)
-        found[job_id] = (state, name)
+        if line.count("|") >= 2:  # with several clusters there are headings
+            job_id, state, name = line.strip().split("|", 2)
+            found[job_id] = (state, name)
     return found
 
 
@@ -90,6 +96,25 @@ class JobRecord:
     requeue: bool
     fields: Mapping[str, str]
 
+    @property
+    def lost_a_node(self) -> bool:
+        """Whether it ends because a node of it is gone."""
+        return self.state == "NODE_FAIL" or self.fields.get("Reason") == "NodeDown"
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it ends because somebody cancelled it: for no other reason that Slurm has."""
+        other = self.preempted or self.over_limit or self.lost_a_node
+        return self.state in ("COMPLETING", "CANCELLED") and not other
+
+
+# States of a job that will not run any more, unless it is requeued by hand.
+ENDED = frozenset(
+    {
+        *("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "BOOT_FAIL"),
+        *("OUT_OF_MEMORY", "PREEMPTED", "DEADLINE", "REVOKED"),
+    }
+)
 
 # Several "Key=value" on a line: a value may hold spaces, so it ends where the next key begins.
 # These have a line of their own, and may hold anything.
@@ -188,14 +213,19 @@ def requeue(job_id: str, exclude: str | None = None) -> None:
         SubmissionError: Slurm refuses (requeuing is forbidden for the job), or does not answer.
     """
     record = job_record(job_id) if exclude else None
-    answer = _run("scontrol", "requeue", job_id)
-    if answer.returncode != 0:
-        raise SubmissionError(_first_line(answer))
-    if record and exclude:
-        # Once it is requeued it is a job that waits, and may be changed. The list is replaced.
-        before = record.fields.get("ExcNodeList", "(null)")
-        nodes = exclude if before == "(null)" else f"{before},{exclude}"
-        _run("scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}")
+    # The job that is requeued is told to end at once, and may be the one that asks.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STEP_SIGNALS)
+    try:
+        answer = _run("scontrol", "requeue", job_id)
+        if answer.returncode != 0:
+            raise SubmissionError(_first_line(answer))
+        if record and exclude:
+            # Requeued, it is a job that waits, and may be changed. The list is replaced.
+            before = record.fields.get("ExcNodeList", "(null)")
+            nodes = exclude if before == "(null)" else f"{before},{exclude}"
+            _run("scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def start_soon(job_id: str) -> None:
@@ -314,6 +344,11 @@ def _run(
     # Slurm signals every process of a step, and this one may be started as the job is told to
     # end. A blocked signal is inherited as blocked.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STEP_SIGNALS)
+    # A user's own formats and filters would change the answers.
+    own = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_")
+    kept = {name: value for name, value in environment.items() if not name.startswith(own)}
+    # Without the limit on bit strings Slurm cuts long lists of array tasks short.
+    kept |= {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard"}
     try:
         return subprocess.run(
             command,
@@ -321,8 +356,7 @@ def _run(
             text=True,
             check=False,
             timeout=CLIENT_TIMEOUT_S,
-            # Without the limit on bit strings Slurm cuts long lists of array tasks short.
-            env={**environment, "SLURM_BITSTR_LEN": "0"},
+            env=kept,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, returncode=1, stdout="", stderr=str(error))

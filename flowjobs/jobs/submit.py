@@ -14,7 +14,7 @@ from submitit.core.core import Job
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.local.debug import DebugJob
 
-from flowjobs.config import SlurmConfig
+from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import by_hand, slurm
 from flowjobs.jobs.executors import Cluster, make_executor
@@ -78,6 +78,10 @@ def submit(
     if exclude:
         nodes = f"{asked.exclude},{exclude}" if asked.exclude else exclude
         asked = dataclasses.replace(asked, exclude=nodes)
+    if continues:
+        # The new job must know what it is, also where jobs get no environment by default.
+        sbatch = KeyValues({**asked.sbatch, "export": "ALL"})
+        asked = dataclasses.replace(asked, sbatch=sbatch)
     executor = make_executor(cluster, run, asked)
     with _environment_of(cluster, asked, continues):
         try:
@@ -138,7 +142,8 @@ def _comes_back(run: Run, job_id: str) -> bool:
     """Whether Slurm will start a job that ends again."""
     record = slurm.job_record(job_id)
     status = run.status()
-    lives = [known.job.restart for known in (status.attempts if status else [])]
+    attempts = status.attempts if status else []
+    lives = [known.job.restart for known in attempts if known.job.job_id == job_id]
     return record is not None and record.restarts > max(lives, default=0)
 
 

@@ -1,6 +1,7 @@
 """What submitit pickles and runs on the node, the same under every executor."""
 
 import logging
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ class RunTask:
         except FlowjobsError as error:
             logger.error("%s", error)
             code = error.exit_code
+        finally:
+            # submitit's handler would requeue the job, whatever became of the run.
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if code:
             sys.exit(code)
 

@@ -86,13 +86,16 @@ class TrainingJob:
 
     def was_cancelled(self) -> bool:
         """Whether this start is one that the run's user does not want any more."""
-        if self._job.started_by_person:
-            return False
-        cancelled = self._run.cancel_requested() or deaths.cancelled_while_requeued(self._job)
+        # A person who starts the run has cleared the mark first.
+        cancelled = self._run.cancel_requested() or (
+            not self._job.started_by_person and deaths.cancelled_while_requeued(self._job)
+        )
         status = self._run.status()
         if cancelled and status and status.state == "preempted" and self._process.rank == 0:
-            status.close(Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled"))
+            outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
+            status.close(outcome)
             status.write(self._run.status_file)
+            close_session(self._run, outcome)
         return cancelled
 
     def train(self, signals: StopSignals, resume_path: Path | None) -> None:
@@ -109,7 +112,8 @@ class TrainingJob:
                 return
 
             def explain(record: AttemptRecord) -> Outcome:
-                return deaths.cause_of(run, record)
+                again = record.job.job_id == self._job.job_id
+                return deaths.cause_of(run, record, restarted=again)
 
             try:
                 with recording(run, self._job, judge_for(self._job), explain) as recorder:
@@ -153,7 +157,11 @@ class TrainingJob:
         """Have the run started again. Returns the exit code of this process."""
         if self._process.rank > 0:
             return EXIT_PREEMPTED
-        return go_on(self._run, self._job, self._exclude)
+        try:
+            return go_on(self._run, self._job, self._exclude)
+        except SubmissionError as error:
+            logger.error("%s is not started again: %s", self._run.name, error)
+            return EXIT_PREEMPTED  # `reconcile` tries again, or a person
 
     def seconds_left(self, number: signal.Signals) -> float | None:
         """How long this process may live after a signal."""

@@ -33,12 +33,19 @@ Judge = Callable[[JobInfo, bool], Verdict]
 LEAVING_WAIT_S = 90.0
 # Whoever looks whether the run is held (`status`) holds it for an instant.
 GLANCE_S = 1.0
+GATE_WAIT_S = 60.0
 POLL_S = 0.25
+
+
+# The `cluster` of a holder that does not train: it writes down how a dead attempt ended.
+RECONCILE = "reconcile"
 
 
 def system_lock_decides(holder: JobInfo, lock_is_free: bool) -> Verdict:
     """The judge where there is no scheduler: a process that died has freed its lock."""
-    return "gone" if lock_is_free else "alive"
+    if lock_is_free:
+        return "gone"
+    return "leaving" if holder.cluster == RECONCILE else "alive"
 
 
 class RunLock:
@@ -105,7 +112,11 @@ class RunLock:
 
         lock = FileLock(self._folder / ".lock")
         # Those who come to take the run do so one after another.
-        with FileLock(self._folder / ".lock-gate"):
+        try:
+            gate = FileLock(self._folder / ".lock-gate", timeout=GATE_WAIT_S).acquire()
+        except Timeout:
+            return "leaving"
+        with gate:
             free = True
             try:
                 lock.acquire(timeout=0)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,7 +152,7 @@ class Run:
             again: The command that submits the same job again, if it was submitted by hand.
         """
         entry: dict[str, Any] = {"job_id": job_id, "cluster": cluster, "submitted": now()}
-        entry["log"] = str(log or "")
+        entry |= {"log": str(log or ""), "host": socket.gethostname()}
         if continues:
             entry["continues"] = continues
         if again:
@@ -160,7 +161,12 @@ class Run:
 
     def cancel_requested(self) -> bool:
         """Whether a person has cancelled the run and not submitted it since."""
-        return self.cancel_file.exists()
+        try:
+            # Opened, not looked at: NFS remembers for a while whether a file is there.
+            self.cancel_file.open("rb").close()
+        except FileNotFoundError:
+            return False
+        return True
 
     def request_cancel(self) -> None:
         """Note that the run must not go on by itself."""

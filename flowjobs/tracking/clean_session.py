@@ -155,6 +155,7 @@ def _read_session(recorded: Recorded, path: Path) -> None:
             case "header":
                 recorded.header = record
             case "run":
+                _keep_config(recorded.run, record)
                 recorded.run, names_a_run = record, True
             case "environment" | "config":
                 beside_run.append(record)
@@ -172,6 +173,15 @@ def _read_session(recorded: Recorded, path: Path) -> None:
                 recorded.files |= {name: file for name, file in found.items() if file.is_file()}
     if names_a_run:
         recorded.beside_run = beside_run
+
+
+def _keep_config(before: Any, record: Any) -> None:
+    """Config that a session did not say again: one that only tells a death knows no machine."""
+    if before is None:
+        return
+    said = {(item.key, *item.nested_key) for item in record.run.config.update}
+    kept = [i for i in before.run.config.update if (i.key, *i.nested_key) not in said]
+    record.run.config.update.extend(kept)
 
 
 def _read_history(recorded: Recorded, record: Any, ran_before: float) -> None:

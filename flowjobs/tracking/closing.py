@@ -45,9 +45,21 @@ def close_session(run: Run, outcome: Outcome) -> bool:
 
 
 def pending_outcome(run: Run) -> Outcome | None:
-    """An outcome that W&B is still to be told: `close_session(run, outcome)` tells it."""
+    """What W&B is still to be told: `close_session(run, outcome)` tells it.
+
+    The session says it; where its process was killed before it could, `status.json` does.
+    """
     session = read_session(run)
-    return None if session is None or session.closed else session.outcome
+    if session and session.outcome and not session.closed:
+        return session.outcome
+    mode, _ = resolve_mode(run.config().tracking)
+    status = run.status()
+    if mode == "disabled" or status is None or not status.attempts or status.open_attempt:
+        return None
+    newest = status.attempts[-1]
+    if session and session.closed and session.attempt >= newest.number:
+        return None
+    return Outcome(status.state, status.exit_code or 0, status.reason, kind=newest.kind)
 
 
 def _session_to_close(run: Run, outcome: Outcome) -> Session | None:

@@ -25,28 +25,22 @@ class Commit:
     dirty: bool
 
 
-def config_for_wandb(run: Run, directory: Path) -> dict[str, Any]:
+def config_for_wandb(run: Run, directory: Path, *, trains_here: bool = True) -> dict[str, Any]:
     """The run's training config, and where and with what each attempt ran.
 
     Args:
         run: The run.
         directory: The working directory of the user, for its git commit.
+        trains_here: Whether this process's machine is the one that trains; else what W&B has of
+            the machine and the code is left as it is.
     """
     config = run.config().training
-    commit = git_commit(directory)
     status = run.status()
     attempts = status.attempts if status else []
-    return {
+    found = {
         **config.to_dict(),
         "signature": config.signature,
         "run_folder": str(run.folder),
-        "git_commit": commit.sha if commit else None,
-        "git_dirty": commit.dirty if commit else None,
-        "flowjobs_version": __version__,
-        "torch_version": _version("torch"),
-        "python_version": platform.python_version(),
-        "host": socket.gethostname(),
-        "gpus": gpu_names(),
         "attempts": [
             {
                 "attempt": attempt.number,
@@ -56,6 +50,18 @@ def config_for_wandb(run: Run, directory: Path) -> dict[str, Any]:
             }
             for attempt in attempts
         ],
+    }
+    if not trains_here:
+        return found
+    commit = git_commit(directory)
+    return found | {
+        "git_commit": commit.sha if commit else None,
+        "git_dirty": commit.dirty if commit else None,
+        "flowjobs_version": __version__,
+        "torch_version": _version("torch"),
+        "python_version": platform.python_version(),
+        "host": socket.gethostname(),
+        "gpus": gpu_names(),
     }
 
 

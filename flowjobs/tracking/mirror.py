@@ -36,7 +36,9 @@ PACE_S = 0.25
 FLUSH_S = 1.5
 # How soon the death of the parent is seen, and how long what is left may take then.
 PARENT_POLL_S, LAST_WORDS_S = 2.0, 60.0
-FIRST_RETRY_S, LAST_RETRY_S = 2.0, 120.0
+FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
+# How long the newest row is kept back.
+HOLD_S = 1.0
 
 
 class Mirror:
@@ -56,10 +58,13 @@ class Mirror:
         self._commands = commands
         self._events = events
         self._parent: int | None = parent
+        # With an outcome from the start, this is somebody else who tells how it ended.
+        self._parent_trains = session.outcome is None
         self._following = False
         self._rows: MetricsReader | None = None
-        # The newest row waits for the next one: the run's picture belongs into the last.
+        # The newest row waits a moment: the run's picture belongs into the last.
         self._held: Row | None = None
+        self._held_since = 0.0
         self._wandb: WandbSession | None = None
         self._complained = False
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
@@ -78,30 +83,37 @@ class Mirror:
                 return EXIT_NOT_CLOSED
             # A forked worker of the parent may outlive it, and keeps the pipe open.
             if os.getppid() != self._parent:
-                self._put_on_record()
+                self._put_on_record(hold=False)
                 time.sleep(FLUSH_S)
                 return EXIT_NOT_CLOSED
             self._put_on_record()
 
     def finish(self) -> bool:
         """Tell W&B the outcome that is on disk. Returns whether it knows it now."""
-        self._session = read_session(self._run) or self._session
+        newest = read_session(self._run)
+        if newest is not None and newest.token == self._session.token:
+            self._session = newest
         self._following = True
         return self._finish(retry=True)
 
     def _finish(self, *, retry: bool) -> bool:
         self._retry_at = 0.0
+        if self._superseded():
+            return False  # an attempt has begun, and says itself what comes of it
         try:
             if self._wandb is None:
                 self._open()
             self._log_new_rows()
+            if self._superseded():
+                return False
             self._say_outcome()
         except Exception as error:
             # A signal to all processes of the job has killed wandb's own: then once more, anew.
             retry = retry and may_pass_at_once(error)
             self._lose(error, silently=retry)
             return retry and self._finish(retry=False)
-        write_session(self._run, dataclasses.replace(self._session, closed=True))
+        if not self._superseded():
+            write_session(self._run, dataclasses.replace(self._session, closed=True))
         return True
 
     def _say_outcome(self) -> None:
@@ -112,21 +124,30 @@ class Mirror:
             picture = None
         assert self._wandb is not None, "opened before"
         if self._held is not None:
-            self._wandb.log(self._held, picture)
-            self._held = picture = None
+            self._log_held_row(picture)
+            picture = None
         summary = summary_of(read_rows(self._run.metrics_file)) | self._session.summary
         self._wandb.finish(outcome, summary, picture)
 
-    def _put_on_record(self) -> None:
-        """Log the rows that W&B does not have yet, if it answers."""
+    def _put_on_record(self, *, hold: bool = True) -> None:
+        """Log the rows that W&B lacks, if it answers; `hold` the newest for a moment."""
         try:
             if self._wandb is None:
                 if time.monotonic() < self._retry_at:
                     return
                 self._open()
             self._log_new_rows()
+            if self._held and not (hold and time.monotonic() - self._held_since < HOLD_S):
+                self._log_held_row()
         except Exception as error:
             self._lose(error)
+
+    def _log_held_row(self, picture: Path | None = None) -> None:
+        assert self._wandb is not None, "opened before"
+        assert self._held is not None, "asked before"
+        self._wandb.log(self._held, picture)
+        self._wandb.on_record = self._held["step"]
+        self._held = None
 
     def _log_new_rows(self) -> None:
         assert self._wandb is not None, "opened before"
@@ -136,15 +157,15 @@ class Mirror:
             # From the top: W&B may lack rows of this attempt and of those before it.
             self._rows, self._held = MetricsReader(self._run.metrics_file), None
         for row in self._rows.new_rows():
-            if self._held is None:
-                is_new = row["step"] > self._wandb.on_record
-            elif is_new := row["step"] > self._held["step"]:
-                self._wandb.log(self._held)
-            if is_new:
-                self._held = row
+            if row["step"] <= (self._held["step"] if self._held else self._wandb.on_record):
+                continue
+            if self._held:
+                self._log_held_row()
+            self._held, self._held_since = row, time.monotonic()
 
     def _open(self) -> None:
-        self._wandb = WandbSession(self._run, self._session.mode)
+        trains_here = self._parent_trains
+        self._wandb = WandbSession(self._run, self._session.mode, trains_here=trains_here)
         self._tell(connected=True)
         if self._complained:
             self._tell(info="W&B answers again; it gets what it missed")
@@ -154,6 +175,8 @@ class Mirror:
     def _lose(self, error: Exception, *, silently: bool = False) -> None:
         """Start anew later, after whatever happened to wandb."""
         self._wandb = self._rows = self._held = None
+        # The whole traceback once: a server may refuse for days.
+        logger.warning("lost W&B: %s", error, exc_info=None if self._complained else error)
         if not (self._complained or silently):
             self._complained = True
             self._tell(
@@ -161,7 +184,6 @@ class Mirror:
                 warning=f"W&B does not go on ({type(error).__name__}: {error}); training does, "
                 "metrics.jsonl has every row, and W&B gets them when it can",
             )
-        logger.warning("lost W&B", exc_info=error)
         tear_down_wandb()
         self._retry_at = time.monotonic() + self._retry_after
         self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)

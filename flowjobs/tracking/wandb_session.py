@@ -8,7 +8,8 @@ import os
 import socket
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ import wandb
 import wandb.errors
 from wandb.sdk import wandb_setup
 
+from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
 from flowjobs.tracking.identity import config_for_wandb
@@ -28,6 +30,7 @@ from flowjobs.tracking.offline_files import (
     last_step_on_record,
     session_files,
 )
+from flowjobs.tracking.server import RunAddress, Server
 from flowjobs.tracking.session import LOWEST, Mode
 
 logger = logging.getLogger(__name__)
@@ -50,12 +53,13 @@ class WandbSession:
     Args:
         run: The run.
         mode: Where the session goes.
+        trains_here: Whether the attempt runs on this machine; else only its end is told.
 
     Attributes:
         on_record: The last step that W&B has from sessions before; -1 if it has none.
     """
 
-    def __init__(self, run: Run, mode: Mode) -> None:
+    def __init__(self, run: Run, mode: Mode, *, trains_here: bool = True) -> None:
         self._folder_run = run
         self._mode = mode
         if mode == "offline":
@@ -72,7 +76,7 @@ class WandbSession:
             group=config.training.group,
             name=run.name,
             id=run.tracking_id(),
-            config=config_for_wandb(run, Path.cwd()),
+            config=config_for_wandb(run, Path.cwd(), trains_here=trains_here),
             dir=run.folder,
             mode=mode,
             # An attempt goes on with the run that the one before it left.
@@ -141,9 +145,20 @@ class WandbSession:
             time.sleep(0.02)
 
     def _label(self, outcome: Outcome | None) -> None:
-        self._run.tags = tags_for(outcome, self._run.tags or ())
-        status = self._folder_run.status()
-        self._run.notes = notes_for(outcome, self._run.notes or "", status)
+        tags, notes = self._labels_there()
+        self._run.tags = tags_for(outcome, tags)
+        self._run.notes = notes_for(outcome, notes, self._folder_run.status())
+
+    def _labels_there(self) -> tuple[Sequence[str], str]:
+        """What W&B has now: a person may have written there since the session began."""
+        if self._mode == "online":
+            address = RunAddress(self._run.entity, self._run.project, self._run.id)
+            url = wandb_setup.singleton().settings.base_url
+            with suppress(TrackingError):
+                there = Server.of_this_login(url).run(address, patience_s=0)
+                if there.state:
+                    return there.tags, there.notes
+        return self._run.tags or (), self._run.notes or ""
 
 
 def check_server_answers() -> None:

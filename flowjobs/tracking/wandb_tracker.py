@@ -117,7 +117,7 @@ class WandbTracker:
     def _try(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except OSError as error:
+        except Exception as error:  # of any kind: tracking never stops training
             if not self._said:
                 self._said = True
                 logger.warning("W&B gets nothing of this attempt for now: %s", error)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
@@ -54,6 +55,11 @@ def single_process(device: torch.device) -> Ranks:
     return Ranks(rank=0, world_size=1, device=device)
 
 
+def has_nvidia_gpus() -> bool:
+    """Whether the driver of this machine knows a GPU."""
+    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
 @contextmanager
 def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> Iterator[Ranks]:
     """Pick this process's device and, where there are several, join the others.
@@ -68,6 +74,10 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
         use_gpu: Compute on a GPU if there is one.
     """
     device = torch.device("cpu")
+    given_a_gpu = use_gpu and os.environ.get("CUDA_VISIBLE_DEVICES") and has_nvidia_gpus()
+    if given_a_gpu and torch.version.cuda and not torch.cuda.is_available():
+        # A GPU that was lost must not turn the run into one on the CPU, with other bits.
+        raise RuntimeError("CUDA error: the job was given a GPU, and torch finds none")
     if use_gpu and torch.cuda.is_available():
         # A job step may see all of the node's GPUs or its own alone.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -76,8 +76,8 @@ def test_submit_runs_on_slurm_to_the_end(
     assert run.samples_picture.exists()
     assert [row["step"] for row in read_rows(run.metrics_file)][-1] == 69
     found = summary_of(run)
-    assert found["exit_code"] == 0
-    assert found["summary"]["final_epoch"] == 2
+    assert found.exit_code == 0
+    assert found.summary["final_epoch"] == 2
     assert len(records_of(run, "history")) == len(list(read_rows(run.metrics_file)))
 
     assert "finished mlp-icfm-digits-none: 3 epochs" in flowjobs("logs", run.name).stdout
@@ -176,7 +176,7 @@ def test_sbatch_by_hand_is_the_same_run_as_submit(
     assert list(read_rows(first.metrics_file)) == list(read_rows(second.metrics_file))
     one, other = (read_checkpoint(run.best)["ema_shadow"] for run in (first, second))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert summary_of(second)["exit_code"] == 0
+    assert summary_of(second).exit_code == 0
 
     status = second.status()
     assert status is not None

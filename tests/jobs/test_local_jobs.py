@@ -19,7 +19,6 @@ from tests.jobs.disturbed import OPTIONS, REPOSITORY, assert_equal_to
 def run(flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """A run that trains as a local job."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("WANDB_MODE", "disabled")
     submit(flowjobs)
     run = Run(study, "local")
     wait_until(lambda: len(list(read_rows(run.metrics_file))) > 1, "the run to train", 60)

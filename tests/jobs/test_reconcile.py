@@ -103,6 +103,7 @@ def test_without_slurm_reconcile_changes_nothing_and_says_so(
     start: Start, flowjobs: Command
 ) -> None:
     job = start()
+    job.tell("hold")
     job.slurm.stop_controller()
     done = flowjobs("reconcile")
     assert done.returncode == 2
@@ -110,4 +111,5 @@ def test_without_slurm_reconcile_changes_nothing_and_says_so(
     assert flowjobs("status").returncode == 0
     assert job.status().state == "running"
     job.slurm.start_controller()
+    job.tell("")
     job.wait_for_state("finished")

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,33 @@ def test_closing_loads_neither_torch_nor_wandb(tmp_path: Path) -> None:
     code = "import sys, flowjobs.tracking.closing\nprint({'torch', 'wandb'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_telling_a_death_beside_an_attempt_that_starts_does_not_end_that(
+    tracked_run: MakeRun, mode: str
+) -> None:
+    run, backend = tracked_run(mode)
+    attempt_that_is_killed(run)
+    with ThreadPoolExecutor() as beside:
+        telling = beside.submit(close_session, run, OUT_OF_MEMORY)
+        time.sleep(0.3)
+        run_to_the_end(run, 1000)
+        telling.result()
+    state, exit_code, tags, _ = state_of(run, backend)
+    assert (state, exit_code, tags) == ("finished", 0, ["flowjobs"])
+    assert_history_is_exact(run, backend)
+    assert pending_outcome(run) is None
+
+
+def test_an_outcome_that_is_only_on_disk_is_still_to_be_told(tracked_run: MakeRun) -> None:
+    run, _ = tracked_run("offline")
+    attempt_that_is_killed(run)
+    status = run.status()
+    assert status is not None
+    assert pending_outcome(run) is None  # nobody knows yet how it ended
+    status.close(OUT_OF_MEMORY)
+    status.write(run.status_file)
+    assert pending_outcome(run) == OUT_OF_MEMORY
+    assert close_session(run, OUT_OF_MEMORY)
+    assert pending_outcome(run) is None

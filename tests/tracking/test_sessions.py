@@ -126,6 +126,21 @@ def test_what_a_person_wrote_stays_and_recovery_clears_the_failure(
     assert found.notes.endswith("\n\nlook at this")
 
 
+def test_what_a_person_writes_while_the_run_trains_stays(
+    tracked_run: MakeRun, backend: Backend
+) -> None:
+    run, _ = tracked_run("online")
+    process = attempts.start(run, 500, pace_s=0.05)
+    attempts.wait_for_rows(run, 20)
+    wait_until_open(run, backend)
+    found = on_server(run, backend)
+    backend.edit(found.id, tags=[*found.tags, "mine"], notes=f"{found.notes}\n\nlook at this")
+    assert attempts.finish(process)[0] == 0
+    found = on_server(run, backend)
+    assert found.tags == ["mine", "flowjobs"]
+    assert found.notes.endswith("\n\nlook at this")
+
+
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_the_picture_is_in_the_last_row_and_nowhere_else(tracked_run: MakeRun, mode: str) -> None:
     run, backend = tracked_run(mode)

@@ -1,0 +1,65 @@
+"""What must not be closed as dead, without Slurm: its commands would not be found."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.jobs.reconcile import Dead, _close, reconcile
+from flowjobs.jobs.training_job import train_run
+from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo, Outcome
+
+DISABLED = TrackingConfig(wandb_mode="disabled")
+
+
+@pytest.fixture
+def run(study: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("PATH", "")
+    run = Run(study, "a")
+    run.create(RunConfig(TrainingConfig(epochs=1), tracking=DISABLED))
+    return run
+
+
+def test_a_job_that_came_too_late_does_not_fail_a_finished_run(run: Run) -> None:
+    with Attempt(run, JobInfo.in_foreground()):
+        pass
+    run.add_submission("99", "slurm", None)
+    assert reconcile([run]) == []
+    assert run.finished()
+
+
+def test_a_job_that_was_refused_says_nothing_of_the_run(run: Run) -> None:
+    def train_and_fail() -> None:
+        with Attempt(run, JobInfo.in_foreground()):
+            run.add_submission("99", "slurm", None)
+            time.sleep(1.1)  # times are in whole seconds
+            raise ValueError("bug")
+
+    with pytest.raises(ValueError, match="bug"):
+        train_and_fail()
+    assert reconcile([run]) == []
+
+
+def test_nothing_is_closed_once_another_attempt_has_begun(run: Run) -> None:
+    killed = Outcome("failed", 137, "killed")
+    first = JobInfo("slurm", "12", None, "n1", 1)
+    dead = Dead(first, killed, attempts=1)
+    attempt = Attempt(run, first)
+    attempt.__enter__()
+    attempt._stack.close()  # as a kill would leave it: no word, and the lock is free
+    with Attempt(run, JobInfo.in_foreground()):
+        assert _close(run, dead) is None
+        status = run.status()
+        assert status is not None
+        assert status.state == "running"
+
+
+def test_a_run_that_was_cancelled_before_its_first_start_does_not_start(run: Run) -> None:
+    run.request_cancel()
+    assert train_run(run) == 130
+    assert run.status() is None
+    run.clear_cancel()
+    assert train_run(run) == 0
