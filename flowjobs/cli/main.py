@@ -38,7 +38,7 @@ COMMANDS: dict[str, Any] = {
 DESCRIPTION = """Flow-matching ablations on a preemptible Slurm cluster, or on this machine.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was done; 75 preempted or
-Ctrl-C, the same command goes on; 130 Ctrl-C twice.
+Ctrl-C, the same command goes on; 130 cancelled.
 """
 
 

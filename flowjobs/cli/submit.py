@@ -102,7 +102,7 @@ class Submit(CommandOptions):
             job=job.job_id,
             follow=command % "logs -f",
             inspect=command % "status",
-            cancel=job.cancel_command,
+            cancel=command % "cancel",
         )
         if cluster == "debug" or self.no_follow or (cluster == "slurm" and not self.follow):
             return 0

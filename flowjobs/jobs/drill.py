@@ -235,8 +235,8 @@ class _Drill:
         elif self._cluster == "slurm":
             if still_s > GONE_S:
                 reconcile([watched.run])  # as `flowjobs status` would: says how it ended
-        elif watched.told and watched.how and not watched.how.saves and not watched.by_drill:
-            # On this machine nobody but its user notices that a job was killed.
+        elif watched.told and watched.how and not watched.by_drill:
+            # On this machine TERM is its user's, and nobody else notices that a job was killed.
             watched.by_drill = True
             watched.job = self._submit(watched.run)
         elif still_s > GONE_S:

@@ -20,7 +20,7 @@ CONTROLLER_WAIT_S = 900.0
 ASK_EVERY_S = 2.0
 
 
-def go_on(run: Run, job: JobInfo, exclude: str | None = None) -> int:
+def go_on(run: Run, job: JobInfo, kind: str, exclude: str | None = None) -> int:
     """Have a run whose job has saved its state and leaves started again, where that can be done.
 
     Never if its user has cancelled it: `scontrol requeue` would bring it back.
@@ -28,6 +28,7 @@ def go_on(run: Run, job: JobInfo, exclude: str | None = None) -> int:
     Args:
         run: The run; nobody holds it any more.
         job: The job that leaves: this process's own.
+        kind: Why it leaves, in a word or two.
         exclude: A node that should not be used again.
 
     Returns:
@@ -38,7 +39,7 @@ def go_on(run: Run, job: JobInfo, exclude: str | None = None) -> int:
     match job.cluster:
         case "slurm":
             _go_on_in_slurm(run, job, exclude)
-        case "local":
+        case "local" if kind != "told to leave":  # that was the user, by `kill`
             if job.restart + 1 < LOCAL_STARTS:
                 logger.info("%s starts again at once", run.name)
                 return LOCAL_REQUEUE_RETURN_CODE

@@ -124,7 +124,7 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         dead = Dead(job, deaths.cause_of_no_start(job, exit_code), attempts, started=False)
     outcome = _close(run, dead)
     if outcome and outcome.state == "preempted":
-        go_on(run, job, _node_to_avoid(dead))
+        go_on(run, job, outcome.kind, _node_to_avoid(dead))
     if outcome:
         close_session(run, outcome)
     return outcome

@@ -41,11 +41,6 @@ class SubmittedJob:
     log: Path
     job: Job[None]
 
-    @property
-    def cancel_command(self) -> str:
-        """What ends the job by hand."""
-        return f"scancel {self.job_id}" if self.cluster == "slurm" else f"kill {self.job_id}"
-
     def alive(self, run: Run) -> bool:
         """Whether the job still waits or runs."""
         if self.cluster == "slurm":

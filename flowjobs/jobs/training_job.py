@@ -70,7 +70,7 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
             logger.warning("%s", left)
             if left.kind == "cancelled":
                 return EXIT_CANCELLED
-            return attempt.go_on()
+            return attempt.go_on(left.kind)
     return 0
 
 
@@ -153,12 +153,12 @@ class TrainingJob:
         *before, this = status.attempts
         return may_retry(before, kind, this.last_step, self._run.config().restarts.retries)
 
-    def go_on(self) -> int:
-        """Have the run started again. Returns the exit code of this process."""
+    def go_on(self, kind: str) -> int:
+        """Have the run started again, that left for `kind`. Returns this process's exit code."""
         if self._process.rank > 0:
             return EXIT_PREEMPTED
         try:
-            return go_on(self._run, self._job, self._exclude)
+            return go_on(self._run, self._job, kind, self._exclude)
         except SubmissionError as error:
             logger.error("%s is not started again: %s", self._run.name, error)
             return EXIT_PREEMPTED  # `reconcile` tries again, or a person
@@ -176,7 +176,7 @@ class TrainingJob:
             if self._recorder is not None:
                 left = RunInterrupted(reason, kind="hung")
                 self._recorder.attempt.close(outcome_of(left))
-                code = self.go_on()
+                code = self.go_on(left.kind)
         finally:
             # Not sys.exit: it would wait for the thread that hangs.
             os._exit(code)

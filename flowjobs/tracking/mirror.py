@@ -253,7 +253,8 @@ def main() -> None:
     if session is None or session.token != token:
         sys.exit(EXIT_NOT_CLOSED)
     mirror = Mirror(run, session, commands, events, int(parent))
-    with upload_lock(run) if session.mode == "online" else contextlib.nullcontext():
+    # One at a time, offline too: what W&B has on record is found out first, then added to.
+    with upload_lock(run):
         if session.outcome is not None:  # the process that trained is gone
             code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED
         else:

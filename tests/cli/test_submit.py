@@ -28,7 +28,7 @@ def test_submit_trains_here_to_the_end(flowjobs: Command, study: Path) -> None:
         "local (--cluster local)",
         "logs -f",
         "status",
-        "kill",
+        "python -m flowjobs cancel mlp-icfm-digits-none",
         "best validation loss",
     ):
         assert said in done.stdout
@@ -81,11 +81,13 @@ def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> No
     assert "already there as local job" in again.stdout
     rows_then = run.metrics_file.stat().st_size
     wait_for(lambda: run.metrics_file.stat().st_size > rows_then)
-    # The printed way to end it: it saves, and says so.
+    # A kill is its user's: it saves, says so, and stays away.
     os.kill(int(run.submissions()[-1]["job_id"]), signal.SIGTERM)
     wait_for(lambda: (status := run.status()) is not None and status.state == "preempted")
+    time.sleep(2)  # a new start would begin at once
     status = run.status()
     assert status is not None
+    assert (status.state, len(status.attempts)) == ("preempted", 1)
     assert "SIGTERM" in status.reason
     assert run.last.exists()
 

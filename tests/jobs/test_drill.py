@@ -87,7 +87,7 @@ def test_on_this_machine_it_drills_the_local_executor(flowjobs: Command, study: 
     )
     assert rows == [
         ("user signal", "SIGUSR2", "same job"),
-        ("TERM", "SIGTERM", "same job"),
+        ("TERM", "SIGTERM", "submitted again"),
         ("SIGKILL", "SIGKILL", "submitted again"),
     ]
     assert done.stdout.endswith("as promised\n")

@@ -5,6 +5,7 @@ checkpoint, which is taken every fifth row, and leaves at a step boundary when i
 """
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -102,10 +103,12 @@ def mirror_and_core(trainer: int) -> tuple[int, int]:
     """The processes that mirror an attempt: ours and wandb's own. Waits until both are there."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        for mirror in children(trainer):
-            for core in children(mirror):
-                if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes():
-                    return mirror, core
+        # A process may be gone between two looks at it.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for mirror in children(trainer):
+                for core in children(mirror):
+                    if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes():
+                        return mirror, core
         time.sleep(0.02)
     raise AssertionError("wandb did not start")
 

@@ -15,7 +15,12 @@ from flowjobs.tracking.offline_files import session_files
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
-from tests.tracking.history import assert_history_is_exact, on_server, run_to_the_end
+from tests.tracking.history import (
+    assert_history_is_exact,
+    on_server,
+    run_to_the_end,
+    wait_until_open,
+)
 from tests.tracking.leet import Inspected, inspect
 
 OUT_OF_MEMORY = Outcome("failed", 137, "out of memory: 61.2 of 60 GiB on n3, attempt 1, step 400")
@@ -26,6 +31,8 @@ def attempt_that_is_killed(run: Run) -> None:
     process = attempts.start(run, 5000, pace_s=0.02)
     everybody = [*attempts.mirror_and_core(process.pid), process.pid]
     attempts.wait_for_rows(run, 45)
+    if run.config().tracking.wandb_mode == "offline":
+        wait_until_open(run, None)
     attempts.kill(*everybody)
     attempts.finish(process)
 
