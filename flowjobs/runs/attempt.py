@@ -44,7 +44,6 @@ class Attempt:
 
     Attributes:
         number: Of the run's attempts, from 1.
-        closed: The outcome of the attempt before this one, if this one had to write it down.
 
     Raises:
         RunBusyError: On entering: another attempt holds the run.
@@ -65,16 +64,15 @@ class Attempt:
         self._stack = ExitStack()
         self._written_at = 0.0
         self.number = 0
-        self.closed: Outcome | None = None
 
     def __enter__(self) -> "Attempt":
         with self._stack:
             self._stack.enter_context(self._lock)
             self._status = self.run.status() or RunStatus()
             if before := self._status.open_attempt:
-                self.closed = self._explain(before)
-                self._status.close(self.closed)
-                logger.warning("%s", self.closed.reason)
+                outcome = self._explain(before)
+                self._status.close(outcome)
+                logger.warning("%s", outcome.reason)
             self._open()
             self._stack = self._stack.pop_all()  # all is well: the lock is kept
         logger.info("attempt %d at %s: %s", self.number, self.run.name, self.job.words)

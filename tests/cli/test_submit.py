@@ -63,7 +63,7 @@ def test_a_larger_number_of_epochs_goes_on(flowjobs: Command, study: Path) -> No
 
 
 def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> None:
-    endless = ("--epochs", "100000", "--patience", "100000")
+    endless = ("--epochs", "20000", "--patience", "20000")  # a minute or two
     submitting = subprocess.Popen(
         [sys.executable, "-m", "flowjobs", "submit", *endless, *QUICK],
         stdout=subprocess.PIPE,
