@@ -78,16 +78,17 @@ def submit(
         sbatch = KeyValues({**asked.sbatch, "export": "ALL"})
         asked = dataclasses.replace(asked, sbatch=sbatch)
     executor = make_executor(cluster, run, asked)
-    with _environment_of(cluster, asked, continues):
-        try:
-            job: Job[None] = executor.submit(task or RunTask(str(run.folder)))
-        except (FailedJobError, FailedSubmissionError) as error:
-            for pattern in (".submission_file_*.sh", "[0-9a-f]" * 32 + ".pkl"):
-                for leftover in run.logs.glob(pattern):
-                    leftover.unlink()
-            raise SubmissionError(_explain(str(error), asked)) from error
-    submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
-    run.add_submission(submitted.job_id, cluster, submitted.log, continues=continues)
+    with _noted_in_any_case(cluster):
+        with _environment_of(cluster, asked, continues):
+            try:
+                job: Job[None] = executor.submit(task or RunTask(str(run.folder)))
+            except (FailedJobError, FailedSubmissionError) as error:
+                for pattern in (".submission_file_*.sh", "[0-9a-f]" * 32 + ".pkl"):
+                    for leftover in run.logs.glob(pattern):
+                        leftover.unlink()
+                raise SubmissionError(_explain(str(error), asked)) from error
+        submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
+        run.add_submission(submitted.job_id, cluster, submitted.log, continues=continues)
     if isinstance(job, DebugJob):
         log_to_stderr()
         job.results()
@@ -140,6 +141,18 @@ def _comes_back(run: Run, job_id: str) -> bool:
     attempts = status.attempts if status else []
     lives = [known.job.restart for known in attempts if known.job.job_id == job_id]
     return record is not None and record.restarts > max(lives, default=0)
+
+
+@contextlib.contextmanager
+def _noted_in_any_case(cluster: Cluster) -> Iterator[None]:
+    """Keep Ctrl-C waiting while the block lasts: a job that nobody noted could not be cancelled."""
+    # A job on this machine would inherit that it is blocked.
+    wait = {signal.SIGINT} if cluster == "slurm" else set()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, wait)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

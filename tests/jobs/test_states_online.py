@@ -54,6 +54,7 @@ def test_a_killed_run_has_failed_until_it_recovers(
     assert (found.exit_code, found.tags) == (137, ["flowjobs", "failed"])
     assert "killed (SIGKILL) on n1, attempt 1, step" in found.notes
     assert f"log: {job.run.logs}" in found.notes
+    job.slurm.wait_state(job.job_id, "FAILED")
     done = flowjobs("submit", *OPTIONS, *ONLINE, "--name", "disturbed")
     assert done.returncode == 0, done.stderr
     assert_finished(job, backend)
