@@ -32,7 +32,7 @@ class Train:
 
     def run(self, defaults: Defaults) -> int:
         """Train to the end. Returns the exit code."""
-        from flowjobs.jobs.environment import started_by_person
+        from flowjobs.jobs.environment import started_by_person, waited_while_cancelled
         from flowjobs.jobs.task import log_to_stderr
         from flowjobs.jobs.training_job import train_run
 
@@ -44,7 +44,7 @@ class Train:
             print(note)
         log_to_stderr()
         by_person = started_by_person()
-        if by_person:
+        if by_person and not waited_while_cancelled(run):
             run.clear_cancel()
         status = run.status()
         begun = status is not None and any(a.first_step is not None for a in status.attempts)

@@ -9,6 +9,7 @@ from submitit.local.debug import DebugJobEnvironment
 from submitit.local.local import LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+from flowjobs.errors import SubmissionError
 from flowjobs.jobs import by_hand, slurm
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -95,6 +96,21 @@ def started_by_person() -> bool:
     return (
         slurm.CONTINUES not in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
     )
+
+
+def waited_while_cancelled(run: Run) -> bool:
+    """Whether the job that this process is in was submitted by hand before its run was cancelled.
+
+    `flowjobs cancel` does not know such a job as long as it waits.
+    """
+    cancelled_at = run.cancelled_at()
+    if cancelled_at is None or "SLURM_JOB_ID" not in os.environ:
+        return False
+    try:
+        record = slurm.job_record(os.environ["SLURM_JOB_ID"])
+    except SubmissionError:
+        return True  # rather wait for a person than bring back what one has cancelled
+    return record is not None and record.submitted < cancelled_at
 
 
 def _restarts(environment: JobEnvironment, run: Run) -> int:

@@ -85,6 +85,7 @@ class JobRecord:
         seconds_left: Until Slurm kills it: to the time limit, or to the end of the grace.
         over_limit: Whether it ran until its time limit.
         requeue: Whether Slurm may start it again.
+        submitted: When it was submitted, or requeued, in seconds of the epoch.
         fields: All fields, by scontrol's names.
     """
 
@@ -94,6 +95,7 @@ class JobRecord:
     seconds_left: float
     over_limit: bool
     requeue: bool
+    submitted: float
     fields: Mapping[str, str]
 
     @property
@@ -154,6 +156,7 @@ def job_record(job_id: str) -> JobRecord | None:
         seconds_left=float("inf") if end is None else end - time.time(),
         over_limit=known and end - start >= limit_s,  # type: ignore[operator]
         requeue=fields.get("Requeue") == "1",
+        submitted=_timestamp(fields.get("SubmitTime")) or 0.0,
         fields=fields,
     )
 

@@ -168,6 +168,12 @@ class Run:
             return False
         return True
 
+    def cancelled_at(self) -> float | None:
+        """When the run was cancelled, in seconds of the epoch; None if it is not."""
+        if not self.cancel_requested():
+            return None
+        return self.cancel_file.stat().st_mtime
+
     def request_cancel(self) -> None:
         """Note that the run must not go on by itself."""
         write_json(self.cancel_file, {"time": now()})

@@ -19,6 +19,7 @@ from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 from tests.jobs.disturbed import (
     OPTIONS,
+    REPOSITORY,
     Disturbed,
     Start,
     alive,
@@ -335,6 +336,21 @@ def test_a_job_by_hand_goes_on_as_a_new_job_where_requeuing_is_forbidden(
     record = slurm.job(new["job_id"])
     assert (record["Partition"], record["ReqNodeList"]) == ("preempt", "n1")
     assert (record["MinMemoryNode"], record["TresPerNode"]) == ("1G", "gres:gpu:1")
+
+
+def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
+    hand_made: tuple[str, ...], study: Path, slurm: SlurmCluster, flowjobs: Command
+) -> None:
+    job = by_hand(study, slurm, "train.sh", hand_made)
+    script = str(REPOSITORY / "sbatch" / "train.sh")
+    waiting = slurm.submit("--hold", script, *hand_made)
+    time.sleep(1.1)  # Slurm's times are in whole seconds
+    assert flowjobs("cancel", "disturbed").returncode == 0
+    job.wait_for_state("cancelled")
+    slurm.run("scontrol", "release", waiting)
+    slurm.wait_state(waiting, {"FAILED", "COMPLETED"}, 60)
+    assert job.status().state == "cancelled"
+    assert len(job.attempts()) == 1
 
 
 def test_a_task_of_an_array_goes_on_like_a_job_of_its_own(
