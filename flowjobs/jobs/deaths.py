@@ -34,6 +34,9 @@ NOT_BY_THE_USER = re.compile(
     "DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE|JOB REQUEUE|TASK FAILURE)", re.IGNORECASE
 )
 
+# "srun: error: n2: task 1: Killed"; of several nodes at once it gives a list, n[1-2].
+FAILED_TASK = re.compile(r"^srun: error: ([\w.-]+): tasks? \d", re.MULTILINE)
+
 FILE_SYSTEM = frozenset(
     {
         errno.EIO,
@@ -106,6 +109,13 @@ def cause_of_no_start(job: JobInfo, exit_code: int | None = None) -> Outcome:
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
     reason = f"job {job.job_id} ended before the run could start: {_last_error(log)}"
     return Outcome("failed", EXIT_FAILED, reason, _last_words(log), "never started")
+
+
+def failed_node(job: JobInfo) -> str:
+    """The node whose process died first, as srun names it; else the one of the first rank."""
+    log = log_tail(job.log)
+    found = FAILED_TASK.search(log, max(0, log.rfind(" I attempt ")))
+    return found.group(1) if found else job.host
 
 
 def cancelled_while_requeued(job: JobInfo) -> bool:

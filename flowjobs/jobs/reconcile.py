@@ -265,4 +265,6 @@ def _as_it_goes_on(outcome: Outcome, again: bool) -> Outcome:
 
 
 def _node_to_avoid(dead: Dead) -> str | None:
-    return None if dead.outcome.kind in ("preempted", "time limit") else dead.job.host
+    if dead.outcome.kind in ("preempted", "time limit"):
+        return None
+    return deaths.failed_node(dead.job)

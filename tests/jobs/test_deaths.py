@@ -85,3 +85,13 @@ def test_a_signal_before_there_was_a_handler_is_a_preemption(study: Path) -> Non
 )
 def test_only_what_may_pass_is_worth_another_try(error: Exception, kind: str | None) -> None:
     assert deaths.passing_kind(error) == kind
+
+
+def test_the_node_to_leave_out_is_the_one_whose_process_died_first(tmp_path: Path) -> None:
+    log = tmp_path / "12_0_log.out"
+    job = JobInfo("slurm", "12", str(log), "n1", 1)
+    before = "srun: error: n9: task 3: Killed\n00:00:00 I attempt 2 at a: slurm job 12 on n1\n"
+    log.write_text(before + "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Aborted\n")
+    assert deaths.failed_node(job) == "n2"
+    log.write_text(before + "srun: error: n[1-2]: tasks 0-1: Killed\n")
+    assert deaths.failed_node(job) == "n1"
