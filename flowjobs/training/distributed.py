@@ -1,5 +1,6 @@
 """The ranks of a run: one process per GPU, joined by torch.distributed. Knows no scheduler."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,10 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
     if world_size == 1:
         yield single_process(device)
         return
+    # Functions in there take the group that exists when they are imported as a default, and keep
+    # it and its threads beyond its end; DDP would import them when there is one. A thread of gloo
+    # that lets go of a tensor while Python ends aborts the process.
+    importlib.import_module("torch.distributed.nn")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     # Tensors on the CPU go through gloo in both cases: flags that no GPU should wait for.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
