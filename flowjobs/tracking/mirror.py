@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import sys
 import threading
 import time
@@ -165,12 +166,23 @@ class Mirror:
 
     def _open(self) -> None:
         trains_here = self._parent_trains
-        self._wandb = WandbSession(self._run, self._session.mode, trains_here=trains_here)
+        there = self._session_folders()
+        try:
+            self._wandb = WandbSession(self._run, self._session.mode, trains_here=trains_here)
+        except Exception:
+            # It has no row. A server may refuse for days, and each try leaves a folder.
+            tear_down_wandb()
+            for folder in self._session_folders() - there:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         self._tell(connected=True)
         if self._complained:
             self._tell(info="W&B answers again; it gets what it missed")
             self._complained = False
         self._retry_after = FIRST_RETRY_S
+
+    def _session_folders(self) -> set[Path]:
+        return set(self._run.folder.glob("wandb/*run-*"))
 
     def _lose(self, error: Exception, *, silently: bool = False) -> None:
         """Start anew later, after whatever happened to wandb."""

@@ -12,7 +12,7 @@ what a run's outcome should be, and nothing of servers.
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +73,10 @@ def is_header_only(path: Path) -> bool:
     return not any(_kind(content) == RUN for content in _scan(path.read_bytes()) if content)
 
 
-def repair(path: Path) -> None:
-    """Leave only the whole records in a file; the caller holds the run's lock."""
-    contents = list(_scan(path.read_bytes()))
-    if None in contents:
-        _rewrite(path, [content for content in contents if content is not None])
+def append_preempted(path: Path, exit_code: int) -> None:
+    """Say of a session whose process is gone that its run waits; a closed one is left as it is.
 
-
-def append_outcome(
-    path: Path,
-    *,
-    exit_code: int,
-    tags: Sequence[str] | None,
-    notes: str | None,
-    preempting: bool,
-) -> None:
-    """Say how a session ended whose process is gone; one that is closed is left as it is.
-
-    Args:
-        path: The session's file; it is repaired, too. The caller holds the run's lock.
-        exit_code: 0 finished, else failed, or preempted with `preempting`.
-        tags: All tags of the run; None keeps those of the session.
-        notes: The run's notes; None keeps those of the session.
-        preempting: Whether the run waits for another job.
+    What is not whole in the file goes. The caller holds the run's lock.
 
     Raises:
         ValueError: The file `is_header_only`: there is no run in it to end.
@@ -107,19 +88,9 @@ def append_outcome(
     if not runs:
         raise ValueError(f"{path} names no run: it was cut before its first record")
     number = record_of(contents[-1]).num
-    # Every run record replaces the one before it, so the last is repeated whole.
-    run = record_of(runs[-1])
-    run.ClearField("control")  # nobody waits for an answer any more
-    if tags is not None:
-        run.run.tags[:] = tags
-    if notes is not None:
-        run.run.notes = notes
-    ending = [run]
-    if preempting:
-        ending.append(record_of())
-        ending[-1].preempting.SetInParent()
-    ending.append(record_of())
-    ending[-1].exit.exit_code = exit_code
+    ending = [record_of(), record_of()]
+    ending[0].preempting.SetInParent()
+    ending[1].exit.exit_code = exit_code
     for record in ending:
         number = record.num = number + 1
     _rewrite(path, [*contents, *(record.SerializeToString() for record in ending)])

@@ -24,7 +24,7 @@ from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
 from flowjobs.tracking.identity import config_for_wandb
 from flowjobs.tracking.labels import notes_for, tags_for
 from flowjobs.tracking.offline_files import (
-    append_outcome,
+    append_preempted,
     is_closed,
     is_header_only,
     last_step_on_record,
@@ -195,4 +195,4 @@ def close_dead_files(run: Run) -> None:
     """
     for path in session_files(run.folder):
         if not is_closed(path) and not is_header_only(path):
-            append_outcome(path, exit_code=EXIT_PREEMPTED, tags=None, notes=None, preempting=True)
+            append_preempted(path, EXIT_PREEMPTED)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from flowjobs.tracking.offline_files import session_files
@@ -22,6 +22,7 @@ from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.jobs.readme_table import assert_in_readme
 from tests.tracking import leet
+from tests.tracking.backend import Backend
 
 OPTIONS = (
     *("--arch", "tests.jobs.slow_model:SlowModel", "--flow", "icfm", "--epochs", "4"),
@@ -114,19 +115,45 @@ class Disturbed:
 Start = Callable[..., Disturbed]
 
 
-def assert_in_wandb(run: Run, state: str, exit_code: int, reason: str = "") -> None:
-    """W&B's offline files tell the run's end, and each row of metrics.jsonl once."""
+# Where the runs of a test's jobs are tracked; None: in offline files.
+server: Backend | None = None
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A run as W&B has it, and its rows over all sessions, in order."""
+
+    state: str
+    exit_code: int | None
+    tags: list[str]
+    notes: str
+    rows: list[Row]
+
+
+def in_wandb(run: Run) -> Tracked:
+    if server is not None:
+        there = server.run(run.tracking_id())
+        state = there.state.replace("preempting", "preempted")
+        return Tracked(state, there.exit_code, there.tags, there.notes, there.rows)
     files = session_files(run.folder)
     newest = leet.inspect(files[-1])
-    assert (newest.state, newest.exit_code) == (state, exit_code)
-    assert ("failed" in newest.tags) == (state == "failed")
-    assert ("cancelled" in newest.tags) == ("cancelled" in reason)
-    assert reason in newest.notes
-    told = {row["step"]: row for file in files for row in leet.history(file)}
-    steps = [row["step"] for file in files for row in leet.history(file)]
-    assert len(steps) == len(told), "a step is there twice"
-    rows = list(read_rows(run.metrics_file))
-    for row in rows:
+    rows = [row for file in files for row in leet.history(file)]
+    return Tracked(newest.state, newest.exit_code, newest.tags, newest.notes, rows)
+
+
+def assert_in_wandb(run: Run, state: str, exit_code: int, reason: str = "") -> None:
+    """W&B tells the run's end, and each row of metrics.jsonl once."""
+    deadline = time.monotonic() + 20
+    # A job says how it ended on disk first.
+    while (found := in_wandb(run)).state != state and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert (found.state, found.exit_code) == (state, exit_code)
+    assert ("failed" in found.tags) == (state == "failed")
+    assert ("cancelled" in found.tags) == ("cancelled" in reason)
+    assert reason in found.notes
+    told = {row["step"]: row for row in found.rows}
+    assert list(told) == [row["step"] for row in found.rows], "a step is there twice"
+    for row in read_rows(run.metrics_file):
         assert {key: told[row["step"]][key] for key in row} == row
 
 

@@ -1,7 +1,8 @@
 """The README's table, row by row, on the real Slurm: what happens to a job and what the run does.
 
 Each test disturbs a job of one small run, waits for the run's end, and holds its weights, EMA and
-metrics against those of the same run left in peace.
+metrics against those of the same run left in peace, and what W&B has of it against what happened:
+in offline files, and on a server with `-m long`.
 """
 
 import os
@@ -17,6 +18,7 @@ from flowjobs.runs.run import Run
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
+from tests.jobs import disturbed
 from tests.jobs.disturbed import (
     OPTIONS,
     REPOSITORY,
@@ -28,8 +30,18 @@ from tests.jobs.disturbed import (
     by_hand,
     preempt_and_wait,
 )
+from tests.tracking.conftest import backend
+
+__all__ = ["backend"]
 
 ON_N1 = ("--sbatch", "nodelist=n1")
+
+
+@pytest.fixture(autouse=True, params=["offline", pytest.param("online", marks=pytest.mark.long)])
+def tracked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "online":
+        monkeypatch.setattr(disturbed, "server", request.getfixturevalue("backend"))
+        monkeypatch.setenv("WANDB_MODE", "online")  # it wins over the option
 
 
 def test_preempted_with_grace_and_user_signal(start: Start, whole: Run) -> None:

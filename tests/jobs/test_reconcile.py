@@ -46,6 +46,23 @@ def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(
     assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL)")
 
 
+@pytest.mark.long
+def test_a_job_that_slurm_kills_at_its_limit_says_so(start: Start, flowjobs: Command) -> None:
+    job = start("--timeout-min", "1", "--give-up-after", "1")
+    job.kill(signal.SIGSTOP)  # it hears nothing any more
+    job.slurm.wait_state(job.job_id, "TIMEOUT", 180)
+    wait_until(
+        lambda: [row["State"] for row in job.slurm.accounting(job.job_id)] == ["TIMEOUT"],
+        "accounting to know the job's end",
+        10,
+    )
+    assert flowjobs("reconcile").returncode == 0
+    status = job.status()
+    assert (status.state, status.attempts[-1].kind) == ("failed", "time limit")
+    assert status.reason.startswith("killed at the time limit on n1, attempt 1, step")
+    assert_in_wandb(job.run, "failed", 1, status.reason)
+
+
 def test_a_lost_job_is_started_again_if_it_may_be(start: Start, flowjobs: Command) -> None:
     job = start("--retries", "1")
     kill_with_its_batch_shell(job)

@@ -13,29 +13,16 @@ import wandb
 
 from flowjobs.tracking.offline_files import (
     BLOCK_BYTES,
-    append_outcome,
+    append_preempted,
     is_closed,
     is_header_only,
     last_step_on_record,
     read_records,
     record_of,
-    repair,
     session_files,
     write_records,
 )
-
-
-def inspect(path: Path, *options: str) -> str:
-    """What `wandb leet inspect` says of a file."""
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json"]
-    done = subprocess.run(
-        [*command, *options, str(path)], capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
-def records_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in inspect(path).splitlines()]
+from tests.tracking.leet import inspect, records
 
 
 def history(step: int, filling: int = 0) -> Any:
@@ -87,7 +74,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def steps_in(path: Path) -> list[int]:
-    return [record["history"]["step"]["num"] for record in records_of(path) if "history" in record]
+    return [record["history"]["step"]["num"] for record in records(path) if "history" in record]
 
 
 def test_a_rewritten_file_of_the_client_has_the_same_bytes(file: Path) -> None:
@@ -109,58 +96,51 @@ def test_records_of_any_size_are_read_back_by_the_client(tmp_path: Path) -> None
         sizes += [(BLOCK_BYTES - used - overhead - left) % BLOCK_BYTES, 10]
     write_records(path, [run_record(), *map(history, range(len(sizes)), sizes)])
 
-    found = [record["history"] for record in records_of(path) if "history" in record]
+    found = [record["history"] for record in records(path) if "history" in record]
     assert [row["item"]["_step"] for row in found] == list(range(len(sizes)))
     assert [len(row["item"]["text"]) for row in found] == sizes
     assert [record.history.step.num for record in read_records(path)][1:] == list(range(len(sizes)))
 
 
-def test_an_outcome_keeps_all_that_was_on_record(file: Path) -> None:
-    before = records_of(file)
-    append_outcome(file, exit_code=137, tags=["mine", "failed"], notes="killed", preempting=False)
-    after = records_of(file)
+def test_a_session_that_is_closed_keeps_all_that_was_on_record(file: Path) -> None:
+    before = records(file)
+    append_preempted(file, 75)
+    after = records(file)
     assert after[: len(before)] == before
-    assert [record["type"] for record in after[len(before) :]] == ["run", "exit"]
-    found = json.loads(inspect(file, "--summary"))
-    assert found["exit_code"] == 137
-    assert found["tags"] == ["mine", "failed"]
-    assert found["notes"] == "killed"
-    assert found["config"]["lr"] == 1
-    assert found["summary"]["val/loss"]["min"] == 1 / 300
+    assert [record["type"] for record in after[len(before) :]] == ["preempting", "exit"]
+    found = inspect(file)
+    assert (found.state, found.exit_code) == ("preempted", 75)
+    assert (found.tags, found.notes) == (["mine"], "as it was")
+    assert found.config["lr"] == 1
+    assert found.summary["val/loss"]["min"] == 1 / 300
     assert is_closed(file)
 
 
-def test_an_outcome_without_tags_and_notes_keeps_those(file: Path) -> None:
-    append_outcome(file, exit_code=75, tags=None, notes=None, preempting=True)
-    assert [record["type"] for record in records_of(file)][-3:] == ["run", "preempting", "exit"]
-    found = json.loads(inspect(file, "--summary"))
-    assert (found["tags"], found["notes"], found["exit_code"]) == (["mine"], "as it was", 75)
-
-
-def test_a_second_outcome_changes_nothing(file: Path) -> None:
+def test_closing_it_again_changes_nothing(file: Path) -> None:
     assert not is_closed(file)
-    append_outcome(file, exit_code=0, tags=None, notes=None, preempting=False)
+    append_preempted(file, 75)
     before = file.read_bytes()
-    append_outcome(file, exit_code=1, tags=["failed"], notes="no", preempting=False)
+    append_preempted(file, 1)
     assert file.read_bytes() == before
 
 
 def test_a_file_cut_anywhere_is_mended_to_its_whole_records(file: Path) -> None:
-    log, all_steps = file.read_bytes(), steps_in(file)
+    log, all_steps, all_records = file.read_bytes(), steps_in(file), records(file)
     chance = random.Random(1)
     for cut in [8, len(log) - 1, *(chance.randrange(7, len(log)) for _ in range(3))]:
         file.write_bytes(log[:cut])
         step = last_step_on_record(file.parents[2])
-        repair(file)
-        assert len(file.read_bytes()) <= cut
-        assert log.startswith(file.read_bytes())
+        if is_header_only(file):
+            assert step == -1
+            continue
+        append_preempted(file, 75)
         assert last_step_on_record(file.parents[2]) == step
         steps = steps_in(file)
         assert steps == all_steps[: len(steps)]
         assert step == (steps[-1] if steps else -1)
-        if not is_header_only(file):
-            append_outcome(file, exit_code=137, tags=None, notes=None, preempting=False)
-            assert json.loads(inspect(file, "--summary"))["exit_code"] == 137
+        *kept, preempting, end = records(file)
+        assert kept == all_records[: len(kept)]
+        assert (preempting["type"], end["type"]) == ("preempting", "exit")
 
 
 def test_a_flipped_bit_costs_the_rest_of_its_block_at_most(file: Path) -> None:
@@ -169,7 +149,7 @@ def test_a_flipped_bit_costs_the_rest_of_its_block_at_most(file: Path) -> None:
     all_steps = steps_in(file)
     log[BLOCK_BYTES + 5000] ^= 1
     file.write_bytes(log)
-    repair(file)
+    append_preempted(file, 75)
     steps = steps_in(file)
     assert set(steps) < set(all_steps)
     assert steps == sorted(steps)
@@ -182,14 +162,10 @@ def test_zeros_at_the_end_as_a_power_loss_leaves_them_are_cut(file: Path) -> Non
     log = file.read_bytes()
     file.write_bytes(log + bytes(5000))
     assert last_step_on_record(file.parents[2]) == 299
-    repair(file)
-    assert file.read_bytes() == log
-
-
-def test_a_sound_file_is_not_written_by_a_repair(file: Path) -> None:
-    before = file.stat()
-    repair(file)
-    assert file.stat().st_ino == before.st_ino
+    append_preempted(file, 75)
+    assert file.read_bytes().startswith(log)
+    assert bytes(100) not in file.read_bytes()[len(log) :]
+    assert is_closed(file)
 
 
 @pytest.mark.parametrize("size", [0, 3, 7, 40])
@@ -200,7 +176,7 @@ def test_a_file_that_names_no_run_is_header_only(file: Path, size: int) -> None:
     assert not is_closed(file)
     assert last_step_on_record(file.parents[2]) == -1
     with pytest.raises(ValueError, match="names no run"):
-        append_outcome(file, exit_code=1, tags=None, notes=None, preempting=False)
+        append_preempted(file, 75)
 
 
 def test_the_last_step_is_the_highest_of_all_sessions(tmp_path: Path) -> None:

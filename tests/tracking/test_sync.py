@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -296,11 +297,13 @@ def test_after_fifty_kills_the_server_has_every_step_once(run: Run, backend: Bac
     assert there.rows == [row_of(step) for step in range(1, len(there.rows) + 1)]
 
 
-def start_sync(study: Path, *arguments: str) -> "subprocess.Popen[str]":
+def start_sync(
+    study: Path, *arguments: str, stderr: int = subprocess.PIPE
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "flowjobs", "sync", "--study", str(study), *arguments],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
@@ -333,6 +336,23 @@ def test_a_sync_killed_at_any_time_and_repeated_gives_each_step_once(
         there = backend.run(each.tracking_id())
         assert there.state == "finished"
         assert_equal_histories(each, there)
+
+
+def test_a_terminal_sees_how_far_the_upload_is(study: Path, run: Run, backend: Backend) -> None:
+    attempt(run, 100)
+    terminal, end = os.openpty()
+    said = b""
+    with slow(backend, 0.5), start_sync(study, stderr=end) as process:
+        os.close(end)
+        with contextlib.suppress(OSError):  # so a terminal says that nobody writes any more
+            while piece := os.read(terminal, 4096):
+                said += piece
+        assert process.communicate(timeout=60)[0] == "tracked: 100 rows uploaded, verified\n"
+    os.close(terminal)
+    shown = [int(percent) for percent in re.findall(rb"tracked.*?(\d+)%", said)]
+    assert shown[0] == 0
+    assert shown[-1] == 100
+    assert shown == sorted(shown)
 
 
 def test_two_syncs_at_once_upload_once(study: Path, run: Run, backend: Backend) -> None:
