@@ -211,7 +211,9 @@ def _explain_code(code: int | None) -> tuple[str, str, State, int]:
         case signal.SIGTERM | signal.SIGUSR2:
             # Told to leave before it could listen.
             return "told to leave while it started", "preempted", "preempted", EXIT_PREEMPTED
-        case None | signal.SIGKILL:
+        case None:
+            return "ended without a word", "killed", "failed", EXIT_FAILED
+        case signal.SIGKILL:
             return "killed (SIGKILL)", "killed", "failed", 128 + signal.SIGKILL
     return f"ended with exit code {code}", "exception", "failed", code or EXIT_FAILED
 

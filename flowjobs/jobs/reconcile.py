@@ -74,7 +74,8 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Closed]:
 
     Args:
         runs: Those to look at.
-        tell_wandb: Also tell W&B what could not be told before. It may take a minute a run.
+        tell_wandb: Wait until W&B knows, and also tell it what could not be told before. It may
+            take a minute a run.
 
     Raises:
         SubmissionError: Slurm does not answer; nothing was changed.
@@ -96,6 +97,9 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Closed]:
             continue
         if outcome:
             closed.append(Closed(run, outcome))
+    for found in closed:
+        if lock_holder(found.run.folder) is None:  # else its next attempt tells
+            close_session(found.run, found.outcome, wait=tell_wandb)
     for run in runs if tell_wandb else ():
         if lock_holder(run.folder) is None and (untold := pending_outcome(run)):
             close_session(run, untold)

@@ -83,7 +83,8 @@ class Attempt:
         self.number = len(self._status.attempts) + 1
         self._record = AttemptRecord(self.number, self.job, started=now())
         self._status.attempts.append(self._record)
-        self._status.state, self._status.reason, self._status.exit_code = "running", "", None
+        self._status.state, self._status.exit_code = "running", None
+        self._status.reason = self._status.traceback = ""
         self._status.epochs = config.training.epochs
         self._status.patience = config.training.patience
         self._check_progress()

@@ -95,10 +95,6 @@ class MetricsReader:
         self._file.seek(start + whole)
         return list(_rows_of(text[:whole]))
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a metrics file, in order, without a torn last line; none if it is absent."""

@@ -141,6 +141,7 @@ class RunStatus:
     patience: int | None = None
     best_val_loss: float | None = None
     exit_code: int | None = None
+    traceback: str = ""
     updated: str = ""
     attempts: list[AttemptRecord] = dataclasses.field(default_factory=list)
 
@@ -155,11 +156,20 @@ class RunStatus:
         newest = self.attempts[-1] if self.attempts else None
         return newest if newest and newest.ended is None else None
 
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the newest attempt ended; None if there was none, or nobody has said so yet."""
+        if self.state in ("submitted", "running"):
+            return None
+        kind = self.attempts[-1].kind if self.attempts else ""
+        return Outcome(self.state, self.exit_code or 0, self.reason, self.traceback, kind)
+
     def close(self, outcome: Outcome) -> None:
         """Note how the newest attempt ended: that is the run's state from now on."""
         if self.open_attempt:
             self.open_attempt.close(outcome)
-        self.state, self.reason, self.exit_code = outcome.state, outcome.reason, outcome.exit_code
+        self.state, self.exit_code = outcome.state, outcome.exit_code
+        self.reason, self.traceback = outcome.reason, outcome.traceback
 
     def write(self, path: Path, *, flush: bool = True) -> None:
         """Replace the file at `path`; without `flush`, not waiting for the disk."""

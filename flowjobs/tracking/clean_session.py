@@ -15,6 +15,7 @@ from typing import Any
 
 from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.run import Run
+from flowjobs.tracking.identity import config_for_wandb
 from flowjobs.tracking.mirror import summary_of
 from flowjobs.tracking.offline_files import read_records, record_of, write_records
 from flowjobs.tracking.session import LOWEST, read_session
@@ -29,7 +30,7 @@ class Recorded:
     Attributes:
         header: Which wandb wrote it.
         run: The newest run record, with config, tags and notes.
-        beside_run: What the newest session says of its machine and config beside it.
+        beside_run: What sessions say of their machine and config beside it, the newest that does.
         metrics: Definitions by the metric's name.
         times: `_timestamp` and `_runtime` of each step; `_runtime` goes on from session to session.
         pictures: Items of media by step.
@@ -40,23 +41,13 @@ class Recorded:
 
     header: Any = None
     run: Any = None
-    beside_run: list[Any] = field(default_factory=list)
+    beside_run: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     times: dict[int, tuple[float, float]] = field(default_factory=dict)
     pictures: dict[int, list[Any]] = field(default_factory=dict)
     summary: dict[KeyPath, str] = field(default_factory=dict)
     stats: list[Any] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
-
-    @property
-    def tags(self) -> list[str]:
-        """The run's tags, as its newest session has them."""
-        return list(self.run.run.tags) if self.run else []
-
-    @property
-    def notes(self) -> str:
-        """The run's notes, as its newest session has them."""
-        return str(self.run.run.notes) if self.run else ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +113,8 @@ def write_clean_session(
         if recorded.header:
             yield recorded.header
         yield _run_record(run, recorded, ending)
-        yield from recorded.beside_run
+        for said in recorded.beside_run.values():
+            yield from said
         yield from (recorded.metrics or _definitions()).values()
         for stats in recorded.stats:
             if _seconds(stats.stats.timestamp) > after_event_s:
@@ -148,7 +140,7 @@ def write_clean_session(
 
 def _read_session(recorded: Recorded, path: Path) -> None:
     ran_before = max((runtime for _, runtime in recorded.times.values()), default=0.0)
-    beside_run: list[Any] = []
+    beside_run: dict[str, list[Any]] = {}
     names_a_run = False
     for record in read_records(path):
         match record.WhichOneof("record_type"):
@@ -157,8 +149,8 @@ def _read_session(recorded: Recorded, path: Path) -> None:
             case "run":
                 _keep_config(recorded.run, record)
                 recorded.run, names_a_run = record, True
-            case "environment" | "config":
-                beside_run.append(record)
+            case "environment" | "config" as kind:
+                beside_run.setdefault(kind, []).append(record)
             case "metric":
                 recorded.metrics[record.metric.name or record.metric.glob_name] = record
             case "history":
@@ -172,7 +164,7 @@ def _read_session(recorded: Recorded, path: Path) -> None:
                 found = {name: path.parent / "files" / name for name in names}
                 recorded.files |= {name: file for name, file in found.items() if file.is_file()}
     if names_a_run:
-        recorded.beside_run = beside_run
+        recorded.beside_run |= beside_run
 
 
 def _keep_config(before: Any, record: Any) -> None:
@@ -210,7 +202,7 @@ def _run_record(run: Run, recorded: Recorded, ending: Ending) -> Any:
         own.entity = config.tracking.wandb_entity or ""
         own.run_group = config.training.group or ""
         own.start_time.GetCurrentTime()
-        for key, value in config.training.to_dict().items():
+        for key, value in config_for_wandb(run).items():
             own.config.update.add(key=key, value_json=json.dumps(value))
     own.resume = True
     own.tags[:] = ending.tags

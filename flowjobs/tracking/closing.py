@@ -4,7 +4,7 @@ import dataclasses
 import logging
 
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import Outcome
+from flowjobs.runs.status import Outcome, RunStatus
 from flowjobs.tracking.mode import resolve_mode
 from flowjobs.tracking.session import Session, new_session, read_session, write_session
 from flowjobs.tracking.wandb_tracker import start_mirror, wait_for_mirror
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 60.0
 
 
-def close_session(run: Run, outcome: Outcome) -> bool:
+def close_session(run: Run, outcome: Outcome, *, wait: bool = True) -> bool:
     """Mark the newest session of a run with an outcome, unless W&B knows it already.
 
     What an attempt said of itself wins over what others found out about it, and a finished run
@@ -27,6 +27,7 @@ def close_session(run: Run, outcome: Outcome) -> bool:
     Args:
         run: The run.
         outcome: How its newest attempt ended.
+        wait: Return when W&B knows; else a process that outlives this one for a while tells it.
 
     Returns:
         False if there was nothing to tell. True if there was: W&B knows it now, or the outcome is
@@ -37,7 +38,8 @@ def close_session(run: Run, outcome: Outcome) -> bool:
         return False
     try:
         write_session(run, session)
-        if not wait_for_mirror(start_mirror(run, session), CLOSE_TIMEOUT_S):
+        mirror = start_mirror(run, session, "closes")
+        if wait and not wait_for_mirror(mirror, CLOSE_TIMEOUT_S):
             logger.warning("W&B could not be told that %s is %s", run.name, outcome.state)
     except OSError as error:
         logger.warning("W&B could not be told that %s is %s: %s", run.name, outcome.state, error)
@@ -52,21 +54,20 @@ def pending_outcome(run: Run) -> Outcome | None:
     session = read_session(run)
     if session and session.outcome and not session.closed:
         return session.outcome
-    mode, _ = resolve_mode(run.config().tracking)
     status = run.status()
-    if mode == "disabled" or status is None or not status.attempts or status.open_attempt:
+    mode, _ = resolve_mode(run.config().tracking)
+    if status is None or mode == "disabled" or _has_trained_untracked(run, session):
         return None
-    newest = status.attempts[-1]
-    if session and session.closed and session.attempt >= newest.number:
+    if session and session.closed and session.attempt >= len(status.attempts):
         return None
-    return Outcome(status.state, status.exit_code or 0, status.reason, kind=newest.kind)
+    return status.outcome
 
 
 def _session_to_close(run: Run, outcome: Outcome) -> Session | None:
-    mode, _ = resolve_mode(run.config().tracking)
-    if mode == "disabled":
-        return None
     found = read_session(run)
+    mode, _ = resolve_mode(run.config().tracking)
+    if mode == "disabled" or _has_trained_untracked(run, found):
+        return None
     newest = new_session(run, mode)
     if found is None or found.attempt < newest.attempt:
         return dataclasses.replace(newest, outcome=outcome)
@@ -80,3 +81,9 @@ def _session_to_close(run: Run, outcome: Outcome) -> Session | None:
     return dataclasses.replace(
         newest, attempt=found.attempt, mode=found.mode, summary=found.summary, outcome=outcome
     )
+
+
+def _has_trained_untracked(run: Run, session: Session | None) -> bool:
+    """Whether WANDB_MODE kept W&B out where the run trained: a session is noted before it does."""
+    status = run.status() or RunStatus()
+    return session is None and any(a.first_step is not None for a in status.attempts)

@@ -1,6 +1,7 @@
 """What a run's config in W&B holds beside its own: what an ablation needs to be reproduced."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs import __version__
+from flowjobs.runs.files import write_json
 from flowjobs.runs.run import Run
 
 # A repository on a slow file system must not keep the first row.
@@ -25,20 +27,38 @@ class Commit:
     dirty: bool
 
 
-def config_for_wandb(run: Run, directory: Path, *, trains_here: bool = True) -> dict[str, Any]:
-    """The run's training config, and where and with what each attempt ran.
+def note_surroundings(run: Run, directory: Path) -> None:
+    """Note with what code and where the run trains: on this machine.
+
+    Whoever tells W&B of the run later, from another machine, finds it in the run's folder.
 
     Args:
         run: The run.
         directory: The working directory of the user, for its git commit.
-        trains_here: Whether this process's machine is the one that trains; else what W&B has of
-            the machine and the code is left as it is.
     """
+    commit = git_commit(directory)
+    found = {
+        "git_commit": commit.sha if commit else None,
+        "git_dirty": commit.dirty if commit else None,
+        "flowjobs_version": __version__,
+        "torch_version": _version("torch"),
+        "python_version": platform.python_version(),
+        "host": socket.gethostname(),
+        "gpus": gpu_names(),
+    }
+    file = _surroundings_file(run)
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, found, flush=False)
+
+
+def config_for_wandb(run: Run) -> dict[str, Any]:
+    """The run's training config, its attempts, and the surroundings of the newest one."""
     config = run.config().training
     status = run.status()
     attempts = status.attempts if status else []
-    found = {
+    return {
         **config.to_dict(),
+        **_surroundings(run),
         "signature": config.signature,
         "run_folder": str(run.folder),
         "attempts": [
@@ -50,18 +70,6 @@ def config_for_wandb(run: Run, directory: Path, *, trains_here: bool = True) -> 
             }
             for attempt in attempts
         ],
-    }
-    if not trains_here:
-        return found
-    commit = git_commit(directory)
-    return found | {
-        "git_commit": commit.sha if commit else None,
-        "git_dirty": commit.dirty if commit else None,
-        "flowjobs_version": __version__,
-        "torch_version": _version("torch"),
-        "python_version": platform.python_version(),
-        "host": socket.gethostname(),
-        "gpus": gpu_names(),
     }
 
 
@@ -84,6 +92,17 @@ def gpu_names() -> list[str]:
         return [name for _, name, _ in found]
     asked = visible.split(",")
     return [name for index, name, uuid in found if index in asked or uuid in asked]
+
+
+def _surroundings_file(run: Run) -> Path:
+    return run.folder / "wandb" / "surroundings.json"
+
+
+def _surroundings(run: Run) -> dict[str, Any]:
+    try:
+        return dict(json.loads(_surroundings_file(run).read_text()))
+    except (OSError, ValueError):
+        return {}  # it never came so far
 
 
 def _version(package: str) -> str | None:

@@ -1,17 +1,21 @@
-"""The process that mirrors a run to W&B: `python -m flowjobs.tracking.mirror FOLDER TOKEN PARENT`.
+"""The process that mirrors a run to W&B.
+
+`python -m flowjobs.tracking.mirror FOLDER TOKEN PARENT trains|closes`: started by the process that
+trains the run, or by one that tells how it ended.
 
 A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
 server, hangs, dies, prints) reaches the training, and so that what was logged gets on record when
 the training is killed. It follows `metrics.jsonl`; on its standard input come "follow", when the
-rows of earlier attempts that do not count any more are gone from that file, and "finish", when
-`tracking.json` holds the outcome. On its standard output go JSON lines of what a person should
-know. It ends with 0 if W&B knows the outcome.
+rows of earlier attempts that do not count any more are gone from that file, "last", when the next
+row is the run's last, and "finish", when `tracking.json` holds the outcome. On its standard output
+go JSON lines of what a person should know. It ends with 0 if W&B knows the outcome.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import select
 import shutil
@@ -24,6 +28,8 @@ from typing import Any
 
 from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
+from flowjobs.tracking.identity import note_surroundings
 from flowjobs.tracking.session import LOWEST, Session, read_session, upload_lock, write_session
 from flowjobs.tracking.wandb_session import WandbSession, may_pass_at_once, tear_down_wandb
 
@@ -38,7 +44,7 @@ FLUSH_S = 1.5
 # How soon the death of the parent is seen, and how long what is left may take then.
 PARENT_POLL_S, LAST_WORDS_S = 2.0, 60.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
-# How long the newest row is kept back.
+# How long the newest row is kept back, if it is not known to be the last.
 HOLD_S = 1.0
 
 
@@ -50,23 +56,34 @@ class Mirror:
         session: The session that this process writes.
         commands: File descriptor that commands are read from.
         events: File descriptor that a person's news go to.
-        parent: The process that trains.
+        parent: The process that started this one.
+        trains_here: Whether the parent is the one that trains.
     """
 
-    def __init__(self, run: Run, session: Session, commands: int, events: int, parent: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        session: Session,
+        commands: int,
+        events: int,
+        parent: int,
+        *,
+        trains_here: bool,
+    ) -> None:
         self._run = run
         self._session = session
         self._commands = commands
         self._events = events
         self._parent: int | None = parent
-        # With an outcome from the start, this is somebody else who tells how it ended.
-        self._parent_trains = session.outcome is None
+        self._trains_here = trains_here
         self._following = False
         self._rows: MetricsReader | None = None
-        # The newest row waits a moment: the run's picture belongs into the last.
+        # The newest row waits a moment, the run's last one for the picture that belongs into it.
         self._held: Row | None = None
         self._held_since = 0.0
+        self._hold_s = HOLD_S
         self._wandb: WandbSession | None = None
+        self._folders_before: set[Path] = set()
         self._complained = False
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
         self._owner_read = 0
@@ -78,16 +95,28 @@ class Mirror:
                 match command:
                     case "follow":
                         self._following = True
+                    case "last":
+                        self._hold_s = math.inf
                     case "finish":
                         return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
             if self._superseded():
                 return EXIT_NOT_CLOSED
             # A forked worker of the parent may outlive it, and keeps the pipe open.
             if os.getppid() != self._parent:
-                self._put_on_record(hold=False)
-                time.sleep(FLUSH_S)
-                return EXIT_NOT_CLOSED
+                return self._end_alone()
             self._put_on_record()
+
+    def _end_alone(self) -> int:
+        """The training process is gone, perhaps with a word on disk that it could not tell here."""
+        status = self._run.status() or RunStatus()
+        outcome = status.outcome
+        if outcome and len(status.attempts) == self._session.attempt:
+            self._session = dataclasses.replace(self._session, outcome=outcome)
+            write_session(self._run, self._session)
+            return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
+        self._put_on_record(hold=False)
+        time.sleep(FLUSH_S)
+        return EXIT_NOT_CLOSED
 
     def finish(self) -> bool:
         """Tell W&B the outcome that is on disk. Returns whether it knows it now."""
@@ -138,7 +167,7 @@ class Mirror:
                     return
                 self._open()
             self._log_new_rows()
-            if self._held and not (hold and time.monotonic() - self._held_since < HOLD_S):
+            if self._held and not (hold and time.monotonic() - self._held_since < self._hold_s):
                 self._log_held_row()
         except Exception as error:
             self._lose(error)
@@ -165,16 +194,8 @@ class Mirror:
             self._held, self._held_since = row, time.monotonic()
 
     def _open(self) -> None:
-        trains_here = self._parent_trains
-        there = self._session_folders()
-        try:
-            self._wandb = WandbSession(self._run, self._session.mode, trains_here=trains_here)
-        except Exception:
-            # It has no row. A server may refuse for days, and each try leaves a folder.
-            tear_down_wandb()
-            for folder in self._session_folders() - there:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+        self._folders_before = self._session_folders()
+        self._wandb = WandbSession(self._run, self._session.mode, trains_here=self._trains_here)
         self._tell(connected=True)
         if self._complained:
             self._tell(info="W&B answers again; it gets what it missed")
@@ -186,6 +207,7 @@ class Mirror:
 
     def _lose(self, error: Exception, *, silently: bool = False) -> None:
         """Start anew later, after whatever happened to wandb."""
+        never_opened = self._wandb is None
         self._wandb = self._rows = self._held = None
         # The whole traceback once: a server may refuse for days.
         logger.warning("lost W&B: %s", error, exc_info=None if self._complained else error)
@@ -197,6 +219,9 @@ class Mirror:
                 "metrics.jsonl has every row, and W&B gets them when it can",
             )
         tear_down_wandb()
+        if never_opened:  # a server may refuse for days, and each try leaves a folder with no row
+            for folder in self._session_folders() - self._folders_before:
+                shutil.rmtree(folder, ignore_errors=True)
         self._retry_at = time.monotonic() + self._retry_after
         self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
 
@@ -252,7 +277,7 @@ def end_with(parent: int) -> None:
 
 def main() -> None:
     """Mirror the run in the folder of the first argument; see the module."""
-    folder, token, parent = sys.argv[1:4]
+    folder, token, parent, role = sys.argv[1:5]
     threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
     run = Run.at(Path(folder))
     # Nothing that wandb reads or prints, nor its own process, may take part in the conversation.
@@ -264,10 +289,13 @@ def main() -> None:
     session = read_session(run)
     if session is None or session.token != token:
         sys.exit(EXIT_NOT_CLOSED)
-    mirror = Mirror(run, session, commands, events, int(parent))
+    trains_here = role == "trains"
+    mirror = Mirror(run, session, commands, events, int(parent), trains_here=trains_here)
     # One at a time, offline too: what W&B has on record is found out first, then added to.
     with upload_lock(run):
-        if session.outcome is not None:  # the process that trained is gone
+        if trains_here:
+            note_surroundings(run, Path.cwd())
+        if session.outcome is not None:
             code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED
         else:
             code = mirror.follow_to_the_end()

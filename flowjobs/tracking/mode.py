@@ -1,7 +1,9 @@
 """Whether a run is tracked online or offline. Decided without loading wandb."""
 
+import configparser
 import netrc
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -38,14 +40,25 @@ def has_login() -> bool:
     """Whether wandb would find credentials: in the environment or in the netrc file."""
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    url = os.environ.get("WANDB_BASE_URL")
-    hosts = [urlsplit(url).netloc] if url else DEFAULT_HOSTS
-    return any(_api_key_for(host) for host in hosts)
+    url = os.environ.get("WANDB_BASE_URL") or _url_of_login()
+    return api_key(url or f"https://{DEFAULT_HOSTS[0]}") is not None
 
 
 def api_key(url: str) -> str | None:
     """The key that wandb would use at a server: the environment's, else the netrc file's."""
-    return _api_key_for(urlsplit(url).netloc)
+    host = urlsplit(url).netloc
+    # A login at the one name of W&B's own server is good for the other.
+    hosts = DEFAULT_HOSTS if host in DEFAULT_HOSTS else [host]
+    return next(filter(None, map(_api_key_for, hosts)), None)
+
+
+def _url_of_login() -> str | None:
+    """The server of `wandb login --host`, as wandb's settings file has it."""
+    folder = os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb"
+    settings = configparser.ConfigParser(interpolation=None)
+    with suppress(OSError, configparser.Error):
+        settings.read(Path(folder) / "settings")
+    return settings.get("default", "base_url", fallback=None)
 
 
 def _api_key_for(host: str) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs.runs.files import replaced_whole
+from flowjobs.runs.status import EXIT_PREEMPTED
 
 FILE_HEADER = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 BLOCK_BYTES = 32 * 1024
@@ -73,7 +74,7 @@ def is_header_only(path: Path) -> bool:
     return not any(_kind(content) == RUN for content in _scan(path.read_bytes()) if content)
 
 
-def append_preempted(path: Path, exit_code: int) -> None:
+def append_preempted(path: Path) -> None:
     """Say of a session whose process is gone that its run waits; a closed one is left as it is.
 
     What is not whole in the file goes. The caller holds the run's lock.
@@ -90,7 +91,7 @@ def append_preempted(path: Path, exit_code: int) -> None:
     number = record_of(contents[-1]).num
     ending = [record_of(), record_of()]
     ending[0].preempting.SetInParent()
-    ending[1].exit.exit_code = exit_code
+    ending[1].exit.exit_code = EXIT_PREEMPTED
     for record in ending:
         number = record.num = number + 1
     _rewrite(path, [*contents, *(record.SerializeToString() for record in ending)])

@@ -32,9 +32,11 @@ class Recorder:
         self._metrics = MetricsFile(self._run.metrics_file, after_step=step)
         self._tracker.follow()
 
-    def record(self, row: Mapping[str, Any]) -> None:
+    def record(self, row: Mapping[str, Any], *, is_last: bool = False) -> None:
         """Record one row on disk, where it is safe and where the tracker finds it."""
         assert self._metrics is not None, "go_on_after comes first"
+        if is_last:
+            self._tracker.last_row_comes()
         self._metrics.append(row)
 
     def progress(

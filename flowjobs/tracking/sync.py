@@ -17,10 +17,11 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,7 @@ from flowjobs.runs.files import write_json
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import EXIT_FAILED, EXIT_PREEMPTED, Outcome
+from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
 from flowjobs.tracking.clean_session import (
     Ending,
     Recorded,
@@ -48,6 +49,8 @@ POLL_S = 1.0
 STALL_S = 60.0
 # How long the server may take to count what it has received.
 COUNTED_WITHIN_S = 10.0
+# How long a run that another node trains may write nothing, and still be taken to train.
+QUIET_S = 600.0
 # After an upload was cut, the server may still be taking in the last of it.
 SETTLED_AFTER_S = 2.0
 Progress = Callable[[int, int], None]
@@ -104,9 +107,20 @@ def sync_run(run: Run, server: Server, progress: Progress, *, stall_s: float = S
 def _nothing_to_do(run: Run, server: Server) -> Synced | None:
     if run.config().tracking.wandb_mode == "disabled" or not run.tracking_file.exists():
         return Synced(run.name, "untracked")
-    if holder := lock_holder(run.folder):
+    if holder := lock_holder(run.folder) or _trains_elsewhere(run):
         return Synced(run.name, "trains", note=holder)
     return Synced(run.name, "unchanged") if _is_synced(run, server) else None
+
+
+def _trains_elsewhere(run: Run) -> str | None:
+    """Where the run trains, if it seems to: not everywhere are locks of another node seen."""
+    status = run.status()
+    attempt = status.open_attempt if status else None
+    if attempt is None or attempt.job.host == socket.gethostname():
+        return None
+    files = [path for path in (run.metrics_file, run.status_file) if path.exists()]
+    written = max((path.stat().st_mtime for path in files), default=0.0)
+    return attempt.job.words if time.time() - written < QUIET_S else None
 
 
 def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: float) -> int | None:
@@ -119,7 +133,7 @@ def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: flo
     recorded = read_sessions(tracked_files(run))
     address = _address(run, recorded)
     before = server.run(address)
-    ending = _ending(run, before, recorded.tags, recorded.notes)
+    ending = _ending(run, before)
     last = max((row["step"] for row in read_rows(run.metrics_file)), default=-1)
     if before.last_step >= last and _ended(before, ending):
         return None
@@ -220,21 +234,19 @@ def _wait(
             )
 
 
-def _ending(run: Run, there: RunOnServer, tags: Sequence[str], notes: str) -> Ending:
+def _ending(run: Run, there: RunOnServer) -> Ending:
     """What W&B is to show, from the run's status; a person's tags and notes there stay."""
     status = run.status()
-    outcome = Outcome("preempted", EXIT_PREEMPTED, "its process ended without a word")
-    if status is not None and status.state in ("finished", "failed", "cancelled", "preempted"):
-        code = 0 if status.state == "finished" else status.exit_code or EXIT_FAILED
-        outcome = Outcome(status.state, code, status.reason)
     session = read_session(run)
-    if session is not None and session.outcome and session.outcome.state == outcome.state:
-        outcome = session.outcome  # it has the traceback
+    # Where the status was damaged, what was told to W&B is all that is known.
+    outcome = status.outcome if status else (session.outcome if session else None)
+    if outcome is None:
+        outcome = Outcome("preempted", EXIT_PREEMPTED, "its process ended without a word")
     return Ending(
         exit_code=outcome.exit_code,
         preempting=outcome.state in ("preempted", "cancelled"),
-        tags=tags_for(outcome, list(dict.fromkeys([*there.tags, *tags]))),
-        notes=notes_for(outcome, there.notes or notes, status),
+        tags=tags_for(outcome, there.tags),
+        notes=notes_for(outcome, there.notes, status),
     )
 
 

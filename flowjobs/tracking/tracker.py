@@ -16,6 +16,10 @@ class Tracker(Protocol):
         """From now on `metrics.jsonl` holds only rows that count, and those that come."""
         ...
 
+    def last_row_comes(self) -> None:
+        """The next row is the run's last: its picture belongs into it."""
+        ...
+
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary."""
         ...
@@ -29,6 +33,9 @@ class NoTracker:
     """Tracks nothing."""
 
     def follow(self) -> None:
+        """See `Tracker`."""
+
+    def last_row_comes(self) -> None:
         """See `Tracker`."""
 
     def summarize(self, values: Mapping[str, Any]) -> None:

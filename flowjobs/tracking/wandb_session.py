@@ -20,7 +20,7 @@ from wandb.sdk import wandb_setup
 
 from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
+from flowjobs.runs.status import Outcome
 from flowjobs.tracking.identity import config_for_wandb
 from flowjobs.tracking.labels import notes_for, tags_for
 from flowjobs.tracking.offline_files import (
@@ -76,7 +76,7 @@ class WandbSession:
             group=config.training.group,
             name=run.name,
             id=run.tracking_id(),
-            config=config_for_wandb(run, Path.cwd(), trains_here=trains_here),
+            config=config_for_wandb(run),
             dir=run.folder,
             mode=mode,
             # An attempt goes on with the run that the one before it left.
@@ -88,6 +88,9 @@ class WandbSession:
                 finish_timeout=FINISH_TIMEOUT_S,
                 finish_timeout_raises=True,
                 x_stats_pid=os.getppid(),
+                # What wandb finds out of this machine says nothing of one that trained.
+                x_disable_meta=not trains_here,
+                x_disable_stats=not trains_here,
                 disable_git=True,  # the config has it
                 console="off",
                 silent=True,
@@ -195,4 +198,4 @@ def close_dead_files(run: Run) -> None:
     """
     for path in session_files(run.folder):
         if not is_closed(path) and not is_header_only(path):
-            append_preempted(path, EXIT_PREEMPTED)
+            append_preempted(path)

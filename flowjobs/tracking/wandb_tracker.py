@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flowjobs
 from flowjobs.runs.run import Run
@@ -60,6 +60,10 @@ class WandbTracker:
         """See `Tracker`."""
         self._try(lambda: self._send("follow"))
 
+    def last_row_comes(self) -> None:
+        """See `Tracker`."""
+        self._try(lambda: self._send("last"))
+
     def summarize(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
         summary = self._session.summary | dict(values)
@@ -71,7 +75,7 @@ class WandbTracker:
 
     def _start(self) -> None:
         write_session(self._run, self._session)
-        self._mirror = start_mirror(self._run, self._session)
+        self._mirror = start_mirror(self._run, self._session, "trains")
         if self._session.outcome is not None:
             return
         # Not a thread to wait for: it ends when the mirror does.
@@ -123,10 +127,13 @@ class WandbTracker:
                 logger.warning("W&B gets nothing of this attempt for now: %s", error)
 
 
-def start_mirror(run: Run, session: Session) -> subprocess.Popen[bytes]:
+def start_mirror(
+    run: Run, session: Session, role: Literal["trains", "closes"]
+) -> subprocess.Popen[bytes]:
     """Start the process that mirrors a session, which is the one in the run's folder.
 
-    Without an outcome in the session it waits for commands; with one it tells W&B and ends.
+    Without an outcome in the session it waits for commands; with one it tells W&B and ends. `role`
+    is what this process does: it trains the run, or it tells how another one ended.
 
     Raises:
         OSError: It could not be started.
@@ -143,7 +150,7 @@ def start_mirror(run: Run, session: Session) -> subprocess.Popen[bytes]:
     try:
         with log.open("ab") as output:
             return subprocess.Popen(
-                [*command, run.folder, session.token, str(os.getpid())],
+                [*command, run.folder, session.token, str(os.getpid()), role],
                 stdin=pipe,
                 stdout=pipe,
                 stderr=output,

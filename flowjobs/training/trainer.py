@@ -185,7 +185,8 @@ class FlowTrainer:
 
             if row and recorder:
                 epoch = (state.step - 1) // self._steps_per_epoch
-                recorder.record({"step": state.step, "epoch": epoch, **row})
+                row = {"step": state.step, "epoch": epoch, **row}
+                recorder.record(row, is_last=state.finished)
 
             if saver and saver.due(epoch_finished=state.at_epoch_end):
                 saver.save(state.payload())

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.tracking.identity import Commit, config_for_wandb, git_commit, gpu_names
+from flowjobs.tracking.identity import (
+    Commit,
+    config_for_wandb,
+    git_commit,
+    gpu_names,
+    note_surroundings,
+)
 from tests.tracking.attempts import make_run
 
 
@@ -32,7 +38,9 @@ def test_the_commit_and_whether_a_tracked_file_differs(workplace: Path) -> None:
 
 def test_the_config_is_the_training_config_and_where_it_ran(study: Path, workplace: Path) -> None:
     run = make_run(study, "offline")
-    found = config_for_wandb(run, workplace)
+    assert "host" not in config_for_wandb(run)
+    note_surroundings(run, workplace)
+    found = config_for_wandb(run)
     assert found.items() >= run.config().training.to_dict().items()
     assert found["git_commit"] is None
     assert found["signature"] == run.config().training.signature

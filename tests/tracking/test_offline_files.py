@@ -104,7 +104,7 @@ def test_records_of_any_size_are_read_back_by_the_client(tmp_path: Path) -> None
 
 def test_a_session_that_is_closed_keeps_all_that_was_on_record(file: Path) -> None:
     before = records(file)
-    append_preempted(file, 75)
+    append_preempted(file)
     after = records(file)
     assert after[: len(before)] == before
     assert [record["type"] for record in after[len(before) :]] == ["preempting", "exit"]
@@ -118,9 +118,9 @@ def test_a_session_that_is_closed_keeps_all_that_was_on_record(file: Path) -> No
 
 def test_closing_it_again_changes_nothing(file: Path) -> None:
     assert not is_closed(file)
-    append_preempted(file, 75)
+    append_preempted(file)
     before = file.read_bytes()
-    append_preempted(file, 1)
+    append_preempted(file)
     assert file.read_bytes() == before
 
 
@@ -133,7 +133,7 @@ def test_a_file_cut_anywhere_is_mended_to_its_whole_records(file: Path) -> None:
         if is_header_only(file):
             assert step == -1
             continue
-        append_preempted(file, 75)
+        append_preempted(file)
         assert last_step_on_record(file.parents[2]) == step
         steps = steps_in(file)
         assert steps == all_steps[: len(steps)]
@@ -149,7 +149,7 @@ def test_a_flipped_bit_costs_the_rest_of_its_block_at_most(file: Path) -> None:
     all_steps = steps_in(file)
     log[BLOCK_BYTES + 5000] ^= 1
     file.write_bytes(log)
-    append_preempted(file, 75)
+    append_preempted(file)
     steps = steps_in(file)
     assert set(steps) < set(all_steps)
     assert steps == sorted(steps)
@@ -162,7 +162,7 @@ def test_zeros_at_the_end_as_a_power_loss_leaves_them_are_cut(file: Path) -> Non
     log = file.read_bytes()
     file.write_bytes(log + bytes(5000))
     assert last_step_on_record(file.parents[2]) == 299
-    append_preempted(file, 75)
+    append_preempted(file)
     assert file.read_bytes().startswith(log)
     assert bytes(100) not in file.read_bytes()[len(log) :]
     assert is_closed(file)
@@ -176,7 +176,7 @@ def test_a_file_that_names_no_run_is_header_only(file: Path, size: int) -> None:
     assert not is_closed(file)
     assert last_step_on_record(file.parents[2]) == -1
     with pytest.raises(ValueError, match="names no run"):
-        append_preempted(file, 75)
+        append_preempted(file)
 
 
 def test_the_last_step_is_the_highest_of_all_sessions(tmp_path: Path) -> None:
