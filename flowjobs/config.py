@@ -251,7 +251,7 @@ class SlurmConfig:
             if getattr(self, name) is not None:
                 _require(self, name, minimum=1)
         if self.mem_gb is not None:
-            _require(self, "mem_gb", above=0)
+            _require(self, "mem_gb", minimum=0.01)
         for key in self.sbatch:
             if not re.fullmatch(r"[a-z][a-z-]*", key):
                 raise ConfigError(

@@ -52,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FlowjobsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        # Not of the program: something else lies where a study has a file or a folder.
+        print(f"error: {error.filename}: {error.strerror}; move it away", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(EXIT_CANCELLED)
     except BrokenPipeError:

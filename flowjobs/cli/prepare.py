@@ -58,7 +58,13 @@ def prepare_run(
 
 
 def existing_run(study: Path, name: str) -> Run:
-    """The run of this name, or a RunNotFoundError that lists those that there are."""
-    run = Run(study.expanduser().absolute(), name.rstrip("/").rpartition("/")[2])
+    """The run of this name, or a RunNotFoundError that lists those that there are.
+
+    The path of its folder, as a shell completes it, is a name too, and says which study it is in.
+    """
+    path = Path(name).expanduser()
+    if path.parent.name in ("runs", "checkpoints"):
+        study = path.absolute().parents[1]
+    run = Run(study.expanduser().absolute(), path.name)
     run.config()
     return run

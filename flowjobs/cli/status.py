@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _print_table(runs: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("state", "epoch", "step", "val/loss", "best", "job", box=None)
+    table = Table("run", "state", "epoch", "step", "val/loss", "best", "job", box=None)
     for run in runs:
         best = run["best_val_loss"]
         latest = run["latest"].get("val/loss")
@@ -86,7 +87,8 @@ def _print_table(runs: list[dict[str, Any]]) -> None:
             "" if best is None else f"{best:.4f}",
             run["jobs"][-1]["job_id"] if run["jobs"] else "",
         )
-    Console().print(table)
+    # Another program reads whole names.
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def _print_attempts(run: dict[str, Any]) -> None:

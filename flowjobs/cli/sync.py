@@ -66,7 +66,12 @@ def _server() -> "Server":
 
     # From WANDB_BASE_URL, or from what `wandb login --host` wrote down. Not by wandb.setup(),
     # which starts wandb's own process.
-    return Server.of_this_login(wandb_setup.singleton().settings.base_url)
+    try:
+        url = wandb_setup.singleton().settings.base_url
+    except Exception as error:  # of any kind: wandb reads its variables and files there
+        why = " ".join(str(error).split())
+        raise ConfigError(f"wandb does not accept its settings (WANDB_BASE_URL?): {why}") from error
+    return Server.of_this_login(url)
 
 
 def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:

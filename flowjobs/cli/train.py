@@ -7,6 +7,7 @@ from pathlib import Path
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import OptionalPath, OptionalStr, RestartConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import ConfigError
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import default_study
 from flowjobs.runs.status import EXIT_PREEMPTED
@@ -39,6 +40,12 @@ class Train:
         run, config = prepare_run(
             defaults, self.study, self.name, self.training, None, self.tracking, self.restarts
         )
+        resume = self.resume
+        if resume is not None and not resume.is_file():
+            # A run that came from it goes on without it.
+            if not run.last.exists():
+                raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")
+            resume = None if run.finished() else resume
         in_use = run.exists() and lock_holder(run.folder) is not None
         if note := run.create(config, in_use=in_use):
             print(note)
@@ -49,7 +56,7 @@ class Train:
         status = run.status()
         begun = status is not None and any(a.first_step is not None for a in status.attempts)
         # A job that is started again goes on from where it was, once it was anywhere.
-        code = train_run(run, self.resume if by_person or not begun else None)
+        code = train_run(run, resume if by_person or not begun else None)
         if code == EXIT_PREEMPTED:
             print("the same command goes on from there", file=sys.stderr)
         return code

@@ -12,11 +12,13 @@ from types import FrameType, TracebackType
 logger = logging.getLogger(__name__)
 
 # What asks a run to save and leave: USR2 comes from --signal and from a scheduler that sends the
-# user signal on preemption, TERM from one that does not, INT from a person at a terminal.
+# user signal on preemption, TERM from one that does not, INT from a person at a terminal, and HUP
+# from a terminal that is closed.
 REASONS = {
     signal.SIGUSR2: "told to leave (SIGUSR2)",
     signal.SIGTERM: "told to leave (SIGTERM)",
     signal.SIGINT: "interrupted by Ctrl-C",
+    signal.SIGHUP: "told to leave (SIGHUP)",
 }
 # The watchdog leaves before it would be killed: by a fifth of the time there is, at most 5 s.
 MARGIN_SHARE = 0.2

@@ -130,7 +130,9 @@ class Run:
         entries = []
         for line in self.jobs_file.read_text().splitlines():
             with contextlib.suppress(ValueError):  # torn by a full disk
-                entries.append(json.loads(line))
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    entries.append(entry)
         return entries
 
     def add_submission(

@@ -237,7 +237,9 @@ def _load(path: Path) -> Tensor:
         raise DataError(f"{path} cannot be read as a {path.suffix} file: {reason}") from error
     if not isinstance(loaded, Tensor):
         raise DataError(f"{path} holds a {type(loaded).__name__}, expected one tensor (n, dim)")
-    return loaded
+    if loaded.layout is not torch.strided:
+        raise DataError(f"{path} holds a tensor of layout {loaded.layout}, expected a dense one")
+    return loaded.detach()  # saved from a graph, it would ask for gradients
 
 
 def _check_shape(data: Tensor, name: str) -> None:

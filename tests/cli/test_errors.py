@@ -27,7 +27,10 @@ from tests.conftest import Command
         (["submit", "--lrr", "1"], "Unrecognized options: --lrr"),
         (["sumbit"], "Available subcommands: submit, train"),
         ([], "Expected one of {submit, train"),
-        (["train", "--resume", "none.pt", "--wandb-mode", "disabled"], "none.pt cannot be read"),
+        (
+            ["train", "--resume", "none.pt", "--wandb-mode", "disabled"],
+            "--resume: found no file none.pt",
+        ),
         (["logs", "no-run"], "no run no-run in .*there are none yet"),
         (["status", "no-run"], "no run no-run in"),
         (["data", "split", "none.npy"], "none.npy: no such file"),
@@ -36,6 +39,8 @@ from tests.conftest import Command
         (["submit", "--mem-gb", "inf"], "--mem-gb: found inf, expected a finite number"),
         (["submit", "--study", "/dev/null", "--cluster", "local"], "--study /dev/null"),
         (["train", "--arch-args", "width=big", "--wandb-mode", "disabled"], "--arch-args {'width'"),
+        (["submit", "--mem-gb", "0.0001"], "--mem-gb: found 0.0001, expected at least"),
+        (["cancel", "x", "--study", "/dev/null"], "/dev/null"),
         (["train", "--cluster", "debug"], "Unrecognized options: --cluster"),
     ],
 )
@@ -51,6 +56,44 @@ def test_bad_input_leaves_nothing_behind(flowjobs: Command, workplace: Path) -> 
     flowjobs("submit", "--dataset", "5k")
     flowjobs("submit", "--name", "a/b")
     assert list(workplace.iterdir()) == []
+
+
+def test_what_is_wrong_with_wandbs_own_settings_is_said(
+    flowjobs: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
+    done = flowjobs("sync")
+    assert done.returncode == 2
+    assert (
+        "error: wandb does not accept its settings (WANDB_BASE_URL?): 1 validation" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_that_is_not_there_does_not_fail_a_finished_run(
+    flowjobs: Command, study: Path
+) -> None:
+    options = ("--epochs", "1", "--name", "a", "--wandb-mode", "disabled")
+    assert flowjobs("train", *options).returncode == 0
+    done = flowjobs("train", *options, "--resume", "none.pt")
+    assert (done.returncode, "a is finished" in done.stderr) == (0, True)
+    status = Run(study, "a").status()
+    assert status is not None
+    assert (status.state, len(status.attempts)) == ("finished", 1)
+
+
+def test_a_tensor_that_asks_for_gradients_is_data_and_a_sparse_one_is_not(
+    flowjobs: Command, workplace: Path
+) -> None:
+    torch.save(torch.randn(80, 4, requires_grad=True), "grad.pt")
+    options = ("--epochs", "1", "--wandb-mode", "disabled")
+    done = flowjobs("train", "--dataset", "grad.pt", *options)
+    assert done.returncode == 0, done.stderr
+    torch.save(torch.eye(50).to_sparse(), "sparse.pt")
+    done = flowjobs("train", "--dataset", "sparse.pt", *options)
+    assert done.returncode == 2
+    assert "expected a dense one" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_unreadable_dataset_is_refused_by_train(flowjobs: Command, workplace: Path) -> None:

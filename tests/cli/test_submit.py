@@ -11,11 +11,24 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from tests.conftest import Command
 
 QUICK = ("--cluster", "local", "--wandb-mode", "disabled", "--arch-args", "width=32", "depth=1")
+
+
+def test_status_names_its_columns_and_a_path_is_a_name(flowjobs: Command, workplace: Path) -> None:
+    name = "a-name-that-is-longer-than-a-terminal-would-like-it-to-be"
+    run = Run(workplace / "other", name)
+    run.create(RunConfig(TrainingConfig()))
+    run.jobs_file.write_text("[1]\n")  # not ours: no reason to fail
+    head, row = flowjobs("status", "--study", "other").stdout.splitlines()
+    assert head.split() == ["run", "state", "epoch", "step", "val/loss", "best", "job"]
+    assert row.split()[:2] == [name, "submitted"]
+    assert flowjobs("status", name).returncode == 2  # it is in another study
+    assert f"folder {run.folder}" in flowjobs("status", f"other/runs/{name}/").stdout
 
 
 def test_submit_trains_here_to_the_end(flowjobs: Command, study: Path) -> None:

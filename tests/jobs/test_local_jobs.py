@@ -12,7 +12,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
-from tests.jobs.disturbed import OPTIONS, REPOSITORY, assert_equal_to
+from tests.jobs.disturbed import OPTIONS, REPOSITORY, assert_equal_to, assert_in_wandb
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def test_a_killed_job_is_found_dead_by_status_and_goes_on_when_submitted(
     status = status_of(run)
     assert (status.state, status.exit_code) == ("failed", 1)
     assert status.reason.startswith("ended without a word on")
+    assert_in_wandb(run, "failed", 1, status.reason)
     assert flowjobs("reconcile").stdout == ""  # nothing is left to close
     submit(flowjobs)
     wait_for(run, "finished")

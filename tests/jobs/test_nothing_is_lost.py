@@ -319,6 +319,7 @@ def test_a_step_that_never_ends_is_left_before_the_grace_is_over(start: Start, w
     time.sleep(1)
     other = job.slurm.preempt("n1")
     job.wait_for_state("preempted")
+    assert_in_wandb(job.run, "preempted", 75, "no step ended in time")
     job.slurm.run("scancel", other)
     job.tell("")
     job.wait_for_state("finished")

@@ -38,7 +38,12 @@ def wait_for_steps(run: Run, process: "subprocess.Popen[str]", steps: int) -> No
 
 @pytest.mark.parametrize(
     ("number", "placement"),
-    [(signal.SIGTERM, "loader"), (signal.SIGUSR2, "device"), (signal.SIGINT, "device")],
+    [
+        (signal.SIGTERM, "loader"),
+        (signal.SIGUSR2, "device"),
+        (signal.SIGINT, "device"),
+        (signal.SIGHUP, "device"),
+    ],
 )
 def test_a_signal_to_all_processes_loses_no_step(
     study: Path, number: signal.Signals, placement: str

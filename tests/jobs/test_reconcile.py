@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(
     status = job.status()
     assert (status.state, status.exit_code) == ("failed", 137)
     assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL)")
+    assert_in_wandb(job.run, "failed", 137, "> attempt 1 at disturbed")  # its log's last lines
     again = flowjobs("reconcile")
     assert (again.returncode, again.stdout) == (0, "")
     assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL)")
@@ -49,8 +51,13 @@ def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(
 @pytest.mark.long
 def test_a_job_that_slurm_kills_at_its_limit_says_so(start: Start, flowjobs: Command) -> None:
     job = start("--timeout-min", "1", "--give-up-after", "1")
-    job.kill(signal.SIGSTOP)  # it hears nothing any more
-    job.slurm.wait_state(job.job_id, "TIMEOUT", 180)
+    deadline = time.monotonic() + 180
+    while job.slurm.job(job.job_id)["JobState"] in ("RUNNING", "COMPLETING"):
+        assert time.monotonic() < deadline, job.explain()
+        for _ in range(1000):  # Slurm wakes what it tells to end; it must hear nothing
+            with contextlib.suppress(ProcessLookupError):
+                job.kill(signal.SIGSTOP)
+            time.sleep(0.0005)
     wait_until(
         lambda: [row["State"] for row in job.slurm.accounting(job.job_id)] == ["TIMEOUT"],
         "accounting to know the job's end",

@@ -64,7 +64,7 @@ def attempt(run: Run, last_step: int, pace_s: float) -> None:
         recorder.go_on_after(start)
         for step in range(start + ROW_EVERY_STEPS, last_step + 1, ROW_EVERY_STEPS):
             time.sleep(pace_s)
-            recorder.record(row_at(step))
+            recorder.record(row_at(step), is_last=step == last_step)
             recorder.progress(step, last_step, step // 100, None)
             if step % SAVE_EVERY_STEPS == 0:
                 checkpoint.with_suffix(".new").write_text(str(step))
@@ -72,6 +72,7 @@ def attempt(run: Run, last_step: int, pace_s: float) -> None:
             if reason := signals.reason():
                 checkpoint.write_text(str(step))
                 raise RunInterrupted(reason, step)
+        time.sleep(float(os.environ.get("PICTURE_AFTER_S", "0")))
         run.samples_picture.write_bytes(PICTURE)
         recorder.summarize({"final_epoch": 1})
 

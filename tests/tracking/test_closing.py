@@ -1,5 +1,6 @@
 """What W&B says of attempts that could not say it themselves, after `close_session`."""
 
+import json
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from tests.tracking.history import (
     run_to_the_end,
     wait_until_open,
 )
-from tests.tracking.leet import Inspected, inspect
+from tests.tracking.leet import Inspected, inspect, records
 
 OUT_OF_MEMORY = Outcome("failed", 137, "out of memory: 61.2 of 60 GiB on n3, attempt 1, step 400")
 CANCELLED = Outcome("cancelled", 130, "cancelled by its user")
@@ -89,6 +90,26 @@ def test_a_crash_before_wandb_started_is_there_with_its_identity(
         config = on_server(run, backend).config
     assert config["lr"] == 1e-3
     assert config["attempts"] == [{"attempt": 1, "cluster": "slurm", "job_id": "12", "host": "n3"}]
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_telling_a_death_says_nothing_of_the_machine_that_tells_it(
+    tracked_run: MakeRun, mode: str
+) -> None:
+    run, backend = tracked_run(mode)
+    attempt_that_is_killed(run)
+    surroundings = run.folder / "wandb" / "surroundings.json"
+    found = json.loads(surroundings.read_text())
+    surroundings.write_text(json.dumps(found | {"host": "n3", "git_commit": "abc"}))
+    assert close_session(run, OUT_OF_MEMORY)
+    if backend is None:
+        path = session_files(run.folder)[-1]
+        config = inspect(path).config
+        assert not {"environment", "stats"} & {record["type"] for record in records(path)}
+    else:
+        config = on_server(run, backend).config
+    assert (config["host"], config["git_commit"]) == ("n3", "abc")
+    assert config["torch_version"] == found["torch_version"]
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])

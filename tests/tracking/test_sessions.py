@@ -142,8 +142,11 @@ def test_what_a_person_writes_while_the_run_trains_stays(
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_the_picture_is_in_the_last_row_and_nowhere_else(tracked_run: MakeRun, mode: str) -> None:
+def test_the_picture_is_in_the_last_row_and_nowhere_else(
+    tracked_run: MakeRun, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, backend = tracked_run(mode)
+    monkeypatch.setenv("PICTURE_AFTER_S", "2")  # drawing it takes a while
     process = attempts.start(run, 500, pace_s=0.02)
     attempts.wait_for_rows(run, 20)
     process.terminate()

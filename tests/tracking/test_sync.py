@@ -1,11 +1,13 @@
 """`flowjobs sync`: the real client, a local server, and runs that ended in every way."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
 from flowjobs.errors import RunInterrupted, TrackingError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
@@ -37,11 +39,9 @@ def run(study: Path) -> Run:
     return new_run(study, "tracked")
 
 
-def new_run(study: Path, name: str) -> Run:
+def new_run(study: Path, name: str, mode: WandbMode = "offline") -> Run:
     run = Run(study, name)
-    run.create(
-        RunConfig(TrainingConfig(group="flows"), tracking=TrackingConfig(wandb_mode="offline"))
-    )
+    run.create(RunConfig(TrainingConfig(group="flows"), tracking=TrackingConfig(wandb_mode=mode)))
     return run
 
 
@@ -539,6 +539,39 @@ def test_a_plain_wandb_sync_afterwards_uploads_nothing_twice(run: Run, backend: 
     command.append(str(run.folder / "wandb"))
     subprocess.run(command, check=True, capture_output=True)
     assert backend.run(there.id) == there
+
+
+def test_a_run_whose_server_was_never_there_is_uploaded_with_its_identity(
+    study: Path, backend: Backend
+) -> None:
+    run = new_run(study, "tracked", "online")
+    backend.go_down()
+    attempt(run, 50)
+    assert not session_files(run.folder)
+    backend.come_back()
+    there = sync(run, backend)
+    assert_equal_histories(run, there)
+    assert there.state == "finished"
+    assert there.config["signature"] == run.config().training.signature
+    assert there.config["torch_version"]
+    assert there.config["host"] == socket.gethostname()
+    assert [known["attempt"] for known in there.config["attempts"]] == [1]
+
+
+def test_a_run_that_another_node_trains_is_left_for_later(run: Run, backend: Backend) -> None:
+    attempt(run, 50, "preempt")
+    status = run.status()
+    assert status is not None
+    status.state, status.attempts[-1].ended = "running", None
+    newest = status.attempts[-1]
+    newest.job = dataclasses.replace(newest.job, host="n7")
+    status.write(run.status_file)
+    done = sync_run(run, Server(backend.url, KEY), lambda rows, total: None)
+    assert (done.state, "on n7" in done.note) == ("trains", True)
+    assert backend.runs() == []
+    for file in (run.status_file, run.metrics_file):
+        os.utime(file, (0, 0))
+    assert sync(run, backend).state == "preempted"
 
 
 def test_a_damaged_status_does_not_stop_a_sync(run: Run, backend: Backend) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunInterrupted
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.mode import resolve_mode
+from flowjobs.tracking.mode import api_key, resolve_mode
 from flowjobs.tracking.offline_files import session_files
 from flowjobs.tracking.recorder import recording
 from flowjobs.training import FlowTrainer
@@ -167,3 +168,19 @@ def test_a_login_in_the_netrc_file_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert resolve_mode(TrackingConfig())[0] == "offline"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert resolve_mode(TrackingConfig())[0] == "online"
+    monkeypatch.delenv("WANDB_BASE_URL")
+    settings = Path.home() / ".config" / "wandb" / "settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nbase_url = https://wandb.example.org\n")  # wandb login --host
+    assert resolve_mode(TrackingConfig())[0] == "online"
+
+
+def test_a_login_from_before_the_server_had_another_name_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password key\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert resolve_mode(TrackingConfig())[0] == "online"
+    assert api_key(wandb.Settings().base_url) == "key"
