@@ -212,7 +212,8 @@ def _explain_code(code: int | None) -> tuple[str, str, State, int]:
             # Told to leave before it could listen.
             return "told to leave while it started", "preempted", "preempted", EXIT_PREEMPTED
         case None:
-            return "ended without a word", "killed", "failed", EXIT_FAILED
+            words = "ended without a word (as after SIGKILL)"
+            return words, "killed", "failed", EXIT_FAILED
         case signal.SIGKILL:
             return "killed (SIGKILL)", "killed", "failed", 128 + signal.SIGKILL
     return f"ended with exit code {code}", "exception", "failed", code or EXIT_FAILED

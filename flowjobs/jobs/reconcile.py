@@ -36,6 +36,8 @@ from flowjobs.tracking.closing import close_session, pending_outcome
 logger = logging.getLogger(__name__)
 
 Queue = Mapping[str, tuple[str, str]]
+# How many attempts there are, whether the newest one has ended, and why.
+Seen = tuple[int, bool, str]
 
 # Accounting is some seconds behind, and not there at all on some clusters: after this long the
 # cause is told as far as the log shows it.
@@ -57,14 +59,14 @@ class Dead:
     Attributes:
         job: The job that is gone.
         outcome: How it ended.
-        attempts: How many attempts there were when it was looked at.
+        seen: What the status said of attempts when it was looked at; see `_seen`.
         waits: Whether Slurm starts the job again by itself.
         started: Whether an attempt of the job had begun.
     """
 
     job: JobInfo
     outcome: Outcome
-    attempts: int
+    seen: Seen
     waits: bool = False
     started: bool = True
 
@@ -118,14 +120,14 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         How the attempt ended; None if it has said so itself.
     """
     status = run.status() or RunStatus()
-    attempt, attempts = status.open_attempt, len(status.attempts)
+    attempt, seen = status.open_attempt, _seen(status)
     lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
     if attempt and (attempt.job.job_id, attempt.job.restart) == (job.job_id, job.restart):
-        dead = Dead(job, deaths.cause_of(run, attempt, exit_code), attempts)
+        dead = Dead(job, deaths.cause_of(run, attempt, exit_code), seen)
     elif attempt or (job.job_id, job.restart) in lives or exit_code == EXIT_CANCELLED:
         return None  # it has said so itself, or another job holds the run
     else:
-        dead = Dead(job, deaths.cause_of_no_start(job, exit_code), attempts, started=False)
+        dead = Dead(job, deaths.cause_of_no_start(job, exit_code), seen, started=False)
     outcome = _close(run, dead)
     if outcome and outcome.state == "preempted":
         go_on(run, job, outcome.kind, _node_to_avoid(dead))
@@ -161,7 +163,6 @@ def _newest_job(run: Run) -> tuple[str, str]:
 def _find_dead(run: Run, queue: Queue) -> Dead | None:
     """What became of the run's newest job, if that is over. Writes nothing."""
     status = run.status() or RunStatus()
-    attempts = len(status.attempts)
     attempt = status.open_attempt
     if attempt is None:
         return _find_gone_job(run, status, queue)
@@ -172,7 +173,7 @@ def _find_dead(run: Run, queue: Queue) -> Dead | None:
         if datetime.now(UTC) - datetime.fromisoformat(status.updated) < UNKNOWN_AFTER:
             return None  # accounting will know soon
         outcome = deaths.cause_of(run, attempt)
-    return Dead(attempt.job, outcome, attempts, waits=attempt.job.job_id in queue)
+    return Dead(attempt.job, outcome, _seen(status), waits=attempt.job.job_id in queue)
 
 
 def _find_gone_job(run: Run, status: RunStatus, queue: Queue) -> Dead | None:
@@ -191,7 +192,7 @@ def _find_gone_job(run: Run, status: RunStatus, queue: Queue) -> Dead | None:
         # It left in good order, but had no time, or no way, to be started again.
         reason = f"{status.reason}; then no job of it was left"
         outcome = Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
-    return Dead(job, outcome, len(status.attempts), started=started)
+    return Dead(job, outcome, _seen(status), started=started)
 
 
 def _is_gone(run: Run, attempt: AttemptRecord, queue: Queue) -> bool:
@@ -202,6 +203,10 @@ def _is_gone(run: Run, attempt: AttemptRecord, queue: Queue) -> bool:
         return state != "RUNNING" and job_verdict(job) == "gone"
     # The locks of processes on another machine are not always seen from here.
     return job.host == socket.gethostname() and lock_holder(run.folder) is None
+
+
+def _seen(status: RunStatus) -> Seen:
+    return len(status.attempts), status.open_attempt is None, status.reason
 
 
 def _lives(pid: int) -> bool:
@@ -219,7 +224,7 @@ def _close(run: Run, dead: Dead) -> Outcome | None:
 
     Returns:
         The outcome as it is on disk: "preempted" if the run is to be started again. None if an
-        attempt has started since it was looked at.
+        attempt has started since it was looked at, or somebody else has written it down.
     """
 
     def judge(holder: JobInfo, lock_is_free: bool) -> Verdict:
@@ -230,7 +235,7 @@ def _close(run: Run, dead: Dead) -> Outcome | None:
     try:
         with RunLock(run.folder, me, judge) as lock:
             status = run.status() or RunStatus()
-            if len(status.attempts) != dead.attempts or not lock.is_held():
+            if _seen(status) != dead.seen or not lock.is_held():
                 return None
             if not dead.started:
                 record = AttemptRecord(len(status.attempts) + 1, dead.job, started=now())

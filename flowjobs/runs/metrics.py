@@ -29,10 +29,11 @@ class MetricsFile:
         path: The file; it is made where it does not exist.
         after_step: Rows past this step are dropped first: an earlier attempt wrote them after
             the checkpoint that this one goes on from, and will come again with the same values.
+            Where they do not (on another kind of GPU, with changed code), the log says so once.
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
-        _rewrite_up_to(path, after_step)
+        self._dropped = _rewrite_up_to(path, after_step)
         self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._waiting = b""
@@ -42,6 +43,15 @@ class MetricsFile:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; it must have a `step` past the last one's."""
+        before = self._dropped.pop(row["step"], row)
+        if before != row:
+            self._dropped.clear()
+            logger.warning(
+                "step %d does not come out as it did before; W&B keeps the values that it has, "
+                "%s has these",
+                row["step"],
+                self._path,
+            )
         with self._lock:
             self._waiting += (json.dumps(row) + "\n").encode()
             try:
@@ -115,12 +125,15 @@ def _rows_of(text: bytes) -> Iterator[Row]:
             yield row
 
 
-def _rewrite_up_to(path: Path, step: int) -> None:
+def _rewrite_up_to(path: Path, step: int) -> dict[int, Row]:
+    """Drop the rows past a step. Returns these, by their step."""
     # Always a new file: an attempt that has lost the run and does not know yet still has the old
     # one open, and what it appends there harms nobody.
-    kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+    rows = list(read_rows(path))
+    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
     with replaced_whole(path) as file:
         file.write(kept.encode())
+    return {row["step"]: row for row in rows if row["step"] > step}
 
 
 def latest_values(path: Path) -> Row:

@@ -39,7 +39,9 @@ def close_session(run: Run, outcome: Outcome, *, wait: bool = True) -> bool:
     try:
         write_session(run, session)
         mirror = start_mirror(run, session, "closes")
-        if wait and not wait_for_mirror(mirror, CLOSE_TIMEOUT_S):
+        closed = not wait or wait_for_mirror(mirror, CLOSE_TIMEOUT_S)
+        newest = read_session(run)
+        if not closed and newest and newest.token == session.token:  # else somebody else tells
             logger.warning("W&B could not be told that %s is %s", run.name, outcome.state)
     except OSError as error:
         logger.warning("W&B could not be told that %s is %s: %s", run.name, outcome.state, error)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,6 +128,7 @@ class Tracked:
     exit_code: int | None
     tags: list[str]
     notes: str
+    config: dict[str, Any]
     rows: list[Row]
 
 
@@ -134,23 +136,29 @@ def in_wandb(run: Run) -> Tracked:
     if server is not None:
         there = server.run(run.tracking_id())
         state = there.state.replace("preempting", "preempted")
-        return Tracked(state, there.exit_code, there.tags, there.notes, there.rows)
+        return Tracked(state, there.exit_code, there.tags, there.notes, there.config, there.rows)
     files = session_files(run.folder)
+    if not files:
+        return Tracked("", None, [], "", {}, [])
     newest = leet.inspect(files[-1])
     rows = [row for file in files for row in leet.history(file)]
-    return Tracked(newest.state, newest.exit_code, newest.tags, newest.notes, rows)
+    return Tracked(newest.state, newest.exit_code, newest.tags, newest.notes, newest.config, rows)
 
 
 def assert_in_wandb(run: Run, state: str, exit_code: int, reason: str = "") -> None:
     """W&B tells the run's end, and each row of metrics.jsonl once."""
     deadline = time.monotonic() + 20
-    # A job says how it ended on disk first.
-    while (found := in_wandb(run)).state != state and time.monotonic() < deadline:
+    # A job says how it ended on disk first; and where wandb's own process died of the job's signal,
+    # its session is closed as preempted before another one says why.
+    while time.monotonic() < deadline:
+        found = in_wandb(run)
+        if found.state == state and reason in found.notes:
+            break
         time.sleep(0.2)
     assert (found.state, found.exit_code) == (state, exit_code)
     assert ("failed" in found.tags) == (state == "failed")
     assert ("cancelled" in found.tags) == ("cancelled" in reason)
-    assert reason in found.notes
+    assert reason in found.notes, found.notes
     told = {row["step"]: row for row in found.rows}
     assert list(told) == [row["step"] for row in found.rows], "a step is there twice"
     for row in read_rows(run.metrics_file):

@@ -73,7 +73,7 @@ def test_a_killed_job_is_found_dead_by_status_and_goes_on_when_submitted(
     wait_until(lambda: "failed" in flowjobs("status", "local").stdout, "status to notice", 30)
     status = status_of(run)
     assert (status.state, status.exit_code) == ("failed", 1)
-    assert status.reason.startswith("ended without a word on")
+    assert status.reason.startswith("ended without a word (as after SIGKILL) on")
     assert_in_wandb(run, "failed", 1, status.reason)
     assert flowjobs("reconcile").stdout == ""  # nothing is left to close
     submit(flowjobs)

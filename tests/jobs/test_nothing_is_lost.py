@@ -28,6 +28,7 @@ from tests.jobs.disturbed import (
     assert_equal_to,
     assert_in_wandb,
     by_hand,
+    in_wandb,
     preempt_and_wait,
 )
 from tests.tracking.conftest import backend
@@ -297,6 +298,8 @@ def test_where_requeuing_is_forbidden_the_run_goes_on_as_a_new_job(
     assert job.steps_lost() == 0
     old, new = job.run.submissions()
     assert (old["job_id"], new["continues"]) == (job.job_id, job.job_id)
+    told = [attempt["job_id"] for attempt in in_wandb(job.run).config["attempts"]]
+    assert told == job.job_ids()
     assert_equal_to(whole, job.run)
     job.is_row("is preempted where requeuing is forbidden (`--no-requeue`)")
 

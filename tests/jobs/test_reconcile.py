@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -70,6 +73,35 @@ def test_a_job_that_slurm_kills_at_its_limit_says_so(start: Start, flowjobs: Com
     assert_in_wandb(job.run, "failed", 1, status.reason)
 
 
+def test_two_at_once_close_a_job_once(start: Start) -> None:
+    job = start()
+    kill_with_its_batch_shell(job)
+    command = [sys.executable, "-m", "flowjobs", "reconcile"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = "".join(process.communicate(timeout=90)[0] for process in both)
+    assert said.count("disturbed: failed: killed (SIGKILL)") == said.count("\n") == 1
+    assert job.attempts() == [("failed", "killed")]
+    assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL)")
+
+
+def test_slurm_is_asked_once_for_all_runs(
+    slurm: SlurmCluster, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    for name in ("a", "b", "c"):
+        done = flowjobs("submit", *OPTIONS, "--name", name, "--sbatch", "hold=True")
+        assert done.returncode == 0, done.stderr
+    counting = Path("bin").absolute()
+    counting.mkdir()
+    for name in ("squeue", "sacct", "scontrol"):
+        script = f'#!/bin/sh\necho {name} >> {counting}/calls\nexec {shutil.which(name)} "$@"\n'
+        (counting / name).write_text(script)
+        (counting / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{counting}:{os.environ['PATH']}")
+    assert flowjobs("reconcile").returncode == 0
+    assert (counting / "calls").read_text() == "squeue\n"
+
+
 def test_a_lost_job_is_started_again_if_it_may_be(start: Start, flowjobs: Command) -> None:
     job = start("--retries", "1")
     kill_with_its_batch_shell(job)
@@ -115,12 +147,15 @@ def test_a_job_that_is_cancelled_while_it_waits_is_cancelled_not_failed(
     assert flowjobs("reconcile").stdout == ""
     slurm.run("scancel", job_id)
     wait_until(
-        lambda: "CANCELLED" in slurm.accounting(job_id)[0]["State"], "accounting to know", 10
+        lambda: any("CANCELLED" in row["State"] for row in slurm.accounting(job_id)),
+        "accounting to know",
+        10,
     )
     assert flowjobs("status", "waiting").returncode == 0  # it looks in passing
     status = run.status()
     assert status is not None
     assert status.state == "cancelled"
+    assert_in_wandb(run, "preempted", 130, "was cancelled before it started")
 
 
 def test_without_slurm_reconcile_changes_nothing_and_says_so(

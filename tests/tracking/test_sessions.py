@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
@@ -139,6 +140,20 @@ def test_what_a_person_writes_while_the_run_trains_stays(
     found = on_server(run, backend)
     assert found.tags == ["mine", "flowjobs"]
     assert found.notes.endswith("\n\nlook at this")
+
+
+def test_an_offline_file_lacks_two_seconds_at_most_when_all_processes_are_killed(
+    tracked_run: MakeRun,
+) -> None:
+    run, _ = tracked_run("offline")
+    process = attempts.start(run, 5000, pace_s=0.02)
+    mirror_and_core = attempts.mirror_and_core(process.pid)
+    attempts.wait_for_rows(run, 200)
+    attempts.kill(process.pid, *mirror_and_core)
+    attempts.finish(process)
+    rows, told = list(read_rows(run.metrics_file)), attempts.offline_rows(run)
+    assert told == rows[: len(told)]
+    assert (len(rows) - len(told)) * 0.02 <= 2.0
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
