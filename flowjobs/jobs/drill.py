@@ -1,7 +1,6 @@
 """Interrupts tiny runs in every way there is, and sees whether each ends as an undisturbed one."""
 
 import math
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +17,7 @@ from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.interruptions import Interruption, possible
 from flowjobs.jobs.node_probe import NodeAnswer, NodeProbe, NodeQuestion
 from flowjobs.jobs.reconcile import reconcile
-from flowjobs.jobs.submit import SubmittedJob, submit
+from flowjobs.jobs.submit import SubmittedJob, ctrl_c_waits, submit
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, RunStatus
@@ -128,13 +127,9 @@ class _Drill:
         self.watched.append(Watched(run=run, how=how, job=self._submit(run)))
 
     def _submit(self, run: Run, task: Callable[[], None] | None = None) -> SubmittedJob:
-        # Ctrl-C waits until the job is known: nobody would cancel it else.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with ctrl_c_waits():
             job = submit(run, self._cluster, task=task)
             self._jobs.append((run, job))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return job
 
     def cancel(self) -> None:

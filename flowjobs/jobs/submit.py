@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,15 +145,36 @@ def _comes_back(run: Run, job_id: str) -> bool:
 
 
 @contextlib.contextmanager
-def _noted_in_any_case(cluster: Cluster) -> Iterator[None]:
-    """Keep Ctrl-C waiting while the block lasts: a job that nobody noted could not be cancelled."""
-    # A job on this machine would inherit that it is blocked.
-    wait = {signal.SIGINT} if cluster == "slurm" else set()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, wait)
+def ctrl_c_waits() -> Iterator[None]:
+    """Keep Ctrl-C waiting while the block lasts: a job that nobody noted could not be cancelled.
+
+    Not by a mask: the signal may reach another thread, and Python handles it in the main one.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before in (signal.SIG_IGN, None):
+        yield
+        return
+    came = threading.Event()
+    signal.signal(signal.SIGINT, lambda number, frame: came.set())
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+        if came.is_set():
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _noted_in_any_case(cluster: Cluster) -> Iterator[None]:
+    # sbatch gets Ctrl-C at a terminal too, and inherits the mask; so would a job on this machine.
+    shielded = {signal.SIGINT} if cluster == "slurm" else set()
+    with ctrl_c_waits():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, shielded)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
