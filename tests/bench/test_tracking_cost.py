@@ -53,18 +53,11 @@ def computing_on(cores: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("tracking", ["offline", "server away"])
-@pytest.mark.parametrize(
-    ("spare_cores", "least"),
-    [
-        # As on a GPU node, where a job has CPUs beside the one that drives its GPU.
-        (1, 0.98),
-        # Every core computes: what W&B's client takes (1 s as it starts, then 1 % of a core) is
-        # taken from the training, twice, since its threads wait for one another.
-        (0, 0.9),
-    ],
-)
+# 1: as on a GPU node, where a job has CPUs beside the one that drives its GPU. 0: every core
+# computes, and what W&B's client takes (1 s as it starts, then 1 % of a core) training lacks.
+@pytest.mark.parametrize("spare_cores", [1, 0])
 def test_training_with_tracking_is_as_fast_as_without(
-    study: Path, monkeypatch: pytest.MonkeyPatch, tracking: str, spare_cores: int, least: float
+    study: Path, monkeypatch: pytest.MonkeyPatch, tracking: str, spare_cores: int
 ) -> None:
     mode: WandbMode = "offline" if tracking == "offline" else "online"
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -73,7 +66,7 @@ def test_training_with_tracking_is_as_fast_as_without(
     with computing_on(len(os.sched_getaffinity(0)) - spare_cores):
         ratios = paired_ratios(tracked, {"disabled": untracked}, rounds=5)
     print(f"{tracking}, {spare_cores} cores spare: {ratios['disabled']:.3f} of the speed without")
-    assert ratios["disabled"] >= least
+    assert ratios["disabled"] >= 0.98
 
 
 def first_row_s(study: Path, mode: WandbMode, url: str, name: str) -> float:
