@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import select
 import shutil
@@ -31,21 +30,22 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from flowjobs.tracking.identity import note_surroundings
 from flowjobs.tracking.session import LOWEST, Session, read_session, upload_lock, write_session
-from flowjobs.tracking.wandb_session import WandbSession, may_pass_at_once, tear_down_wandb
+from flowjobs.tracking.wandb_session import (
+    FLUSH_INTERVAL_S,
+    WandbSession,
+    may_pass_at_once,
+    tear_down_wandb,
+)
 
 logger = logging.getLogger(__name__)
 
 EXIT_CLOSED, EXIT_NOT_CLOSED = 0, 3
 
-# How late a row may be in W&B, and how long a command may wait.
+# How often rows and commands are looked for.
 PACE_S = 0.25
-# Time for wandb to write what was logged last; it flushes its file every second.
-FLUSH_S = 1.5
 # How soon the death of the parent is seen, and how long what is left may take then.
 PARENT_POLL_S, LAST_WORDS_S = 2.0, 60.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
-# How long the newest row is kept back, if it is not known to be the last.
-HOLD_S = 1.0
 
 
 class Mirror:
@@ -78,10 +78,10 @@ class Mirror:
         self._trains_here = trains_here
         self._following = False
         self._rows: MetricsReader | None = None
-        # The newest row waits a moment, the run's last one for the picture that belongs into it.
+        # The run's last row waits for the picture that belongs into it. "last" comes before that
+        # row, so the newest row waits until the commands have been looked at once more.
         self._held: Row | None = None
-        self._held_since = 0.0
-        self._hold_s = HOLD_S
+        self._newest_is_last = False
         self._wandb: WandbSession | None = None
         self._folders_before: set[Path] = set()
         self._complained = False
@@ -96,7 +96,7 @@ class Mirror:
                     case "follow":
                         self._following = True
                     case "last":
-                        self._hold_s = math.inf
+                        self._newest_is_last = True
                     case "finish":
                         return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
             if self._superseded():
@@ -114,8 +114,10 @@ class Mirror:
             self._session = dataclasses.replace(self._session, outcome=outcome)
             write_session(self._run, self._session)
             return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
-        self._put_on_record(hold=False)
-        time.sleep(FLUSH_S)
+        self._newest_is_last = False
+        for _ in range(2):  # the newest row waits for the next look
+            self._put_on_record()
+        time.sleep(2 * FLUSH_INTERVAL_S)
         return EXIT_NOT_CLOSED
 
     def finish(self) -> bool:
@@ -159,16 +161,16 @@ class Mirror:
         summary = summary_of(read_rows(self._run.metrics_file)) | self._session.summary
         self._wandb.finish(outcome, summary, picture)
 
-    def _put_on_record(self, *, hold: bool = True) -> None:
-        """Log the rows that W&B lacks, if it answers; `hold` the newest for a moment."""
+    def _put_on_record(self) -> None:
+        """Log the rows that W&B lacks, if it answers, but for the newest."""
         try:
             if self._wandb is None:
                 if time.monotonic() < self._retry_at:
                     return
                 self._open()
-            self._log_new_rows()
-            if self._held and not (hold and time.monotonic() - self._held_since < self._hold_s):
+            if self._held is not None and not self._newest_is_last:
                 self._log_held_row()
+            self._log_new_rows()
         except Exception as error:
             self._lose(error)
 
@@ -191,7 +193,7 @@ class Mirror:
                 continue
             if self._held:
                 self._log_held_row()
-            self._held, self._held_since = row, time.monotonic()
+            self._held = row
 
     def _open(self) -> None:
         self._folders_before = self._session_folders()

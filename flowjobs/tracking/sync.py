@@ -15,24 +15,22 @@ also when its process was killed: whether that was the end is for others to find
 
 import hashlib
 import json
-import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import flowjobs
 from flowjobs.errors import ServerError, TrackingError
 from flowjobs.runs.files import write_json
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
+from flowjobs.tracking.child import child_environment, module_command
 from flowjobs.tracking.clean_session import (
     Ending,
     Recorded,
@@ -180,22 +178,15 @@ def _upload(
     folder: Path, arrived: Callable[[], int], progress: Callable[[int], None], stall_s: float
 ) -> str:
     """Run wandb's own sync on a session's folder. Returns what it said last."""
-    environment = dict(os.environ)
-    environment.pop("WANDB_SERVICE", None)  # of another process; wandb would join it
-    environment["WANDB_DIR"] = str(folder.parent)  # for its logs
-    package_root = str(Path(flowjobs.__file__).parent.parent)
-    python_path = filter(None, [package_root, os.environ.get("PYTHONPATH")])
-    environment["PYTHONPATH"] = os.pathsep.join(python_path)
     log = folder.parent / "sync.log"
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            # -P: a file wandb.py in the working directory is not wandb.
-            [sys.executable, "-P", "-m", "flowjobs.tracking.upload", str(folder)],
+            [*module_command("flowjobs.tracking.upload"), str(folder)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**child_environment(), "WANDB_DIR": str(folder.parent)},  # for its logs
             # Ctrl-C is for us; we end the upload.
             start_new_session=True,
         ) as process,

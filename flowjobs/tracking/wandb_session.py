@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 3.0
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 15
-# The file is flushed every second.
+# A hard kill loses what wandb has not flushed to its file: by default 15 s of everything.
+FLUSH_INTERVAL_S = 0.5
 FLUSH_TIMEOUT_S = 3
 PICTURE = "samples"
 
@@ -82,8 +83,7 @@ class WandbSession:
             # An attempt goes on with the run that the one before it left.
             resume="allow",
             settings=wandb.Settings(
-                # A hard kill loses what was not flushed: by default 15 s of everything.
-                x_transaction_log_flush_interval=1,
+                x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
                 init_timeout=INIT_TIMEOUT_S,
                 finish_timeout=FINISH_TIMEOUT_S,
                 finish_timeout_raises=True,
@@ -197,5 +197,5 @@ def close_dead_files(run: Run) -> None:
     nowhere from then on.
     """
     for path in session_files(run.folder):
-        if not is_closed(path) and not is_header_only(path):
+        if not is_header_only(path):
             append_preempted(path)

@@ -6,15 +6,13 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import flowjobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
+from flowjobs.tracking.child import child_environment, module_command
 from flowjobs.tracking.session import Mode, Session, new_session, read_session, write_session
 
 logger = logging.getLogger(__name__)
@@ -25,19 +23,6 @@ LONG_FINISH_S = 15.0
 
 # Slurm signals every process of a job; the mirror is to end when the training has said its last.
 SIGNALS_FOR_TRAINING_ALONE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
-
-# Arguments say these; in the environment they are another run's.
-NOT_FOR_THE_MIRROR = (
-    "WANDB_SERVICE",
-    "WANDB_MODE",
-    "WANDB_RUN_ID",
-    "WANDB_RESUME",
-    "WANDB_NAME",
-    "WANDB_NOTES",
-    "WANDB_TAGS",
-    "WANDB_RUN_GROUP",
-    "WANDB_SILENT",
-)
 
 
 class WandbTracker:
@@ -138,14 +123,10 @@ def start_mirror(
     Raises:
         OSError: It could not be started.
     """
-    package_root = str(Path(flowjobs.__file__).parent.parent)
-    python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_THE_MIRROR}
     log = run.folder / "wandb" / "mirror.log"
     log.parent.mkdir(exist_ok=True)
     pipe = subprocess.PIPE if session.outcome is None else subprocess.DEVNULL
-    # -P: a file wandb.py beside the user's code is not wandb.
-    command = [sys.executable, "-P", "-m", "flowjobs.tracking.mirror"]
+    command = module_command("flowjobs.tracking.mirror")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_TRAINING_ALONE)
     try:
         with log.open("ab") as output:
@@ -154,7 +135,7 @@ def start_mirror(
                 stdin=pipe,
                 stdout=pipe,
                 stderr=output,
-                env={**environment, "PYTHONPATH": python_path},
+                env=child_environment(),
                 start_new_session=True,
             )
     finally:
