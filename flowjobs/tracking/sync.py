@@ -38,7 +38,7 @@ from flowjobs.tracking.clean_session import (
     tracked_files,
     write_clean_session,
 )
-from flowjobs.tracking.labels import notes_for, tags_for
+from flowjobs.tracking.labels import renewed_notes, tags_for
 from flowjobs.tracking.server import RunAddress, RunOnServer, Server
 from flowjobs.tracking.session import read_session, upload_lock, write_session
 
@@ -237,7 +237,7 @@ def _ending(run: Run, there: RunOnServer) -> Ending:
         exit_code=outcome.exit_code,
         preempting=outcome.state in ("preempted", "cancelled"),
         tags=tags_for(outcome, there.tags),
-        notes=notes_for(outcome, there.notes, status),
+        notes=renewed_notes(run, outcome, there.notes),
     )
 
 

@@ -22,7 +22,7 @@ from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
 from flowjobs.tracking.identity import config_for_wandb
-from flowjobs.tracking.labels import notes_for, tags_for
+from flowjobs.tracking.labels import renewed_notes, tags_for
 from flowjobs.tracking.offline_files import (
     append_preempted,
     is_closed,
@@ -39,7 +39,7 @@ PROBE_TIMEOUT_S = 3.0
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 15
 # A hard kill loses what wandb has not flushed to its file: by default 15 s of everything.
-FLUSH_INTERVAL_S = 0.5
+FLUSH_INTERVAL_S = 0.25
 FLUSH_TIMEOUT_S = 3
 PICTURE = "samples"
 
@@ -150,7 +150,7 @@ class WandbSession:
     def _label(self, outcome: Outcome | None) -> None:
         tags, notes = self._labels_there()
         self._run.tags = tags_for(outcome, tags)
-        self._run.notes = notes_for(outcome, notes, self._folder_run.status())
+        self._run.notes = renewed_notes(self._folder_run, outcome, notes)
 
     def _labels_there(self) -> tuple[Sequence[str], str]:
         """What W&B has now: a person may have written there since the session began."""

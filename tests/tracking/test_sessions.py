@@ -116,7 +116,7 @@ def test_what_a_person_wrote_stays_and_recovery_clears_the_failure(
     assert attempts.finish(attempts.start(run, 100))[0] == 1
     found = on_server(run, backend)
     assert (found.state, found.exit_code) == ("failed", 1)
-    backend.edit(found.id, tags=[*found.tags, "mine"], notes=f"{found.notes}\n\nlook at this")
+    backend.edit(found.id, tags=[*found.tags, "mine"], notes=f"{found.notes} look at this")
 
     (run.folder / "step").rmdir()
     run_to_the_end(run, 100)
@@ -142,7 +142,7 @@ def test_what_a_person_writes_while_the_run_trains_stays(
     assert found.notes.endswith("\n\nlook at this")
 
 
-def test_an_offline_file_lacks_two_seconds_at_most_when_all_processes_are_killed(
+def test_an_offline_file_lacks_a_second_at_most_when_all_processes_are_killed(
     tracked_run: MakeRun,
 ) -> None:
     run, _ = tracked_run("offline")
@@ -153,7 +153,7 @@ def test_an_offline_file_lacks_two_seconds_at_most_when_all_processes_are_killed
     attempts.finish(process)
     rows, told = list(read_rows(run.metrics_file)), attempts.offline_rows(run)
     assert told == rows[: len(told)]
-    assert (len(rows) - len(told)) * 0.02 <= 2.0
+    assert (len(rows) - len(told)) * 0.02 <= 1.0
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
