@@ -6,6 +6,7 @@ These overlap where an attempt repeated steps, lack what was not flushed, and ma
 of them is changed. Knows of no server but what it has.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from flowjobs.runs.run import Run
 from flowjobs.tracking.identity import config_for_wandb
 from flowjobs.tracking.mirror import summary_of
 from flowjobs.tracking.offline_files import read_records, record_of, write_records
-from flowjobs.tracking.session import LOWEST, read_session
+from flowjobs.tracking.session import LOWEST, PICTURE, read_session
 
 KeyPath = tuple[str, ...]
 
@@ -102,6 +103,9 @@ def write_clean_session(
         The steps of the rows in it, in order.
     """
     rows = {row["step"]: row for row in read_rows(run.metrics_file)}
+    finished = ending.exit_code == 0 and not ending.preempting
+    if finished and rows and not any(path[0] == PICTURE for path in recorded.summary):
+        _add_picture(run, recorded, max(rows))
     steps = sorted(step for step in {*rows, *recorded.pictures} if step > after_step)
     (folder / "files").mkdir(parents=True)
     for name, source in recorded.files.items():
@@ -188,6 +192,38 @@ def _read_history(recorded: Recorded, record: Any, ran_before: float) -> None:
     media = {path[0] for path in items if path[1:] == ("_type",)}
     if media:
         recorded.pictures[step] = [item for path, item in items.items() if path[0] in media]
+
+
+def _add_picture(run: Run, recorded: Recorded, step: int) -> None:
+    """The picture of a run that no session could tell: its server was away to the end.
+
+    As `wandb.Image` puts it on record, with the step that it is logged with.
+    """
+    from PIL import Image
+
+    try:
+        content = run.samples_picture.read_bytes()
+        with Image.open(run.samples_picture) as picture:
+            width, height = picture.size
+    except OSError:
+        return  # there is none, or none that can be shown
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"media/images/{PICTURE}_{step}_{digest[:20]}.png"
+    values = {
+        "_type": "image-file",
+        "sha256": digest,
+        "size": len(content),
+        "path": name,
+        "format": "png",
+        "width": width,
+        "height": height,
+    }
+    history = record_of().history
+    for key, value in values.items():
+        history.item.add(nested_key=[PICTURE, key], value_json=json.dumps(value))
+    recorded.pictures[step] = list(history.item)
+    recorded.summary |= {_path(item): item.value_json for item in history.item}
+    recorded.files[name] = run.samples_picture
 
 
 def _run_record(run: Run, recorded: Recorded, ending: Ending) -> Any:

@@ -20,6 +20,8 @@ Mode = Literal["online", "offline"]
 
 # Metrics whose lowest value a run is judged by.
 LOWEST = ("train/loss", "val/loss")
+# What the picture of a finished run is called beside the metrics.
+PICTURE = "samples"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from flowjobs.tracking.offline_files import (
     session_files,
 )
 from flowjobs.tracking.server import RunAddress, Server
-from flowjobs.tracking.session import LOWEST, Mode
+from flowjobs.tracking.session import LOWEST, PICTURE, Mode
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ FINISH_TIMEOUT_S = 15
 # A hard kill loses what wandb has not flushed to its file: by default 15 s of everything.
 FLUSH_INTERVAL_S = 0.25
 FLUSH_TIMEOUT_S = 3
-PICTURE = "samples"
 
 
 class NotWrittenError(OSError):

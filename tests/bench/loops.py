@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.recorder import recording
@@ -40,17 +40,12 @@ def flow_loss(model: nn.Module, x_1: Tensor) -> Tensor:
     return nn.functional.mse_loss(model(x_t, t.squeeze(-1)), x_1 - x_0)
 
 
-def flowjobs_loop(
-    config: TrainingConfig,
-    study: Path,
-    device: torch.device,
-    wandb_mode: WandbMode = "disabled",
-) -> None:
-    """Our trainer with all that it does: record, progress, checkpoints, exact resume."""
+def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+    """Our trainer with all that it does but W&B: record, progress, checkpoints, exact resume."""
     run = Run(study, "bench")
     for folder in (run.folder, run.checkpoints):
         shutil.rmtree(folder, ignore_errors=True)  # or it would go on from where it was
-    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode=wandb_mode)))
+    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
     train, val = load_datasets("digits", study)
     model = build_model(config, 64)
     with recording(run, JobInfo.in_foreground()) as recorder:

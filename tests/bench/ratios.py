@@ -1,8 +1,12 @@
 """Timing things against each other in one run, on machines that are shared and noisy."""
 
+import signal
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+from tests.tracking.attempts import children, kill
 
 Timed = Callable[[], object]
 
@@ -41,3 +45,51 @@ def paired_ratios(ours: Timed, others: Mapping[str, Timed], rounds: int) -> dict
         spread = f"{min(seconds):.2f} to {max(seconds):.2f} s"
         print(f"{name:24} {spread:20} {ratios.get(name, 1.0):.2f}")
     return ratios
+
+
+def seconds_in_turns(
+    commands: Mapping[str, Sequence[str]], environment: Mapping[str, str], turn_s: float = 1.0
+) -> dict[str, float]:
+    """How long each command runs to its end, in seconds, the others being stopped meanwhile.
+
+    For commands of minutes: the machine gets slower and faster within them, and turns of a second
+    let that hit all alike. What a command starts is stopped with it.
+
+    Raises:
+        CalledProcessError: One failed.
+    """
+    running = {
+        name: subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for name, command in commands.items()
+    }
+    seconds = dict.fromkeys(commands, 0.0)
+    try:
+        for process in running.values():
+            process.send_signal(signal.SIGSTOP)
+        while running:
+            for name, process in list(running.items()):
+                started = time.perf_counter()
+                _signal_tree(process.pid, signal.SIGCONT)
+                try:
+                    if code := process.wait(turn_s):
+                        raise subprocess.CalledProcessError(code, process.args)
+                    del running[name]
+                except subprocess.TimeoutExpired:
+                    _signal_tree(process.pid, signal.SIGSTOP)
+                seconds[name] += time.perf_counter() - started
+            running = dict(reversed(running.items()))  # none is always the first
+    finally:
+        for process in running.values():
+            process.kill()  # the mirror goes when it sees that
+            _signal_tree(process.pid, signal.SIGCONT)
+            process.wait()
+    return seconds
+
+
+def _signal_tree(pid: int, number: signal.Signals) -> None:
+    """Signal a process first, so that when it is stopped it starts no more of them, then those."""
+    kill(pid, with_signal=number)
+    for child in children(pid):
+        _signal_tree(child, number)

@@ -29,6 +29,7 @@ from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking.backend import KEY, Backend, RunOnServer
 from tests.tracking.driver import drive, row_of
+from tests.tracking.history import without_picture
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +88,7 @@ def sync(run: Run, backend: Backend, *, stall_s: float = 60) -> RunOnServer:
 
 def assert_equal_histories(run: Run, there: RunOnServer) -> None:
     """Every row of the record is on the server, once, and none came twice."""
-    assert there.rows == list(read_rows(run.metrics_file))
+    assert without_picture(there.rows) == list(read_rows(run.metrics_file))
     assert len({row["_step"] for row in there.history}) == len(there.history)
     assert there.dropped == []
 
@@ -541,16 +542,21 @@ def test_a_plain_wandb_sync_afterwards_uploads_nothing_twice(run: Run, backend: 
     assert backend.run(there.id) == there
 
 
-def test_a_run_whose_server_was_never_there_is_uploaded_with_its_identity(
+def test_a_run_whose_server_was_never_there_is_uploaded_with_identity_and_picture(
     study: Path, backend: Backend
 ) -> None:
     run = new_run(study, "tracked", "online")
+    Image.new("RGB", (4, 3)).save(run.samples_picture)
     backend.go_down()
     attempt(run, 50)
     assert not session_files(run.folder)
     backend.come_back()
     there = sync(run, backend)
+    shown = there.rows[-1]["samples"]
     assert_equal_histories(run, there)
+    assert there.summary["samples"] == shown
+    assert (shown["width"], shown["height"]) == (4, 3)
+    assert there.files[shown["path"]] == run.samples_picture.read_bytes()
     assert there.state == "finished"
     assert there.config["signature"] == run.config().training.signature
     assert there.config["torch_version"]
