@@ -82,8 +82,8 @@ def seconds_in_turns(
             running = dict(reversed(running.items()))  # none is always the first
     finally:
         for process in running.values():
-            process.kill()  # the mirror goes when it sees that
-            _signal_tree(process.pid, signal.SIGCONT)
+            _signal_tree(process.pid, signal.SIGCONT)  # the mirror goes when it sees the end
+            process.kill()
             process.wait()
     return seconds
 
