@@ -287,6 +287,12 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         _require_choice("wandb_mode", self.wandb_mode, WandbMode)
+        # W&B would refuse it too, but when the run has started and nobody looks.
+        if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb_project):
+            raise ConfigError(
+                f"--wandb-project: found {self.wandb_project!r}, expected a name of at most 128 "
+                "characters without / \\ # ? % : (a team is --wandb-entity)"
+            )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from flowjobs.config import (
     KeyValues,
     RunConfig,
     SlurmConfig,
+    TrackingConfig,
     TrainingConfig,
     check_arch,
     config_to_dict,
@@ -74,6 +75,12 @@ def test_a_bad_value_is_refused_by_its_flag(field: str, value: object, said: str
 def test_an_sbatch_option_is_named_without_dashes() -> None:
     with pytest.raises(ConfigError, match="without its dashes"):
         SlurmConfig(sbatch=KeyValues({"--exclusive": True}))
+
+
+@pytest.mark.parametrize("project", ["team/flows", "", "x" * 129])
+def test_a_project_that_wandb_would_refuse_is_refused(project: str) -> None:
+    with pytest.raises(ConfigError, match="--wandb-project"):
+        TrackingConfig(wandb_project=project)
 
 
 def test_key_values_are_literals_or_strings() -> None:
