@@ -15,11 +15,11 @@ __all__ = ["backend"]
 ONLINE = ("--wandb-mode", "online")
 
 
-def wait_for_state(job: Disturbed, backend: Backend, *states: str) -> RunOnServer:
-    """The run on the server, once it is in one of the states."""
+def wait_for_state(job: Disturbed, backend: Backend, state: str) -> RunOnServer:
+    """The run on the server, once it is in this state."""
     wait_until(
-        lambda: on_server(job.run, backend).state in states,
-        f"W&B to say {' or '.join(states)}",
+        lambda: on_server(job.run, backend).state == state,
+        f"W&B to say {state}",
         30,
         lambda: str(on_server(job.run, backend)),
     )
@@ -38,7 +38,7 @@ def test_a_preempted_run_waits_and_has_not_failed(start: Start, backend: Backend
     assert on_server(job.run, backend).state == "running"
     other = job.slurm.preempt("n1")
     job.wait_for_state("preempted")
-    found = wait_for_state(job, backend, "preempting", "preempted")
+    found = wait_for_state(job, backend, "preempted")
     assert found.tags == ["flowjobs"]
     assert "preempted (SIGUSR2)" in found.notes
     job.slurm.run("scancel", other)
@@ -72,7 +72,7 @@ def test_a_cancelled_run_has_not_failed(start: Start, backend: Backend) -> None:
     job = start(*ONLINE)
     job.slurm.run("scancel", job.job_id)
     job.wait_for_state("cancelled")
-    found = wait_for_state(job, backend, "preempting", "preempted")
+    found = wait_for_state(job, backend, "preempted")
     assert found.tags == ["flowjobs", "cancelled"]
     assert "cancelled by scancel" in found.notes
 
