@@ -135,8 +135,9 @@ class Tracked:
 def in_wandb(run: Run) -> Tracked:
     if server is not None:
         there = server.run(run.tracking_id())
-        state = there.state.replace("preempting", "preempted")
-        return Tracked(state, there.exit_code, there.tags, there.notes, there.config, there.rows)
+        return Tracked(
+            there.state, there.exit_code, there.tags, there.notes, there.config, there.rows
+        )
     files = session_files(run.folder)
     if not files:
         return Tracked("", None, [], "", {}, [])
@@ -155,7 +156,7 @@ def assert_in_wandb(run: Run, state: str, exit_code: int, reason: str = "") -> N
         if found.state == state and reason in found.notes:
             break
         time.sleep(0.2)
-    assert (found.state, found.exit_code) == (state, exit_code)
+    assert (found.state, found.exit_code) == (state, exit_code), found
     assert ("failed" in found.tags) == (state == "failed")
     assert ("cancelled" in found.tags) == ("cancelled" in reason)
     assert reason in found.notes, found.notes
