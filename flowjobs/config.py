@@ -28,6 +28,18 @@ WandbMode = Literal["auto", "online", "offline", "disabled"]
 MAX_SEED = 2**63 - 1
 DATA_FILE_SUFFIXES = (".pt", ".npy")
 
+# Options of sbatch that flowjobs decides, and why, in words for a person.
+DECIDED_OPTIONS = {
+    "job-name": "a job is named after its run; see --name",
+    "output": "logs are in the run's folder",
+    "error": "logs are in the run's folder",
+    "open-mode": "a requeued job adds to its log",
+    "array": "a run is one job",
+    "wait": "submit returns at once; --follow waits",
+    "gpus-per-task": "there is one process per GPU; see --gpus-per-node",
+    "gpus-per-socket": "GPUs are asked for by node; see --gpus-per-node",
+}
+
 # `str | None` says the same, but for a union of that form tyro loads typeguard, a fifth of the
 # time of `submit --help`.
 OptionalStr = Optional[str]  # noqa: UP045
@@ -258,6 +270,8 @@ class SlurmConfig:
                     f"--sbatch: found {key!r}, expected the long name of an sbatch option "
                     "without its dashes (reservation)"
                 )
+            if key in DECIDED_OPTIONS:
+                raise ConfigError(f"--sbatch {key}: {DECIDED_OPTIONS[key]}")
 
     @property
     def signal_before_end_s(self) -> int:

@@ -77,6 +77,11 @@ def test_an_sbatch_option_is_named_without_dashes() -> None:
         SlurmConfig(sbatch=KeyValues({"--exclusive": True}))
 
 
+def test_an_sbatch_option_that_a_run_cannot_keep_to_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--sbatch array: a run is one job"):
+        SlurmConfig(sbatch=KeyValues(array="0-3"))
+
+
 @pytest.mark.parametrize("project", ["team/flows", "", "x" * 129])
 def test_a_project_that_wandb_would_refuse_is_refused(project: str) -> None:
     with pytest.raises(ConfigError, match="--wandb-project"):

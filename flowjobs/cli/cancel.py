@@ -7,6 +7,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import existing_run
+from flowjobs.errors import ConfigError
 from flowjobs.runs.run import default_study
 
 
@@ -24,6 +25,8 @@ class Cancel:
         """Cancel. Returns the exit code."""
         from flowjobs.jobs.cancelling import cancel
 
+        if not self.names:
+            raise ConfigError("cancel: found no name, expected those of the runs to cancel")
         runs = [existing_run(self.study, name) for name in self.names]
         for run in runs:
             for line in cancel(run):

@@ -35,6 +35,8 @@ class Logs:
         shown = _newest_log(run)
         if shown is None and not self.follow:
             raise RunNotFoundError(f"{run.name} has no log yet: its job has not started")
+        if shown is None:
+            print(f"{run.name} has no log yet: waiting for its job to start", file=sys.stderr)
         # Kept for each: the last lines of an attempt may come when the next has begun.
         offsets: dict[Path, int] = {}
         ended_at: float | None = None

@@ -39,6 +39,8 @@ class Status:
         else:
             study = self.study.expanduser().absolute()
             found = [_describe(Run(study, name)) for name in run_names(study)]
+            if not found:
+                print(f"there are no runs in {study}", file=sys.stderr)
         if self.json:
             print(json.dumps(found, indent=2))
         else:

@@ -8,24 +8,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flowjobs.config import SlurmConfig
+from flowjobs.config import DECIDED_OPTIONS, SlurmConfig
 
 Fields = dict[str, Any]
 
-# Why sbatch does not see them, in words for a person.
-DECIDED = {
-    "SBATCH_JOB_NAME": "a job is named after its run",
-    "SBATCH_OUTPUT": "logs are in the run's folder",
-    "SBATCH_ERROR": "logs are in the run's folder",
-    "SBATCH_OPEN_MODE": "a requeued job adds to its log",
-    "SBATCH_ARRAY_INX": "a run is one job",
-    "SBATCH_WAIT": "submit returns at once; --follow waits",
-    "SBATCH_GPUS_PER_TASK": "there is one process per GPU; see --gpus-per-node",
-    "SBATCH_GPUS_PER_SOCKET": "GPUs are asked for by node; see --gpus-per-node",
-}
-
-# The variables of options whose names differ, for those that `--sbatch` passes through.
+# The variables of options whose names differ.
 OPTION_VARIABLES = {
+    "array": ("SBATCH_ARRAY_INX",),
     "requeue": ("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"),
     "no-requeue": ("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"),
     "mem": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
@@ -167,6 +156,12 @@ def fields_from(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
 def variables_of(option: str) -> tuple[str, ...]:
     """The variables that say the same as an sbatch option (`reservation`)."""
     return OPTION_VARIABLES.get(option, ("SBATCH_" + option.upper().replace("-", "_"),))
+
+
+# Why sbatch does not see them, in words for a person.
+DECIDED = {
+    variable: why for option, why in DECIDED_OPTIONS.items() for variable in variables_of(option)
+}
 
 
 def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -> dict[str, str]:

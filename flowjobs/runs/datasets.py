@@ -24,6 +24,8 @@ def check_dataset(dataset: str, study: Path) -> None:
     if dataset == EMBEDDED and not train_file.exists():
         return
     missing = [str(file) for file in (train_file, val_file) if not file.is_file()]
+    if missing and Path(dataset).is_file():
+        raise DataError(f"--dataset: found {dataset}, expected a .pt or .npy file")
     if missing:
         there = {EMBEDDED, *(file.parent.name for file in train_file.parent.parent.glob("*/*.pt"))}
         raise DataError(

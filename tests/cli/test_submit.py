@@ -29,6 +29,9 @@ def test_status_names_its_columns_and_a_path_is_a_name(flowjobs: Command, workpl
     assert row.split()[:2] == [name, "submitted"]
     assert flowjobs("status", name).returncode == 2  # it is in another study
     assert f"folder {run.folder}" in flowjobs("status", f"other/runs/{name}/").stdout
+    assert (
+        f"there are no runs in {workplace / 'othr'}" in flowjobs("status", "--study", "othr").stderr
+    )
 
 
 def test_submit_trains_here_to_the_end(flowjobs: Command, study: Path) -> None:
