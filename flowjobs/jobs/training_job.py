@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from flowjobs.tracking.closing import close_session
 
 if TYPE_CHECKING:
     from flowjobs.tracking.recorder import Recorder
+    from flowjobs.training.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -100,29 +101,51 @@ class TrainingJob:
 
     def train(self, signals: StopSignals, resume_path: Path | None) -> None:
         """Train to the end, or until told to leave."""
-        from flowjobs.tracking.recorder import recording
-        from flowjobs.training.distributed import joined_ranks
+        if self._process.rank > 0:
+            self._train(None, signals, resume_path)
+            return
+
+        # Before torch is loaded: what tracks the run starts meanwhile, on a core that is free yet.
+        with self._recording() as self._recorder, self._explained(signals):
+            self._train(self._recorder, signals, resume_path)
+
+    def _train(
+        self, recorder: "Recorder | None", signals: StopSignals, resume_path: Path | None
+    ) -> None:
         from flowjobs.training.run_training import run_training
 
-        run, process = self._run, self._process
-        use_gpu = run.config().slurm.gpus_per_node > 0
-        with joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu) as ranks:
-            if not ranks.is_first:
-                run_training(run, None, ranks, signals.reason, resume_path)
-                return
+        with self._joined_ranks() as ranks:
+            run_training(self._run, recorder, ranks, signals.reason, resume_path)
 
-            def explain(record: AttemptRecord) -> Outcome:
-                again = record.job.job_id == self._job.job_id
-                return deaths.cause_of(run, record, restarted=again)
+    def _joined_ranks(self) -> AbstractContextManager["Ranks"]:
+        from flowjobs.training.distributed import joined_ranks
 
-            try:
-                with recording(run, self._job, judge_for(self._job), explain) as recorder:
-                    self._recorder = recorder
-                    with self._explained(signals):
-                        run_training(run, recorder, ranks, signals.reason, resume_path)
-            except NoProgressError as error:
-                close_session(run, outcome_of(error))  # it may be known before tracking begins
-                raise
+        process, use_gpu = self._process, self._run.config().slurm.gpus_per_node > 0
+        return joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu)
+
+    @contextmanager
+    def _recording(self) -> Iterator["Recorder"]:
+        """Holds the run and tracks it; for the first rank, which the others wait for."""
+        from flowjobs.tracking.recorder import recording
+
+        def explain(record: AttemptRecord) -> Outcome:
+            again = record.job.job_id == self._job.job_id
+            return deaths.cause_of(self._run, record, restarted=again)
+
+        try:
+            with ExitStack() as stack:
+                try:
+                    held = recording(self._run, self._job, judge_for(self._job), explain)
+                    recorder = stack.enter_context(held)
+                except Exception:
+                    if self._process.world_size > 1:
+                        with self._joined_ranks():
+                            pass  # they see it leave, and leave too
+                    raise
+                yield recorder
+        except NoProgressError as error:
+            close_session(self._run, outcome_of(error))  # it may be known before tracking begins
+            raise
 
     @contextmanager
     def _explained(self, signals: StopSignals) -> Iterator[None]:

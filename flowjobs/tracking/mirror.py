@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_CLOSED, EXIT_NOT_CLOSED = 0, 3
 
-# How often rows and commands are looked for.
-PACE_S = 0.25
+# How often rows are looked for: wandb tells twenty at once for the price of five one by one.
+PACE_S = 0.5
 # How soon the death of the parent is seen, and how long what is left may take then.
 PARENT_POLL_S, LAST_WORDS_S = 2.0, 60.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
@@ -78,10 +78,10 @@ class Mirror:
         self._trains_here = trains_here
         self._following = False
         self._rows: MetricsReader | None = None
-        # The run's last row waits for the picture that belongs into it. "last" comes before that
-        # row, so the newest row waits until the commands have been looked at once more.
+        # The run's last row waits for the picture that belongs into it.
         self._held: Row | None = None
         self._newest_is_last = False
+        self._asked_to_finish = False
         self._wandb: WandbSession | None = None
         self._folders_before: set[Path] = set()
         self._complained = False
@@ -90,21 +90,16 @@ class Mirror:
 
     def follow_to_the_end(self) -> int:
         """Mirror until told to finish. Returns the exit code."""
-        while True:
-            for command in self._next_commands():
-                match command:
-                    case "follow":
-                        self._following = True
-                    case "last":
-                        self._newest_is_last = True
-                    case "finish":
-                        return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
+        while not self._asked_to_finish:
             if self._superseded():
                 return EXIT_NOT_CLOSED
             # A forked worker of the parent may outlive it, and keeps the pipe open.
             if os.getppid() != self._parent:
                 return self._end_alone()
             self._put_on_record()
+            if not self._asked_to_finish:
+                self._take_commands(PACE_S)
+        return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
 
     def _end_alone(self) -> int:
         """The training process is gone, perhaps with a word on disk that it could not tell here."""
@@ -115,8 +110,7 @@ class Mirror:
             write_session(self._run, self._session)
             return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
         self._newest_is_last = False
-        for _ in range(2):  # the newest row waits for the next look
-            self._put_on_record()
+        self._put_on_record()
         time.sleep(2 * FLUSH_INTERVAL_S)
         return EXIT_NOT_CLOSED
 
@@ -126,6 +120,8 @@ class Mirror:
         if newest is not None and newest.token == self._session.token:
             self._session = newest
         self._following = True
+        outcome = self._session.outcome
+        self._newest_is_last = outcome is not None and outcome.state == "finished"
         return self._finish(retry=True)
 
     def _finish(self, *, retry: bool) -> bool:
@@ -162,38 +158,40 @@ class Mirror:
         self._wandb.finish(outcome, summary, picture)
 
     def _put_on_record(self) -> None:
-        """Log the rows that W&B lacks, if it answers, but for the newest."""
+        """Log the rows that W&B lacks, if it answers."""
         try:
             if self._wandb is None:
                 if time.monotonic() < self._retry_at:
                     return
                 self._open()
-            if self._held is not None and not self._newest_is_last:
-                self._log_held_row()
             self._log_new_rows()
         except Exception as error:
             self._lose(error)
 
-    def _log_held_row(self, picture: Path | None = None) -> None:
-        assert self._wandb is not None, "opened before"
-        assert self._held is not None, "asked before"
-        self._wandb.log(self._held, picture)
-        self._wandb.on_record = self._held["step"]
-        self._held = None
-
     def _log_new_rows(self) -> None:
+        """Log all rows that are there but the run's last one."""
         assert self._wandb is not None, "opened before"
         if self._rows is None:
             if not self._following or not self._run.metrics_file.exists():
                 return
             # From the top: W&B may lack rows of this attempt and of those before it.
-            self._rows, self._held = MetricsReader(self._run.metrics_file), None
-        for row in self._rows.new_rows():
-            if row["step"] <= (self._held["step"] if self._held else self._wandb.on_record):
-                continue
-            if self._held:
-                self._log_held_row()
+            self._rows = MetricsReader(self._run.metrics_file)
+        rows = [row for row in self._rows.new_rows() if row["step"] > self._wandb.on_record]
+        # "last" comes before the last row: where that has been read, it can be heard by now.
+        self._take_commands()
+        for row in rows:
+            self._log_held_row()
             self._held = row
+        if not self._newest_is_last:
+            self._log_held_row()
+
+    def _log_held_row(self, picture: Path | None = None) -> None:
+        if self._held is None:
+            return
+        assert self._wandb is not None, "opened before"
+        self._wandb.log(self._held, picture)
+        self._wandb.on_record = self._held["step"]
+        self._held = None
 
     def _open(self) -> None:
         self._folders_before = self._session_folders()
@@ -239,15 +237,22 @@ class Mirror:
         newest = read_session(self._run)
         return newest is not None and newest.token != self._session.token
 
-    def _next_commands(self) -> list[str]:
-        """What the parent asks for; waits a moment for it."""
-        ready, _, _ = select.select([self._commands], [], [], PACE_S)
+    def _take_commands(self, timeout_s: float = 0.0) -> None:
+        """Take what the parent asks for; waits so long for it."""
+        ready, _, _ = select.select([self._commands], [], [], timeout_s)
         if not ready:
-            return []
+            return
         text = os.read(self._commands, 4096).decode()
         if not text:
             self._parent = None
-        return text.split()
+        for command in text.split():
+            match command:
+                case "follow":
+                    self._following = True
+                case "last":
+                    self._newest_is_last = True
+                case "finish":
+                    self._asked_to_finish = True
 
     def _tell(self, **news: str | bool) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more

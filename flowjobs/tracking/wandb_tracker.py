@@ -135,7 +135,9 @@ def start_mirror(
                 stdin=pipe,
                 stdout=pipe,
                 stderr=output,
-                env=child_environment(),
+                # Said here too: wandb's own telemetry of each row looks nowhere else, and takes
+                # a third of the row's time to reach no server.
+                env={**child_environment(), "WANDB_MODE": session.mode},
                 start_new_session=True,
             )
     finally:
