@@ -29,11 +29,10 @@ class MetricsFile:
         path: The file; it is made where it does not exist.
         after_step: Rows past this step are dropped first: an earlier attempt wrote them after
             the checkpoint that this one goes on from, and will come again with the same values.
-            Where they do not (on another kind of GPU, with changed code), the log says so once.
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
-        self._dropped = _rewrite_up_to(path, after_step)
+        self._last_step, self._dropped = _rewrite_up_to(path, after_step)
         self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._waiting = b""
@@ -43,15 +42,7 @@ class MetricsFile:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; it must have a `step` past the last one's."""
-        before = self._dropped.pop(row["step"], row)
-        if before != row:
-            self._dropped.clear()
-            logger.warning(
-                "step %d does not come out as it did before; W&B keeps the values that it has, "
-                "%s has these",
-                row["step"],
-                self._path,
-            )
+        self._last_step = row["step"]
         with self._lock:
             self._waiting += (json.dumps(row) + "\n").encode()
             try:
@@ -60,6 +51,18 @@ class MetricsFile:
                 if not self._warned:
                     logger.warning("%s: %s; its rows wait in memory", self._path, error.strerror)
                 self._warned = True
+
+    def last_step_before_other(self, row: Mapping[str, Any]) -> int | None:
+        """Where a row differs from the dropped one of its step: the last step before it, or 0.
+
+        It does on another type of GPU, or with changed code. Said once, for the first such row;
+        asked before the row is written.
+        """
+        if self._dropped.pop(row["step"], row) == row:
+            return None
+        self._dropped.clear()
+        logger.warning("step %d does not come out as it did before", row["step"])
+        return self._last_step
 
     def flush(self) -> None:
         """Return when every row is on the disk.
@@ -125,15 +128,16 @@ def _rows_of(text: bytes) -> Iterator[Row]:
             yield row
 
 
-def _rewrite_up_to(path: Path, step: int) -> dict[int, Row]:
-    """Drop the rows past a step. Returns these, by their step."""
+def _rewrite_up_to(path: Path, step: int) -> tuple[int, dict[int, Row]]:
+    """Drop the rows past a step. Returns the last step that is left, and the dropped, by step."""
     # Always a new file: an attempt that has lost the run and does not know yet still has the old
     # one open, and what it appends there harms nobody.
     rows = list(read_rows(path))
-    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    kept = [row for row in rows if row["step"] <= step]
     with replaced_whole(path) as file:
-        file.write(kept.encode())
-    return {row["step"]: row for row in rows if row["step"] > step}
+        file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+    last_step = kept[-1]["step"] if kept else 0
+    return last_step, {row["step"]: row for row in rows if row["step"] > step}
 
 
 def latest_values(path: Path) -> Row:

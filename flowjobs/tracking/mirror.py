@@ -29,6 +29,7 @@ from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from flowjobs.tracking.identity import note_surroundings
+from flowjobs.tracking.rewinding import asked_to_rewind, need_not_rewind
 from flowjobs.tracking.session import LOWEST, Session, read_session, upload_lock, write_session
 from flowjobs.tracking.wandb_session import (
     FLUSH_INTERVAL_S,
@@ -177,6 +178,8 @@ class Mirror:
             # From the top: W&B may lack rows of this attempt and of those before it.
             self._rows = MetricsReader(self._run.metrics_file)
         rows = [row for row in self._rows.new_rows() if row["step"] > self._wandb.on_record]
+        if self._came_out_otherwise():
+            return
         # "last" comes before the last row: where that has been read, it can be heard by now.
         self._take_commands()
         for row in rows:
@@ -184,6 +187,23 @@ class Mirror:
             self._held = row
         if not self._newest_is_last:
             self._log_held_row()
+
+    def _came_out_otherwise(self) -> bool:
+        """Whether W&B has to forget rows first: then the next look begins at the top.
+
+        It is asked for before the first row that differs is written.
+        """
+        assert self._wandb is not None, "opened before"
+        step = asked_to_rewind(self._run)
+        if step is None or self._session.mode == "offline":
+            return False  # `sync` uploads no row but those of `metrics.jsonl`
+        if step >= self._wandb.on_record:
+            need_not_rewind(self._run)
+            return False
+        self._wandb.leave()
+        self._wandb = self._rows = self._held = None
+        self._open()
+        return True
 
     def _log_held_row(self, picture: Path | None = None) -> None:
         if self._held is None:

@@ -16,13 +16,30 @@ ANSWER_WITHIN_S = 20.0
 # How long an answer that may pass (500, 429, a cut connection) is asked for again.
 PATIENCE_S = 30.0
 REFUSED = (401, 403)
+# To a question that a server does not know, as an older one may.
+ASKS_WRONGLY = (400, 404, 422)
 
 # The client's RunResumeStatus, and `state` from its fragment of a run.
 RUN_QUERY = """query FlowjobsRun($project: String, $entity: String, $name: String!) {
   model(name: $project, entityName: $entity) {
+    entity { name }
     bucket(name: $name, missingOk: true) {
       state tags notes historyLineCount historyTail eventsTail
     }
+  }
+}"""
+
+# The client's RewindRun, of `wandb.init(resume_from=…)`. It goes on from the step of the summary
+# where that is higher than the history's, so the summary goes too; each session says it whole.
+REWIND_MUTATION = """mutation FlowjobsRewind($entity: String!, $project: String, $name: String!,
+    $step: Float!) {
+  rewindRun(input: {entityName: $entity, projectName: $project, runName: $name,
+      metricName: "_step", metricValue: $step}) {
+    rewoundRun { id }
+  }
+  upsertBucket(input: {entityName: $entity, modelName: $project, name: $name,
+      summaryMetrics: "{}"}) {
+    bucket { id }
   }
 }"""
 
@@ -36,6 +53,7 @@ class RunOnServer:
         last_step: The newest row's step; -1 without rows.
         last_event_s: Time of the newest system metrics, in seconds of the epoch; 0 without.
         state: "running", "finished", "failed", "preempted", …; "" if there is no such run.
+        entity: Whose it is.
     """
 
     rows: int = 0
@@ -44,6 +62,7 @@ class RunOnServer:
     state: str = ""
     tags: tuple[str, ...] = ()
     notes: str = ""
+    entity: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,17 @@ class Server:
             state=found["state"] or "",
             tags=tuple(found["tags"] or ()),
             notes=found["notes"] or "",
+            entity=model["entity"]["name"],
         )
+
+    def rewind(self, address: RunAddress, step: int) -> None:
+        """Make the server forget the rows of a run past a step.
+
+        Raises:
+            ServerError: It fails or does not answer.
+            TrackingError: It cannot.
+        """
+        self._ask(REWIND_MUTATION, {**address.variables, "step": float(step)}, patience_s=0)
 
     def _ask(self, query: str, variables: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
         give_up_at, pause_s = time.monotonic() + patience_s, 0.5
@@ -131,7 +160,10 @@ class Server:
                         f"{self.url} refuses the login here ({error.code}): run `wandb login "
                         "--relogin`, or mend WANDB_API_KEY"
                     ) from error
-                raise _MayPassError(f"answers {error.code} {error.reason}") from error
+                said = f"answers {error.code} {error.reason}"
+                if error.code in ASKS_WRONGLY:
+                    raise TrackingError(f"{self.url} {said}") from error
+                raise _MayPassError(said) from error
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise _MayPassError("does not answer") from error

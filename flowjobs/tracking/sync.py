@@ -39,6 +39,7 @@ from flowjobs.tracking.clean_session import (
     write_clean_session,
 )
 from flowjobs.tracking.labels import renewed_notes, tags_for
+from flowjobs.tracking.rewinding import rewind_as_asked
 from flowjobs.tracking.server import RunAddress, RunOnServer, Server
 from flowjobs.tracking.session import read_session, upload_lock, write_session
 
@@ -130,6 +131,7 @@ def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: flo
         shutil.rmtree(work)
     recorded = read_sessions(tracked_files(run))
     address = _address(run, recorded)
+    rewind_as_asked(run, server.url, address.entity)
     before = server.run(address)
     ending = _ending(run, before)
     last = max((row["step"] for row in read_rows(run.metrics_file)), default=-1)

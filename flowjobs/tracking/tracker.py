@@ -20,6 +20,10 @@ class Tracker(Protocol):
         """The next row is the run's last: its picture belongs into it."""
         ...
 
+    def comes_out_otherwise(self, step: int) -> None:
+        """The rows that come past a step are others than those of the attempt before."""
+        ...
+
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary."""
         ...
@@ -36,6 +40,9 @@ class NoTracker:
         """See `Tracker`."""
 
     def last_row_comes(self) -> None:
+        """See `Tracker`."""
+
+    def comes_out_otherwise(self, step: int) -> None:
         """See `Tracker`."""
 
     def summarize(self, values: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from wandb.sdk import wandb_setup
 
 from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import Outcome
+from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
 from flowjobs.tracking.identity import config_for_wandb
 from flowjobs.tracking.labels import renewed_notes, tags_for
 from flowjobs.tracking.offline_files import (
@@ -30,6 +30,7 @@ from flowjobs.tracking.offline_files import (
     last_step_on_record,
     session_files,
 )
+from flowjobs.tracking.rewinding import rewind_as_asked
 from flowjobs.tracking.server import RunAddress, Server
 from flowjobs.tracking.session import LOWEST, PICTURE, Mode
 
@@ -67,9 +68,11 @@ class WandbSession:
             self.on_record = last_step_on_record(run.folder)
         # What a parent process, or a session before, left here would be joined.
         os.environ.pop("WANDB_SERVICE", None)
+        config = run.config()
         if mode == "online":
             check_server_answers()
-        config = run.config()
+            login = wandb_setup.singleton().settings
+            rewind_as_asked(run, login.base_url, config.tracking.wandb_entity or login.entity)
         self._run = wandb.init(
             project=config.tracking.wandb_project,
             entity=config.tracking.wandb_entity,
@@ -113,6 +116,11 @@ class WandbSession:
             values[PICTURE] = wandb.Image(str(picture))
         # With commit the row is on record now; without, only when the next step is logged.
         self._run.log(values, step=row["step"], commit=True)
+
+    def leave(self) -> None:
+        """End the session; the run goes on in another one."""
+        self._run.mark_preempting()
+        self._run.finish(exit_code=EXIT_PREEMPTED)
 
     def finish(self, outcome: Outcome, summary: Mapping[str, Any], picture: Path | None) -> None:
         """Say how the attempt ended, and wait until it is on record.

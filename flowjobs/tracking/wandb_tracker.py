@@ -13,6 +13,7 @@ from typing import Any, Literal
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
 from flowjobs.tracking.child import child_environment, module_command
+from flowjobs.tracking.rewinding import ask_to_rewind
 from flowjobs.tracking.session import Mode, Session, new_session, read_session, write_session
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,10 @@ class WandbTracker:
     def last_row_comes(self) -> None:
         """See `Tracker`."""
         self._try(lambda: self._send("last"))
+
+    def comes_out_otherwise(self, step: int) -> None:
+        """See `Tracker`."""
+        self._try(lambda: ask_to_rewind(self._run, step))
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""

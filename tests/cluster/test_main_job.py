@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowjobs.runs.lock import RunLock
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
 from flowjobs.training.checkpoint import read_checkpoint
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -211,3 +213,16 @@ def test_ranks_on_several_nodes_train_one_run(
     assert status is not None
     assert len(status.attempts) == 1
     assert [row["step"] for row in read_rows(run.metrics_file)][-1] == 69
+
+
+def test_ranks_do_not_wait_for_a_first_one_that_finds_the_run_taken(
+    slurm: SlurmCluster, flowjobs: Command, study: Path
+) -> None:
+    options = ("--nodes", "2", "--name", "taken", "--sbatch", "hold=True")
+    job_id = submitted(flowjobs("submit", *MODEL, *QUICK, *options))
+    run = Run(study, "taken")
+    with RunLock(run.folder, JobInfo.in_foreground()):
+        subprocess.run(["scontrol", "release", job_id], check=True)
+        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "FAILED"
+    assert "is being trained by" in output_of(run)
+    assert run.status() is None

@@ -10,11 +10,14 @@ from flowjobs.runs.metrics import MetricsFile, read_rows
 ROWS = [{"step": step, "train/loss": 1 / step} for step in (10, 20, 30)]
 
 
-def write(path: Path, after_step: int, rows: list[dict[str, float]]) -> None:
+def write(path: Path, after_step: int, rows: list[dict[str, float]]) -> list[int | None]:
     metrics = MetricsFile(path, after_step)
+    common = []
     for row in rows:
+        common.append(metrics.last_step_before_other(row))
         metrics.append(row)
     metrics.close()
+    return common
 
 
 def test_rows_that_come_again_are_there_once_and_other_values_are_said(
@@ -23,11 +26,11 @@ def test_rows_that_come_again_are_there_once_and_other_values_are_said(
     path = tmp_path / "metrics.jsonl"
     write(path, 0, ROWS)
     with caplog.at_level(logging.WARNING):
-        write(path, 10, ROWS[1:])
+        assert write(path, 10, ROWS[1:]) == [None, None]
         assert list(read_rows(path)) == ROWS
         assert caplog.text == ""
         others = [row | {"train/loss": 0.1} for row in ROWS[1:]]
-        write(path, 10, others)
+        assert write(path, 10, others) == [10, None]
     assert list(read_rows(path)) == [ROWS[0], *others]
     assert caplog.text.count("does not come out as it did before") == 1
     assert "step 20 " in caplog.text

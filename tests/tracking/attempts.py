@@ -46,8 +46,10 @@ def make_run(study: Path, mode: WandbMode, name: str = "mirrored") -> Run:
 
 
 def row_at(step: int) -> Row:
-    """The row of a step: the same in every attempt, as training is exact."""
+    """The row of a step: the same in every attempt, as training is exact on the same hardware."""
     row: Row = {"step": step, "epoch": step // 100, "train/loss": 1 / step + 1 / 3}
+    if step > float(os.environ.get("OTHER_BITS_PAST", "inf")):
+        row["train/loss"] += 1e-9
     if step % 100 == 0:
         row["val/loss"] = 2 / step
     return row
@@ -66,7 +68,7 @@ def attempt(run: Run, last_step: int, pace_s: float) -> None:
             time.sleep(pace_s)
             recorder.record(row_at(step), is_last=step == last_step)
             recorder.progress(step, last_step, step // 100, None)
-            if step % SAVE_EVERY_STEPS == 0:
+            if step % SAVE_EVERY_STEPS == 0 and "NO_CHECKPOINT" not in os.environ:
                 checkpoint.with_suffix(".new").write_text(str(step))
                 checkpoint.with_suffix(".new").replace(checkpoint)
             if reason := signals.reason():

@@ -99,6 +99,11 @@ class _Stored:
             else:
                 self.lines.append(line)
 
+    def rewind(self, step: float) -> None:
+        self.lines = [line for line in self.lines if json.loads(line)["_step"] <= step]
+        self.seen = {(index, line) for index, line in self.seen if index < len(self.lines)}
+        self.summary = {}
+
 
 class Backend:
     """The server, and what a test does to it.
@@ -106,12 +111,14 @@ class Backend:
     Attributes:
         delay_s: How long every answer takes.
         fail_with: A status code that every request is answered with, or None.
+        can_rewind: Whether it knows how to; servers of one's own may not.
         requests: The names of the GraphQL operations, "file_stream" and "PUT name", in order.
     """
 
     def __init__(self) -> None:
         self.delay_s = 0.0
         self.fail_with: int | None = None
+        self.can_rewind = True
         self.requests: list[str] = []
         self._runs: dict[str, _Stored] = {}
         self._resuming: set[str] = set()
@@ -227,6 +234,8 @@ class Backend:
             return self._file_stream(found.group(1), asked)
         operation = _operation(asked["query"])
         self.requests.append(operation)
+        if operation == "FlowjobsRewind" and not self.can_rewind:
+            return 400, {"errors": [{"message": "Cannot query field rewindRun on Mutation"}]}
         return 200, {"data": self._graphql(operation, asked.get("variables") or {})}
 
     def _graphql(self, operation: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,6 +251,10 @@ class Backend:
                     return {"model": (self._resume_status if resuming else self._shown)(asked)}
                 case "UpsertBucket":
                     return {"upsertBucket": self._upsert(asked)}
+                case "FlowjobsRewind":
+                    self._runs[asked["name"]].rewind(asked["step"])
+                    done = {"id": asked["name"]}
+                    return {"rewindRun": {"rewoundRun": done}, "upsertBucket": {"bucket": done}}
                 case "CreateRunFiles":
                     files = [
                         {"name": name, "uploadUrl": f"{self.url}/put/{asked['run']}/{name}"}
@@ -287,7 +300,7 @@ class Backend:
             "historyTail": json.dumps(stored.lines[-1:]),
             "eventsTail": json.dumps(stored.events[-1:]),
         }
-        return {"bucket": bucket}
+        return {**_project(stored.project, stored.entity), "bucket": bucket}
 
     def _upsert(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         run_id = asked["name"] or asked["id"]
