@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,30 +101,32 @@ class TrainingJob:
 
     def train(self, signals: StopSignals, resume_path: Path | None) -> None:
         """Train to the end, or until told to leave."""
-        if self._process.rank > 0:
-            self._train(None, signals, resume_path)
-            return
 
-        # Before torch is loaded: what tracks the run starts meanwhile, on a core that is free yet.
-        with self._recording() as self._recorder, self._explained(signals):
-            self._train(self._recorder, signals, resume_path)
+        def train(recorder: "Recorder | None") -> None:
+            from flowjobs.training.run_training import run_training
 
-    def _train(
-        self, recorder: "Recorder | None", signals: StopSignals, resume_path: Path | None
-    ) -> None:
-        from flowjobs.training.run_training import run_training
-
-        with self._joined_ranks() as ranks:
+            ranks = self._join(group)
             run_training(self._run, recorder, ranks, signals.reason, resume_path)
 
-    def _joined_ranks(self) -> AbstractContextManager["Ranks"]:
+        # Left last: where the other ranks hang, leaving may, and the outcome is told by then.
+        with ExitStack() as group:
+            if self._process.rank > 0:
+                train(None)
+                return
+            # Before torch is loaded: what tracks the run starts beside that, on a free core.
+            with self._recording(group) as self._recorder, self._explained(signals):
+                train(self._recorder)
+
+    def _join(self, group: ExitStack) -> "Ranks":
         from flowjobs.training.distributed import joined_ranks
 
         process, use_gpu = self._process, self._run.config().slurm.gpus_per_node > 0
-        return joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu)
+        return group.enter_context(
+            joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu)
+        )
 
     @contextmanager
-    def _recording(self) -> Iterator["Recorder"]:
+    def _recording(self, group: ExitStack) -> Iterator["Recorder"]:
         """Holds the run and tracks it; for the first rank, which the others wait for."""
         from flowjobs.tracking.recorder import recording
 
@@ -139,8 +141,8 @@ class TrainingJob:
                     recorder = stack.enter_context(held)
                 except Exception:
                     if self._process.world_size > 1:
-                        with self._joined_ranks():
-                            pass  # they see it leave, and leave too
+                        with suppress(Exception):
+                            self._join(group)  # they see it leave, and leave too
                     raise
                 yield recorder
         except NoProgressError as error:

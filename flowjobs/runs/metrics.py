@@ -28,11 +28,13 @@ class MetricsFile:
     Args:
         path: The file; it is made where it does not exist.
         after_step: Rows past this step are dropped first: an earlier attempt wrote them after
-            the checkpoint that this one goes on from, and will come again with the same values.
+            the checkpoint that this one goes on from. On the same hardware they come again with
+            the same values. They are kept in `metrics.lost.jsonl` to tell.
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
-        self._last_step, self._dropped = _rewrite_up_to(path, after_step)
+        self._lost_file = path.with_suffix(".lost.jsonl")
+        self._last_step, self._lost = _rewrite_up_to(path, after_step, self._lost_file)
         self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._waiting = b""
@@ -52,16 +54,23 @@ class MetricsFile:
                     logger.warning("%s: %s; its rows wait in memory", self._path, error.strerror)
                 self._warned = True
 
-    def last_step_before_other(self, row: Mapping[str, Any]) -> int | None:
-        """Where a row differs from the dropped one of its step: the last step before it, or 0.
+    def notice_other_values(self, row: Mapping[str, Any]) -> int | None:
+        """Compare a row, before it is written, with the lost one of its step.
 
-        It does on another type of GPU, or with changed code. Said once, for the first such row;
-        asked before the row is written.
+        Returns:
+            The last step that came out as before, or 0, if this one does not: on another type of
+            GPU, or with changed code. None if it does, and after that: what was lost is forgotten.
         """
-        if self._dropped.pop(row["step"], row) == row:
+        if self._lost.pop(row["step"], row) == row:
             return None
-        self._dropped.clear()
-        logger.warning("step %d does not come out as it did before", row["step"])
+        self._lost.clear()
+        self._lost_file.unlink(missing_ok=True)
+        logger.warning(
+            "step %d does not come out as it did before that work was lost (on another type of "
+            "GPU? with changed code?); %s has the values that count",
+            row["step"],
+            self._path,
+        )
         return self._last_step
 
     def flush(self) -> None:
@@ -128,16 +137,22 @@ def _rows_of(text: bytes) -> Iterator[Row]:
             yield row
 
 
-def _rewrite_up_to(path: Path, step: int) -> tuple[int, dict[int, Row]]:
-    """Drop the rows past a step. Returns the last step that is left, and the dropped, by step."""
+def _rewrite_up_to(path: Path, step: int, lost_file: Path) -> tuple[int, dict[int, Row]]:
+    """Drop the rows past a step. Returns the last step that is left, and what is lost, by step."""
     # Always a new file: an attempt that has lost the run and does not know yet still has the old
     # one open, and what it appends there harms nobody.
     rows = list(read_rows(path))
     kept = [row for row in rows if row["step"] <= step]
+    # What attempts before the last one lost was told first, and may not have come again yet.
+    lost = {row["step"]: row for row in [*rows, *read_rows(lost_file)] if row["step"] > step}
+    if lost:
+        with replaced_whole(lost_file) as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in lost.values())
+    else:
+        lost_file.unlink(missing_ok=True)
     with replaced_whole(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
-    last_step = kept[-1]["step"] if kept else 0
-    return last_step, {row["step"]: row for row in rows if row["step"] > step}
+    return kept[-1]["step"] if kept else 0, lost
 
 
 def latest_values(path: Path) -> Row:

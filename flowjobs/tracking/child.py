@@ -35,7 +35,7 @@ def child_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(python_path),
         # wandb loads NumPy, whose threads would spin on the cores that train.
         "OPENBLAS_NUM_THREADS": "1",
-        # Go's idle threads look for work on those cores before they sleep: a third of what
-        # wandb-core takes.
+        # Nor those of wandb-core: that many at a time, and idle ones look for work before they
+        # sleep, a third of all that it takes.
         "GOMAXPROCS": "1",
     }

@@ -7,8 +7,9 @@ A process of its own, beside the one that trains, so that nothing that W&B does 
 server, hangs, dies, prints) reaches the training, and so that what was logged gets on record when
 the training is killed. It follows `metrics.jsonl`; on its standard input come "follow", when the
 rows of earlier attempts that do not count any more are gone from that file, "last", when the next
-row is the run's last, and "finish", when `tracking.json` holds the outcome. On its standard output
-go JSON lines of what a person should know. It ends with 0 if W&B knows the outcome.
+row is the run's last, and "finish", when `tracking.json` holds the outcome; what W&B should forget
+is noted on disk (`rewinding`). On its standard output go JSON lines of what a person should know.
+It ends with 0 if W&B knows the outcome.
 """
 
 import contextlib
@@ -110,7 +111,8 @@ class Mirror:
             self._session = dataclasses.replace(self._session, outcome=outcome)
             write_session(self._run, self._session)
             return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
-        self._newest_is_last = False
+        self._take_commands()
+        self._newest_is_last = False  # whatever was said: no picture comes
         self._put_on_record()
         time.sleep(2 * FLUSH_INTERVAL_S)
         return EXIT_NOT_CLOSED
@@ -178,7 +180,11 @@ class Mirror:
             # From the top: W&B may lack rows of this attempt and of those before it.
             self._rows = MetricsReader(self._run.metrics_file)
         rows = [row for row in self._rows.new_rows() if row["step"] > self._wandb.on_record]
-        if self._came_out_otherwise():
+        if self._has_rows_to_forget(self._wandb):
+            self._wandb.leave()
+            self._wandb = self._rows = self._held = None
+            self._open()  # where that is done
+            self._log_new_rows()
             return
         # "last" comes before the last row: where that has been read, it can be heard by now.
         self._take_commands()
@@ -188,21 +194,17 @@ class Mirror:
         if not self._newest_is_last:
             self._log_held_row()
 
-    def _came_out_otherwise(self) -> bool:
-        """Whether W&B has to forget rows first: then the next look begins at the top.
+    def _has_rows_to_forget(self, session: WandbSession) -> bool:
+        """Whether W&B has rows that came out otherwise since.
 
-        It is asked for before the first row that differs is written.
+        That is asked for before the first one that differs is written.
         """
-        assert self._wandb is not None, "opened before"
         step = asked_to_rewind(self._run)
         if step is None or self._session.mode == "offline":
             return False  # `sync` uploads no row but those of `metrics.jsonl`
-        if step >= self._wandb.on_record:
+        if step >= session.on_record:
             need_not_rewind(self._run)
             return False
-        self._wandb.leave()
-        self._wandb = self._rows = self._held = None
-        self._open()
         return True
 
     def _log_held_row(self, picture: Path | None = None) -> None:

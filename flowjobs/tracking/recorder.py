@@ -35,9 +35,9 @@ class Recorder:
     def record(self, row: Mapping[str, Any], *, is_last: bool = False) -> None:
         """Record one row on disk, where it is safe and where the tracker finds it."""
         assert self._metrics is not None, "go_on_after comes first"
-        common = self._metrics.last_step_before_other(row)
-        if common is not None:
-            self._tracker.comes_out_otherwise(common)
+        last_same = self._metrics.notice_other_values(row)
+        if last_same is not None:
+            self._tracker.comes_out_otherwise(last_same)
         if is_last:
             self._tracker.last_row_comes()
         self._metrics.append(row)

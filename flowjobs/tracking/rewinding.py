@@ -10,7 +10,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from flowjobs.errors import ServerError, TrackingError
+from flowjobs.errors import LoginError, ServerError, TrackingError
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.run import Run
 from flowjobs.tracking.server import RunAddress, Server
@@ -23,7 +23,7 @@ def ask_to_rewind(run: Run, step: int) -> None:
     before = asked_to_rewind(run)
     file = _file(run)
     file.parent.mkdir(exist_ok=True)
-    with replaced_whole(file) as noted:
+    with replaced_whole(file, flush=False) as noted:  # the training waits
         noted.write(str(step if before is None else min(step, before)).encode())
 
 
@@ -40,34 +40,37 @@ def need_not_rewind(run: Run) -> None:
     _file(run).unlink(missing_ok=True)
 
 
-def rewind_as_asked(run: Run, url: str, entity: str | None) -> None:
-    """Have the server at `url` forget the rows that are to go, if there are any.
+def rewind_as_asked(run: Run, server: Server, address: RunAddress) -> None:
+    """Have the server forget the rows that are to go, if there are any.
 
-    Where it cannot, it keeps them, and the log says so: rewinding is a preview, and servers of
-    one's own may lack it. The caller holds the `upload_lock`.
+    One that cannot keeps them, and the log says so: rewinding is a preview of W&B's own server,
+    and others may lack it. The caller holds the `upload_lock`.
+
+    Args:
+        run: The run.
+        server: Where it is.
+        address: What it is called there.
 
     Raises:
-        ServerError: It does not answer.
+        TrackingError: The server does not say what it has, or cannot be used now.
     """
     step = asked_to_rewind(run)
     if step is None:
         return
-    address = RunAddress(entity, run.config().tracking.wandb_project, run.tracking_id())
-    try:
-        server = Server.of_this_login(url)
-        there = server.run(address)
-        if there.last_step > step:
+    there = server.run(address)
+    if there.last_step > step:
+        try:
             server.rewind(replace(address, entity=there.entity), step)
-            logger.info("W&B forgets what it has past step %d: it came out otherwise", step)
-    except ServerError:
-        raise
-    except TrackingError as error:
-        logger.warning(
-            "W&B keeps other values past step %d than %s has: it cannot rewind the run (%s)",
-            step,
-            run.metrics_file,
-            error,
-        )
+            logger.info("W&B forgets what it has past step %d: that came out otherwise", step)
+        except (ServerError, LoginError):
+            raise
+        except TrackingError as error:
+            logger.warning(
+                "W&B keeps other values past step %d than %s has: it cannot rewind the run (%s)",
+                step,
+                run.metrics_file,
+                error,
+            )
     need_not_rewind(run)
 
 

@@ -16,8 +16,8 @@ ANSWER_WITHIN_S = 20.0
 # How long an answer that may pass (500, 429, a cut connection) is asked for again.
 PATIENCE_S = 30.0
 REFUSED = (401, 403)
-# To a question that a server does not know, as an older one may.
-ASKS_WRONGLY = (400, 404, 422)
+# To what an older server does not know.
+UNKNOWN_QUESTION = (400, 404, 422)
 
 # The client's RunResumeStatus, and `state` from its fragment of a run.
 RUN_QUERY = """query FlowjobsRun($project: String, $entity: String, $name: String!) {
@@ -30,16 +30,16 @@ RUN_QUERY = """query FlowjobsRun($project: String, $entity: String, $name: Strin
 }"""
 
 # The client's RewindRun, of `wandb.init(resume_from=…)`. It goes on from the step of the summary
-# where that is higher than the history's, so the summary goes too; each session says it whole.
+# where that is higher than the history's, so the summary goes first; each session says it whole.
 REWIND_MUTATION = """mutation FlowjobsRewind($entity: String!, $project: String, $name: String!,
-    $step: Float!) {
+    $summary: JSONString, $step: Float!) {
+  upsertBucket(input: {entityName: $entity, modelName: $project, name: $name,
+      summaryMetrics: $summary}) {
+    bucket { id }
+  }
   rewindRun(input: {entityName: $entity, projectName: $project, runName: $name,
       metricName: "_step", metricValue: $step}) {
     rewoundRun { id }
-  }
-  upsertBucket(input: {entityName: $entity, modelName: $project, name: $name,
-      summaryMetrics: "{}"}) {
-    bucket { id }
   }
 }"""
 
@@ -127,10 +127,16 @@ class Server:
         """Make the server forget the rows of a run past a step.
 
         Raises:
+            LoginError: The server refuses the key.
             ServerError: It fails or does not answer.
             TrackingError: It cannot.
         """
-        self._ask(REWIND_MUTATION, {**address.variables, "step": float(step)}, patience_s=0)
+        moment = {"summary": "{}", "step": float(step)}
+        try:
+            self._ask_once(REWIND_MUTATION, {**address.variables, **moment})
+        except _MayPassError as error:
+            kind = TrackingError if error.code in UNKNOWN_QUESTION else ServerError
+            raise kind(f"{self.url}: {error}") from error
 
     def _ask(self, query: str, variables: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
         give_up_at, pause_s = time.monotonic() + patience_s, 0.5
@@ -161,9 +167,7 @@ class Server:
                         "--relogin`, or mend WANDB_API_KEY"
                     ) from error
                 said = f"answers {error.code} {error.reason}"
-                if error.code in ASKS_WRONGLY:
-                    raise TrackingError(f"{self.url} {said}") from error
-                raise _MayPassError(said) from error
+                raise _MayPassError(said, error.code) from error
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise _MayPassError("does not answer") from error
@@ -179,6 +183,10 @@ class Server:
 
 class _MayPassError(Exception):
     """Asking again may help."""
+
+    def __init__(self, said: str, code: int | None = None) -> None:
+        super().__init__(said)
+        self.code = code
 
 
 def _last_of(tail: str | None, key: str, default: float) -> Any:

@@ -131,7 +131,7 @@ def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: flo
         shutil.rmtree(work)
     recorded = read_sessions(tracked_files(run))
     address = _address(run, recorded)
-    rewind_as_asked(run, server.url, address.entity)
+    rewind_as_asked(run, server, address)
     before = server.run(address)
     ending = _ending(run, before)
     last = max((row["step"] for row in read_rows(run.metrics_file)), default=-1)

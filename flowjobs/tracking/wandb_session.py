@@ -18,7 +18,7 @@ import wandb
 import wandb.errors
 from wandb.sdk import wandb_setup
 
-from flowjobs.errors import TrackingError
+from flowjobs.errors import LoginError, TrackingError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
 from flowjobs.tracking.identity import config_for_wandb
@@ -30,7 +30,7 @@ from flowjobs.tracking.offline_files import (
     last_step_on_record,
     session_files,
 )
-from flowjobs.tracking.rewinding import rewind_as_asked
+from flowjobs.tracking.rewinding import need_not_rewind, rewind_as_asked
 from flowjobs.tracking.server import RunAddress, Server
 from flowjobs.tracking.session import LOWEST, PICTURE, Mode
 
@@ -71,8 +71,7 @@ class WandbSession:
         config = run.config()
         if mode == "online":
             check_server_answers()
-            login = wandb_setup.singleton().settings
-            rewind_as_asked(run, login.base_url, config.tracking.wandb_entity or login.entity)
+            self._forget_lost_rows()
         self._run = wandb.init(
             project=config.tracking.wandb_project,
             entity=config.tracking.wandb_entity,
@@ -103,6 +102,18 @@ class WandbSession:
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
         self._label(None)
+
+    def _forget_lost_rows(self) -> None:
+        """Before the session begins: it goes on from the last row that there is."""
+        run, tracking = self._folder_run, self._folder_run.config().tracking
+        settings = wandb_setup.singleton().settings
+        try:
+            server = Server.of_this_login(settings.base_url)
+        except LoginError:  # an identity token's, which only wandb can use
+            need_not_rewind(run)
+            return
+        entity = tracking.wandb_entity or settings.entity
+        rewind_as_asked(run, server, RunAddress(entity, tracking.wandb_project, run.tracking_id()))
 
     @property
     def file(self) -> Path:
@@ -186,7 +197,7 @@ def check_server_answers() -> None:
 
 def may_pass_at_once(error: Exception) -> bool:
     """Whether a new session may do: wandb's own process died, and not a server that refuses."""
-    return not isinstance(error, wandb.Error | TimeoutError | NotWrittenError)
+    return not isinstance(error, wandb.Error | TrackingError | TimeoutError | NotWrittenError)
 
 
 def tear_down_wandb() -> None:

@@ -114,7 +114,7 @@ class WandbTracker:
         except Exception as error:  # of any kind: tracking never stops training
             if not self._said:
                 self._said = True
-                logger.warning("W&B gets nothing of this attempt for now: %s", error)
+                logger.warning("W&B does not get all of this attempt for now: %s", error)
 
 
 def start_mirror(
@@ -140,8 +140,8 @@ def start_mirror(
                 stdin=pipe,
                 stdout=pipe,
                 stderr=output,
-                # Said here too: wandb's own telemetry of each row looks nowhere else, and takes
-                # a third of the row's time to reach no server.
+                # wandb's telemetry goes by this and not by `init(mode=…)`: offline, it would take a
+                # third of each row's time for nothing.
                 env={**child_environment(), "WANDB_MODE": session.mode},
                 start_new_session=True,
             )

@@ -129,10 +129,35 @@ def test_a_job_whose_import_fails_is_failed_with_the_reason(
     status = run.status()
     assert status is not None
     assert status.state == "failed"
-    said = f"job {job_id} ended before the run could start: ImportError: libcudart.so.12"
+    assert status.reason == "ImportError: libcudart.so.12: cannot open"
+    assert_in_wandb(run, "failed", 1, "libcudart.so.12: cannot open")
+    assert flowjobs("reconcile").stdout == ""
+
+
+def test_a_job_that_cannot_start_at_all_is_failed_with_the_reason(
+    slurm: SlurmCluster, flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Path("broken")
+    broken.mkdir()
+    path = os.pathsep.join([str(broken.absolute()), str(REPOSITORY)])
+    monkeypatch.setenv("PYTHONPATH", path)
+    done = flowjobs("submit", *OPTIONS, "--name", "broken", "--sbatch", "hold=True")
+    assert done.returncode == 0, done.stderr
+    # Neither submitit on the node nor the last lines of the batch script come so far.
+    (broken / "cloudpickle.py").write_text("raise ImportError('cannot open the environment')\n")
+    run = Run(study, "broken")
+    job_id = run.submissions()[0]["job_id"]
+    slurm.run("scontrol", "release", job_id)
+    assert slurm.wait_state(job_id, {"FAILED", "COMPLETED"}, 60) == "FAILED"
+    monkeypatch.delenv("PYTHONPATH")
+    wait_until(lambda: "failed" in flowjobs("reconcile").stdout, "accounting to know", 20)
+    status = run.status()
+    assert status is not None
+    assert status.state == "failed"
+    said = f"job {job_id} ended before the run could start: ImportError: cannot open"
     assert status.reason.startswith(said)
     assert status.attempts[0].kind == "never started"
-    assert_in_wandb(run, "failed", 1, "libcudart.so.12: cannot open")
+    assert_in_wandb(run, "failed", 1, "cannot open the environment")
     assert flowjobs("reconcile").stdout == ""
 
 

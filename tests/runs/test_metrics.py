@@ -14,7 +14,7 @@ def write(path: Path, after_step: int, rows: list[dict[str, float]]) -> list[int
     metrics = MetricsFile(path, after_step)
     common = []
     for row in rows:
-        common.append(metrics.last_step_before_other(row))
+        common.append(metrics.notice_other_values(row))
         metrics.append(row)
     metrics.close()
     return common
@@ -34,3 +34,16 @@ def test_rows_that_come_again_are_there_once_and_other_values_are_said(
     assert list(read_rows(path)) == [ROWS[0], *others]
     assert caplog.text.count("does not come out as it did before") == 1
     assert "step 20 " in caplog.text
+
+
+def test_what_was_lost_is_remembered_until_it_has_come_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 0, ROWS)
+    assert write(path, 10, ROWS[1:2]) == [None]  # an attempt that leaves before it is at row 30
+    other = [row | {"train/loss": 0.1} for row in ROWS[2:]]
+    assert write(path, 20, other) == [20]
+    assert list(read_rows(path)) == [*ROWS[:2], *other]
+    # W&B has had these rows forgotten, so what it had first does not count any more.
+    assert write(path, 20, other) == [None]
+    assert write(path, 30, []) == []
+    assert list(tmp_path.glob("metrics*")) == [path]

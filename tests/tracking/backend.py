@@ -102,7 +102,6 @@ class _Stored:
     def rewind(self, step: float) -> None:
         self.lines = [line for line in self.lines if json.loads(line)["_step"] <= step]
         self.seen = {(index, line) for index, line in self.seen if index < len(self.lines)}
-        self.summary = {}
 
 
 class Backend:
@@ -252,6 +251,7 @@ class Backend:
                 case "UpsertBucket":
                     return {"upsertBucket": self._upsert(asked)}
                 case "FlowjobsRewind":
+                    self._runs[asked["name"]].summary = json.loads(asked["summary"])
                     self._runs[asked["name"]].rewind(asked["step"])
                     done = {"id": asked["name"]}
                     return {"rewindRun": {"rewoundRun": done}, "upsertBucket": {"bucket": done}}

@@ -14,7 +14,7 @@ from tests.tracking.attempts import make_run
 from tests.tracking.backend import KEY, Backend
 from tests.tracking.history import on_server, run_to_the_end, without_picture
 
-COMMON = 100
+COMMON = 5000
 
 
 @pytest.fixture
@@ -46,11 +46,17 @@ def assert_server_has_what_counts(run: Run, backend: Backend) -> None:
     assert found.state == "finished"
 
 
-def test_the_server_forgets_the_rows_of_the_work_that_was_lost(run: Run, backend: Backend) -> None:
+@pytest.mark.parametrize(("pace_s", "sessions"), [(0.0, 2), (0.01, 3)])
+def test_the_server_forgets_the_rows_of_the_work_that_was_lost(
+    run: Run, backend: Backend, pace_s: float, sessions: int
+) -> None:
     lost = last(on_server(run, backend).rows)
-    said = run_to_the_end(run, lost + 500)
+    code, said = attempts.finish(attempts.start(run, lost + 500, pace_s))
+    assert code == 0, said
     assert f"step {COMMON + 10} does not come out as it did before" in said
     assert_server_has_what_counts(run, backend)
+    # Known before the second session began, or while it went on.
+    assert on_server(run, backend).sessions == sessions
 
 
 def test_a_server_that_was_away_meanwhile_gets_them_by_sync(run: Run, backend: Backend) -> None:

@@ -6,6 +6,7 @@ The real client, against a server on this machine and offline.
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -154,6 +155,23 @@ def test_an_offline_file_lacks_a_second_at_most_when_all_processes_are_killed(
     rows, told = list(read_rows(run.metrics_file)), attempts.offline_rows(run)
     assert told == rows[: len(told)]
     assert (len(rows) - len(told)) * 0.02 <= 1.0
+
+
+def test_the_last_row_of_a_run_that_is_killed_at_its_picture_is_there(
+    tracked_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = tracked_run("offline")
+    monkeypatch.setenv("PICTURE_AFTER_S", "60")
+    process = attempts.start(run, 200, pace_s=0.1)
+    mirror, _ = attempts.mirror_and_core(process.pid)
+    attempts.wait_for_rows(run, 20)
+    attempts.kill(process.pid)
+    attempts.finish(process)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{mirror}").exists():
+        assert time.monotonic() < deadline, "the mirror goes on without its parent"
+        time.sleep(0.05)
+    assert attempts.offline_rows(run) == list(read_rows(run.metrics_file))
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
