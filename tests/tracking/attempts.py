@@ -19,6 +19,7 @@ from typing import Any
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
 from flowjobs.errors import RunInterrupted
 from flowjobs.jobs.preemption import StopSignals
+from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -69,8 +70,8 @@ def attempt(run: Run, last_step: int, pace_s: float) -> None:
             recorder.record(row_at(step), is_last=step == last_step)
             recorder.progress(step, last_step, step // 100, None)
             if step % SAVE_EVERY_STEPS == 0 and "NO_CHECKPOINT" not in os.environ:
-                checkpoint.with_suffix(".new").write_text(str(step))
-                checkpoint.with_suffix(".new").replace(checkpoint)
+                with replaced_whole(checkpoint, flush=False) as file:
+                    file.write(str(step).encode())
             if reason := signals.reason():
                 checkpoint.write_text(str(step))
                 raise RunInterrupted(reason, step)

@@ -143,7 +143,8 @@ def test_two_attempts_alive_at_once_give_each_step_once(tracked_run: MakeRun, mo
     # As when only slurmd has died: nothing keeps the second one from starting.
     (run.folder / ".lock").unlink()
     second = attempts.start(run, 1500, pace_s=0.02)
-    assert attempts.finish(second)[0] == 0
+    code, said = attempts.finish(second)
+    assert code == 0, said
     attempts.finish(first)
     expected = [attempts.row_at(10 * number) for number in range(1, 151)]
     if backend is None:
