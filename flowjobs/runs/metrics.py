@@ -29,7 +29,7 @@ class MetricsFile:
         path: The file; it is made where it does not exist.
         after_step: Rows past this step are dropped first: an earlier attempt wrote them after
             the checkpoint that this one goes on from. On the same hardware they come again with
-            the same values. They are kept in `metrics.lost.jsonl` to tell.
+            the same values; until they have, they are kept in `metrics.lost.jsonl` to tell.
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
@@ -61,10 +61,15 @@ class MetricsFile:
             The last step that came out as before, or 0, if this one does not: on another type of
             GPU, or with changed code. None if it does, and after that: what was lost is forgotten.
         """
-        if self._lost.pop(row["step"], row) == row:
+        if not self._lost:
             return None
-        self._lost.clear()
-        self._lost_file.unlink(missing_ok=True)
+        same = self._lost.pop(row["step"], row) == row
+        if not same:
+            self._lost.clear()
+        if not self._lost:
+            self._lost_file.unlink(missing_ok=True)
+        if same:
+            return None
         logger.warning(
             "step %d does not come out as it did before that work was lost (on another type of "
             "GPU? with changed code?); %s has the values that count",

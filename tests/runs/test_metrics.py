@@ -45,5 +45,4 @@ def test_what_was_lost_is_remembered_until_it_has_come_again(tmp_path: Path) -> 
     assert list(read_rows(path)) == [*ROWS[:2], *other]
     # W&B has had these rows forgotten, so what it had first does not count any more.
     assert write(path, 20, other) == [None]
-    assert write(path, 30, []) == []
     assert list(tmp_path.glob("metrics*")) == [path]
