@@ -102,7 +102,7 @@ class TrainingJob:
     def train(self, signals: StopSignals, resume_path: Path | None) -> None:
         """Train to the end, or until told to leave."""
 
-        def train(recorder: "Recorder | None") -> None:
+        def train_as_rank(recorder: "Recorder | None") -> None:
             from flowjobs.training.run_training import run_training
 
             ranks = self._join(group)
@@ -111,11 +111,11 @@ class TrainingJob:
         # Left last: where the other ranks hang, leaving may, and the outcome is told by then.
         with ExitStack() as group:
             if self._process.rank > 0:
-                train(None)
+                train_as_rank(None)
                 return
             # Before torch is loaded: what tracks the run starts beside that, on a free core.
             with self._recording(group) as self._recorder, self._explained(signals):
-                train(self._recorder)
+                train_as_rank(self._recorder)
 
     def _join(self, group: ExitStack) -> "Ranks":
         from flowjobs.training.distributed import joined_ranks

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ class MetricsFile:
         if not same:
             self._lost.clear()
         if not self._lost:
-            self._lost_file.unlink(missing_ok=True)
+            with suppress(OSError):  # it goes with the next attempt
+                self._lost_file.unlink(missing_ok=True)
         if same:
             return None
         logger.warning(

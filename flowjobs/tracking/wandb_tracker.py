@@ -52,7 +52,10 @@ class WandbTracker:
 
     def comes_out_otherwise(self, step: int) -> None:
         """See `Tracker`."""
-        self._try(lambda: ask_to_rewind(self._run, step))
+        try:
+            ask_to_rewind(self._run, step)
+        except OSError as error:
+            logger.warning("W&B keeps other values past step %d: %s", step, error)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
@@ -114,7 +117,7 @@ class WandbTracker:
         except Exception as error:  # of any kind: tracking never stops training
             if not self._said:
                 self._said = True
-                logger.warning("W&B does not get all of this attempt for now: %s", error)
+                logger.warning("W&B gets nothing of this attempt for now: %s", error)
 
 
 def start_mirror(
