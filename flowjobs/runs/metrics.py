@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -153,13 +153,16 @@ def _rewrite_up_to(path: Path, step: int, lost_file: Path) -> tuple[int, dict[in
     # What attempts before the last one lost was told first, and may not have come again yet.
     lost = {row["step"]: row for row in [*rows, *read_rows(lost_file)] if row["step"] > step}
     if lost:
-        with replaced_whole(lost_file) as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in lost.values())
+        _write_rows(lost_file, lost.values())
     else:
         lost_file.unlink(missing_ok=True)
-    with replaced_whole(path) as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+    _write_rows(path, kept)
     return kept[-1]["step"] if kept else 0, lost
+
+
+def _write_rows(path: Path, rows: Iterable[Row]) -> None:
+    with replaced_whole(path) as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def latest_values(path: Path) -> Row:
