@@ -27,21 +27,8 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
 
-# A signal that comes before python listens would kill it; blocked ones wait.
-guard=
-block='env --block-signal=TERM --block-signal=USR2'
-$block true 2>/dev/null && guard=$block
+export PATH  # bash may have made it up, where jobs start with an empty environment
 
-# srun, so that the signals reach python; it does not take over --cpus-per-task by itself.
-srun --unbuffered ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    $guard "$PYTHON" -u -m flowjobs train "$@"
-code=$?
-
-# For a death that could not speak: says what it was, and goes on if it may (train --retries N).
-study=()
-for argument in "$@"; do
-    [ "${previous:-}" = --study ] && study=(--study "$argument")
-    previous=$argument
-done
-[ $code -eq 0 ] || "$PYTHON" -m flowjobs reconcile --exit-code $code "${study[@]}"
-exit $code
+# Runs `flowjobs train` under srun, as the job's own: it is requeued when it is told to leave. Of a
+# death that could not speak it says what it was, and goes on if it may (train --retries N).
+exec "$PYTHON" -u -m flowjobs.cli.batch_script "$@"

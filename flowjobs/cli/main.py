@@ -2,15 +2,15 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any, Union
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
 from flowjobs.cli.cancel import Cancel
 from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.data import Data
-from flowjobs.cli.defaults import load_defaults
+from flowjobs.cli.defaults import Defaults, load_defaults
 from flowjobs.cli.drill import Drill
 from flowjobs.cli.logs import Logs
 from flowjobs.cli.reconcile import Reconcile
@@ -44,11 +44,16 @@ Ctrl-C, the same command goes on; 130 cancelled.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point of `flowjobs` and `python -m flowjobs`. Always exits."""
+    exit_with(lambda: run(sys.argv[1:] if arguments is None else arguments))
+
+
+def exit_with(command: Callable[[], int]) -> NoReturn:
+    """Exit with a command's exit code, or with that of the error that it raises, in words."""
     # A user's own model is looked up from here, also by the console script.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+        sys.exit(command())
     except FlowjobsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -66,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command. Returns its exit code."""
+    command, defaults = parse(arguments)
+    code: int = command.run(defaults)
+    return code
+
+
+def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
+    """The command that is meant, and the defaults that it was filled with."""
     defaults = load_defaults(arguments=arguments)
     if "study" in defaults.values:
         # Every command looks there for the study, and a flag wins over it.
@@ -84,8 +96,7 @@ def run(arguments: Sequence[str]) -> int:
         default = {"default": defaults.fill(cls)}
     elif cls is Drill:
         default = {"default": Drill.with_defaults(defaults)}
-    code: int = _parse(cls, f"flowjobs {name}", rest, **default).run(defaults)
-    return code
+    return _parse(cls, f"flowjobs {name}", rest, **default), defaults
 
 
 def _parse(command: Any, prog: str, arguments: Sequence[str], **options: Any) -> Any:

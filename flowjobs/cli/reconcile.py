@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import existing_run
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
-from flowjobs.runs.run import default_study, run_names
+from flowjobs.runs.run import Run, default_study, run_names
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ class Reconcile:
 
     def run(self, defaults: Defaults) -> int:
         """Close what is dead. Returns the exit code."""
-        from flowjobs.jobs.environment import batch_script_job
-        from flowjobs.jobs.reconcile import close_ended_job, reconcile
+        from flowjobs.jobs.reconcile import reconcile
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         study = self.study.expanduser().absolute()
@@ -39,12 +39,25 @@ class Reconcile:
             for closed in reconcile(existing_run(study, name) for name in names):
                 print(f"{closed.run.name}: {closed.outcome.state}: {closed.outcome.reason}")
             return 0
-        if "SLURM_JOB_ID" not in os.environ:
-            raise ConfigError("--exit-code: expected only in the batch script of a Slurm job")
-        for name in self.names or run_names(study):
-            run = existing_run(study, name)
-            job = batch_script_job(run)
-            concerned = self.names or job.job_id in {job["job_id"] for job in run.submissions()}
-            if concerned and (outcome := close_ended_job(run, job, self.exit_code)):
-                print(f"{run.name}: {outcome.state}: {outcome.reason}")
+        if "SLURM_JOB_ID" not in os.environ or not self.names:
+            raise ConfigError(
+                "--exit-code: expected only in the batch script of a run's own job, with its name"
+            )
+        close_in_batch_script([existing_run(study, name) for name in self.names], self.exit_code)
         return 0
+
+
+def close_in_batch_script(runs: Iterable[Run], exit_code: int) -> None:
+    """Close the runs of the job whose batch script this process is in, and print how they ended.
+
+    Args:
+        runs: Of the job.
+        exit_code: What its srun returned, not 0.
+    """
+    from flowjobs.jobs.environment import batch_script_job
+    from flowjobs.jobs.reconcile import close_ended_job
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for run in runs:
+        if outcome := close_ended_job(run, batch_script_job(run), exit_code):
+            print(f"{run.name}: {outcome.state}: {outcome.reason}")

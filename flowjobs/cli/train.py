@@ -6,10 +6,17 @@ from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import prepare_run
-from flowjobs.config import OptionalPath, OptionalStr, RestartConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import (
+    OptionalPath,
+    OptionalStr,
+    RestartConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
 from flowjobs.errors import ConfigError
 from flowjobs.runs.lock import lock_holder
-from flowjobs.runs.run import default_study
+from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import EXIT_PREEMPTED
 
 
@@ -31,15 +38,19 @@ class Train:
     """Start from this checkpoint; without it, the run goes on from its last.pt if there is one. A
     run that already comes from it goes on from its last.pt too."""
 
+    def prepare(self, defaults: Defaults) -> tuple[Run, RunConfig]:
+        """The run that is meant, and its config. Writes nothing."""
+        return prepare_run(
+            defaults, self.study, self.name, self.training, None, self.tracking, self.restarts
+        )
+
     def run(self, defaults: Defaults) -> int:
         """Train to the end. Returns the exit code."""
         from flowjobs.jobs.environment import started_by_person, waited_while_cancelled
         from flowjobs.jobs.task import log_to_stderr
         from flowjobs.jobs.training_job import train_run
 
-        run, config = prepare_run(
-            defaults, self.study, self.name, self.training, None, self.tracking, self.restarts
-        )
+        run, config = self.prepare(defaults)
         resume = self.resume
         if resume is not None and not resume.is_file():
             # A run that came from it goes on without it.

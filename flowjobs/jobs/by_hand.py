@@ -1,5 +1,6 @@
 """Jobs that a person submitted with plain sbatch: found out at their start, submitted again so."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import slurm
-from flowjobs.jobs.sbatch_environment import environment_for_sbatch
+from flowjobs.jobs.origin import Origin, origin_of
+from flowjobs.jobs.sbatch_environment import SCRIPT_ARGUMENTS, environment_for_sbatch
 from flowjobs.runs.run import Run
 
 # What sbatch was told on its command line is not in the script, so it is taken from the job's
@@ -59,6 +61,7 @@ def note_job(run: Run, job_id: str) -> str | None:
         return log  # a shell of salloc's, say: nothing to submit again
     again: list[str] = []
     script = run.logs / f"{job_id}.sh"
+    Origin.here().note(run, job_id)
     if slurm.write_batch_script(job_id, str(script)):
         again = _command(record, script)
     continues = os.environ.get(slurm.CONTINUES)
@@ -82,12 +85,16 @@ def resubmit(run: Run, entry: dict[str, Any], exclude: str | None) -> str:
         command = [option for option in command if option not in before]
     # The new job must know what it is, also where jobs get no environment by default.
     command.insert(1, "--export=ALL")
-    environment = environment_for_sbatch(os.environ, run.config().slurm)
     old = entry["job_id"]
-    new = slurm.sbatch(command, {**environment, slurm.CONTINUES: old})
+    origin = origin_of(run, old)
+    environment = environment_for_sbatch(origin.environment, run.config().slurm)
+    if token := os.environ.get("SLURM_JWT"):
+        environment["SLURM_JWT"] = token
+    new = slurm.sbatch(command, environment | {slurm.CONTINUES: old, "PYTHON": origin.python})
     if any(option.startswith("--array=") for option in command):
         new = f"{new}_{old.partition('_')[2]}"
     log = Path(entry["log"]) if entry["log"] else None
+    origin.note(run, new)
     run.add_submission(new, "slurm", log, continues=old, again=entry["again"])
     return new
 
@@ -111,5 +118,6 @@ def _command(record: slurm.JobRecord, script: Path) -> list[str]:
             options.append(f"--gpus-per-node={wanted.removeprefix('gpu:')}")
         else:
             options.append(f"--gres={wanted}")
-    _, *arguments = fields.get("Command", "").split() or [""]  # Slurm quotes nothing
+    # As the script got them: in its record of the command Slurm quotes nothing.
+    arguments = json.loads(os.environ.get(SCRIPT_ARGUMENTS, "[]"))
     return ["sbatch", "--parsable", "--open-mode=append", *options, str(script), *arguments]

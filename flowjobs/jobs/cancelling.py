@@ -3,12 +3,13 @@
 import contextlib
 import os
 import signal
+import socket
 
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import slurm
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import EXIT_CANCELLED, Outcome, RunStatus
+from flowjobs.runs.status import EXIT_CANCELLED, Outcome, RunStatus, same_host
 from flowjobs.tracking.closing import close_session
 
 
@@ -49,7 +50,7 @@ def _end_jobs(run: Run) -> list[str]:
     attempt = status.open_attempt if status else None
     if attempt and attempt.job.cluster in ("local", "none") and lock_holder(run.folder):
         job = attempt.job
-        if job.host != os.uname().nodename:
+        if not same_host(job.host, socket.gethostname()):
             raise SubmissionError(
                 f"{run.name} runs as process {job.pid} on {job.host}: cancel it from there; "
                 "it is noted as cancelled and will not be started again"

@@ -3,6 +3,7 @@
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from submitit.core.job_environment import JobEnvironment
 from submitit.local.debug import DebugJobEnvironment
@@ -11,6 +12,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import by_hand, slurm
+from flowjobs.jobs.sbatch_environment import submitted_for_run
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 
@@ -35,9 +37,10 @@ class JobProcess:
 def this_process(run: Run) -> JobProcess:
     """Look up where this process runs, and set MASTER_ADDR and MASTER_PORT if it is one of many.
 
-    A process in the foreground is a job of its own, also inside an interactive Slurm job: only
-    `srun` makes ranks.
+    A process in the foreground is a job of its own, also inside a Slurm job that was not submitted
+    for the run: that one is a person's, and only lends its ranks.
     """
+    forget_what_is_not_here()
     environment = _submitit_environment()
     if environment is None:
         log = run.logs / f"{socket.gethostname()}-{os.getpid()}.log"
@@ -47,25 +50,49 @@ def this_process(run: Run) -> JobProcess:
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     return JobProcess(
-        JobInfo(
-            cluster=environment.name(),
-            job_id=environment.job_id,
-            log=_log_file(environment, run),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
-            restart=_restarts(environment, run),
-            continues=slurm.CONTINUES in os.environ,
-        ),
+        _job_of(environment, run),
         rank=environment.global_rank,
         world_size=environment.num_tasks,
         local_rank=environment.local_rank,
     )
 
 
+def forget_what_is_not_here() -> None:
+    """Drop variables that a job inherits from where it was submitted, and that do not hold in it.
+
+    A temporary folder of the login node, which wandb-core trusts blindly, and a token for Slurm,
+    which has run out when the job ends: on a node, Slurm's commands need none.
+    """
+    if not Path(os.environ.get("TMPDIR", "/")).is_dir():
+        del os.environ["TMPDIR"]
+    if submitted_for_run():
+        os.environ.pop("SLURM_JWT", None)
+
+
+def _job_of(environment: JobEnvironment, run: Run) -> JobInfo:
+    if environment.name() == "slurm" and not submitted_for_run():
+        log = run.logs / f"{socket.gethostname()}-{os.getpid()}.log"
+        return JobInfo.in_foreground(log)
+    return JobInfo(
+        cluster=environment.name(),
+        job_id=environment.job_id,
+        log=_log_file(environment, run),
+        # Slurm's name of the node; the host's own may have a domain, which --exclude refuses.
+        host=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        pid=os.getpid(),
+        gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        restart=_restarts(environment, run),
+        continues=slurm.CONTINUES in os.environ,
+    )
+
+
 def _submitit_environment() -> JobEnvironment | None:
-    # A batch script of one's own does not set what submitit goes by.
-    if "SUBMITIT_EXECUTOR" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+    # submitit goes by a variable that a job inherits if it is submitted from inside one of ours.
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and not submitted_for_run():
+        del os.environ["SUBMITIT_EXECUTOR"]
+    # A step with a terminal is a shell, whatever number of tasks it asked for to get its cores.
+    ranks = "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_PTY_PORT" not in os.environ
+    if "SUBMITIT_EXECUTOR" not in os.environ and ranks:
         os.environ["SUBMITIT_EXECUTOR"] = "slurm"
     for kind in (DebugJobEnvironment, LocalJobEnvironment, SlurmJobEnvironment):
         environment: JobEnvironment = kind()
@@ -76,6 +103,7 @@ def _submitit_environment() -> JobEnvironment | None:
 
 def batch_script_job(run: Run) -> JobInfo:
     """The job whose batch script has started this process, outside of srun."""
+    forget_what_is_not_here()
     array_id = os.environ.get("SLURM_ARRAY_JOB_ID")
     job_id = os.environ["SLURM_JOB_ID"]
     if array_id:
@@ -93,6 +121,8 @@ def batch_script_job(run: Run) -> JobInfo:
 
 def started_by_person() -> bool:
     """Whether a person asked for this process: it is not the rest of an earlier job."""
+    if not submitted_for_run():
+        return True
     return (
         slurm.CONTINUES not in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
     )
@@ -104,7 +134,7 @@ def waited_while_cancelled(run: Run) -> bool:
     `flowjobs cancel` does not know such a job as long as it waits.
     """
     cancelled_at = run.cancelled_at()
-    if cancelled_at is None or "SLURM_JOB_ID" not in os.environ:
+    if cancelled_at is None or not submitted_for_run():
         return False
     try:
         record = slurm.job_record(os.environ["SLURM_JOB_ID"])

@@ -17,13 +17,16 @@ from submitit.slurm.slurm import SlurmExecutor
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.jobs import slurm
+from flowjobs.jobs.sbatch_environment import JOB_OF_RUN, export_for
 from flowjobs.runs.run import Run
 
 # A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
 # blocked ones wait until there are some. Before 2019, env could not do that.
 SETUP = (
+    "# Slurm may have been told to pass on nothing to srun, which then finds no program.",
+    f"export PATH SLURM_EXPORT_ENV=ALL {JOB_OF_RUN}=$SLURM_JOB_ID",
     "guard=",
-    "block='env --block-signal=TERM --block-signal=USR2'",
+    'block="$(command -v env) --block-signal=TERM --block-signal=USR2"',
     "$block true 2>/dev/null && guard=$block",
 )
 
@@ -64,18 +67,22 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         return str(self._make_submission_file_text(self._submitit_command_str, uid=""))
 
 
-def make_executor(cluster: Cluster, run: Run, asked: SlurmConfig) -> Executor:
+def make_executor(
+    cluster: Cluster, run: Run, asked: SlurmConfig, python: str = sys.executable
+) -> Executor:
     """An executor whose batch files and logs are in the run's folder."""
     match cluster:
         case "slurm":
-            return slurm_executor(run, asked)
+            return slurm_executor(run, asked, python)
         case "local":
             return _local_executor(run, asked)
         case "debug":
             return DebugExecutor(folder=run.logs)
 
 
-def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
+def slurm_executor(
+    run: Run, asked: SlurmConfig, python: str = sys.executable
+) -> SlurmExecutorAnywhere:
     """The executor for Slurm.
 
     Not submitit's AutoExecutor: that one cannot leave out what submitit sets by default, a wckey
@@ -84,6 +91,8 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
     options = dict(asked.sbatch)
     if "no-requeue" not in options:
         options = {"requeue": True, **options}
+    if exported := export_for(os.environ, asked):
+        options["export"] = exported
     # srun no longer takes over --cpus-per-task from sbatch since Slurm 22.05.
     srun_args = [f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else []
     memory = asked.mem_gb
@@ -109,17 +118,15 @@ def slurm_executor(run: Run, asked: SlurmConfig) -> SlurmExecutorAnywhere:
         "srun_args": srun_args,
         "additional_parameters": options,
         "setup": [*SETUP],
-        "teardown": _teardown(run),
+        "teardown": _teardown(run, python),
     }
-    executor = SlurmExecutorAnywhere(
-        folder=run.logs, python=f"$guard {shlex.quote(sys.executable)}"
-    )
+    executor = SlurmExecutorAnywhere(folder=run.logs, python=f"$guard {shlex.quote(python)}")
     executor.update_parameters(**parameters)
     return executor
 
 
-def _teardown(run: Run) -> list[str]:
-    command = [sys.executable, "-m", "flowjobs", "reconcile", run.name]
+def _teardown(run: Run, python: str) -> list[str]:
+    command = [python, "-m", "flowjobs", "reconcile", run.name]
     command += ["--study", str(run.study)]
     return [
         "code=$?",

@@ -5,7 +5,7 @@ import os
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import slurm
 from flowjobs.runs.lock import Judge, Verdict, system_lock_decides
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import JobInfo, same_host
 
 
 def judge_for(me: JobInfo) -> Judge:
@@ -20,7 +20,7 @@ def judge_for(me: JobInfo) -> Judge:
                 # of it still runs on a node that Slurm has lost.
                 return "gone"
             return system_lock_decides(holder, lock_is_free)
-        if lock_is_free and (holder.host == me.host or not slurm.is_here()):
+        if lock_is_free and (same_host(holder.host, me.host) or not slurm.is_here()):
             # On one machine the system's lock is right; without Slurm nobody knows more.
             return "gone"
         verdict = job_verdict(holder)

@@ -17,6 +17,7 @@ from flowjobs.errors import FlowjobsError, RunBusyError
 from flowjobs.jobs import deaths, slurm
 from flowjobs.jobs.going_on import go_on
 from flowjobs.jobs.holders import job_verdict
+from flowjobs.jobs.origin import check_own
 from flowjobs.jobs.submit import resubmit
 from flowjobs.runs.lock import RECONCILE, RunLock, Verdict, lock_holder, system_lock_decides
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
@@ -30,6 +31,7 @@ from flowjobs.runs.status import (
     Outcome,
     RunStatus,
     now,
+    same_host,
 )
 from flowjobs.tracking.closing import close_session, pending_outcome
 
@@ -183,7 +185,8 @@ def _find_gone_job(run: Run, status: RunStatus, queue: Queue) -> Dead | None:
     job = JobInfo(cluster, job_id, entry["log"], entry.get("host", "its node"), pid=0)
     started = job_id in {attempt.job.job_id for attempt in status.attempts}
     if cluster == "local":
-        if job.host != socket.gethostname() or _lives(int(job_id)) or lock_holder(run.folder):
+        here = same_host(job.host, socket.gethostname())
+        if not here or _lives(int(job_id)) or lock_holder(run.folder):
             return None
     elif cluster != "slurm" or job_id in queue or job_verdict(job) != "gone":
         return None
@@ -202,7 +205,7 @@ def _is_gone(run: Run, attempt: AttemptRecord, queue: Queue) -> bool:
         # A job that is not in this user's queue may be another user's.
         return state != "RUNNING" and job_verdict(job) == "gone"
     # The locks of processes on another machine are not always seen from here.
-    return job.host == socket.gethostname() and lock_holder(run.folder) is None
+    return same_host(job.host, socket.gethostname()) and lock_holder(run.folder) is None
 
 
 def _seen(status: RunStatus) -> Seen:
@@ -241,6 +244,8 @@ def _close(run: Run, dead: Dead) -> Outcome | None:
                 record = AttemptRecord(len(status.attempts) + 1, dead.job, started=now())
                 status.attempts.append(record)
             again = dead.waits or _should_go_on(run, status, dead)
+            if again and not dead.waits:
+                check_own(run, dead.job.job_id)
             outcome = _as_it_goes_on(dead.outcome, again)
             status.close(outcome)
             status.write(run.status_file)

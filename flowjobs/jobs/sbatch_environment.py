@@ -4,6 +4,7 @@ sbatch lets its variables win over the batch file, which holds the fields' value
 that means a field becomes that field's default, and is then hidden from sbatch.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,19 @@ from typing import Any
 from flowjobs.config import DECIDED_OPTIONS, SlurmConfig
 
 Fields = dict[str, Any]
+
+# Set by the batch script of a job that was submitted for a run: the job's own id.
+JOB_OF_RUN = "FLOWJOBS_JOB"
+# Set by sbatch/*.sh: their own arguments, as a JSON list.
+SCRIPT_ARGUMENTS = "FLOWJOBS_SCRIPT_ARGUMENTS"
+
+# Where a site, or its user, lets jobs start without the environment of their submission
+# (SBATCH_EXPORT=NONE), a job of ours still needs these.
+NEEDED = re.compile(
+    r"(FLOWJOBS|WANDB|OMP|MKL)_\w+|PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_ALL|NETRC|SLURM_CONF|"
+    r"PYTHON\w+|LD_LIBRARY_PATH|VIRTUAL_ENV|CONDA_PREFIX|XDG_CONFIG_HOME|"
+    r"(?i:https?_proxy|no_proxy)|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE"
+)
 
 # The variables of options whose names differ.
 OPTION_VARIABLES = {
@@ -164,6 +178,21 @@ DECIDED = {
 }
 
 
+def export_for(environment: Mapping[str, str], asked: SlurmConfig) -> str | None:
+    """The value of sbatch's `--export` for a job of ours; None: all of the environment.
+
+    Args:
+        environment: The environment that the job is submitted from.
+        asked: What is asked of the cluster.
+    """
+    found = str(asked.sbatch.get("export", environment.get("SBATCH_EXPORT", "ALL")))
+    names = [name for name in found.split(",") if name and name not in ("NONE", "NIL")]
+    if "ALL" in names:
+        return None if names == ["ALL"] else found
+    needed = [name for name in sorted(environment) if NEEDED.fullmatch(name)]
+    return ",".join([*names, *(name for name in needed if name not in names)])
+
+
 def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -> dict[str, str]:
     """The environment for sbatch, without what would overrule the batch file.
 
@@ -175,11 +204,11 @@ def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -
         environment: The environment of this process.
         asked: What the batch file is made from.
     """
-    kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
+    kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_JWT"}
     foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
     fields = {variable: field for variable, (field, _) in _MEANINGS.items()} | _ALTERNATIVES
     hidden = {variable for variable, field in fields.items() if getattr(asked, field) is not None}
-    hidden |= set(DECIDED)
+    hidden |= {*DECIDED, *variables_of("export"), JOB_OF_RUN, SCRIPT_ARGUMENTS}
     for option in asked.sbatch:
         hidden.update(variables_of(option))
     cleaned = {
@@ -192,3 +221,14 @@ def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -
         if rest := ",".join(entry for entry in others if entry and not _is_gpu(entry)):
             cleaned["SBATCH_GRES"] = rest
     return cleaned
+
+
+def submitted_for_run() -> bool:
+    """Whether the Slurm job that this process is in was submitted for a run.
+
+    By flowjobs or with sbatch/*.sh, whose batch script says so of its own job. The id is compared,
+    since jobs that are submitted from inside such a job inherit its variables. In any other job (a
+    shell of salloc's, a notebook, somebody's own batch script) this process is a guest: the job
+    is not requeued, submitted again or moved to another node for its sake.
+    """
+    return os.environ.get(JOB_OF_RUN, "") == os.environ.get("SLURM_JOB_ID")

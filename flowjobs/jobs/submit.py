@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import by_hand, slurm
 from flowjobs.jobs.executors import Cluster, make_executor
+from flowjobs.jobs.origin import Origin, origin_of
 from flowjobs.jobs.sbatch_environment import environment_for_sbatch
 from flowjobs.jobs.task import RunTask, log_to_stderr
 from flowjobs.runs.lock import lock_holder
@@ -55,6 +56,7 @@ def submit(
     *,
     continues: str | None = None,
     exclude: str | None = None,
+    origin: Origin | None = None,
     task: Callable[[], None] | None = None,
 ) -> SubmittedJob:
     """Submit the run's job.
@@ -65,22 +67,24 @@ def submit(
             exception.
         continues: The job that this one goes on from, without a person having asked for it.
         exclude: A node to leave out beside those of the config.
+        origin: From where and how; default: as this process is, with the config's options.
         task: What the job does; default: train the run.
 
     Raises:
         SubmissionError: sbatch refused; the text has its words and what could be meant.
     """
-    asked = run.config().slurm
+    origin = origin or Origin.here(run.config().slurm)
+    asked = origin.options or run.config().slurm
     if exclude:
         nodes = f"{asked.exclude},{exclude}" if asked.exclude else exclude
         asked = dataclasses.replace(asked, exclude=nodes)
     if continues:
-        # The new job must know what it is, also where jobs get no environment by default.
-        sbatch = KeyValues({**asked.sbatch, "export": "ALL"})
-        asked = dataclasses.replace(asked, sbatch=sbatch)
-    executor = make_executor(cluster, run, asked)
+        asked = dataclasses.replace(
+            asked, sbatch=KeyValues({"chdir": origin.folder, **asked.sbatch})
+        )
     with _noted_in_any_case(cluster):
-        with _environment_of(cluster, asked, continues):
+        with _environment_of(cluster, origin, asked, continues):
+            executor = make_executor(cluster, run, asked, origin.python)
             try:
                 job: Job[None] = executor.submit(task or RunTask(str(run.folder)))
             except (FailedJobError, FailedSubmissionError) as error:
@@ -89,6 +93,8 @@ def submit(
                         leftover.unlink()
                 raise SubmissionError(_explain(str(error), asked)) from error
         submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
+        if cluster == "slurm":
+            origin.note(run, job.job_id)
         run.add_submission(submitted.job_id, cluster, submitted.log, continues=continues)
     if isinstance(job, DebugJob):
         log_to_stderr()
@@ -115,7 +121,8 @@ def resubmit(run: Run, job: JobInfo, exclude: str | None = None) -> str:
     entries = [entry for entry in run.submissions() if entry["job_id"] == job.job_id]
     if entries and "again" in entries[-1]:
         return by_hand.resubmit(run, entries[-1], exclude)
-    return submit(run, "slurm", continues=job.job_id, exclude=exclude).job_id
+    origin = origin_of(run, job.job_id)
+    return submit(run, "slurm", continues=job.job_id, exclude=exclude, origin=origin).job_id
 
 
 def running_job(run: Run) -> str | None:
@@ -178,20 +185,22 @@ def _noted_in_any_case(cluster: Cluster) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment_of(cluster: Cluster, asked: SlurmConfig, continues: str | None) -> Iterator[None]:
-    """What a job inherits from the submitting process, while the block lasts."""
+def _environment_of(
+    cluster: Cluster, origin: Origin, asked: SlurmConfig, continues: str | None
+) -> Iterator[None]:
+    """What a job inherits, while the block lasts."""
     saved = dict(os.environ)
-    # A job that finds the service of another process's wandb fails to start its own.
-    os.environ.pop("WANDB_SERVICE", None)
-    os.environ.pop(slurm.CONTINUES, None)
+    inherited = {**origin.environment}
+    inherited.pop(slurm.CONTINUES, None)
     if continues:
-        os.environ[slurm.CONTINUES] = continues
+        inherited[slurm.CONTINUES] = continues
+    if token := saved.get("SLURM_JWT"):
+        inherited["SLURM_JWT"] = token
+    _replace_environment(inherited)
     try:
         match cluster:
             case "slurm":
-                cleaned = environment_for_sbatch(os.environ, asked)
-                os.environ.clear()
-                os.environ.update(cleaned)
+                _replace_environment(environment_for_sbatch(inherited, asked))
                 # submitit prints what sbatch said, and raises it as well.
                 with contextlib.redirect_stderr(io.StringIO()):
                     yield
@@ -201,8 +210,12 @@ def _environment_of(cluster: Cluster, asked: SlurmConfig, continues: str | None)
             case "debug":
                 yield
     finally:
-        os.environ.clear()
-        os.environ.update(saved)
+        _replace_environment(saved)
+
+
+def _replace_environment(environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
-def replaced_whole(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
+def replaced_whole(path: Path, *, flush: bool = True, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open a new file that takes `path`'s place when the block ends without an exception.
 
     The bytes are flushed to the disk before the rename and the folder after it, so that a power
@@ -20,10 +20,11 @@ def replaced_whole(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
         path: The file to replace.
         flush: Wait for the disk. Without, the file is still replaced whole for every process,
             but a power loss may leave an empty one.
+        mode: Who may read it, before the umask.
     """
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
-        with temporary.open("w+b") as file:
+        with open(temporary, "w+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             if flush:
@@ -49,10 +50,12 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, flush: bool = True) -> None:
-    """Replace `path` by `content` as JSON; see `replaced_whole` for `flush`."""
+def write_json(
+    path: Path, content: Mapping[str, Any], *, flush: bool = True, mode: int = 0o666
+) -> None:
+    """Replace `path` by `content` as JSON; see `replaced_whole` for `flush` and `mode`."""
     text = json.dumps(content, indent=2) + "\n"
-    with replaced_whole(path, flush=flush) as file:
+    with replaced_whole(path, flush=flush, mode=mode) as file:
         file.write(text.encode())
 
 

@@ -54,6 +54,10 @@ class Run:
         """A line a submission."""
         return self.folder / "jobs.jsonl"
 
+    def origin_file(self, job_id: str) -> Path:
+        """What a job was submitted from, readable by its user alone."""
+        return self.logs / f"{job_id}_origin.json"
+
     @property
     def cancel_file(self) -> Path:
         """There while the run is cancelled."""

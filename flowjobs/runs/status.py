@@ -108,6 +108,11 @@ class JobInfo:
         return cls("none", str(pid), str(log) if log else None, socket.gethostname(), pid)
 
 
+def same_host(one: str, other: str) -> bool:
+    """Whether two names are of one host: Slurm's name of a node has no domain, its own may have."""
+    return one.partition(".")[0] == other.partition(".")[0]
+
+
 @dataclass
 class AttemptRecord:
     """One start of the run, as `status.json` lists it. Times are UTC, in ISO 8601."""

@@ -29,7 +29,7 @@ from flowjobs.runs.files import write_json
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
+from flowjobs.runs.status import EXIT_PREEMPTED, Outcome, same_host
 from flowjobs.tracking.child import child_environment, module_command
 from flowjobs.tracking.clean_session import (
     Ending,
@@ -115,7 +115,7 @@ def _trains_elsewhere(run: Run) -> str | None:
     """Where the run trains, if it seems to: not everywhere are locks of another node seen."""
     status = run.status()
     attempt = status.open_attempt if status else None
-    if attempt is None or attempt.job.host == socket.gethostname():
+    if attempt is None or same_host(attempt.job.host, socket.gethostname()):
         return None
     files = [path for path in (run.metrics_file, run.status_file) if path.exists()]
     written = max((path.stat().st_mtime for path in files), default=0.0)

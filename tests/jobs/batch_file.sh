@@ -22,8 +22,10 @@
 #SBATCH --time=90
 
 # setup
+# Slurm may have been told to pass on nothing to srun, which then finds no program.
+export PATH SLURM_EXPORT_ENV=ALL FLOWJOBS_JOB=$SLURM_JOB_ID
 guard=
-block='env --block-signal=TERM --block-signal=USR2'
+block="$(command -v env) --block-signal=TERM --block-signal=USR2"
 $block true 2>/dev/null && guard=$block
 
 # command

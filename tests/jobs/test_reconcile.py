@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,15 +16,25 @@ from flowjobs.runs.run import Run
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
-from tests.jobs.disturbed import OPTIONS, REPOSITORY, Disturbed, Start, assert_in_wandb
+from tests.jobs.disturbed import (
+    OPTIONS,
+    REPOSITORY,
+    Disturbed,
+    Start,
+    assert_in_wandb,
+    by_hand,
+)
 
 
 def kill_with_its_batch_shell(job: Disturbed) -> None:
     """Kills all of a job that could say a word; the batch script's last lines die too."""
-    script = f"job{int(job.job_id):05}/slurm_script"
+    own = f"SLURM_JOB_ID={job.job_id}\0"
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if script in (process / "cmdline").read_text():
+            command = (process / "cmdline").read_text()
+            # By hand, the shell has become the plumbing of the script.
+            is_script = "slurm_script" in command or "flowjobs.cli.batch_script" in command
+            if is_script and own in (process / "environ").read_text():
                 os.kill(int(process.name), signal.SIGKILL)
     job.kill(signal.SIGKILL)
     job.slurm.wait_state(job.job_id, "FAILED")
@@ -102,15 +113,51 @@ def test_slurm_is_asked_once_for_all_runs(
     assert (counting / "calls").read_text() == "squeue\n"
 
 
-def test_a_lost_job_is_started_again_if_it_may_be(start: Start, flowjobs: Command) -> None:
+def reconcile_from_cron(job: Disturbed) -> subprocess.CompletedProcess[str]:
+    """In the root folder, with next to no environment, and with Slurm's own defaults."""
+    return subprocess.run(
+        [sys.executable, "-m", "flowjobs", "reconcile", "--study", str(job.run.study)],
+        env={"PATH": "/usr/bin:/bin", **job.slurm.env},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_lost_job_is_started_again_as_it_was_submitted(start: Start) -> None:
     job = start("--retries", "1")
     kill_with_its_batch_shell(job)
-    assert "starts again" in flowjobs("reconcile").stdout
+    origin = job.run.origin_file(job.job_id)
+    assert stat.S_IMODE(origin.stat().st_mode) == 0o600
+    os.chown(origin, 65534, -1)
+    done = reconcile_from_cron(job)
+    assert f"job {job.job_id} was submitted by nobody" in done.stderr
+    assert (job.status().state, len(job.job_ids())) == ("running", 1)
+    os.chown(origin, os.getuid(), -1)
+    assert "starts again" in reconcile_from_cron(job).stdout
     old, new = job.run.submissions()
     assert (old["job_id"], new["continues"]) == (job.job_id, job.job_id)
     assert job.slurm.job(new["job_id"])["ExcNodeList"] == "n1"
     job.wait_for_state("finished")
     assert_in_wandb(job.run, "finished", 0)
+
+
+def test_a_lost_job_by_hand_keeps_its_arguments_and_its_environment(
+    slurm: SlurmCluster, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    arguments = (*OPTIONS, "--arch-args", "control=con 'trol", "--retries=1", "--name=disturbed")
+    job = by_hand(study, slurm, "train.sh", (*arguments, f"--study={study}"), "--mem=1G")
+    kill_with_its_batch_shell(job)
+    assert "starts again" in reconcile_from_cron(job).stdout
+    _, new = job.run.submissions()
+    record = slurm.job(new["job_id"])
+    assert (record["ExcNodeList"], record["MinMemoryNode"]) == ("n1", "1G")
+    job.wait_for_state("finished")
+    assert job.run.config().training.arch_args == {"control": "con 'trol"}
 
 
 def test_a_job_whose_import_fails_is_failed_with_the_reason(

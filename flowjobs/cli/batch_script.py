@@ -1,0 +1,97 @@
+"""The plumbing of sbatch/*.sh: trains under srun, and looks into a death that could not speak.
+
+python -m flowjobs.cli.batch_script ARGUMENTS         those of `flowjobs train`
+python -m flowjobs.cli.batch_script --lines-of FILE   those on the line of the array's task
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowjobs.cli.main import exit_with, parse
+from flowjobs.cli.reconcile import close_in_batch_script
+from flowjobs.errors import ConfigError
+from flowjobs.jobs.sbatch_environment import JOB_OF_RUN, SCRIPT_ARGUMENTS
+
+# Slurm tells them to all of a job; what a batch script has left to do comes after.
+OUTLIVED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+def main() -> None:
+    """Run the job's step. Always exits, with srun's exit code."""
+    exit_with(lambda: run(sys.argv[1:]))
+
+
+def run(script_arguments: Sequence[str]) -> int:
+    """Train under srun, and close the run if that died. Returns srun's exit code."""
+    arguments = list(script_arguments)
+    if arguments[:1] == ["--lines-of"]:
+        script_arguments = arguments[1:]
+        arguments = _arguments_on_line(script_arguments)
+    # What cannot be meant ends here, and not on every rank.
+    command, defaults = parse(["train", *arguments])
+    run = command.prepare(defaults)[0]
+    for number in OUTLIVED:
+        # A handler, unlike SIG_IGN, is not inherited by srun.
+        signal.signal(number, lambda number, frame: None)
+    code = _train(arguments, script_arguments)
+    if code and run.exists():
+        # Of a death that could not speak: what it was, and a restart if there may be one.
+        close_in_batch_script([run], code)
+    return code
+
+
+def _arguments_on_line(files: Sequence[str]) -> list[str]:
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if len(files) != 1 or task is None:
+        raise ConfigError("expected sbatch --array=1-N sbatch/array.sh FILE, a line a run in FILE")
+    try:
+        lines = Path(files[0]).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{files[0]}: {error.strerror}") from error
+    if not 1 <= int(task) <= len(lines):
+        raise ConfigError(f"{files[0]} has no line {task}: it has {len(lines)}")
+    try:
+        arguments = shlex.split(lines[int(task) - 1])
+    except ValueError as error:
+        raise ConfigError(f"{files[0]}, line {task}: {error}") from error
+    if not arguments:
+        raise ConfigError(f"{files[0]}, line {task}: found no arguments")
+    return arguments
+
+
+def _train(arguments: Sequence[str], script_arguments: Sequence[str]) -> int:
+    environment = {
+        **os.environ,
+        JOB_OF_RUN: os.environ.get("SLURM_JOB_ID", ""),
+        SCRIPT_ARGUMENTS: json.dumps(list(script_arguments)),
+        # Slurm may have been told to pass on nothing to srun, which then finds no program.
+        "SLURM_EXPORT_ENV": "ALL",
+    }
+    # srun, so that the signals reach python; it does not take over --cpus-per-task by itself.
+    command = ["srun", "--unbuffered"]
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+        command.append(f"--cpus-per-task={cpus}")
+    command += [*_guard(), sys.executable, "-u", "-m", "flowjobs", "train", *arguments]
+    code = subprocess.run(command, env=environment, check=False).returncode
+    return code if code >= 0 else 128 - code
+
+
+def _guard() -> list[str]:
+    """A signal that comes before python listens would kill it; blocked ones wait.
+
+    Before 2019, env could not do that.
+    """
+    guard = [shutil.which("env") or "/usr/bin/env", "--block-signal=TERM", "--block-signal=USR2"]
+    known = subprocess.run([*guard, "true"], stderr=subprocess.DEVNULL, check=False)
+    return guard if known.returncode == 0 else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What a job was submitted from: kept beside it, so that a restart does not depend on who asks.
+
+`reconcile` runs in cron's directory with cron's environment, or as a colleague; a run started again
+from there would find neither its modules nor its credentials.
+"""
+
+import json
+import os
+import pwd
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from flowjobs.config import KeyValues, SlurmConfig
+from flowjobs.errors import SubmissionError
+from flowjobs.jobs.sbatch_environment import submitted_for_run
+from flowjobs.runs.files import write_json
+from flowjobs.runs.run import Run
+
+# Of one process or one session only, and wrong in another job. The token for Slurm has run out.
+OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where and how a job was submitted.
+
+    Attributes:
+        folder: The working directory.
+        python: The interpreter.
+        environment: All variables.
+        options: What was asked of the cluster; None for a job by hand, which has a command.
+    """
+
+    folder: str
+    python: str
+    environment: Mapping[str, str]
+    options: SlurmConfig | None = None
+
+    @classmethod
+    def here(cls, options: SlurmConfig | None = None) -> "Origin":
+        """This process as an origin."""
+        kept = {name: text for name, text in os.environ.items() if name not in OF_A_SESSION}
+        return cls(os.getcwd(), sys.executable, kept, options)
+
+    def note(self, run: Run, job_id: str) -> None:
+        """Keep it beside the job, for this user's eyes alone: there may be tokens in it."""
+        write_json(run.origin_file(job_id), asdict(self), mode=0o600)
+
+
+def origin_of(run: Run, job_id: str) -> Origin:
+    """What a job of the run was submitted from.
+
+    Raises:
+        SubmissionError: It cannot be known, or is another user's.
+    """
+    path = run.origin_file(job_id)
+    check_own(run, job_id)
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        if os.environ.get("SLURM_JOB_ID") == job_id and submitted_for_run():
+            return Origin.here(run.config().slurm)  # its own environment is as good
+        raise SubmissionError(
+            f"there is no record of what job {job_id} was submitted from ({path}): "
+            f"submit {run.name} again from where you did"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SubmissionError(f"{path} cannot be read ({error}): submit {run.name} again") from None
+    options = found.pop("options")
+    if options is not None:
+        options = SlurmConfig(**options | {"sbatch": KeyValues(options["sbatch"])})
+    return Origin(**found, options=options)
+
+
+def check_own(run: Run, job_id: str) -> None:
+    """Raise a SubmissionError if another user has submitted the job: it is theirs to restart."""
+    try:
+        owner = run.origin_file(job_id).stat().st_uid
+    except FileNotFoundError:
+        return
+    if owner != os.getuid():
+        name = _user_name(owner)
+        raise SubmissionError(
+            f"job {job_id} was submitted by {name}, and is not started again under another "
+            f"account: {name} can, by `flowjobs reconcile {run.name}` or by submitting it"
+        )
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
