@@ -79,7 +79,8 @@ class ResidentBatches:
 
     def __init__(self, dataset: FlowDataset, order: Order, mean: Tensor, std: Tensor) -> None:
         self.steps_per_epoch = order.steps_per_epoch
-        self._data = torch.empty((len(dataset), dataset.dim), device=mean.device)
+        shape = (len(dataset), dataset.dim)
+        self._data = torch.empty(shape, device=mean.device, dtype=torch.float32)
         for indices, rows in dataset.in_order_of_file():
             self._data[indices.to(mean.device)] = normalized(rows, mean, std)
         self._order = order
@@ -150,9 +151,12 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 
 def normalized(rows: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """A copy of the rows, shape (n, dim), on the device of `mean`: centred, in units of std."""
-    copied = rows.to(mean.device, torch.float32, non_blocking=True, copy=True)
-    return copied.sub_(mean).div_(std)
+    """A copy of the rows, shape (n, dim), on the device of `mean`: centred, in units of std.
+
+    Computed in the type of `mean`, and then float32.
+    """
+    copied = rows.to(mean.device, mean.dtype, non_blocking=True, copy=True)
+    return copied.sub_(mean).div_(std).float()
 
 
 def make_batches(

@@ -5,7 +5,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from flowjobs.errors import ConfigError
+
 _Place = tuple[dict[str, Tensor | None], str]
+
+# Other parameters (integers, complex ones) are not trained, and copied as buffers are.
+AVERAGED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 class EMAModel:
@@ -24,10 +29,10 @@ class EMAModel:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = _copy(model).requires_grad_(False).eval()
         self.decay = decay
         self.updates = 0
-        self._averaged: list[Tensor] = list(self.model.parameters())
+        self._averaged, self._unaveraged = _parameters(self.model)
         self._copied = _buffer_places(self.model)
         self._follow(model)
 
@@ -47,11 +52,13 @@ class EMAModel:
         torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
         if self._copied:
             torch._foreach_copy_(_at(self._copied), _at(self._buffers))
+        if self._unaveraged:
+            torch._foreach_copy_(self._unaveraged, self._unaveraged_weights)
 
     def _follow(self, model: nn.Module) -> None:
         # Walking the modules at each step would take a twentieth of a small model's step.
         self._followed = model
-        self._weights: list[Tensor] = list(model.parameters())
+        self._weights, self._unaveraged_weights = _parameters(model)
         # Their places, since a model may put a new tensor there (`self.mean = 0.9 * self.mean`).
         self._buffers = _buffer_places(model)
 
@@ -59,6 +66,24 @@ class EMAModel:
         """Restore what `shadow` and `updates` were."""
         self.model.load_state_dict(shadow)
         self.updates = updates
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        # Whatever a module of a person's own may hold: a lock, an open file, a tensor of a graph.
+        raise ConfigError(
+            f"--arch {type(model).__name__}: the model cannot be copied (copy.deepcopy), as the "
+            f"moving average of its weights needs: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that are averaged, and the others."""
+    every: list[Tensor] = list(model.parameters())
+    averaged = [weights for weights in every if weights.dtype in AVERAGED]
+    return averaged, [weights for weights in every if weights.dtype not in AVERAGED]
 
 
 def _buffer_places(model: nn.Module) -> list[_Place]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flowjobs.runs.files import replaced_whole
 from flowjobs.training.randomness import generator_for
+from flowjobs.training.velocity import checked_velocity, input_dtype
 
 # Side of the picture in pixels, and of one digit in it.
 PICTURE_SIDE = 480
@@ -32,19 +33,19 @@ def sample(
         seed: Seed of the noise.
 
     Returns:
-        Samples in the data's own units, on the CPU, shape (n, dim).
+        Samples in the data's own units, on the CPU, shape (n, dim), of the type of `stats`.
     """
     from torchdiffeq import odeint  # loads scipy, which the start of a run does without
 
     mean, std = stats["mean"].to(device), stats["std"].to(device)
     generator = generator_for(device, seed, "samples")
-    x_0 = torch.randn((n, len(mean)), generator=generator, device=device)
+    x_0 = torch.randn((n, len(mean)), generator=generator, device=device, dtype=torch.float32)
+    model_velocity = checked_velocity(model, input_dtype(model), type(model).__name__)
 
     def velocity(t: Tensor, x: Tensor) -> Tensor:
-        predicted: Tensor = model(x, t.repeat(len(x)))  # its own memory, which a model may change
-        return predicted
+        return model_velocity(x, t.repeat(len(x)))  # its own memory, which a model may change
 
-    times = torch.tensor([0.0, 1.0], device=device)
+    times = torch.tensor([0.0, 1.0], device=device, dtype=torch.float32)
     options = {"step_size": 1 / STEPS}
     x_1 = odeint(velocity, x_0, times, method="midpoint", options=options)[-1]
     samples: Tensor = (x_1 * std + mean).cpu()
@@ -75,6 +76,7 @@ def draw_projection(path: Path, samples: Tensor, reference: Tensor) -> None:
         samples: Shape (n, dim).
         reference: Data to compare with, shape (m, dim).
     """
+    reference, samples = reference.double(), samples.double()
     centre = reference.mean(0)
     directions = torch.linalg.svd(reference - centre, full_matrices=False).Vh[:2]
     data, drawn = (reference - centre) @ directions.T, (samples - centre) @ directions.T

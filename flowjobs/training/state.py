@@ -35,8 +35,10 @@ class TrainState:
     ) -> None:
         self.model = model
         self.ema = EMAModel(model, config.ema_decay)
+        # A parameter of integers or complex numbers is not trained, and the fused kernel has none.
+        weights = [weights for weights in model.parameters() if weights.is_floating_point()]
         self.optimizer = LightAdamW(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+            weights, lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.total_steps = config.epochs * steps_per_epoch
         self.scheduler = get_cosine_schedule_with_warmup(

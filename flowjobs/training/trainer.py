@@ -35,7 +35,8 @@ from flowjobs.training.randomness import seed_python_and_numpy, seed_step
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
-from flowjobs.training.validation import Validation, Velocity
+from flowjobs.training.validation import Validation
+from flowjobs.training.velocity import Velocity, check_weights, checked_velocity, input_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class FlowTrainer:
         self._taken_over: RunTakenOverError | None = None
         self._built_in = isinstance(model, MLP)
 
+        check_weights(model)
         stats = normalization_stats(train_dataset)
         mean, std = stats["mean"].to(device), stats["std"].to(device)
         self._batches = make_batches(train_dataset, config, self._ranks, mean, std)
@@ -110,7 +112,7 @@ class FlowTrainer:
         self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats)
         self._velocity = self._prepare(self.state.model)
         ema_model = self.state.ema.model
-        self._ema_velocity = torch.compile(ema_model) if config.compile else ema_model
+        self._ema_velocity = self._as_velocity(ema_model)
 
     def train(self) -> TrainingResult:
         """Train to the end, from the newest checkpoint if there is one.
@@ -214,13 +216,13 @@ class FlowTrainer:
 
         x_1 = self._batches.rows(state.step)
         x_0 = torch.randn_like(x_1)
-        t = torch.rand(len(x_1), device=self._device)
+        t = torch.rand(len(x_1), device=self._device, dtype=x_1.dtype)
         noise = torch.randn_like(x_1) if config.sigma > 0 else None
         path = sample_path(config.flow, x_0, x_1, t, config.sigma, noise)
 
         with self._arithmetic():
             velocity = self._velocity(path.x_t, path.t)
-        loss = functional.mse_loss(velocity.float(), path.dx_t)
+        loss = functional.mse_loss(velocity, path.dx_t)
         for parameter in self._parameters:
             parameter.grad = None  # what zero_grad does, without its profiling hooks
         loss.backward()  # type: ignore[no-untyped-call]
@@ -230,7 +232,8 @@ class FlowTrainer:
         # The fused optimizer divides by this as it reads the gradients, as it does for GradScaler:
         # clipping them first would be one more pass over all of them, 4 % of a step.
         scale = (grad_norm / config.grad_clip).clamp(min=1.0)
-        state.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        # It reads a float32, whatever the gradients are of.
+        state.optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
         state.optimizer.step()
         state.scheduler.step()
         state.ema.update(state.model)
@@ -298,13 +301,18 @@ class FlowTrainer:
             saver.save_and_wait(self.state.payload())
 
     def _prepare(self, model: nn.Module) -> Velocity:
-        """The model as the steps call it: joined to the other ranks', compiled if asked."""
+        """The model as the steps call it, joined to the other ranks'."""
         self._parameters = list(model.parameters())
         if self._ranks.world_size > 1:
             # Looking for unused parameters also keeps DDP from regrouping the gradients after
             # the first step: a resumed run would sum them in another order than a whole one.
             model = DistributedDataParallel(model, find_unused_parameters=True)
-        return torch.compile(model) if self._config.compile else model
+        return self._as_velocity(model)
+
+    def _as_velocity(self, model: nn.Module) -> Velocity:
+        """The model, compiled if asked, and checked at each call."""
+        called: Velocity = torch.compile(model) if self._config.compile else model
+        return checked_velocity(called, input_dtype(model), self._config.arch_label)
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self._config.precision == "bf16":

@@ -1,7 +1,5 @@
 """The validation loss: the same times and noise at each epoch, of each seed, of each attempt."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,11 +9,10 @@ from flowjobs.training.data import FlowDataset
 from flowjobs.training.distributed import Ranks
 from flowjobs.training.flows import sample_path
 from flowjobs.training.randomness import generator_for
+from flowjobs.training.velocity import Velocity
 
 # Rows of a batch where the flow treats every row alone.
 ROWS_AT_ONCE = 1024
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 class Validation:
@@ -57,12 +54,12 @@ class Validation:
         for index in range(self._ranks.rank, len(self._slices), self._ranks.world_size):
             x_1 = normalized(self._dataset[self._slices[index]], self._mean, self._std)
             generator = generator_for(device, "validation", index)
-            x_0 = torch.randn(x_1.shape, generator=generator, device=device)
-            t = torch.rand(len(x_1), generator=generator, device=device)
+            x_0 = torch.randn(x_1.shape, generator=generator, device=device, dtype=x_1.dtype)
+            t = torch.rand(len(x_1), generator=generator, device=device, dtype=x_1.dtype)
             noise = None
             if self._config.sigma > 0:
-                noise = torch.randn(x_1.shape, generator=generator, device=device)
+                noise = torch.randn(x_1.shape, generator=generator, device=device, dtype=x_1.dtype)
             path = sample_path(self._config.flow, x_0, x_1, t, self._config.sigma, noise)
-            error = velocity(path.x_t, path.t).float() - path.dx_t
+            error = velocity(path.x_t, path.t) - path.dx_t
             total += error.square().sum(dtype=torch.float64)
         return float(self._ranks.sum(total)) / (len(self._dataset) * self._dataset.dim)

@@ -139,7 +139,7 @@ def test_a_model_of_another_shape_is_refused_before_training(
     )
     done = flowjobs("train", "--arch", "narrow:Net", "--wandb-mode", "disabled")
     assert done.returncode == 2
-    assert "forward returns (2, 1), expected a velocity of shape (2, 64)" in done.stderr
+    assert "forward returns (64, 1), expected a velocity of shape (64, 64)" in done.stderr
 
 
 def test_a_bug_gets_its_traceback(flowjobs: Command, workplace: Path) -> None:

@@ -1,0 +1,83 @@
+"""How a model is called: in the type of its weights, and checked for what it returns."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from flowjobs.errors import ConfigError
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """What a model is given x and t in: float64 where all its weights are, else float32."""
+    dtypes = {weights.dtype for weights in model.parameters()}
+    return torch.float64 if dtypes == {torch.float64} else torch.float32
+
+
+def checked_velocity(model: Velocity, dtype: torch.dtype, name: str) -> Velocity:
+    """A model that takes float32, returns float32, and raises where it returns no velocity.
+
+    Args:
+        model: The model, or what stands for it (compiled, joined to other ranks).
+        dtype: What it is given x and t in.
+        name: Its name in the error's text.
+
+    Returns:
+        The velocity at x of shape (batch, dim) and t of shape (batch,). It raises a ConfigError
+        for another shape, which the loss would broadcast and nobody notice until all is trained.
+        That is found at the first step and not before: a trial call would change a model that
+        initializes itself from the first batch, and counters in its buffers.
+    """
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        found: object = model(x.to(dtype), t.to(dtype))
+        if not isinstance(found, Tensor):
+            raise ConfigError(_unexpected(name, x, t, f"a {type(found).__name__}"))
+        if found.shape != x.shape:
+            raise ConfigError(_unexpected(name, x, t, str(tuple(found.shape))))
+        if not found.is_floating_point():
+            raise ConfigError(_unexpected(name, x, t, f"numbers of type {_word(found.dtype)}"))
+        return found.float()
+
+    return velocity
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise a ConfigError for weights that would not be trained right."""
+    name = type(model).__name__
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"--arch {name}: {key} has no shape before the first call (a Lazy module); give "
+                "the module its width, or call the model once in its constructor"
+            )
+    trained = [(key, weights) for key, weights in model.named_parameters() if weights.requires_grad]
+    if not trained:
+        raise ConfigError(f"--arch {name}: found no parameter that requires a gradient")
+    for key, weights in trained:
+        if weights.is_complex():
+            raise ConfigError(
+                f"--arch {name}: the parameter {key} is of type {_word(weights.dtype)}, expected "
+                "float32 or float64; keep its real and imaginary parts as one real parameter, and "
+                "call torch.view_as_complex on it in forward"
+            )
+        if weights.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"--arch {name}: the parameter {key} is of type {_word(weights.dtype)}, in which "
+                "small updates are lost in rounding, expected float32 or float64; --precision "
+                "bf16 computes in bfloat16 with weights in float32"
+            )
+
+
+def _unexpected(name: str, x: Tensor, t: Tensor, found: str) -> str:
+    return (
+        f"--arch {name}: for x of shape {tuple(x.shape)} and t of shape {tuple(t.shape)} forward "
+        f"returns {found}, expected a velocity of shape {tuple(x.shape)}"
+    )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
