@@ -131,7 +131,19 @@ def cancelled_while_requeued(job: JobInfo) -> bool:
 
 
 def passing_kind(error: BaseException) -> str | None:
-    """The kind of an exception that may pass on another node or at another time, else None."""
+    """The kind of an exception that may pass on another node or at another time, else None.
+
+    What it was raised from counts as well: "the checkpoint cannot be read" may be a stale handle.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if kind := _own_passing_kind(cause):
+            return kind
+        cause = cause.__cause__
+    return None
+
+
+def _own_passing_kind(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory"
     if isinstance(error, CheckpointWriteError):
@@ -194,13 +206,25 @@ def _explain(
         code = 128 + life.signal if life.signal else life.exit_code
     if OVER_LIMIT.search(log) or OOM_KILL.search(log):
         return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
+    if code is None:
+        return "ended without a word (as after SIGKILL)", "killed", "failed", EXIT_FAILED
+    if number := _signal_of(code):
+        return _explain_signal(number)
     if code == EXIT_PREEMPTED:
         return "left in time", "preempted", "preempted", EXIT_PREEMPTED
-    return _explain_code(code)
+    return f"ended with exit code {code}", "exception", "failed", code or EXIT_FAILED
 
 
-def _explain_code(code: int | None) -> tuple[str, str, State, int]:
-    number = None if code is None else code - 128 if code > 128 else code
+def _signal_of(exit_code: int) -> int:
+    """The signal that an exit code stands for, by the shell's count (128 + n) or Python's (-n).
+
+    0 for a code of the program's own: up to 128 all are, and above where there is no such signal.
+    """
+    number = exit_code - 128 if exit_code > 128 else -exit_code
+    return number if number in signal.valid_signals() else 0
+
+
+def _explain_signal(number: int) -> tuple[str, str, State, int]:
     match number:
         case signal.SIGSEGV:
             return "segmentation fault", "segmentation fault", "failed", 128 + signal.SIGSEGV
@@ -211,12 +235,16 @@ def _explain_code(code: int | None) -> tuple[str, str, State, int]:
         case signal.SIGTERM | signal.SIGUSR2:
             # Told to leave before it could listen.
             return "told to leave while it started", "preempted", "preempted", EXIT_PREEMPTED
-        case None:
-            words = "ended without a word (as after SIGKILL)"
-            return words, "killed", "failed", EXIT_FAILED
         case signal.SIGKILL:
             return "killed (SIGKILL)", "killed", "failed", 128 + signal.SIGKILL
-    return f"ended with exit code {code}", "exception", "failed", code or EXIT_FAILED
+    return f"ended by {_name(number)}", "signal", "failed", 128 + number
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of the real-time signals only the first and the last have names
+        return f"signal {number}"
 
 
 def _memory_words(log: str) -> str:

@@ -287,8 +287,8 @@ class AccountingRow:
     Attributes:
         job_id: As submitted (`12_3` for an array task).
         state: First word of State: "CANCELLED" of "CANCELLED by 0".
-        exit_code: Of the batch script.
-        signal: That killed it, or 0.
+        exit_code: Of its steps, else of the batch script.
+        signal: That killed one of them, or 0.
         nodes: NodeList.
         ended: End, in ISO form of the cluster's local time, or "Unknown".
         job_name: To tell a job from another that got the same id.
@@ -313,12 +313,14 @@ def accounting(job_ids: Collection[str]) -> list[AccountingRow]:
     # A separator that no job name holds; -D for every life; -X without the steps.
     answer = _run(
         "sacct", "-X", "-D", "-n", "-P", "--delimiter=\x1f", "-j", ",".join(job_ids),
-        "-o", "JobID,State,ExitCode,NodeList,End,JobName",
+        "-o", "JobID,State,ExitCode,NodeList,End,JobName,DerivedExitCode",
     )  # fmt: skip
     rows = []
     for line in answer.stdout.splitlines():
-        job_id, state, code, nodes, ended, name = line.split("\x1f")
-        exit_code, _, number = code.partition(":")
+        job_id, state, code, nodes, ended, name, derived = line.split("\x1f")
+        # The job's own code is 11:0 after a segmentation fault as after exit(11); that of its steps
+        # tells them apart, 0:11 and 11:0.
+        exit_code, _, number = (derived if derived not in ("", "0:0") else code).partition(":")
         state = state.split()[0] if state else ""
         rows.append(
             AccountingRow(job_id, state, int(exit_code), int(number or 0), nodes, ended, name)

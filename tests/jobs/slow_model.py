@@ -1,5 +1,6 @@
 """A model that takes its time, so that a job can be disturbed while it trains, or goes wrong."""
 
+import os
 import time
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class SlowModel(nn.Module):
                 raise ValueError("the model was told to fail")
             case "file system":
                 raise OSError(5, "Input/output error", "/scratch")
+            case "exit 15":
+                os._exit(15)
             case "memory":
                 self.hoard = [bytes(range(256)) * 2**22 for _ in range(4)]
                 time.sleep(30)

@@ -1,13 +1,14 @@
 """The cause of a death that could not speak, from what its batch script and its log say."""
 
 import errno
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
 from flowjobs.config import RunConfig
-from flowjobs.errors import CheckpointWriteError
+from flowjobs.errors import CheckpointError, CheckpointWriteError, DataError
 from flowjobs.jobs import deaths
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo
@@ -28,12 +29,18 @@ def died(study: Path, exit_code: int | None, log: str = "") -> tuple[str, str, i
     ("exit_code", "kind", "told_as"),
     [
         (137, "killed", 137),
-        (9, "killed", 137),  # as accounting has it
         (139, "segmentation fault", 139),
-        (11, "segmentation fault", 139),
+        (-11, "segmentation fault", 139),  # as Python's subprocess has it
         (134, "aborted", 134),
         (135, "bus error", 135),
+        (136, "signal", 136),  # SIGFPE
         (3, "exception", 3),
+        # A program's own codes, whatever signals have these numbers.
+        (9, "exception", 9),
+        (11, "exception", 11),
+        (12, "exception", 12),
+        (15, "exception", 15),
+        (255, "exception", 255),  # exit(-1)
     ],
 )
 def test_an_exit_code_names_the_death(study: Path, exit_code: int, kind: str, told_as: int) -> None:
@@ -69,12 +76,22 @@ def test_a_signal_before_there_was_a_handler_is_a_preemption(study: Path) -> Non
         assert died(study, 128 + number)[:3] == ("preempted", "preempted", 75)
 
 
+def raised_from(error: Exception, number: int) -> Exception:
+    middle = RuntimeError("the reader failed")
+    middle.__cause__ = OSError(number, os.strerror(number))
+    error.__cause__ = middle
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
         (OSError(errno.EIO, "Input/output error"), "file system"),
         (OSError(errno.ESTALE, "Stale file handle"), "file system"),
         (CheckpointWriteError("no space"), "file system"),
+        (raised_from(CheckpointError("last.pt cannot be read"), errno.ESTALE), "file system"),
+        (raised_from(DataError("train.pt cannot be read"), errno.EIO), "file system"),
+        (raised_from(DataError("train.pt cannot be read"), errno.EACCES), None),
         (MemoryError(), "out of memory"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "lost GPU"),
         (RuntimeError("CUDA error: device-side assert triggered"), None),

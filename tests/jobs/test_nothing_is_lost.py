@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.jobs.slurm import accounting
 from flowjobs.runs.run import Run
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -149,6 +150,8 @@ def test_a_segmentation_fault_fails(start: Start) -> None:
     status = job.wait_for_state("failed")
     assert job.attempts() == [("failed", "segmentation fault")]
     assert status.exit_code == 139
+    # As `status` finds it where the batch script could not say it.
+    wait_until(lambda: accounting([job.job_id])[0].signal == signal.SIGSEGV, "accounting", 30)
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
     assert_in_wandb(job.run, "failed", 139, "segmentation fault on n1, attempt 1, step")
     job.is_row("has a segmentation fault")
@@ -175,6 +178,17 @@ def test_an_exception_fails_and_is_not_repeated(start: Start) -> None:
     assert len(job.attempts()) == 1
     assert_in_wandb(job.run, "failed", 1, "told to fail")
     job.is_row("raises an exception")
+
+
+def test_an_exit_code_of_the_users_code_is_no_signal(start: Start) -> None:
+    job = start("--retries", "1")
+    job.tell("exit 15")
+    job.wait_for_state("failed")
+    assert job.attempts() == [("failed", "exception")]
+    assert job.status().reason.startswith("ended with exit code 15 on")
+    job.slurm.wait_state(job.job_id, "FAILED")
+    wait_until(lambda: accounting([job.job_id])[0].exit_code == 15, "accounting", 30)
+    assert accounting([job.job_id])[0].signal == 0
 
 
 def test_a_file_system_error_is_retried_but_not_at_the_same_step(start: Start) -> None:
