@@ -10,6 +10,8 @@ FlowjobsError                 something a person can mend: printed without a tra
 │   └── CheckpointMismatchError   good bytes, of another model or a newer version
 ├── RunNotFoundError          no run of that name in the study
 ├── RunBusyError              another attempt trains the run now
+│   └── RunHolderUnknownError     whether one does cannot be known now: exit 75
+├── LockHeldError             another process holds a file for too long: exit 75
 ├── TrackingError             a run could not be mirrored to the W&B server: exit 1
 │   ├── ServerError               it cannot be reached, or fails, for any run
 │   └── LoginError                no key for it, or a wrong one: exit 2
@@ -63,6 +65,18 @@ class RunNotFoundError(FlowjobsError):
 
 class RunBusyError(FlowjobsError):
     """Another attempt trains the run now."""
+
+
+class RunHolderUnknownError(RunBusyError):
+    """Whether another attempt trains the run is not known, or it has not ended yet: ask later."""
+
+    exit_code = 75
+
+
+class LockHeldError(FlowjobsError):
+    """Another process holds a file, and has not let go of it in time."""
+
+    exit_code = 75
 
 
 class TrackingError(FlowjobsError):

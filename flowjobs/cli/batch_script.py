@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flowjobs.cli.main import exit_with, parse
 from flowjobs.cli.reconcile import close_in_batch_script
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs.sbatch_environment import JOB_OF_RUN, SCRIPT_ARGUMENTS
 
 # Slurm tells them to all of a job; what a batch script has left to do comes after.
@@ -43,7 +43,10 @@ def run(script_arguments: Sequence[str]) -> int:
     code = _train(arguments, script_arguments)
     if code and run.exists():
         # Of a death that could not speak: what it was, and a restart if there may be one.
-        close_in_batch_script([run], code)
+        try:
+            close_in_batch_script([run], code)
+        except FlowjobsError as error:
+            print(f"error: {error}", file=sys.stderr)
     return code
 
 

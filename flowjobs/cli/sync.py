@@ -14,6 +14,7 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import existing_run
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
 from flowjobs.runs.run import Run, default_study, run_names
+from flowjobs.runs.status import JobInfo
 
 if TYPE_CHECKING:
     from flowjobs.tracking.server import Server
@@ -113,11 +114,14 @@ def _sync_one(run: Run, server: "Server") -> "Synced":
     from rich.console import Console
     from rich.progress import Progress
 
+    from flowjobs.jobs.holders import judge_for
     from flowjobs.tracking.sync import sync_run
 
+    # Where a file system has no locks, Slurm says whether the run still trains.
+    judge = judge_for(JobInfo.in_foreground())
     console = Console(stderr=True)
     if not console.is_terminal:
-        return sync_run(run, server, lambda rows, total: None)
+        return sync_run(run, server, lambda rows, total: None, judge=judge)
     bars = Progress(console=console, transient=True)
     bar = bars.add_task(run.name)
 
@@ -126,7 +130,7 @@ def _sync_one(run: Run, server: "Server") -> "Synced":
         bars.update(bar, completed=rows, total=total)
 
     try:
-        return sync_run(run, server, show)
+        return sync_run(run, server, show, judge=judge)
     finally:
         bars.stop()
 

@@ -104,6 +104,8 @@ def cause_of_no_start(job: JobInfo, exit_code: int | None = None) -> Outcome:
     if life and life.state == "CANCELLED":
         reason = f"job {job.job_id} was cancelled before it started"
         return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+    if life:
+        exit_code = 128 + life.signal if life.signal else life.exit_code
     if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, EXIT_PREEMPTED):
         reason = f"job {job.job_id} was told to leave before it could listen"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")

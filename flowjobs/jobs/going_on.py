@@ -75,7 +75,7 @@ def _record_when_it_answers(job_id: str) -> slurm.JobRecord | None:
         try:
             return slurm.job_record(job_id)
         except SubmissionError as error:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or not slurm.is_here():
                 logger.error("%s; the run is not started again: submit it once more", error)
                 raise
             if not said:

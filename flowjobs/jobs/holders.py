@@ -11,7 +11,7 @@ from flowjobs.runs.status import JobInfo, same_host
 def judge_for(me: JobInfo) -> Judge:
     """The judge that an attempt which runs as `me` brings to a run's lock."""
 
-    def judge(holder: JobInfo, lock_is_free: bool) -> Verdict:
+    def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
         if holder.cluster != "slurm":
             return system_lock_decides(holder, lock_is_free)
         if me.cluster == "slurm" and holder.job_id == me.job_id:
@@ -36,7 +36,7 @@ def job_verdict(holder: JobInfo) -> Verdict:
     try:
         record = slurm.job_record(holder.job_id)
     except SubmissionError:
-        return "leaving"  # ask again in a moment
+        return "unknown"
     if record is None or record.restarts > holder.restart:
         return "gone"
     match record.state:

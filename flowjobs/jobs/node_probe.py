@@ -3,15 +3,18 @@
 import json
 import socket
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import submitit
-from filelock import FileLock, Timeout
 
 from flowjobs.jobs import slurm
+from flowjobs.runs.file_lock import NoLocksError, try_lock
 from flowjobs.runs.files import write_json
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 # How long the node waits to be looked at: a network file system may show a new file late.
 LOOK_S = 120.0
@@ -65,7 +68,7 @@ class NodeProbe:
         end = time.monotonic() + LOOK_S
         while not _looked_file(folder).exists() and time.monotonic() < end:
             time.sleep(POLL_S)
-        lock.release()
+        _release(lock)
 
 
 class NodeQuestion:
@@ -90,24 +93,28 @@ class NodeQuestion:
     def close(self) -> None:
         """Free the lock, and let the node go."""
         _looked_file(self._folder).touch()
-        self._lock.release()
+        _release(self._lock)
 
 
-def _hold(path: Path) -> FileLock:
-    lock = FileLock(path)
-    with suppress(NotImplementedError):  # a file system without locks; the other side finds out
-        lock.acquire(timeout=0)
-    return lock
+def _hold(path: Path) -> "FileLock | None":
+    try:
+        return try_lock(path)
+    except NoLocksError:
+        return None  # the other side finds out
+
+
+def _release(lock: "FileLock | None") -> None:
+    if lock is not None:
+        lock.release()
 
 
 def _is_locked(path: Path) -> bool:
     try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except NotImplementedError:
+        lock = try_lock(path)
+    except NoLocksError:
         return False
+    _release(lock)
+    return lock is None
 
 
 def _our_lock(folder: Path) -> Path:

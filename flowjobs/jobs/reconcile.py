@@ -19,7 +19,14 @@ from flowjobs.jobs.going_on import go_on
 from flowjobs.jobs.holders import job_verdict
 from flowjobs.jobs.origin import check_own
 from flowjobs.jobs.submit import resubmit
-from flowjobs.runs.lock import RECONCILE, RunLock, Verdict, lock_holder, system_lock_decides
+from flowjobs.runs.lock import (
+    RECONCILE,
+    RunLock,
+    Verdict,
+    lock_holder,
+    process_lives,
+    system_lock_decides,
+)
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -124,9 +131,15 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     status = run.status() or RunStatus()
     attempt, seen = status.open_attempt, _seen(status)
     lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
-    if attempt and (attempt.job.job_id, attempt.job.restart) == (job.job_id, job.restart):
+    life = (job.job_id, job.restart)
+    if exit_code == EXIT_PREEMPTED and life not in lives:
+        # It has not got the run, since another attempt may still have it: later, then.
+        if job.restart < run.config().restarts.give_up_after:
+            go_on(run, job, "waiting")
+        return None
+    if attempt and (attempt.job.job_id, attempt.job.restart) == life:
         dead = Dead(job, deaths.cause_of(run, attempt, exit_code), seen)
-    elif attempt or (job.job_id, job.restart) in lives or exit_code == EXIT_CANCELLED:
+    elif attempt or life in lives or exit_code == EXIT_CANCELLED:
         return None  # it has said so itself, or another job holds the run
     else:
         dead = Dead(job, deaths.cause_of_no_start(job, exit_code), seen, started=False)
@@ -186,7 +199,7 @@ def _find_gone_job(run: Run, status: RunStatus, queue: Queue) -> Dead | None:
     started = job_id in {attempt.job.job_id for attempt in status.attempts}
     if cluster == "local":
         here = same_host(job.host, socket.gethostname())
-        if not here or _lives(int(job_id)) or lock_holder(run.folder):
+        if not here or process_lives(int(job_id)) or lock_holder(run.folder):
             return None
     elif cluster != "slurm" or job_id in queue or job_verdict(job) != "gone":
         return None
@@ -212,16 +225,6 @@ def _seen(status: RunStatus) -> Seen:
     return len(status.attempts), status.open_attempt is None, status.reason
 
 
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _close(run: Run, dead: Dead) -> Outcome | None:
     """Write down how a run's newest attempt ended.
 
@@ -230,7 +233,7 @@ def _close(run: Run, dead: Dead) -> Outcome | None:
         attempt has started since it was looked at, or somebody else has written it down.
     """
 
-    def judge(holder: JobInfo, lock_is_free: bool) -> Verdict:
+    def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
         same = (holder.job_id, holder.restart) == (dead.job.job_id, dead.job.restart)
         return "gone" if same else system_lock_decides(holder, lock_is_free)
 

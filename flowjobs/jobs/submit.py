@@ -19,10 +19,11 @@ from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import by_hand, slurm
 from flowjobs.jobs.executors import Cluster, make_executor
+from flowjobs.jobs.holders import judge_for
 from flowjobs.jobs.origin import Origin, origin_of
 from flowjobs.jobs.sbatch_environment import environment_for_sbatch
 from flowjobs.jobs.task import RunTask, log_to_stderr
-from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.lock import Verdict, lock_holder
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 
@@ -139,7 +140,12 @@ def running_job(run: Run) -> str | None:
             return None  # its process may still save; the next one waits for it
         if state:
             return f"job {job_id} ({state.lower()})"
-    return lock_holder(run.folder)
+
+    def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
+        verdict = judge_for(JobInfo.in_foreground())(holder, lock_is_free)
+        return "gone" if verdict == "leaving" else verdict  # as above
+
+    return lock_holder(run.folder, judge)
 
 
 def _comes_back(run: Run, job_id: str) -> bool:

@@ -2,12 +2,15 @@
 
 Two things make the lock. The operating system's lock on `.lock` is freed when its process dies,
 however it dies. `.lock-holder.json` names the attempt that holds the run: where the system's lock
-cannot be trusted (a process that lives on beside its rerun, a file system that knows no locks
-between nodes), the scheduler's word on that attempt's job decides. Whoever is not named there any
-more has lost the run and must write nothing.
+cannot be trusted (a process that lives on beside its rerun, a file system that knows no locks, or
+none between nodes), the scheduler's word on that attempt's job decides. Whoever is not named there
+any more has lost the run and must write nothing.
 """
 
 import json
+import logging
+import os
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -16,18 +19,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from flowjobs.errors import RunBusyError, RunTakenOverError
+from flowjobs.errors import RunBusyError, RunHolderUnknownError, RunTakenOverError
+from flowjobs.runs.file_lock import SAY_AFTER_S, NoLocksError, locked, try_lock
 from flowjobs.runs.files import write_json
-from flowjobs.runs.status import JobInfo, read_job
+from flowjobs.runs.status import JobInfo, read_job, same_host
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# What is known of the holder of a run: "leaving" is a process that has been told to end, or of
-# which nothing can be said at the moment.
-Verdict = Literal["gone", "alive", "leaving"]
-# Asked with the holder and whether the system's lock is free.
-Judge = Callable[[JobInfo, bool], Verdict]
+logger = logging.getLogger(__name__)
+
+# What is known of the holder of a run: "leaving" is a process that has been told to end.
+Verdict = Literal["gone", "alive", "leaving", "unknown"]
+# Asked with the holder and whether the system's lock is free; None where there are no locks.
+Judge = Callable[[JobInfo, bool | None], Verdict]
 
 # Longer than Slurm waits, by default, between telling a job to end and killing it (KillWait).
 LEAVING_WAIT_S = 90.0
@@ -41,8 +46,15 @@ POLL_S = 0.25
 RECONCILE = "reconcile"
 
 
-def system_lock_decides(holder: JobInfo, lock_is_free: bool) -> Verdict:
-    """The judge where there is no scheduler: a process that died has freed its lock."""
+def system_lock_decides(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
+    """The judge where there is no scheduler: a process that died has freed its lock.
+
+    Where there are no locks, a process of this host can still be looked for.
+    """
+    if lock_is_free is None:
+        if not same_host(holder.host, socket.gethostname()):
+            return "unknown"
+        lock_is_free = not process_lives(holder.pid)
     if lock_is_free:
         return "gone"
     return "leaving" if holder.cluster == RECONCILE else "alive"
@@ -58,6 +70,7 @@ class RunLock:
 
     Raises:
         RunBusyError: On entering: another attempt holds it; the text says which.
+        RunHolderUnknownError: On entering: one has not ended in time, or may not have ended.
     """
 
     def __init__(self, folder: Path, job: JobInfo, judge: Judge = system_lock_decides) -> None:
@@ -69,13 +82,25 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         started = time.monotonic()
-        patience_s = {"leaving": LEAVING_WAIT_S, "alive": GLANCE_S}
+        said = False
         while (verdict := self._try()) != "gone":
-            if time.monotonic() - started > patience_s[verdict]:
+            waited_s = time.monotonic() - started
+            holder = _describe(_read_holder(self._folder))
+            if verdict == "alive" and waited_s > GLANCE_S:
                 raise RunBusyError(
-                    f"the run in {self._folder} is being trained by "
-                    f"{_describe(_read_holder(self._folder))}: wait for it, or cancel it first"
+                    f"the run in {self._folder} is being trained by {holder}: wait for it, or "
+                    "cancel it first"
                 )
+            if waited_s > LEAVING_WAIT_S:
+                state = "has not ended yet" if verdict == "leaving" else "may not have ended"
+                raise RunHolderUnknownError(
+                    f"waited {waited_s:.0f} s for {holder}, which {state}; nothing was done. The "
+                    "same command resumes the run once it has; if you know that it has, delete "
+                    f"{_holder_file(self._folder)}"
+                )
+            if waited_s > SAY_AFTER_S and not said:
+                logger.warning("waiting for %s, up to %.0f s", holder, LEAVING_WAIT_S)
+                said = True
             time.sleep(POLL_S)
         return self
 
@@ -108,56 +133,70 @@ class RunLock:
 
     def _try(self) -> Verdict:
         """Take the lock if its holder is gone; the answer says what is known of the holder."""
-        from filelock import FileLock, Timeout  # slow to load, and --help does without
-
-        lock = FileLock(self._folder / ".lock")
+        file = self._folder / ".lock"
         # Those who come to take the run do so one after another.
-        try:
-            gate = FileLock(self._folder / ".lock-gate", timeout=GATE_WAIT_S).acquire()
-        except Timeout:
-            return "leaving"
-        with gate:
-            free = True
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                free = False
+        with locked(self._folder / ".lock-gate", GATE_WAIT_S, f"to take {self._folder.name}"):
+            lock, free = _look_at_lock(file)
             verdict = self._judge_holder(free)
             if verdict != "gone":
-                lock.release()
+                if lock is not None:
+                    lock.release()
                 return verdict
-            if not free:
+            if free is False:
                 # Held by a process that does not count any more. A new file is a new lock.
-                (self._folder / ".lock").unlink()
-                lock.acquire(timeout=0)
+                file.unlink()
+                lock = try_lock(file)
             holder = {**asdict(self._job), "token": self._token}
             write_json(_holder_file(self._folder), holder)
             self._lock = lock
         return "gone"
 
-    def _judge_holder(self, free: bool) -> Verdict:
+    def _judge_holder(self, free: bool | None) -> Verdict:
         found = _read_holder(self._folder)
         if found is None:
             # Nobody is named, but the lock is taken: by one who leaves, or who only looks.
-            return "gone" if free else "leaving"
-        try:
-            return self._judge(read_job(found), free)
-        except TypeError:  # written by another version
-            return "gone" if free else "alive"
+            return "leaving" if free is False else "gone"
+        return _judged(found, free, self._judge)
 
 
-def lock_holder(folder: Path) -> str | None:
-    """Who holds the run in `folder` on this machine, in words for a person; None if nobody."""
-    from filelock import FileLock, Timeout
-
+def lock_holder(folder: Path, judge: Judge = system_lock_decides) -> str | None:
+    """Who holds the run in `folder`, or may hold it, in words for a person; None if nobody."""
     found = _read_holder(folder)
     if found is None:
         return None
+    lock, free = _look_at_lock(folder / ".lock")
+    if lock is not None:
+        lock.release()
+    return None if _judged(found, free, judge) == "gone" else _describe(found)
+
+
+def _look_at_lock(file: Path) -> "tuple[FileLock | None, bool | None]":
+    """The lock, if it was free, and whether it was; None where there are no locks."""
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            return None
-    except Timeout:
-        return _describe(found)
+        lock = try_lock(file)
+    except NoLocksError:
+        return None, None
+    return lock, lock is not None
+
+
+def _judged(found: dict[str, Any], free: bool | None, judge: Judge) -> Verdict:
+    try:
+        return judge(read_job(found), free)
+    except TypeError:  # written by another version
+        if free is None:
+            return "unknown"
+        return "gone" if free else "alive"
+
+
+def process_lives(pid: int) -> bool:
+    """Whether there is a process of this id on this host."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _holder_file(folder: Path) -> Path:

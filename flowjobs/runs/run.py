@@ -13,8 +13,11 @@ from typing import Any
 
 from flowjobs.config import NOT_IN_SIGNATURE, RunConfig, config_to_dict, flag, run_config_from_dict
 from flowjobs.errors import ConfigError, RunMismatchError, RunNotFoundError
+from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import append_line, write_json
 from flowjobs.runs.status import RunStatus, now, read_status
+
+CONFIG_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -206,8 +209,6 @@ class Run:
             RunMismatchError: A run of this name has another signature.
             ConfigError: The folder cannot be made.
         """
-        from filelock import FileLock  # slow to load, and --help does without
-
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -216,7 +217,9 @@ class Run:
                 f"--study {self.study}: {error.strerror}: {error.filename}"
             ) from error
         # Ranks and sweeps create the same run at once.
-        with FileLock(self.folder / ".config.lock"):
+        with locked(
+            self.folder / ".config.lock", CONFIG_WAIT_S, f"to write the config of {self.name}"
+        ):
             merged, note = self.merge(config, in_use=in_use)
             signature = merged.training.signature
             wandb_id = _new_tracking_id(self, signature)

@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flowjobs.errors import LockHeldError
 from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
@@ -321,13 +322,17 @@ def main() -> None:
     trains_here = role == "trains"
     mirror = Mirror(run, session, commands, events, int(parent), trains_here=trains_here)
     # One at a time, offline too: what W&B has on record is found out first, then added to.
-    with upload_lock(run):
-        if trains_here:
-            note_surroundings(run, Path.cwd())
-        if session.outcome is not None:
-            code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED
-        else:
-            code = mirror.follow_to_the_end()
+    try:
+        with upload_lock(run):
+            if trains_here:
+                note_surroundings(run, Path.cwd())
+            if session.outcome is not None:
+                code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED
+            else:
+                code = mirror.follow_to_the_end()
+    except LockHeldError as error:
+        logger.warning("%s; `flowjobs sync` uploads what W&B lacks", error)
+        code = EXIT_NOT_CLOSED
     # Not sys.exit: wandb's hooks there wait for servers, and would end a session that only died.
     os._exit(code)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["online", "offline"]
 
+# An upload that is under way may take so long.
+UPLOAD_WAIT_S = 300.0
 # Metrics whose lowest value a run is judged by.
 LOWEST = ("train/loss", "val/loss")
 # What the picture of a finished run is called beside the metrics.
@@ -47,15 +50,14 @@ class Session:
 
 @contextmanager
 def upload_lock(run: Run) -> Iterator[None]:
-    """Hold what is uploaded of a run to a server; waits for whoever holds it.
+    """Hold what is uploaded of a run to a server: two at once would both send what it lacks.
 
-    Two at once would both send what the server lacks.
+    Raises:
+        LockHeldError: Another process holds it, and has not let go of it in time.
     """
-    from filelock import FileLock
-
     folder = run.folder / "wandb"
     folder.mkdir(exist_ok=True)
-    with FileLock(folder / ".upload.lock"):
+    with locked(folder / ".upload.lock", UPLOAD_WAIT_S, f"to upload {run.name} to W&B"):
         yield
 
 

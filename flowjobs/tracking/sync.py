@@ -26,7 +26,7 @@ from typing import Literal
 
 from flowjobs.errors import ServerError, TrackingError
 from flowjobs.runs.files import write_json
-from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_PREEMPTED, Outcome, same_host
@@ -72,24 +72,32 @@ class Synced:
     note: str = ""
 
 
-def sync_run(run: Run, server: Server, progress: Progress, *, stall_s: float = STALL_S) -> Synced:
+def sync_run(
+    run: Run,
+    server: Server,
+    progress: Progress,
+    *,
+    judge: Judge = system_lock_decides,
+    stall_s: float = STALL_S,
+) -> Synced:
     """Make the server have all of a run that does not train now; twice does no harm.
 
     Args:
         run: The run.
         server: Where to.
         progress: Called with the rows that arrived, and those that were sent.
+        judge: Says whether who is named as the run's holder still trains it.
         stall_s: The upload is ended when the server has no new row for so long.
 
     Raises:
         ServerError: The server cannot be used now.
         TrackingError: It does not have what was sent.
     """
-    if done := _nothing_to_do(run, server):
+    if done := _nothing_to_do(run, server, judge):
         return done
     with upload_lock(run):
         # Another sync held it, and has done the work.
-        if done := _nothing_to_do(run, server):
+        if done := _nothing_to_do(run, server, judge):
             return done
         seen = _fingerprint(run, server)
         sent = _bring_up_to_date(run, server, progress, stall_s)
@@ -98,15 +106,16 @@ def sync_run(run: Run, server: Server, progress: Progress, *, stall_s: float = S
             path.with_name(f"{path.name}.synced").touch()
         write_json(_state_file(run), {"fingerprint": seen})
         session = read_session(run)
-        if session and session.outcome and not session.closed and not lock_holder(run.folder):
+        untold = session and session.outcome and not session.closed
+        if session and untold and not lock_holder(run.folder, judge):
             write_session(run, replace(session, closed=True))
     return Synced(run.name, "unchanged" if sent is None else "uploaded", sent or 0)
 
 
-def _nothing_to_do(run: Run, server: Server) -> Synced | None:
+def _nothing_to_do(run: Run, server: Server, judge: Judge) -> Synced | None:
     if run.config().tracking.wandb_mode == "disabled" or not run.tracking_file.exists():
         return Synced(run.name, "untracked")
-    if holder := lock_holder(run.folder) or _trains_elsewhere(run):
+    if holder := lock_holder(run.folder, judge) or _trains_elsewhere(run):
         return Synced(run.name, "trains", note=holder)
     return Synced(run.name, "unchanged") if _is_synced(run, server) else None
 

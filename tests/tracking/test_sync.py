@@ -361,10 +361,14 @@ def test_two_syncs_at_once_upload_once(study: Path, run: Run, backend: Backend) 
     with slow(backend, 0.2), start_sync(study) as first, start_sync(study) as second:
         outputs = [each.communicate(timeout=60) for each in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0)
-    assert sorted(outputs) == [
-        ("tracked: 100 rows uploaded, verified\n", ""),
-        ("tracked: all of it is on the server\n", ""),
+    assert sorted(said for said, _ in outputs) == [
+        "tracked: 100 rows uploaded, verified\n",
+        "tracked: all of it is on the server\n",
     ]
+    # Who waits for more than some seconds says for whom.
+    assert all(
+        line.startswith("waiting to upload") for _, err in outputs for line in err.split("\n")[:-1]
+    )
     assert backend.run(run.tracking_id()).sessions == 1
     assert_equal_histories(run, backend.run(run.tracking_id()))
 

@@ -1,0 +1,117 @@
+"""One writer where the file system has no locks: who is alive, who is dead, and who waits."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Command
+from tests.runs.no_flock import no_flock
+
+__all__ = ["no_flock"]
+
+PRELUDE = """
+import logging, sys
+from pathlib import Path
+from flowjobs.config import RunConfig
+from flowjobs.errors import LockHeldError, RunBusyError
+from flowjobs.runs import file_lock, lock
+from flowjobs.runs.lock import RunLock, lock_holder
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+from flowjobs.tracking import session
+logging.basicConfig(format="%(message)s")
+run = Run(Path("study").absolute(), "a")
+"""
+HOLDER = """
+run.create(RunConfig())
+with RunLock(run.folder, JobInfo.in_foreground()), session.upload_lock(run):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder() -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", PRELUDE + HOLDER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+
+
+def said_by(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.stdout
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_locks_a_living_process_holds_the_run_and_a_killed_one_does_not(
+    workplace: Path, flowjobs: Command
+) -> None:
+    with holder() as process:
+        said = said_by("""
+            file_lock.SAY_AFTER_S, session.UPLOAD_WAIT_S = 0.2, 1.0
+            print("held by", lock_holder(run.folder))
+            try:
+                RunLock(run.folder, JobInfo.in_foreground()).__enter__()
+            except RunBusyError as error:
+                print("busy:", error, error.exit_code)
+            try:
+                session.upload_lock(run).__enter__()
+            except LockHeldError as error:
+                print("held:", error, error.exit_code)
+        """)
+        who = f"process {process.pid} on {os.uname().nodename}"
+        me = f"held by none job {process.pid} on {os.uname().nodename} (process {process.pid})\n"
+        assert me in said
+        assert f"(process {process.pid}): wait for it, or cancel it first 2\n" in said
+        assert f"waiting to upload a to W&B: .upload.lock is held by {who}\n" in said
+        assert "held: waited 1 s to upload a to W&B" in said
+        assert said.endswith("or end that process if it hangs 75\n")
+        assert "Traceback" not in said
+
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        said = said_by("""
+            print("held by", lock_holder(run.folder))
+            with RunLock(run.folder, JobInfo.in_foreground()) as mine, session.upload_lock(run):
+                print(mine.is_held())
+            run.create(RunConfig())
+        """)
+        assert said == "held by None\nTrue\n"
+    options = ("--epochs", "1", "--arch-args", "width=8", "depth=1", "--wandb-mode", "offline")
+    done = flowjobs("train", *options, "--name", "b")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_locks_a_process_elsewhere_is_waited_for_in_words_and_left_alone(
+    workplace: Path,
+) -> None:
+    said = said_by("""
+        run.create(RunConfig())
+        elsewhere = JobInfo("none", "7", None, "n9", 7)
+        RunLock(run.folder, elsewhere).__enter__()
+        lock.SAY_AFTER_S, lock.LEAVING_WAIT_S = 0.3, 1.0
+        from flowjobs.cli import main
+        main(["train", "--name", "a", "--wandb-mode", "disabled"])
+    """)
+    assert "waiting for none job 7 on n9 (process 7), up to 1 s" in said
+    assert "error: waited 1 s for none job 7 on n9 (process 7), which may not have ended" in said
+    assert ".lock-holder.json\n" in said  # what to delete, if it is known to be gone
+    assert "Traceback" not in said
