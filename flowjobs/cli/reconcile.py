@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +37,14 @@ class Reconcile:
         study = self.study.expanduser().absolute()
         if self.exit_code is None:
             names = self.names or run_names(study)
-            for closed in reconcile(existing_run(study, name) for name in names):
-                print(f"{closed.run.name}: {closed.outcome.state}: {closed.outcome.reason}")
-            return 0
+            unclear = False
+            for found in reconcile(existing_run(study, name) for name in names):
+                if found.outcome:
+                    print(f"{found.run.name}: {found.outcome.state}: {found.outcome.reason}")
+                else:
+                    unclear = True
+                    print(f"{found.run.name}: unknown: {found.unclear}", file=sys.stderr)
+            return 2 if unclear else 0
         if "SLURM_JOB_ID" not in os.environ or not self.names:
             raise ConfigError(
                 "--exit-code: expected only in the batch script of a run's own job, with its name"

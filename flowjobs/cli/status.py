@@ -1,21 +1,22 @@
 """flowjobs status."""
 
-import contextlib
 import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import existing_run
-from flowjobs.errors import SubmissionError
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run, default_study, run_names
 from flowjobs.runs.status import RunStatus
+
+if TYPE_CHECKING:
+    from flowjobs.jobs.findings import Dead, Unclear
 
 
 @dataclass(frozen=True)
@@ -33,40 +34,42 @@ class Status:
 
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""
-        _close_what_died(self.study, self.name)
-        if self.name is not None:
-            found: Any = _describe(existing_run(self.study, self.name))
-        else:
-            study = self.study.expanduser().absolute()
-            found = [_describe(Run(study, name)) for name in run_names(study)]
-            if not found:
-                print(f"there are no runs in {study}", file=sys.stderr)
+        # Slow to load, and --help does without.
+        from flowjobs.jobs.findings import find
+
+        study = self.study.expanduser().absolute()
+        names = run_names(study) if self.name is None else [self.name]
+        runs = [existing_run(study, name) for name in names]
+        if not runs:
+            print(f"there are no runs in {study}", file=sys.stderr)
+        findings = find(runs, at_most_twice=True)
+        described = [_describe(run, findings.get(run)) for run in runs]
+        found: Any = described if self.name is None else described[0]
         if self.json:
             print(json.dumps(found, indent=2))
         else:
-            _print_table(found if isinstance(found, list) else [found])
+            _print_table(described)
+            for run in described:
+                if run["unknown"]:
+                    print(f"{run['run']}: {run['unknown']}", file=sys.stderr)
             if not isinstance(found, list):
                 _print_attempts(found)
         return 0
 
 
-def _close_what_died(study: Path, name: str | None) -> None:
-    from flowjobs.jobs.reconcile import reconcile
+def _describe(run: Run, finding: "Dead | Unclear | None") -> dict[str, Any]:
+    from flowjobs.jobs.findings import Dead, Unclear, final_outcome
 
-    study = study.expanduser().absolute()
-    runs = [Run(study, name) for name in run_names(study)]
-    # As far as is known: Slurm may not answer, and another's study may not be written to.
-    with contextlib.suppress(SubmissionError, OSError):
-        reconcile((run for run in runs if name in (None, run.name)), tell_wandb=False)
-
-
-def _describe(run: Run) -> dict[str, Any]:
     status = run.status() or RunStatus()
+    if isinstance(finding, Dead):
+        # Shown, not noted: that is what `reconcile` is for, and the run's own jobs.
+        status.close(final_outcome(run, status, finding))
     latest = latest_values(run.metrics_file)
     described = {"run": run.name, **dataclasses.asdict(status)}
     described["step"] = max(status.step, latest.get("step", 0))
     described["latest"] = latest
     described["jobs"] = run.submissions()
+    described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
     described["folder"] = str(run.folder)
     described["checkpoints"] = str(run.checkpoints)
     return described

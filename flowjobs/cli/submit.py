@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -23,6 +23,9 @@ from flowjobs.errors import ConfigError
 from flowjobs.jobs.sbatch_environment import DECIDED, environment_for_sbatch
 from flowjobs.runs.run import Run, default_study
 from flowjobs.tracking.mode import resolve_mode
+
+if TYPE_CHECKING:
+    from flowjobs.jobs.executors import Cluster
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -55,7 +58,7 @@ class Submit(CommandOptions):
         """Submit, and follow if asked to. Returns the exit code."""
         # The scheduler's side is slow to load, and --help does without.
         from flowjobs.jobs.executors import check_local, choose_cluster
-        from flowjobs.jobs.submit import running_job, submit
+        from flowjobs.jobs.submit import running_job
 
         if self.follow and self.no_follow:
             raise ConfigError("--follow and --no-follow: found both, expected one")
@@ -80,6 +83,12 @@ class Submit(CommandOptions):
         if busy:
             print(f"{run.name} is already there as {busy}; nothing was submitted")
             return 0
+        with run.undone_if_refused():
+            return self._submit(run, config, cluster, why)
+
+    def _submit(self, run: Run, config: RunConfig, cluster: "Cluster", why: str) -> int:
+        from flowjobs.jobs.submit import submit
+
         if note := run.create(config):
             print(note)
         if run.finished():

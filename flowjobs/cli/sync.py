@@ -118,7 +118,7 @@ def _sync_one(run: Run, server: "Server") -> "Synced":
     from flowjobs.tracking.sync import sync_run
 
     # Where a file system has no locks, Slurm says whether the run still trains.
-    judge = judge_for(JobInfo.in_foreground())
+    judge = judge_for(run, JobInfo.in_foreground())
     console = Console(stderr=True)
     if not console.is_terminal:
         return sync_run(run, server, lambda rows, total: None, judge=judge)

@@ -65,9 +65,13 @@ def note_job(run: Run, job_id: str) -> str | None:
     if slurm.write_batch_script(job_id, str(script)):
         again = _command(record, script)
     continues = os.environ.get(slurm.CONTINUES)
-    run.add_submission(
-        job_id, "slurm", Path(log) if log else None, continues=continues, again=again
-    )
+    identity = {
+        "job_name": record.fields.get("JobName", ""),
+        "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
+        "handed_over": 0.0 if record.restarts else record.submitted,
+    }
+    file = Path(log) if log else None
+    run.add_submission(job_id, "slurm", file, continues=continues, again=again, identity=identity)
     return log
 
 
@@ -90,12 +94,17 @@ def resubmit(run: Run, entry: dict[str, Any], exclude: str | None) -> str:
     environment = environment_for_sbatch(origin.environment, run.config().slurm)
     if token := os.environ.get("SLURM_JWT"):
         environment["SLURM_JWT"] = token
-    new = slurm.sbatch(command, environment | {slurm.CONTINUES: old, "PYTHON": origin.python})
+    taken = slurm.sbatch(command, environment | {slurm.CONTINUES: old, "PYTHON": origin.python})
+    new = taken.job_id
     if any(option.startswith("--array=") for option in command):
         new = f"{new}_{old.partition('_')[2]}"
     log = Path(entry["log"]) if entry["log"] else None
-    origin.note(run, new)
-    run.add_submission(new, "slurm", log, continues=old, again=entry["again"])
+    identity = taken.identity(entry.get("job_name", ""))
+    with slurm.cancelled_unless_noted(lambda: taken):
+        origin.note(run, new)
+        run.add_submission(
+            new, "slurm", log, continues=old, again=entry["again"], identity=identity
+        )
     return new
 
 
@@ -120,4 +129,4 @@ def _command(record: slurm.JobRecord, script: Path) -> list[str]:
             options.append(f"--gres={wanted}")
     # As the script got them: in its record of the command Slurm quotes nothing.
     arguments = json.loads(os.environ.get(SCRIPT_ARGUMENTS, "[]"))
-    return ["sbatch", "--parsable", "--open-mode=append", *options, str(script), *arguments]
+    return ["sbatch", "--open-mode=append", *options, str(script), *arguments]

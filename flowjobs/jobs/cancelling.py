@@ -7,6 +7,7 @@ import socket
 
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import slurm
+from flowjobs.jobs.slurm_jobs import Known, Unknown, ask, identity_of
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_CANCELLED, Outcome, RunStatus, same_host
@@ -39,13 +40,7 @@ def cancel(run: Run) -> list[str]:
 
 
 def _end_jobs(run: Run) -> list[str]:
-    entries = run.submissions()
-    ended = []
-    if slurm_ids := {entry["job_id"] for entry in entries if entry["cluster"] == "slurm"}:
-        queued = slurm.queue()
-        for job_id in sorted(slurm_ids & queued.keys()):
-            slurm.cancel(job_id)
-            ended.append(f"job {job_id}")
+    ended = _end_slurm_jobs(run)
     status = run.status()
     attempt = status.open_attempt if status else None
     if attempt and attempt.job.cluster in ("local", "none") and lock_holder(run.folder):
@@ -59,4 +54,26 @@ def _end_jobs(run: Run) -> list[str]:
             # The process that trains: submitit's controller starts nothing more when that ends.
             os.kill(job.pid, signal.SIGTERM)
             ended.append(f"process {job.pid}")
+    return ended
+
+
+def _end_slurm_jobs(run: Run) -> list[str]:
+    entries = [entry for entry in run.submissions() if entry["cluster"] == "slurm"]
+    ended = []
+    unknown = ""
+    for job, answer in ask([identity_of(run, entry["job_id"]) for entry in entries]).items():
+        match answer:
+            case Known() if not answer.over and job.is_mine():
+                slurm.cancel(job.job_id)
+                ended.append(job.words)
+            case Known() if not answer.over:
+                unknown = f"{job.words} is theirs to cancel (scancel {job.job_id})"
+            case Unknown(why) if job.job_id == entries[-1]["job_id"]:
+                # Of older ones it does not matter: the newest was submitted when they were gone.
+                unknown = f"{job.words} was not cancelled: {why}"
+    if unknown:
+        raise SubmissionError(
+            f"{run.name}: {unknown}; the run is noted as cancelled: a job of it that starts sees "
+            "that, and ends"
+        )
     return ended

@@ -5,12 +5,11 @@ import os
 import re
 import signal
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from flowjobs.errors import CheckpointWriteError, SubmissionError
-from flowjobs.jobs import slurm
+from flowjobs.errors import CheckpointWriteError
+from flowjobs.jobs.slurm import JobRow
+from flowjobs.jobs.slurm_jobs import JobAnswer, Known, ask_one, identity_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_CANCELLED,
@@ -54,17 +53,13 @@ FILE_SYSTEM = frozenset(
 LOST_GPU = re.compile(r"CUDA error|CUDA driver|NCCL|\bECC\b|CUBLAS_STATUS|CUDNN_STATUS|cudaError")
 
 
-@dataclass(frozen=True)
-class _Life:
-    """How one life of a Slurm job ended: its state, and exit code or signal of its script."""
-
-    state: str
-    exit_code: int
-    signal: int
-
-
 def cause_of(
-    run: Run, attempt: AttemptRecord, exit_code: int | None = None, *, restarted: bool = False
+    run: Run,
+    attempt: AttemptRecord,
+    exit_code: int | None = None,
+    *,
+    answer: JobAnswer | None = None,
+    restarted: bool = False,
 ) -> Outcome:
     """The outcome of an attempt that is over and has left no word of it, as far as it is known.
 
@@ -72,22 +67,18 @@ def cause_of(
         run: The run.
         attempt: The attempt.
         exit_code: What srun returned, if its batch script is the one that asks.
+        answer: What Slurm says of its job, if it has been asked already.
         restarted: Whether Slurm has started its job again.
     """
-    life = _life(attempt.job) if attempt.job.cluster == "slurm" else None
+    job = attempt.job
+    if answer is None and job.cluster == "slurm":
+        answer = ask_one(identity_of(run, job.job_id, job.log))
+    life = answer.life(job.restart) if isinstance(answer, Known) else None
     return _outcome(attempt, life, exit_code, restarted)
 
 
-def known_cause_of(run: Run, attempt: AttemptRecord) -> Outcome | None:
-    """The same; None as long as it is not known what Slurm has to say of the attempt's job."""
-    if attempt.job.cluster != "slurm":
-        return _outcome(attempt, None, None, restarted=False)
-    life = _life(attempt.job)
-    return _outcome(attempt, life, None, restarted=False) if life else None
-
-
 def _outcome(
-    attempt: AttemptRecord, life: _Life | None, exit_code: int | None, restarted: bool
+    attempt: AttemptRecord, life: JobRow | None, exit_code: int | None, restarted: bool
 ) -> Outcome:
     log = log_tail(attempt.job.log)
     # A job that is started again goes on in the same file.
@@ -97,15 +88,23 @@ def _outcome(
     return Outcome(state, code, f"{words} {where}", _last_words(log), kind)
 
 
-def cause_of_no_start(job: JobInfo, exit_code: int | None = None) -> Outcome:
-    """The outcome of a job that ended before its attempt could begin."""
+def cause_of_no_start(
+    job: JobInfo, exit_code: int | None = None, answer: JobAnswer | None = None
+) -> Outcome:
+    """The outcome of a job that ended before its attempt could begin.
+
+    Args:
+        job: The job.
+        exit_code: What srun returned, if its batch script is the one that asks.
+        answer: What Slurm says of the job, if it has been asked.
+    """
     log = log_tail(job.log)
-    life = _life(job) if job.cluster == "slurm" and exit_code is None else None
-    if life and life.state == "CANCELLED":
+    if isinstance(answer, Known) and answer.newest.state == "CANCELLED":
         reason = f"job {job.job_id} was cancelled before it started"
         return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
-    if life:
-        exit_code = 128 + life.signal if life.signal else life.exit_code
+    if isinstance(answer, Known):
+        row = answer.newest
+        exit_code = 128 + row.signal if row.signal else row.exit_code
     if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, EXIT_PREEMPTED):
         reason = f"job {job.job_id} was told to leave before it could listen"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
@@ -169,25 +168,8 @@ def log_tail(log: str | None) -> str:
         return ""
 
 
-def _life(job: JobInfo) -> _Life | None:
-    """How the life of a job that an attempt was ended: accounting's word, else the controller's.
-
-    Accounting is some seconds behind and not everywhere; the controller forgets a job after some
-    minutes, and what became of an earlier life at once.
-    """
-    rows = [row for row in slurm.accounting([job.job_id]) if row.ended != "Unknown"]
-    for row in rows[job.restart : job.restart + 1]:
-        return _Life(row.state, row.exit_code, row.signal)
-    with suppress(SubmissionError):
-        record = slurm.job_record(job.job_id)
-        if record and record.restarts == job.restart and record.state in slurm.ENDED:
-            code, _, number = record.fields.get("ExitCode", "0:0").partition(":")
-            return _Life(record.state, int(code), int(number or 0))
-    return None
-
-
 def _explain(
-    life: _Life | None, log: str, exit_code: int | None, restarted: bool
+    life: JobRow | None, log: str, exit_code: int | None, restarted: bool
 ) -> tuple[str, str, State, int]:
     """Words, kind, state and exit code of the death."""
     match life.state if life else "":

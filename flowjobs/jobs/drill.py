@@ -17,6 +17,7 @@ from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.interruptions import Interruption, possible
 from flowjobs.jobs.node_probe import NodeAnswer, NodeProbe, NodeQuestion
 from flowjobs.jobs.reconcile import reconcile
+from flowjobs.jobs.slurm_jobs import Known, Unknown, ask, identity_of
 from flowjobs.jobs.submit import SubmittedJob, ctrl_c_waits, submit
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
@@ -194,29 +195,27 @@ class _Drill:
         """Find out which runs are done, and why the others wait."""
         if self._probe_gone_at is None and not self._jobs[0][1].alive(self._probe):
             self._probe_gone_at = time.monotonic()
-        queue = slurm.queue() if self._cluster == "slurm" else {}
         for watched in self.watched:
             if watched.done:
                 continue
             if self._cluster == "slurm":
-                ids = {entry["job_id"] for entry in watched.run.submissions()}
-                alive = bool(ids & queue.keys())
-                waiting = [job_id for job_id in ids if queue.get(job_id, ("",))[0] == "PENDING"]
-                watched.waits_for = self._hurry(watched, waiting)
+                live = _live_jobs(watched.run)
+                alive = bool(live)
+                watched.waits_for = self._hurry(
+                    watched, [row for row in live if row.state == "PENDING"]
+                )
             else:
                 alive = watched.job.alive(watched.run)
             self._judge(watched, alive)
 
-    def _hurry(self, watched: Watched, job_ids: list[str]) -> str:
+    def _hurry(self, watched: Watched, waiting: list[slurm.JobRow]) -> str:
         """Why jobs of a run wait; one that is only to wait before it is started again need not."""
-        reason = ""
-        for job_id in job_ids:
-            record = slurm.job_record(job_id)
-            reason = record.fields.get("Reason", "") if record else ""
-            if reason == "BeginTime" and time.monotonic() - watched.hurried_at > HURRY_EVERY_S:
+        for row in waiting:
+            due = time.monotonic() - watched.hurried_at > HURRY_EVERY_S
+            if row.reason == "BeginTime" and due:
                 watched.hurried_at = time.monotonic()
-                slurm.start_soon(job_id)
-        return reason
+                slurm.start_soon(row.job_id)
+        return waiting[-1].reason if waiting else ""
 
     def _judge(self, watched: Watched, alive: bool) -> None:
         status = watched.run.status() or RunStatus()
@@ -237,6 +236,18 @@ class _Drill:
         elif still_s > GONE_S:
             watched.problem = f"its job ended without a result, see {watched.job.log}"
             watched.done = True
+
+
+def _live_jobs(run: Run) -> list[slurm.JobRow]:
+    """Those jobs of a run that wait or run.
+
+    Raises:
+        SubmissionError: That is unknown of one.
+    """
+    answers = ask([identity_of(run, entry["job_id"]) for entry in run.submissions()]).values()
+    if unknown := [answer.why for answer in answers if isinstance(answer, Unknown)]:
+        raise SubmissionError(unknown[0])
+    return [answer.newest for answer in answers if isinstance(answer, Known) and not answer.over]
 
 
 def _interrupt(watched: Watched, how: Interruption, attempt: AttemptRecord) -> None:

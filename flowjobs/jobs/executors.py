@@ -5,14 +5,16 @@ import os
 import re
 import shlex
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from submitit.core.core import Executor
+from submitit.core.utils import JobPaths
 from submitit.local.debug import DebugExecutor
 from submitit.local.local import LocalExecutor, LocalJob
-from submitit.slurm.slurm import SlurmExecutor
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
@@ -55,7 +57,14 @@ def choose_cluster(asked: Literal["auto", "slurm", "local", "debug"]) -> tuple[C
 
 
 class SlurmExecutorAnywhere(SlurmExecutor):
-    """submitit's, which can also be made where there is no Slurm, to look at its batch file."""
+    """submitit's, with our way of calling sbatch; it can also be made where there is no Slurm, to
+    look at its batch file.
+
+    Attributes:
+        handed_over: The job that sbatch has taken.
+    """
+
+    handed_over: slurm.HandedOver | None = None
 
     @classmethod
     def affinity(cls) -> int:
@@ -65,6 +74,24 @@ class SlurmExecutorAnywhere(SlurmExecutor):
     def batch_file(self) -> str:
         """The text that a submission hands to sbatch."""
         return str(self._make_submission_file_text(self._submitit_command_str, uid=""))
+
+    def _submit_command(self, command: str) -> SlurmJob[Any]:
+        # submitit's own believes the first "job N" that anyone prints, and reads UTF-8 only.
+        folder = JobPaths.get_first_id_independent_folder(self.folder)
+        file = folder / f".submission_file_{uuid.uuid4().hex}.sh"
+        file.write_text(self._make_submission_file_text(command, uid=""))
+        comment = self.parameters.get("comment")
+        asked = [f"--comment={comment}"] if comment else []
+        self.handed_over = slurm.sbatch(["sbatch", *asked, str(file)], os.environ)
+        tasks = list(range(self._num_tasks()))
+        job: SlurmJob[Any] = SlurmJob(self.folder, self.handed_over.job_id, tasks)
+        job.paths.move_temporary_file(file, "submission_file", keep_as_symlink=True)
+        return job
+
+
+def handed_over(executor: Executor | None) -> slurm.HandedOver | None:
+    """The Slurm job that an executor has handed over; None if there is none."""
+    return executor.handed_over if isinstance(executor, SlurmExecutorAnywhere) else None
 
 
 def make_executor(

@@ -2,14 +2,15 @@
 
 import os
 
-from flowjobs.errors import SubmissionError
 from flowjobs.jobs import slurm
+from flowjobs.jobs.slurm_jobs import Gone, Known, ask_one, identity_of
 from flowjobs.runs.lock import Judge, Verdict, system_lock_decides
+from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, same_host
 
 
-def judge_for(me: JobInfo) -> Judge:
-    """The judge that an attempt which runs as `me` brings to a run's lock."""
+def judge_for(run: Run, me: JobInfo) -> Judge:
+    """The judge that an attempt which runs as `me` brings to the lock of `run`."""
 
     def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
         if holder.cluster != "slurm":
@@ -23,7 +24,7 @@ def judge_for(me: JobInfo) -> Judge:
         if lock_is_free and (same_host(holder.host, me.host) or not slurm.is_here()):
             # On one machine the system's lock is right; without Slurm nobody knows more.
             return "gone"
-        verdict = job_verdict(holder)
+        verdict = job_verdict(run, holder)
         if verdict == "alive" and os.environ.get(slurm.CONTINUES) == holder.job_id:
             return "leaving"  # it has submitted this job as its last act
         return verdict
@@ -31,17 +32,15 @@ def judge_for(me: JobInfo) -> Judge:
     return judge
 
 
-def job_verdict(holder: JobInfo) -> Verdict:
+def job_verdict(run: Run, holder: JobInfo) -> Verdict:
     """What Slurm says of the holder's job. Not of its process: a job may outlive that."""
-    try:
-        record = slurm.job_record(holder.job_id)
-    except SubmissionError:
-        return "unknown"
-    if record is None or record.restarts > holder.restart:
-        return "gone"
-    match record.state:
-        case "RUNNING" | "SUSPENDED" | "STOPPED" | "CONFIGURING":
+    match ask_one(identity_of(run, holder.job_id, holder.log)):
+        case Gone():
+            return "gone"
+        case Known() as known if known.over or known.restarted_since(holder.restart):
+            return "gone"
+        case Known(newest) if newest.state in ("RUNNING", "SUSPENDED", "STOPPED", "CONFIGURING"):
             return "alive"
-        case "COMPLETING" | "SIGNALING" | "STAGE_OUT":
+        case Known():
             return "leaving"
-    return "gone"
+    return "unknown"

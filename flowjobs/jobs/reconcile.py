@@ -1,86 +1,55 @@
-"""Closes what died without a word, and has it started again where it should be.
+"""Notes how silently ended jobs ended, and starts those runs again that should be.
 
-Asked by the last lines of a batch script, by `flowjobs reconcile` and in passing by `status`. The
-next attempt of a run does the same at its own start (runs/attempt.py). First it is found out,
-which may take long; then it is written down, under the run's lock and only if no attempt has
-started meanwhile; then the run is started again; and W&B, which may not answer, comes last.
+Asked by the last lines of a batch script and by `flowjobs reconcile`. The next attempt of a run
+does the same at its own start (runs/attempt.py). First it is found out (jobs/findings.py), which
+may take long; then it is written down, under the run's lock and only if no attempt has started
+meanwhile; then the run is started again; and W&B, which may not answer, comes last.
 """
 
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from flowjobs.errors import FlowjobsError, RunBusyError
-from flowjobs.jobs import deaths, slurm
+from flowjobs.jobs import deaths
+from flowjobs.jobs.findings import Dead, Unclear, final_outcome, find, seen_of
 from flowjobs.jobs.going_on import go_on
-from flowjobs.jobs.holders import job_verdict
 from flowjobs.jobs.origin import check_own
 from flowjobs.jobs.submit import resubmit
-from flowjobs.runs.lock import (
-    RECONCILE,
-    RunLock,
-    Verdict,
-    lock_holder,
-    process_lives,
-    system_lock_decides,
-)
-from flowjobs.runs.restarts import fruitless_attempts, may_retry
+from flowjobs.runs.lock import RECONCILE, RunLock, Verdict, lock_holder, system_lock_decides
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_CANCELLED,
-    EXIT_FAILED,
     EXIT_PREEMPTED,
     AttemptRecord,
     JobInfo,
     Outcome,
     RunStatus,
     now,
-    same_host,
 )
 from flowjobs.tracking.closing import close_session, pending_outcome
 
 logger = logging.getLogger(__name__)
 
-Queue = Mapping[str, tuple[str, str]]
-# How many attempts there are, whether the newest one has ended, and why.
-Seen = tuple[int, bool, str]
-
-# Accounting is some seconds behind, and not there at all on some clusters: after this long the
-# cause is told as far as the log shows it.
-UNKNOWN_AFTER = timedelta(minutes=10)
-
 
 @dataclass(frozen=True)
-class Closed:
-    """A run whose newest attempt was found dead, and how that ended."""
-
-    run: Run
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class Dead:
-    """What was found out of a run, before anything is written.
+class Reconciled:
+    """What came of a run whose newest job has, or may have, ended unnoticed.
 
     Attributes:
-        job: The job that is gone.
-        outcome: How it ended.
-        seen: What the status said of attempts when it was looked at; see `_seen`.
-        waits: Whether Slurm starts the job again by itself.
-        started: Whether an attempt of the job had begun.
+        run: The run.
+        outcome: How its newest attempt ended, as it was noted; None if that is unknown.
+        unclear: Why it is unknown, in words for a person.
     """
 
-    job: JobInfo
-    outcome: Outcome
-    seen: Seen
-    waits: bool = False
-    started: bool = True
+    run: Run
+    outcome: Outcome | None = None
+    unclear: str = ""
 
 
-def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Closed]:
+def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconciled]:
     """Close the runs whose job is gone; one question to Slurm answers it for those that are not.
 
     Args:
@@ -88,33 +57,32 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Closed]:
         tell_wandb: Wait until W&B knows, and also tell it what could not be told before. It may
             take a minute a run.
 
-    Raises:
-        SubmissionError: Slurm does not answer; nothing was changed.
+    Returns:
+        Those that were closed, and those of which it is unknown: these stay as they are.
     """
     runs = list(runs)
-    suspects = [run for run in runs if _awaits_an_end(run)]
-    in_slurm = any(_newest_job(run)[1] == "slurm" for run in suspects)
-    queue = slurm.queue() if in_slurm else {}
-    closed = []
-    for run in suspects:
+    results = []
+    for run, found in find(runs).items():
+        if isinstance(found, Unclear):
+            results.append(Reconciled(run, unclear=found.why))
+            continue
         try:
-            dead = _find_dead(run, queue)
-            outcome = _close(run, dead) if dead else None
-            if dead and outcome and outcome.state == "preempted" and not dead.waits:
-                new = resubmit(run, dead.job, _node_to_avoid(dead))
+            outcome = _close(run, found)
+            if outcome and outcome.state == "preempted" and not found.waits:
+                new = resubmit(run, found.job, _node_to_avoid(found))
                 logger.info("%s goes on as job %s", run.name, new)
         except (FlowjobsError, OSError) as error:
             logger.error("%s: %s", run.name, error)
             continue
         if outcome:
-            closed.append(Closed(run, outcome))
-    for found in closed:
-        if lock_holder(found.run.folder) is None:  # else its next attempt tells
-            close_session(found.run, found.outcome, wait=tell_wandb)
+            results.append(Reconciled(run, outcome))
+    for closed in results:
+        if closed.outcome and lock_holder(closed.run.folder) is None:  # else its next attempt tells
+            close_session(closed.run, closed.outcome, wait=tell_wandb)
     for run in runs if tell_wandb else ():
         if lock_holder(run.folder) is None and (untold := pending_outcome(run)):
             close_session(run, untold)
-    return closed
+    return results
 
 
 def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
@@ -129,7 +97,7 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         How the attempt ended; None if it has said so itself.
     """
     status = run.status() or RunStatus()
-    attempt, seen = status.open_attempt, _seen(status)
+    attempt, seen = status.open_attempt, seen_of(status)
     lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
     life = (job.job_id, job.restart)
     if exit_code == EXIT_PREEMPTED and life not in lives:
@@ -151,80 +119,6 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     return outcome
 
 
-def _awaits_an_end(run: Run) -> bool:
-    status = run.status() or RunStatus()
-    entries = run.submissions()
-    if status.open_attempt is not None:
-        return True
-    if not entries or run.finished():
-        return False
-    if any(attempt.job.job_id == entries[-1]["job_id"] for attempt in status.attempts):
-        return status.state == "preempted" and entries[-1]["cluster"] == "slurm"
-    # A job that came too late, and was refused or found nothing to do, says nothing of the run.
-    ended = status.attempts[-1].ended if status.attempts else None
-    return ended is None or entries[-1]["submitted"] > ended
-
-
-def _newest_job(run: Run) -> tuple[str, str]:
-    """Id and cluster of the newest job."""
-    status = run.status()
-    if status and status.open_attempt:
-        job = status.open_attempt.job
-        return job.job_id, job.cluster
-    entry = run.submissions()[-1]
-    return entry["job_id"], entry["cluster"]
-
-
-def _find_dead(run: Run, queue: Queue) -> Dead | None:
-    """What became of the run's newest job, if that is over. Writes nothing."""
-    status = run.status() or RunStatus()
-    attempt = status.open_attempt
-    if attempt is None:
-        return _find_gone_job(run, status, queue)
-    if not _is_gone(run, attempt, queue):
-        return None
-    outcome = deaths.known_cause_of(run, attempt)
-    if outcome is None:
-        if datetime.now(UTC) - datetime.fromisoformat(status.updated) < UNKNOWN_AFTER:
-            return None  # accounting will know soon
-        outcome = deaths.cause_of(run, attempt)
-    return Dead(attempt.job, outcome, _seen(status), waits=attempt.job.job_id in queue)
-
-
-def _find_gone_job(run: Run, status: RunStatus, queue: Queue) -> Dead | None:
-    """The run's newest job, if it ended while no attempt was there to say so."""
-    entry = run.submissions()[-1]
-    job_id, cluster = entry["job_id"], entry["cluster"]
-    job = JobInfo(cluster, job_id, entry["log"], entry.get("host", "its node"), pid=0)
-    started = job_id in {attempt.job.job_id for attempt in status.attempts}
-    if cluster == "local":
-        here = same_host(job.host, socket.gethostname())
-        if not here or process_lives(int(job_id)) or lock_holder(run.folder):
-            return None
-    elif cluster != "slurm" or job_id in queue or job_verdict(job) != "gone":
-        return None
-    outcome = deaths.cause_of_no_start(job)
-    if started and outcome.state != "cancelled":
-        # It left in good order, but had no time, or no way, to be started again.
-        reason = f"{status.reason}; then no job of it was left"
-        outcome = Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
-    return Dead(job, outcome, _seen(status), started=started)
-
-
-def _is_gone(run: Run, attempt: AttemptRecord, queue: Queue) -> bool:
-    job = attempt.job
-    if job.cluster == "slurm":
-        state, _ = queue.get(job.job_id, ("", ""))
-        # A job that is not in this user's queue may be another user's.
-        return state != "RUNNING" and job_verdict(job) == "gone"
-    # The locks of processes on another machine are not always seen from here.
-    return same_host(job.host, socket.gethostname()) and lock_holder(run.folder) is None
-
-
-def _seen(status: RunStatus) -> Seen:
-    return len(status.attempts), status.open_attempt is None, status.reason
-
-
 def _close(run: Run, dead: Dead) -> Outcome | None:
     """Write down how a run's newest attempt ended.
 
@@ -241,43 +135,18 @@ def _close(run: Run, dead: Dead) -> Outcome | None:
     try:
         with RunLock(run.folder, me, judge) as lock:
             status = run.status() or RunStatus()
-            if _seen(status) != dead.seen or not lock.is_held():
+            if seen_of(status) != dead.seen or not lock.is_held():
                 return None
             if not dead.started:
                 record = AttemptRecord(len(status.attempts) + 1, dead.job, started=now())
                 status.attempts.append(record)
-            again = dead.waits or _should_go_on(run, status, dead)
-            if again and not dead.waits:
+            outcome = final_outcome(run, status, dead)
+            if outcome.state == "preempted" and not dead.waits:
                 check_own(run, dead.job.job_id)
-            outcome = _as_it_goes_on(dead.outcome, again)
             status.close(outcome)
             status.write(run.status_file)
     except RunBusyError:
         return None
-    return outcome
-
-
-def _should_go_on(run: Run, status: RunStatus, dead: Dead) -> bool:
-    """Whether the run is to be started again, if the scheduler does not do it."""
-    outcome = dead.outcome
-    if outcome.state == "cancelled" or run.cancel_requested() or dead.job.cluster != "slurm":
-        return False
-    restarts = run.config().restarts
-    if outcome.kind in ("preempted", "time limit"):
-        return fruitless_attempts(status.attempts) + 1 < restarts.give_up_after
-    if not status.attempts:
-        return False
-    *before, last = status.attempts
-    return may_retry(before, outcome.kind, last.last_step, restarts.retries)
-
-
-def _as_it_goes_on(outcome: Outcome, again: bool) -> Outcome:
-    """A run that nobody starts again has failed; one that is started again has not."""
-    if outcome.state == "failed" and again:
-        reason = f"{outcome.reason}; starts again"
-        return replace(outcome, state="preempted", exit_code=EXIT_PREEMPTED, reason=reason)
-    if outcome.state == "preempted" and not again:
-        return replace(outcome, state="failed", exit_code=EXIT_FAILED)
     return outcome
 
 

@@ -1,12 +1,14 @@
 """Asking Slurm, and asking it for things. Robust forms only: see each function for the traps."""
 
+import contextlib
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flowjobs.errors import SubmissionError
@@ -39,39 +41,115 @@ def controller_answers() -> tuple[bool, str]:
 
 def partitions() -> list[str]:
     """The names of the cluster's partitions; none if it does not answer."""
-    answer = _run("sinfo", "--noheader", "--format=%R")
-    return sorted(set(answer.stdout.split())) if answer.returncode == 0 else []
+    # The words before the name tell it from a line of a banner.
+    answer = _run("sinfo", "--noheader", "--format=partition %R")
+    lines = [line.split() for line in answer.stdout.splitlines()]
+    return sorted({words[1] for words in lines if words[:1] == ["partition"] and words[1:]})
 
 
-def queue() -> dict[str, tuple[str, str]]:
-    """State ("PENDING", "RUNNING", …) and name of each of this user's jobs in the queue, by id.
+# What sbatch prints with --parsable, with the cluster if one was asked for; and what it prints
+# without, where a wrapper drops that option.
+_SAID_ID = re.compile(r"(\d+)(?:;([\w.-]+))?")
+_SUBMITTED = re.compile(r"Submitted batch job (\d+)(?: on cluster [\w.-]+)?")
+
+# How far the clocks of two machines may differ.
+CLOCKS_S = 300.0
+
+# Written into the comment of every job that we submit, and told by all of Slurm's commands.
+MARK = re.compile(r"flowjobs:([0-9a-f]{12})")
+
+# Names and comments hold anything but this.
+SEPARATOR = "\x1f"
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One line on a job: as the controller has it, or one life of it in accounting.
+
+    Attributes:
+        job_id: As submitted (`12_3` for an array task; of tasks that wait still together,
+            accounting has `12_[3-5]` or `12`).
+        state: First word of it: "CANCELLED" of "CANCELLED by 0".
+        uid: Its user's.
+        cluster: Slurm's name of the cluster.
+        name: The job's.
+        submitted: When it was submitted or requeued, in seconds of the epoch.
+        ended: When it ended, if it has; of a job that runs the controller says when it would.
+        exit_code: Of the batch script; accounting has that of its steps.
+        signal: That killed it, or 0.
+        nodes: NodeList.
+        restarts: How often Slurm has started it again, or is about to; None in accounting.
+        log: Where its output goes, before Slurm fills in `%j` and such; empty in accounting.
+        marks: Ours, in its comment or on sbatch's command line.
+        reason: Why it waits, in Slurm's word.
+    """
+
+    job_id: str
+    state: str
+    uid: int
+    cluster: str
+    name: str
+    submitted: float
+    ended: float | None = None
+    exit_code: int = 0
+    signal: int = 0
+    nodes: str = ""
+    restarts: int | None = None
+    log: str = ""
+    marks: frozenset[str] = frozenset()
+    reason: str = ""
+
+
+def queue(uids: Collection[int]) -> list[JobRow]:
+    """The jobs of these users that the controller knows: all that wait or run, and for some
+    minutes (MinJobAge) those that have ended. Of other users only where jobs are not private.
 
     Raises:
         SubmissionError: Slurm does not answer.
     """
     # Not --json: it ignores -j in Slurm 22.05. Not -j: it fails for a job that has been forgotten,
     # which cannot be told from a controller that is away. -r lists the tasks of an array.
-    answer = _run("squeue", "-h", "-a", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%j")
+    fields = (
+        *("JobArrayID", "State", "UserID", "Cluster", "SubmitTime", "EndTime", "exit_code"),
+        *("NodeList", "RestartCnt", "Reason", "STDOUT", "Name", "Comment"),
+    )
+    answer = _run(
+        *("squeue", "-h", "-a", "-r", "-t", "all", "-u", ",".join(map(str, sorted(uids)))),
+        *("-O", ",".join(f"{field}:{SEPARATOR}" for field in fields)),
+    )
     if answer.returncode != 0:
         raise SubmissionError(f"Slurm does not say which jobs there are: {_first_line(answer)}")
-    found = {}
-    for line in answer.stdout.splitlines():
-        if line.count("|") >= 2:  # with several clusters there are headings
-            job_id, state, name = line.strip().split("|", 2)
-            found[job_id] = (state, name)
-    return found
+    rows = []
+    for cells in _cells(answer.stdout, len(fields)):
+        job_id, state, uid, cluster, submitted, ended, code, nodes, restarts, *rest = cells
+        reason, log, name, comment = rest
+        status = int(code) if code.isdigit() else 0  # as of wait()
+        rows.append(
+            JobRow(
+                job_id=job_id,
+                state=state,
+                uid=int(uid) if uid.isdigit() else -1,
+                cluster="" if cluster in ("N/A", "(null)") else cluster,
+                name=name,
+                submitted=_timestamp(submitted) or 0.0,
+                ended=_timestamp(ended),
+                exit_code=0 if status & 0x7F else status >> 8,
+                signal=status & 0x7F,
+                nodes=nodes,
+                restarts=int(restarts) if restarts.isdigit() else 0,
+                log=log,
+                marks=frozenset(MARK.findall(comment)),
+                reason=reason,
+            )
+        )
+    return rows
 
 
-def queued_state(job_id: str, job_name: str) -> str | None:
-    """The state of a job in the queue, or None if it is not there.
-
-    The name is compared too, since a cluster may use an id again after a crash.
-
-    Raises:
-        SubmissionError: Slurm does not answer.
-    """
-    state, name = queue().get(job_id, ("", ""))
-    return state if state and name == job_name else None
+def _cells(printed: str, count: int) -> list[list[str]]:
+    """The fields of each line that has so many: not of a banner, nor of what follows a newline
+    in the last field."""
+    lines = (line.split(SEPARATOR, count - 1) for line in printed.splitlines())
+    return [[cell.strip() for cell in cells] for cells in lines if len(cells) == count]
 
 
 @dataclass(frozen=True)
@@ -131,13 +209,14 @@ def job_record(job_id: str) -> JobRecord | None:
         SubmissionError: Slurm does not answer.
     """
     answer = _run("scontrol", "show", "job", job_id)
-    if answer.returncode != 0:
-        if "Invalid job id" in answer.stderr:
-            return None
+    if answer.returncode != 0 and "Invalid job id" in answer.stderr:
+        return None
+    _, found, record = answer.stdout.partition("JobId=")  # after a banner, if there is one
+    if answer.returncode != 0 or "JobState=" not in record:
         raise SubmissionError(f"Slurm says nothing of job {job_id}: {_first_line(answer)}")
     fields: dict[str, str] = {}
     # Of an array it prints all tasks, a block each.
-    for line in answer.stdout.partition("\n\n")[0].splitlines():
+    for line in (found + record).partition("\n\n")[0].splitlines():
         if line.lstrip().startswith(_LINES_OF_THEIR_OWN):
             key, _, value = line.lstrip().partition("=")
             fields[key] = value
@@ -161,20 +240,16 @@ def job_record(job_id: str) -> JobRecord | None:
     )
 
 
-def job_output_file(job_id: str) -> str | None:
-    """The file that a job's output goes to, or None if Slurm does not say."""
-    try:
-        record = job_record(job_id)
-    except SubmissionError:
-        return None
-    return record.fields.get("StdOut") if record else None
-
-
 def kill_wait_s() -> float:
     """Seconds that Slurm waits between telling a job to end and killing it; its default if it
     does not say."""
     found = settings().get("KillWait", "").partition(" ")[0]
     return float(found) if found.isdigit() else 30.0
+
+
+def cluster_name() -> str:
+    """Slurm's name of the cluster that answers here; empty if none does."""
+    return settings().get("ClusterName", "")
 
 
 def settings() -> dict[str, str]:
@@ -187,15 +262,16 @@ def settings() -> dict[str, str]:
 def partition_settings(name: str) -> dict[str, str]:
     """A partition's settings by slurm.conf's names; none if it does not answer."""
     answer = _run("scontrol", "show", "partition", name, "--oneliner")
-    return dict(_FIELD.findall(answer.stdout.partition("\n")[0]))
+    _, found, settings = answer.stdout.partition("PartitionName=")
+    return dict(_FIELD.findall((found + settings).partition("\n")[0]))
 
 
 def qos_settings(name: str) -> dict[str, str]:
     """PreemptMode and GraceTime of a quality of service; none where accounting does not answer."""
     names = ("PreemptMode", "GraceTime")
     answer = _run("sacctmgr", "-nP", "show", "qos", name, f"format={','.join(names)}")
-    line = answer.stdout.partition("\n")[0]
-    return dict(zip(names, line.split("|"), strict=False)) if line else {}
+    lines = [line.split("|") for line in answer.stdout.splitlines()]
+    return next((dict(zip(names, line, strict=True)) for line in lines if len(line) == 2), {})
 
 
 def accounting_answers() -> bool:
@@ -257,20 +333,106 @@ def write_batch_script(job_id: str, path: str) -> bool:
     return _run("scontrol", "write", "batch_script", job_id, path).returncode == 0
 
 
-def sbatch(command: list[str], environment: Mapping[str, str]) -> str:
-    """Submit by a full command line (`sbatch --parsable …`). Returns the job's id.
+@dataclass(frozen=True)
+class HandedOver:
+    """A job that sbatch has taken.
+
+    Attributes:
+        job_id: Its id; of an array, the array's.
+        cluster: Slurm's name of the cluster that it went to; empty if that does not answer.
+        mark: Ours, in its comment.
+    """
+
+    job_id: str
+    cluster: str
+    mark: str
+
+    def identity(self, job_name: str) -> dict[str, str | float]:
+        """What the run notes of it, beside its id."""
+        return {
+            "job_name": job_name,
+            "slurm_cluster": self.cluster,
+            "mark": self.mark,
+            "handed_over": time.time(),
+        }
+
+
+@contextlib.contextmanager
+def cancelled_unless_noted(handed_over: Callable[[], HandedOver | None]) -> Iterator[None]:
+    """Cancel a job that was handed over in the block if the block then fails: nobody knows it.
 
     Raises:
-        SubmissionError: sbatch refused.
+        SubmissionError: The block failed so; the text says what became of the job.
     """
-    answer = _run(*command, environment=environment)
-    if answer.returncode != 0:
-        raise SubmissionError(f"sbatch refused the job: {_first_line(answer)}")
-    return answer.stdout.strip().partition(";")[0]
+    try:
+        yield
+    except BaseException as error:
+        job = handed_over()
+        if job is None:
+            raise
+        try:
+            cancel(job.job_id)
+            became = "it is cancelled"
+        except SubmissionError as refused:
+            became = f"it could not be cancelled either ({refused}): scancel {job.job_id}"
+        raise SubmissionError(
+            f"job {job.job_id} was submitted, but could not be noted ({error}): {became}"
+        ) from error
+
+
+def sbatch(command: Sequence[str], environment: Mapping[str, str]) -> HandedOver:
+    """Submit by a command line (`sbatch OPTIONS SCRIPT ARGUMENTS`), with a mark in the comment.
+
+    What `sbatch` prints is not believed where it is more than an id: sites wrap it, and print
+    lines of their own. The mark finds the job then, also where sbatch failed after it had handed
+    the job over.
+
+    Raises:
+        SubmissionError: sbatch refused the job; or what became of it is unknown, then the text says
+            how to find it.
+    """
+    mark = secrets.token_hex(6)
+    program, *rest = command
+    comments = [word for word in rest if word.startswith("--comment=")]
+    comment = comments[-1].partition("=")[2] if comments else environment.get("SBATCH_COMMENT", "")
+    marked = " ".join([*comment.split(), f"flowjobs:{mark}"])
+    # On the command line: there accounting keeps it too (SubmitLine), and it wins over the script.
+    rest = [word for word in rest if word not in comments]
+    asked_at = time.time()
+    answer = _run(*(program, "--parsable", f"--comment={marked}", *rest), environment=environment)
+    lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    if answer.returncode == 0 and len(lines) == 1 and (found := _SAID_ID.fullmatch(lines[0])):
+        return HandedOver(found[1], found[2] or cluster_name(), mark)
+    said = {found[1]: found[2] or "" for line in lines if (found := _SAID_ID.fullmatch(line))}
+    said |= {found[1]: "" for line in lines if (found := _SUBMITTED.fullmatch(line))}
+    try:
+        rows = [row for row in queue({os.getuid()}) if row.submitted >= asked_at - CLOCKS_S]
+    except SubmissionError as error:
+        raise SubmissionError(
+            f"{_refusal(answer)}; whether the job was taken is unknown ({error}): one with the "
+            f"comment flowjobs:{mark} would be it (squeue --me -o '%i %k')"
+        ) from None
+    # Where the site drops comments, an id that sbatch has said is one if it is that of a new job.
+    ours = [row for row in rows if mark in row.marks] or [
+        row for row in rows if not row.marks and row.job_id.partition("_")[0] in said
+    ]
+    if ours:
+        return HandedOver(ours[0].job_id.partition("_")[0], ours[0].cluster, mark)
+    elsewhere = [(job_id, cluster) for job_id, cluster in said.items() if cluster]
+    if answer.returncode == 0 and elsewhere:
+        return HandedOver(*elsewhere[0], mark)
+    raise SubmissionError(_refusal(answer))
+
+
+def _refusal(answer: subprocess.CompletedProcess[str]) -> str:
+    if answer.returncode == 0:
+        return f"sbatch printed no job id, and no new job is in the queue: {_first_line(answer)}"
+    lines = [line.strip() for line in answer.stderr.splitlines() if "error" in line.lower()]
+    return f"sbatch refused the job: {'; '.join(lines) or _first_line(answer)}"
 
 
 def cancel(job_id: str) -> None:
-    """Cancel a job; one that is gone already is no error.
+    """Cancel a job; one that is gone already is no error. Look first whether it is the one meant.
 
     Raises:
         SubmissionError: Slurm does not answer, or refuses.
@@ -280,52 +442,63 @@ def cancel(job_id: str) -> None:
         raise SubmissionError(f"scancel {job_id}: {_first_line(answer)}")
 
 
-@dataclass(frozen=True)
-class AccountingRow:
-    """One life of a job, as sacct has it (`-D`: a requeued job has several).
-
-    Attributes:
-        job_id: As submitted (`12_3` for an array task).
-        state: First word of State: "CANCELLED" of "CANCELLED by 0".
-        exit_code: Of its steps, else of the batch script.
-        signal: That killed one of them, or 0.
-        nodes: NodeList.
-        ended: End, in ISO form of the cluster's local time, or "Unknown".
-        job_name: To tell a job from another that got the same id.
-    """
-
-    job_id: str
-    state: str
-    exit_code: int
-    signal: int
-    nodes: str
-    ended: str
-    job_name: str
-
-
-def accounting(job_ids: Collection[str]) -> list[AccountingRow]:
-    """Every life of these jobs, oldest first; none where there is no accounting.
+def accounting(job_ids: Collection[str]) -> list[JobRow] | None:
+    """Every life of all jobs that have or had these ids on this cluster, oldest first.
 
     One call for all of them. Accounting is some seconds behind the controller.
+
+    Returns:
+        None where the cluster has no accounting.
+
+    Raises:
+        SubmissionError: Accounting does not answer.
     """
     if not job_ids:
         return []
-    # A separator that no job name holds; -D for every life; -X without the steps.
-    answer = _run(
-        "sacct", "-X", "-D", "-n", "-P", "--delimiter=\x1f", "-j", ",".join(job_ids),
-        "-o", "JobID,State,ExitCode,NodeList,End,JobName,DerivedExitCode",
-    )  # fmt: skip
+    fields: tuple[str, ...] = (
+        *("JobID", "State", "UID", "Cluster", "Submit", "End", "ExitCode", "NodeList"),
+        *("DerivedExitCode", "JobName", "Comment", "SubmitLine"),
+    )
+    answer = _ask_accounting(job_ids, fields)
+    if answer.returncode != 0 and "Invalid field" in answer.stderr:
+        fields = fields[:-1]  # before Slurm 21.08
+        answer = _ask_accounting(job_ids, fields)
+    if answer.returncode != 0:
+        if "accounting storage is disabled" in answer.stderr:
+            return None
+        raise SubmissionError(f"accounting does not answer: {_first_line(answer)}")
     rows = []
-    for line in answer.stdout.splitlines():
-        job_id, state, code, nodes, ended, name, derived = line.split("\x1f")
+    for cells in _cells(answer.stdout, len(fields)):
+        job_id, state, uid, cluster, submitted, ended, code, nodes, derived, name, *told = cells
         # The job's own code is 11:0 after a segmentation fault as after exit(11); that of its steps
         # tells them apart, 0:11 and 11:0.
         exit_code, _, number = (derived if derived not in ("", "0:0") else code).partition(":")
-        state = state.split()[0] if state else ""
         rows.append(
-            AccountingRow(job_id, state, int(exit_code), int(number or 0), nodes, ended, name)
+            JobRow(
+                job_id=job_id,
+                state=(state.split() or [""])[0],
+                uid=int(uid) if uid.isdigit() else -1,
+                cluster=cluster,
+                name=name,
+                submitted=_timestamp(submitted) or 0.0,
+                ended=_timestamp(ended),
+                exit_code=int(exit_code) if exit_code.isdigit() else 0,
+                signal=int(number) if number.isdigit() else 0,
+                nodes=nodes,
+                marks=frozenset(MARK.findall(" ".join(told))),
+            )
         )
     return rows
+
+
+def _ask_accounting(
+    job_ids: Collection[str], fields: Sequence[str]
+) -> subprocess.CompletedProcess[str]:
+    # -D for every life, and for older jobs of the same id; -X without the steps.
+    return _run(
+        *("sacct", "-X", "-D", "-n", "-P", f"--delimiter={SEPARATOR}"),
+        *("-j", ",".join(sorted(job_ids)), "-o", ",".join(fields)),
+    )
 
 
 def _timestamp(text: str | None) -> float | None:
@@ -355,10 +528,13 @@ def _run(
     # Without the limit on bit strings Slurm cuts long lists of array tasks short.
     kept |= {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard"}
     try:
+        # Whatever bytes a job's name or a site's banner holds.
         return subprocess.run(
             command,
             capture_output=True,
             text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
             timeout=CLIENT_TIMEOUT_S,
             env=kept,
@@ -371,4 +547,5 @@ def _run(
 
 def _first_line(answer: subprocess.CompletedProcess[str]) -> str:
     lines = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
-    return lines[0] if lines else f"exit code {answer.returncode}"
+    errors = [line for line in lines if "error" in line.lower()]  # others may be a banner's
+    return (errors or lines or [f"exit code {answer.returncode}"])[0]

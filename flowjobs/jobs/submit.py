@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from submitit.core.core import Job
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.core.core import Executor, Job
 from submitit.local.debug import DebugJob
 
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import by_hand, slurm
-from flowjobs.jobs.executors import Cluster, make_executor
+from flowjobs.jobs.executors import Cluster, handed_over, make_executor
 from flowjobs.jobs.holders import judge_for
 from flowjobs.jobs.origin import Origin, origin_of
 from flowjobs.jobs.sbatch_environment import environment_for_sbatch
+from flowjobs.jobs.slurm_jobs import Gone, Known, Unknown, ask, ask_one, identity_of
 from flowjobs.jobs.task import RunTask, log_to_stderr
 from flowjobs.runs.lock import Verdict, lock_holder
 from flowjobs.runs.run import Run
@@ -45,10 +45,20 @@ class SubmittedJob:
     job: Job[None]
 
     def alive(self, run: Run) -> bool:
-        """Whether the job still waits or runs."""
-        if self.cluster == "slurm":
-            return slurm.queued_state(self.job_id, run.name) is not None
-        return not self.job.done()
+        """Whether the job still waits or runs.
+
+        Raises:
+            SubmissionError: That is unknown.
+        """
+        if self.cluster != "slurm":
+            return not self.job.done()
+        match ask_one(identity_of(run, self.job_id)):
+            case Known() as known:
+                return not known.over
+            case Gone():
+                return False
+            case Unknown(why):
+                raise SubmissionError(why)
 
 
 def submit(
@@ -83,20 +93,25 @@ def submit(
         asked = dataclasses.replace(
             asked, sbatch=KeyValues({"chdir": origin.folder, **asked.sbatch})
         )
-    with _noted_in_any_case(cluster):
+    executor: Executor | None = None
+    with _noted_in_any_case(cluster), slurm.cancelled_unless_noted(lambda: handed_over(executor)):
         with _environment_of(cluster, origin, asked, continues):
             executor = make_executor(cluster, run, asked, origin.python)
             try:
                 job: Job[None] = executor.submit(task or RunTask(str(run.folder)))
-            except (FailedJobError, FailedSubmissionError) as error:
+            except SubmissionError as error:
                 for pattern in (".submission_file_*.sh", "[0-9a-f]" * 32 + ".pkl"):
                     for leftover in run.logs.glob(pattern):
                         leftover.unlink()
                 raise SubmissionError(_explain(str(error), asked)) from error
         submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
-        if cluster == "slurm":
+        identity = None
+        if taken := handed_over(executor):
             origin.note(run, job.job_id)
-        run.add_submission(submitted.job_id, cluster, submitted.log, continues=continues)
+            identity = taken.identity(run.name)
+        run.add_submission(
+            submitted.job_id, cluster, submitted.log, continues=continues, identity=identity
+        )
     if isinstance(job, DebugJob):
         log_to_stderr()
         job.results()
@@ -130,31 +145,39 @@ def running_job(run: Run) -> str | None:
     """The job of the run that waits or runs, in words for a person; None if there is none.
 
     Raises:
-        SubmissionError: There was a Slurm job, and Slurm does not say what became of it.
+        SubmissionError: There was a Slurm job, and what became of it is unknown.
     """
-    submissions = run.submissions()
-    if submissions and submissions[-1]["cluster"] == "slurm":
-        job_id = submissions[-1]["job_id"]
-        state = slurm.queued_state(job_id, run.name)
-        if state == "COMPLETING" and not _comes_back(run, job_id):
-            return None  # its process may still save; the next one waits for it
-        if state:
-            return f"job {job_id} ({state.lower()})"
+    entries = [entry for entry in run.submissions() if entry["cluster"] == "slurm"]
+    jobs = [identity_of(run, entry["job_id"]) for entry in entries]
+    answers = ask(jobs)
+    for job in reversed(jobs):
+        match answers[job]:
+            case Known(row) as known if not known.over and (
+                # Of one that only leaves, the process may still save: the next one waits for it.
+                row.state != "COMPLETING" or _comes_back(run, known)
+            ):
+                return f"{job.words} ({row.state.lower()})"
+    newest = answers[jobs[-1]] if jobs else None
+    if isinstance(newest, Unknown) and run.submissions()[-1] == entries[-1]:
+        raise SubmissionError(
+            f"what became of {jobs[-1].words} of {run.name} is unknown, so nothing is submitted: "
+            f"{newest.why}; if you know that it is gone, `flowjobs cancel {run.name}` and submit "
+            "again"
+        )
 
     def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
-        verdict = judge_for(JobInfo.in_foreground())(holder, lock_is_free)
+        verdict = judge_for(run, JobInfo.in_foreground())(holder, lock_is_free)
         return "gone" if verdict == "leaving" else verdict  # as above
 
     return lock_holder(run.folder, judge)
 
 
-def _comes_back(run: Run, job_id: str) -> bool:
+def _comes_back(run: Run, job: Known) -> bool:
     """Whether Slurm will start a job that ends again."""
-    record = slurm.job_record(job_id)
     status = run.status()
     attempts = status.attempts if status else []
-    lives = [known.job.restart for known in attempts if known.job.job_id == job_id]
-    return record is not None and record.restarts > max(lives, default=0)
+    lives = [known.job.restart for known in attempts if known.job.job_id == job.newest.job_id]
+    return job.restarted_since(max(lives, default=0))
 
 
 @contextlib.contextmanager
@@ -255,8 +278,7 @@ def _detached_children() -> Iterator[None]:
 
 
 def _explain(said: str, asked: SlurmConfig) -> str:
-    lines = [line.strip() for line in said.splitlines() if "error" in line.lower()] or [said]
-    text = f"sbatch refused the job: {'; '.join(lines)}"
+    text = said
     if "invalid partition" in said.lower():
         text += f"; --partition {asked.partition} is not one of {', '.join(slurm.partitions())}"
     return text

@@ -137,7 +137,7 @@ class TrainingJob:
         try:
             with ExitStack() as stack:
                 try:
-                    held = recording(self._run, self._job, judge_for(self._job), explain)
+                    held = recording(self._run, self._job, judge_for(self._run, self._job), explain)
                     recorder = stack.enter_context(held)
                 except Exception:
                     if self._process.world_size > 1:

@@ -192,11 +192,13 @@ def process_lives(pid: int) -> bool:
     """Whether there is a process of this id on this host."""
     try:
         os.kill(pid, 0)
+        # One that has ended stays until its parent asks how.
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
-    return True
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X")
 
 
 def _holder_file(folder: Path) -> Path:

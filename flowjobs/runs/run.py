@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,11 @@ class Run:
                     entries.append(entry)
         return entries
 
+    def submission(self, job_id: str) -> dict[str, Any] | None:
+        """The newest job that was submitted for the run under this id; None if there was none."""
+        found = [entry for entry in self.submissions() if entry["job_id"] == job_id]
+        return found[-1] if found else None
+
     def add_submission(
         self,
         job_id: str,
@@ -150,6 +156,7 @@ class Run:
         *,
         continues: str | None = None,
         again: Sequence[str] = (),
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         """Note that a job was submitted for the run.
 
@@ -159,9 +166,11 @@ class Run:
             log: The file that its output goes to.
             continues: The job that it goes on from, if no person asked for it.
             again: The command that submits the same job again, if it was submitted by hand.
+            identity: What else tells a Slurm job from others; see JobIdentity.
         """
         entry: dict[str, Any] = {"job_id": job_id, "cluster": cluster, "submitted": now()}
-        entry |= {"log": str(log or ""), "host": socket.gethostname()}
+        entry |= {"log": str(log or ""), "host": socket.gethostname(), "uid": os.getuid()}
+        entry |= identity or {}
         if continues:
             entry["continues"] = continues
         if again:
@@ -228,6 +237,29 @@ class Run:
             identity = {"name": self.name, "signature": signature, "wandb_id": wandb_id}
             write_json(self.config_file, {**identity, **config_to_dict(merged)})
         return note
+
+    @contextlib.contextmanager
+    def undone_if_refused(self) -> Iterator[None]:
+        """Leave the run as it was before the block if that fails before a job is handed over."""
+        folders = [folder for folder in (self.checkpoints, self.folder) if not folder.exists()]
+        files = {file: _bytes_of(file) for file in (self.config_file, self.cancel_file)}
+        jobs = len(self.submissions())
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # why it failed is what a person must hear
+                if len(self.submissions()) == jobs:
+                    self._put_back(files)
+                    for folder in folders:
+                        shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _put_back(self, files: Mapping[Path, bytes | None]) -> None:
+        for file, content in files.items():
+            if content is None:
+                file.unlink(missing_ok=True)
+            else:
+                file.write_bytes(content)
 
     def merge(self, asked: RunConfig, *, in_use: bool = False) -> tuple[RunConfig, str]:
         """What `create` would write, and what a person should know of it. Writes nothing.
@@ -297,6 +329,10 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"{self.config_file} is not JSON: {error}") from error
         return found
+
+
+def _bytes_of(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
 
 
 def run_names(study: Path) -> list[str]:

@@ -1,7 +1,9 @@
 """Pytest fixtures for tests that need a real Slurm: `slurm`, and below it `slurm_cluster`."""
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +52,25 @@ def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Itera
         slurm_cluster.down()
         slurm_cluster.up()
         raise
+
+
+@pytest.fixture
+def site(
+    slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str, str], None]]:
+    """Varies what one of Slurm's commands does, as sites do: by a script of that name on PATH.
+
+    `site("sbatch", 'echo "Welcome!"; $real "$@"')`: in the script, `$real` is the command itself.
+    """
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def vary(command: str, script: str) -> None:
+        path = os.environ["PATH"].removeprefix(f"{folder}:")
+        wrapper = folder / command
+        wrapper.write_text(f"#!/bin/bash\nreal={shutil.which(command, path=path)}\n{script}\n")
+        wrapper.chmod(0o755)
+
+    yield vary
+    shutil.rmtree(folder)  # the cluster's own reset needs the commands as they are

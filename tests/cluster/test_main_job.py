@@ -104,7 +104,8 @@ def test_sbatch_refusing_is_one_clear_error(
     assert "--partition nowhere is not one of gpu, preempt, preempt-cancel" in said
     run = Run(study, "mlp-icfm-digits-none")
     assert run.submissions() == []
-    assert list(run.logs.iterdir()) == []
+    assert not run.folder.exists()
+    assert not run.checkpoints.exists()
 
     too_many = flowjobs("submit", *MODEL, "--gpus-per-node", "64")
     assert too_many.returncode == 2

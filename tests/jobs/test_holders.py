@@ -61,8 +61,9 @@ def test_a_holder_that_stays_in_completing_is_waited_for_and_the_run_has_not_fai
         # At a terminal, too, where Slurm may not be asked.
         refusing = Path("bin").absolute()
         refusing.mkdir()
-        (refusing / "scontrol").write_text("#!/bin/sh\necho 'not on login nodes' >&2\nexit 1\n")
-        (refusing / "scontrol").chmod(0o755)
+        for command in ("squeue", "scontrol"):
+            (refusing / command).write_text("#!/bin/sh\necho 'not on login nodes' >&2\nexit 1\n")
+            (refusing / command).chmod(0o755)
         with monkeypatch.context() as patched:
             patched.setenv("PATH", f"{refusing}{os.pathsep}{os.environ['PATH']}")
             done = flowjobs("train", *OPTIONS, "--name", "disturbed")

@@ -1,0 +1,222 @@
+"""What became of runs whose jobs have ended unnoticed. Writes nothing and locks nothing.
+
+`flowjobs reconcile` notes what is found here, `flowjobs status` only shows it.
+"""
+
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from flowjobs.errors import FlowjobsError
+from flowjobs.jobs import deaths
+from flowjobs.jobs.slurm_jobs import (
+    Gone,
+    JobAnswer,
+    Known,
+    Unknown,
+    ask,
+    identity_of,
+)
+from flowjobs.runs.lock import process_lives
+from flowjobs.runs.restarts import fruitless_attempts, may_retry
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import (
+    EXIT_CANCELLED,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    AttemptRecord,
+    JobInfo,
+    Outcome,
+    RunStatus,
+    same_host,
+)
+
+# How many attempts there are, whether the newest one has ended, and why.
+Seen = tuple[int, bool, str]
+
+# Accounting is some seconds behind the controller, or more: after this long the cause is told as
+# far as the log shows it.
+CAUSE_KNOWN_AFTER = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Dead:
+    """A run whose newest job, or the life of it that trained, is over, and nobody has noted it.
+
+    Attributes:
+        job: The job.
+        outcome: How it ended, if nobody starts it again.
+        seen: What the status said of attempts when it was looked at; see `seen_of`.
+        waits: Whether Slurm starts the job again by itself.
+        started: Whether an attempt of the job had begun.
+        cause_known: Whether Slurm says how it ended; the log alone does not tell a scancel from
+            what may be tried again.
+    """
+
+    job: JobInfo
+    outcome: Outcome
+    seen: Seen
+    waits: bool = False
+    started: bool = True
+    cause_known: bool = True
+
+
+@dataclass(frozen=True)
+class Unclear:
+    """A run of whose newest job nothing can be said now, or from here.
+
+    Attributes:
+        why: In words for a person.
+    """
+
+    why: str
+
+
+def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Dead | Unclear]:
+    """Those of the runs whose newest job has ended unnoticed, or of which that is unknown.
+
+    Args:
+        runs: Those to look at. Slurm is asked about all of them together.
+        at_most_twice: See `slurm_jobs.ask`.
+    """
+    found: dict[Run, Dead | Unclear] = {}
+    suspects: dict[Run, tuple[RunStatus, JobInfo]] = {}
+    for run in runs:
+        try:
+            status = run.status() or RunStatus()
+            if _awaits_an_end(run, status):
+                suspects[run] = status, _newest_job(run, status)
+        except FlowjobsError as error:
+            found[run] = Unclear(str(error))
+    jobs = {
+        run: identity_of(run, job.job_id, job.log)
+        for run, (_, job) in suspects.items()
+        if job.cluster == "slurm"
+    }
+    answers = ask(set(jobs.values()), at_most_twice=at_most_twice)
+    for run, (status, job) in suspects.items():
+        finding: Dead | Unclear | None
+        if run in jobs:
+            finding = _find_in_slurm(run, status, job, answers[jobs[run]])
+            if isinstance(finding, Dead) and not jobs[run].is_mine():
+                words = f"{jobs[run].words} has ended ({finding.outcome.reason})"
+                finding = Unclear(f"{words}: it is that user's to reconcile")
+        else:
+            finding = _find_on_this_machine(run, status, job)
+        if finding:
+            found[run] = finding
+    return found
+
+
+def final_outcome(run: Run, status: RunStatus, dead: Dead) -> Outcome:
+    """The outcome with what comes of it: "preempted" if the run is, or should be, started again.
+
+    Args:
+        run: The run.
+        status: Its status, with an attempt for the job that is dead.
+        dead: What was found out.
+    """
+    outcome = dead.outcome
+    if run.cancel_requested():
+        reason = f"cancelled by flowjobs cancel ({outcome.reason})"
+        return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+    again = dead.waits or _should_start_again(run, status, dead)
+    if outcome.state == "failed" and again:
+        reason = f"{outcome.reason}; starts again"
+        return replace(outcome, state="preempted", exit_code=EXIT_PREEMPTED, reason=reason)
+    if outcome.state == "preempted" and not again:
+        return replace(outcome, state="failed", exit_code=EXIT_FAILED)
+    return outcome
+
+
+def seen_of(status: RunStatus) -> Seen:
+    """What must be the same when a finding is noted, since finding it out takes a while."""
+    return len(status.attempts), status.open_attempt is None, status.reason
+
+
+def _awaits_an_end(run: Run, status: RunStatus) -> bool:
+    entries = run.submissions()
+    if status.open_attempt is not None:
+        return True
+    if not entries or run.finished():
+        return False
+    if any(attempt.job.job_id == entries[-1]["job_id"] for attempt in status.attempts):
+        return status.state == "preempted" and entries[-1]["cluster"] == "slurm"
+    # A job that came too late, and was refused or found nothing to do, says nothing of the run.
+    ended = status.attempts[-1].ended if status.attempts else None
+    return ended is None or entries[-1]["submitted"] > ended
+
+
+def _newest_job(run: Run, status: RunStatus) -> JobInfo:
+    if status.open_attempt:
+        return status.open_attempt.job
+    entry = run.submissions()[-1]
+    host = entry.get("host", "its node")
+    return JobInfo(entry["cluster"], entry["job_id"], entry["log"], host, pid=0)
+
+
+def _find_in_slurm(
+    run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer
+) -> Dead | Unclear | None:
+    attempt, seen = status.open_attempt, seen_of(status)
+    match answer:
+        case Unknown(why):
+            return Unclear(why)
+        case Known() if not answer.over:
+            if attempt and answer.restarted_since(job.restart):
+                return _find_dead_life(run, status, attempt, answer, waits=True)
+            return None
+        case Known() if answer.newest.state == "CANCELLED" and (
+            attempt is None or answer.restarted_since(job.restart)
+        ):
+            reason = f"job {job.job_id} was cancelled before it started"
+            started = any(known.job.job_id == job.job_id for known in status.attempts)
+            outcome = Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+            return Dead(job, outcome, seen, started=started)
+    if attempt:
+        return _find_dead_life(run, status, attempt, answer)
+    if any(known.job.job_id == job.job_id for known in status.attempts):
+        # It left in good order, but had no time, or no way, to be started again.
+        reason = f"{status.reason}; then no job of it was left"
+        if isinstance(answer, Gone):
+            # It may as well have been cancelled while it waited.
+            return Unclear(f"{reason}, and Slurm keeps no record of why: submit it again")
+        return Dead(job, Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted"), seen)
+    return Dead(job, deaths.cause_of_no_start(job, answer=answer), seen, started=False)
+
+
+def _find_dead_life(
+    run: Run, status: RunStatus, attempt: AttemptRecord, answer: JobAnswer, *, waits: bool = False
+) -> Dead | None:
+    known = isinstance(answer, Known) and answer.life(attempt.job.restart) is not None
+    age = datetime.now(UTC) - datetime.fromisoformat(status.updated)
+    if not known and isinstance(answer, Known) and age < CAUSE_KNOWN_AFTER:
+        return None  # accounting will know soon
+    outcome = deaths.cause_of(run, attempt, answer=answer)
+    return Dead(attempt.job, outcome, seen_of(status), waits=waits, cause_known=known)
+
+
+def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Dead | None:
+    pid = job.pid or int(job.job_id)
+    if not same_host(job.host, socket.gethostname()) or process_lives(pid):
+        return None
+    if status.open_attempt:
+        return Dead(job, deaths.cause_of(run, status.open_attempt), seen_of(status))
+    if job.cluster != "local":
+        return None
+    return Dead(job, deaths.cause_of_no_start(job), seen_of(status), started=False)
+
+
+def _should_start_again(run: Run, status: RunStatus, dead: Dead) -> bool:
+    """Whether the run is to be started again, if the scheduler does not do it."""
+    outcome = dead.outcome
+    if outcome.state == "cancelled" or dead.job.cluster != "slurm" or not dead.cause_known:
+        return False
+    restarts = run.config().restarts
+    if outcome.kind in ("preempted", "time limit"):
+        return fruitless_attempts(status.attempts) + 1 < restarts.give_up_after
+    if not status.attempts:
+        return False
+    *before, last = status.attempts
+    return may_retry(before, outcome.kind, last.last_step, restarts.retries)

@@ -1,0 +1,212 @@
+"""Which job is ours, and what an answer of Slurm's means, where sites and other jobs interfere.
+
+On the real Slurm; what a site varies is a script on PATH around the real command.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flowjobs.runs.run import Run
+from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
+from tests.conftest import Command
+
+Site = Callable[[str, str], None]
+Submit = Callable[..., Run]
+
+HELD = ("--arch", "mlp", "--flow", "icfm", "--sbatch", "hold=True", "--wandb-mode", "disabled")
+
+
+@pytest.fixture
+def submitted(slurm: SlurmCluster, flowjobs: Command, study: Path) -> Submit:
+    """Submits a run whose job waits until it is released."""
+
+    def submit(name: str = "a", *options: str) -> Run:
+        done = flowjobs("submit", *HELD, "--name", name, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Run(study, name)
+
+    return submit
+
+
+def queue(slurm: SlurmCluster) -> list[str]:
+    return slurm.run("squeue", "-h", "-o", "%i").split()
+
+
+def job_of(run: Run) -> str:
+    (entry,) = run.submissions()
+    return str(entry["job_id"])
+
+
+def note_instead(run: Run, **values: object) -> None:
+    """Changes what the run has noted of its job."""
+    (entry,) = run.submissions()
+    run.jobs_file.write_text(json.dumps(entry | values) + "\n")
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        'echo "last job 7 is running"; $real "$@"; echo "job 8 may start soon"',
+        'id=$($real "$@"); echo "Submitted batch job $id"; echo "12 jobs of you wait"',
+        'echo 3; $real "$@" >/dev/null; echo 4',  # a bare number that is no job's
+        'printf "Gr\\xfc\\xdfe\\n"; $real "$@"; exit 1',  # not UTF-8; it fails afterwards
+        # The site drops comments, and the option that asks for the id alone.
+        'shift 2; echo "job 1 of 2"; $real "$@"',
+    ],
+)
+def test_the_id_that_is_noted_is_that_of_the_job(
+    slurm: SlurmCluster, submitted: Submit, site: Site, wrapper: str
+) -> None:
+    site("sbatch", wrapper)
+    run = submitted()
+    assert [job_of(run)] == queue(slurm)
+    assert run.submissions()[0]["slurm_cluster"] == "flowjobs"
+
+
+def test_our_mark_stands_beside_the_users_own_comment(
+    slurm: SlurmCluster, submitted: Submit
+) -> None:
+    run = submitted("a", "--comment", "project  x")
+    (entry,) = run.submissions()
+    assert slurm.job(entry["job_id"])["Comment"] == f"project x flowjobs:{entry['mark']}"
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "said"),
+    [
+        ("echo 'sbatch: error: no more GPUs' >&2; exit 1", "no more GPUs"),
+        ("echo 'your job 7 was taken'", "sbatch printed no job id, and no new job is in the queue"),
+    ],
+)
+def test_a_refused_submission_leaves_nothing_behind(
+    slurm: SlurmCluster, flowjobs: Command, study: Path, site: Site, wrapper: str, said: str
+) -> None:
+    site("sbatch", wrapper)
+    done = flowjobs("submit", *HELD, "--name", "new")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Run(study, "new").folder.exists()
+    assert not Run(study, "new").checkpoints.exists()
+
+
+def test_a_refused_submission_leaves_a_run_as_it_was(
+    submitted: Submit, flowjobs: Command, site: Site
+) -> None:
+    run = submitted()
+    assert flowjobs("cancel", "a").returncode == 0
+    before = run.config_file.read_bytes(), run.cancel_file.read_bytes()
+    site("sbatch", "exit 1")
+    assert flowjobs("submit", *HELD, "--name", "a", "--epochs", "60").returncode == 2
+    assert (run.config_file.read_bytes(), run.cancel_file.read_bytes()) == before
+
+
+@pytest.mark.parametrize("what", ["jobs.jsonl", "logs/$(squeue -h -o %i)_submission.sh/x"])
+def test_a_job_that_cannot_be_noted_is_cancelled(
+    slurm: SlurmCluster, flowjobs: Command, study: Path, site: Site, what: str
+) -> None:
+    # As a full quota would: what is to be written after the submission cannot be.
+    site("sbatch", f'$real "$@"; mkdir -p {study}/runs/a/{what}')
+    done = flowjobs("submit", *HELD, "--name", "a")
+    assert done.returncode == 2
+    assert "was submitted, but could not be noted" in done.stderr
+    assert "it is cancelled" in done.stderr
+    wait_until(lambda: not queue(slurm), "the job to be gone", 10)
+
+
+def test_a_strangers_job_is_not_cancelled(
+    slurm: SlurmCluster, submitted: Submit, flowjobs: Command
+) -> None:
+    run = submitted("a")
+    slurm.run("scancel", job_of(run))
+    # One with the run's own name, and one of another run of the study.
+    namesake = slurm.submit("--hold", "-J", "a", "-o", "/dev/null", "--wrap=true")
+    for stranger in (namesake, job_of(submitted("b"))):
+        note_instead(run, job_id=stranger)
+        done = flowjobs("cancel", "a")
+        assert stranger in queue(slurm)
+        assert "cancelled job" not in done.stdout
+
+
+def test_what_accounting_has_of_an_older_job_of_the_id_is_not_believed(
+    slurm: SlurmCluster, submitted: Submit, flowjobs: Command, site: Site
+) -> None:
+    run = submitted()
+    job = job_of(run)
+    # The controller has forgotten ours; accounting has another's, with its name, from last year.
+    slurm.run("scancel", job)
+    old = f"{job}|FAILED|0|flowjobs|2025-01-01T00:00:00|2025-01-01T01:00:00|1:0|n1|a||sbatch x"
+    old = old.replace("|", "\\x1f")
+    site("squeue", "exit 0")
+    site("sacct", f"printf '{old}\\n'")
+    before = contents(run.study)
+    done = flowjobs("reconcile")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "accounting has no word of it" in done.stderr
+    assert contents(run.study) == before
+    site("sacct", f"printf '{old}\\n'; $real \"$@\"")
+    wait_until(lambda: "a: cancelled" in flowjobs("reconcile").stdout, "accounting to know", 20)
+
+
+def contents(study: Path) -> dict[str, tuple[bytes, int]]:
+    files = [path for path in sorted(study.rglob("*")) if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def silence(site: Site, *commands: str, text: str = "exit 0") -> None:
+    for command in commands:
+        site(command, text)
+
+
+@pytest.mark.parametrize(
+    ("noted", "silent", "said"),
+    [
+        ({"slurm_cluster": "other"}, (), "is of the cluster other, and flowjobs answers here"),
+        ({"uid": 54_321}, (), "of user 54321: ask as that user"),
+        ({}, ("squeue", "sacct"), "accounting has no word of it"),  # jobs are private
+        ({}, ("squeue", "sacct", "scontrol"), "accounting has no word of it"),
+    ],
+)
+def test_what_is_unknown_is_said_and_nothing_is_done(
+    slurm: SlurmCluster,
+    submitted: Submit,
+    flowjobs: Command,
+    site: Site,
+    noted: dict[str, object],
+    silent: tuple[str, ...],
+    said: str,
+) -> None:
+    run = submitted()
+    (entry,) = run.submissions()
+    note_instead(run, **noted)
+    if noted:
+        submitted("here")  # so that it can be seen which cluster answers
+    for command in silent:
+        site(command, "exit 0")
+    jobs, before = queue_of(slurm), contents(run.folder)
+    for command in (("status",), ("reconcile",), ("submit", *HELD, "--name", "a")):
+        done = flowjobs(*command)
+        assert said in done.stderr, command
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (0 if command == ("status",) else 2)
+    assert contents(run.folder) == before
+    done = flowjobs("cancel", "a")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert run.cancel_requested()
+    assert queue_of(slurm) == jobs
+    assert entry["job_id"] in jobs
+
+
+def queue_of(slurm: SlurmCluster) -> list[str]:
+    path = os.environ["PATH"]
+    try:
+        os.environ["PATH"] = ":".join(part for part in path.split(":") if "/site" not in part)
+        return queue(slurm)
+    finally:
+        os.environ["PATH"] = path
