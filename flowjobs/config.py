@@ -147,10 +147,11 @@ class TrainingConfig:
     """Compile the model with torch.compile."""
 
     data_placement: DataPlacement = "auto"
-    """Keep the data on the device, or read it through a loader; auto: on the device if it fits."""
+    """device: keep the data there; loader: read each step's rows from the file; auto: on the device
+    if they fit."""
 
     num_workers: int = 2
-    """Processes that read data for the loader."""
+    """Threads that read the coming steps' rows where the data is not on the device."""
 
     checkpoint_every_s: OptionalFloat = None
     """Save after this many seconds at the latest, in the middle of an epoch too; default: 300. A

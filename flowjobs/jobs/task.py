@@ -1,8 +1,12 @@
 """What submitit pickles and runs on the node, the same under every executor."""
 
 import logging
+import multiprocessing
+import os
 import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +14,9 @@ from flowjobs.errors import FlowjobsError
 from flowjobs.runs.run import Run
 
 logger = logging.getLogger(__name__)
+
+# From the run's outcome to the end of its process.
+END_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,28 @@ class RunTask:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if code:
             sys.exit(code)
+
+
+def end_in_time(code: int) -> None:
+    """Have this process end with `code` even if what the user's code has started does not end.
+
+    The interpreter waits for every thread and process at its end, and would hold the GPU of a run
+    that is over. A traceback takes a moment to be printed, so there is time for that.
+    """
+
+    def end() -> None:
+        time.sleep(END_WITHIN_S)
+        alive = [thread.name for thread in threading.enumerate() if not thread.daemon]
+        alive += [process.name for process in multiprocessing.active_children()]
+        alive.remove(threading.main_thread().name)
+        logger.error(
+            "the run is over, and %s did not end within %g s: ended from here",
+            ", ".join(alive) or "the process",
+            END_WITHIN_S,
+        )
+        os._exit(code)
+
+    threading.Thread(target=end, name="end-in-time", daemon=True).start()
 
 
 def log_to_stderr() -> None:

@@ -15,11 +15,12 @@ from flowjobs.jobs.going_on import go_on
 from flowjobs.jobs.holders import judge_for
 from flowjobs.jobs.notice import notice_of, seconds_left
 from flowjobs.jobs.preemption import StopSignals
-from flowjobs.jobs.task import log_to_file
+from flowjobs.jobs.task import end_in_time, log_to_file
 from flowjobs.runs.restarts import may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_CANCELLED,
+    EXIT_FAILED,
     EXIT_PREEMPTED,
     AttemptRecord,
     Outcome,
@@ -54,6 +55,19 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
     if process.job.cluster == "none" and process.job.log:
         log_to_file(Path(process.job.log))
     attempt = TrainingJob(run, process)
+    code = EXIT_FAILED
+    try:
+        code = _train(attempt, run, resume_path)
+    except Exception as error:
+        code = outcome_of(error).exit_code
+        raise
+    finally:
+        if process.job.cluster != "debug":  # there the process is a person's, in the debugger
+            end_in_time(code)
+    return code
+
+
+def _train(attempt: "TrainingJob", run: Run, resume_path: Path | None) -> int:
     # Armed before the slow imports: a job may be preempted while torch loads.
     with StopSignals(attempt.seconds_left, attempt.too_late) as signals:
         if resume_path is None and run.finished():

@@ -1,15 +1,15 @@
-"""The batches of a run: which rows step s takes, read from the device or through a loader.
+"""The batches of a run: which rows step s takes, on the device or read from the file.
 
 Both ways give the same bits: the rows of a step follow from the seed and the step alone.
 """
 
-import signal
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
@@ -17,6 +17,7 @@ from flowjobs.training.data import FlowDataset
 from flowjobs.training.distributed import Ranks
 from flowjobs.training.memory import free_memory_bytes
 from flowjobs.training.randomness import epoch_order
+from flowjobs.training.read_ahead import ReadAhead
 
 # Share of the free memory that resident data may take; the rest is for the model's activations.
 RESIDENT_SHARE = 0.5
@@ -91,7 +92,7 @@ class ResidentBatches:
 
 
 class LoadedBatches:
-    """Rows read ahead by worker processes, for data that does not fit on the device."""
+    """Rows read ahead of their steps, for data that does not fit on the device."""
 
     def __init__(
         self,
@@ -107,47 +108,22 @@ class LoadedBatches:
         self._mean, self._std = mean, std
         self._num_workers = num_workers
         self._next_step = -1
-        self._iterator: Iterator[Tensor] = iter(())
+        self._coming: ReadAhead | None = None
 
     def rows(self, step: int) -> Tensor:
-        """See `Batches`. Steps that follow one another come from the same loader."""
-        if step != self._next_step:
-            self._iterator = self._load_from(step)
+        """See `Batches`. Steps that follow one another are read ahead."""
+        if self._coming is None or step != self._next_step:
+            self._coming = ReadAhead(self._reads_from(step), self._num_workers, self._dataset.name)
         self._next_step = step + 1
-        return normalized(next(self._iterator), self._mean, self._std)
+        return normalized(self._coming.next(), self._mean, self._std)
 
-    def _load_from(self, step: int) -> Iterator[Tensor]:
-        loader = DataLoader(
-            self._dataset,
-            batch_size=None,
-            sampler=_StepsFrom(self._order, step),
-            num_workers=self._num_workers,
-            pin_memory=self._mean.is_cuda,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            generator=torch.Generator(),  # or it would draw its base seed from the step's
-        )
-        return iter(loader)
+    def _reads_from(self, step: int) -> Iterator[Callable[[], Tensor]]:
+        for coming in itertools.count(step):
+            yield partial(self._read, self._order.indices(coming))
 
-
-class _StepsFrom(Sampler[list[int]]):
-    """The index lists of step, step + 1, … without an end."""
-
-    def __init__(self, order: Order, step: int) -> None:
-        self._order = order
-        self._step = step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self._step
-        while True:
-            yield self._order.indices(step).tolist()
-            step += 1
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # Slurm signals every process of a step. A reader that died of it would break the step that
-    # the trainer wants to finish before it saves; readers end when the trainer does.
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    def _read(self, indices: Tensor) -> Tensor:
+        rows = self._dataset[indices]
+        return rows.pin_memory() if self._mean.is_cuda else rows
 
 
 def normalized(rows: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class FlowDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._mapped) if self._index is None else len(self._index)
 
-    def __getitem__(self, index: int | Sequence[int] | slice) -> Tensor:
+    def __getitem__(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
         """A row of shape (dim,), or the rows of a list of indices or a slice.
 
         Of float32, or float64 where the file is: its digits may be needed until it is centred.

@@ -67,7 +67,10 @@ class RowReader:
 
     def _read(self, memory: memoryview, at: int) -> None:
         while memory:
-            n = os.preadv(self._descriptor, [memory], at)
+            try:
+                n = os.preadv(self._descriptor, [memory], at)
+            except OSError as error:
+                raise DataError(f"{self._path}, byte {at}: {error.strerror}") from error
             if n == 0:
                 raise DataError(f"{self._path} ends at byte {at}: it was cut short")
             memory, at = memory[n:], at + n

@@ -1,0 +1,101 @@
+"""Reading what the coming steps need, in threads beside the training.
+
+Threads, not processes: what they read needs no way back, through shared memory or a pipe, that
+could be full; none can be killed or stopped alone; an error of theirs is raised as it is.
+"""
+
+import errno
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+
+from torch import Tensor
+
+from flowjobs.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# A file system that is away for longer than the first is spoken of, than the second not waited for.
+SAY_AFTER_S = 10.0
+WAIT_S = 600.0
+# A read that is under way when the training ends.
+END_S = 2.0
+
+_Asked = tuple[Callable[[], Tensor], "Future[Tensor]"]
+
+
+class ReadAhead:
+    """Results of reads in the order in which they were asked for, each begun before it is needed.
+
+    Args:
+        reads: One read after the other, without an end.
+        n_threads: How many go on at once; 0: each when it is needed.
+        name: Of what is read, for the texts.
+    """
+
+    def __init__(self, reads: Iterator[Callable[[], Tensor]], n_threads: int, name: str) -> None:
+        self._reads = reads
+        self._name = name
+        self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._coming: deque[Future[Tensor]] = deque()
+        # Daemons: one that hangs in a dead file system must not keep the process from its end.
+        threads = [
+            threading.Thread(target=_serve, args=(self._asked,), name="reader", daemon=True)
+            for _ in range(n_threads)
+        ]
+        for thread in threads:
+            thread.start()
+        self._n_ahead = 2 * n_threads
+        # One that comes back from a read while the interpreter is being torn down could abort it.
+        weakref.finalize(self, _end, self._asked, threads)
+
+    def next(self) -> Tensor:
+        """What the next read gives.
+
+        Raises:
+            DataError: It does not come to an end.
+        """
+        if not self._n_ahead:
+            return next(self._reads)()
+        while len(self._coming) < self._n_ahead:
+            future: Future[Tensor] = Future()
+            self._asked.put((next(self._reads), future))
+            self._coming.append(future)
+        return self._wait_for(self._coming.popleft())
+
+    def _wait_for(self, future: "Future[Tensor]") -> Tensor:
+        if not wait([future], SAY_AFTER_S).done:
+            logger.warning("%s has given no rows for %g s; waiting", self._name, SAY_AFTER_S)
+            if not wait([future], WAIT_S - SAY_AFTER_S).done:
+                timeout = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+                raise DataError(
+                    f"{self._name} has given no rows for {WAIT_S:g} s: does its file system answer?"
+                ) from timeout
+        return future.result()
+
+
+def _serve(asked: "queue.SimpleQueue[_Asked | None]") -> None:
+    while (item := asked.get()) is not None:
+        read, future = item
+        try:
+            future.set_result(read())
+        except BaseException as error:  # whoever waits for the result raises it
+            future.set_exception(error)
+        del item, read, future  # or the rows would be held until the next ones are asked for
+
+
+def _end(asked: "queue.SimpleQueue[_Asked | None]", threads: list[threading.Thread]) -> None:
+    while not asked.empty():  # what is not begun need not be
+        try:
+            asked.get_nowait()
+        except queue.Empty:
+            break
+    for _ in threads:
+        asked.put(None)
+    for thread in threads:
+        thread.join(END_S)
