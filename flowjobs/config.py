@@ -11,12 +11,15 @@ import importlib.util
 import json
 import math
 import re
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, get_args
+from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from flowjobs.errors import ConfigError
+from flowjobs.nearest import did_you_mean
 
 BUILT_IN_ARCHS = ("mlp",)
 Flow = Literal["icfm", "otcfm"]
@@ -123,7 +126,8 @@ class TrainingConfig:
     """Steps of linear warm-up before the cosine decay."""
 
     patience: int = 50
-    """Epochs without a better validation loss before the run stops early; more extends it."""
+    """Stop after this many epochs without a better validation loss; a larger number extends a
+    stopped run."""
 
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
@@ -154,8 +158,8 @@ class TrainingConfig:
     """Threads that read the coming steps' rows where the data is not on the device."""
 
     checkpoint_every_s: OptionalFloat = None
-    """Save after this many seconds at the latest, in the middle of an epoch too; default: 300. A
-    save waits for longer where it would take more than 1 % of the training's time."""
+    """Save at least this often, in seconds, unless saving would take over 1 % of the time; default:
+    300."""
 
     deterministic: bool = False
     """On a GPU too, end with the bits of an uninterrupted run: only deterministic algorithms of
@@ -341,23 +345,30 @@ def is_data_file(dataset: str) -> bool:
     return dataset.endswith(DATA_FILE_SUFFIXES)
 
 
-def check_arch(config: TrainingConfig) -> None:
+def check_arch(config: TrainingConfig, labels: Iterable[str] = ()) -> None:
     """Raise a ConfigError unless `--arch` can be meant. Imports nothing of the user's.
 
     The class itself is looked up where the run starts, since its module loads torch.
+
+    Args:
+        config: What is asked for.
+        labels: The user's own names for models, which may have been meant.
     """
+    known = {*BUILT_IN_ARCHS, *labels}
     module, colon, name = config.arch_path.partition(":")
     if config.arch_path in BUILT_IN_ARCHS:
         return
     if not (colon and module and name.isidentifier()):
         raise ConfigError(
             f"--arch: found {config.arch!r}, expected one of {', '.join(BUILT_IN_ARCHS)}, or your "
-            "own nn.Module as package.module:Name"
+            f"own nn.Module as package.module:Name{did_you_mean(config.arch, known)}"
         )
     package = module.partition(".")[0]
     if importlib.util.find_spec(package) is None:
+        beside = {file.stem for file in Path.cwd().glob("*.py")}
         raise ConfigError(
             f"--arch {config.arch}: no module {package} in {Path.cwd()} or on PYTHONPATH"
+            f"{did_you_mean(package, beside)}"
         )
 
 
@@ -373,22 +384,53 @@ def run_config_from_dict(found: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: A field that this version of flowjobs does not know, or a bad value.
     """
+    parts = dataclasses.fields(RunConfig)
     return RunConfig(
-        training=_part_from_dict(TrainingConfig, found.get("training", {})),
-        slurm=_part_from_dict(SlurmConfig, found.get("slurm", {})),
-        tracking=_part_from_dict(TrackingConfig, found.get("tracking", {})),
-        restarts=_part_from_dict(RestartConfig, found.get("restarts", {})),
+        **{
+            part.name: _part_from_dict(part.name, part.default_factory, found.get(part.name, {}))
+            for part in parts
+        }
     )
 
 
-def _part_from_dict(cls: Any, found: Mapping[str, Any]) -> Any:
+def _part_from_dict(name: str, cls: Any, found: Any) -> Any:
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name}: found {found!r}, expected an object of fields")
     known = {known.name for known in dataclasses.fields(cls)}
     if unknown := sorted(set(found) - known):
         raise ConfigError(
             f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
             "was this written by a newer flowjobs?"
         )
+    try:
+        check_types(cls, found)
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}") from error
     return cls(**{k: KeyValues(v) if isinstance(v, dict) else v for k, v in found.items()})
+
+
+def check_types(cls: Any, found: Mapping[str, Any]) -> None:
+    """Raise a TypeError if a field of a dataclass, as JSON has it, is of another type."""
+    hints = get_type_hints(cls)
+    for name, value in found.items():
+        if not _fits(value, hints[name]):
+            raise TypeError(f"found {name} {value!r}, expected {hints[name]}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    match get_origin(hint):
+        case typing.Union | types.UnionType:
+            return any(_fits(value, option) for option in get_args(hint))
+        case typing.Literal:
+            return value in get_args(hint)
+        case None if hint is float:
+            return type(value) in (int, float)
+        case None if hint is KeyValues:
+            return isinstance(value, dict)
+        case None:
+            return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+        case origin:
+            return isinstance(value, origin)
 
 
 def flag(name: str) -> str:

@@ -3,10 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
-
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import existing_run
+from flowjobs.cli.prepare import RunNames, existing_run
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import default_study
 
@@ -15,7 +13,7 @@ from flowjobs.runs.run import default_study
 class Cancel:
     """Cancel runs for good: nothing starts them again until they are submitted again."""
 
-    names: tyro.conf.Positional[tuple[str, ...]]
+    names: RunNames
     """Names of the runs."""
 
     study: Path = field(default_factory=default_study)

@@ -10,7 +10,7 @@ import tyro
 from flowjobs.cli.defaults import Defaults
 from flowjobs.errors import ConfigError
 from flowjobs.runs.datasets import split_files
-from flowjobs.runs.run import default_study
+from flowjobs.runs.run import absolute, default_study
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Data:
         sizes = {size: _rows(size) for size in self.sizes}
         from flowjobs.training.data import FlowDataset, write_splits
 
-        study = self.study.expanduser().absolute()
+        study = absolute(self.study)
         written = write_splits(FlowDataset(self.file), study, sizes, overwrite=self.overwrite)
         for name, rows in written.items():
             print(f"{split_files(study, name)[0]}: {rows} training rows")

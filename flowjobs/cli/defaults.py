@@ -25,7 +25,8 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError
 from flowjobs.jobs.sbatch_environment import fields_from, variables_of
-from flowjobs.runs.run import default_study
+from flowjobs.nearest import meant
+from flowjobs.runs.run import absolute, default_study
 
 FILE_NAME = "flowjobs.toml"
 PARTS = {
@@ -156,7 +157,8 @@ def _read_variables(environment: Mapping[str, str], defaults: Defaults) -> None:
 
 
 def _files(environment: Mapping[str, str]) -> list[Path]:
-    config_home = environment.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    # Not Path.home(): in a container there may be neither $HOME nor a name of the user.
+    config_home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     files = [Path(config_home) / "flowjobs" / FILE_NAME]
     here = Path.cwd()
     nearest = (folder / FILE_NAME for folder in (here, *here.parents))
@@ -166,7 +168,7 @@ def _files(environment: Mapping[str, str]) -> list[Path]:
 
 def _read_file(path: Path, defaults: Defaults) -> None:
     try:
-        found = tomllib.loads(path.read_text())
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     archs = found.pop("arch", {})
@@ -179,7 +181,7 @@ def _read_file(path: Path, defaults: Defaults) -> None:
         name = key.replace("-", "_")
         if name not in fields:
             raise ConfigError(
-                f"{path}: {key} is no option; expected one of {', '.join(sorted(fields))}, "
+                f"{path}: {key} is no option; {meant(name, fields, 'options')}, "
                 "or a table [arch] of names for your own models"
             )
         defaults.values[name] = _typed(path, key, value, fields[name])
@@ -201,9 +203,9 @@ def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
             return KeyValues(value)
         # Paths are relative to the file, so that they mean the same from every folder below.
         if option is Path and isinstance(value, str):
-            return path.parent / Path(value).expanduser()
+            return absolute(path.parent / os.path.expanduser(value))
         if key == "dataset" and isinstance(value, str) and is_data_file(value):
-            return str(path.parent / Path(value).expanduser())
+            return str(absolute(path.parent / os.path.expanduser(value)))
         if option is float and type(value) is int:
             return float(value)
         if get_origin(option) is Literal and value in get_args(option):

@@ -22,7 +22,7 @@ from flowjobs.config import (
     check_arch,
 )
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.runs.run import default_study
+from flowjobs.runs.run import absolute, default_study
 from flowjobs.runs.status import EXIT_CANCELLED, EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Drill:
                 raise ConfigError("--time-limit: expected Slurm, found this machine")
         # It would win over the runs' own configs.
         os.environ["WANDB_MODE"] = "disabled"
-        folder = _make_folder(self.study.expanduser().absolute())
+        folder = _make_folder(absolute(self.study))
         with Console(stderr=True).status("submitting") as status:
             try:
                 report = drill(
@@ -140,7 +140,7 @@ class Drill:
             deterministic=True,
         )
         training = defaults.resolve_arch(training)
-        check_arch(training)
+        check_arch(training, defaults.archs)
         return training
 
 

@@ -1,13 +1,15 @@
 """Watching a run from outside, by its folder alone: the same on Slurm and on this machine."""
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from flowjobs.cli.hint import hint
 from flowjobs.errors import SubmissionError
-from flowjobs.runs.metrics import latest_values
+from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_FAILED, RunStatus
 
@@ -15,6 +17,8 @@ POLL_S = 0.3
 # Time for the last words of a process that has ended to be seen over a shared file system.
 LAST_WORDS_S = 2.0
 ASK_SLURM_EVERY_S = 10.0
+# With less, a job may not even have said what stopped it.
+FULL_BYTES = 100_000
 FINAL_STATES = ("finished", "failed", "cancelled")
 
 
@@ -37,6 +41,7 @@ def follow(run: Run, attempts_before: int, alive: Callable[[], bool], *, requeue
         print(f"\nno longer watching; {run.name} goes on", file=sys.stderr)
         return 0
     if status is None:
+        print(f"see {hint('logs', run.name, study=run.study)}", file=sys.stderr)
         print(f"error: the job ended without a result: {_last_line(run)}", file=sys.stderr)
         return EXIT_FAILED
     code = 0 if status.exit_code is None else status.exit_code
@@ -45,6 +50,8 @@ def follow(run: Run, attempts_before: int, alive: Callable[[], bool], *, requeue
         print(f"weights   {run.best}")
         print(f"samples   {run.samples_picture}")
     else:
+        if status.state == "failed":
+            print(f"see {hint('logs', run.name, study=run.study)}", file=sys.stderr)
         print(f"{status.state}: {status.reason}", file=sys.stderr)
     return code
 
@@ -52,18 +59,11 @@ def follow(run: Run, attempts_before: int, alive: Callable[[], bool], *, requeue
 def _watch(
     run: Run, attempts_before: int, alive: Callable[[], bool], requeues: bool
 ) -> RunStatus | None:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from flowjobs.cli.live_line import LiveLine  # slow to load
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        bar = progress.add_task("waiting for the job to start", total=None, figures="")
-        gone_at: float | None = None
-        asked_at = 0.0
+    gone_at: float | None = None
+    asked_at = 0.0
+    with LiveLine() as line:
         while True:
             # A scheduler is asked seldom: forty of these may watch at once.
             pause_s = ASK_SLURM_EVERY_S if requeues else 0.0
@@ -71,18 +71,14 @@ def _watch(
                 asked_at = time.monotonic()
                 with contextlib.suppress(SubmissionError):  # Slurm does not answer: no news
                     gone_at = None if alive() else asked_at
-            status = run.status()
-            if status and len(status.attempts) > attempts_before:
-                latest = latest_values(run.metrics_file)
-                progress.update(
-                    bar,
-                    description=f"{status.state}, epoch {status.epoch}/{status.epochs}",
-                    total=status.total_steps,
-                    completed=max(status.step, latest.get("step", 0)),
-                    figures=_figures(latest),
-                )
-                if _ended(status, waits_for_requeue=requeues and gone_at is None):
-                    return status
+            status, latest = current_progress(run)
+            begun = len(status.attempts) > attempts_before
+            if begun:
+                line.show(status, latest)
+            else:
+                line.say("waiting for the job to start")
+            if begun and _ended(status, waits_for_requeue=requeues and gone_at is None):
+                return status
             if gone_at is not None and time.monotonic() - gone_at > LAST_WORDS_S:
                 return None
             time.sleep(POLL_S)
@@ -95,12 +91,10 @@ def _ended(status: RunStatus, *, waits_for_requeue: bool) -> bool:
 
 
 def _last_line(run: Run) -> str:
+    """What is known of a job that could not say how it ended."""
+    if shutil.disk_usage(run.folder).free < FULL_BYTES:
+        return f"the disk of {run.study} is full; make room, then resume the run"
     logs = [Path(entry["log"]) for entry in run.submissions()[-1:]]
-    lines = [line for log in logs if log.exists() for line in log.read_text().splitlines()]
-    return lines[-1] if lines else f"it has no log; flowjobs status {run.name}"
-
-
-def _figures(latest: dict[str, float]) -> str:
-    keys = ("train/loss", "val/loss", "val/best_loss")
-    losses = "  ".join(f"{key} {latest[key]:.4f}" for key in keys if key in latest)
-    return f"step {latest.get('step', 0)}  {losses}"
+    texts = [log.read_text(errors="replace") for log in logs if log.is_file()]
+    lines = [line for text in texts for line in text.splitlines()]
+    return lines[-1] if lines else "it has no log"

@@ -10,7 +10,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.follow import FINAL_STATES, LAST_WORDS_S, POLL_S
-from flowjobs.cli.prepare import existing_run
+from flowjobs.cli.prepare import RunName, existing_run
 from flowjobs.errors import RunNotFoundError
 from flowjobs.runs.run import Run, default_study
 
@@ -19,7 +19,7 @@ from flowjobs.runs.run import Run, default_study
 class Logs:
     """Print the output of a run's newest job."""
 
-    name: tyro.conf.Positional[str]
+    name: RunName
     """Name of the run."""
 
     follow: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["-f"])] = False

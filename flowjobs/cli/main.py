@@ -1,29 +1,37 @@
 """Parses the command line, runs the command, turns errors into words and exit codes."""
 
+import errno
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
+from flowjobs import __version__
 from flowjobs.cli.cancel import Cancel
 from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.data import Data
 from flowjobs.cli.defaults import Defaults, load_defaults
 from flowjobs.cli.drill import Drill
 from flowjobs.cli.logs import Logs
+from flowjobs.cli.parser import read_command_line
 from flowjobs.cli.reconcile import Reconcile
+from flowjobs.cli.resume import Resume
 from flowjobs.cli.status import Status
-from flowjobs.cli.submit import Submit
+from flowjobs.cli.submit import EXAMPLES, Submit
 from flowjobs.cli.sync import Sync
 from flowjobs.cli.train import Train
-from flowjobs.config import KeyValues
-from flowjobs.errors import FlowjobsError
-from flowjobs.runs.status import EXIT_CANCELLED
+from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.nearest import did_you_mean
+from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
+from flowjobs.user_code import user_place
 
 COMMANDS: dict[str, Any] = {
     "submit": Submit,
+    "resume": Resume,
     "train": Train,
     "status": Status,
     "logs": Logs,
@@ -35,10 +43,29 @@ COMMANDS: dict[str, Any] = {
     "drill": Drill,
 }
 
+# Errors of files that are no bug of the program, and what a person can do.
+OF_THE_MACHINE = {
+    errno.EACCES: "ask its owner, or give another --study",
+    errno.EPERM: "ask its owner, or give another --study",
+    errno.EROFS: "give another --study",
+    errno.ENOSPC: "make room, then repeat the command",
+    errno.EDQUOT: "make room in your quota, then repeat the command",
+    errno.ENOTDIR: "something else lies where a study has a folder; move it away",
+    errno.EISDIR: "something else lies where a study has a file; move it away",
+    errno.EEXIST: "something else lies where a study has a folder; move it away",
+    errno.ENOENT: "was it removed meanwhile?",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "mend the link",
+    errno.EIO: "the file system does not read or write; repeat the command later",
+    errno.ESTALE: "the file system was away; repeat the command",
+    errno.ETIMEDOUT: "the file system was away; repeat the command",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
 DESCRIPTION = """Flow-matching ablations on a preemptible Slurm cluster, or on this machine.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was done; 75 preempted or
-Ctrl-C, the same command goes on; 130 cancelled.
+Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was trained; 75 preempted or Ctrl-C, \
+the same command resumes; 130 cancelled.
 """
 
 
@@ -49,28 +76,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def exit_with(command: Callable[[], int]) -> NoReturn:
     """Exit with a command's exit code, or with that of the error that it raises, in words."""
-    # A user's own model is looked up from here, also by the console script.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    for stream in (sys.stdout, sys.stderr):
+        # Where the locale is C, or a file's name is no text, a print must not fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
+        _look_up_models_here()
         sys.exit(command())
-    except FlowjobsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        # Not of the program: something else lies where a study has a file or a folder.
-        print(f"error: {error.filename}: {error.strerror}; move it away", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_CANCELLED)
     except BrokenPipeError:
         # `flowjobs logs RUN | head`: nothing is left to tell anyone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_CANCELLED)
+    except Exception as error:
+        sys.exit(_exit_code_of(error))
+
+
+def _look_up_models_here() -> None:
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the working directory is gone: go to one that is there") from error
+    # A user's own model is looked up from here, also by the console script.
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _exit_code_of(error: Exception) -> int:
+    """Print an error: in words if a person can mend it, else with its traceback."""
+    if isinstance(error, FlowjobsError):
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    of_a_user = user_place(error, installed=False)
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE and not of_a_user:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; {OF_THE_MACHINE[error.errno]}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    traceback.print_exception(error)
+    # The last line is what is read: it names the line of a person's own code.
+    print(f"error: {outcome_of(error).reason}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command. Returns its exit code."""
+    if list(arguments) == ["--version"]:
+        print(f"flowjobs {__version__}")
+        return 0
     command, defaults = parse(arguments)
     code: int = command.run(defaults)
     return code
@@ -84,46 +137,23 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
         os.environ.setdefault("FLOWJOBS_STUDY", str(defaults.values.pop("study")))
     name, *rest = arguments or ("",)
     if name not in COMMANDS:
-        # Help, or a word that is no command: tyro lists those that there are, and exits.
+        if name and not name.startswith("-"):
+            raise ConfigError(
+                f"found {name}, expected a command: {', '.join(COMMANDS)}"
+                f"{did_you_mean(name, COMMANDS)}"
+            )
+        # Help, or nothing: tyro lists the commands, and exits.
         every: Any = Union[  # noqa: UP007, `|` cannot join types made at run time
             tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items())
         ]
-        _parse(every, "flowjobs", arguments, description=DESCRIPTION)
+        read_command_line(every, "flowjobs", arguments, description=DESCRIPTION)
     # The parser of one command alone is built in half the time of all of them.
     cls = COMMANDS[name]
     default: dict[str, Any] = {}
     if cls in (Submit, Train):
         default = {"default": defaults.fill(cls)}
+    if cls is Submit:
+        default["description"] = f"{EXAMPLES}\n{Submit.__doc__}"
     elif cls is Drill:
         default = {"default": Drill.with_defaults(defaults)}
-    return _parse(cls, f"flowjobs {name}", rest, **default), defaults
-
-
-def _parse(command: Any, prog: str, arguments: Sequence[str], **options: Any) -> Any:
-    config = (
-        tyro.conf.OmitArgPrefixes,
-        tyro.conf.OmitSubcommandPrefixes,
-        tyro.conf.DisallowNone,
-    )
-    registry = _registry()
-    return tyro.cli(command, prog=prog, args=arguments, config=config, registry=registry, **options)
-
-
-def _registry() -> tyro.constructors.ConstructorRegistry:
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def key_values(
-        info: tyro.constructors.PrimitiveTypeInfo,
-    ) -> tyro.constructors.PrimitiveConstructorSpec[KeyValues] | None:
-        if info.type is not KeyValues:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="KEY=VALUE",
-            instance_from_str=KeyValues.parse,
-            is_instance=lambda value: isinstance(value, KeyValues),
-            str_from_instance=lambda values: [f"{key}={value}" for key, value in values.items()],
-        )
-
-    return registry
+    return read_command_line(cls, f"flowjobs {name}", rest, **default), defaults

@@ -1,7 +1,12 @@
 """From a parsed command to a run: checks everything that can be checked without torch."""
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.config import (
@@ -13,8 +18,13 @@ from flowjobs.config import (
     check_arch,
     is_data_file,
 )
+from flowjobs.errors import FlowjobsError
 from flowjobs.runs.datasets import check_dataset
-from flowjobs.runs.run import Run, check_run_name
+from flowjobs.runs.progress import current_progress
+from flowjobs.runs.run import Run, absolute, check_run_name, run_names
+
+RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RunNames = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
 
 
 def prepare_run(
@@ -41,11 +51,11 @@ def prepare_run(
         FlowjobsError: Something in it cannot be used.
     """
     training = defaults.resolve_arch(training)
-    check_arch(training)
+    check_arch(training, defaults.archs)
     # The job may start in another folder than this one.
-    study = study.expanduser().absolute()
+    study = absolute(study)
     if is_data_file(training.dataset):
-        path = Path(training.dataset).expanduser().absolute()
+        path = absolute(Path(training.dataset))
         training = dataclasses.replace(training, dataset=str(path))
     check_dataset(training.dataset, study)
     run = Run(study, name or training.run_name)
@@ -62,9 +72,31 @@ def existing_run(study: Path, name: str) -> Run:
 
     The path of its folder, as a shell completes it, is a name too, and says which study it is in.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.parent.name in ("runs", "checkpoints"):
-        study = path.absolute().parents[1]
-    run = Run(study.expanduser().absolute(), path.name)
+        path = absolute(path)
+        study = path.parents[1]
+    run = Run(absolute(study), path.name)
     run.config()
     return run
+
+
+def each_of(study: Path, names: Sequence[str]) -> tuple[list[Run], list[Run]]:
+    """The named runs of a study, or all, and those among all whose records cannot be read.
+
+    One that is broken is said on stderr, and does not hide the others.
+    """
+    if names:
+        return [existing_run(study, name) for name in names], []
+    sound, broken = [], []
+    for run in (Run(absolute(study), name) for name in run_names(absolute(study))):
+        try:
+            run.config()
+            current_progress(run)
+            run.submissions()
+        except (FlowjobsError, OSError) as error:
+            print(f"error: {run.name}: {error}", file=sys.stderr)
+            broken.append(run)
+        else:
+            sound.append(run)
+    return sound, broken

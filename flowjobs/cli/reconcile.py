@@ -6,21 +6,23 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import existing_run
+from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
-from flowjobs.runs.run import Run, default_study, run_names
+from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.status import EXIT_BAD_INPUT
 
 
 @dataclass(frozen=True)
 class Reconcile:
-    """Close runs that died without a word, on disk and in W&B; from a login node or cron."""
+    """Find runs whose job died silently, and record why."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names of runs; default: all."""
 
     study: Path = field(default_factory=default_study)
@@ -34,22 +36,21 @@ class Reconcile:
         from flowjobs.jobs.reconcile import reconcile
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        study = self.study.expanduser().absolute()
         if self.exit_code is None:
-            names = self.names or run_names(study)
-            unclear = False
-            for found in reconcile(existing_run(study, name) for name in names):
+            runs, broken = each_of(self.study, self.names)
+            unclear = bool(broken)
+            for found in reconcile(runs):
                 if found.outcome:
                     print(f"{found.run.name}: {found.outcome.state}: {found.outcome.reason}")
                 else:
                     unclear = True
                     print(f"{found.run.name}: unknown: {found.unclear}", file=sys.stderr)
-            return 2 if unclear else 0
+            return EXIT_BAD_INPUT if unclear else 0
         if "SLURM_JOB_ID" not in os.environ or not self.names:
             raise ConfigError(
                 "--exit-code: expected only in the batch script of a run's own job, with its name"
             )
-        close_in_batch_script([existing_run(study, name) for name in self.names], self.exit_code)
+        close_in_batch_script(each_of(self.study, self.names)[0], self.exit_code)
         return 0
 
 

@@ -4,15 +4,18 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import existing_run
-from flowjobs.runs.metrics import latest_values
-from flowjobs.runs.run import Run, default_study, run_names
+from flowjobs.cli.prepare import each_of
+from flowjobs.config import OptionalStr
+from flowjobs.runs.progress import current_progress
+from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.status import RunStatus
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 class Status:
     """Show the runs of a study, or one run with its attempts."""
 
-    name: tyro.conf.Positional[str | None] = None
+    name: tyro.conf.Positional[Annotated[OptionalStr, tyro.conf.arg(metavar="[RUN]")]] = None
     """Name of the run; default: all."""
 
     study: Path = dataclasses.field(default_factory=default_study)
@@ -37,36 +40,53 @@ class Status:
         # Slow to load, and --help does without.
         from flowjobs.jobs.findings import find
 
-        study = self.study.expanduser().absolute()
-        names = run_names(study) if self.name is None else [self.name]
-        runs = [existing_run(study, name) for name in names]
-        if not runs:
-            print(f"there are no runs in {study}", file=sys.stderr)
+        named = () if self.name is None else (self.name,)
+        runs, broken = each_of(self.study, named)
         findings = find(runs, at_most_twice=True)
-        described = [_describe(run, findings.get(run)) for run in runs]
-        found: Any = described if self.name is None else described[0]
+        found = [_describe(run, findings.get(run)) for run in runs]
+        found += [_describe_broken(run) for run in broken]
+        found.sort(key=itemgetter("run"))
+        if not found:
+            print(f"there are no runs in {absolute(self.study)}", file=sys.stderr)
         if self.json:
-            print(json.dumps(found, indent=2))
-        else:
-            _print_table(described)
-            for run in described:
-                if run["unknown"]:
-                    print(f"{run['run']}: {run['unknown']}", file=sys.stderr)
-            if not isinstance(found, list):
-                _print_attempts(found)
+            print(json.dumps(found[0] if named else found, indent=2))
+            return 0
+        if found:
+            from flowjobs.cli.table import print_table
+
+            print_table(found)
+        for run in found:
+            if run["unknown"]:
+                print(f"{run['run']}: {run['unknown']}", file=sys.stderr)
+        if named:
+            _print_attempts(found[0])
         return 0
+
+
+def _describe_broken(run: Run) -> dict[str, Any]:
+    """What is left to say of a run whose record cannot be read."""
+    return {
+        "run": run.name,
+        **dataclasses.asdict(RunStatus()),
+        "state": "unknown",
+        "latest": {},
+        "jobs": [],
+        "unknown": "",
+        "folder": str(run.folder),
+        "checkpoints": str(run.checkpoints),
+    }
 
 
 def _describe(run: Run, finding: "Dead | Unclear | None") -> dict[str, Any]:
     from flowjobs.jobs.findings import Dead, Unclear, final_outcome
 
-    status = run.status() or RunStatus()
+    status, latest = current_progress(run)
     if isinstance(finding, Dead):
         # Shown, not noted: that is what `reconcile` is for, and the run's own jobs.
         status.close(final_outcome(run, status, finding))
-    latest = latest_values(run.metrics_file)
     described = {"run": run.name, **dataclasses.asdict(status)}
-    described["step"] = max(status.step, latest.get("step", 0))
+    if status.attempts:  # a row may be newer than the attempt's own last word
+        described["attempts"][-1]["last_step"] = status.step
     described["latest"] = latest
     described["jobs"] = run.submissions()
     described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
@@ -75,33 +95,34 @@ def _describe(run: Run, finding: "Dead | Unclear | None") -> dict[str, Any]:
     return described
 
 
-def _print_table(runs: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("run", "state", "epoch", "step", "val/loss", "best", "job", box=None)
-    for run in runs:
-        best = run["best_val_loss"]
-        latest = run["latest"].get("val/loss")
-        table.add_row(
-            run["run"],
-            run["state"],
-            f"{run['epoch']}/{run['epochs'] or '?'}",
-            f"{run['step']}/{run['total_steps'] or '?'}",
-            "" if latest is None else f"{latest:.4f}",
-            "" if best is None else f"{best:.4f}",
-            run["jobs"][-1]["job_id"] if run["jobs"] else "",
-        )
-    # Another program reads whole names.
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
-
-
 def _print_attempts(run: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
     for attempt in run["attempts"]:
         job = attempt["job"]
-        print(
-            f"attempt {attempt['number']}: {attempt['started']} {job['cluster']} job "
-            f"{job['job_id']} on {job['host']}, steps {attempt['first_step']} to "
-            f"{attempt['last_step']}, {attempt['state']} {attempt['reason']}".rstrip()
+        steps = "no step"
+        if attempt["first_step"] is not None:
+            steps = f"steps {attempt['first_step']} to {attempt['last_step']}"
+        reason = attempt["reason"]
+        # "cancelled by scancel" has the state in it.
+        ended = reason if reason.startswith(attempt["state"]) else f"{attempt['state']} {reason}"
+        line = (
+            f"attempt {attempt['number']}: {_local_time(attempt['started'])}"
+            f" for {_duration(attempt)}, {job['cluster']} job {job['job_id']} on {job['host']}, "
+            f"{steps}, {ended}"
         )
+        console.print(line.rstrip(), markup=False, highlight=False)
     print(f"folder {run['folder']}\nweights {run['checkpoints']}")
+
+
+def _local_time(text: str) -> str:
+    """A time of the record, which is in UTC, on the clock of whoever looks."""
+    return f"{datetime.fromisoformat(text).astimezone():%Y-%m-%d %H:%M:%S %Z}"
+
+
+def _duration(attempt: dict[str, Any]) -> str:
+    """How long an attempt has taken so far."""
+    ended = attempt["ended"]
+    end = datetime.fromisoformat(ended) if ended else datetime.now(UTC)
+    return str(end - datetime.fromisoformat(attempt["started"])).partition(".")[0]

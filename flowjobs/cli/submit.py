@@ -2,13 +2,16 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
 from flowjobs.cli.follow import follow
+from flowjobs.cli.hint import hint
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
     OptionalStr,
@@ -21,7 +24,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError
 from flowjobs.jobs.sbatch_environment import DECIDED, environment_for_sbatch
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.run import Run
 from flowjobs.tracking.mode import resolve_mode
 
 if TYPE_CHECKING:
@@ -29,24 +32,16 @@ if TYPE_CHECKING:
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
+EXAMPLES = """\
+  flowjobs submit --arch mlp --flow icfm
+  flowjobs submit --arch my_models:WideNet --arch-args width=512 --dataset data.npy
+  flowjobs submit --name long --epochs 500 --partition preempt --timeout-min 60
+"""
+
 
 @dataclass(frozen=True)
-class Submit(CommandOptions):
-    """Submit a run as a job, to Slurm or to this machine.
-
-    Submitting a run again goes on with it, or says that it is finished.
-    """
-
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    restarts: RestartConfig = field(default_factory=RestartConfig)
-
-    name: OptionalStr = None
-    """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
-
-    dry_run: Flag = False
-    """Print the batch file and where its values come from; submit nothing."""
+class HandOver(CommandOptions):
+    """What a command can be told that submits a run, whichever way it found its config."""
 
     follow: Flag = False
     """Watch the job with a progress bar until it ends; the default on this machine."""
@@ -54,31 +49,35 @@ class Submit(CommandOptions):
     no_follow: Flag = False
     """Return at once; the default on Slurm."""
 
-    def run(self, defaults: Defaults) -> int:
-        """Submit, and follow if asked to. Returns the exit code."""
+    def hand_over(
+        self, run: Run, config: RunConfig, plan: Callable[[Run, RunConfig, str], None] | None = None
+    ) -> int:
+        """Submit a run, and follow it if asked to.
+
+        Args:
+            run: The run.
+            config: What is asked for.
+            plan: Prints what would be submitted, instead.
+
+        Returns:
+            The exit code.
+        """
         # The scheduler's side is slow to load, and --help does without.
         from flowjobs.jobs.executors import check_local, choose_cluster
         from flowjobs.jobs.submit import running_job
 
         if self.follow and self.no_follow:
             raise ConfigError("--follow and --no-follow: found both, expected one")
-        run, config = prepare_run(
-            defaults,
-            self.study,
-            self.name,
-            self.training,
-            self.slurm,
-            self.tracking,
-            self.restarts,
-        )
         cluster, why = choose_cluster(self.cluster)
         if cluster == "local":
             check_local(config.slurm)
         # A job that was cancelled may still be leaving: the new one waits for that.
         busy = running_job(run) if run.exists() and not run.cancel_requested() else None
-        run.merge(config, in_use=busy is not None)
-        if self.dry_run:
-            self._print_plan(run, config, defaults, f"{cluster} ({why})")
+        _, note = run.merge(config, in_use=busy is not None)
+        if plan:
+            if note:
+                print(note)
+            plan(run, config, f"{cluster} ({why})")
             return 0
         if busy:
             print(f"{run.name} is already there as {busy}; nothing was submitted")
@@ -106,21 +105,47 @@ class Submit(CommandOptions):
         run.clear_cancel()
         attempts_before = len(status.attempts) if (status := run.status()) else 0
         job = submit(run, cluster)
-        command = f"python -m flowjobs %s {run.name}{self._study_flag()}"
         _print_rows(
             job=job.job_id,
-            follow=command % "logs -f",
-            inspect=command % "status",
-            cancel=command % "cancel",
+            follow=hint("logs", "-f", run.name, study=run.study),
+            inspect=hint("status", run.name, study=run.study),
+            cancel=hint("cancel", run.name, study=run.study),
         )
         if cluster == "debug" or self.no_follow or (cluster == "slurm" and not self.follow):
             return 0
         return follow(run, attempts_before, lambda: job.alive(run), requeues=cluster == "slurm")
 
-    def _study_flag(self) -> str:
-        return "" if self.study == default_study() else f" --study {self.study}"
 
-    def _print_plan(self, run: Run, config: RunConfig, defaults: Defaults, cluster: str) -> None:
+@dataclass(frozen=True)
+class Submit(HandOver):
+    """Submit a run as a job, to Slurm or to this machine. The same command again resumes it."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    restarts: RestartConfig = field(default_factory=RestartConfig)
+
+    name: OptionalStr = None
+    """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
+
+    dry_run: Flag = False
+    """Print the batch file and where its values come from; submit nothing."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Submit, and follow if asked to. Returns the exit code."""
+        run, config = prepare_run(
+            defaults,
+            self.study,
+            self.name,
+            self.training,
+            self.slurm,
+            self.tracking,
+            self.restarts,
+        )
+        plan = partial(self._print_plan, defaults) if self.dry_run else None
+        return self.hand_over(run, config, plan)
+
+    def _print_plan(self, defaults: Defaults, run: Run, config: RunConfig, cluster: str) -> None:
         from flowjobs.jobs.executors import slurm_executor
 
         _print_rows(run=run.name, folder=str(run.folder), cluster=cluster)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import existing_run
+from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
-from flowjobs.runs.run import Run, default_study, run_names
+from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sync:
-    """Upload runs to W&B from a node with internet: each step once, whatever was there before."""
+    """Upload offline runs to W&B. Safe to repeat."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names of runs; default: all of the study."""
 
     study: Path = field(default_factory=default_study)
@@ -41,21 +41,18 @@ class Sync:
         """Upload. Returns the exit code."""
         if self.every_s <= 0:
             raise ConfigError(f"--every-s: found {self.every_s}, expected a number above 0")
-        named = [existing_run(self.study, name) for name in self.names]
+        runs, broken = each_of(self.study, self.names)
         server = _server()
         if not self.watch:
-            return 1 if _sync(named or self._all(), server, said=None) else 0
+            return 1 if _sync(runs, server, said=None) or broken else 0
         said: set[str] = set()
         try:
             while True:
-                _sync(named or self._all(), server, said)
+                _sync(runs, server, said)
                 time.sleep(self.every_s)
+                runs, _ = each_of(self.study, self.names)
         except KeyboardInterrupt:
             return 0
-
-    def _all(self) -> list[Run]:
-        study = self.study.expanduser().absolute()
-        return [Run(study, name) for name in run_names(study)]
 
 
 def _server() -> "Server":

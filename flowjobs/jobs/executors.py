@@ -73,7 +73,13 @@ class SlurmExecutorAnywhere(SlurmExecutor):
 
     def batch_file(self) -> str:
         """The text that a submission hands to sbatch."""
-        return str(self._make_submission_file_text(self._submitit_command_str, uid=""))
+        return self._make_submission_file_text(self._submitit_command_str, uid="")
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        text = str(super()._make_submission_file_text(command, uid))
+        # Slurm fills in what follows a % in the names of logs, also in those of their folders.
+        folder = str(self.folder).replace("'", "'\"'\"'")  # as a shell's quotes have it
+        return text.replace(f"{folder}/%j", f"{folder.replace('%', '%%')}/%j")
 
     def _submit_command(self, command: str) -> SlurmJob[Any]:
         # submitit's own believes the first "job N" that anyone prints, and reads UTF-8 only.
@@ -97,7 +103,16 @@ def handed_over(executor: Executor | None) -> slurm.HandedOver | None:
 def make_executor(
     cluster: Cluster, run: Run, asked: SlurmConfig, python: str = sys.executable
 ) -> Executor:
-    """An executor whose batch files and logs are in the run's folder."""
+    """An executor whose batch files and logs are in the run's folder.
+
+    Raises:
+        ConfigError: The folder cannot hold them.
+    """
+    if found := re.search(r"%[jtAa]", str(run.folder)):
+        raise ConfigError(
+            f"--study {run.study}: found {found[0]}, which stands for a job's id in the names of "
+            "logs; expected a path without it"
+        )
     match cluster:
         case "slurm":
             return slurm_executor(run, asked, python)

@@ -72,6 +72,8 @@ def end_in_time(code: int) -> None:
 
 def log_to_stderr() -> None:
     """Set up logging for a process that trains."""
+    # A log that a full disk does not take is no reason for a traceback a line.
+    logging.raiseExceptions = False
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname).1s %(message)s",

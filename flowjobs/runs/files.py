@@ -1,11 +1,15 @@
 """Writing a file whole or not at all. Knows nothing of what is in it."""
 
+import functools
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -30,7 +34,9 @@ def replaced_whole(path: Path, *, flush: bool = True, mode: int = 0o666) -> Iter
             if flush:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # of a write that failed, Python does not tell
         # A full disk must not keep the torn file as well.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -59,10 +65,19 @@ def write_json(
         file.write(text.encode())
 
 
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning about a damaged file, however often this process looks at it."""
+    logger.warning("%s", text)
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line in one write, so that lines of several processes do not mix."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, (line + "\n").encode())
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)

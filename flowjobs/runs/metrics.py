@@ -140,7 +140,7 @@ def _rows_of(text: bytes) -> Iterator[Row]:
             row = json.loads(line)
         except ValueError:
             continue  # torn by a kill in the middle of a write, and written again since
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             yield row
 
 
@@ -176,5 +176,5 @@ def latest_values(path: Path) -> Row:
         return {}
     latest: Row = {}
     for row in _rows_of(tail):
-        latest |= row
+        latest |= {key: value for key, value in row.items() if isinstance(value, int | float)}
     return latest

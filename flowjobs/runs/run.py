@@ -14,11 +14,15 @@ from typing import Any
 
 from flowjobs.config import NOT_IN_SIGNATURE, RunConfig, config_to_dict, flag, run_config_from_dict
 from flowjobs.errors import ConfigError, RunMismatchError, RunNotFoundError
+from flowjobs.nearest import meant
+from flowjobs.runs.datasets import same_file
 from flowjobs.runs.file_lock import locked
-from flowjobs.runs.files import append_line, write_json
+from flowjobs.runs.files import append_line, warn_once, write_json
 from flowjobs.runs.status import RunStatus, now, read_status
 
 CONFIG_WAIT_S = 60.0
+# What every line of jobs.jsonl has.
+SUBMISSION_KEYS = ("job_id", "cluster", "submitted", "log")
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,14 @@ class Run:
         """The config on disk.
 
         Raises:
-            RunNotFoundError: There is no such run; the text lists those that there are.
+            RunNotFoundError: There is no such run; the text names those that are called nearly so.
+            ConfigError: The file does not hold a config.
         """
-        return run_config_from_dict(self._read_config_file())
+        found = self._read_config_file()
+        try:
+            return run_config_from_dict(found)
+        except ConfigError as error:
+            raise ConfigError(f"{self.config_file}: {error}") from error
 
     def tracking_id(self) -> str:
         """The id of the run in W&B, the same for all its attempts."""
@@ -133,14 +142,20 @@ class Run:
 
     def submissions(self) -> list[dict[str, Any]]:
         """Every job that was submitted for the run, oldest first: job_id, cluster, submitted."""
-        if not self.jobs_file.exists():
+        try:
+            lines = self.jobs_file.read_text(errors="replace").splitlines()
+        except (FileNotFoundError, NotADirectoryError):
             return []
         entries = []
-        for line in self.jobs_file.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # torn by a full disk
+        for line in lines:
+            try:
                 entry = json.loads(line)
-                if isinstance(entry, dict):
+                if all(isinstance(entry[key], str) for key in SUBMISSION_KEYS):
                     entries.append(entry)
+            except (ValueError, TypeError, KeyError):
+                continue
+        if damaged := len(lines) - len(entries):  # torn by a full disk
+            warn_once(f"{self.jobs_file}: {damaged} lines are damaged and left out")
         return entries
 
     def submission(self, job_id: str) -> dict[str, Any] | None:
@@ -271,6 +286,9 @@ class Run:
         if not self.exists():
             return asked, ""
         found = self.config()
+        if same_file(found.training.dataset, asked.training.dataset):
+            same_data = replace(asked.training, dataset=found.training.dataset)
+            asked = replace(asked, training=same_data)
         if found.training.signature != asked.training.signature:
             if in_use or self.started():
                 raise RunMismatchError(self._differences(found, asked))
@@ -323,11 +341,14 @@ class Run:
         try:
             found: dict[str, Any] = json.loads(self.config_file.read_text())
         except FileNotFoundError:
-            names = run_names(self.study)
-            there = f"there are {', '.join(names)}" if names else "there are none yet"
-            raise RunNotFoundError(f"no run {self.name} in {self.study}: {there}") from None
-        except ValueError as error:
+            if self.status_file.exists():
+                raise ConfigError(f"{self.config_file} is missing, and the run is there") from None
+            names = meant(self.name, run_names(self.study), "runs")
+            raise RunNotFoundError(f"no run {self.name} in {self.study}: {names}") from None
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.config_file} is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{self.config_file}: expected an object, found {type(found)}")
         return found
 
 
@@ -336,8 +357,24 @@ def _bytes_of(file: Path) -> bytes | None:
 
 
 def run_names(study: Path) -> list[str]:
-    """The names of the runs in a study, sorted."""
-    return sorted(file.parent.name for file in (study / "runs").glob("*/config.json"))
+    """The names of the runs in a study, sorted; also of those whose config.json is lost."""
+    files = (file for name in ("config", "status") for file in study.glob(f"runs/*/{name}.json"))
+    return sorted({file.parent.name for file in files})
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root, without `~` and `..`; links keep their names.
+
+    Raises:
+        ConfigError: It cannot be used, in batch scripts least of all.
+    """
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: {error} give the path from the root") from error
+    if any(character < " " for character in str(path)):
+        raise ConfigError(f"{str(path)!r}: found a control character, expected a path without")
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def default_study() -> Path:

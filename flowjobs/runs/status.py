@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import socket
 import traceback
@@ -11,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.errors import FlowjobsError, NoProgressError, RunInterrupted
-from flowjobs.runs.files import write_json
-
-logger = logging.getLogger(__name__)
+from flowjobs.config import check_types
+from flowjobs.errors import ConfigError, FlowjobsError, NoProgressError, RunInterrupted
+from flowjobs.runs.files import warn_once, write_json
+from flowjobs.user_code import user_place
 
 State = Literal["submitted", "running", "preempted", "finished", "failed", "cancelled"]
 
@@ -43,6 +42,7 @@ FINISHED = Outcome("finished", exit_code=0)
 # EX_TEMPFAIL of sysexits.h: not a failure, the same command goes on from here.
 EXIT_PREEMPTED = 75
 EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
 EXIT_CANCELLED = 130
 
 
@@ -63,7 +63,10 @@ def outcome_of(error: BaseException | None) -> Outcome:
         case FlowjobsError():
             return Outcome("failed", error.exit_code, str(error), kind="exception")
     text = "".join(traceback.format_exception(error))
-    reason = f"{type(error).__name__}: {error}"
+    place = user_place(error)
+    # Before the text, which may be long: W&B and a terminal show the begin.
+    where = f" ({place})" if place else ""
+    reason = f"{type(error).__name__}{where}: {error}"
     return Outcome("failed", EXIT_FAILED, reason, text, kind="exception")
 
 
@@ -186,7 +189,20 @@ def read_status(path: Path) -> RunStatus | None:
     """The status at `path`; None before the first attempt.
 
     A file that is damaged counts as none, with a warning: what the run goes on from is its
-    checkpoint. Fields of a newer version are left out.
+    checkpoint.
+    """
+    try:
+        return read_sound_status(path)
+    except ConfigError as error:
+        warn_once(str(error))
+        return None
+
+
+def read_sound_status(path: Path) -> RunStatus | None:
+    """The status at `path`; None before the first attempt. Fields of a newer version are left out.
+
+    Raises:
+        ConfigError: The file is damaged.
     """
     try:
         found: dict[str, Any] = json.loads(path.read_text())
@@ -194,12 +210,15 @@ def read_status(path: Path) -> RunStatus | None:
             AttemptRecord(**_known(AttemptRecord, record | {"job": read_job(record["job"])}))
             for record in found.pop("attempts")
         ]
-        return RunStatus(**_known(RunStatus, found), attempts=attempts)
+        for time in (time for attempt in attempts for time in (attempt.started, attempt.ended)):
+            datetime.fromisoformat(time or now())  # or a ValueError
+        return RunStatus(**_known(RunStatus, found | {"attempts": attempts}))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("%s is damaged (%s); it is written anew", path, error)
-        return None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}): it counts for nothing until an attempt writes it anew"
+        ) from error
 
 
 def read_job(found: dict[str, Any]) -> JobInfo:
@@ -209,7 +228,9 @@ def read_job(found: dict[str, Any]) -> JobInfo:
 
 def _known(cls: Any, found: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in found.items() if name in names}
+    known = {name: value for name, value in found.items() if name in names}
+    check_types(cls, known)
+    return known
 
 
 def now() -> str:

@@ -54,7 +54,7 @@ def api_key(url: str) -> str | None:
 
 def _url_of_login() -> str | None:
     """The server of `wandb login --host`, as wandb's settings file has it."""
-    folder = os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb"
+    folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
     settings = configparser.ConfigParser(interpolation=None)
     with suppress(OSError, configparser.Error):
         settings.read(Path(folder) / "settings")
@@ -64,7 +64,7 @@ def _url_of_login() -> str | None:
 def _api_key_for(host: str) -> str | None:
     if key := os.environ.get("WANDB_API_KEY"):
         return key
-    home = Path.home()
+    home = Path(os.path.expanduser("~"))
     for candidate in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
         try:
             # Not authenticators(): it takes the file's default entry for any host.

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ class FlowDataset(Dataset[Tensor]):
     """Vectors of one width, as they are in the file; the trainer normalizes them.
 
     Args:
-        source: A `.pt` file that holds one tensor, a `.npy` file, or a tensor: of floats, of
-            shape (n, dim). A file is mapped into memory; of a large one rows are read when they
+        source: A `.pt` file that holds one tensor, a `.npy` file, a tensor or an array: of floats,
+            of shape (n, dim). A file is mapped into memory; of a large one rows are read when they
             are asked for.
 
     Raises:
@@ -36,7 +37,10 @@ class FlowDataset(Dataset[Tensor]):
             value that is not finite; the text names the file and the row.
     """
 
-    def __init__(self, source: str | Path | Tensor) -> None:
+    def __init__(self, source: str | Path | Tensor | np.ndarray[Any, Any]) -> None:
+        if isinstance(source, np.ndarray):
+            # A copy where torch could not use the memory, or would warn that it is read-only.
+            source = torch.from_numpy(np.require(source, requirements=["C", "W"]))
         self.name = "tensor" if isinstance(source, Tensor) else str(source)
         self._mapped = source if isinstance(source, Tensor) else _load(Path(source))
         _check_shape(self._mapped, self.name)

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from flowjobs.errors import DataError
 from flowjobs.runs.files import replaced_whole
 
 # Of the zip format, which `.pt` files are of.
@@ -40,7 +41,10 @@ def write_tensor(
             torch.serialization.skip_data(),
         ):
             n = shape[0] * shape[1]
-            empty = torch.from_file(hole.name, shared=True, size=n, dtype=dtype).view(shape)
+            try:
+                empty = torch.from_file(hole.name, shared=True, size=n, dtype=dtype).view(shape)
+            except RuntimeError as error:  # torch's word for a full disk
+                raise DataError(f"{path} cannot be written: {error}") from error
             torch.save(empty, out)
         with zipfile.ZipFile(out) as archive:
             (entry,) = (e for e in archive.infolist() if e.filename.endswith("/data/0"))

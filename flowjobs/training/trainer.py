@@ -3,8 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,7 +15,14 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
-from flowjobs.errors import RunInterrupted, RunTakenOverError, TrainingDivergedError
+from flowjobs.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    RunInterrupted,
+    RunMismatchError,
+    RunTakenOverError,
+    TrainingDivergedError,
+)
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.recorder import Recorder, recording
@@ -59,14 +67,16 @@ class FlowTrainer:
     """Trains one model of one run.
 
     A job passes the run's `recorder`; on its own (in a notebook) the trainer opens the run of
-    `config.run_name` itself, with the same lock, the same record and the same tracking.
+    `config.run_name` itself, with the same lock, the same record and the same tracking, and says
+    how far it is through the `flowjobs` logger, on stderr where nobody has set up another place.
 
     Args:
         model: Predicts a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim).
         config: What to train and how.
         train_dataset: The training part.
         val_dataset: The validation part, of the same width.
-        device: Where to compute.
+        device: Where to compute ("cpu", "cuda:1").
+        name: Name of the run, for a trainer on its own.
         wandb_project: Project in W&B, for a trainer on its own.
         resume_path: Start from this checkpoint instead of the run's last.pt.
         run: The run's folder; by default the one of `config.run_name` in the default study.
@@ -82,8 +92,9 @@ class FlowTrainer:
         config: TrainingConfig,
         train_dataset: FlowDataset,
         val_dataset: FlowDataset,
-        device: torch.device,
+        device: torch.device | str,
         *,
+        name: str | None = None,
         wandb_project: str = TrackingConfig.wandb_project,
         resume_path: str | Path | None = None,
         run: Run | None = None,
@@ -91,8 +102,10 @@ class FlowTrainer:
         ranks: Ranks | None = None,
         stop_reason: Callable[[], str | None] = lambda: None,
     ) -> None:
+        device = torch.device(device)
         self._config = config
         self._device = device
+        self._name = name or config.run_name
         self._wandb_project = wandb_project
         self._resume_path = Path(resume_path) if resume_path else None
         self._run = run
@@ -122,14 +135,46 @@ class FlowTrainer:
             RunTakenOverError: Another attempt holds the run now; nothing was saved.
             TrainingDivergedError: The loss is not a number any more.
             RunBusyError: On its own: another process trains this run.
+            RunMismatchError: On its own: the run of this name is of another config, model or data;
+                its record was not touched.
         """
         with deterministic_algorithms(self._config.deterministic):
             if self._run is not None:
                 return self._train(self._run, self._recorder)
-            run = Run(default_study().absolute(), self._config.run_name)
-            run.create(RunConfig(self._config, tracking=TrackingConfig(self._wandb_project)))
-            with recording(run, JobInfo.in_foreground()) as recorder:
-                return self._train(run, recorder)
+            with _heard_somewhere():
+                run = self._own_run()
+                with recording(run, JobInfo.in_foreground()) as recorder:
+                    return self._train(run, recorder)
+
+    def _own_run(self) -> Run:
+        """The run of a trainer on its own, made if it is not there."""
+        run = Run(default_study().absolute(), self._name)
+        asked = RunConfig(self._config, tracking=TrackingConfig(self._wandb_project))
+        if run.exists():
+            found = run.config()
+            # What the command line asked of the cluster is none of a notebook's business.
+            asked = replace(asked, slurm=found.slurm, restarts=found.restarts)
+            if difference := self._difference_to(run, found):
+                raise RunMismatchError(
+                    f"a run named {run.name} exists in {run.study}, and {difference}: give this "
+                    "one a name of its own, FlowTrainer(…, name=…)"
+                )
+        run.create(asked)
+        return run
+
+    def _difference_to(self, run: Run, found: RunConfig) -> str | None:
+        """Why the run on disk is another one than this trainer's, found out before it is opened."""
+        if run.started() and found.training.epochs > self._config.epochs:
+            return f"has {found.training.epochs} epochs, not {self._config.epochs}"
+        for path in (run.last, run.best):
+            try:
+                if path.exists():
+                    self.state.check(read_checkpoint(path), path)
+            except CheckpointDamagedError:
+                continue  # it is set aside when the run is opened
+            except CheckpointMismatchError as error:
+                return str(error)
+        return None
 
     def _train(self, run: Run, recorder: Recorder | None) -> TrainingResult:
         started = time.monotonic()
@@ -361,6 +406,24 @@ class FlowTrainer:
                 }
             )
         return result
+
+
+@contextmanager
+def _heard_somewhere() -> Iterator[None]:
+    """Print what is logged, as long as the block lasts, where a script has set up no logging."""
+    ours = logging.getLogger("flowjobs")
+    if ours.hasHandlers():
+        yield
+        return
+    handler, level = logging.StreamHandler(), ours.level
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
 
 
 def _comes_from(payload: Payload, given: Path) -> bool:

@@ -42,7 +42,7 @@ def test_a_file_may_set_what_submit_takes(tmp_path: Path) -> None:
     )
     defaults = load_defaults()
     submit = defaults.fill(Submit)
-    assert submit.study == tmp_path / "../scratch"
+    assert submit.study == tmp_path.parent / "scratch"
     assert submit.cluster == "slurm"
     assert (submit.training.batch_size, submit.training.lr) == (8, 1.0)
     assert submit.slurm.sbatch == {"reservation": "course"}
@@ -54,7 +54,7 @@ def test_a_file_may_set_what_submit_takes(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("partition = ", "Invalid value"),
-        ("partitoin = 'gpu'", "partitoin is no option; expected one of account, arch"),
+        ("partitoin = 'gpu'", "partitoin is no option; did you mean partition"),
         ("nodes = 'two'", "nodes = 'two', expected int"),
         ("partition = 3", "partition = 3, expected str"),
         ("cluster = 'cloud'", "cluster = 'cloud', expected auto, slurm, local, debug"),

@@ -8,15 +8,19 @@ import torch
 
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.runs.run import Run
+from flowjobs.tracking.labels import our_lines
 from tests.conftest import Command
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["submit", "--arch", "mpl"], "--arch: found 'mpl', expected one of mlp, or your own"),
+        (
+            ["submit", "--arch", "mpl"],
+            "--arch: found 'mpl', expected .*; did you mean mlp?",
+        ),
         (["submit", "--arch", "nowhere:Net"], "no module nowhere in"),
-        (["submit", "--dataset", "5k"], "--dataset 5k: no .*; there are digits"),
+        (["submit", "--dataset", "5k"], "--dataset 5k: no .*; there is only digits"),
         (["submit", "--dataset", "x.npy"], "--dataset: no file .*x.npy"),
         (["submit", "--dataset", __file__], "--dataset: found .*, expected a .pt or .npy file"),
         (["submit", "--batch-size", "0"], "--batch-size: found 0, expected at least 1"),
@@ -24,15 +28,15 @@ from tests.conftest import Command
         (["submit", "--follow", "--no-follow"], "found both, expected one"),
         (["submit", "--cluster", "local", "--nodes", "2"], "--nodes: found 2; without Slurm"),
         (["submit", "--lr", "fast"], "could not convert string to float: 'fast'"),
-        (["submit", "--flow", "sbcfm"], r"Expected one of \('icfm', 'otcfm'\)"),
+        (["submit", "--flow", "icmf"], "expected one of icfm, otcfm; did you mean icfm?"),
         (["submit", "--lrr", "1"], "Unrecognized options: --lrr"),
-        (["sumbit"], "Available subcommands: submit, train"),
-        ([], "Expected one of {submit, train"),
+        (["sumbit"], "expected a command: submit, .*; did you mean submit?"),
+        ([], "Expected one of {submit, resume, train"),
         (
             ["train", "--resume", "none.pt", "--wandb-mode", "disabled"],
             "--resume: found no file none.pt",
         ),
-        (["logs", "no-run"], "no run no-run in .*there are none yet"),
+        (["logs", "no-run"], "no run no-run in .*there are no runs yet"),
         (["status", "no-run"], "no run no-run in"),
         (["data", "split", "none.npy"], "none.npy: no such file"),
         (["data", "split", "none.npy", "--sizes", "many"], "--sizes: found 'many'"),
@@ -148,3 +152,38 @@ def test_a_bug_gets_its_traceback(flowjobs: Command, workplace: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "no_such_package_here" in done.stderr
+
+
+def test_a_failing_model_is_told_by_its_file_and_line(
+    flowjobs: Command, study: Path, workplace: Path
+) -> None:
+    (workplace / "mine").mkdir()
+    (workplace / "mine/nets.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, dim, sizes=(1, 1)):\n"
+        "        super().__init__()\n"
+        "        self.a = torch.nn.Linear(dim, dim)\n"
+        "        torch.zeros(sizes[0]) + torch.zeros(sizes[1])\n"
+        "    def forward(self, x, t):\n"
+        "        return self.a(torch.cat([x, x], 1))\n"
+    )
+    (workplace / "mine/torn.py").write_text("import torch\nclass Net(\n")
+    options = ("--wandb-mode", "disabled", "--arch")
+    done = flowjobs("train", *options, "mine.nets:Net", "--name", "forward")
+    in_forward = "RuntimeError (mine/nets.py, line 8, in forward): mat1 and mat2 shapes"
+    assert in_forward in done.stderr.splitlines()[-1]
+    status = Run(study, "forward").status()
+    assert status is not None
+    assert in_forward in "\n".join(our_lines(status.outcome, status))
+    done = flowjobs(
+        *("submit", "--cluster", "local", "--name", "init"),
+        *(*options, "mine.nets:Net", "--arch-args", "sizes=(2,3)"),
+    )
+    assert done.returncode == 1
+    *_, hint, last = done.stderr.splitlines()
+    assert last.startswith("failed: RuntimeError (mine/nets.py, line 6, in __init__): The size")
+    assert hint.endswith("flowjobs logs init")
+    assert "nets.py, line 6" in flowjobs("status", "init").stdout
+    done = flowjobs("train", *options, "mine.torn:Net")
+    assert "SyntaxError (mine/torn.py, line 2)" in done.stderr.splitlines()[-1]

@@ -44,7 +44,7 @@ def test_submit_trains_here_to_the_end(flowjobs: Command, study: Path) -> None:
         "local (--cluster local)",
         "logs -f",
         "status",
-        "python -m flowjobs cancel mlp-icfm-digits-none",
+        "flowjobs cancel mlp-icfm-digits-none",
         "best validation loss",
     ):
         assert said in done.stdout
@@ -161,7 +161,10 @@ def test_debug_runs_in_the_process_and_stops_in_the_debugger(workplace: Path) ->
     assert done.returncode == 1
     status = Run(workplace / "study", "Net-icfm-digits-none").status()
     assert status is not None
-    assert (status.state, status.reason) == ("failed", "RuntimeError: the bug")
+    assert (status.state, status.reason) == (
+        "failed",
+        "RuntimeError (broken.py, line 4, in forward): the bug",
+    )
 
 
 @pytest.mark.parametrize("command", ["submit", "train"])

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import resource
 import signal
 from pathlib import Path
@@ -105,11 +106,18 @@ def test_a_name_that_cannot_be_a_folder_is_refused(study: Path, name: str) -> No
         Run(study, name).create(RunConfig())
 
 
-def test_a_run_that_is_not_there_lists_those_that_are(study: Path) -> None:
+def test_a_run_that_is_not_there_names_those_that_may_be_meant(study: Path) -> None:
     created(study)
     assert run_names(study) == ["a"]
-    with pytest.raises(RunNotFoundError, match=r"no run b in .*: there are a"):
+    with pytest.raises(RunNotFoundError, match=r"no run b in .*: there is only a"):
         Run(study, "b").config()
+    for number in range(70):
+        Run(study, f"mlp-icfm-{number}").create(RunConfig())
+    with pytest.raises(RunNotFoundError, match=r"did you mean mlp-icfm-12 or .*71 runs") as caught:
+        Run(study, "mpl-icfm-12").config()
+    assert len(str(caught.value)) < 200
+    with pytest.raises(RunNotFoundError, match=r"there are 71 runs, none of that name"):
+        Run(study, "xyz").config()
 
 
 def test_checkpoints_may_be_a_link_to_scratch(study: Path, tmp_path: Path) -> None:
@@ -127,7 +135,7 @@ def test_checkpoints_may_be_a_link_to_scratch(study: Path, tmp_path: Path) -> No
         (None, "finished", 0, ""),
         (RunInterrupted("preempted", 7), "preempted", 75, "preempted; saved at step 7"),
         (ConfigError("bad"), "failed", 2, "bad"),
-        (ValueError("bug"), "failed", 1, "ValueError: bug"),
+        (ValueError("bug"), "failed", 1, "ValueError (test_run.py, in test): bug"),
     ],
 )
 def test_an_attempt_writes_down_how_it_ended(
@@ -143,7 +151,8 @@ def test_an_attempt_writes_down_how_it_ended(
             raise error
     status = run.status()
     assert status is not None
-    assert (status.state, status.exit_code, status.reason) == (state, exit_code, reason)
+    said = re.sub(r"\(.*/(test_run.py), line \d+, in test\w+\)", r"(\1, in test)", status.reason)
+    assert (status.state, status.exit_code, said) == (state, exit_code, reason)
     assert status.attempts[0].ended is not None
     assert json.loads(run.status_file.read_text())["attempts"][0]["job"]["pid"] == JOB.pid
 

@@ -1,0 +1,171 @@
+"""How tyro reads our dataclasses from a command line, and shows them in --help."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from flowjobs.config import KeyValues
+from flowjobs.nearest import did_you_mean
+
+# "Partition of the job; default: the cluster's." says in words what None stands for.
+DEFAULT_IN_WORDS = re.compile(r"[;,] default: ([^;]+?)\.(?= |$)")
+
+
+def read_command_line(command: Any, prog: str, arguments: Sequence[str], **options: Any) -> Any:
+    """The command with its arguments in place. Exits where they are no command, or ask for help."""
+    shown, errors = _Captured(), _Captured()
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                command,
+                prog=prog,
+                args=arguments,
+                config=(
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.OmitSubcommandPrefixes,
+                    tyro.conf.DisallowNone,
+                ),
+                registry=_registry(),
+                **options,
+            )
+    finally:
+        if text := shown.getvalue():
+            print(_wrapped(text), end="")
+        if text := errors.getvalue():
+            print(text if sys.stderr.isatty() else _plain(text), end="", file=sys.stderr)
+
+
+class _Captured(io.StringIO):
+    """What tyro prints: coloured where the output is a terminal, in boxes where it is UTF-8."""
+
+    encoding = property(lambda self: sys.__stdout__.encoding if sys.__stdout__ else "utf-8")
+
+    def isatty(self) -> bool:
+        return bool(sys.__stdout__ and sys.__stdout__.isatty())
+
+
+def _wrapped(text: str) -> str:
+    """The text with its long lines broken at words, which tyro does in its boxes alone."""
+    width = shutil.get_terminal_size().columns
+    lines = (
+        [line] if _plain(line)[:1] in ("│", "╭", "╰", " ") else textwrap.wrap(line, width) or [""]
+        for line in text.splitlines()
+    )
+    return "".join(f"{line}\n" for some in lines for line in some)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def _registry() -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_key_values)
+    registry.primitive_rule(_choice)
+    registry.struct_rule(_options)
+    return registry
+
+
+def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[KeyValues] | None:
+    if info.type is not KeyValues:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY=VALUE",
+        instance_from_str=KeyValues.parse,
+        is_instance=lambda value: isinstance(value, KeyValues),
+        str_from_instance=lambda values: [f"{key}={value}" for key, value in values.items()],
+    )
+
+
+def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    """A Literal, as tyro has it, but for the error."""
+    if get_origin(info.type) is not Literal:
+        return None
+    choices = get_args(info.type)
+
+    def chosen(words: list[str]) -> str:
+        if words[0] in choices:
+            return words[0]
+        raise ValueError(
+            f"found {words[0]!r}, expected one of {', '.join(choices)}"
+            f"{did_you_mean(words[0], choices)}"
+        )
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}",
+        instance_from_str=chosen,
+        is_instance=lambda value: value in choices,
+        str_from_instance=lambda value: [value],
+    )
+
+
+def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A dataclass of ours: help without the line ends of its source, and each default once."""
+    ours = isinstance(info.type, type) and info.type.__module__.startswith("flowjobs.")
+    if not (ours and dataclasses.is_dataclass(info.type)):
+        return None
+    hints = get_type_hints(info.type, include_extras=True)
+    fields = []
+    for field in dataclasses.fields(info.type):
+        hint, default = hints[field.name], _default_of(field, info.default)
+        text = None
+        if not dataclasses.is_dataclass(hint):  # a part of the config has a docstring of its own
+            text = functools.partial(_help_of, info.type, field.name)
+            shown = functools.partial(_shown_default, info.type, field.name, default)
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint=shown)]
+        fields.append(StructFieldSpec(field.name, hint, default, text))
+    return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
+
+
+def _default_of(field: dataclasses.Field[Any], instance: Any) -> Any:
+    if dataclasses.is_dataclass(instance):
+        return getattr(instance, field.name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return tyro.MISSING
+
+
+def _help_of(cls: type, name: str) -> str:
+    return DEFAULT_IN_WORDS.sub(".", _docstrings(cls)[name])
+
+
+def _shown_default(cls: type, name: str, default: Any, label: str) -> str:
+    in_words = DEFAULT_IN_WORDS.search(_docstrings(cls)[name])
+    if in_words and (default is None or not label or in_words[1].startswith("$")):
+        return f"(default: {in_words[1]})"
+    # What is off unless it is given, or empty, needs no word.
+    return "" if default is None or default is False or not label else f"(default: {label})"
+
+
+@functools.cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """The docstrings of a dataclass's fields, each on one line."""
+    import docstring_parser  # slow to load, and only --help needs it
+
+    owners = [owner for owner in reversed(cls.__mro__) if dataclasses.is_dataclass(owner)]
+    return {
+        known.arg_name: " ".join((known.description or "").split())
+        for owner in owners
+        for known in docstring_parser.parse_from_object(owner).params
+    }

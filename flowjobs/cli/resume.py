@@ -1,0 +1,20 @@
+"""flowjobs resume."""
+
+from dataclasses import dataclass
+
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare import RunName, existing_run
+from flowjobs.cli.submit import HandOver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume(HandOver):
+    """Submit a run again by its name alone, with the config that it has on disk."""
+
+    name: RunName
+    """Name of the run."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Submit, and follow if asked to. Returns the exit code."""
+        run = existing_run(self.study, self.name)
+        return self.hand_over(run, run.config())

@@ -1,0 +1,33 @@
+"""How far a run is, as seen from outside: its status with what its newest rows add to it."""
+
+from dataclasses import replace
+
+from flowjobs.runs.metrics import Row, latest_values
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus, read_sound_status
+
+
+def current_progress(run: Run) -> tuple[RunStatus, Row]:
+    """The status, and the newest value of each key in `metrics.jsonl`.
+
+    Rows reach the disk at once and `status.json` every few seconds: where both tell a thing, the
+    newer counts, so that no best loss is shown that is worse than the loss beside it.
+
+    Raises:
+        ConfigError: The status is damaged.
+    """
+    status, latest = read_sound_status(run.status_file), latest_values(run.metrics_file)
+    status = status or RunStatus()
+    losses = (status.best_val_loss, latest.get("val/best_loss"))
+    return replace(
+        status,
+        step=max(status.step, latest.get("step", 0)),
+        epoch=max(status.epoch, latest.get("epoch", 0)),
+        best_val_loss=min((loss for loss in losses if loss is not None), default=None),
+    ), latest
+
+
+def state_in_words(status: RunStatus) -> str:
+    """The state; a run whose steps are done is not at its end until its samples are drawn."""
+    done = status.total_steps is not None and status.step >= status.total_steps
+    return "drawing samples" if status.state == "running" and done else status.state

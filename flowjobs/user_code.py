@@ -1,0 +1,66 @@
+"""Where in a person's own code an error arose: the file and line that they can open."""
+
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+OURS = Path(__file__).parent
+STDLIB = Path(sysconfig.get_path("stdlib"))
+# Nobody mends a line of these. Other installed packages may be where a person keeps their models.
+LIBRARIES = {"torch", "torchdiffeq", "numpy", "scipy", "sklearn", "PIL", "submitit", "wandb"}
+NO_FILES = ("<frozen", "<string>", "<__array_function__")
+
+
+def user_place(error: BaseException, *, installed: bool = True) -> str | None:
+    """`my_models.py, line 12, in forward`: the innermost frame outside of libraries and flowjobs.
+
+    Args:
+        error: What was raised.
+        installed: Take a frame of another installed package where there is none of a person's own
+            files: some install the package that has their models.
+
+    Returns:
+        None if no frame is a person's. The path is relative where it is below the working folder.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return _in_words(error.filename, error.lineno, None)
+    frames = [frame for frame in _innermost_first(error) if _may_be_a_persons(frame.filename)]
+    frames.sort(key=lambda frame: bool(_package(frame.filename)))
+    if not installed:
+        frames = [frame for frame in frames if not _package(frame.filename)]
+    if not frames:
+        return None
+    return _in_words(frames[0].filename, frames[0].lineno, frames[0].name)
+
+
+def _innermost_first(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield from reversed(traceback.extract_tb(error.__traceback__))
+        error = error.__cause__ or error.__context__
+
+
+def _may_be_a_persons(file: str) -> bool:
+    path, package = Path(file), _package(file)
+    if package:
+        return package not in LIBRARIES
+    ours = path.is_relative_to(OURS) or path.name == "flowjobs"  # the console script
+    return not (ours or path.is_relative_to(STDLIB) or file.startswith(NO_FILES))
+
+
+def _package(file: str) -> str:
+    """The installed package that a file is of, or ""."""
+    parts = Path(file).parts
+    for folder in ("site-packages", "dist-packages"):
+        if folder in parts[:-1]:
+            return parts[parts.index(folder) + 1]
+    return ""
+
+
+def _in_words(file: str, line: int | None, function: str | None) -> str:
+    path = Path(file).absolute()
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    place = f"{shown}, line {line}"
+    return place if function in (None, "<module>") else f"{place}, in {function}"

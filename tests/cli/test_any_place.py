@@ -1,0 +1,168 @@
+"""Every command on a disk, in a study and in an environment that is not as it should be.
+
+Each gives what is asked for, or an error in words with exit code 2; never a traceback.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import Command
+
+QUICK = ("--wandb-mode", "disabled", "--epochs", "1", "--arch-args", "width=8", "depth=1")
+COMMANDS: dict[str, Sequence[str]] = {
+    "version": ["--version"],
+    "help": ["submit", "--help"],
+    "status": ["status"],
+    "status of one": ["status", "a"],
+    "json": ["status", "--json"],
+    "logs": ["logs", "a"],
+    "cancel": ["cancel", "a"],
+    "reconcile": ["reconcile"],
+    "sync": ["sync"],
+    "dry run": ["submit", "--dry-run", "--name", "b"],
+    "submit": ["submit", "--cluster", "local", "--name", "b", *QUICK],
+    "resume": ["resume", "a", "--cluster", "local"],
+    "train": ["train", "--name", "c", *QUICK],
+    "train on": ["train", "--name", "a", *QUICK, "--epochs", "2"],
+    "split": ["data", "split", "x.npy", "--sizes", "20"],
+    "inspect": ["checkpoint", "inspect", "study/checkpoints/a/best.pt"],
+    "drill": ["drill", "--cluster", "local", "--steps", "0"],
+}
+# Each command in a process of its own, forked from one that has loaded torch.
+RUNNER = """
+import json, os, sys
+import flowjobs.training.run_training
+from flowjobs.cli import main
+codes = {}
+for name, words in json.loads(sys.argv[1]).items():
+    if not (child := os.fork()):
+        main(words)
+    codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+open(sys.argv[2], "w").write(json.dumps(codes))
+"""
+AS_A_STRANGER = ["unshare", "--user", "--map-user=64123", "--map-group=64123"]
+PLACES = {
+    "a read-only disk": [
+        *("unshare", "--mount", "sh", "-c"),
+        'mount --bind study study && mount -o remount,ro,bind study && exec "$@"',
+        "sh",
+    ],
+    "a full disk": [
+        *("unshare", "--mount", "sh", "-c"),
+        "cp -a study template && mount -t tmpfs -o size=2400k none study && "
+        'cp -a template/* study && ! cat /dev/zero > study/fill && exec "$@"',
+        "sh",
+    ],
+    "another's study": AS_A_STRANGER,
+    "a container": [*AS_A_STRANGER, "env", "-i", "PATH=/usr/bin:/bin"],
+    "an ASCII terminal": ["env", "-i", "PATH=/usr/bin:/bin", "LC_ALL=C", "PYTHONUTF8=0"],
+}
+# What only reads works on any disk.
+READS = ("version", "help", "status", "status of one", "json", "logs", "dry run", "inspect")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a finished run and a data file."""
+    folder = tmp_path_factory.mktemp("template")
+    np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(100, 4)))
+    subprocess.run(
+        [sys.executable, "-m", "flowjobs", "train", "--name", "a", *QUICK],
+        check=True,
+        cwd=folder,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return folder
+
+
+def codes_of(prefix: Sequence[str], commands: dict[str, Sequence[str]]) -> dict[str, int]:
+    """The exit codes of the commands, run after `prefix`."""
+    runner = [sys.executable, "-c", RUNNER, json.dumps(commands), "codes.json"]
+    done = subprocess.run(
+        [*prefix, *runner], capture_output=True, check=False, stdin=subprocess.DEVNULL
+    )
+    said = (done.stdout + done.stderr).decode(errors="replace")
+    assert "Traceback" not in said, said
+    assert "Logging error" not in said, said
+    assert done.returncode == 0, said
+    codes: dict[str, int] = json.loads(Path("codes.json").read_text())
+    return codes
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting and other users need root")
+@pytest.mark.parametrize("place", PLACES)
+def test_no_command_ends_in_a_traceback(workplace: Path, template: Path, place: str) -> None:
+    shutil.copytree(template, workplace, dirs_exist_ok=True)
+    if place == "another's study":
+        for path in (workplace / "study").rglob("*"):
+            os.chown(path, 12345, 12345)
+    Path("codes.json").touch()
+    codes = codes_of(PLACES[place], COMMANDS)
+    assert codes.keys() == COMMANDS.keys()
+    assert {name: codes[name] for name in READS} == dict.fromkeys(READS, 0)
+    writes = ("submit", "train", "train on", "split")
+    usable = place in ("a container", "an ASCII terminal")
+    assert {name: codes[name] for name in writes} == dict.fromkeys(writes, 0 if usable else 2)
+
+
+def test_one_broken_run_does_not_hide_the_others(
+    flowjobs: Command, workplace: Path, template: Path
+) -> None:
+    shutil.copytree(template, workplace, dirs_exist_ok=True)
+    runs = workplace / "study/runs"
+    broken = {
+        "no-json": ("config.json", b"{"),
+        "no-object": ("config.json", b"[]"),
+        "wrong-type": ("config.json", b'{"training": {"lr": "fast"}}'),
+        "status": ("status.json", b'{"state": 5, "attempts": []}'),
+        "time": ("status.json", b'{"updated": "x", "attempts": [{"number": "one"}]}'),
+        "jobs": ("jobs.jsonl", b"\xff\xfe\n{}\n[1]\n"),
+        "rows": ("metrics.jsonl", b'\xff\n{"step": "x"}\n{"step": 5, "val/loss": "low"}\n'),
+    }
+    for name, (file, content) in broken.items():
+        shutil.copytree(runs / "a", runs / name)
+        (runs / name / file).write_bytes(content)
+    (runs / "lost").mkdir()
+    shutil.copy(runs / "a/status.json", runs / "lost")
+    done = flowjobs("status", "--json")
+    states = {run["run"]: run["state"] for run in json.loads(done.stdout)}
+    unknown = ("no-json", "no-object", "wrong-type", "status", "time", "lost")
+    assert states == {"a": "finished", "jobs": "finished", "rows": "finished"} | dict.fromkeys(
+        unknown, "unknown"
+    )
+    for name in unknown:
+        assert f"error: {name}: {runs / name}" in done.stderr
+    assert f"{runs / 'jobs'}/jobs.jsonl: 3 lines are damaged" in done.stderr
+    each = {f"{verb} {name}": [verb, name] for name in broken for verb in ("status", "logs")}
+    codes = codes_of([], {"status": ["status"], "reconcile": ["reconcile"], **each})
+    assert codes["status"] == 0
+    assert codes["reconcile"] == 2
+    assert {code for name, code in codes.items() if name.endswith("wrong-type")} == {2}
+
+
+def test_paths_of_any_name(flowjobs: Command, workplace: Path, template: Path) -> None:
+    folder = workplace / "50%x it's $x"
+    folder.mkdir()
+    shutil.copy(template / "x.npy", folder / "my data.npy")
+    data, study = f"{folder.name}/../{folder.name}/my data.npy", f"{folder}/10%"
+    options = ("--cluster", "local", "--name", "p", "--study", study, *QUICK)
+    assert flowjobs("submit", *options, "--dataset", data).returncode == 0
+    # The same file by another path is the same data.
+    again = flowjobs("submit", *options, "--dataset", str(folder / "my data.npy"))
+    assert "p is finished" in again.stdout, again.stderr
+    assert flowjobs("logs", "p", "--study", study).returncode == 0
+    batch_file = flowjobs("submit", "--dry-run", "--name", "q", "--study", study).stdout
+    assert "/50%%x it'\"'\"'s $x/10%%/runs/q/logs/%j_0_log.out'" in batch_file
+    done = flowjobs("submit", *options, "--study", "50%j")
+    assert (done.returncode, "found %j, which stands for a job's id" in done.stderr) == (2, True)
+    done = flowjobs("status", "--study", "new\nline")
+    assert (done.returncode, "control character" in done.stderr) == (2, True)

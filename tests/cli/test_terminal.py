@@ -1,0 +1,158 @@
+"""What a person sees in a terminal of any width, and what another program reads."""
+
+import fcntl
+import os
+import pty
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from flowjobs.cli.hint import hint
+from flowjobs.config import RunConfig
+from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.metrics import MetricsFile
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+from tests.conftest import Command
+
+QUICK = ("--cluster", "local", "--wandb-mode", "disabled", "--arch-args", "width=8", "depth=1")
+
+
+def shown_in_terminal(columns: int, *arguments: str) -> str:
+    """What `flowjobs` prints in a terminal of this width, without its colours."""
+    near, far = pty.openpty()
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("COLUMNS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flowjobs", *arguments],
+        stdin=far,
+        stdout=far,
+        stderr=far,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(far)
+    shown = b""
+    try:
+        while some := os.read(near, 65536):
+            shown += some
+    except OSError:
+        pass  # the terminal's other side is closed
+    process.wait(timeout=60)
+    os.close(near)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_the_live_line_has_what_counts_on_one_row(workplace: Path, columns: int) -> None:
+    shown = shown_in_terminal(columns, "submit", "--epochs", "40", *QUICK)
+    rows = [row for row in re.split(r"[\r\n]+", shown) if "epoch " in row]
+    assert rows
+    assert max(map(len, rows)) <= columns
+    row = rows[-1]
+    assert "━" in row
+    assert "epoch 40/40 0:00:00" in row
+    if columns == 80:
+        assert re.search(r"val/loss \d\.\d{4}  best \d\.\d{4}", row)
+
+
+def test_elsewhere_there_is_a_line_now_and_then(flowjobs: Command, workplace: Path) -> None:
+    lines = flowjobs("submit", "--epochs", "40", *QUICK).stdout.splitlines()
+    begin = lines.index("waiting for the job to start")
+    assert lines[begin + 1].startswith("running, epoch ")
+    assert any(
+        re.fullmatch(r"finished, epoch 40/40, val/loss \S+  best \S+  train/loss \S+", line)
+        for line in lines
+    )
+    assert len(lines) - begin < 10
+
+
+def running(study: Path, name: str) -> None:
+    """A run that died between two looks of status.json at its rows."""
+    run = Run(study, name)
+    run.create(RunConfig())
+    run.add_submission("1234567", "debug", None)
+    attempt = Attempt(run, JobInfo("debug", "1234567", None, "elsewhere", 1))
+    attempt.__enter__()
+    attempt.goes_on_from(0)
+    attempt.progress(23, 4600, 1, 1.4553)
+    rows = MetricsFile(run.metrics_file, after_step=0)
+    rows.append({"step": 46, "epoch": 1, "val/loss": 1.4008, "val/best_loss": 1.4008})
+    rows.close()
+
+
+@pytest.mark.parametrize("columns", [100, 80, 60, 40])
+def test_status_breaks_no_word(workplace: Path, study: Path, columns: int) -> None:
+    name = "resnet-otcfm-embeddings5k-none-lr0.0003-seed1"
+    running(study, name)
+    shown = shown_in_terminal(columns, "status")
+    head, row = (line.rstrip() for line in shown.splitlines())
+    assert max(len(head), len(row)) <= columns
+    cells = row.split()
+    beginning, _, end = cells[0].partition("…")
+    assert name.startswith(beginning)
+    assert name.endswith(end)
+    assert ("…" in cells[0]) == (columns < 100)
+    assert len(cells) == len(head.split())
+    # No best is shown that is worse than the loss beside it.
+    values = dict(zip(head.split(), cells, strict=True))
+    known = {"state": "running", "step": "46/4600", "val/loss": "1.4008", "best": "1.4008"}
+    assert {key: values[key] for key in known if key in values}.items() <= known.items()
+    assert "val/loss" in values
+
+
+def test_another_program_reads_whole_names(flowjobs: Command, study: Path) -> None:
+    name = "resnet-otcfm-embeddings5k-none-lr0.0003-seed1"
+    running(study, name)
+    assert name in flowjobs("status").stdout
+    shown = flowjobs("status", name).stdout
+    assert "steps 0 to 46, running" in shown
+    assert re.search(r"attempt 1: \S+ \S+ UTC for 0:00:\d\d, debug job 1234567 on elsewhere", shown)
+
+
+def test_hints_work_as_they_stand(
+    workplace: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = Path(sys.executable).parent
+    other = workplace / "it's another"
+    for folder in (study, other):
+        Run(folder, "a").create(RunConfig())
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    for folder in (study, other):
+        line = hint("status", "a", study=folder)
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        assert f"folder {folder}" in done.stdout
+    assert hint("status", "a") == f"{scripts}/flowjobs status a"
+    assert shlex.split(hint("status", "a", study=other))[-1] == "it's another"
+    # Another flowjobs on PATH is not ours; ours is called by its name.
+    (workplace / "bin").mkdir()
+    shutil.copy("/bin/true", workplace / "bin/flowjobs")
+    monkeypatch.setenv("PATH", f"{workplace / 'bin'}:/usr/bin:/bin")
+    assert hint("status", "a") == f"{scripts}/flowjobs status a"
+    monkeypatch.setenv("PATH", f"{scripts}:/usr/bin:/bin")
+    assert hint("status", "a") == "flowjobs status a"
+
+
+def test_errors_have_no_colours_outside_of_a_terminal(workplace: Path) -> None:
+    near, far = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "flowjobs", "submit", "--lrr", "1"],
+        stdout=far,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TERM": "xterm"},
+        check=False,
+    )
+    os.close(far)
+    os.close(near)
+    assert done.returncode == 2
+    assert b"--lrr" in done.stderr
+    assert b"\x1b" not in done.stderr

@@ -1,0 +1,66 @@
+"""The Python API as a script or a notebook uses it: no job, no command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SETUP = """
+import numpy as np, torch
+from flowjobs.errors import RunMismatchError
+from flowjobs.training import FlowDataset, FlowTrainer, TrainingConfig
+
+rows = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+rows.flags.writeable = False
+train, val = FlowDataset(rows[:160]), FlowDataset(torch.from_numpy(rows[160:].copy()))
+
+class Net(torch.nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, width), torch.nn.Linear(width, 4)
+    def forward(self, x, t):
+        return self.b(self.a(x))
+
+def trainer(width=4, train=train, **options):
+    config = TrainingConfig(epochs=options.pop("epochs", 3), batch_size=32)
+    torch.manual_seed(0)
+    return FlowTrainer(Net(width), config, train, val, device="cpu", **options)
+"""
+
+
+def run_script(text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SETUP + text],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_a_script_sees_progress_and_cannot_fail_anothers_record(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    done = run_script("print(trainer().train()['epochs_run'])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3\n"
+    assert "epoch 3/3  step 15/15  val/loss" in done.stderr
+    folder = study / "runs/mlp-icfm-digits-none"
+    record = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    done = run_script(
+        "other = FlowDataset(rows[:160] * 2)\n"
+        "for options in ({'width': 5}, {'epochs': 2}, {'train': other}):\n"
+        "    try:\n"
+        "        trainer(**options).train()\n"
+        "    except RunMismatchError as error:\n"
+        "        print('refused', 'name=' in str(error))\n"
+        "print(trainer(width=5, name='mine').train()['epochs_run'])"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["refused True"] * 3 + ["3"]
+    assert {path: path.read_bytes() for path in folder.glob("*.json*")} == record
+    assert (study / "runs/mine/status.json").exists()
