@@ -1,9 +1,11 @@
 """flowjobs drill."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -99,6 +101,10 @@ class Drill:
         # It would win over the runs' own configs.
         os.environ["WANDB_MODE"] = "disabled"
         folder = _make_folder(absolute(self.study))
+        # Whoever ends it, and also if its terminal is closed: no job is left behind.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
         with Console(stderr=True).status("submitting") as status:
             try:
                 report = drill(
@@ -106,7 +112,8 @@ class Drill:
                 )
             except KeyboardInterrupt:
                 shutil.rmtree(folder, ignore_errors=True)
-                print("cancelled the drill's jobs", file=sys.stderr)
+                with contextlib.suppress(OSError):  # its terminal may be gone
+                    print("cancelled the drill's jobs", file=sys.stderr, flush=True)
                 return EXIT_CANCELLED
             except FlowjobsError:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Interrupts tiny runs in every way there is, and sees whether each ends as an undisturbed one."""
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from flowjobs.jobs.interruptions import Interruption, possible
 from flowjobs.jobs.node_probe import NodeAnswer, NodeProbe, NodeQuestion
 from flowjobs.jobs.reconcile import reconcile
 from flowjobs.jobs.slurm_jobs import Known, Unknown, ask, identity_of
-from flowjobs.jobs.submit import SubmittedJob, ctrl_c_waits, submit
+from flowjobs.jobs.submit import SubmittedJob, submit, told_to_end_waits
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, RunStatus
@@ -89,7 +90,8 @@ def drill(
         facts = drilling.start(config, time_limit)
         node = drilling.watch()
     except BaseException:  # also Ctrl-C
-        drilling.cancel()
+        with told_to_end_waits(signal.SIGTERM, signal.SIGHUP):
+            drilling.cancel()
         raise
     say("comparing")
     undisturbed, *others = drilling.watched
@@ -128,7 +130,7 @@ class _Drill:
         self.watched.append(Watched(run=run, how=how, job=self._submit(run)))
 
     def _submit(self, run: Run, task: Callable[[], None] | None = None) -> SubmittedJob:
-        with ctrl_c_waits():
+        with told_to_end_waits():
             job = submit(run, self._cluster, task=task)
             self._jobs.append((run, job))
         return job

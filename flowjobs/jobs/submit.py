@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from submitit.core.core import Executor, Job
 from submitit.local.debug import DebugJob
@@ -180,32 +181,40 @@ def _comes_back(run: Run, job: Known) -> bool:
     return job.restarted_since(max(lives, default=0))
 
 
+# Ctrl-C, an end by `kill` or `timeout`, a terminal that is closed.
+TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
-def ctrl_c_waits() -> Iterator[None]:
-    """Keep Ctrl-C waiting while the block lasts: a job that nobody noted could not be cancelled.
+def told_to_end_waits(*numbers: signal.Signals) -> Iterator[None]:
+    """Keep signals waiting while the block lasts: a job that nobody noted could not be cancelled.
 
     Not by a mask: the signal may reach another thread, and Python handles it in the main one.
+
+    Args:
+        numbers: Which ones; default: all that end a command.
     """
-    before = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or before in (signal.SIG_IGN, None):
-        yield
-        return
-    came = threading.Event()
-    signal.signal(signal.SIGINT, lambda number, frame: came.set())
+    before: dict[signal.Signals, Any] = {}
+    came: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in numbers or TOLD_TO_END}
+    kept = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in kept:
+        signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if came.is_set():
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        for told in came[:1]:
+            signal.raise_signal(told)
 
 
 @contextlib.contextmanager
 def _noted_in_any_case(cluster: Cluster) -> Iterator[None]:
     # sbatch gets Ctrl-C at a terminal too, and inherits the mask; so would a job on this machine.
-    shielded = {signal.SIGINT} if cluster == "slurm" else set()
-    with ctrl_c_waits():
+    shielded = set(TOLD_TO_END) if cluster == "slurm" else set()
+    with told_to_end_waits():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, shielded)
         try:
             yield

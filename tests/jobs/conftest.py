@@ -24,7 +24,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "PYTHONPATH": str(REPOSITORY),
         "WANDB_MODE": "disabled",  # it wins over the option
     }
-    subprocess.run(command, check=True, env=environment, cwd=folder, timeout=120)
+    subprocess.run(command, check=True, env=environment, cwd=folder, timeout=240)
     return Run(folder / "study", "whole")
 
 
@@ -32,10 +32,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def start(
     slurm: SlurmCluster, flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Start:
-    """Submits the run and waits until it trains."""
+    """Submits the run and waits until it trains; it gets no further before it is disturbed."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
 
     def start(*options: str, step: int = 10) -> Disturbed:
+        Path("control").write_text(f"await {step}")
         done = flowjobs("submit", *OPTIONS, "--name", "disturbed", *options)
         assert done.returncode == 0, done.stdout + done.stderr
         run = Run(study, "disturbed")

@@ -31,6 +31,8 @@ OPTIONS = (
     *("--wandb-mode", "offline"),
 )
 REPOSITORY = Path(__file__).parents[2]
+# For what takes seconds on an idle machine.
+DEADLINE_S = 240.0
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Disturbed:
     def kill(self, number: signal.Signals) -> None:
         """Sends a signal to the process that trains, as nothing else of the job sees it."""
         os.kill(self.status().attempts[-1].job.pid, number)
+        if number in (signal.SIGKILL, signal.SIGSEGV):
+            self.tell("")  # a later start is on its own
 
     def status(self) -> RunStatus:
         return self.run.status() or RunStatus()
@@ -58,7 +62,7 @@ class Disturbed:
             started = len(self.status().attempts) >= attempt
             return started and bool(rows) and rows[-1]["step"] >= step
 
-        wait_until(reached, f"step {step} of attempt {attempt}", 60, self.explain)
+        wait_until(reached, f"step {step} of attempt {attempt}", DEADLINE_S, self.explain)
 
     def wait_for_attempt(self, number: int) -> None:
         """Waits until the attempt trains, hurrying a job that waits for its BeginTime."""
@@ -68,7 +72,7 @@ class Disturbed:
         self.hurry_while(lambda: self.status().state in states)
         return self.status()
 
-    def hurry_while(self, reached: Callable[[], bool], timeout_s: float = 90) -> None:
+    def hurry_while(self, reached: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
         end = time.monotonic() + timeout_s
         hurried_at = 0.0
         while not reached():
@@ -148,7 +152,7 @@ def in_wandb(run: Run) -> Tracked:
 
 def assert_in_wandb(run: Run, state: str, exit_code: int, reason: str = "") -> None:
     """W&B tells the run's end, and each row of metrics.jsonl once."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE_S / 2
     # A job says how it ended on disk first; and where wandb's own process died of the job's signal,
     # its session is closed as preempted before another one says why.
     while time.monotonic() < deadline:
@@ -192,6 +196,7 @@ def by_hand(
     study: Path, slurm: SlurmCluster, script: str, options: tuple[str, ...], *sbatch: str
 ) -> Disturbed:
     """Submits a batch script as a person would, and waits until its run trains."""
+    Path("control").write_text("await 10")
     command = ("sbatch", "--parsable", *sbatch, str(REPOSITORY / "sbatch" / script), *options)
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     job = Disturbed(Run(study, "disturbed"), said.strip(), slurm)

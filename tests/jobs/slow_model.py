@@ -1,13 +1,17 @@
 """A model that takes its time, so that a job can be disturbed while it trains, or goes wrong."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-PAUSE_S = 0.05
+from flowjobs.jobs.preemption import StopSignals
+
+# A job that nobody tells anything goes on all the same.
+AWAITS_AT_MOST_S = 60.0
 
 
 class SlowModel(nn.Module):
@@ -15,14 +19,20 @@ class SlowModel(nn.Module):
 
     Args:
         dim: Width of the data.
-        control: The file; "hold" stops the step until the file says something else, "raise",
-            "memory" and so on are what goes wrong. Without the file, a step takes a moment.
+        control: The file; "await 10" lets a job get no further than step 10 before it is told to
+            leave, however late on a busy machine; "hold" stops the step until the file says
+            something else, "raise", "memory" and so on are what goes wrong. Without the file, a
+            step takes a moment.
+        pause_s: The moment.
     """
 
-    def __init__(self, dim: int, control: str) -> None:
+    def __init__(self, dim: int, control: str, pause_s: float = 0.05) -> None:
         super().__init__()
         self.layer = nn.Linear(dim + 1, dim)
         self.control = Path(control)
+        self.pause_s = pause_s
+        self.steps = 0
+        self.awaited_s = 0.0
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if self.training:
@@ -30,8 +40,9 @@ class SlowModel(nn.Module):
         return self.layer(torch.cat([x, t[:, None]], dim=1))
 
     def _obey(self) -> None:
-        time.sleep(PAUSE_S)
-        while (told := self._told()) == "hold":
+        self.steps += 1
+        time.sleep(self.pause_s)
+        while (told := self._told()) == "hold" or self._awaits_signal(told):
             time.sleep(0.1)
         match told:
             case "slow":
@@ -45,6 +56,18 @@ class SlowModel(nn.Module):
             case "memory":
                 self.hoard = [bytes(range(256)) * 2**22 for _ in range(4)]
                 time.sleep(30)
+
+    def _awaits_signal(self, told: str) -> bool:
+        command, _, step = told.partition(" ")
+        if command != "await" or self.steps <= int(step) or self.awaited_s > AWAITS_AT_MOST_S:
+            return False
+        handler = signal.getsignal(signal.SIGTERM)
+        noted = getattr(handler, "__self__", None)
+        if isinstance(noted, StopSignals) and noted.received():
+            self.control.unlink(missing_ok=True)  # the next start is on its own
+            return False
+        self.awaited_s += 0.1
+        return True
 
     def _told(self) -> str:
         try:

@@ -109,16 +109,22 @@ def test_a_run_that_ends_before_it_is_interrupted_fails_the_drill(flowjobs: Comm
     assert "not as promised; runs and logs are in " in done.stdout
 
 
-def test_ctrl_c_leaves_no_jobs_behind(slurm: SlurmCluster, study: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+)
+def test_what_ends_it_leaves_no_jobs_behind(
+    slurm: SlurmCluster, study: Path, number: signal.Signals
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "flowjobs", "drill"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    wait_until(lambda: len(slurm.run("squeue", "-h").splitlines()) >= 3, "its jobs", 60)
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=90)
+    wait_until(lambda: len(slurm.run("squeue", "-h").splitlines()) >= 3, "its jobs", 240)
+    os.kill(process.pid, number)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 130
     assert said.endswith("cancelled the drill's jobs\n")
     assert slurm.run("squeue", "-h") == ""

@@ -37,11 +37,11 @@ def kill_with_its_batch_shell(job: Disturbed) -> None:
             if is_script and own in (process / "environ").read_text():
                 os.kill(int(process.name), signal.SIGKILL)
     job.kill(signal.SIGKILL)
-    job.slurm.wait_state(job.job_id, "FAILED")
+    job.slurm.wait_state(job.job_id, "FAILED", 120)
     wait_until(
         lambda: [row["State"] for row in job.slurm.accounting(job.job_id)] == ["FAILED"],
         "accounting to know the job's end",
-        10,
+        120,
     )
 
 
@@ -75,7 +75,7 @@ def test_a_job_that_slurm_kills_at_its_limit_says_so(start: Start, flowjobs: Com
     wait_until(
         lambda: [row["State"] for row in job.slurm.accounting(job.job_id)] == ["TIMEOUT"],
         "accounting to know the job's end",
-        10,
+        120,
     )
     assert flowjobs("reconcile").returncode == 0
     status = job.status()
@@ -89,7 +89,7 @@ def test_two_at_once_close_a_job_once(start: Start) -> None:
     kill_with_its_batch_shell(job)
     command = [sys.executable, "-m", "flowjobs", "reconcile"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = "".join(process.communicate(timeout=90)[0] for process in both)
+    said = "".join(process.communicate(timeout=240)[0] for process in both)
     assert said.count("disturbed: failed: killed (SIGKILL)") == said.count("\n") == 1
     assert job.attempts() == [("failed", "killed")]
     assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL)")
@@ -150,8 +150,11 @@ def test_a_lost_job_by_hand_keeps_its_arguments_and_its_environment(
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("PYTHON", sys.executable)
     arguments = (*OPTIONS, "--arch-args", "control=con 'trol", "--retries=1", "--name=disturbed")
+    control = Path("con 'trol")
+    control.write_text("await 10")
     job = by_hand(study, slurm, "train.sh", (*arguments, f"--study={study}"), "--mem=1G")
     kill_with_its_batch_shell(job)
+    control.unlink()
     assert "starts again" in reconcile_from_cron(job).stdout
     _, new = job.run.submissions()
     record = slurm.job(new["job_id"])
@@ -172,7 +175,7 @@ def test_a_job_whose_import_fails_is_failed_with_the_reason(
     assert done.returncode == 0, done.stderr
     run = Run(study, "broken")
     job_id = run.submissions()[0]["job_id"]
-    assert slurm.wait_state(job_id, {"FAILED", "COMPLETED"}, 60) == "FAILED"
+    assert slurm.wait_state(job_id, {"FAILED", "COMPLETED"}, 240) == "FAILED"
     status = run.status()
     assert status is not None
     assert status.state == "failed"
@@ -195,9 +198,9 @@ def test_a_job_that_cannot_start_at_all_is_failed_with_the_reason(
     run = Run(study, "broken")
     job_id = run.submissions()[0]["job_id"]
     slurm.run("scontrol", "release", job_id)
-    assert slurm.wait_state(job_id, {"FAILED", "COMPLETED"}, 60) == "FAILED"
+    assert slurm.wait_state(job_id, {"FAILED", "COMPLETED"}, 240) == "FAILED"
     monkeypatch.delenv("PYTHONPATH")
-    wait_until(lambda: "failed" in flowjobs("reconcile").stdout, "accounting to know", 20)
+    wait_until(lambda: "failed" in flowjobs("reconcile").stdout, "accounting to know", 120)
     status = run.status()
     assert status is not None
     assert status.state == "failed"

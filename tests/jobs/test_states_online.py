@@ -82,6 +82,7 @@ def test_a_run_whose_process_was_requeued_without_a_word_is_one_run(
 ) -> None:
     job = start(*ONLINE, "--checkpoint-every-s", "1", "--sbatch", "nodelist=n1")
     job.slurm.kill_node("n1")
+    job.tell("")
     job.slurm.mark_down("n1")
     job.slurm.start_node("n1")
     assert_finished(job, backend)

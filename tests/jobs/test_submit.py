@@ -1,11 +1,11 @@
-"""Ctrl-C while a job is handed over."""
+"""Ctrl-C, and other signals that end a command, while a job is handed over."""
 
 import signal
 import threading
 
 import pytest
 
-from flowjobs.jobs.submit import ctrl_c_waits
+from flowjobs.jobs.submit import told_to_end_waits
 
 
 def test_ctrl_c_waits_whichever_thread_it_reaches() -> None:
@@ -17,7 +17,7 @@ def test_ctrl_c_waits_whichever_thread_it_reaches() -> None:
     noted = []
 
     def hand_over(thread: int) -> None:
-        with ctrl_c_waits(), ctrl_c_waits():
+        with told_to_end_waits(), told_to_end_waits():
             signal.pthread_kill(thread, signal.SIGINT)
             done.wait(0.2)
             noted.append("the job")
