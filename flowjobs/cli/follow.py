@@ -22,13 +22,21 @@ FULL_BYTES = 100_000
 FINAL_STATES = ("finished", "failed", "cancelled")
 
 
-def follow(run: Run, attempts_before: int, alive: Callable[[], bool], *, requeues: bool) -> int:
+def follow(
+    run: Run,
+    attempts_before: int,
+    alive: Callable[[], bool],
+    waits: Callable[[], str] = str,
+    *,
+    requeues: bool,
+) -> int:
     """Draw a progress bar until the run ends. Ctrl-C stops watching; the job goes on.
 
     Args:
         run: The run.
         attempts_before: How many attempts it had before the job was submitted.
         alive: Whether the job still waits or runs.
+        waits: Why it waits, to be read after "waits"; empty if it does not, or nobody says.
         requeues: Whether the scheduler starts a preempted job again, so that its end is not the
             run's.
 
@@ -36,7 +44,7 @@ def follow(run: Run, attempts_before: int, alive: Callable[[], bool], *, requeue
         The exit code of the run's last attempt; 0 after Ctrl-C.
     """
     try:
-        status = _watch(run, attempts_before, alive, requeues)
+        status = _watch(run, attempts_before, alive, waits, requeues)
     except KeyboardInterrupt:
         print(f"\nno longer watching; {run.name} goes on", file=sys.stderr)
         return 0
@@ -57,12 +65,17 @@ def follow(run: Run, attempts_before: int, alive: Callable[[], bool], *, requeue
 
 
 def _watch(
-    run: Run, attempts_before: int, alive: Callable[[], bool], requeues: bool
+    run: Run,
+    attempts_before: int,
+    alive: Callable[[], bool],
+    waits: Callable[[], str],
+    requeues: bool,
 ) -> RunStatus | None:
     from flowjobs.cli.live_line import LiveLine  # slow to load
 
     gone_at: float | None = None
     asked_at = 0.0
+    why = ""
     with LiveLine() as line:
         while True:
             # A scheduler is asked seldom: forty of these may watch at once.
@@ -71,12 +84,13 @@ def _watch(
                 asked_at = time.monotonic()
                 with contextlib.suppress(SubmissionError):  # Slurm does not answer: no news
                     gone_at = None if alive() else asked_at
+                why = waits()
             status, latest = current_progress(run)
             begun = len(status.attempts) > attempts_before
             if begun:
                 line.show(status, latest)
             else:
-                line.say("waiting for the job to start")
+                line.say(f"waits {why}" if why else "waiting for the job to start")
             if begun and _ended(status, waits_for_requeue=requeues and gone_at is None):
                 return status
             if gone_at is not None and time.monotonic() - gone_at > LAST_WORDS_S:

@@ -19,7 +19,7 @@ from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.status import RunStatus
 
 if TYPE_CHECKING:
-    from flowjobs.jobs.findings import Dead, Unclear
+    from flowjobs.jobs.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Status:
 
             print_table(found)
         for run in found:
+            if run["waits"]:
+                print(f"{run['run']} waits {run['waits']}")
             if run["unknown"]:
                 print(f"{run['run']}: {run['unknown']}", file=sys.stderr)
         if named:
@@ -71,14 +73,15 @@ def _describe_broken(run: Run) -> dict[str, Any]:
         "state": "unknown",
         "latest": {},
         "jobs": [],
+        "waits": "",
         "unknown": "",
         "folder": str(run.folder),
         "checkpoints": str(run.checkpoints),
     }
 
 
-def _describe(run: Run, finding: "Dead | Unclear | None") -> dict[str, Any]:
-    from flowjobs.jobs.findings import Dead, Unclear, final_outcome
+def _describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
+    from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome
 
     status, latest = current_progress(run)
     if isinstance(finding, Dead):
@@ -89,6 +92,7 @@ def _describe(run: Run, finding: "Dead | Unclear | None") -> dict[str, Any]:
         described["attempts"][-1]["last_step"] = status.step
     described["latest"] = latest
     described["jobs"] = run.submissions()
+    described["waits"] = finding.why if isinstance(finding, Waits) else ""
     described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
     described["folder"] = str(run.folder)
     described["checkpoints"] = str(run.checkpoints)

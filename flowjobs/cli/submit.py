@@ -113,7 +113,13 @@ class HandOver(CommandOptions):
         )
         if cluster == "debug" or self.no_follow or (cluster == "slurm" and not self.follow):
             return 0
-        return follow(run, attempts_before, lambda: job.alive(run), requeues=cluster == "slurm")
+        return follow(
+            run,
+            attempts_before,
+            lambda: job.alive(run),
+            lambda: job.waits(run),
+            requeues=cluster == "slurm",
+        )
 
 
 @dataclass(frozen=True)

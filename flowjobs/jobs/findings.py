@@ -18,6 +18,7 @@ from flowjobs.jobs.slurm_jobs import (
     ask,
     identity_of,
 )
+from flowjobs.jobs.waiting import why_it_waits
 from flowjobs.runs.lock import process_lives
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
@@ -73,14 +74,28 @@ class Unclear:
     why: str
 
 
-def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Dead | Unclear]:
-    """Those of the runs whose newest job has ended unnoticed, or of which that is unknown.
+@dataclass(frozen=True)
+class Waits:
+    """A run whose newest job waits in the queue.
+
+    Attributes:
+        why: In words for a person, to be read after "waits".
+    """
+
+    why: str
+
+
+Finding = Dead | Unclear | Waits
+
+
+def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Finding]:
+    """Those of the runs whose newest job has ended unnoticed, or waits, or is unknown.
 
     Args:
         runs: Those to look at. Slurm is asked about all of them together.
         at_most_twice: See `slurm_jobs.ask`.
     """
-    found: dict[Run, Dead | Unclear] = {}
+    found: dict[Run, Finding] = {}
     suspects: dict[Run, tuple[RunStatus, JobInfo]] = {}
     for run in runs:
         try:
@@ -96,7 +111,7 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Dea
     }
     answers = ask(set(jobs.values()), at_most_twice=at_most_twice)
     for run, (status, job) in suspects.items():
-        finding: Dead | Unclear | None
+        finding: Finding | None
         if run in jobs:
             finding = _find_in_slurm(run, status, job, answers[jobs[run]])
             if isinstance(finding, Dead) and not jobs[run].is_mine():
@@ -156,9 +171,7 @@ def _newest_job(run: Run, status: RunStatus) -> JobInfo:
     return JobInfo(entry["cluster"], entry["job_id"], entry["log"], host, pid=0)
 
 
-def _find_in_slurm(
-    run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer
-) -> Dead | Unclear | None:
+def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer) -> Finding | None:
     attempt, seen = status.open_attempt, seen_of(status)
     match answer:
         case Unknown(why):
@@ -166,7 +179,8 @@ def _find_in_slurm(
         case Known() if not answer.over:
             if attempt and answer.restarted_since(job.restart):
                 return _find_dead_life(run, status, attempt, answer, waits=True)
-            return None
+            pending = answer.newest.state == "PENDING"
+            return Waits(why_it_waits(answer.newest)) if pending else None
         case Known() if answer.newest.state == "CANCELLED" and (
             attempt is None or answer.restarted_since(job.restart)
         ):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from flowjobs.errors import FlowjobsError, RunBusyError
 from flowjobs.jobs import deaths
-from flowjobs.jobs.findings import Dead, Unclear, final_outcome, find, seen_of
+from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome, find, seen_of
 from flowjobs.jobs.going_on import go_on
 from flowjobs.jobs.origin import check_own
 from flowjobs.jobs.submit import resubmit
@@ -63,6 +63,8 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconcile
     runs = list(runs)
     results = []
     for run, found in find(runs).items():
+        if isinstance(found, Waits):
+            continue
         if isinstance(found, Unclear):
             results.append(Reconciled(run, unclear=found.why))
             continue

@@ -82,6 +82,8 @@ class JobRow:
         log: Where its output goes, before Slurm fills in `%j` and such; empty in accounting.
         marks: Ours, in its comment or on sbatch's command line.
         reason: Why it waits, in Slurm's word.
+        starts: When it starts, as far as Slurm knows.
+        dependency: The jobs that it waits for.
     """
 
     job_id: str
@@ -98,6 +100,8 @@ class JobRow:
     log: str = ""
     marks: frozenset[str] = frozenset()
     reason: str = ""
+    starts: float | None = None
+    dependency: str = ""
 
 
 def queue(uids: Collection[int]) -> list[JobRow]:
@@ -111,7 +115,16 @@ def queue(uids: Collection[int]) -> list[JobRow]:
     # which cannot be told from a controller that is away. -r lists the tasks of an array.
     fields = (
         *("JobArrayID", "State", "UserID", "Cluster", "SubmitTime", "EndTime", "exit_code"),
-        *("NodeList", "RestartCnt", "Reason", "STDOUT", "Name", "Comment"),
+        *(
+            "NodeList",
+            "RestartCnt",
+            "Reason",
+            "StartTime",
+            "Dependency",
+            "STDOUT",
+            "Name",
+            "Comment",
+        ),
     )
     answer = _run(
         *("squeue", "-h", "-a", "-r", "-t", "all", "-u", ",".join(map(str, sorted(uids)))),
@@ -122,7 +135,7 @@ def queue(uids: Collection[int]) -> list[JobRow]:
     rows = []
     for cells in _cells(answer.stdout, len(fields)):
         job_id, state, uid, cluster, submitted, ended, code, nodes, restarts, *rest = cells
-        reason, log, name, comment = rest
+        reason, starts, dependency, log, name, comment = rest
         status = int(code) if code.isdigit() else 0  # as of wait()
         rows.append(
             JobRow(
@@ -140,6 +153,8 @@ def queue(uids: Collection[int]) -> list[JobRow]:
                 log=log,
                 marks=frozenset(MARK.findall(comment)),
                 reason=reason,
+                starts=_timestamp(starts),
+                dependency="" if dependency == "(null)" else dependency,
             )
         )
     return rows

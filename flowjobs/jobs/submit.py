@@ -24,6 +24,7 @@ from flowjobs.jobs.origin import Origin, origin_of
 from flowjobs.jobs.sbatch_environment import environment_for_sbatch
 from flowjobs.jobs.slurm_jobs import Gone, Known, Unknown, ask, ask_one, identity_of
 from flowjobs.jobs.task import RunTask, log_to_stderr
+from flowjobs.jobs.waiting import why_it_waits
 from flowjobs.runs.lock import Verdict, lock_holder
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -60,6 +61,13 @@ class SubmittedJob:
                 return False
             case Unknown(why):
                 raise SubmissionError(why)
+
+    def waits(self, run: Run) -> str:
+        """Why the job waits, in words for a person; empty if it does not, or nobody says."""
+        answer = ask_one(identity_of(run, self.job_id)) if self.cluster == "slurm" else None
+        if isinstance(answer, Known) and answer.newest.state == "PENDING":
+            return why_it_waits(answer.newest)
+        return ""
 
 
 def submit(
