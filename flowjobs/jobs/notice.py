@@ -48,6 +48,8 @@ def notice_of(run: Run, job: JobInfo, number: signal.Signals | None) -> Notice:
             return Notice("time limit", f"time limit ({name})", seconds)
         return Notice("told to leave", f"told to leave ({name})", seconds)
     if job.cluster == "slurm":
+        if run.cancel_requested():  # known without Slurm, which may be away
+            return Notice("cancelled", "cancelled by flowjobs cancel", slurm.kill_wait_s())
         return _slurm_notice(run, job, name)
     return Notice("told to leave", f"told to leave ({name})")
 
@@ -61,8 +63,6 @@ def _slurm_notice(run: Run, job: JobInfo, signal_name: str) -> Notice:
     seconds = max(0.0, record.seconds_left) + kill_wait_s
     ends_soon = record.seconds_left < run.config().slurm.signal_delay_s + 60
     comes_back = record.restarts > job.restart
-    if run.cancel_requested():
-        return Notice("cancelled", "cancelled by flowjobs cancel", kill_wait_s)
     if comes_back:
         # The record is that of its next life already.
         return Notice("requeued", f"requeued by Slurm ({signal_name})", kill_wait_s, True)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CANCELLED = "cancelled by flowjobs cancel"
+
 
 def train_run(run: Run, resume_path: Path | None = None) -> int:
     """Train a run in this process, from its newest checkpoint if there is one.
@@ -98,6 +100,7 @@ class TrainingJob:
         self._job = process.job
         self._recorder: Recorder | None = None
         self._exclude: str | None = None
+        self._signals: StopSignals | None = None
 
     def was_cancelled(self) -> bool:
         """Whether this start is one that the run's user does not want any more."""
@@ -115,6 +118,7 @@ class TrainingJob:
 
     def train(self, signals: StopSignals, resume_path: Path | None) -> None:
         """Train to the end, or until told to leave."""
+        self._signals = signals
 
         def train_as_rank(recorder: "Recorder | None") -> None:
             from flowjobs.training.run_training import run_training
@@ -129,6 +133,9 @@ class TrainingJob:
                 return
             # Before torch is loaded: what tracks the run starts beside that, on a free core.
             with self._recording(group) as self._recorder, self._explained(signals):
+                if self._run.cancel_requested():
+                    # Since the last look: `cancel` did not know this process yet, to tell it.
+                    signal.raise_signal(signal.SIGTERM)
                 train_as_rank(self._recorder)
 
     def _join(self, group: ExitStack) -> "Ranks":
@@ -176,6 +183,10 @@ class TrainingJob:
             raise
         except Exception as error:
             signals.stand_down()
+            if self._run.cancel_requested():
+                # What a process runs into as others of its job are told to end.
+                logger.exception("%s", CANCELLED)
+                raise RunInterrupted(CANCELLED, kind="cancelled") from error
             kind = deaths.passing_kind(error)
             if kind is None or not self._may_retry(kind):
                 raise
@@ -210,12 +221,24 @@ class TrainingJob:
         """The main thread hangs and is about to be killed: leave what is on disk, and go on."""
         code = EXIT_PREEMPTED
         try:
-            reason = "told to leave, and no step ended in time"
-            logger.error("%s: the run goes on from its last checkpoint", reason)
+            left = self._left_hanging()
+            logger.error("%s: the run is as its last checkpoint has it", left)
             if self._recorder is not None:
-                left = RunInterrupted(reason, kind="hung")
                 self._recorder.attempt.close(outcome_of(left))
+            if left.kind == "cancelled":
+                code = EXIT_CANCELLED
+            elif self._recorder is not None:
                 code = self.go_on(left.kind)
         finally:
             # Not sys.exit: it would wait for the thread that hangs.
             os._exit(code)
+
+    def _left_hanging(self) -> RunInterrupted:
+        reason = "told to leave, and no step ended in time"
+        with suppress(SubmissionError):  # Slurm is away
+            notice = notice_of(
+                self._run, self._job, self._signals.received() if self._signals else None
+            )
+            if notice.why == "cancelled":
+                return RunInterrupted(f"{notice.reason}; {reason}", kind="cancelled")
+        return RunInterrupted(reason, kind="hung")

@@ -53,6 +53,7 @@ def run_client(slurm_conf: Path, command: tuple[str, ...], timeout_s: float = 30
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",  # a test may give a job a name that is no text
             timeout=timeout_s,
             check=False,
         )

@@ -5,11 +5,14 @@ On the real Slurm; what a site varies is a script on PATH around the real comman
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from flowjobs.jobs import slurm as slurm_commands
 from flowjobs.runs.run import Run
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -151,6 +154,57 @@ def test_what_accounting_has_of_an_older_job_of_the_id_is_not_believed(
     assert contents(run.study) == before
     site("sacct", f"printf '{old}\\n'; $real \"$@\"")
     wait_until(lambda: "a: cancelled" in flowjobs("reconcile").stdout, "accounting to know", 20)
+
+
+def test_banners_and_bytes_that_are_no_text_change_no_answer(
+    slurm: SlurmCluster, submitted: Submit, flowjobs: Command, site: Site
+) -> None:
+    slurm.run("sbatch", "--hold", "-J", os.fsdecode(b"caf\xe9 \x1b[1m"), "--wrap=true")
+    run = submitted()
+    job = job_of(run)
+    expected = slurm_commands.job_record(job), slurm_commands.partitions()
+    for command in ("squeue", "sacct", "scontrol", "scancel", "sinfo", "sacctmgr"):
+        banner = 'printf "Universit\\xe4t\\n\\n** error-free since=2019 | JobState **\\n"'
+        site(command, f'{banner}; {banner} >&2; $real "$@"; code=$?; {banner}; exit $code')
+    found = slurm_commands.job_record(job)
+    assert found is not None
+    assert expected[0] is not None
+    assert found.fields["Comment"] == expected[0].fields["Comment"]
+    assert (found.state, found.seconds_left) == ("PENDING", expected[0].seconds_left)
+    assert slurm_commands.partitions() == expected[1]
+    assert slurm_commands.kill_wait_s() == 3
+    assert slurm_commands.cluster_name() == "flowjobs"
+    done = flowjobs("status")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "already there as job" in flowjobs("submit", *HELD, "--name", "a").stdout
+    assert f"cancelled job {job}" in flowjobs("cancel", "a").stdout
+    assert "accounting" not in flowjobs("reconcile").stderr
+
+
+def test_status_asks_twice_at_most_and_only_reads(
+    slurm: SlurmCluster, submitted: Submit, study: Path, site: Site
+) -> None:
+    runs = [submitted(name) for name in ("waits", "cancelled", "unheard-of")]
+    slurm.run("scancel", job_of(runs[1]))
+    note_instead(runs[2], job_id="999999")
+    for command in ("squeue", "sacct", "scontrol", "sbatch", "scancel"):
+        site(command, f'echo {command} >> calls; $real "$@"')
+    before = contents(study)
+    read_only = f"mount --bind {study} {study} && mount -o remount,ro,bind {study} && exec "
+    status = f"{sys.executable} -m flowjobs status --json"
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", read_only + status],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(study) == before
+    assert sorted(Path("calls").read_text().split()) == ["sacct", "squeue"]
+    found = {run["run"]: run for run in json.loads(done.stdout)}
+    assert found["waits"]["state"] == "submitted"
+    assert found["cancelled"]["state"] == "cancelled"
+    assert "job 999999" in found["unheard-of"]["unknown"]
 
 
 def contents(study: Path) -> dict[str, tuple[bytes, int]]:

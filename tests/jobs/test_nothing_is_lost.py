@@ -32,6 +32,7 @@ from tests.jobs.disturbed import (
     in_wandb,
     preempt_and_wait,
 )
+from tests.jobs.test_job_identity import contents
 from tests.tracking.conftest import backend
 
 __all__ = ["backend"]
@@ -290,6 +291,62 @@ def test_flowjobs_cancel_ends_the_run_until_it_is_submitted_again(
     assert flowjobs("submit", *OPTIONS, "--name", "disturbed").returncode == 0
     job.wait_for_state("finished")
     assert job.steps_lost() == 0
+    assert_equal_to(whole, job.run)
+
+
+def test_cancelled_while_it_waits_to_start_again_it_does_not(
+    start: Start, flowjobs: Command
+) -> None:
+    job = start()
+    job.slurm.run("scontrol", "requeue", job.job_id)
+    job.wait_for_state("preempted")
+    job.slurm.wait_state(job.job_id, "PENDING", 60)
+    job.slurm.run("scancel", job.job_id)
+    before = contents(job.run.folder)
+    shown = flowjobs("status", "disturbed")  # at once: accounting does not know yet
+    assert "was cancelled before it started" in flowjobs("status", "disturbed", "--json").stdout
+    assert " cancelled " in shown.stdout
+    assert contents(job.run.folder) == before
+    assert "disturbed: cancelled: job" in flowjobs("reconcile").stdout
+    assert job.status().state == "cancelled"
+    assert job.slurm.run("squeue", "-h") == ""
+    assert job.job_ids() == [job.job_id]
+    assert_in_wandb(job.run, "preempted", 130, "was cancelled before it started")
+    job.is_row("is cancelled while it waits")
+
+
+@pytest.mark.parametrize("moment", ["imports", "first step"])
+@pytest.mark.parametrize(
+    "how", ["flowjobs cancel", pytest.param("scancel", marks=pytest.mark.long)]
+)
+def test_cancelled_as_it_starts_again_it_is_cancelled(
+    start: Start, flowjobs: Command, whole: Run, moment: str, how: str
+) -> None:
+    job = start()
+    job.slurm.run("scontrol", "requeue", job.job_id)
+    job.wait_for_state("preempted")
+    job.tell("hold")  # the first step of the next start takes longer than Slurm waits
+    job.slurm.hurry(job.job_id, 60)
+    if moment == "imports":
+        job.slurm.wait_state(job.job_id, "RUNNING", 60)
+    else:
+        wait_until(lambda: job.status().attempts[-1].number == 2, "the start", 60, job.explain)
+        wait_until(lambda: job.status().attempts[-1].first_step, "the step", 60, job.explain)
+    if how == "scancel":
+        job.slurm.run("scancel", job.job_id)
+    else:
+        assert flowjobs("cancel", "disturbed").returncode == 0
+    job.slurm.wait_state(job.job_id, {"CANCELLED", "FAILED", "COMPLETED"}, 60)
+    if how == "scancel" and moment == "imports":
+        flowjobs("reconcile")  # all that could have said a word may have been killed
+    assert job.wait_for_state("cancelled", "failed").state == "cancelled"
+    assert flowjobs("reconcile").stdout == ""
+    assert job.status().state == "cancelled"
+    assert_in_wandb(job.run, "preempted", 130, "cancelled")
+    job.is_row("is cancelled as it starts")
+    job.tell("")
+    assert flowjobs("submit", *OPTIONS, "--name", "disturbed").returncode == 0
+    job.wait_for_state("finished")
     assert_equal_to(whole, job.run)
 
 
