@@ -8,7 +8,7 @@ from pathlib import Path
 from flowjobs.config import is_data_file
 from flowjobs.errors import DataError
 from flowjobs.nearest import did_you_mean, meant
-from flowjobs.runs.data_file import DataContent, Layout, check_file, content_of_file
+from flowjobs.runs.data_file import DataContent, check_file, content_of_file
 
 EMBEDDED = "digits"
 
@@ -64,20 +64,27 @@ def check_data(dataset: str, study: Path) -> None:
     found where the run starts.
     """
     check_dataset(dataset, study)
-    layouts = {path: check_file(path) for path in dataset_files(dataset, study).values()}
-    known = {path: layout for path, layout in layouts.items() if layout is not None}
-    check_parts(known)
+    files = dataset_files(dataset, study)
+    found = {part: layout for part, file in files.items() if (layout := check_file(file))}
+    if "data" in found:
+        check_rows(dataset, found["data"].shape[0])
+    if found.keys() >= {"train", "val"}:
+        check_widths(files["train"], found["train"].shape[1], files["val"], found["val"].shape[1])
 
 
-def check_parts(parts: Mapping[Path, Layout]) -> None:
-    """Raise a DataError unless the parts of a dataset can be trained on together."""
-    if len(parts) == 2:
-        (train_file, train), (val_file, val) = parts.items()
-        if train.shape[1] != val.shape[1]:
-            raise DataError(
-                f"{train_file} has width {train.shape[1]}, {val_file} has width {val.shape[1]}: "
-                "both must be of one width"
-            )
+def check_rows(dataset: str, n: int) -> None:
+    """Raise a DataError unless a file has rows for a training and a validation part."""
+    if n < 2:
+        raise DataError(f"{dataset} has one row, expected at least 2: some are for validation")
+
+
+def check_widths(train_file: Path, train_dim: int, val_file: Path, val_dim: int) -> None:
+    """Raise a DataError unless both parts of a dataset are of one width."""
+    if train_dim != val_dim:
+        raise DataError(
+            f"{train_file} has width {train_dim}, {val_file} has width {val_dim}: "
+            "both must be of one width"
+        )
 
 
 def content_of_dataset(dataset: str, study: Path) -> dict[str, DataContent | None]:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from flowjobs.config import is_data_file
 from flowjobs.errors import DataError
 from flowjobs.runs.data_file import DataContent, check_shape, content_of, read_layout
-from flowjobs.runs.datasets import EMBEDDED, check_dataset, split_files
+from flowjobs.runs.datasets import EMBEDDED, check_dataset, check_rows, check_widths, split_files
 from flowjobs.training.memory import free_memory_bytes
 from flowjobs.training.row_reader import RowReader
 from flowjobs.training.tensor_file import write_tensor
@@ -212,19 +212,14 @@ def load_datasets(dataset: str, study: Path) -> tuple[FlowDataset, FlowDataset]:
     check_dataset(dataset, study)
     if is_data_file(dataset):
         whole = FlowDataset(dataset)
-        if len(whole) < 2:
-            raise DataError(f"{dataset} has one row, expected at least 2: some are for validation")
+        check_rows(dataset, len(whole))
         return split(whole)
     train_file, val_file = split_files(study, dataset)
     if dataset == EMBEDDED and not train_file.exists():
         write_splits(FlowDataset(load_digits()), study, {EMBEDDED: None})
-    parts = FlowDataset(train_file), FlowDataset(val_file)
-    if parts[0].dim != parts[1].dim:
-        raise DataError(
-            f"{train_file} has width {parts[0].dim}, {val_file} has width {parts[1].dim}: "
-            "both must be of one width"
-        )
-    return parts
+    train, val = FlowDataset(train_file), FlowDataset(val_file)
+    check_widths(train_file, train.dim, val_file, val.dim)
+    return train, val
 
 
 def content_by_part(train: FlowDataset, val: FlowDataset) -> dict[str, DataContent]:
