@@ -42,7 +42,11 @@ def check_model(config: TrainingConfig) -> None:
     found = _definition(source, name) if source else None
     if isinstance(found, _Missing):
         near = difflib.get_close_matches(name, found.classes, n=1)
-        there = f"did you mean {near[0]}?" if near else f"its classes: {', '.join(found.classes)}"
+        there = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"its classes: {', '.join(found.classes) or 'none'}"
+        )
         raise ConfigError(f"--arch {config.arch}: {file} has no {name}; {there}")
     signature = _constructor(found) if found else None
     if signature is None:
