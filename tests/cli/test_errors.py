@@ -189,4 +189,4 @@ def test_a_failing_model_is_told_by_its_file_and_line(
     assert hint.endswith("flowjobs logs init")
     assert "nets.py, line 6" in flowjobs("status", "init").stdout
     done = flowjobs("train", *options, "mine.torn:Net")
-    assert "SyntaxError (mine/torn.py, line 2)" in done.stderr.splitlines()[-1]
+    assert "mine/torn.py:2: '(' was never closed" in done.stderr.splitlines()[-1]

@@ -134,5 +134,5 @@ def test_constant_data_is_refused() -> None:
 
 def test_a_missing_dataset_lists_those_that_there_are(study: Path) -> None:
     write_splits(FlowDataset(torch.randn(20, 2)), study, {"1k": None})
-    with pytest.raises(DataError, match="there are 1k, digits"):
+    with pytest.raises(DataError, match="did you mean 1k"):
         load_datasets("10k", study)
