@@ -359,7 +359,9 @@ class Run:
         self.check_data(now)
         if not (self._data() and self.started()):
             parts = {part: asdict(content) for part, content in now.items()}
-            self.folder.mkdir(parents=True, exist_ok=True)  # a trainer may be given a run of its own
+            self.folder.mkdir(
+                parents=True, exist_ok=True
+            )  # a trainer may be given a run of its own
             write_json(self.data_file, parts)
 
     def _data(self) -> dict[str, DataContent]:
