@@ -18,12 +18,12 @@ def meant(word: str, known: Collection[str], what: str) -> str:
     there = f"there are {len(known)} {what}"
     if not known:
         return f"there are no {what} yet"
-    if near := _nearest(word, known):
-        return f"did you mean {' or '.join(near)}? ({there})"
     if len(known) == 1:
         return f"there is only {next(iter(known))}"
     if len(known) <= LIST_AT_MOST:
-        return f"{there}: {', '.join(sorted(known))}"
+        return f"{there}: {', '.join(sorted(known))}{did_you_mean(word, known)}"
+    if near := _nearest(word, known):
+        return f"did you mean {' or '.join(near)}? ({there})"
     return f"{there}, none of that name or nearly so"
 
 

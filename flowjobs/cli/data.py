@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.config import OptionalStr
 from flowjobs.errors import ConfigError
 from flowjobs.runs.datasets import split_files
-from flowjobs.runs.run import absolute, default_study
+from flowjobs.runs.run import absolute, check_run_name, default_study
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Data:
     """Make the splits of a dataset from one file of embeddings."""
 
     action: tyro.conf.Positional[Literal["split"]]
-    """split: write STUDY/datasets/splits/SIZE/{train,val}.pt."""
+    """split: write STUDY/datasets/splits/SIZE/{train,val}.pt, 15 % of the rows for validation."""
 
     file: tyro.conf.Positional[Path]
     """A .pt or .npy file of floats, shape (n, dim)."""
@@ -26,6 +27,9 @@ class Data:
     sizes: tuple[str, ...] = ("all",)
     """Training rows of each split (1k 5k 10k), or all. A smaller one is part of a larger one; all
     share one validation part."""
+
+    name: OptionalStr = None
+    """What the splits are called, with their size: NAME-SIZE; default: SIZE alone."""
 
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace splits of these names that hold other rows."""
@@ -35,13 +39,17 @@ class Data:
 
     def run(self, defaults: Defaults) -> int:
         """Write the splits. Returns the exit code."""
-        sizes = {size: _rows(size) for size in self.sizes}
-        from flowjobs.training.data import FlowDataset, write_splits
+        prefix = "" if self.name is None else f"{self.name}-"
+        sizes = {f"{prefix}{size}": _rows(size) for size in self.sizes}
+        for name in sizes:
+            check_run_name(name)
+        from flowjobs.training.data import FlowDataset, split, write_splits
 
-        study = absolute(self.study)
-        written = write_splits(FlowDataset(self.file), study, sizes, overwrite=self.overwrite)
+        study, whole = absolute(self.study), FlowDataset(self.file)
+        written = write_splits(whole, study, sizes, overwrite=self.overwrite)
         for name, rows in written.items():
-            print(f"{split_files(study, name)[0]}: {rows} training rows")
+            print(f"{split_files(study, name)[0]}: {rows} training rows of width {whole.dim}")
+        print(f"{len(split(whole)[1])} of all {len(whole)} rows are for validation, in each val.pt")
         return 0
 
 

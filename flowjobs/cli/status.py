@@ -14,7 +14,7 @@ import tyro
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import each_of
 from flowjobs.config import OptionalStr
-from flowjobs.runs.progress import current_progress
+from flowjobs.runs.progress import current_progress, state_in_words
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.status import RunStatus
 
@@ -71,6 +71,7 @@ def _describe_broken(run: Run) -> dict[str, Any]:
         "run": run.name,
         **dataclasses.asdict(RunStatus()),
         "state": "unknown",
+        "state_in_words": "unknown",
         "latest": {},
         "jobs": [],
         "waits": "",
@@ -90,6 +91,7 @@ def _describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described = {"run": run.name, **dataclasses.asdict(status)}
     if status.attempts:  # a row may be newer than the attempt's own last word
         described["attempts"][-1]["last_step"] = status.step
+    described["state_in_words"] = state_in_words(status)
     described["latest"] = latest
     described["jobs"] = run.submissions()
     described["waits"] = finding.why if isinstance(finding, Waits) else ""
@@ -105,16 +107,19 @@ def _print_attempts(run: dict[str, Any]) -> None:
     console = Console(soft_wrap=not sys.stdout.isatty())
     for attempt in run["attempts"]:
         job = attempt["job"]
+        where = f"{job['cluster']} job {job['job_id']}"
+        if job["cluster"] == "none":
+            where = f"in the foreground as process {job['job_id']}"
         steps = "no step"
         if attempt["first_step"] is not None:
             steps = f"steps {attempt['first_step']} to {attempt['last_step']}"
         reason = attempt["reason"]
         # "cancelled by scancel" has the state in it.
-        ended = reason if reason.startswith(attempt["state"]) else f"{attempt['state']} {reason}"
+        stated = reason.startswith((attempt["state"], "interrupted"))
+        ended = reason if stated else f"{attempt['state']} {reason}"
         line = (
             f"attempt {attempt['number']}: {_local_time(attempt['started'])}"
-            f" for {_duration(attempt)}, {job['cluster']} job {job['job_id']} on {job['host']}, "
-            f"{steps}, {ended}"
+            f" for {_duration(attempt)}, {where} on {job['host']}, {steps}, {ended}"
         )
         console.print(line.rstrip(), markup=False, highlight=False)
     print(f"folder {run['folder']}\nweights {run['checkpoints']}")

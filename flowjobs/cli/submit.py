@@ -169,6 +169,8 @@ class Submit(HandOver):
         print("all others are flowjobs' own defaults")
         self._print_variables(config.slurm, used)
         print()
+        if not cluster.startswith("slurm"):
+            print("# what sbatch would get with --cluster slurm; here none is written")
         print(slurm_executor(run, config.slurm).batch_file())
 
     def _print_variables(self, slurm: SlurmConfig, used: set[str]) -> None:

@@ -60,7 +60,7 @@ def _cells(run: Mapping[str, Any]) -> dict[str, Any]:
     latest, best = run["latest"].get("val/loss"), run["best_val_loss"]
     return {
         "run": MiddleCut(run["run"]),
-        "state": Text(run["state"]),
+        "state": Text(run["state_in_words"]),
         "epoch": f"{run['epoch']}/{run['epochs'] or '?'}",
         "step": f"{run['step']}/{run['total_steps'] or '?'}",
         "val/loss": "" if latest is None else f"{latest:.4f}",

@@ -28,6 +28,14 @@ def current_progress(run: Run) -> tuple[RunStatus, Row]:
 
 
 def state_in_words(status: RunStatus) -> str:
-    """The state; a run whose steps are done is not at its end until its samples are drawn."""
+    """The state, as a person calls it.
+
+    A run whose steps are done is not at its end until its samples are drawn, and Ctrl-C is no
+    preemption, though both are resumed alike.
+    """
     done = status.total_steps is not None and status.step >= status.total_steps
-    return "drawing samples" if status.state == "running" and done else status.state
+    if status.state == "running" and done:
+        return "drawing samples"
+    if status.state == "preempted" and status.reason.startswith("interrupted"):
+        return "interrupted"
+    return status.state

@@ -96,7 +96,7 @@ class Server:
         key = api_key(url)
         if not key:
             raise LoginError(
-                f"no login for {url}: run `wandb login` once on this machine, or set "
+                f"no login for W&B at {url}: run `wandb login` once on this machine, or set "
                 "WANDB_API_KEY (and WANDB_BASE_URL for a server of your own)"
             )
         return cls(url.rstrip("/"), key)

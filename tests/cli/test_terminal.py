@@ -1,6 +1,7 @@
 """What a person sees in a terminal of any width, and what another program reads."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -16,6 +17,7 @@ import pytest
 
 from flowjobs.cli.hint import hint
 from flowjobs.config import RunConfig
+from flowjobs.errors import RunInterrupted
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
@@ -116,6 +118,18 @@ def test_another_program_reads_whole_names(flowjobs: Command, study: Path) -> No
     shown = flowjobs("status", name).stdout
     assert "steps 0 to 46, running" in shown
     assert re.search(r"attempt 1: \S+ \S+ UTC for 0:00:\d\d, debug job 1234567 on elsewhere", shown)
+
+
+def test_ctrl_c_is_no_preemption(flowjobs: Command, study: Path) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig())
+    with pytest.raises(RunInterrupted), Attempt(run, JobInfo("none", "12", None, "n1", 1)):
+        raise RunInterrupted("interrupted by Ctrl-C", 9, kind="told to leave")
+    shown = flowjobs("status", "a").stdout
+    assert "preempted" not in shown
+    assert shown.splitlines()[1].split()[1] == "interrupted"
+    assert "in the foreground as process 12 on n1, no step, interrupted by Ctrl-C; saved" in shown
+    assert json.loads(flowjobs("status", "a", "--json").stdout)["state"] == "preempted"
 
 
 def test_hints_work_as_they_stand(

@@ -54,7 +54,7 @@ def test_submit_runs_on_slurm_to_the_end(
     done = flowjobs("submit", *MODEL, *QUICK)
     job_id = submitted(done)
     assert "slurm (sbatch is there and the controller answers)" in done.stdout
-    assert "cancel    python -m flowjobs cancel mlp-icfm-digits-none" in done.stdout
+    assert "flowjobs cancel mlp-icfm-digits-none" in done.stdout
     run = Run(study, "mlp-icfm-digits-none")
     again = flowjobs("submit", *MODEL, *QUICK)
     assert f"already there as job {job_id}" in again.stdout

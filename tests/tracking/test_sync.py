@@ -472,7 +472,7 @@ def test_a_wrong_key_and_no_key_say_what_to_do(
     monkeypatch.delenv("WANDB_API_KEY")
     done = flowjobs("sync")
     assert done.returncode == 2
-    assert f"no login for {backend.url}: run `wandb login` once" in done.stderr
+    assert f"no login for W&B at {backend.url}: run `wandb login` once" in done.stderr
     assert backend.runs() == []
 
 

@@ -102,7 +102,8 @@ def test_an_exception_tags_the_run_failed(study: Path) -> None:
     found = summary_of(Run(study, "tracked"))
     assert found.exit_code == 1
     assert found.tags == ["flowjobs", "failed"]
-    assert found.notes.startswith("flowjobs: failed: ValueError: the bug\n> attempt 1, ")
+    assert found.notes.startswith("flowjobs: failed: ValueError (")
+    assert "): the bug\n> attempt 1, " in found.notes
     assert "> Traceback (most recent call last)" in found.notes
 
 
