@@ -29,7 +29,7 @@ class Following:
         return self._output.read_text()
 
     def wait_for(self, text: str) -> None:
-        wait_until(lambda: text in self.printed(), f"{text!r}", timeout_s=30, explain=self.printed)
+        wait_until(lambda: text in self.printed(), f"{text!r}", timeout_s=120, explain=self.printed)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_follows_a_run_that_starts_later_to_its_end(run: Run, following: Followi
         following.wait_for("first\nsecond\n")
         assert following.process.poll() is None
     add(log, "the last words")
-    assert following.process.wait(timeout=20) == 0
+    assert following.process.wait(timeout=120) == 0
     assert following.printed() == "first\nsecond\nthe last words\n"
 
 
@@ -94,7 +94,7 @@ def test_goes_on_with_the_log_of_the_next_attempt(run: Run, following: Following
         following.wait_for("one more\n")
         add(next_log, "three")
         following.wait_for("three\n")
-    assert following.process.wait(timeout=20) == 0
+    assert following.process.wait(timeout=120) == 0
     assert following.printed() == "one\ntwo\none more\nthree\n"
 
 
@@ -107,12 +107,12 @@ def test_waits_for_a_job_that_was_submitted_after_the_end(run: Run, tmp_path: Pa
 
     with pytest.raises(ValueError, match="a bug"):
         failed()
-    assert Following(run.name, tmp_path / "of the ended").process.wait(timeout=20) == 0
+    assert Following(run.name, tmp_path / "of the ended").process.wait(timeout=120) == 0
     job, log = submit_job(run, "2")
     following = Following(run.name, tmp_path / "printed")
     with pytest.raises(subprocess.TimeoutExpired):
         following.process.wait(timeout=4)
     with Attempt(run, job):
         add(log, "two")
-    assert following.process.wait(timeout=20) == 0
+    assert following.process.wait(timeout=120) == 0
     assert following.printed() == "one\ntwo\n"

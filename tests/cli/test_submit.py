@@ -90,7 +90,7 @@ def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> No
     run = Run(study, "mlp-icfm-digits-none")
     wait_for(lambda: run.metrics_file.exists() and run.metrics_file.stat().st_size > 0)
     os.killpg(submitting.pid, signal.SIGINT)
-    _, said = submitting.communicate(timeout=20)
+    _, said = submitting.communicate(timeout=120)
     assert submitting.returncode == 0
     assert "no longer watching" in said
     again = subprocess.run(submitting.args, capture_output=True, text=True, check=True)
@@ -195,7 +195,7 @@ def test_every_command_finds_the_study_of_the_config_file(
     assert flowjobs("logs", "mlp-icfm-digits-none").returncode == 0
 
 
-def wait_for(condition: object, timeout_s: float = 30) -> None:
+def wait_for(condition: object, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "waited too long"

@@ -51,11 +51,11 @@ def test_a_guest_saves_and_leaves_and_its_host_lives_on(
     wrapped = ("--wrap", f"srun bash -c {shlex.quote(notebook)}")
     what = wrapped if command[0] == "sbatch" else ("bash", "-c", notebook)
     with subprocess.Popen([*command, "--job-name=notebook", *what]) as process:
-        job_id = wait_until(lambda: slurm.run("squeue", "-h", "-o", "%A").strip(), "a job", 60)
+        job_id = wait_until(lambda: slurm.run("squeue", "-h", "-o", "%A").strip(), "a job", 120)
         job = Disturbed(run, job_id, slurm)
         job.wait_for_step(10)
         os.kill(job.status().attempts[-1].job.pid, number)
-        wait_until(lambda: Path("said").exists(), "the end of train", 60, job.explain)
+        wait_until(lambda: Path("said").exists(), "the end of train", 120, job.explain)
         assert Path("said").read_text() == "ended 75\n"
         assert job.attempts() == [("preempted", "told to leave")]
         assert run.submissions() == []

@@ -36,7 +36,7 @@ def completing(slurm: SlurmCluster) -> Iterator[str]:
                     return int(process.name)
         return None
 
-    pid = wait_until(daemon, "the step's daemon", 30)
+    pid = wait_until(daemon, "the step's daemon", 120)
     os.kill(pid, signal.SIGSTOP)
     try:
         slurm.run("scancel", job_id)
@@ -75,7 +75,9 @@ def test_a_holder_that_stays_in_completing_is_waited_for_and_the_run_has_not_fai
         (entry,) = run.submissions()
         job = Disturbed(run, entry["job_id"], slurm)
         # It does not hold its GPU while it waits, and nobody calls the run failed.
-        wait_until(lambda: slurm.job(job.job_id)["Restarts"] != "0", "the requeue", 60, job.explain)
+        wait_until(
+            lambda: slurm.job(job.job_id)["Restarts"] != "0", "the requeue", 120, job.explain
+        )
         assert re.search(rf"waited \d s for slurm job {holder} .* has not ended yet", job.logs())
         assert job.attempts() == []
         assert job.status().state == "submitted"

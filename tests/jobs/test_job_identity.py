@@ -119,7 +119,7 @@ def test_a_job_that_cannot_be_noted_is_cancelled(
     assert done.returncode == 2
     assert "was submitted, but could not be noted" in done.stderr
     assert "it is cancelled" in done.stderr
-    wait_until(lambda: not queue(slurm), "the job to be gone", 10)
+    wait_until(lambda: not queue(slurm), "the job to be gone", 120)
 
 
 def test_a_strangers_job_is_not_cancelled(
@@ -153,7 +153,7 @@ def test_what_accounting_has_of_an_older_job_of_the_id_is_not_believed(
     assert "accounting has no word of it" in done.stderr
     assert contents(run.study) == before
     site("sacct", f"printf '{old}\\n'; $real \"$@\"")
-    wait_until(lambda: "a: cancelled" in flowjobs("reconcile").stdout, "accounting to know", 20)
+    wait_until(lambda: "a: cancelled" in flowjobs("reconcile").stdout, "accounting to know", 120)
 
 
 def test_banners_and_bytes_that_are_no_text_change_no_answer(

@@ -21,7 +21,7 @@ def run(flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     submit(flowjobs)
     run = Run(study, "local")
-    wait_until(lambda: len(list(read_rows(run.metrics_file))) > 1, "the run to train", 60)
+    wait_until(lambda: len(list(read_rows(run.metrics_file))) > 1, "the run to train", 120)
     yield run
     Path("control").unlink(missing_ok=True)
 
@@ -70,7 +70,7 @@ def test_a_killed_job_is_found_dead_by_status_and_goes_on_when_submitted(
 ) -> None:
     pid = status_of(run).attempts[-1].job.pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: "failed" in flowjobs("status", "local").stdout, "status to notice", 30)
+    wait_until(lambda: "failed" in flowjobs("status", "local").stdout, "status to notice", 120)
     status = status_of(run)
     assert (status.state, status.exit_code) == ("failed", 1)
     assert status.reason.startswith("ended without a word (as after SIGKILL) on")

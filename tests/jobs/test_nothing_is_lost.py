@@ -152,7 +152,7 @@ def test_a_segmentation_fault_fails(start: Start) -> None:
     assert job.attempts() == [("failed", "segmentation fault")]
     assert status.exit_code == 139
     # As `status` finds it where the batch script could not say it.
-    wait_until(lambda: accounting([job.job_id])[0].signal == signal.SIGSEGV, "accounting", 30)
+    wait_until(lambda: accounting([job.job_id])[0].signal == signal.SIGSEGV, "accounting", 120)
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
     assert_in_wandb(job.run, "failed", 139, "segmentation fault on n1, attempt 1, step")
     job.is_row("has a segmentation fault")
@@ -191,7 +191,7 @@ def test_an_exit_code_of_the_users_code_is_no_signal(start: Start) -> None:
     assert job.attempts() == [("failed", "exception")]
     assert job.status().reason.startswith("ended with exit code 15 on")
     job.slurm.wait_state(job.job_id, "FAILED")
-    wait_until(lambda: accounting([job.job_id])[0].exit_code == 15, "accounting", 30)
+    wait_until(lambda: accounting([job.job_id])[0].exit_code == 15, "accounting", 120)
     assert accounting([job.job_id])[0].signal == 0
 
 
@@ -437,7 +437,7 @@ def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
     waiting = slurm.submit("--hold", script, *hand_made)
     # Slurm's times are in whole seconds.
     second = int(time.time())
-    wait_until(lambda: int(time.time()) > second, "the next second", 10)
+    wait_until(lambda: int(time.time()) > second, "the next second", 120)
     assert flowjobs("cancel", "disturbed").returncode == 0
     job.wait_for_state("cancelled")
     slurm.run("scontrol", "release", waiting)

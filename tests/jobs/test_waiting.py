@@ -52,7 +52,7 @@ def test_status_and_follow_say_why_a_job_waits(
     def reasons() -> set[str]:
         return set(slurm.run("squeue", "-h", "-o", "%r").split())
 
-    wait_until(lambda: {"BeginTime", "Dependency"} <= reasons(), "the scheduler's look", 60)
+    wait_until(lambda: {"BeginTime", "Dependency"} <= reasons(), "the scheduler's look", 120)
     held = Run(study, "held").submissions()[0]["job_id"]
     said = flowjobs("status").stdout
     assert f"held waits held by its user: `scontrol release {held}` lets it start" in said
