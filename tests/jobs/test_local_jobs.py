@@ -65,12 +65,14 @@ def test_cancel_ends_the_job_until_it_is_submitted_again(
     assert "is finished; there is nothing to cancel" in flowjobs("cancel", "local").stdout
 
 
-def test_a_killed_job_is_found_dead_by_status_and_goes_on_when_submitted(
+def test_a_killed_job_is_shown_as_dead_is_closed_and_goes_on_when_submitted(
     run: Run, flowjobs: Command, whole: Run
 ) -> None:
     pid = status_of(run).attempts[-1].job.pid
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: "failed" in flowjobs("status", "local").stdout, "status to notice", 120)
+    assert status_of(run).state == "running"  # looking has changed nothing
+    assert "local: failed: ended without a word" in flowjobs("reconcile").stdout
     status = status_of(run)
     assert (status.state, status.exit_code) == ("failed", 1)
     assert status.reason.startswith("ended without a word (as after SIGKILL) on")
