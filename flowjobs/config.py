@@ -52,8 +52,10 @@ OptionalPath = Optional[Path]  # noqa: UP045
 
 # The training fields that do not decide what a step computes, so that a run keeps its name and
 # its signature when they change. `epochs` and `patience` say how long; more extends the run.
+# `dataset` says where the data are; what they are is known by their content (runs/data_file.py).
 NOT_IN_SIGNATURE = frozenset(
     {
+        "dataset",
         "epochs",
         "patience",
         "group",

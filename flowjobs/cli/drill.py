@@ -24,6 +24,7 @@ from flowjobs.config import (
     check_arch,
 )
 from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.runs.model_source import check_model
 from flowjobs.runs.run import absolute, default_study
 from flowjobs.runs.status import EXIT_CANCELLED, EXIT_FAILED
 
@@ -148,6 +149,7 @@ class Drill:
         )
         training = defaults.resolve_arch(training)
         check_arch(training, defaults.archs)
+        check_model(training)
         return training
 
 

@@ -19,7 +19,8 @@ from flowjobs.config import (
     is_data_file,
 )
 from flowjobs.errors import FlowjobsError
-from flowjobs.runs.datasets import check_dataset
+from flowjobs.runs.datasets import check_data
+from flowjobs.runs.model_source import check_model
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run, absolute, check_run_name, run_names
 
@@ -52,12 +53,13 @@ def prepare_run(
     """
     training = defaults.resolve_arch(training)
     check_arch(training, defaults.archs)
+    check_model(training)
     # The job may start in another folder than this one.
     study = absolute(study)
     if is_data_file(training.dataset):
         path = absolute(Path(training.dataset))
         training = dataclasses.replace(training, dataset=str(path))
-    check_dataset(training.dataset, study)
+    check_data(training.dataset, study)
     run = Run(study, name or training.run_name)
     check_run_name(run.name)
     if slurm is not None:

@@ -197,6 +197,10 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
             # It may as well have been cancelled while it waited.
             return Unclear(f"{reason}, and Slurm keeps no record of why: submit it again")
         return Dead(job, Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted"), seen)
+    if isinstance(answer, Gone) and not deaths.log_tail(job.log):
+        return Unclear(
+            f"job {job.job_id} is gone, and Slurm keeps no record of why: submit it again"
+        )
     return Dead(job, deaths.cause_of_no_start(job, answer=answer), seen, started=False)
 
 

@@ -8,14 +8,15 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flowjobs.config import NOT_IN_SIGNATURE, RunConfig, config_to_dict, flag, run_config_from_dict
-from flowjobs.errors import ConfigError, RunMismatchError, RunNotFoundError
+from flowjobs.errors import ConfigError, DataError, RunMismatchError, RunNotFoundError
 from flowjobs.nearest import meant
-from flowjobs.runs.datasets import same_file
+from flowjobs.runs.data_file import DataContent
+from flowjobs.runs.datasets import content_of_dataset, differences, same_file
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import append_line, warn_once, write_json
 from flowjobs.runs.status import RunStatus, now, read_status
@@ -51,6 +52,11 @@ class Run:
     def metrics_file(self) -> Path:
         """A row a logged step."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def data_file(self) -> Path:
+        """What its data are, by content; from its first attempt on."""
+        return self.folder / "data.json"
 
     @property
     def tracking_file(self) -> Path:
@@ -289,11 +295,18 @@ class Run:
         if same_file(found.training.dataset, asked.training.dataset):
             same_data = replace(asked.training, dataset=found.training.dataset)
             asked = replace(asked, training=same_data)
-        if found.training.signature != asked.training.signature:
-            if in_use or self.started():
-                raise RunMismatchError(self._differences(found, asked))
+        moved = found.training.dataset != asked.training.dataset
+        other = found.training.signature != asked.training.signature
+        if (other or moved) and not (in_use or self.started()):
             return asked, f"{self.name} had not trained a step; it takes over this config"
+        if other:
+            raise RunMismatchError(self._differences(found, asked))
         notes = []
+        if moved:
+            self._check_same_content(found.training.dataset, asked.training.dataset)
+            notes.append(f"the data of {self.name} are at {asked.training.dataset} now")
+        elif not self.finished():
+            self.check_data(content_of_dataset(asked.training.dataset, self.study))
         before, after = found.training.epochs, asked.training.epochs
         if after > before:
             notes.append(
@@ -316,6 +329,65 @@ class Run:
             tracking=replace(asked.tracking, **kept),
         )
         return merged, "\n".join(notes)
+
+    def check_data(self, now: Mapping[str, DataContent | None]) -> None:
+        """Raise unless the data are those that the run has been trained on, as far as is known.
+
+        Args:
+            now: The content of each part; None where it is not known.
+
+        Raises:
+            DataError: They have changed; the text says how.
+        """
+        if self.started() and (changed := differences(self._data(), now)):
+            raise DataError(
+                "\n".join(
+                    [
+                        f"the data of {self.name} are not those that it has been trained on:",
+                        *changed,
+                        "restore them, or give the run on these data another --name",
+                    ]
+                )
+            )
+
+    def take_data(self, now: Mapping[str, DataContent]) -> None:
+        """Note what the run's data are, at its first attempt; the run must be held.
+
+        Raises:
+            DataError: It has been trained on others.
+        """
+        self.check_data(now)
+        if not (self._data() and self.started()):
+            parts = {part: asdict(content) for part, content in now.items()}
+            self.folder.mkdir(
+                parents=True, exist_ok=True
+            )  # a trainer may be given a run of its own
+            write_json(self.data_file, parts)
+
+    def _data(self) -> dict[str, DataContent]:
+        """What was noted of the data; of a run that was made before they were, nothing."""
+        try:
+            found = json.loads(self.data_file.read_text())
+            return {part: DataContent(**content) for part, content in found.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.data_file} does not hold what it should: {error}; remove it, and the "
+                "data are taken as they are"
+            ) from error
+
+    def _check_same_content(self, there: str, asked: str) -> None:
+        noted, now = self._data(), content_of_dataset(asked, self.study)
+        changed = differences(noted, now)
+        unknown = not noted or None in now.values()
+        if changed or unknown:
+            text = [f"a run named {self.name} exists on another dataset:"]
+            text += [f"  --dataset: {there} there, {asked} asked for", *changed]
+            if unknown and not changed:
+                text += ["  whether it holds the same rows cannot be told"]
+            text += [f"give this one a name of its own, as --name {self.name}-2"]
+            raise RunMismatchError("\n".join(text))
 
     def _differences(self, found: RunConfig, asked: RunConfig) -> str:
         old, new = found.training.to_dict(), asked.training.to_dict()

@@ -13,13 +13,17 @@ from torch.utils.data import Dataset
 
 from flowjobs.config import is_data_file
 from flowjobs.errors import DataError
-from flowjobs.runs.datasets import EMBEDDED, check_dataset, split_files
-from flowjobs.training.row_reader import RowReader, reader_of
+from flowjobs.runs.data_file import DataContent, check_shape, content_of, read_layout
+from flowjobs.runs.datasets import EMBEDDED, check_dataset, check_rows, check_widths, split_files
+from flowjobs.training.memory import free_memory_bytes
+from flowjobs.training.row_reader import RowReader
 from flowjobs.training.tensor_file import write_tensor
 
 # What is looked at at once where a pass over all rows is needed, in float64.
 CHUNK_BYTES = 8 * 1024**2
 VAL_SHARE = 0.15
+# A smaller file is read into memory; of a larger one rows are read when they are asked for.
+LARGE_BYTES = 64 * 1024**2
 # A column varies in hardly any row where one is this far out: of two values, in one of 256.
 RARE_DEVIATIONS = 16
 
@@ -29,8 +33,8 @@ class FlowDataset(Dataset[Tensor]):
 
     Args:
         source: A `.pt` file that holds one tensor, a `.npy` file, a tensor or an array: of floats,
-            of shape (n, dim). A file is mapped into memory; of a large one rows are read when they
-            are asked for.
+            of shape (n, dim). A small file is read into memory; of a large one rows are read when
+            they are asked for, which ends in a DataError if it has changed since.
 
     Raises:
         DataError: The file is missing, unreadable, of another shape or type, empty, or holds a
@@ -42,12 +46,11 @@ class FlowDataset(Dataset[Tensor]):
             # A copy where torch could not use the memory, or would warn that it is read-only.
             source = torch.from_numpy(np.require(source, requirements=["C", "W"]))
         self.name = "tensor" if isinstance(source, Tensor) else str(source)
-        self._mapped = source if isinstance(source, Tensor) else _load(Path(source))
-        _check_shape(self._mapped, self.name)
-        self._reader: RowReader | None = None
-        if not isinstance(source, Tensor):
-            self._reader = reader_of(Path(source), self._mapped)
+        self._source = source if isinstance(source, Tensor) else _load(Path(source))
+        if isinstance(self._source, Tensor):
+            check_shape(tuple(self._source.shape), _word(self._source.dtype), self.name)
         self._index: Tensor | None = None
+        self._content: DataContent | None = None
         self._check_finite()
 
     def part(self, index: Tensor, name: str) -> "FlowDataset":
@@ -58,22 +61,37 @@ class FlowDataset(Dataset[Tensor]):
         return part
 
     @property
+    def content(self) -> DataContent:
+        """What the rows of the whole file are, also of a part."""
+        if isinstance(self._source, RowReader):
+            return self._source.content
+        if self._content is None:
+            self._content = _content_of_tensor(self._source)
+        return self._content
+
+    def is_of_one_source_with(self, other: "FlowDataset") -> bool:
+        """Whether both are parts of the same file or tensor."""
+        return self._source is other._source
+
+    @property
     def dim(self) -> int:
         """Width of a row."""
-        return self._mapped.shape[1]
+        return self._source.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the numbers in the file."""
-        return self._mapped.dtype
+        return self._source.dtype
 
     @property
     def data(self) -> Tensor:
-        """All rows, shape (n, dim); of a part, a copy."""
-        return self._mapped if self._index is None else self._mapped[self._index]
+        """All rows, shape (n, dim); of a part or a large file, a copy."""
+        if self._index is None and isinstance(self._source, Tensor):
+            return self._source
+        return self._rows(slice(None))
 
     def __len__(self) -> int:
-        return len(self._mapped) if self._index is None else len(self._index)
+        return self._source.shape[0] if self._index is None else len(self._index)
 
     def __getitem__(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
         """A row of shape (dim,), or the rows of a list of indices or a slice.
@@ -103,9 +121,9 @@ class FlowDataset(Dataset[Tensor]):
     def _rows(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
         """Rows of the file's type."""
         places = index if self._index is None else self._index[index]
-        if self._reader is None:
-            return self._mapped[places]
-        return self._reader.rows(places)
+        if isinstance(self._source, RowReader):
+            return self._source.rows(places)
+        return self._source[places]
 
     def _check_finite(self) -> None:
         for indices, rows in self.in_order_of_file():
@@ -194,19 +212,21 @@ def load_datasets(dataset: str, study: Path) -> tuple[FlowDataset, FlowDataset]:
     check_dataset(dataset, study)
     if is_data_file(dataset):
         whole = FlowDataset(dataset)
-        if len(whole) < 2:
-            raise DataError(f"{dataset} has one row, expected at least 2: some are for validation")
+        check_rows(dataset, len(whole))
         return split(whole)
     train_file, val_file = split_files(study, dataset)
     if dataset == EMBEDDED and not train_file.exists():
         write_splits(FlowDataset(load_digits()), study, {EMBEDDED: None})
-    parts = FlowDataset(train_file), FlowDataset(val_file)
-    if parts[0].dim != parts[1].dim:
-        raise DataError(
-            f"{train_file} has width {parts[0].dim}, {val_file} has width {parts[1].dim}: "
-            "both must be of one width"
-        )
-    return parts
+    train, val = FlowDataset(train_file), FlowDataset(val_file)
+    check_widths(train_file, train.dim, val_file, val.dim)
+    return train, val
+
+
+def content_by_part(train: FlowDataset, val: FlowDataset) -> dict[str, DataContent]:
+    """The content of each file that a run's data come from."""
+    if train.is_of_one_source_with(val):
+        return {"data": train.content}
+    return {"train": train.content, "val": val.content}
 
 
 def load_digits() -> Tensor:
@@ -276,14 +296,29 @@ def same_rows(first: FlowDataset, second: FlowDataset) -> bool:
     return all(torch.equal(one, other) for one, other in pairs)
 
 
-def _load(path: Path) -> Tensor:
+def _load(path: Path) -> Tensor | RowReader:
     if not path.exists():
         raise DataError(f"{path}: no such file")
     try:
+        with path.open("rb") as file:
+            layout = read_layout(file, path)
+            if layout is not None:
+                check_shape(layout.shape, layout.dtype, str(path))
+            if layout is not None and layout.row_major:
+                if layout.n_bytes >= LARGE_BYTES:
+                    return RowReader(path, layout)
+                content = bytearray(layout.n_bytes)
+                file.seek(layout.offset)
+                if file.readinto(content) < len(content):
+                    raise DataError(f"{path} was cut short while it was read")
+                flat = torch.frombuffer(content, dtype=getattr(torch, layout.dtype))
+                return flat.view(layout.shape)
+        _check_room(path)
         if path.suffix == ".npy":
-            # Copy-on-write, since torch warns of memory that it may not write to.
-            return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.from_numpy(np.load(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
     except Exception as error:
         # torch and numpy raise a dozen types for a bad file, none of which names it.
         reason = str(error).splitlines()[0]
@@ -298,9 +333,25 @@ def _load(path: Path) -> Tensor:
     return loaded.detach()  # saved from a graph, it would ask for gradients
 
 
-def _check_shape(data: Tensor, name: str) -> None:
-    shape = tuple(data.shape)
-    if data.ndim != 2 or 0 in shape:
-        raise DataError(f"{name} has shape {shape}, expected (n, dim) with at least one row")
-    if not data.is_floating_point():
-        raise DataError(f"{name} is of type {data.dtype}, expected floats")
+def _check_room(path: Path) -> None:
+    """Raise a DataError where a file that must be read whole does not fit in memory."""
+    size, free = path.stat().st_size, free_memory_bytes()
+    if size > free:
+        raise DataError(
+            f"{path} does not hold its numbers row after row, so that all {size / 1e9:.1f} GB of "
+            f"it must be in memory, and {free / 1e9:.1f} GB are free: save it again as a "
+            "contiguous array (numpy.ascontiguousarray, Tensor.contiguous)"
+        )
+
+
+def _content_of_tensor(data: Tensor) -> DataContent:
+    rows = data.detach().cpu().contiguous()
+    content = memoryview(rows.view(torch.uint8).numpy().data).cast("B")
+    shape = (rows.shape[0], rows.shape[1])
+    return content_of(
+        shape, _word(rows.dtype), len(content), lambda start, size: content[start : start + size]
+    )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

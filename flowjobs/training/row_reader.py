@@ -1,7 +1,8 @@
 """Reading rows of a large file, so that a process holds no more of it than it asked for.
 
-Pages of a mapped file count as the process's own until the kernel needs them elsewhere, up to the
-whole file, and a scheduler that polls may end a job for them.
+Not through a mapping: its pages count as the process's own until the kernel needs them elsewhere,
+up to the whole file, and a scheduler that polls may end a job for them; and where the file is cut
+short, a process that touches what is gone dies of a signal.
 """
 
 import os
@@ -14,34 +15,39 @@ import torch
 from torch import Tensor
 
 from flowjobs.errors import DataError
-
-# A smaller file may as well be mapped.
-LARGE_BYTES = 64 * 1024**2
+from flowjobs.runs.data_file import DataContent, Layout, content_of
 
 
 class RowReader:
-    """Rows of a tensor in a file.
+    """Rows of an array in a file, as long as it is the file that was opened.
 
     Args:
         path: The file.
-        offset: Where the tensor's first byte is in it.
+        layout: Where its numbers are; of shape (n, dim), row after row.
+
+    Attributes:
         shape: (n, dim).
         dtype: Type of the numbers.
+        content: What the rows are.
     """
 
-    def __init__(self, path: Path, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, layout: Layout) -> None:
         self._path = path
-        self._offset = offset
-        (self._n, self._dim), self._dtype = shape, dtype
-        self._row_bytes = shape[1] * dtype.itemsize
+        self._layout = layout
+        self.shape = self._n, self._dim = layout.shape[0], layout.shape[1]
+        self.dtype: torch.dtype = getattr(torch, layout.dtype)
+        self._row_bytes = self._dim * self.dtype.itemsize
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
+        self._version = self._version_of_file()
+        self.content = self._content()
 
     def rows(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
         """The rows that indexing the tensor with `index` gives, in that order.
 
         Raises:
             IndexError: There is no such row.
+            DataError: The file is not what it was when it was opened.
         """
         if isinstance(index, slice):
             places = np.arange(*index.indices(self._n))
@@ -52,7 +58,7 @@ class RowReader:
         places = np.where(places < 0, places + self._n, places)
         if ((places < 0) | (places >= self._n)).any():
             raise IndexError(f"an index is out of range for {self._n} rows")
-        rows = torch.empty((len(places), self._dim), dtype=self._dtype)
+        rows = torch.empty((len(places), self._dim), dtype=self.dtype)
         if not len(places):
             return rows
         memory = memoryview(rows.view(torch.uint8).numpy().data).cast("B")
@@ -61,11 +67,13 @@ class RowReader:
         start = 0
         for end in ends:
             part = memory[start * self._row_bytes : end * self._row_bytes]
-            self._read(part, self._offset + int(places[start]) * self._row_bytes)
+            self._read(part, int(places[start]) * self._row_bytes)
             start = end
+        self._check_unchanged()
         return rows
 
     def _read(self, memory: memoryview, at: int) -> None:
+        at += self._layout.offset
         while memory:
             try:
                 n = os.preadv(self._descriptor, [memory], at)
@@ -75,26 +83,26 @@ class RowReader:
                 raise DataError(f"{self._path} ends at byte {at}: it was cut short")
             memory, at = memory[n:], at + n
 
+    def _content(self) -> DataContent:
+        def read(start: int, size: int) -> bytearray:
+            block = bytearray(size)
+            self._read(memoryview(block), start)
+            return block
 
-def reader_of(path: Path, mapped: Tensor) -> RowReader | None:
-    """A reader of the tensor that is mapped from `path`; None if it is small, or not row by row."""
-    n_bytes = mapped.numel() * mapped.element_size()
-    if n_bytes < LARGE_BYTES or not mapped.is_contiguous():
-        return None
-    offset = _offset_in_file(mapped.data_ptr(), n_bytes)
-    if offset is None:
-        return None
-    return RowReader(path, offset, (mapped.shape[0], mapped.shape[1]), mapped.dtype)
+        layout = self._layout
+        return content_of(layout.shape, layout.dtype, layout.n_bytes, read)
 
+    def _version_of_file(self) -> tuple[int, int]:
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns
 
-def _offset_in_file(address: int, n_bytes: int) -> int | None:
-    """Where the bytes at this address are in the file that they are mapped from."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():  # not Linux
-        return None
-    for line in maps.read_text().splitlines():
-        addresses, _, offset, _, inode, *_ = line.split()
-        low, high = (int(end, 16) for end in addresses.split("-"))
-        if low <= address and address + n_bytes <= high and inode != "0":
-            return int(offset, 16) + address - low
-    return None
+    def _check_unchanged(self) -> None:
+        version = self._version_of_file()
+        if version == self._version:
+            return
+        if self._content() != self.content:
+            raise DataError(
+                f"{self._path} has changed while it was trained on: restore it, or give the run "
+                "on the new data another --name"
+            )
+        self._version = version  # it was only touched

@@ -1,6 +1,8 @@
 """All that changes while a run trains, and its way into a checkpoint and back."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import CheckpointMismatchError
+from flowjobs.runs.data_file import DataContent
+from flowjobs.runs.datasets import differences
 from flowjobs.training.checkpoint import Payload, checkpoint_payload, restore_payload
 from flowjobs.training.ema import EMAModel
 from flowjobs.training.optimizer import LightAdamW
@@ -24,6 +28,7 @@ class TrainState:
         config: What is trained.
         steps_per_epoch: Optimizer steps of an epoch.
         stats: Normalization of the data: `mean` and `std`, each of shape (dim,).
+        data: The content of each part of the data.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class TrainState:
         config: TrainingConfig,
         steps_per_epoch: int,
         stats: dict[str, Tensor],
+        data: Mapping[str, DataContent],
     ) -> None:
         self.model = model
         self.ema = EMAModel(model, config.ema_decay)
@@ -51,6 +57,7 @@ class TrainState:
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._stats = stats
+        self._data = data
 
     @property
     def epochs_finished(self) -> int:
@@ -81,7 +88,7 @@ class TrainState:
 
     def payload(self) -> Payload:
         """What a checkpoint holds; the tensors are the live ones."""
-        return checkpoint_payload(
+        payload = checkpoint_payload(
             epoch=self.epochs_finished - 1,
             step=self.step,
             model=self.model,
@@ -94,6 +101,8 @@ class TrainState:
             config=self._config.to_dict(),
             stats=self._stats,
         )
+        payload["data"] = {part: asdict(content) for part, content in self._data.items()}
+        return payload
 
     def check(self, payload: Payload, path: Path) -> None:
         """Raise unless the run can go on from a payload; `path` is for the error's text.
@@ -101,6 +110,17 @@ class TrainState:
         Raises:
             CheckpointMismatchError: Another model, or other data under the same name.
         """
+        data = {part: DataContent(**found) for part, found in payload.get("data", {}).items()}
+        if changed := differences(data, self._data):
+            raise CheckpointMismatchError(
+                "\n".join(
+                    [
+                        f"{path} was trained on other data than {self._config.dataset} holds now:",
+                        *changed,
+                        "restore them, or give the run another --name",
+                    ]
+                )
+            )
         there = payload.get("normalization_stats", {})
         for key, found in self._stats.items():
             if key not in there or not torch.equal(there[key].cpu(), found.cpu()):

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from flowjobs.errors import DataError
+from flowjobs.runs.data_file import start_of_entry
 from flowjobs.runs.files import replaced_whole
 
 # Of the zip format, which `.pt` files are of.
-LOCAL_HEADER_BYTES = 30
-LOCAL_LENGTHS_AT = 26  # of the name and of what follows it, two bytes each
 CENTRAL_HEADER_BYTES = 46
 CENTRAL_CRC_AT = 16
 DESCRIPTOR_CRC_AT = 4
@@ -49,7 +48,7 @@ def write_tensor(
         with zipfile.ZipFile(out) as archive:
             (entry,) = (e for e in archive.infolist() if e.filename.endswith("/data/0"))
             central_directory = archive.start_dir
-        start = _start_of_data(out, entry)
+        start = start_of_entry(out, entry)
         out.seek(start)
         checksum = 0
         for some in rows:
@@ -59,12 +58,6 @@ def write_tensor(
         if out.tell() != start + entry.file_size:
             raise ValueError(f"{out.tell() - start} bytes of rows for a tensor of shape {shape}")
         _write_checksum(out, entry, central_directory, checksum)
-
-
-def _start_of_data(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    file.seek(entry.header_offset + LOCAL_LENGTHS_AT)
-    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-    return entry.header_offset + LOCAL_HEADER_BYTES + int(name_bytes) + int(extra_bytes)
 
 
 def _write_checksum(

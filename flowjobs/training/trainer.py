@@ -33,7 +33,7 @@ from flowjobs.training.checkpoint import (
     read_newest_good,
     sweep_unfinished,
 )
-from flowjobs.training.data import FlowDataset, normalization_stats
+from flowjobs.training.data import FlowDataset, content_by_part, normalization_stats
 from flowjobs.training.determinism import deterministic_algorithms
 from flowjobs.training.distributed import Ranks, single_process
 from flowjobs.training.flows import sample_path
@@ -117,12 +117,13 @@ class FlowTrainer:
         self._built_in = isinstance(model, MLP)
 
         check_weights(model)
+        self._data = content_by_part(train_dataset, val_dataset)
         stats = normalization_stats(train_dataset)
         mean, std = stats["mean"].to(device), stats["std"].to(device)
         self._batches = make_batches(train_dataset, config, self._ranks, mean, std)
         self._validation = Validation(val_dataset, config, mean, std, self._ranks)
         self._steps_per_epoch = self._batches.steps_per_epoch
-        self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats)
+        self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats, self._data)
         self._velocity = self._prepare(self.state.model)
         ema_model = self.state.ema.model
         self._ema_velocity = self._as_velocity(ema_model)
@@ -178,6 +179,8 @@ class FlowTrainer:
 
     def _train(self, run: Run, recorder: Recorder | None) -> TrainingResult:
         started = time.monotonic()
+        if self._ranks.is_first:
+            run.take_data(self._data)
         # Every rank trains, the first one writes.
         saver = self._make_saver(run, recorder) if self._ranks.is_first else None
         # The first rank sets damaged files aside before the others look.

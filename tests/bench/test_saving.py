@@ -30,7 +30,7 @@ def a_large_state() -> dict[str, Any]:
     config = TrainingConfig(arch_args=KeyValues(width=1024, depth=4))
     model = build_model(config, 64).to(DEVICE)
     stats = {"mean": torch.zeros(64), "std": torch.ones(64)}
-    state = TrainState(model, config, 100, stats)
+    state = TrainState(model, config, 100, stats, {})
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     state.optimizer.step()

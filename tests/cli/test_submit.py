@@ -173,10 +173,10 @@ def test_a_job_that_cannot_start_says_why_in_one_line(
 ) -> None:
     where = ("--cluster", "local") if command == "submit" else ()
     done = flowjobs(
-        command, *where, "--wandb-mode", "disabled", "--arch-args", "widht=3", timeout_s=60
+        command, *where, "--wandb-mode", "disabled", "--arch-args", "dropout=2", timeout_s=60
     )
     assert done.returncode == 2
-    assert "unexpected keyword argument 'widht'; MLP takes" in done.stderr
+    assert "--arch-args {'dropout': 2}: dropout probability has to be" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
 

@@ -257,6 +257,21 @@ def test_what_is_unknown_is_said_and_nothing_is_done(
     assert entry["job_id"] in jobs
 
 
+def test_where_there_is_no_accounting_the_cluster_itself_says_what_is_gone(
+    slurm: SlurmCluster, submitted: Submit, flowjobs: Command, site: Site
+) -> None:
+    run = submitted()
+    slurm.run("scancel", job_of(run))
+    site("sacct", 'echo "Slurm accounting storage is disabled" >&2; exit 1')
+    site("squeue", "exit 0")  # the controller has forgotten it
+    done = flowjobs("reconcile")
+    # Cancelled or failed, nobody knows: it is not started again without a person.
+    assert "is gone, and Slurm keeps no record of why: submit it again" in done.stderr
+    assert run.status() is None
+    assert flowjobs("submit", *HELD, "--name", "a").returncode == 0
+    assert len(run.submissions()) == 2
+
+
 def queue_of(slurm: SlurmCluster) -> list[str]:
     path = os.environ["PATH"]
     try:

@@ -85,7 +85,7 @@ def test_stats_normalize_the_training_part(study: Path) -> None:
     [
         (torch.zeros(3), r"has shape \(3,\), expected \(n, dim\)"),
         (torch.zeros(0, 3), r"has shape \(0, 3\), expected .* at least one row"),
-        (torch.zeros(2, 3, dtype=torch.int64), "is of type torch.int64, expected floats"),
+        (torch.zeros(2, 3, dtype=torch.int64), "is of type int64, expected floats"),
         (torch.tensor([[1.0], [float("nan")]]), "row 1 has a value that is NaN or infinite"),
         (torch.tensor([[1.0], [2.0], [float("inf")]]), "row 2 has a value"),
     ],
@@ -134,5 +134,5 @@ def test_constant_data_is_refused() -> None:
 
 def test_a_missing_dataset_lists_those_that_there_are(study: Path) -> None:
     write_splits(FlowDataset(torch.randn(20, 2)), study, {"1k": None})
-    with pytest.raises(DataError, match="there are 2 datasets: 1k, digits"):
+    with pytest.raises(DataError, match="there are 2 datasets: 1k, digits; did you mean 1k"):
         load_datasets("10k", study)

@@ -205,7 +205,7 @@ def test_too_few_rows_leave_no_file(tmp_path: Path) -> None:
 def test_rows_that_are_read_are_those_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowjobs.training.row_reader.LARGE_BYTES", 0)
+    monkeypatch.setattr("flowjobs.training.data.LARGE_BYTES", 0)
     data = torch.randn(50, 7)
     torch.save(data[5:].to(torch.bfloat16), tmp_path / "data.pt")  # not from the storage's start
     np.save(tmp_path / "data.npy", data.numpy())
@@ -217,7 +217,8 @@ def test_rows_that_are_read_are_those_of_the_file(
     }
     for name, rows in expected.items():
         read = FlowDataset(tmp_path / name)
-        assert (read._reader is None) == (name == "fortran.npy")  # not row by row in the file
+        is_read_whole = isinstance(read._source, torch.Tensor)
+        assert is_read_whole == (name == "fortran.npy")  # not row by row in the file
         assert torch.equal(read[[3, 4, 5, 1, 1, -1]], rows[[3, 4, 5, 1, 1, -1]])
         assert torch.equal(read[7:30], rows[7:30])
         assert torch.equal(read[[]], rows[[]])
@@ -230,7 +231,7 @@ def test_rows_that_are_read_are_those_of_the_file(
 def test_a_file_that_is_cut_short_while_it_is_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowjobs.training.row_reader.LARGE_BYTES", 0)
+    monkeypatch.setattr("flowjobs.training.data.LARGE_BYTES", 0)
     path = tmp_path / "data.npy"
     np.save(path, np.zeros((10, 3), dtype=np.float32))
     read = FlowDataset(path)

@@ -71,7 +71,7 @@ def test_a_read_that_does_not_end_is_an_error_with_its_text(
 def test_a_file_that_is_cut_short_or_unreadable_ends_the_training_with_its_name(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowjobs.training.row_reader.LARGE_BYTES", 0)
+    monkeypatch.setattr("flowjobs.training.data.LARGE_BYTES", 0)
     path = Path("data.npy").absolute()
     np.save(path, np.random.default_rng(0).standard_normal((400, 5), dtype=np.float32))
     data = FlowDataset(path)

@@ -8,6 +8,7 @@ from torch import nn
 
 from flowjobs.config import TrainingConfig, check_arch
 from flowjobs.errors import ConfigError
+from flowjobs.runs.model_source import check_arguments
 from flowjobs.training.models.mlp import MLP
 from flowjobs.training.randomness import seed_python_and_numpy
 
@@ -20,7 +21,7 @@ def build_model(config: TrainingConfig, dim: int) -> nn.Module:
     """
     check_arch(config)
     cls = _model_class(config.arch_path)
-    _check_arguments(cls, config)
+    check_arguments(inspect.signature(cls), cls.__name__, config.arch_args)
     torch.manual_seed(config.seed)
     # What a model draws and does not keep in its state must come out the same at each start.
     seed_python_and_numpy(config.seed)
@@ -48,20 +49,3 @@ def _model_class(arch: str) -> type[nn.Module]:
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
         raise ConfigError(f"--arch {arch}: {name} is not a subclass of torch.nn.Module")
     return cls
-
-
-def _check_arguments(cls: type, config: TrainingConfig) -> None:
-    signature = inspect.signature(cls)
-    try:
-        signature.bind(0, **config.arch_args)
-    except TypeError as error:
-        accepted = [str(parameter) for parameter in signature.parameters.values()]
-        if not accepted:
-            raise ConfigError(
-                f"--arch {config.arch}: the constructor of {cls.__name__} takes no argument, "
-                "expected one for the data's width, as in __init__(self, dim)"
-            ) from error
-        raise ConfigError(
-            f"--arch-args: {error}; {cls.__name__} takes the data's width and "
-            f"({', '.join(accepted[1:])})"
-        ) from error

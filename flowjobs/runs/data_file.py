@@ -1,0 +1,348 @@
+"""What a file of data holds, found out without torch: its layout, its content, a value not finite.
+
+Reads .npy files and .pt files as torch.save writes them. Runs no code from a file. Of a file of
+another kind (torch's old format, say) nothing is known here; torch says more when it loads it.
+"""
+
+import ast
+import hashlib
+import math
+import pickle
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from flowjobs.errors import DataError
+
+# Up to here all bytes of a file decide its digest; of a larger one, as many in blocks at even
+# distances. That takes a tenth of a second, where all of it could take minutes at each start. What
+# is replaced, cut short or permuted is noticed; a change of a few rows between blocks is not.
+WHOLE_DIGEST_BYTES = 64 * 1024**2
+# Looking for NaN is faster.
+WHOLE_CHECK_BYTES = 256 * 1024**2
+BLOCK_BYTES = 256 * 1024
+
+BYTES_OF_TYPE = {
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "bool": 1,
+    "complex64": 8,
+    "complex128": 16,
+}
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+# Of the zip format, which .pt files are of.
+LOCAL_HEADER_BYTES = 30
+LOCAL_LENGTHS_AT = 26  # of the name and of what follows it, two bytes each
+
+NPY_MAGIC = b"\x93NUMPY"
+NPY_TYPES = {
+    "f2": "float16",
+    "f4": "float32",
+    "f8": "float64",
+    "u1": "uint8",
+    "i1": "int8",
+    "i2": "int16",
+    "i4": "int32",
+    "i8": "int64",
+    "b1": "bool",
+    "c8": "complex64",
+    "c16": "complex128",
+}
+TORCH_STORAGES = {
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "ByteStorage": "uint8",
+    "CharStorage": "int8",
+    "ShortStorage": "int16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
+
+Read = Callable[[int, int], bytes | bytearray | memoryview]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the numbers of one array are in a file.
+
+    Attributes:
+        shape: Of the array.
+        dtype: Type of the numbers, by torch's name without "torch.".
+        offset: Of the first number in the file, in bytes.
+        row_major: Whether the rows lie one after another, without gaps.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    row_major: bool
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the numbers."""
+        return math.prod(self.shape) * BYTES_OF_TYPE[self.dtype]
+
+
+@dataclass(frozen=True)
+class DataContent:
+    """What data are, wherever they lie and however they are stored.
+
+    Attributes:
+        rows: How many.
+        dim: Width of a row.
+        dtype: Type of the numbers.
+        digest: Of the numbers, in the order of the rows.
+    """
+
+    rows: int
+    dim: int
+    dtype: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows of width {self.dim} ({self.dtype}, digest {self.digest})"
+
+
+def content_of(shape: tuple[int, ...], dtype: str, n_bytes: int, read: Read) -> DataContent:
+    """The content of rows that lie one after another.
+
+    Args:
+        shape: (n, dim).
+        dtype: Type of the numbers.
+        n_bytes: Size of all of them.
+        read: Gives so many bytes (second) from a place on (first, from 0).
+    """
+    digest = hashlib.sha256(f"{shape} {dtype}\n".encode())
+    for start, size in _blocks(n_bytes, WHOLE_DIGEST_BYTES):
+        digest.update(read(start, size))
+    return DataContent(shape[0], shape[1], dtype, digest.hexdigest()[:16])
+
+
+def content_of_file(path: Path) -> DataContent | None:
+    """The content of a file; None where it is not known without torch.
+
+    Raises:
+        DataError: It can surely not be used; the text names the file.
+    """
+    with _opened(path) as file:
+        layout = _known_layout(file, path)
+        if layout is None or not layout.row_major:
+            return None
+        return content_of(layout.shape, layout.dtype, layout.n_bytes, _reader(file, layout))
+
+
+def check_file(path: Path) -> Layout | None:
+    """Raise a DataError for a file that can surely not be trained on; the text names it.
+
+    A large file is looked at in blocks, so that this takes a second at most.
+
+    Returns:
+        Its layout; None where that is not known without torch.
+    """
+    with _opened(path) as file:
+        layout = _known_layout(file, path)
+        if layout is None or not layout.row_major:
+            return layout
+        row_bytes = layout.n_bytes // layout.shape[0]
+        read = _reader(file, layout)
+        for start, size in _blocks(layout.n_bytes, WHOLE_CHECK_BYTES):
+            at = _first_not_finite(read(start, size), layout.dtype)
+            if at is not None:
+                row = (start + at) // row_bytes
+                raise DataError(f"{path}: row {row} has a value that is NaN or infinite")
+    return layout
+
+
+def check_shape(shape: tuple[int, ...], dtype: str, name: str) -> None:
+    """Raise a DataError unless these are vectors of floats; `name` is for the error's text."""
+    if len(shape) != 2 or 0 in shape:
+        raise DataError(f"{name} has shape {shape}, expected (n, dim) with at least one row")
+    if dtype not in FLOATS:
+        raise DataError(f"{name} is of type {dtype}, expected floats ({', '.join(FLOATS)})")
+
+
+def read_layout(file: BinaryIO, path: Path) -> Layout | None:
+    """Where the numbers are in an open file; None where that is not known without torch.
+
+    Raises:
+        DataError: It is damaged, or holds something else.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    try:
+        layout = _npy_layout(file) if path.suffix == ".npy" else _pt_layout(file)
+    except (ValueError, SyntaxError, KeyError, EOFError, struct.error, zipfile.BadZipFile) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be read as a {path.suffix} file: {reason}") from error
+    except _NoTensorError as error:
+        raise DataError(f"{path} holds a {error}, expected one tensor (n, dim)") from None
+    if layout is not None and layout.row_major and layout.offset + layout.n_bytes > size:
+        raise DataError(
+            f"{path} has {size} bytes, expected {layout.offset + layout.n_bytes} for shape "
+            f"{layout.shape}: it was cut short"
+        )
+    return layout
+
+
+def start_of_entry(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry begin in a zip archive that stores it as it is."""
+    file.seek(entry.header_offset + LOCAL_LENGTHS_AT)
+    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+    return entry.header_offset + LOCAL_HEADER_BYTES + int(name_bytes) + int(extra_bytes)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _known_layout(file: BinaryIO, path: Path) -> Layout | None:
+    layout = read_layout(file, path)
+    if layout is not None:
+        check_shape(layout.shape, layout.dtype, str(path))
+    return layout
+
+
+def _reader(file: BinaryIO, layout: Layout) -> Read:
+    def read(start: int, size: int) -> bytes:
+        file.seek(layout.offset + start)
+        return file.read(size)
+
+    return read
+
+
+def _blocks(n_bytes: int, whole: int) -> Iterator[tuple[int, int]]:
+    """Start and size of what is read of so many bytes, in whole numbers of 16 bytes each."""
+    if n_bytes <= whole:
+        for start in range(0, n_bytes, BLOCK_BYTES):
+            yield start, min(BLOCK_BYTES, n_bytes - start)
+        return
+    count = whole // BLOCK_BYTES
+    for number in range(count):
+        yield number * (n_bytes - BLOCK_BYTES) // (count - 1) // 16 * 16, BLOCK_BYTES
+
+
+def _first_not_finite(block: bytes | bytearray | memoryview, dtype: str) -> int | None:
+    """Where in a block of numbers the first is that is NaN or infinite, in bytes."""
+    import numpy as np  # slow to load, and not needed for the embedded data
+
+    if dtype == "bfloat16":  # numpy has none: a float32 without its last two bytes
+        bad = (np.frombuffer(block, np.uint16) & 0x7F80) == 0x7F80
+    else:
+        bad = ~np.isfinite(np.frombuffer(block, dtype))
+    return int(bad.argmax()) * BYTES_OF_TYPE[dtype] if bad.any() else None
+
+
+def _npy_layout(file: BinaryIO) -> Layout | None:
+    """See numpy.lib.format, whose reader of headers would need all of numpy."""
+    if file.read(6) != NPY_MAGIC:
+        raise ValueError("it does not begin as one")
+    major, _ = file.read(2)
+    length_format = "<H" if major == 1 else "<I"
+    (length,) = struct.unpack(length_format, file.read(struct.calcsize(length_format)))
+    header = ast.literal_eval(file.read(length).decode("latin-1").strip())
+    descr, shape = header["descr"], header["shape"]
+    if not isinstance(descr, str) or descr[1:] not in NPY_TYPES:
+        raise ValueError(f"found numbers of type {descr!r}, expected floats")
+    if descr[0] not in "|=" and descr[0] != ("<" if sys.byteorder == "little" else ">"):
+        raise ValueError(f"its bytes are in the order of another machine ({descr})")
+    row_major = not header["fortran_order"]
+    return Layout(tuple(shape), NPY_TYPES[descr[1:]], file.tell(), row_major)
+
+
+def _pt_layout(file: BinaryIO) -> Layout | None:
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        begin = file.read(2)
+        if begin[:1] == b"\x80":
+            return None  # a pickle: torch's format before 2020
+        raise ValueError("it is cut short" if begin == b"PK" else "it is no zip archive")
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        folder = next(name for name in [*names, "/data.pkl"] if name.endswith("/data.pkl"))[:-8]
+        if f"{folder}byteorder" in names:
+            order = archive.read(f"{folder}byteorder").decode()
+            if order != sys.byteorder:
+                return None
+        try:
+            with archive.open(f"{folder}data.pkl") as pickled:
+                found = _TensorUnpickler(pickled).load()
+        except (pickle.UnpicklingError, TypeError, AttributeError, IndexError):
+            return None  # of more than tensors, or of a newer torch
+        if isinstance(found, _Sparse):
+            return None
+        if not isinstance(found, _Tensor):
+            raise _NoTensorError(type(found).__name__)
+        _, storage, key, _, _ = found.storage
+        if storage not in TORCH_STORAGES:
+            return None
+        entry = archive.getinfo(f"{folder}data/{key}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return None
+        dtype = TORCH_STORAGES[storage]
+        offset = start_of_entry(file, entry) + found.offset * BYTES_OF_TYPE[dtype]
+    shape = tuple(found.shape)
+    row_major = len(shape) == 2 and (shape[0] < 2 or tuple(found.stride) == (shape[1], 1))
+    return Layout(shape, dtype, offset, row_major)
+
+
+class _NoTensorError(Exception):
+    """A .pt file holds something else; the text is its type."""
+
+
+class _Tensor(NamedTuple):
+    """The arguments of torch._utils._rebuild_tensor_v2."""
+
+    storage: tuple[str, str, str, str, int]
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Sparse:
+    """A tensor of another layout; torch's loader says what it is."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads a pickle of tensors and plain values, and calls nothing of what it names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module, name:
+            case "torch._utils", "_rebuild_tensor_v2":
+                return lambda *arguments: _Tensor(*arguments[:4])
+            case "torch._utils", "_rebuild_parameter":
+                return lambda tensor, *_: tensor
+            case "torch._utils", "_rebuild_sparse_tensor":
+                return _Sparse
+            case "torch", _ if name.endswith("Storage"):
+                return name
+            case "collections", "OrderedDict":
+                return OrderedDict
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid

@@ -1,0 +1,128 @@
+"""What can be known at submit is said at submit: exit code 2, nothing left behind, no torch."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.errors import DataError
+from flowjobs.runs.datasets import check_data
+from flowjobs.runs.run import Run
+from flowjobs.training import FlowDataset
+from flowjobs.training.data import write_splits
+
+# Imports torch where it is imported; submit must not.
+SUBMIT = """
+import sys
+from flowjobs.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SUBMIT, "submit", "--cluster", "local", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--arch-args", "widht=64"), "unexpected keyword argument 'widht'; did you mean width"),
+        (("--arch", "my_models:WidNet"), r"my_models\.py has no WidNet; did you mean WideNet\?"),
+        (("--dataset", "nan.npy"), r"nan\.npy: row 7 has a value that is NaN or infinite"),
+    ],
+)
+def test_a_mistake_submits_nothing(workplace: Path, arguments: tuple[str, ...], said: str) -> None:
+    (workplace / "my_models.py").write_text(
+        "import torch\n"
+        "class WideNet(torch.nn.Module):\n"
+        "    def __init__(self, dim): super().__init__()\n"
+    )
+    data = np.zeros((20, 3), dtype=np.float32)
+    data[7, 1] = np.nan
+    np.save("nan.npy", data)
+    done = submit(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert re.search(said, done.stderr), done.stderr
+    assert not (workplace / "study").exists()
+
+
+def test_data_that_changed_are_refused_at_submit(workplace: Path, study: Path) -> None:
+    write_splits(FlowDataset(torch.randn(40, 2)), study, {"mine": None})
+    run = Run(study, "run")
+    run.create(RunConfig(TrainingConfig(dataset="mine")))
+    parts = [FlowDataset(study / f"datasets/splits/mine/{part}.pt") for part in ("train", "val")]
+    run.take_data(dict(zip(("train", "val"), (part.content for part in parts), strict=True)))
+    run.last.touch()  # it has work to lose
+    write_splits(FlowDataset(torch.randn(40, 2)), study, {"mine": None}, overwrite=True)
+    done = submit("--dataset", "mine", "--name", "run")
+    assert done.returncode == 2
+    assert "the data of run are not those that it has been trained on:\n  train: " in done.stderr
+
+
+def widths_that_differ(folder: Path) -> None:
+    torch.save(torch.randn(9, 3), folder / "train.pt")
+    torch.save(torch.randn(9, 2), folder / "val.pt")
+
+
+def a_late_nan(folder: Path) -> None:
+    data = torch.randn(300, 500).to(torch.bfloat16)
+    data[250, 499] = -torch.inf
+    torch.save(data, folder / "mine.pt")
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "widths": (widths_that_differ, r"train\.pt has width 3, .*val\.pt has width 2"),
+    "bfloat16": (a_late_nan, "mine.pt: row 250 has a value"),
+    "one row": (lambda at: torch.save(torch.zeros(1, 3), at / "mine.pt"), "one row, expected at"),
+    "no matrix": (lambda at: np.save(at / "mine.npy", np.zeros(3)), r"has shape \(3,\), expected"),
+    "integers": (lambda at: np.save(at / "mine.npy", np.eye(3, dtype=int)), "is of type int64"),
+    "a dict": (lambda at: torch.save({"x": torch.eye(3)}, at / "mine.pt"), "holds a dict"),
+    "no archive": (lambda at: (at / "mine.pt").write_text("no"), "cannot be read as a .pt file"),
+    "cut short": (
+        lambda at: (np.save(at / "mine.npy", np.eye(9)), os.truncate(at / "mine.npy", 300)),
+        "cut short",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_data_that_cannot_be_used_are_known_without_torch(study: Path, case: str) -> None:
+    folder = study / "datasets/splits/mine"
+    folder.mkdir(parents=True)
+    make, said = BAD[case]
+    make(folder)
+    files = [*folder.glob("mine.*")]
+    with pytest.raises(DataError, match=said):
+        check_data(str(files[0]) if files else "mine", study)
+
+
+GOOD: dict[str, Callable[[Path], object]] = {
+    "torch's old format": lambda at: torch.save(
+        torch.randn(9, 3), at, _use_new_zipfile_serialization=False
+    ),
+    "a part of a tensor": lambda at: torch.save(torch.randn(9, 6)[2:, ::2], at),
+    "a parameter": lambda at: torch.save(torch.nn.Parameter(torch.randn(9, 3)), at),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_data_that_can_be_used_are_not_refused(study: Path, tmp_path: Path, case: str) -> None:
+    GOOD[case](tmp_path / "mine.pt")
+    check_data(str(tmp_path / "mine.pt"), study)
+    assert FlowDataset(tmp_path / "mine.pt").dim == 3
