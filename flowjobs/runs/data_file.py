@@ -278,7 +278,11 @@ def _pt_layout(file: BinaryIO) -> Layout | None:
         begin = file.read(2)
         if begin[:1] == b"\x80":
             return None  # a pickle: torch's format before 2020
-        raise ValueError("it is cut short" if begin == b"PK" else "it is no zip archive")
+        raise ValueError(
+            "it is cut short"
+            if begin == b"PK"
+            else "expected a .pt file (torch.save) or a .npy file (numpy.save)"
+        )
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         folder = next(name for name in [*names, "/data.pkl"] if name.endswith("/data.pkl"))[:-8]

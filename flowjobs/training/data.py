@@ -322,10 +322,7 @@ def _load(path: Path) -> Tensor | RowReader:
     except Exception as error:
         # torch and numpy raise a dozen types for a bad file, none of which names it.
         reason = str(error).splitlines()[0]
-        if not is_data_file(path.name):
-            reason = "expected a .npy file (numpy.save) or a .pt file (torch.save)"
-        kind = path.suffix or ".pt"
-        raise DataError(f"{path} cannot be read as a {kind} file: {reason}") from error
+        raise DataError(f"{path} cannot be read as a {path.suffix} file: {reason}") from error
     if not isinstance(loaded, Tensor):
         raise DataError(f"{path} holds a {type(loaded).__name__}, expected one tensor (n, dim)")
     if loaded.layout is not torch.strided:

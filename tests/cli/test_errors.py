@@ -39,10 +39,10 @@ from tests.conftest import Command
         (["logs", "no-run"], "no run no-run in .*there are no runs yet"),
         (["status", "no-run"], "no run no-run in"),
         (["data", "split", "none.npy"], "none.npy: no such file"),
-        (["data", "split", __file__], r"cannot be read as a .py file: expected a .npy file"),
+        (["data", "split", __file__], r"cannot be read as a .py file: expected a .pt file"),
         (
             ["train", "--arch", "no_dim:Net"],
-            "takes no argument, expected one for",
+            "takes no argument that the data's width",
         ),
         (["data", "split", "none.npy", "--sizes", "many"], "--sizes: found 'many'"),
         (["submit", "--seed", "99999999999999999999"], "--seed: found 9+, expected less than"),
