@@ -53,6 +53,7 @@ def describe(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
         "epochs_finished": payload["epoch"] + 1,
         "best_loss": payload["best_loss"],
         "epochs_without_improvement": payload["epochs_without_improvement"],
+        "computed_with": payload.get("computed_with", {}),
         "data_width": len(stats["mean"]),
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "config": payload["config"],

@@ -88,6 +88,7 @@ def save_checkpoint(
         best_loss=best_loss,
         epochs_without_improvement=epochs_without_improvement,
         resumed_from=resumed_from,
+        computed_with={},
         config=config,
         stats=stats,
     )
@@ -127,6 +128,7 @@ def checkpoint_payload(
     best_loss: float,
     epochs_without_improvement: int,
     resumed_from: str,
+    computed_with: dict[str, Any],
     config: dict[str, Any],
     stats: dict[str, Tensor],
 ) -> Payload:
@@ -143,6 +145,7 @@ def checkpoint_payload(
         "best_loss": best_loss,
         "epochs_without_improvement": epochs_without_improvement,
         "resumed_from": resumed_from,
+        "computed_with": computed_with,
         "config": config,
         "normalization_stats": stats,
     }

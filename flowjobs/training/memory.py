@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from flowjobs.training.cgroups import control_groups
+
 KIB = 1024
 
 
@@ -25,26 +27,18 @@ def free_memory_bytes(root: Path = Path("/"), environment: Mapping[str, str] = o
 
 
 def _free_in_cgroups(root: Path) -> Iterator[int]:
-    """What is left in each control group that the process is in, of version 1 or 2."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mount, names, cache = "sys/fs/cgroup", ("memory.max", "memory.current"), ""
-        elif "memory" in controllers.split(","):
-            mount, cache = "sys/fs/cgroup/memory", "total_"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    """What is left in each control group that the process is in."""
+    for folder, version in control_groups(root, "memory"):
+        if version == 2:
+            names, cache = ("memory.max", "memory.current"), ""
         else:
-            continue
-        # A limit of a group above holds too. In a container the path may be the host's and not be
-        # there: its own group is then the one at the mount.
-        group = Path(path.lstrip("/"))
-        for folder in (root / mount / part for part in (group, *group.parents)):
-            limit, used = folder / names[0], folder / names[1]
-            if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-                # The kernel takes back cached files before it runs out.
-                stat = _fields(folder / "memory.stat")
-                files = sum(stat[f"{cache}{state}_file"] for state in ("active", "inactive"))
-                yield int(most) - int(used.read_text()) + files
+            names, cache = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+        limit, used = folder / names[0], folder / names[1]
+        if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+            # The kernel takes back cached files before it runs out.
+            stat = _fields(folder / "memory.stat")
+            files = sum(stat[f"{cache}{state}_file"] for state in ("active", "inactive"))
+            yield int(most) - int(used.read_text()) + files
 
 
 def _fields(path: Path) -> dict[str, int]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ class TrainState:
         self.best_loss = math.inf
         self.epochs_without_improvement = 0
         self.resumed_from = ""
+        self.computed_with: dict[str, Any] = {}
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._stats = stats
@@ -98,6 +100,7 @@ class TrainState:
             best_loss=self.best_loss,
             epochs_without_improvement=self.epochs_without_improvement,
             resumed_from=self.resumed_from,
+            computed_with=self.computed_with,
             config=self._config.to_dict(),
             stats=self._stats,
         )
@@ -155,6 +158,7 @@ class TrainState:
         self.best_loss = payload["best_loss"]
         self.epochs_without_improvement = payload["epochs_without_improvement"]
         self.resumed_from = payload["resumed_from"]
+        self.computed_with = payload.get("computed_with", {})
 
 
 def _shape(value: object) -> str:

@@ -33,6 +33,7 @@ from flowjobs.training.checkpoint import (
     read_newest_good,
     sweep_unfinished,
 )
+from flowjobs.training.compute import computing, computing_as_before
 from flowjobs.training.data import FlowDataset, content_by_part, normalization_stats
 from flowjobs.training.determinism import deterministic_algorithms
 from flowjobs.training.distributed import Ranks, single_process
@@ -124,6 +125,8 @@ class FlowTrainer:
         self._validation = Validation(val_dataset, config, mean, std, self._ranks)
         self._steps_per_epoch = self._batches.steps_per_epoch
         self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats, self._data)
+        rows = min(config.batch_size, len(train_dataset)) // self._ranks.world_size
+        self._work = rows * sum(parameter.numel() for parameter in model.parameters())
         self._velocity = self._prepare(self.state.model)
         ema_model = self.state.ema.model
         self._ema_velocity = self._as_velocity(ema_model)
@@ -139,7 +142,10 @@ class FlowTrainer:
             RunMismatchError: On its own: the run of this name is of another config, model or data;
                 its record was not touched.
         """
-        with deterministic_algorithms(self._config.deterministic):
+        with (
+            deterministic_algorithms(self._config.deterministic),
+            computing(self._ranks, self._work) as self._compute,
+        ):
             if self._run is not None:
                 return self._train(self._run, self._recorder)
             with _heard_somewhere():
@@ -186,6 +192,8 @@ class FlowTrainer:
         # The first rank sets damaged files aside before the others look.
         with self._ranks.first_goes_first():
             adopted = self._restore(run)
+        compute = computing_as_before(self._compute, self.state.computed_with)
+        self.state.computed_with = compute.to_dict()
         if adopted:
             self._adopt(saver)
         first_step = self.state.step
