@@ -1,7 +1,8 @@
 """Where a value comes from when no flag gives it: flowjobs.toml, and sbatch's own variables.
 
 In order, the later wins: the built-in default, flowjobs.toml in the user's config folder, the
-flowjobs.toml of the working directory or the nearest folder above, SBATCH_* variables, flags.
+flowjobs.toml of the working directory or the nearest folder above, SBATCH_* variables and
+WANDB_ENTITY, flags.
 """
 
 import dataclasses
@@ -137,6 +138,9 @@ def load_defaults(
 
 
 def _read_variables(environment: Mapping[str, str], defaults: Defaults) -> None:
+    if entity := environment.get("WANDB_ENTITY"):
+        # Read once, here: an attempt that found another value would write to another W&B run.
+        defaults.values["wandb_entity"], defaults.sources["wandb_entity"] = entity, "WANDB_ENTITY"
     for name, (variable, value) in fields_from(environment).items():
         if value is None:
             defaults.values.pop(name, None)

@@ -17,6 +17,7 @@ from flowjobs.config import OptionalStr
 from flowjobs.runs.progress import current_progress, state_in_words
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.status import RunStatus
+from flowjobs.tracking.refusal import current_refusal
 
 if TYPE_CHECKING:
     from flowjobs.jobs.findings import Finding
@@ -60,6 +61,8 @@ class Status:
                 print(f"{run['run']} waits {run['waits']}")
             if run["unknown"]:
                 print(f"{run['run']}: {run['unknown']}", file=sys.stderr)
+            if run["wandb"]:
+                print(f"{run['run']}: W&B does not have all of it: {run['wandb']}")
         if named:
             _print_attempts(found[0])
         return 0
@@ -76,6 +79,7 @@ def _describe_broken(run: Run) -> dict[str, Any]:
         "jobs": [],
         "waits": "",
         "unknown": "",
+        "wandb": "",
         "folder": str(run.folder),
         "checkpoints": str(run.checkpoints),
     }
@@ -96,6 +100,8 @@ def _describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described["jobs"] = run.submissions()
     described["waits"] = finding.why if isinstance(finding, Waits) else ""
     described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
+    refusal = current_refusal(run)
+    described["wandb"] = refusal.text if refusal else ""
     described["folder"] = str(run.folder)
     described["checkpoints"] = str(run.checkpoints)
     return described

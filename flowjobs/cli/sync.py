@@ -34,6 +34,9 @@ class Sync:
     watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on until Ctrl-C, and say only what is new."""
 
+    as_new: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Upload the named runs as new ones, each under a new id: where they were deleted in W&B."""
+
     every_s: float = 60.0
     """With --watch: pause between two looks, in seconds."""
 
@@ -42,6 +45,8 @@ class Sync:
         if self.every_s <= 0:
             raise ConfigError(f"--every-s: found {self.every_s}, expected a number above 0")
         runs, broken = each_of(self.study, self.names)
+        if self.as_new:
+            self._start_anew(runs)
         server = _server()
         if not self.watch:
             return 1 if _sync(runs, server, said=None) or broken else 0
@@ -53,6 +58,15 @@ class Sync:
                 runs, _ = each_of(self.study, self.names)
         except KeyboardInterrupt:
             return 0
+
+    def _start_anew(self, runs: Sequence[Run]) -> None:
+        from flowjobs.jobs.holders import judge_for
+        from flowjobs.tracking.sync import upload_as_new
+
+        if not self.names or self.watch:
+            raise ConfigError("--as-new: name the runs that it is for, and leave --watch out")
+        for run in runs:
+            upload_as_new(run, judge_for(JobInfo.in_foreground()))
 
 
 def _server() -> "Server":
@@ -84,8 +98,14 @@ def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:
     Returns:
         Whether something failed.
     """
+    from flowjobs.tracking.refusal import current_refusal
+
     failures: set[str] = set()
     for run in runs:
+        refusal = current_refusal(run)
+        if refusal and said is not None:  # until somebody has done what it says
+            failures.add(f"{run.name}: {refusal.text}")
+            continue
         try:
             done = _sync_one(run, server)
         except LoginError:

@@ -1,7 +1,6 @@
 """A run's folder: every path in it, its config, and who may change them."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import content_of_dataset, differences, same_file
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import append_line, warn_once, write_json
+from flowjobs.runs.run_id import give_identity, read_identity, settled_identity
 from flowjobs.runs.status import RunStatus, now, read_status
 
 CONFIG_WAIT_S = 60.0
@@ -62,6 +62,11 @@ class Run:
     def tracking_file(self) -> Path:
         """The newest session in W&B, and what W&B is still to be told of it."""
         return self.folder / "tracking.json"
+
+    @property
+    def refusal_file(self) -> Path:
+        """Why W&B does not take the run; see `tracking.refusal`."""
+        return self.folder / "wandb" / "refused.json"
 
     @property
     def jobs_file(self) -> Path:
@@ -125,8 +130,33 @@ class Run:
             raise ConfigError(f"{self.config_file}: {error}") from error
 
     def tracking_id(self) -> str:
-        """The id of the run in W&B, the same for all its attempts."""
-        return str(self._read_config_file()["wandb_id"])
+        """The id of the run in W&B, the same for all its attempts. Writes nothing.
+
+        Raises:
+            ConfigError: It has none: no attempt could be tracked.
+        """
+        identity = read_identity(self.folder)
+        run_id = identity.id if identity else self._earlier_id()
+        if run_id is None:
+            raise ConfigError(f"{self.folder / 'run.json'} is missing: submit {self.name} again")
+        return run_id
+
+    def settle_tracking_id(self) -> str:
+        """The same, for those who tell W&B: a run that is a copy of another gets its own first.
+
+        A run without an id gets one.
+
+        Raises:
+            ConfigError: `run.json` is damaged.
+        """
+        with self._config_lock():
+            identity = settled_identity(self.folder)
+            return (identity or give_identity(self.folder, self._earlier_id())).id
+
+    def renew_tracking_id(self) -> None:
+        """Be another run in W&B from now on."""
+        with self._config_lock():
+            give_identity(self.folder)
 
     def status(self) -> RunStatus | None:
         """The status on disk, or None before the first attempt."""
@@ -247,16 +277,12 @@ class Run:
                 f"--study {self.study}: {error.strerror}: {error.filename}"
             ) from error
         # Ranks and sweeps create the same run at once.
-        with locked(
-            self.folder / ".config.lock", CONFIG_WAIT_S, f"to write the config of {self.name}"
-        ):
+        with self._config_lock():
             merged, note = self.merge(config, in_use=in_use)
-            signature = merged.training.signature
-            wandb_id = _new_tracking_id(self, signature)
-            if self.exists() and self.config().training.signature == signature:
-                wandb_id = self.tracking_id()  # it stays when the study is moved
-            identity = {"name": self.name, "signature": signature, "wandb_id": wandb_id}
-            write_json(self.config_file, {**identity, **config_to_dict(merged)})
+            if not read_identity(self.folder):
+                give_identity(self.folder, self._earlier_id())
+            about = {"name": self.name, "signature": merged.training.signature}
+            write_json(self.config_file, {**about, **config_to_dict(merged)})
         return note
 
     @contextlib.contextmanager
@@ -317,7 +343,8 @@ class Run:
             notes.append(f"{self.name} keeps its {before} epochs (--epochs {after} is fewer)")
         place = {"wandb_project", "wandb_entity"}
         kept = {key: getattr(found.tracking, key) for key in place}
-        if any(getattr(asked.tracking, key) != value for key, value in kept.items()):
+        asked_for = {key: getattr(asked.tracking, key) for key in place}
+        if any(value not in (None, kept[key]) for key, value in asked_for.items()):
             notes.append(f"{self.name} stays in the W&B project {kept['wandb_project']}")
         merged = replace(
             asked,
@@ -388,6 +415,17 @@ class Run:
                 text += ["  whether it holds the same rows cannot be told"]
             text += [f"give this one a name of its own, as --name {self.name}-2"]
             raise RunMismatchError("\n".join(text))
+
+    def _config_lock(self) -> contextlib.AbstractContextManager[None]:
+        return locked(
+            self.folder / ".config.lock", CONFIG_WAIT_S, f"to write the config of {self.name}"
+        )
+
+    def _earlier_id(self) -> str | None:
+        """The id of a run that was made before there was `run.json`."""
+        if not self.exists():
+            return None
+        return self._read_config_file().get("wandb_id")
 
     def _differences(self, found: RunConfig, asked: RunConfig) -> str:
         old, new = found.training.to_dict(), asked.training.to_dict()
@@ -461,9 +499,3 @@ def check_run_name(name: str) -> None:
             f"--name: found {name!r}, expected at most 100 letters, digits, '.', '_' or '-', "
             "beginning with a letter or digit"
         )
-
-
-def _new_tracking_id(run: Run, signature: str) -> str:
-    # W&B allows 128 characters; the digest tells studies and signatures apart.
-    digest = hashlib.sha256(f"{run.study}\n{run.name}\n{signature}".encode()).hexdigest()[:10]
-    return f"{run.name}-{digest}"

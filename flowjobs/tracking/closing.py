@@ -6,8 +6,9 @@ import logging
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, RunStatus
 from flowjobs.tracking.mode import resolve_mode
+from flowjobs.tracking.refusal import current_refusal
 from flowjobs.tracking.session import Session, new_session, read_session, write_session
-from flowjobs.tracking.wandb_tracker import start_mirror, wait_for_mirror
+from flowjobs.tracking.wandb_tracker import say_untold, start_mirror, wait_for_mirror
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def close_session(run: Run, outcome: Outcome, *, wait: bool = True) -> bool:
         closed = not wait or wait_for_mirror(mirror, CLOSE_TIMEOUT_S)
         newest = read_session(run)
         if not closed and newest and newest.token == session.token:  # else somebody else tells
-            logger.warning("W&B could not be told that %s is %s", run.name, outcome.state)
+            say_untold(run, outcome)
     except OSError as error:
         logger.warning("W&B could not be told that %s is %s: %s", run.name, outcome.state, error)
     return True
@@ -51,9 +52,12 @@ def close_session(run: Run, outcome: Outcome, *, wait: bool = True) -> bool:
 def pending_outcome(run: Run) -> Outcome | None:
     """What W&B is still to be told: `close_session(run, outcome)` tells it.
 
-    The session says it; where its process was killed before it could, `status.json` does.
+    None where W&B refuses the run: `sync`, which a person asks for, tries again. The session says
+    it; where its process was killed before it could, `status.json` does.
     """
     session = read_session(run)
+    if current_refusal(run):
+        return None
     if session and session.outcome and not session.closed:
         return session.outcome
     status = run.status()

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import select
 import shutil
@@ -31,6 +32,7 @@ from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from flowjobs.tracking.identity import note_surroundings
+from flowjobs.tracking.refusal import current_refusal, note_refusal, refusal_of
 from flowjobs.tracking.rewinding import asked_to_rewind, need_not_rewind
 from flowjobs.tracking.session import LOWEST, Session, read_session, upload_lock, write_session
 from flowjobs.tracking.wandb_session import (
@@ -132,6 +134,8 @@ class Mirror:
         self._retry_at = 0.0
         if self._superseded():
             return False  # an attempt has begun, and says itself what comes of it
+        if current_refusal(self._run):
+            return False  # it would say the same again
         try:
             if self._wandb is None:
                 self._open()
@@ -232,9 +236,14 @@ class Mirror:
         """Start anew later, after whatever happened to wandb."""
         never_opened = self._wandb is None
         self._wandb = self._rows = self._held = None
-        # The whole traceback once: a server may refuse for days.
+        # The whole traceback once: a server may be away for days.
         logger.warning("lost W&B: %s", error, exc_info=None if self._complained else error)
-        if not (self._complained or silently):
+        if refusal := refusal_of(str(error), self._run):
+            note_refusal(self._run, self._session, refusal)
+            self._retry_after = math.inf
+            self._complained = True
+            self._tell(connected=False, warning=f"{refusal.text}; training goes on")
+        elif not (self._complained or silently):
             self._complained = True
             self._tell(
                 connected=False,
@@ -242,11 +251,12 @@ class Mirror:
                 "metrics.jsonl has every row, and W&B gets them when it can",
             )
         tear_down_wandb()
-        if never_opened:  # a server may refuse for days, and each try leaves a folder with no row
+        if never_opened:  # a server may be away for days, and each try leaves a folder with no row
             for folder in self._session_folders() - self._folders_before:
                 shutil.rmtree(folder, ignore_errors=True)
         self._retry_at = time.monotonic() + self._retry_after
-        self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
+        if not refusal:
+            self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
 
     def _superseded(self) -> bool:
         """Whether a later attempt owns the run in W&B: this one lost it and still lives."""

@@ -30,10 +30,22 @@ CONTROL, UUID, INFO = 16, 19, 200
 WIRE_VARINT, WIRE_MESSAGE = 0, 2
 
 
-def session_files(run_folder: Path) -> list[Path]:
-    """The offline files of a run, oldest session first."""
+def session_files(run_folder: Path, run_id: str = "*") -> list[Path]:
+    """The offline files of a run, oldest session first; with an id only those of that one."""
     # The folder's name begins with the time of its start.
-    return sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
+    return sorted(run_folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
+
+
+def leave_to_the_original(run_folder: Path, run_id: str) -> None:
+    """Keep a plain `wandb sync` from the files that a copied folder has of another run.
+
+    Args:
+        run_folder: The folder of the copy.
+        run_id: Its own id.
+    """
+    for path in run_folder.glob("wandb/*run-*/run-*.wandb"):
+        if path.name != f"run-{run_id}.wandb":
+            path.with_name(f"{path.name}.synced").touch()
 
 
 def record_of(content: bytes = b"") -> Any:
@@ -58,9 +70,9 @@ def write_records(path: Path, records: Iterable[Any]) -> None:
     _rewrite(path, contents)
 
 
-def last_step_on_record(run_folder: Path) -> int:
+def last_step_on_record(run_folder: Path, run_id: str = "*") -> int:
     """The highest step in the history of a run's offline files; -1 if there is none."""
-    return max((_last_step(path) for path in session_files(run_folder)), default=-1)
+    return max((_last_step(path) for path in session_files(run_folder, run_id)), default=-1)
 
 
 def is_closed(path: Path) -> bool:

@@ -39,9 +39,11 @@ from flowjobs.tracking.clean_session import (
     write_clean_session,
 )
 from flowjobs.tracking.labels import renewed_notes, tags_for
+from flowjobs.tracking.offline_files import leave_to_the_original
+from flowjobs.tracking.refusal import current_refusal, note_refusal, refusal_of
 from flowjobs.tracking.rewinding import rewind_as_asked
 from flowjobs.tracking.server import RunAddress, RunOnServer, Server
-from flowjobs.tracking.session import read_session, upload_lock, write_session
+from flowjobs.tracking.session import new_session, read_session, upload_lock, write_session
 
 POLL_S = 1.0
 # How long the server may have no new row before an upload counts as stuck.
@@ -95,6 +97,9 @@ def sync_run(
     """
     if done := _nothing_to_do(run, server, judge):
         return done
+    refusal = current_refusal(run)
+    if refusal and refusal.for_ever:
+        raise TrackingError(refusal.text)
     with upload_lock(run):
         # Another sync held it, and has done the work.
         if done := _nothing_to_do(run, server, judge):
@@ -112,11 +117,25 @@ def sync_run(
     return Synced(run.name, "unchanged" if sent is None else "uploaded", sent or 0)
 
 
+def upload_as_new(run: Run, judge: Judge = system_lock_decides) -> None:
+    """Have the next sync upload all of a run to a W&B run of its own.
+
+    Raises:
+        TrackingError: It trains now.
+    """
+    if holder := lock_holder(run.folder, judge) or _trains_elsewhere(run):
+        raise TrackingError(f"{run.name} trains now ({holder}): cancel it first")
+    run.renew_tracking_id()
+    if session := read_session(run):
+        write_session(run, replace(session, token=new_session(run, session.mode).token))
+
+
 def _nothing_to_do(run: Run, server: Server, judge: Judge) -> Synced | None:
     if run.config().tracking.wandb_mode == "disabled" or not run.tracking_file.exists():
         return Synced(run.name, "untracked")
     if holder := lock_holder(run.folder, judge) or _trains_elsewhere(run):
         return Synced(run.name, "trains", note=holder)
+    leave_to_the_original(run.folder, run.settle_tracking_id())
     return Synced(run.name, "unchanged") if _is_synced(run, server) else None
 
 
@@ -163,6 +182,9 @@ def _bring_up_to_date(run: Run, server: Server, progress: Progress, stall_s: flo
     progress(0, len(steps))
     said = _upload(folder, arrived, lambda rows: progress(rows, len(steps)), stall_s)
     last_step = steps[-1] if steps else before.last_step
+    if refusal := refusal_of(said, run):
+        note_refusal(run, read_session(run) or new_session(run, "online"), refusal)
+        raise TrackingError(refusal.text)
     _verify(server, address, before.rows + len(steps), last_step, said)
     progress(len(steps), len(steps))
     shutil.rmtree(work)

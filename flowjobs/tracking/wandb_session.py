@@ -28,8 +28,10 @@ from flowjobs.tracking.offline_files import (
     is_closed,
     is_header_only,
     last_step_on_record,
+    leave_to_the_original,
     session_files,
 )
+from flowjobs.tracking.refusal import DELETED
 from flowjobs.tracking.rewinding import need_not_rewind, rewind_as_asked
 from flowjobs.tracking.server import RunAddress, Server
 from flowjobs.tracking.session import LOWEST, PICTURE, Mode
@@ -48,6 +50,10 @@ class NotWrittenError(OSError):
     """The offline file is not complete on disk."""
 
 
+class RunDeletedError(Exception):
+    """W&B does not have the run any more."""
+
+
 class WandbSession:
     """Opens a session of the run: the same W&B run each time, with its identity complete.
 
@@ -63,9 +69,11 @@ class WandbSession:
     def __init__(self, run: Run, mode: Mode, *, trains_here: bool = True) -> None:
         self._folder_run = run
         self._mode = mode
+        run_id = run.settle_tracking_id()
+        leave_to_the_original(run.folder, run_id)
         if mode == "offline":
-            close_dead_files(run)
-            self.on_record = last_step_on_record(run.folder)
+            close_dead_files(run, run_id)
+            self.on_record = last_step_on_record(run.folder, run_id)
         # What a parent process, or a session before, left here would be joined.
         os.environ.pop("WANDB_SERVICE", None)
         config = run.config()
@@ -77,7 +85,7 @@ class WandbSession:
             entity=config.tracking.wandb_entity,
             group=config.training.group,
             name=run.name,
-            id=run.tracking_id(),
+            id=run_id,
             config=config_for_wandb(run),
             dir=run.folder,
             mode=mode,
@@ -101,7 +109,9 @@ class WandbSession:
             self.on_record = self._run.starting_step - 1
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
+        self._is_open = False
         self._label(None)
+        self._is_open = True
 
     def _forget_lost_rows(self) -> None:
         """Before the session begins: it goes on from the last row that there is."""
@@ -179,6 +189,9 @@ class WandbSession:
                 there = Server.of_this_login(url).run(address, patience_s=0)
                 if there.state:
                     return there.tags, there.notes
+                if self._is_open:
+                    # wandb says nothing of that: it sends rows to nobody, and "succeeds".
+                    raise RunDeletedError(f"run {self._run.id} was {DELETED}")
         return self._run.tags or (), self._run.notes or ""
 
 
@@ -208,12 +221,12 @@ def tear_down_wandb() -> None:
         logger.info("wandb.teardown", exc_info=True)
 
 
-def close_dead_files(run: Run) -> None:
+def close_dead_files(run: Run, run_id: str) -> None:
     """Close the offline files that a killed process left open: the run goes on after each.
 
     The caller holds the run. A process that has lost the run and still writes its file writes to
     nowhere from then on.
     """
-    for path in session_files(run.folder):
+    for path in session_files(run.folder, run_id):
         if not is_header_only(path):
             append_preempted(path)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
 from flowjobs.tracking.child import child_environment, module_command
+from flowjobs.tracking.refusal import current_refusal
 from flowjobs.tracking.rewinding import ask_to_rewind
 from flowjobs.tracking.session import Mode, Session, new_session, read_session, write_session
 
@@ -88,11 +89,7 @@ class WandbTracker:
         patient = self._connected and outcome.state in ("finished", "failed")
         closed = wait_for_mirror(self._mirror, LONG_FINISH_S if patient else SHORT_FINISH_S)
         if not closed:
-            logger.warning(
-                "W&B does not know yet that %s is %s: `flowjobs sync` tells it",
-                self._run.name,
-                outcome.state,
-            )
+            say_untold(self._run, outcome)
 
     def _send(self, command: str) -> None:
         if self._mirror is not None and self._mirror.stdin is not None:
@@ -118,6 +115,13 @@ class WandbTracker:
             if not self._said:
                 self._said = True
                 logger.warning("W&B gets nothing of this attempt for now: %s", error)
+
+
+def say_untold(run: Run, outcome: Outcome) -> None:
+    """Warn that W&B does not know how a run ended."""
+    refusal = current_refusal(run)
+    what_to_do = refusal.text if refusal else f"`flowjobs sync {run.name}` tries again"
+    logger.warning("W&B does not know that %s is %s: %s", run.name, outcome.state, what_to_do)
 
 
 def start_mirror(

@@ -136,10 +136,11 @@ def wait_for_rows(run: Run, count: int, timeout_s: float = 30) -> None:
 
 def offline_rows(run: Run) -> list[Row]:
     """The history in all offline files of a run, in order, in the form of `metrics.jsonl`."""
-    return [row for path in session_files(run.folder) for row in _rows_in(path)]
+    return [row for path in session_files(run.folder) for row in rows_in(path)]
 
 
-def _rows_in(path: Path) -> Iterator[Row]:
+def rows_in(path: Path) -> Iterator[Row]:
+    """The history in one offline file."""
     for record in read_records(path):
         if record.WhichOneof("record_type") == "history":
             found = {

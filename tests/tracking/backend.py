@@ -110,6 +110,7 @@ class Backend:
     Attributes:
         delay_s: How long every answer takes.
         fail_with: A status code that every request is answered with, or None.
+        refuse_with: A status code and a text that every start of a session is answered with.
         can_rewind: Whether it knows how to; servers of one's own may not.
         requests: The names of the GraphQL operations, "file_stream" and "PUT name", in order.
     """
@@ -117,10 +118,12 @@ class Backend:
     def __init__(self) -> None:
         self.delay_s = 0.0
         self.fail_with: int | None = None
+        self.refuse_with: tuple[int, str] | None = None
         self.can_rewind = True
         self.requests: list[str] = []
         self._runs: dict[str, _Stored] = {}
         self._resuming: set[str] = set()
+        self._deleted: set[str] = set()
         self._lock = threading.RLock()
         self._open: set[socket.socket] = set()
         self._answer_now = threading.Event()
@@ -175,6 +178,12 @@ class Backend:
             stored = self._runs[run_id]
             stored.tags = stored.tags if tags is None else list(tags)
             stored.notes = stored.notes if notes is None else notes
+
+    def delete(self, run_id: str) -> None:
+        """What a person does in the web page: its id is refused from then on."""
+        with self._lock:
+            del self._runs[run_id]
+            self._deleted.add(run_id)
 
     def go_down(self) -> None:
         """Stop listening and cut every connection: from now on they are refused."""
@@ -235,12 +244,23 @@ class Backend:
         self.requests.append(operation)
         if operation == "FlowjobsRewind" and not self.can_rewind:
             return 400, {"errors": [{"message": "Cannot query field rewindRun on Mutation"}]}
-        return 200, {"data": self._graphql(operation, asked.get("variables") or {})}
+        variables = asked.get("variables") or {}
+        if operation == "UpsertBucket" and (refused := self._refused(variables)):
+            code, said = refused
+            return code, {"errors": [{"message": said}]}
+        return 200, {"data": self._graphql(operation, variables)}
+
+    def _refused(self, asked: Mapping[str, Any]) -> tuple[int, str] | None:
+        run_id = asked["name"] or asked["id"]
+        if run_id in self._deleted:
+            where = f"{asked.get('entity') or ENTITY}/{asked['project']}/{run_id}"
+            return 409, f"run {where} was previously created and deleted; try a new run name"
+        return self.refuse_with
 
     def _graphql(self, operation: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
             match operation:
-                case "Viewer":
+                case "Viewer" | "GetDefaultEntity":
                     viewer = {"id": "U", "entity": ENTITY, "username": ENTITY, "flags": "{}"}
                     return {"viewer": {**viewer, "email": "", "teams": {"edges": []}}}
                 case "ServerFeaturesQuery":

@@ -9,6 +9,8 @@ import pytest
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.closing import close_session, pending_outcome
+from flowjobs.tracking.refusal import current_refusal
+from flowjobs.tracking.session import read_session
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -42,8 +44,11 @@ def mend_server(backend: Backend, fault: str) -> None:
 
 
 def tell_what_is_pending(run: Run) -> None:
-    outcome = pending_outcome(run)
+    session = read_session(run)
+    assert session is not None
+    outcome = session.outcome
     assert outcome is not None
+    assert pending_outcome(run) == (None if current_refusal(run) else outcome)
     assert close_session(run, outcome)
     assert pending_outcome(run) is None
 
@@ -62,7 +67,8 @@ def test_a_server_that_fails_from_the_start_costs_nothing_but_the_wait_at_the_en
     assert code == 0, said
     assert first_row_s < 3, "the start waited"
     assert said.count("W&B does not go on") <= 1
-    assert "`flowjobs sync` tells it" in said
+    assert f"`flowjobs sync {run.name}` tries again" in said or fault == "key"
+    assert said.count("run `wandb login --relogin`") == (2 if fault == "key" else 0)
     assert len(list(read_rows(run.metrics_file))) == 50
     # Of the tries that failed nothing is left; the last one was ended in its middle.
     assert len(list(run.folder.glob("wandb/run-*"))) <= (0 if fault in ("down", "key") else 1)
@@ -86,7 +92,7 @@ def test_a_server_that_fails_in_the_middle_gets_everything_when_it_is_back(
     mend_server(backend, fault)
     code, said = attempts.finish(process)
     assert code == 0, said
-    if pending_outcome(run):
+    if pending_outcome(run) or current_refusal(run):
         tell_what_is_pending(run)
     assert_history_is_exact(run, backend)
     assert on_server(run, backend).state == "finished"

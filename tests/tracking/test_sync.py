@@ -525,12 +525,13 @@ def test_the_shell_of_the_sync_does_not_change_what_is_uploaded(
     assert_equal_histories(run, backend.run(run.tracking_id()))
 
 
-def test_the_entity_is_the_one_of_the_cluster(
-    run: Run, backend: Backend, monkeypatch: pytest.MonkeyPatch
+def test_the_entity_is_the_one_that_the_run_was_submitted_with(
+    study: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_ENTITY", "the-lab")
+    run = Run(study, "tracked")
+    run.create(RunConfig(TrainingConfig(), tracking=TrackingConfig(wandb_entity="the-lab")))
     attempt(run, 30)
-    monkeypatch.delenv("WANDB_ENTITY")
+    monkeypatch.setenv("WANDB_ENTITY", "another-lab")
     there = sync(run, backend)
     assert there.entity == "the-lab"
     assert_equal_histories(run, there)

@@ -1,0 +1,136 @@
+"""A run's id: random, given once, kept where the run is moved, and not shared by copies."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import Run
+
+
+def make(study: Path, name: str = "a") -> Run:
+    run = Run(study, name)
+    run.create(RunConfig())
+    return run
+
+
+def test_a_run_that_was_deleted_and_submitted_again_is_another_one(study: Path) -> None:
+    run = make(study)
+    before = run.tracking_id()
+    make(study)
+    assert run.tracking_id() == run.settle_tracking_id() == before
+    run.last.write_text("weights alone do not make it the same run")
+    shutil.rmtree(run.folder)
+    assert make(study).tracking_id() != before
+
+
+@pytest.mark.parametrize("copied", ["study", "folder"])
+def test_a_copy_gets_an_id_of_its_own_and_the_original_keeps_its(study: Path, copied: str) -> None:
+    run = make(study)
+    before = run.tracking_id()
+    if copied == "study":
+        copies = [Run(study.parent / name, "a") for name in ("second", "third")]
+        for copy in copies:
+            shutil.copytree(study, copy.study, symlinks=True)
+    else:
+        copies = [Run(study, name) for name in ("b", "c")]
+        for copy in copies:
+            shutil.copytree(run.folder, copy.folder)
+    assert {copy.tracking_id() for copy in copies} == {before}  # looking changes nothing
+    ids = {each.settle_tracking_id() for each in (*copies, run)}
+    assert len(ids) == 3
+    assert run.tracking_id() == before
+    assert {each.settle_tracking_id() for each in (*copies, run)} == ids
+    # A copy of a copy is one too.
+    again = Run(copies[0].study, "d")
+    shutil.copytree(copies[0].folder, again.folder)
+    assert again.settle_tracking_id() not in ids
+
+
+def moved(run: Run) -> Run:
+    return Run(run.study.rename(run.study.with_name("moved")), run.name)
+
+
+def moved_to_another_disk(run: Run) -> Run:
+    there = Run(run.study.with_name("moved"), run.name)
+    shutil.copytree(run.study, there.study)
+    shutil.rmtree(run.study)
+    return there
+
+
+def renamed(run: Run) -> Run:
+    run.folder.rename(run.folder.with_name("renamed"))
+    return Run(run.study, "renamed")
+
+
+def linked(run: Run) -> Run:
+    link = run.study.with_name("link")
+    link.symlink_to(run.study)
+    return Run(link, run.name)
+
+
+def restored_in_place(run: Run) -> Run:
+    backup = run.folder.with_name("backup")
+    shutil.copytree(run.folder, backup)
+    shutil.rmtree(run.folder)
+    backup.rename(run.folder)
+    return run
+
+
+def moved_where_another_took_its_place(run: Run) -> Run:
+    there = moved(run)
+    make(run.study)
+    return there
+
+
+@pytest.mark.parametrize(
+    "happened",
+    [
+        moved,
+        moved_to_another_disk,
+        renamed,
+        linked,
+        restored_in_place,
+        moved_where_another_took_its_place,
+    ],
+)
+def test_a_run_that_is_no_copy_keeps_its_id(study: Path, happened: Callable[[Run], Run]) -> None:
+    run = make(study)
+    before = run.tracking_id()
+    there = happened(run)
+    assert there.settle_tracking_id() == before
+    # It is at home there: what is copied from there is a copy.
+    copy = Run(there.study, "copy")
+    shutil.copytree(there.folder, copy.folder)
+    assert copy.settle_tracking_id() != before
+    assert there.settle_tracking_id() == before
+
+
+def test_where_the_original_cannot_be_looked_at_the_id_is_kept(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make(study)
+    copy = Run(study, "b")
+    shutil.copytree(run.folder, copy.folder)
+    (run.folder / "run.json").write_text("{")
+    assert copy.settle_tracking_id() == copy.tracking_id()
+    assert "It keeps its id" in caplog.text
+    with pytest.raises(ConfigError, match=r"run\.json is damaged .* delete it"):
+        run.settle_tracking_id()
+    (run.folder / "run.json").unlink()
+    assert run.settle_tracking_id() != copy.tracking_id()
+
+
+def test_a_run_from_before_there_were_ids_keeps_the_one_that_it_had(study: Path) -> None:
+    run = make(study)
+    (run.folder / "run.json").unlink()
+    config = json.loads(run.config_file.read_text())
+    run.config_file.write_text(json.dumps({**config, "wandb_id": "a-0123456789"}))
+    assert run.tracking_id() == "a-0123456789"
+    run.create(RunConfig(dataclasses.replace(TrainingConfig(), epochs=300)))
+    assert run.tracking_id() == run.settle_tracking_id() == "a-0123456789"

@@ -1,0 +1,181 @@
+"""An attempt reaches its own run in W&B, whatever was copied, deleted, or left by others."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.run import Run
+from tests.conftest import Command
+from tests.tracking import attempts
+from tests.tracking.attempts import make_run
+from tests.tracking.backend import Backend
+from tests.tracking.conftest import MakeRun
+from tests.tracking.history import (
+    assert_history_is_exact,
+    on_server,
+    run_to_the_end,
+    wait_until_open,
+    without_picture,
+)
+
+LEFT_OVER = {
+    "WANDB_SWEEP_ID": "someone/other/k3j2h1",
+    "WANDB_FORK_FROM": "another?_step=3",
+    "WANDB_RESUME_FROM": "another?_step=3",
+    "WANDB_RUN_ID": "another",
+    "WANDB_RESUME": "never",
+    "WANDB_ENTITY": "another-lab",
+    "WANDB_PROJECT": "another-project",
+    "WANDB_RUN_GROUP": "another-group",
+    "WANDB_DIR": "/proc/nowhere",
+    "WANDB_SERVICE": "3-1-unix-/tmp/no-such-socket",
+    "WANDB_MODE": "",
+    "WANDB_DISABLED": "true",
+    "WANDB_START_METHOD": "fork",
+    "WANDB_X_OFFLINE": "true",
+    "_WANDB_STARTUP_DEBUG": "true",
+    "WANDB_OF_THE_NEXT_VERSION": "?",
+}
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_what_another_run_left_in_the_environment_leads_nowhere(
+    tracked_run: MakeRun, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, backend = tracked_run(mode)
+    for name, text in LEFT_OVER.items():
+        monkeypatch.setenv(name, text)
+    run_to_the_end(run, 300)
+    assert_history_is_exact(run, backend)
+    assert len(list(run.folder.glob(f"wandb/*run-*/run-{run.tracking_id()}.wandb"))) == 1
+    if backend is not None:
+        assert backend.runs() == [run.tracking_id()]
+        found = on_server(run, backend)
+        assert (found.entity, found.project) == ("someone", "flow-matching-study")
+        assert found.group == run.config().training.group
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_copied_study_is_a_run_of_its_own_with_all_rows(
+    tracked_run: MakeRun, mode: str, workplace: Path
+) -> None:
+    run, backend = tracked_run(mode)
+    process = attempts.start(run, 5000, pace_s=0.02)
+    attempts.mirror_and_core(process.pid)
+    attempts.wait_for_rows(run, 30)
+    process.terminate()
+    attempts.finish(process)
+    copy = Run(workplace / "copy", run.name)
+    shutil.copytree(run.study, copy.study)
+
+    run_to_the_end(copy, 1000)
+    run_to_the_end(run, 800)
+    assert copy.tracking_id() != run.tracking_id()
+    assert_history_is_exact(run, backend)
+    if backend is not None:
+        assert_history_is_exact(copy, backend)
+        return
+    # A plain `wandb sync` of the copy leaves what belongs to the original to that.
+    folders = [path.parent for path in copy.folder.glob("wandb/offline-run-*/*.wandb")]
+    left = [folder for folder in folders if not list(folder.glob("*.synced"))]
+    assert [folder.name.endswith(copy.tracking_id()) for folder in left] == [True]
+    own = Path(left[0]) / f"run-{copy.tracking_id()}.wandb"
+    assert without_picture(list(attempts.rows_in(own))) == list(read_rows(copy.metrics_file))
+
+
+def test_a_run_that_was_deleted_on_disk_starts_anew_in_wandb(
+    tracked_run: MakeRun, backend: Backend
+) -> None:
+    run, _ = tracked_run("online")
+    run_to_the_end(run, 500)
+    before = on_server(run, backend)
+    shutil.rmtree(run.folder)
+    make_run(run.study, "online")
+    run_to_the_end(run, 200)
+    assert_history_is_exact(run, backend)
+    assert backend.run(before.id) == before
+
+
+def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_ever(
+    tracked_run: MakeRun, backend: Backend, flowjobs: Command
+) -> None:
+    run, _ = tracked_run("online")
+    process = attempts.start(run, 1000, pace_s=0.02)
+    attempts.wait_for_rows(run, 20)
+    wait_until_open(run, backend)
+    deleted = run.tracking_id()
+    backend.delete(deleted)
+    code, said = attempts.finish(process)
+    assert code == 0, said
+    remedy = f"`flowjobs sync {run.name} --as-new`"
+    assert remedy in said
+    assert "tries again" not in said
+    assert remedy in flowjobs("status").stdout
+
+    sessions = backend.requests.count("RunResumeStatus")
+    flowjobs("reconcile")
+    done = flowjobs("sync")
+    assert (done.returncode, remedy in done.stderr) == (1, True)
+    assert backend.requests.count("RunResumeStatus") == sessions
+
+    done = flowjobs("sync", run.name, "--as-new")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert run.tracking_id() != deleted
+    assert_history_is_exact(run, backend)
+    assert on_server(run, backend).state == "finished"
+    assert "W&B" not in flowjobs("status").stdout
+
+
+@pytest.mark.parametrize(
+    ("refusal", "what_to_do"),
+    [
+        ((403, "permission denied"), "see whether you may write to flow-matching-study there"),
+        ((404, "project not found"), "see whether you may write to flow-matching-study there"),
+        ((404, "entity a-lab not found"), "name another place in"),
+        ((401, "user is not logged in"), "run `wandb login --relogin`"),
+    ],
+)
+def test_what_wandb_refuses_is_said_once_with_what_to_do(
+    tracked_run: MakeRun,
+    backend: Backend,
+    flowjobs: Command,
+    refusal: tuple[int, str],
+    what_to_do: str,
+) -> None:
+    run, _ = tracked_run("online")
+    backend.refuse_with = refusal
+    process = attempts.start(run, 500, pace_s=0.05)
+    code, said = attempts.finish(process)
+    assert code == 0, said
+    assert what_to_do in said
+    assert backend.requests.count("UpsertBucket") == 1
+    done = flowjobs("status", run.name)
+    assert what_to_do in done.stdout
+    assert backend.requests.count("UpsertBucket") == 1
+
+    backend.refuse_with = None  # somebody has done it
+    done = flowjobs("sync", run.name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_history_is_exact(run, backend)
+    assert "W&B" not in flowjobs("status", run.name).stdout
+
+
+def test_a_copy_does_not_reach_the_run_of_its_original_by_sync(
+    study: Path, backend: Backend, flowjobs: Command
+) -> None:
+    run = make_run(study, "offline")
+    run_to_the_end(run, 200)
+    copy = Run(study, "copy")
+    shutil.copytree(run.folder, copy.folder)
+    environment = {**os.environ, "WANDB_RUN_ID": "another", "WANDB_SWEEP_ID": "a/b/c"}
+    command = [sys.executable, "-m", "flowjobs", "sync"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert set(backend.runs()) == {run.tracking_id(), copy.tracking_id()}
+    assert len(backend.runs()) == 2
+    for each in (run, copy):
+        assert_history_is_exact(each, backend)
