@@ -66,7 +66,7 @@ class Sync:
         if not self.names or self.watch:
             raise ConfigError("--as-new: name the runs that it is for, and leave --watch out")
         for run in runs:
-            upload_as_new(run, judge_for(JobInfo.in_foreground()))
+            upload_as_new(run, judge_for(run, JobInfo.in_foreground()))
 
 
 def _server() -> "Server":

@@ -66,7 +66,7 @@ def test_a_death_without_a_word_is_failed_with_its_reason(tracked_run: MakeRun, 
     assert_history_is_exact(run, backend)
 
     assert not close_session(run, OUT_OF_MEMORY)
-    run_to_the_end(run, 1000)
+    run_to_the_end(run, 5000)
     state, exit_code, tags, notes = state_of(run, backend)
     assert (state, exit_code, tags) == ("finished", 0, ["flowjobs"])
     assert notes.startswith("flowjobs: finished\n")
@@ -175,7 +175,7 @@ def test_telling_a_death_beside_an_attempt_that_starts_does_not_end_that(
     with ThreadPoolExecutor() as beside:
         telling = beside.submit(close_session, run, OUT_OF_MEMORY)
         time.sleep(0.3)
-        run_to_the_end(run, 1000)
+        run_to_the_end(run, 5000)
         telling.result()
     state, exit_code, tags, _ = state_of(run, backend)
     assert (state, exit_code, tags) == ("finished", 0, ["flowjobs"])

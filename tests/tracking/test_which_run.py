@@ -73,8 +73,8 @@ def test_a_copied_study_is_a_run_of_its_own_with_all_rows(
     copy = Run(workplace / "copy", run.name)
     shutil.copytree(run.study, copy.study)
 
-    run_to_the_end(copy, 1000)
-    run_to_the_end(run, 800)
+    run_to_the_end(copy, 5000)
+    run_to_the_end(run, 6000)
     assert copy.tracking_id() != run.tracking_id()
     assert_history_is_exact(run, backend)
     if backend is not None:
