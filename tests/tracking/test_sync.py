@@ -506,7 +506,7 @@ def test_an_unknown_run_is_an_error_that_lists_those_there_are(
 ) -> None:
     done = flowjobs("sync", "trackd")
     assert done.returncode == 2
-    assert "there are tracked" in done.stderr
+    assert "there is only tracked" in done.stderr
 
 
 def test_the_shell_of_the_sync_does_not_change_what_is_uploaded(
