@@ -67,6 +67,10 @@ class Drill:
     arch_args: KeyValues = field(default_factory=KeyValues)
     """Arguments of the model; default for mlp: width=16 depth=1 dropout=0.1."""
 
+    deterministic: Flag = False
+    """Drill runs as --deterministic trains them: on a GPU exact bits need it, on a CPU nothing
+    does. A default of flowjobs.toml counts here too."""
+
     steps: OptionalInt = None
     """Steps of each run; default: 40000, or 200000 with --time-limit."""
 
@@ -75,11 +79,12 @@ class Drill:
 
     @classmethod
     def with_defaults(cls, defaults: Defaults) -> "Drill":
-        """The command with a file's and sbatch's defaults, without those of training."""
+        """The command with a file's and sbatch's defaults; of training's only what decides bits."""
         options: CommandOptions = defaults.fill(CommandOptions)
         # The debugger has no job that could be interrupted.
         cluster = "auto" if options.cluster == "debug" else options.cluster
-        return cls(cluster=cluster, slurm=defaults.fill(SlurmConfig))
+        deterministic = bool(defaults.values.get("deterministic", False))
+        return cls(cluster=cluster, slurm=defaults.fill(SlurmConfig), deterministic=deterministic)
 
     def run(self, defaults: Defaults) -> int:
         """Drill. Returns the exit code."""
@@ -145,7 +150,7 @@ class Drill:
             epochs=epochs,
             patience=epochs,
             checkpoint_every_s=1.0,
-            deterministic=True,
+            deterministic=self.deterministic,
         )
         training = defaults.resolve_arch(training)
         check_arch(training, defaults.archs)

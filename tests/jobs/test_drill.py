@@ -142,7 +142,9 @@ def test_bad_input_leaves_nothing(slurm: SlurmCluster, flowjobs: Command, study:
     assert "--partition nowhere is not one of gpu, preempt" in done.stderr
 
 
-def test_defaults_of_training_are_none_of_the_drills(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_trainings_defaults_the_drill_takes_only_what_decides_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Path("flowjobs.toml").write_text(
         'partition = "preempt"\ncluster = "debug"\nepochs = 1\narch_args = { width = 4096 }\n'
     )
@@ -150,6 +152,9 @@ def test_defaults_of_training_are_none_of_the_drills(monkeypatch: pytest.MonkeyP
     drill = Drill.with_defaults(load_defaults())
     assert (drill.slurm.partition, drill.slurm.account) == ("preempt", "lab")
     assert (drill.cluster, drill.steps, drill.arch_args) == ("auto", None, {})
+    assert not drill.deterministic  # exact bits are drilled as the runs will compute, not better
+    Path("flowjobs.toml").write_text("deterministic = true\n")
+    assert Drill.with_defaults(load_defaults()).deterministic
 
 
 NODE = NodeAnswer("n1", True, "the controller answers", sees_our_lock=True, we_see_its_lock=True)

@@ -14,8 +14,8 @@ from torch import nn
 from flowjobs.config import KeyValues, TrainingConfig
 from flowjobs.errors import (
     CheckpointWriteError,
-    DataError,
     RunInterrupted,
+    RunMismatchError,
     TrainingDivergedError,
 )
 from flowjobs.runs.metrics import read_rows
@@ -151,7 +151,7 @@ def test_other_data_under_the_same_name_is_refused(study: Path) -> None:
     make_trainer(study, config).train()
     changed = FlowDataset(load_datasets("digits", study)[0].data + 1)
     val = load_datasets("digits", study)[1]
-    with pytest.raises(DataError, match=r"train: 1527 rows .* then, 1527 rows .* now"):
+    with pytest.raises(RunMismatchError, match=r"train: 1527 rows .* then, 1527 rows .* now"):
         FlowTrainer(build_model(config, 64), config, changed, val, CPU).train()
 
 
