@@ -66,6 +66,10 @@ NOT_IN_SIGNATURE = frozenset(
 )
 
 
+# Between the path of a file and the digest of its content, in `init_from`.
+PINNED = "@sha256:"
+
+
 class KeyValues(dict[str, Any]):
     """Arguments by name, given on the command line as key=value."""
 
@@ -115,8 +119,13 @@ class TrainingConfig:
     arch_args: KeyValues = field(default_factory=KeyValues)
     """Arguments of the model: width=512 depth=4."""
 
+    init_from: OptionalStr = None
+    """Start from the weights (EMA) of this checkpoint of another run, with everything else new:
+    optimizer, schedule, counters."""
+
     epochs: int = 200
-    """Passes over the training data; a larger number extends a finished run."""
+    """Passes over the training data. On an existing run: unchanged unless given; a larger number
+    extends it."""
 
     batch_size: int = 64
     """Rows per optimizer step, over all ranks together."""
@@ -128,8 +137,8 @@ class TrainingConfig:
     """Steps of linear warm-up before the cosine decay."""
 
     patience: int = 50
-    """Stop after this many epochs without a better validation loss; a larger number extends a
-    stopped run."""
+    """Stop after this many epochs without a better validation loss. On an existing run: unchanged
+    unless given; a larger number extends a stopped one."""
 
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
@@ -207,7 +216,7 @@ class TrainingConfig:
     @property
     def signature(self) -> str:
         """Hash of everything here that changes the result of a step (16 hex digits)."""
-        relevant = {k: v for k, v in self.to_dict().items() if k not in NOT_IN_SIGNATURE}
+        relevant = _relevant(self.to_dict())
         canonical = json.dumps(relevant, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -372,6 +381,42 @@ def check_arch(config: TrainingConfig, labels: Iterable[str] = ()) -> None:
             f"--arch {config.arch}: no module {package} in {Path.cwd()} or on PYTHONPATH"
             f"{did_you_mean(package, beside)}"
         )
+
+
+def signature_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """A line for each field that decides the result and differs between two training configs.
+
+    A field that one of them lacks, by its age, is unknown there and no difference.
+    """
+    old, new = _relevant(there), _relevant(here)
+    return [
+        f"  {flag(key)}: {there[key]} there, {here[key]} asked for"
+        for key in here
+        if key in old and key in new and old[key] != new[key]
+    ]
+
+
+def _relevant(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a training config that decide the result, weights by their content alone."""
+    found = {key: value for key, value in training.items() if key not in NOT_IN_SIGNATURE}
+    if found.get("init_from"):
+        found["init_from"] = found["init_from"].rpartition(PINNED)[2]
+    else:
+        found.pop("init_from", None)  # as if the field were not there: older runs keep their own
+    return found
+
+
+def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
+    """The learning rate at a step as a part of its peak: a linear warm-up, then a half cosine.
+
+    Source: Loshchilov and Hutter, SGDR (https://arxiv.org/abs/1608.03983), eq. 5, one period.
+    """
+    if step < warmup_steps:
+        # Not from zero: the first step would be lost.
+        return (step + 1) / warmup_steps
+    decay_steps = max(1, total_steps - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / decay_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

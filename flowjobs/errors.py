@@ -7,7 +7,10 @@ FlowjobsError                 something a person can mend: printed without a tra
 ├── CheckpointError           a checkpoint that cannot be used
 │   ├── CheckpointWriteError      it could not be written at last: exit 1, the run failed
 │   ├── CheckpointDamagedError    not the bytes that were written
+│   ├── CheckpointNotFiniteError  good bytes, of a state that is NaN or infinite
+│   ├── CheckpointGoneError       a run that had steps has no checkpoint any more
 │   └── CheckpointMismatchError   good bytes, of another model or a newer version
+│       └── CheckpointUnloadableError  good bytes, of more than tensors and plain values
 ├── RunNotFoundError          no run of that name in the study
 ├── RunBusyError              another attempt trains the run now
 │   └── RunHolderUnknownError     whether one does cannot be known now: exit 75
@@ -55,8 +58,20 @@ class CheckpointDamagedError(CheckpointError):
     """The file does not hold the bytes that were written."""
 
 
+class CheckpointNotFiniteError(CheckpointError):
+    """The state in it is NaN or infinite: training had diverged when it was saved."""
+
+
+class CheckpointGoneError(CheckpointError):
+    """A run that had steps has no checkpoint any more."""
+
+
 class CheckpointMismatchError(CheckpointError):
     """A sound checkpoint, but of another model or of a newer version of flowjobs."""
+
+
+class CheckpointUnloadableError(CheckpointMismatchError):
+    """It holds more than tensors and plain values, which cannot be loaded without running code."""
 
 
 class RunNotFoundError(FlowjobsError):

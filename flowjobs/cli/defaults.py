@@ -199,6 +199,10 @@ def _known_fields() -> dict[str, Any]:
     return fields
 
 
+def _is_path(name: str, value: str) -> bool:
+    return name == "init_from" or (name == "dataset" and is_data_file(value))
+
+
 def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
     """`value` as a field of type `hint` holds it."""
     options = get_args(hint) if get_origin(hint) is Union else (hint,)
@@ -208,7 +212,7 @@ def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
         # Paths are relative to the file, so that they mean the same from every folder below.
         if option is Path and isinstance(value, str):
             return absolute(path.parent / os.path.expanduser(value))
-        if key == "dataset" and isinstance(value, str) and is_data_file(value):
+        if isinstance(value, str) and _is_path(key.replace("-", "_"), value):
             return str(absolute(path.parent / os.path.expanduser(value)))
         if option is float and type(value) is int:
             return float(value)

@@ -16,6 +16,7 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
     check_arch,
+    flag,
     is_data_file,
 )
 from flowjobs.errors import FlowjobsError
@@ -23,6 +24,7 @@ from flowjobs.runs.datasets import check_data
 from flowjobs.runs.model_source import check_model
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run, absolute, check_run_name, run_names
+from flowjobs.training.initial_weights import with_pinned_weights
 
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunNames = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -62,6 +64,13 @@ def prepare_run(
     check_data(training.dataset, study)
     run = Run(study, name or training.run_name)
     check_run_name(run.name)
+    before = run.config().training if run.exists() else None
+    training = with_pinned_weights(training, before)
+    if before is not None and before.signature == training.signature:
+        # Only a flag changes how long a run is: a bare command goes on with it as it is.
+        own = {key: getattr(before, key) for key in ("epochs", "patience")}
+        kept = {key: value for key, value in own.items() if flag(key) not in defaults.flags}
+        training = dataclasses.replace(training, **kept)
     if slurm is not None:
         defaults.check_variables(slurm)
     else:

@@ -73,7 +73,9 @@ class HandOver(CommandOptions):
             check_local(config.slurm)
         # A job that was cancelled may still be leaving: the new one waits for that.
         busy = running_job(run) if run.exists() and not run.cancel_requested() else None
-        _, note = run.merge(config, in_use=busy is not None)
+        merged, note = run.merge(config, in_use=busy is not None)
+        if not busy:
+            run.check_files(merged.training)
         if plan:
             if note:
                 print(note)
@@ -91,7 +93,9 @@ class HandOver(CommandOptions):
         if note := run.create(config):
             print(note)
         if run.finished():
-            print(f"{run.name} is finished: {run.best}, {run.samples_picture}")
+            picture = run.samples_picture
+            print(f"{run.name} is finished: {run.best}", end="")
+            print(f", {picture}" if picture.exists() else f"; {picture} is gone")
             print("to train on, give it more --epochs, or more --patience if it stopped early")
             return 0
 

@@ -35,8 +35,9 @@ class Train:
     """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
 
     resume: OptionalPath = None
-    """Start from this checkpoint; without it, the run goes on from its last.pt if there is one. A
-    run that already comes from it goes on from its last.pt too."""
+    """Go on from this checkpoint, which must be of the same config; by default from the run's
+    last.pt if there is one, as a run that already comes from this file does too. To take over its
+    weights alone: --init-from."""
 
     def prepare(self, defaults: Defaults) -> tuple[Run, RunConfig]:
         """The run that is meant, and its config. Writes nothing."""
@@ -51,23 +52,23 @@ class Train:
         from flowjobs.jobs.training_job import train_run
 
         run, config = self.prepare(defaults)
-        resume = self.resume
-        if resume is not None and not resume.is_file():
-            # A run that came from it goes on without it.
-            if not run.last.exists():
-                raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")
-            resume = None if run.finished() else resume
-        in_use = run.exists() and lock_holder(run.folder) is not None
-        if note := run.create(config, in_use=in_use):
-            print(note)
-        log_to_stderr()
         by_person = started_by_person()
-        if by_person and not waited_while_cancelled(run):
-            run.clear_cancel()
         status = run.status()
         begun = status is not None and any(a.first_step is not None for a in status.attempts)
         # A job that is started again goes on from where it was, once it was anywhere.
-        code = train_run(run, resume if by_person or not begun else None)
+        resume = self.resume if by_person or not begun else None
+        if resume is not None and not resume.is_file():
+            raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")
+        in_use = run.exists() and lock_holder(run.folder) is not None
+        merged, _ = run.merge(config, in_use=in_use)
+        if resume is None and not in_use:
+            run.check_files(merged.training)
+        if note := run.create(config, in_use=in_use):
+            print(note)
+        log_to_stderr()
+        if by_person and not waited_while_cancelled(run):
+            run.clear_cancel()
+        code = train_run(run, resume)
         if code == EXIT_PREEMPTED:
             print("the same command goes on from there", file=sys.stderr)
         return code

@@ -44,7 +44,7 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
 
     Args:
         run: The run; its config is on disk.
-        resume_path: Start from this checkpoint instead.
+        resume_path: Go on from this checkpoint instead.
 
     Returns:
         The exit code of the process: 0 if the run is finished.
@@ -76,7 +76,10 @@ def _train(attempt: "TrainingJob", run: Run, resume_path: Path | None) -> int:
     # Armed before the slow imports: a job may be preempted while torch loads.
     with StopSignals(attempt.seconds_left, attempt.too_late) as signals:
         if resume_path is None and run.finished():
-            logger.info("%s is finished", run.name)
+            run.check_files()
+            picture = run.samples_picture
+            gone = "" if picture.exists() else f"; {picture} is gone"
+            logger.info("%s is finished%s", run.name, gone)
             return 0
         if attempt.was_cancelled():
             logger.info("%s was cancelled: submit it again to go on", run.name)

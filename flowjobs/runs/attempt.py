@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
 from flowjobs.errors import NoProgressError, RunTakenOverError
+from flowjobs.runs.extending import Extension, extension_of
 from flowjobs.runs.lock import Judge, RunLock, system_lock_decides
 from flowjobs.runs.restarts import fruitless_attempts
 from flowjobs.runs.run import Run
@@ -85,6 +86,10 @@ class Attempt:
         self._status.attempts.append(self._record)
         self._status.state, self._status.exit_code = "running", None
         self._status.reason = self._status.traceback = ""
+        # The trainer says it exactly, but after tracking has begun.
+        before = {"epochs": self._status.epochs, "patience": self._status.patience}
+        if extension := extension_of(before, config.training, self._status.step):
+            self._status.extensions.append(extension)
         self._status.epochs = config.training.epochs
         self._status.patience = config.training.patience
         self._check_progress()
@@ -108,8 +113,9 @@ class Attempt:
         """Raise a RunTakenOverError if another attempt has taken the run over."""
         self._lock.check_held()
 
-    def goes_on_from(self, step: int) -> None:
-        """Note the step that this attempt starts at, before it trains."""
+    def goes_on_from(self, step: int, extensions: Sequence[Extension] = ()) -> None:
+        """Note the step that this attempt starts at, before it trains, and how it was extended."""
+        self._status.extensions = [*extensions]
         self._record.first_step = self._record.last_step = step
         self._status.step = step
         self._lock.check_held()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,13 +12,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import NOT_IN_SIGNATURE, RunConfig, config_to_dict, flag, run_config_from_dict
-from flowjobs.errors import ConfigError, DataError, RunMismatchError, RunNotFoundError
+from flowjobs.config import (
+    NOT_IN_SIGNATURE,
+    PINNED,
+    RunConfig,
+    TrainingConfig,
+    config_to_dict,
+    run_config_from_dict,
+    signature_differences,
+)
+from flowjobs.errors import (
+    CheckpointGoneError,
+    ConfigError,
+    DataError,
+    RunMismatchError,
+    RunNotFoundError,
+)
 from flowjobs.nearest import meant
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import content_of_dataset, differences, same_file
+from flowjobs.runs.extending import explain_extension
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import append_line, warn_once, write_json
+from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run_id import give_identity, read_identity, settled_identity
 from flowjobs.runs.status import RunStatus, now, read_status
 
@@ -162,19 +179,59 @@ class Run:
         """The status on disk, or None before the first attempt."""
         return read_status(self.status_file)
 
+    def steps_trained(self) -> int:
+        """The most steps that the run's record knows of, whether or not they were saved."""
+        status = self.status()
+        attempts = [] if status is None else status.attempts
+        steps = [attempt.last_step or 0 for attempt in attempts]
+        return max(int(latest_values(self.metrics_file).get("step", 0)), *steps, 0)
+
+    def saved_files(self) -> list[Path]:
+        """The checkpoints that there are and that a start may go on from, the newest first."""
+        names = ("last.pt", "last.previous.pt", "best.pt", "best.previous.pt")
+        return [path for name in names if os.path.lexists(path := self.checkpoints / name)]
+
     def started(self) -> bool:
         """Whether there is work of the run that another config would make worthless."""
-        status = self.status()
-        steps = [] if status is None else [attempt.last_step for attempt in status.attempts]
-        return any(steps) or self.last.exists() or self.best.exists()
+        return self.steps_trained() > 0 or bool(self.saved_files())
 
-    def finished(self) -> bool:
-        """Whether the run has done all that its config asks for."""
+    def finished(self, asked: TrainingConfig | None = None) -> bool:
+        """Whether the run has done all that `asked`, by default its config, asks for."""
         status = self.status()
         if status is None or status.state != "finished":
             return False
-        asked = self.config().training
+        asked = asked or self.config().training
+        if status.epoch >= asked.epochs:
+            return True
         return (status.epochs or 0) >= asked.epochs and (status.patience or 0) >= asked.patience
+
+    def check_files(self, asked: TrainingConfig | None = None) -> None:
+        """Raise if a checkpoint that the run needs is gone.
+
+        Args:
+            asked: How long the run is to be; default: as its config says.
+
+        Raises:
+            CheckpointGoneError: It is finished without a best.pt, or it had steps and nothing of
+                them is left to go on from.
+        """
+        left = [file.name for file in self.saved_files()]
+        there = f"of its checkpoints only {', '.join(left)} is" if left else "no checkpoint is"
+        removal = shlex.join(["rm", "-r", str(self.folder), str(self.checkpoints)])
+        if self.finished(asked):
+            if not self.best.exists():
+                raise CheckpointGoneError(
+                    f"{self.name} is finished, but {self.best} is gone; {there} there. Restore it "
+                    f"(of a backup), or remove the run to train it again: {removal}"
+                )
+        elif not left and (steps := self.steps_trained()) > 0:
+            raise CheckpointGoneError(
+                f"{self.name} has trained {steps} steps, and of its checkpoints in "
+                f"{self.checkpoints} none is left: neither last.pt nor best.pt, nor the ones "
+                "before them. It does not start again from nothing by itself: restore last.pt or "
+                "best.pt there (of a backup, or one that was set aside), or remove the run to "
+                f"begin anew: {removal}"
+            )
 
     def submissions(self) -> list[dict[str, Any]]:
         """Every job that was submitted for the run, oldest first: job_id, cluster, submitted."""
@@ -333,28 +390,25 @@ class Run:
             notes.append(f"the data of {self.name} are at {asked.training.dataset} now")
         elif not self.finished():
             self.check_data(content_of_dataset(asked.training.dataset, self.study))
-        before, after = found.training.epochs, asked.training.epochs
-        if after > before:
-            notes.append(
-                f"extends {self.name} from {before} to {after} epochs; "
-                "the learning rate follows the longer schedule from here on"
-            )
-        if after < before:
-            notes.append(f"{self.name} keeps its {before} epochs (--epochs {after} is fewer)")
+        length = replace(
+            asked.training,
+            epochs=max(found.training.epochs, asked.training.epochs),
+            patience=max(found.training.patience, asked.training.patience),
+        )
+        if not in_use and not self.started():
+            length = asked.training
+        elif note := explain_extension(self.name, found.training, length, self.status()):
+            notes.append(note)
+        for key, own in (("epochs", length.epochs), ("patience", length.patience)):
+            fewer = getattr(asked.training, key)
+            if fewer < own:
+                notes.append(f"{self.name} keeps its {key} of {own} (--{key} {fewer} is fewer)")
         place = {"wandb_project", "wandb_entity"}
         kept = {key: getattr(found.tracking, key) for key in place}
         asked_for = {key: getattr(asked.tracking, key) for key in place}
         if any(value not in (None, kept[key]) for key, value in asked_for.items()):
             notes.append(f"{self.name} stays in the W&B project {kept['wandb_project']}")
-        merged = replace(
-            asked,
-            training=replace(
-                asked.training,
-                epochs=max(before, after),
-                patience=max(found.training.patience, asked.training.patience),
-            ),
-            tracking=replace(asked.tracking, **kept),
-        )
+        merged = replace(asked, training=length, tracking=replace(asked.tracking, **kept))
         return merged, "\n".join(notes)
 
     def check_data(self, now: Mapping[str, DataContent | None]) -> None:
@@ -430,8 +484,13 @@ class Run:
     def _differences(self, found: RunConfig, asked: RunConfig) -> str:
         old, new = found.training.to_dict(), asked.training.to_dict()
         changed = [key for key in new if new[key] != old[key] and key not in NOT_IN_SIGNATURE]
-        lines = [f"  {flag(key)}: {old[key]} there, {new[key]} asked for" for key in changed]
-        plain = [f"{key}{new[key]}" for key in changed if not isinstance(new[key], dict)]
+        lines = signature_differences(old, new)
+        plain = [
+            # Of a path its last part: a name cannot hold all of it.
+            f"{key}{str(new[key]).rpartition('/')[2].partition(PINNED)[0]}"
+            for key in changed
+            if not isinstance(new[key], dict)
+        ]
         plain += [
             f"{key}{value}"
             for key, value in new["arch_args"].items()

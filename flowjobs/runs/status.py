@@ -138,7 +138,11 @@ class AttemptRecord:
 
 @dataclass
 class RunStatus:
-    """What a run is doing now, for everything that looks at it from outside."""
+    """What a run is doing now, for everything that looks at it from outside.
+
+    Attributes:
+        extensions: When it was given more epochs or patience: {"step": 69, "epochs": [3, 6]}.
+    """
 
     state: State = "submitted"
     reason: str = ""
@@ -150,6 +154,7 @@ class RunStatus:
     best_val_loss: float | None = None
     exit_code: int | None = None
     traceback: str = ""
+    extensions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     updated: str = ""
     attempts: list[AttemptRecord] = dataclasses.field(default_factory=list)
 

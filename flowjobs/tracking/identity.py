@@ -61,6 +61,7 @@ def config_for_wandb(run: Run) -> dict[str, Any]:
         **_surroundings(run),
         "signature": config.signature,
         "run_folder": str(run.folder),
+        "extensions": status.extensions if status else [],
         "attempts": [
             {
                 "attempt": attempt.number,

@@ -1,6 +1,6 @@
 """What a run says of itself while it trains: to `metrics.jsonl`, to its tracker, to its status."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +26,14 @@ class Recorder:
         self._tracker = tracker
         self._metrics: MetricsFile | None = None
 
-    def go_on_after(self, step: int) -> None:
-        """Say from which step the rows come; rows on disk past it are dropped."""
-        self.attempt.goes_on_from(step)
+    def go_on_after(self, step: int, extensions: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Say from which step the rows come; rows on disk past it are dropped.
+
+        Args:
+            step: The step that the attempt starts at.
+            extensions: When the run was given more epochs or patience.
+        """
+        self.attempt.goes_on_from(step, [dict(extension) for extension in extensions])
         self._metrics = MetricsFile(self._run.metrics_file, after_step=step)
         self._tracker.follow()
 

@@ -4,16 +4,18 @@ A file is what `torch.save` writes, and `torch.load` reads it anywhere.
 """
 
 import errno
+import io
 import logging
 import os
 import pickle
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from flowjobs.errors import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointMismatchError,
+    CheckpointNotFiniteError,
+    CheckpointUnloadableError,
     CheckpointWriteError,
 )
 from flowjobs.runs.files import replaced_whole
@@ -36,6 +40,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 
 Payload = dict[str, Any]
+
+# What `torch.load(weights_only=True)` takes for certain; of any other type a value is tried.
+_PLAIN = frozenset({bool, int, float, str, type(None), Tensor, nn.Parameter})
 
 
 def get_checkpoint_path(run_name: str) -> str:
@@ -57,6 +64,7 @@ def save_checkpoint(
     step: int | None = None,
     epochs_without_improvement: int = 0,
     resumed_from: str = "",
+    extensions: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write a checkpoint, making its folder where needed.
 
@@ -73,6 +81,7 @@ def save_checkpoint(
         step: Optimizer steps done; the scheduler's count by default.
         epochs_without_improvement: Epochs since the best validation loss.
         resumed_from: Digest of the checkpoint that the run was started from, if one was given.
+        extensions: What the run was given more epochs or patience, and at which step.
 
     Raises:
         CheckpointWriteError: The file cannot be written, or does not hold what was written; the
@@ -89,6 +98,7 @@ def save_checkpoint(
         epochs_without_improvement=epochs_without_improvement,
         resumed_from=resumed_from,
         computed_with={},
+        extensions=extensions,
         config=config,
         stats=stats,
     )
@@ -129,6 +139,7 @@ def checkpoint_payload(
     epochs_without_improvement: int,
     resumed_from: str,
     computed_with: dict[str, Any],
+    extensions: Sequence[Mapping[str, Any]],
     config: dict[str, Any],
     stats: dict[str, Tensor],
 ) -> Payload:
@@ -146,6 +157,7 @@ def checkpoint_payload(
         "epochs_without_improvement": epochs_without_improvement,
         "resumed_from": resumed_from,
         "computed_with": computed_with,
+        "extensions": [dict(extension) for extension in extensions],
         "config": config,
         "normalization_stats": stats,
     }
@@ -173,7 +185,10 @@ def restore_payload(
 
 
 def write_checkpoint(
-    path: Path, payload: Payload, before_replace: Callable[[], None] = lambda: None
+    path: Path,
+    payload: Payload,
+    before_replace: Callable[[], None] = lambda: None,
+    prove: Callable[[Payload, Path], None] | None = None,
 ) -> int:
     """Write `payload` to `path` whole or not at all, and verify what reached the disk.
 
@@ -184,22 +199,31 @@ def write_checkpoint(
         payload: What it shall hold.
         before_replace: Called when the new file is good and before any name changes; what it
             raises leaves everything as it is.
+        prove: Called before that with what a restart would load from the file; what it raises
+            leaves everything as it is.
 
     Returns:
         The size in bytes.
 
     Raises:
         CheckpointWriteError: The file cannot be written, or does not hold what was written.
+        CheckpointUnloadableError: Some of the payload could not be loaded again.
     """
+    _check_loadable(payload)
     try:
-        return _write(path, payload, before_replace)
+        return _write(path, payload, before_replace, prove)
     except OSError as error:
         raise CheckpointWriteError(_why_not_written(path, payload, error)) from error
     except CheckpointDamagedError as error:
         raise CheckpointWriteError(f"{error}, so that the file before it is kept") from error
 
 
-def _write(path: Path, payload: Payload, before_replace: Callable[[], None]) -> int:
+def _write(
+    path: Path,
+    payload: Payload,
+    before_replace: Callable[[], None],
+    prove: Callable[[Payload, Path], None] | None,
+) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(path) as file:
         sealed = SealedWriter(file)
@@ -214,13 +238,15 @@ def _write(path: Path, payload: Payload, before_replace: Callable[[], None]) -> 
         file.seek(0)
         # Before the rename: the good file there is only given up for one that reads back.
         verify_seal(file, path)
+        if prove is not None:
+            prove(_load(file, path, "cpu"), path)
         before_replace()
         _keep_previous(path)
     return size
 
 
 def _why_not_written(path: Path, payload: Payload, error: OSError) -> str:
-    needed = sum(tensor.nbytes for tensor in _tensors(payload))
+    needed = sum(leaf.nbytes for _, leaf in _leaves(payload) if isinstance(leaf, Tensor))
     text = f"{path} could not be written: {error.strerror}; it needs {_size(needed)}"
     with suppress(OSError):
         text += f", {_size(shutil.disk_usage(path.parent).free)} are free there"
@@ -233,16 +259,39 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:.2f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    match value:
-        case Tensor():
-            yield value
-        case dict():
-            for item in value.values():
-                yield from _tensors(item)
-        case list() | tuple():
-            for item in value:
-                yield from _tensors(item)
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested dicts, lists and tuples, by a name that says where it is."""
+    # By the very type: to pickle, a named tuple is a class of the user's like any other.
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    elif type(value) in (list, tuple):
+        for number, item in enumerate(value):
+            yield from _leaves(item, f"{name}.{number}")
+    else:
+        yield name, value
+
+
+def _check_loadable(payload: Payload) -> None:
+    """Raise unless everything in a payload can be loaded again without running code.
+
+    A module may put anything into its state (`get_extra_state`), and at any time.
+    """
+    for name, leaf in _leaves(payload):
+        if type(leaf) in _PLAIN:
+            continue
+        try:
+            content = io.BytesIO()
+            torch.save(leaf, content)
+            content.seek(0)
+            torch.load(content, weights_only=True)
+        except Exception as error:
+            kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+            raise CheckpointUnloadableError(
+                f"a run of this model could not be resumed: its state holds a {kind} ({name}), "
+                "and a checkpoint is loaded without running code from it: let get_extra_state "
+                "return tensors, numbers, strings, lists and dicts"
+            ) from error
 
 
 def sweep_unfinished(path: Path) -> None:
@@ -293,6 +342,8 @@ def read_newest_good(
             payload = found
         except CheckpointDamagedError as error:
             logger.warning("%s; set aside as %s", error, _set_aside(candidate, "damaged").name)
+        except CheckpointNotFiniteError as error:
+            logger.warning("%s; set aside as %s", error, _set_aside(candidate, "nonfinite").name)
         except CheckpointMismatchError as error:
             refused.append((candidate, error))
     if payload is None and refused:
@@ -332,7 +383,8 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
     Raises:
         CheckpointDamagedError: Not the bytes that were written, or no file but a folder or a loop
             of links.
-        CheckpointMismatchError: Written by a newer version of flowjobs.
+        CheckpointMismatchError: Written by a newer version of flowjobs, or with more in it than
+            tensors and plain values.
         CheckpointError: There is no file, or it cannot be read.
     """
     try:
@@ -341,13 +393,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
             raise CheckpointDamagedError(f"{path} is not a file, as a checkpoint is")
         with path.open("rb") as file:
             verify_seal(file, path)
-            file.seek(0)
-            payload: Payload = torch.load(file, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointDamagedError(
-            f"{path} holds more than tensors and plain values; it is not loaded, since that would "
-            "run code from the file"
-        ) from error
+            payload = _load(file, path, device)
     except OSError as error:
         kind = CheckpointDamagedError if error.errno == errno.ELOOP else CheckpointError
         raise kind(f"{path} cannot be read: {error.strerror}") from error
@@ -358,4 +404,17 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
         raise CheckpointMismatchError(
             f"{path} has format {found}, this flowjobs reads up to {FORMAT}: update flowjobs"
         )
+    return payload
+
+
+def _load(file: BinaryIO, path: Path, device: torch.device | str) -> Payload:
+    file.seek(0)
+    try:
+        payload: Payload = torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Its digest is right: these are the bytes that were written.
+        raise CheckpointUnloadableError(
+            f"{path} holds more than tensors and plain values; it is not loaded, since that would "
+            "run code from the file"
+        ) from error
     return payload

@@ -4,8 +4,10 @@ The rule: best.pt on disk is never behind the best loss that last.pt on disk rem
 writes the pending best first, and a run killed in between repeats steps, never loses a best.
 """
 
+import copy
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +41,8 @@ class CheckpointSaver:
         every_s: Seconds after which a save comes in the middle of an epoch too.
         before_replace: Called in the writing thread before a file takes its name; a
             RunTakenOverError from it ends all writing.
+        check: Called in the writing thread with a state before it is written; what it raises
+            keeps the state from the disk, and reaches the training when it next looks.
 
     Attributes:
         taken_over: What `before_replace` raised in the background, if it did.
@@ -51,12 +55,14 @@ class CheckpointSaver:
         flush_rows: Callable[[], None] = lambda: None,
         every_s: float | None = None,
         before_replace: Callable[[], None] = lambda: None,
+        check: Callable[[Payload], None] = lambda payload: None,
     ) -> None:
         self._best = best
         self._last = last
         self._flush_rows = flush_rows
         self._longest_interval_s = LONGEST_INTERVAL_S if every_s is None else every_s
         self._before_replace = before_replace
+        self._check = check
         self.taken_over: RunTakenOverError | None = None
         self._pending_best: Payload | None = None
         self._best_in_write: Payload | None = None
@@ -101,8 +107,14 @@ class CheckpointSaver:
         self._saved_at = time.monotonic()
         self._write = self._thread.submit(self._write_both, self._best_in_write, state)
 
-    def save_and_wait(self, payload: Payload) -> None:
+    def save_and_wait(
+        self, payload: Payload, prove: Callable[[Payload, Path], None] | None = None
+    ) -> None:
         """Write the state and return when it is on disk.
+
+        Args:
+            payload: The state.
+            prove: See `write_checkpoint`.
 
         Raises:
             CheckpointWriteError: It could not be written; the text names the path and the reason.
@@ -111,7 +123,7 @@ class CheckpointSaver:
         self._collect()
         if self.taken_over:
             raise self.taken_over
-        self._write_both(self._pending_best, payload)
+        self._write_both(self._pending_best, payload, prove)
         self._pending_best = None
 
     def close(self) -> None:
@@ -119,8 +131,16 @@ class CheckpointSaver:
         self._collect()
         self._thread.shutdown()
 
-    def _write_both(self, best: Payload | None, state: Payload) -> float:
+    def _write_both(
+        self,
+        best: Payload | None,
+        state: Payload,
+        prove: Callable[[Payload, Path], None] | None = None,
+    ) -> float:
         started = time.thread_time()
+        for payload in (best, state):
+            if payload is not None:
+                self._check(payload)
         try:
             self._flush_rows()
         except OSError as error:
@@ -130,7 +150,7 @@ class CheckpointSaver:
             ) from error
         if best is not None:
             write_checkpoint(self._best, best, self._before_replace)
-        size = write_checkpoint(self._last, state, self._before_replace)
+        size = write_checkpoint(self._last, state, self._before_replace, prove)
         logger.debug("saved step %d to %s (%d bytes)", state["step"], self._last, size)
         return time.thread_time() - started
 
@@ -179,12 +199,12 @@ def snapshot(payload: Payload, reuse: Payload | None = None) -> Payload:
                 targets.append(target)
                 sources.append(value.detach())
                 return target
-            case dict():
+            case dict() if type(value) in (dict, OrderedDict):
                 before = old if isinstance(old, dict) else {}
                 return {key: visit(item, before.get(key)) for key, item in value.items()}
-            case list() | tuple():
+            case list() | tuple() if type(value) in (list, tuple):
                 return type(value)(visit(item, None) for item in value)
-        return value
+        return copy.deepcopy(value)  # a module's extra state, which its next step may change
 
     copied: Payload = visit(payload, reuse)
     torch._foreach_copy_(targets, sources)

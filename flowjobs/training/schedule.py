@@ -1,9 +1,9 @@
 """The learning rate: a linear warm-up, then a cosine to zero."""
 
-import math
-
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from flowjobs.config import learning_rate_factor
 
 
 def get_cosine_schedule_with_warmup(
@@ -15,16 +15,9 @@ def get_cosine_schedule_with_warmup(
         optimizer: Its learning rates are the peak.
         num_warmup_steps: Steps until the peak.
         num_training_steps: The step at which the rate reaches zero; it stays there.
-
-    Source: Loshchilov and Hutter, SGDR (https://arxiv.org/abs/1608.03983), eq. 5, one period.
     """
 
     def factor(step: int) -> float:
-        if step < num_warmup_steps:
-            # Not from zero: the first step would be lost.
-            return (step + 1) / num_warmup_steps
-        decay_steps = max(1, num_training_steps - num_warmup_steps)
-        progress = min(1.0, (step - num_warmup_steps) / decay_steps)
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return learning_rate_factor(step, num_warmup_steps, num_training_steps)
 
     return LambdaLR(optimizer, factor)

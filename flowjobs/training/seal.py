@@ -73,24 +73,34 @@ def verify_seal(file: BinaryIO, path: Path) -> None:
     size = file.seek(0, os.SEEK_END)
     body = size - _SEAL_SIZE - 2
     file.seek(max(0, body))
-    tail = file.read()
-    if body <= 0 or not tail.startswith(_COMMENT_LENGTH + _SEAL):
-        raise CheckpointDamagedError(
-            f"{path} ({size} bytes) has no digest at its end: it is cut short, or not a "
-            "checkpoint of flowjobs"
-        )
+    expected = _digest_in(file.read(), path, size)
     file.seek(0)
     digest = hashlib.sha256()
     while body > 0:
         block = file.read(min(body, 1 << 20))
         digest.update(block)
         body -= len(block)
-    if digest.hexdigest().encode() != tail[-64:]:
+    if digest.hexdigest() != expected:
         raise CheckpointDamagedError(f"{path} does not hold the bytes that were written")
 
 
 def digest_of(path: Path) -> str:
-    """The digest that a checkpoint is sealed with; does not verify it."""
+    """The digest that a checkpoint is sealed with; does not verify it.
+
+    Raises:
+        CheckpointDamagedError: It has none.
+        OSError: It cannot be read.
+    """
     with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
-        return file.read().decode(errors="replace")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _SEAL_SIZE - 2))
+        return _digest_in(file.read(), path, size)
+
+
+def _digest_in(tail: bytes, path: Path, size: int) -> str:
+    if size <= len(tail) or not tail.startswith(_COMMENT_LENGTH + _SEAL):
+        raise CheckpointDamagedError(
+            f"{path} ({size} bytes) has no digest at its end: it is cut short, or not a "
+            "checkpoint of flowjobs"
+        )
+    return tail[-64:].decode(errors="replace")

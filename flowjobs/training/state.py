@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowjobs.config import TrainingConfig
-from flowjobs.errors import CheckpointMismatchError
+from flowjobs.config import TrainingConfig, signature_differences
+from flowjobs.errors import (
+    CheckpointMismatchError,
+    CheckpointNotFiniteError,
+    CheckpointUnloadableError,
+    TrainingDivergedError,
+)
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import differences
+from flowjobs.runs.extending import Extension, extension_of
 from flowjobs.training.checkpoint import Payload, checkpoint_payload, restore_payload
 from flowjobs.training.ema import EMAModel
 from flowjobs.training.optimizer import LightAdamW
@@ -56,10 +62,13 @@ class TrainState:
         self.epochs_without_improvement = 0
         self.resumed_from = ""
         self.computed_with: dict[str, Any] = {}
+        self.extensions: list[Extension] = []
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._stats = stats
         self._data = data
+        self._trainable = [name for name, part in model.named_parameters() if part.requires_grad]
+        self._shapes_as_built = _shapes(model.state_dict())
 
     @property
     def epochs_finished(self) -> int:
@@ -101,6 +110,7 @@ class TrainState:
             epochs_without_improvement=self.epochs_without_improvement,
             resumed_from=self.resumed_from,
             computed_with=self.computed_with,
+            extensions=self.extensions,
             config=self._config.to_dict(),
             stats=self._stats,
         )
@@ -111,8 +121,16 @@ class TrainState:
         """Raise unless the run can go on from a payload; `path` is for the error's text.
 
         Raises:
-            CheckpointMismatchError: Another model, or other data under the same name.
+            CheckpointNotFiniteError: Training had diverged when it was saved.
+            CheckpointMismatchError: Another config, other data under the same name, or another
+                model.
         """
+        if name := self._not_finite(payload):
+            raise CheckpointNotFiniteError(f"{path} holds values of {name} that are not finite")
+        if changed := signature_differences(payload["config"], self._config.to_dict()):
+            raise CheckpointMismatchError(
+                "\n".join([f"{path} was trained with another config:", *changed])
+            )
         data = {part: DataContent(**found) for part, found in payload.get("data", {}).items()}
         if changed := differences(data, self._data):
             raise CheckpointMismatchError(
@@ -132,21 +150,67 @@ class TrainState:
                     f"{self._config.dataset} has changed since; restore it, or give the run "
                     "another --name"
                 )
-        weights, own = payload["model_state_dict"], self.model.state_dict()
-        for key in sorted(weights.keys() | own.keys()):
-            shapes = [_shape(part[key]) if key in part else "absent" for part in (weights, own)]
-            if shapes[0] != shapes[1]:
-                raise CheckpointMismatchError(
-                    f"{path} is of another model than the config asks for ({key}: {shapes[0]} "
-                    f"there, {shapes[1]} here): give the run another --name, or restore the "
-                    "arguments it was started with"
-                )
+        self._check_shapes(payload["model_state_dict"], path)
+
+    def _check_shapes(self, weights: Mapping[str, Any], path: Path) -> None:
+        if difference := _difference(_shapes(weights), self._shapes_as_built):
+            raise CheckpointMismatchError(
+                f"{path} is of another model than the config asks for ({difference}): give the "
+                "run another --name, or restore the arguments it was started with"
+            )
+
+    def check_before_save(self, payload: Payload) -> None:
+        """Raise if a run could not go on from a payload of this state.
+
+        Raises:
+            TrainingDivergedError: It is not finite.
+            CheckpointUnloadableError: The model's state has other tensors than when it was built.
+        """
+        if name := self._not_finite(payload):
+            raise TrainingDivergedError(
+                f"{name} is not finite at step {payload['step']}, and the checkpoint before is "
+                f"kept: lower --lr ({self._config.lr}) or --grad-clip ({self._config.grad_clip})"
+            )
+        shapes = _shapes(payload["model_state_dict"])
+        if difference := _difference(shapes, self._shapes_as_built):
+            raise CheckpointUnloadableError(
+                f"a run of this model could not be resumed: its state at step {payload['step']} "
+                f"is not that of the model as it was built ({difference}): let the constructor "
+                "register all parameters and buffers, in their final shapes"
+            )
+
+    def prove(self, payload: Payload, path: Path) -> None:
+        """Raise unless a restart could go on from a payload that was just read back from disk.
+
+        Raises:
+            CheckpointUnloadableError: The model does not take its own state.
+        """
+        # The average is a copy of the model as it was built: what a restart loads into.
+        built = self.ema.model
+        try:
+            built.load_state_dict(payload["model_state_dict"])
+            self.ema.load_shadow(payload["ema_shadow"], payload["ema_updates"])
+        except Exception as error:
+            raise CheckpointUnloadableError(
+                "a run of this model could not be resumed: it does not take back the state that "
+                f"it gave: {type(error).__name__}: {error}"
+            ) from error
+
+    def start_from_weights(self, payload: Payload, path: Path) -> None:
+        """Take over the averaged weights of another run, and nothing else.
+
+        Raises:
+            CheckpointMismatchError: Of another model.
+        """
+        self._check_shapes(payload["ema_shadow"], path)
+        self.model.load_state_dict(payload["ema_shadow"])
+        self.ema.load_shadow(payload["ema_shadow"], updates=0)
 
     def restore(self, payload: Payload, path: Path) -> None:
         """Take over a checkpoint's state; `path` is for the error's text.
 
         Raises:
-            CheckpointMismatchError: Another model, or other data under the same name.
+            CheckpointNotFiniteError, CheckpointMismatchError: See `check`.
         """
         self.check(payload, path)
         restore_payload(payload, path, self.model, self.ema, self.optimizer, self.scheduler)
@@ -159,8 +223,60 @@ class TrainState:
         self.epochs_without_improvement = payload["epochs_without_improvement"]
         self.resumed_from = payload["resumed_from"]
         self.computed_with = payload.get("computed_with", {})
+        self.extensions = [*payload.get("extensions", [])]
+        if extension := extension_of(payload["config"], self._config, self.step):
+            self.extensions.append(extension)
+
+    def _not_finite(self, payload: Payload) -> str | None:
+        """The name of a part of a payload that is NaN or infinite, if there is one.
+
+        Only what is trained and its average and moments: a buffer may be infinite by design.
+        """
+        moments = payload["optimizer_state_dict"]["state"]
+        parts: dict[str, Any] = {
+            **{name: payload["model_state_dict"].get(name) for name in self._trainable},
+            **{f"{name} (EMA)": payload["ema_shadow"].get(name) for name in self._trainable},
+            **{
+                f"{key} of AdamW ({number})": tensor
+                for number, of in moments.items()
+                for key, tensor in of.items()
+            },
+        }
+        return first_not_finite(parts)
 
 
-def _shape(value: object) -> str:
-    # A module's extra state may be anything.
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+def first_not_finite(parts: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinite value, if one does."""
+    tensors = {
+        name: tensor
+        for name, tensor in parts.items()
+        if isinstance(tensor, Tensor)
+        and tensor.numel()
+        and (tensor.is_floating_point() or tensor.is_complex())
+    }
+    if not tensors:
+        return None
+    # A tenth of the time of isfinite; a norm may also be infinite because it overflows.
+    norms = torch._foreach_norm([tensor.detach() for tensor in tensors.values()])
+    finite = torch.stack([norm.real.to("cpu", torch.float64) for norm in norms]).isfinite()
+    for (name, tensor), is_finite in zip(tensors.items(), finite.tolist(), strict=True):
+        if not is_finite and not bool(tensor.isfinite().all()):
+            return name
+    return None
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, str]:
+    # What get_extra_state gives may be anything, and of another shape each time.
+    return {
+        key: str(tuple(value.shape)) if isinstance(value, Tensor) else "present"
+        for key, value in weights.items()
+        if not key.endswith(nn.modules.module._EXTRA_STATE_KEY_SUFFIX)
+    }
+
+
+def _difference(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    for key in sorted(there.keys() | here.keys()):
+        shapes = [part.get(key, "absent") for part in (there, here)]
+        if shapes[0] != shapes[1]:
+            return f"{key}: {shapes[0]} there, {shapes[1]} here"
+    return ""

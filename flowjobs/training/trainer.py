@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import (
     CheckpointDamagedError,
+    CheckpointError,
     CheckpointMismatchError,
+    CheckpointNotFiniteError,
     RunInterrupted,
     RunMismatchError,
     RunTakenOverError,
@@ -29,6 +31,7 @@ from flowjobs.tracking.recorder import Recorder, recording
 from flowjobs.training.batches import make_batches
 from flowjobs.training.checkpoint import (
     Payload,
+    previous_of,
     read_checkpoint,
     read_newest_good,
     sweep_unfinished,
@@ -38,6 +41,7 @@ from flowjobs.training.data import FlowDataset, content_by_part, normalization_s
 from flowjobs.training.determinism import deterministic_algorithms
 from flowjobs.training.distributed import Ranks, single_process
 from flowjobs.training.flows import sample_path
+from flowjobs.training.initial_weights import initial_weights_file, with_pinned_weights
 from flowjobs.training.leaving import Leave, Leaving
 from flowjobs.training.models.mlp import MLP
 from flowjobs.training.randomness import seed_python_and_numpy, seed_step
@@ -79,7 +83,7 @@ class FlowTrainer:
         device: Where to compute ("cpu", "cuda:1").
         name: Name of the run, for a trainer on its own.
         wandb_project: Project in W&B, for a trainer on its own.
-        resume_path: Start from this checkpoint instead of the run's last.pt.
+        resume_path: Go on from this checkpoint, of the same config, instead of the run's last.pt.
         run: The run's folder; by default the one of `config.run_name` in the default study.
         recorder: Where rows and progress go.
         ranks: The processes that train together; by default this one alone.
@@ -104,7 +108,7 @@ class FlowTrainer:
         stop_reason: Callable[[], str | None] = lambda: None,
     ) -> None:
         device = torch.device(device)
-        self._config = config
+        config = self._config = with_pinned_weights(config, before=None)
         self._device = device
         self._name = name or config.run_name
         self._wandb_project = wandb_project
@@ -137,7 +141,9 @@ class FlowTrainer:
         Raises:
             RunInterrupted: `stop_reason` asked to leave; the state is saved.
             RunTakenOverError: Another attempt holds the run now; nothing was saved.
-            TrainingDivergedError: The loss is not a number any more.
+            TrainingDivergedError: The loss or the state is not a number any more.
+            CheckpointError: The run cannot go on from what is on disk, or could not be resumed
+                from what it would save.
             RunBusyError: On its own: another process trains this run.
             RunMismatchError: On its own: the run of this name is of another config, model or data;
                 its record was not touched.
@@ -177,7 +183,7 @@ class FlowTrainer:
             try:
                 if path.exists():
                     self.state.check(read_checkpoint(path), path)
-            except CheckpointDamagedError:
+            except (CheckpointDamagedError, CheckpointNotFiniteError):
                 continue  # it is set aside when the run is opened
             except CheckpointMismatchError as error:
                 return str(error)
@@ -198,7 +204,7 @@ class FlowTrainer:
             self._adopt(saver)
         first_step = self.state.step
         if recorder:
-            recorder.go_on_after(first_step)
+            recorder.go_on_after(first_step, self.state.extensions)
             self._tell_progress(recorder)
         try:
             reason = self._run_steps(saver, recorder)
@@ -219,10 +225,11 @@ class FlowTrainer:
         for path in (run.best, run.last):
             sweep_unfinished(path)
         every_s = self._config.checkpoint_every_s
+        check = self.state.check_before_save
         if recorder is None:
-            return CheckpointSaver(run.best, run.last, every_s=every_s)
+            return CheckpointSaver(run.best, run.last, every_s=every_s, check=check)
         return CheckpointSaver(
-            run.best, run.last, recorder.flush_rows, every_s, before_replace=recorder.check_held
+            run.best, run.last, recorder.flush_rows, every_s, recorder.check_held, check
         )
 
     def _run_steps(self, saver: CheckpointSaver | None, recorder: Recorder | None) -> str | None:
@@ -232,6 +239,11 @@ class FlowTrainer:
         said_at = time.monotonic()
         while not state.finished:
             row = self._step()
+
+            if saver and state.step == 1:
+                # Before GPU hours are spent, and before any row: what has steps on record has a
+                # checkpoint, and one that a restart can go on from.
+                saver.save_and_wait(state.payload(), state.prove)
 
             if state.at_epoch_end:
                 row |= self._end_epoch(saver)
@@ -328,22 +340,74 @@ class FlowTrainer:
         Returns:
             Whether the state is new to the run's folder and should be saved there.
         """
-        path, payload = run.last, read_newest_good(run.last, self._device, self.state.check)
-        given = self._resume_path
-        if given and not (payload and _comes_from(payload, given)):
-            path, payload = given, read_checkpoint(given, self._device)
-            payload["resumed_from"] = digest_of(given)
+        given = None if self._resume_path is None else self._read_given(self._resume_path)
+        path, payload = self._newest_of(run)
+        if given and (payload is None or payload["resumed_from"] != given["resumed_from"]):
+            assert self._resume_path is not None
+            path, payload = self._resume_path, given
         if payload is None:
+            run.check_files()
+            if weights := initial_weights_file(self._config):
+                self.state.start_from_weights(read_checkpoint(weights, self._device), weights)
+                logger.info("Starts from the weights of %s", weights)
             return False
         self.state.restore(payload, path)
         logger.info(
             "Resumed from epoch %d, step %d (%s)", self.state.epochs_finished, self.state.step, path
         )
+        for extension in self.state.extensions:
+            if extension["step"] == self.state.step:
+                logger.info("The run is longer from here on: %s", extension)
         # Never remember a better best than the one that is there: it is what the run ends with.
+        self.state.best_loss = max(self.state.best_loss, self._best_there(run))
+        return payload is given
+
+    def _newest_of(self, run: Run) -> tuple[Path, Payload | None]:
+        """The run's newest good checkpoint: last.pt, or where that is gone the best one."""
+        check = self.state.check
+        if payload := read_newest_good(run.last, self._device, check):
+            return run.last, payload
+        payload = read_newest_good(run.best, self._device, check)
+        if payload:
+            # As whole a state as any other. The steps that follow come again with the same bits.
+            logger.warning(
+                "there is no last.pt to go on from: goes on from %s, of step %d; the run had "
+                "trained %d steps",
+                run.best,
+                payload["step"],
+                run.steps_trained(),
+            )
+        return run.best, payload
+
+    def _read_given(self, path: Path) -> Payload:
+        """The checkpoint that --resume names, if the run can go on from it."""
+        payload = read_checkpoint(path, self._device)
+        try:
+            self.state.check(payload, path)
+        except CheckpointMismatchError as error:
+            raise CheckpointMismatchError(
+                f"--resume goes on with a run, and {error}\nto start a run of its own from "
+                f"these weights, with everything else new: --init-from {path}"
+            ) from error
+        payload["resumed_from"] = digest_of(path)
+        return payload
+
+    def _best_there(self, run: Run) -> float:
+        """The loss of the best.pt on disk, which is put back where it is of lost work."""
         best = read_newest_good(run.best, check=self.state.check)
-        best_there = math.inf if best is None else best["best_loss"]
-        self.state.best_loss = max(self.state.best_loss, best_there)
-        return path == given
+        if best is None:
+            return math.inf
+        previous = previous_of(run.best)
+        if best["best_loss"] < self.state.best_loss and previous.exists():
+            # Killed between best.pt and last.pt. Steps that are repeated with other bits (another
+            # GPU) may never be as good, and the run would report a loss that best.pt has not.
+            with suppress(CheckpointError):
+                before = read_checkpoint(previous)
+                if before["best_loss"] == self.state.best_loss:
+                    if self._ranks.is_first:
+                        previous.replace(run.best)
+                    return float(before["best_loss"])
+        return float(best["best_loss"])
 
     def _adopt(self, saver: CheckpointSaver | None) -> None:
         """Make a state that came from another file the run's own, before the first step."""
@@ -435,13 +499,3 @@ def _heard_somewhere() -> Iterator[None]:
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)
-
-
-def _comes_from(payload: Payload, given: Path) -> bool:
-    """Whether the run was already started from the checkpoint `given`.
-
-    Then it goes on from its own: the same command is run again after a preemption.
-    """
-    if not given.exists():
-        return bool(payload["resumed_from"])
-    return bool(payload["resumed_from"] == digest_of(given))

@@ -92,11 +92,36 @@ def test_a_checkpoint_that_is_not_there_does_not_fail_a_finished_run(
 ) -> None:
     options = ("--epochs", "1", "--name", "a", "--wandb-mode", "disabled")
     assert flowjobs("train", *options).returncode == 0
+    run = Run(study, "a")
+    before = run.status_file.read_bytes()
     done = flowjobs("train", *options, "--resume", "none.pt")
-    assert (done.returncode, "a is finished" in done.stderr) == (0, True)
-    status = Run(study, "a").status()
-    assert status is not None
-    assert (status.state, len(status.attempts)) == ("finished", 1)
+    assert (done.returncode, "--resume: found no file none.pt" in done.stderr) == (2, True)
+    assert run.status_file.read_bytes() == before
+
+
+def test_files_of_a_finished_run_that_are_gone_are_named(flowjobs: Command, study: Path) -> None:
+    options = ("--epochs", "1", "--name", "a", "--wandb-mode", "disabled")
+    assert flowjobs("train", *options).returncode == 0
+    run = Run(study, "a")
+    run.samples_picture.unlink()
+    for command in ("train", "submit"):
+        done = flowjobs(command, *options)
+        assert done.returncode == 0
+        assert f"; {run.samples_picture} is gone" in done.stdout + done.stderr
+    before = run.status_file.read_bytes()
+    run.best.unlink()
+    # From last.pt it could go on, but what it ended with is gone.
+    for command in ("train", "submit"):
+        done = flowjobs(command, *options)
+        assert done.returncode == 2
+        assert f"a is finished, but {run.best} is gone; of its checkpoints only last" in done.stderr
+    for file in run.checkpoints.iterdir():
+        file.unlink()
+    done = flowjobs("submit", *options, "--epochs", "2")
+    assert done.returncode == 2
+    assert "It does not start again from nothing by itself" in done.stderr
+    assert run.status_file.read_bytes() == before
+    assert run.config().training.epochs == 1
 
 
 def test_a_tensor_that_asks_for_gradients_is_data_and_a_sparse_one_is_not(

@@ -14,6 +14,8 @@ from PIL import Image
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
+from flowjobs.tracking.identity import config_for_wandb
+from flowjobs.training.checkpoint import read_checkpoint
 from tests.conftest import Command
 
 QUICK = ("--cluster", "local", "--wandb-mode", "disabled", "--arch-args", "width=32", "depth=1")
@@ -68,13 +70,27 @@ def test_submit_trains_here_to_the_end(flowjobs: Command, study: Path) -> None:
 
 
 def test_a_larger_number_of_epochs_goes_on(flowjobs: Command, study: Path) -> None:
-    assert flowjobs("submit", "--epochs", "1", *QUICK).returncode == 0
-    done = flowjobs("submit", "--epochs", "2", *QUICK)
-    assert "extends mlp-icfm-digits-none from 1 to 2 epochs" in done.stdout
+    warm = ("--warmup-steps", "5")
+    assert flowjobs("submit", "--epochs", "1", *QUICK, *warm).returncode == 0
     run = Run(study, "mlp-icfm-digits-none")
+    bare = flowjobs("submit", *QUICK, *warm)
+    assert (bare.returncode, "is finished" in bare.stdout) == (0, True)
+    assert run.config().training.epochs == 1
+    said = (
+        "extends mlp-icfm-digits-none from 1 to 2 epochs: at step 23 the learning rate goes from 0 "
+        "back up to 0.000604"
+    )
+    done = flowjobs("submit", "--epochs", "2", "--dry-run", *QUICK, *warm)
+    assert said in done.stdout
+    assert run.config().training.epochs == 1
+    done = flowjobs("submit", "--epochs", "2", *QUICK, *warm)
+    assert said in done.stdout
     status = run.status()
     assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [0, 23]
+    assert status.extensions == [{"step": 23, "epochs": [1, 2]}]
+    assert read_checkpoint(run.last)["extensions"] == status.extensions
+    assert config_for_wandb(run)["extensions"] == status.extensions
     assert "Resumed from epoch 1, step 23" in flowjobs("logs", run.name).stdout
 
 

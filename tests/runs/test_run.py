@@ -95,9 +95,14 @@ def test_a_damaged_status_is_written_anew(study: Path) -> None:
 
 def test_more_epochs_extend_and_fewer_change_nothing(study: Path) -> None:
     run = created(study, epochs=10)
-    assert "extends a from 10 to 20 epochs" in run.create(RunConfig(TrainingConfig(epochs=20)))
-    assert "keeps its 20 epochs" in run.create(RunConfig(TrainingConfig(epochs=5)))
+    assert run.create(RunConfig(TrainingConfig(epochs=8))) == ""  # it has not trained a step
+    assert run.config().training.epochs == 8
+    run.last.touch()
+    assert "extends a from 8 to 20 epochs" in run.create(RunConfig(TrainingConfig(epochs=20)))
+    assert "keeps its epochs of 20 (--epochs 5" in run.create(RunConfig(TrainingConfig(epochs=5)))
     assert run.config().training.epochs == 20
+    patient = RunConfig(TrainingConfig(epochs=20, patience=60))
+    assert "raises the patience of a from 50 to 60" in run.create(patient)
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "-a", "a b", "x" * 101])

@@ -2,7 +2,7 @@ import errno
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from flowjobs.errors import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointMismatchError,
+    CheckpointUnloadableError,
     CheckpointWriteError,
     RunTakenOverError,
 )
@@ -29,6 +30,7 @@ from flowjobs.training.checkpoint import (
     sweep_unfinished,
     write_checkpoint,
 )
+from flowjobs.training.seal import SealedWriter
 
 
 def parts(width: int = 4) -> tuple[Any, ...]:
@@ -108,12 +110,26 @@ class Bomb:
         return (Path("exploded").write_text, ("boom",))
 
 
+def bomb(path: Path) -> None:
+    """As an earlier version of flowjobs would have written it."""
+    with path.open("wb") as file:
+        sealed = SealedWriter(file)
+        torch.save({"format": 1, "width": 4, "epoch": Bomb()}, cast(IO[bytes], sealed))
+        sealed.seal()
+
+
 def test_a_pickle_bomb_does_nothing(workplace: Path) -> None:
     path = workplace / "best.pt"
-    write_checkpoint(path, {"format": 1, "epoch": Bomb()})
-    with pytest.raises(CheckpointDamagedError, match="would run code"):
+    bomb(path)
+    with pytest.raises(CheckpointUnloadableError, match="would run code"):
         read_checkpoint(path)
     assert not Path("exploded").exists()
+
+
+def test_what_could_not_be_loaded_is_not_written(workplace: Path) -> None:
+    with pytest.raises(CheckpointUnloadableError, match=r"holds a tests.*Bomb \(epoch\)"):
+        write_checkpoint(workplace / "best.pt", {"format": 1, "epoch": Bomb()})
+    assert list(workplace.iterdir()) == []
 
 
 def test_another_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -264,12 +280,7 @@ def another_torch_file(path: Path) -> None:
     torch.save({"format": 1, "step": 9}, path)
 
 
-def bomb(path: Path) -> None:
-    write_checkpoint(path.with_name("bomb.pt"), {"format": 1, "epoch": Bomb()})
-    path.with_name("bomb.pt").replace(path)
-
-
-DAMAGES = [truncate, empty, flip, folder, link_loop, named_pipe, another_torch_file, bomb]
+DAMAGES = [truncate, empty, flip, folder, link_loop, named_pipe, another_torch_file]
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
@@ -306,7 +317,7 @@ def check_width(payload: dict[str, Any], path: Path) -> None:
         raise CheckpointMismatchError(f"{path} is of another model")
 
 
-@pytest.mark.parametrize("mismatch", [newer_format, another_model])
+@pytest.mark.parametrize("mismatch", [newer_format, another_model, bomb])
 def test_a_file_of_something_else_is_set_aside_where_one_before_it_fits(
     tmp_path: Path, mismatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -321,7 +332,7 @@ def test_a_file_of_something_else_is_set_aside_where_one_before_it_fits(
     assert aside.name in caplog.text
 
 
-@pytest.mark.parametrize("mismatch", [newer_format, another_model])
+@pytest.mark.parametrize("mismatch", [newer_format, another_model, bomb])
 def test_sound_files_of_something_else_alone_are_an_error_and_stay(
     tmp_path: Path, mismatch: Any
 ) -> None:

@@ -3,6 +3,7 @@
 After each, a start finds the state before the save or the one after it, whole.
 """
 
+import builtins
 import contextlib
 import errno
 import os
@@ -67,17 +68,18 @@ def fault_at(number: int, fault: Fault, *, hard_links: bool) -> Iterator[list[st
     def link(*names: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    real_open = Path.open
+    real_open = builtins.open
 
-    def open_file(path: Path, mode: str = "r") -> Any:
+    def open_file(path: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
         if mode != "w+b":
-            return real_open(path, mode)
+            return real_open(path, mode, *rest, **options)
         point("open")
         # Unbuffered, so that what was written before a death is there after it.
-        return FaultyFile(real_open(path, mode, buffering=0), lambda: point("write"))
+        file = real_open(path, mode, *rest, **{**options, "buffering": 0})
+        return FaultyFile(file, lambda: point("write"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "open", open_file)
+        patch.setattr(builtins, "open", open_file)
         for name in ("fsync", "replace", "unlink", "link"):
             patch.setattr(os, name, faulty(name, getattr(os, name)))
         if not hard_links:

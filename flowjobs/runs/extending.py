@@ -1,0 +1,79 @@
+"""Training a run for longer than was asked for at first: what is noted of it, and what is said."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flowjobs.config import TrainingConfig, learning_rate_factor
+from flowjobs.errors import ConfigError
+from flowjobs.runs.status import RunStatus
+
+Extension = dict[str, Any]
+
+
+def extension_of(before: Mapping[str, Any], asked: TrainingConfig, step: int) -> Extension | None:
+    """What a checkpoint of step `step` is extended by: {"step": 69, "epochs": [3, 6]}.
+
+    Args:
+        before: The training config in the checkpoint, or what is known of it.
+        asked: The run's config now.
+        step: Optimizer steps done.
+
+    Returns:
+        None if the run is as long as before.
+    """
+    now = {"epochs": asked.epochs, "patience": asked.patience}
+    changed = {
+        key: [before[key], value]
+        for key, value in now.items()
+        if before.get(key) not in (None, value)
+    }
+    return {"step": step, **changed} if changed else None
+
+
+def explain_extension(
+    name: str, before: TrainingConfig, asked: TrainingConfig, status: RunStatus | None
+) -> str:
+    """What a person should know of training the run `name` for longer; "" if it is as long.
+
+    Raises:
+        ConfigError: The run stopped early, and more epochs alone would not train a step.
+    """
+    longer = asked.epochs > before.epochs
+    more_patience = asked.patience > before.patience
+    stopped_early = (
+        status is not None and status.state == "finished" and status.epoch < before.epochs
+    )
+    if stopped_early and longer and not more_patience:
+        assert status is not None
+        raise ConfigError(
+            f"{name} stopped early, at epoch {status.epoch} of {before.epochs}: with --epochs "
+            f"{asked.epochs} alone it would stop at once. Give it more --patience too (it has "
+            f"{before.patience})"
+        )
+    notes = []
+    if longer:
+        notes.append(f"extends {name} from {before.epochs} to {asked.epochs} epochs")
+        if rates := _rates(before, asked, status):
+            notes[-1] += f": {rates}"
+    if more_patience:
+        notes.append(f"raises the patience of {name} from {before.patience} to {asked.patience}")
+    return "\n".join(notes)
+
+
+def _rates(before: TrainingConfig, asked: TrainingConfig, status: RunStatus | None) -> str:
+    """How the learning rate jumps where the schedule becomes longer."""
+    if status is None or not status.total_steps or not status.epochs or not status.step:
+        return ""
+    steps_per_epoch = status.total_steps // status.epochs
+    old, new = (
+        config.lr
+        * learning_rate_factor(status.step, config.warmup_steps, config.epochs * steps_per_epoch)
+        for config in (before, asked)
+    )
+    if old == new:
+        return "the learning rate then follows the longer schedule"
+    return (
+        f"at step {status.step} the learning rate goes from {old:.3g} back up to {new:.3g}, since "
+        f"the cosine now ends at epoch {asked.epochs}; a run of {asked.epochs} epochs from the "
+        "start would have another result"
+    )
