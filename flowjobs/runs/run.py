@@ -388,8 +388,10 @@ class Run:
         if moved:
             self._check_same_content(found.training.dataset, asked.training.dataset)
             notes.append(f"the data of {self.name} are at {asked.training.dataset} now")
-        elif not self.finished():
-            self.check_data(content_of_dataset(asked.training.dataset, self.study))
+        elif not self.finished() and (
+            data := content_of_dataset(asked.training.dataset, self.study)
+        ):
+            self.check_data(data)  # data without files are known to the trainer alone
         length = replace(
             asked.training,
             epochs=max(found.training.epochs, asked.training.epochs),
