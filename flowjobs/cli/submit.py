@@ -74,7 +74,7 @@ class HandOver(CommandOptions):
         # A job that was cancelled may still be leaving: the new one waits for that.
         busy = running_job(run) if run.exists() and not run.cancel_requested() else None
         merged, note = run.merge(config, in_use=busy is not None)
-        if not busy:
+        if not busy and run.exists():
             run.check_files(merged.training)
         if plan:
             if note:
