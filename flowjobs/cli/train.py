@@ -61,7 +61,7 @@ class Train:
             raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")
         in_use = run.exists() and lock_holder(run.folder) is not None
         merged, _ = run.merge(config, in_use=in_use)
-        if resume is None and not in_use:
+        if run.exists() and resume is None and not in_use:
             run.check_files(merged.training)
         if note := run.create(config, in_use=in_use):
             print(note)

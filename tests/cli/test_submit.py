@@ -78,7 +78,7 @@ def test_a_larger_number_of_epochs_goes_on(flowjobs: Command, study: Path) -> No
     assert run.config().training.epochs == 1
     said = (
         "extends mlp-icfm-digits-none from 1 to 2 epochs: at step 23 the learning rate goes from 0 "
-        "back up to 0.000604"
+        "back up to 0.000595"
     )
     done = flowjobs("submit", "--epochs", "2", "--dry-run", *QUICK, *warm)
     assert said in done.stdout
