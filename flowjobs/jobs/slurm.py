@@ -431,6 +431,8 @@ def sbatch(command: Sequence[str], environment: Mapping[str, str]) -> HandedOver
     ours = [row for row in rows if mark in row.marks] or [
         row for row in rows if not row.marks and row.job_id.partition("_")[0] in said
     ]
+    # A job that was refused stays with the controller for minutes, as one that failed on no node.
+    ours = [row for row in ours if row.nodes or row.state not in ENDED]
     if ours:
         return HandedOver(ours[0].job_id.partition("_")[0], ours[0].cluster, mark)
     elsewhere = [(job_id, cluster) for job_id, cluster in said.items() if cluster]

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -199,8 +200,12 @@ def test_a_file_system_error_is_retried_but_not_at_the_same_step(start: Start) -
     job = start("--retries", "3")
     job.tell("file system")
     job.wait_for_state("failed")
-    # The second time it comes at the step of the first: it is no passing one.
-    assert job.attempts() == [("preempted", "file system"), ("failed", "exception")]
+    # Once it comes again at the step of the time before it is no passing one.
+    *passing, last = job.status().attempts
+    assert {(attempt.state, attempt.kind) for attempt in passing} == {("preempted", "file system")}
+    assert (last.state, last.kind) == ("failed", "exception")
+    assert last.last_step == passing[-1].last_step
+    assert all(one.last_step != other.last_step for one, other in pairwise(passing))
 
 
 def test_a_lost_node_loses_only_what_was_not_saved(start: Start, whole: Run) -> None:

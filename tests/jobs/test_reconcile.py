@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import stat
@@ -179,7 +180,9 @@ def test_a_job_whose_import_fails_is_failed_with_the_reason(
     status = run.status()
     assert status is not None
     assert status.state == "failed"
-    assert status.reason == "ImportError: libcudart.so.12: cannot open"
+    assert re.fullmatch(
+        r"ImportError \(.*broken/torch.py, line 1\): libcudart.so.12: cannot open", status.reason
+    )
     assert_in_wandb(run, "failed", 1, "libcudart.so.12: cannot open")
     assert flowjobs("reconcile").stdout == ""
 
