@@ -21,7 +21,7 @@ class Cancel:
 
     def run(self, defaults: Defaults) -> int:
         """Cancel. Returns the exit code."""
-        from flowjobs.jobs.cancelling import cancel
+        from flowjobs.jobs.cancel import cancel
 
         if not self.names:
             raise ConfigError("cancel: found no name, expected those of the runs to cancel")

@@ -43,7 +43,7 @@ class Data:
         sizes = {f"{prefix}{size}": _rows(size) for size in self.sizes}
         for name in sizes:
             check_run_name(name)
-        from flowjobs.training.data import FlowDataset, split, write_splits
+        from flowjobs.data.dataset import FlowDataset, split, write_splits
 
         study, whole = absolute(self.study), FlowDataset(self.file)
         written = write_splits(whole, study, sizes, overwrite=self.overwrite)

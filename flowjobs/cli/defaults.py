@@ -25,9 +25,9 @@ from flowjobs.config import (
     is_data_file,
 )
 from flowjobs.errors import ConfigError
-from flowjobs.jobs.sbatch_environment import fields_from, variables_of
 from flowjobs.nearest import meant
 from flowjobs.runs.run import absolute, default_study
+from flowjobs.slurm.options import fields_from, variables_of
 
 FILE_NAME = "flowjobs.toml"
 PARTS = {

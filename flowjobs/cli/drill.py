@@ -24,13 +24,13 @@ from flowjobs.config import (
     check_arch,
 )
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.runs.model_source import check_model
+from flowjobs.models.source import check_model
 from flowjobs.runs.run import absolute, default_study
 from flowjobs.runs.status import EXIT_CANCELLED, EXIT_FAILED
 
 if TYPE_CHECKING:
-    from flowjobs.jobs.cluster_facts import ClusterFacts
-    from flowjobs.jobs.drill_report import Report, Row
+    from flowjobs.drill.facts import ClusterFacts
+    from flowjobs.drill.report import Report, Row
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -90,7 +90,7 @@ class Drill:
         """Drill. Returns the exit code."""
         from rich.console import Console
 
-        from flowjobs.jobs.drill import drill
+        from flowjobs.drill.run import drill
         from flowjobs.jobs.executors import check_local, choose_cluster
 
         config = RunConfig(self._training(defaults), self.slurm)

@@ -20,8 +20,8 @@ from flowjobs.config import (
     is_data_file,
 )
 from flowjobs.errors import FlowjobsError
+from flowjobs.models.source import check_model
 from flowjobs.runs.datasets import check_data
-from flowjobs.runs.model_source import check_model
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run, absolute, check_run_name, run_names
 from flowjobs.training.initial_weights import with_pinned_weights

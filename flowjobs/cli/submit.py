@@ -23,8 +23,8 @@ from flowjobs.config import (
     flag,
 )
 from flowjobs.errors import ConfigError
-from flowjobs.jobs.sbatch_environment import DECIDED, environment_for_sbatch
 from flowjobs.runs.run import Run
+from flowjobs.slurm.options import DECIDED, environment_for_sbatch
 from flowjobs.tracking.mode import resolve_mode
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class HandOver(CommandOptions):
             return self._submit(run, config, cluster, why)
 
     def _submit(self, run: Run, config: RunConfig, cluster: "Cluster", why: str) -> int:
+        from flowjobs.jobs.entry import task_of
         from flowjobs.jobs.submit import submit
 
         if note := run.create(config):
@@ -108,7 +109,7 @@ class HandOver(CommandOptions):
         )
         run.clear_cancel()
         attempts_before = len(status.attempts) if (status := run.status()) else 0
-        job = submit(run, cluster)
+        job = submit(run, cluster, task_of(run))
         _print_rows(
             job=job.job_id,
             follow=hint("logs", "-f", run.name, study=run.study),

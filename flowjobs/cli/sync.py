@@ -60,7 +60,7 @@ class Sync:
             return 0
 
     def _start_anew(self, runs: Sequence[Run]) -> None:
-        from flowjobs.jobs.holders import judge_for
+        from flowjobs.jobs.lock_judge import judge_for
         from flowjobs.tracking.sync import upload_as_new
 
         if not self.names or self.watch:
@@ -131,7 +131,7 @@ def _sync_one(run: Run, server: "Server") -> "Synced":
     from rich.console import Console
     from rich.progress import Progress
 
-    from flowjobs.jobs.holders import judge_for
+    from flowjobs.jobs.lock_judge import judge_for
     from flowjobs.tracking.sync import sync_run
 
     # Where a file system has no locks, Slurm says whether the run still trains.

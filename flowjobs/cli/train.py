@@ -47,9 +47,8 @@ class Train:
 
     def run(self, defaults: Defaults) -> int:
         """Train to the end. Returns the exit code."""
+        from flowjobs.jobs.entry import log_to_stderr, train_run
         from flowjobs.jobs.environment import started_by_person, waited_while_cancelled
-        from flowjobs.jobs.task import log_to_stderr
-        from flowjobs.jobs.training_job import train_run
 
         run, config = self.prepare(defaults)
         by_person = started_by_person()

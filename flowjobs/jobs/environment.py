@@ -10,11 +10,12 @@ from submitit.local.debug import DebugJobEnvironment
 from submitit.local.local import LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+from flowjobs import slurm
 from flowjobs.errors import SubmissionError
-from flowjobs.jobs import by_hand, slurm
-from flowjobs.jobs.sbatch_environment import submitted_for_run
+from flowjobs.jobs import plain_sbatch
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
+from flowjobs.slurm.options import CONTINUES, submitted_for_run
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _job_of(environment: JobEnvironment, run: Run) -> JobInfo:
         pid=os.getpid(),
         gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         restart=_restarts(environment, run),
-        continues=slurm.CONTINUES in os.environ,
+        continues=CONTINUES in os.environ,
     )
 
 
@@ -111,11 +112,11 @@ def batch_script_job(run: Run) -> JobInfo:
     return JobInfo(
         cluster="slurm",
         job_id=job_id,
-        log=by_hand.known_log(run, job_id),
+        log=plain_sbatch.known_log(run, job_id),
         host=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         pid=os.getpid(),
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        continues=slurm.CONTINUES in os.environ,
+        continues=CONTINUES in os.environ,
     )
 
 
@@ -123,9 +124,7 @@ def started_by_person() -> bool:
     """Whether a person asked for this process: it is not the rest of an earlier job."""
     if not submitted_for_run():
         return True
-    return (
-        slurm.CONTINUES not in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
-    )
+    return CONTINUES not in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
 
 
 def waited_while_cancelled(run: Run) -> bool:
@@ -155,5 +154,5 @@ def _log_file(environment: JobEnvironment, run: Run) -> str | None:
     if "SUBMITIT_FOLDER" in os.environ:
         return str(environment.paths.stdout)
     if environment.name() == "slurm":
-        return by_hand.note_job(run, environment.job_id)
+        return plain_sbatch.note_job(run, environment.job_id)
     return None

@@ -16,11 +16,11 @@ from submitit.local.debug import DebugExecutor
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
+from flowjobs import slurm
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
-from flowjobs.jobs import slurm
-from flowjobs.jobs.sbatch_environment import JOB_OF_RUN, export_for
 from flowjobs.runs.run import Run
+from flowjobs.slurm.options import JOB_OF_RUN, export_for
 
 # A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
 # blocked ones wait until there are some. Before 2019, env could not do that.

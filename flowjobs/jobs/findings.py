@@ -9,16 +9,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from flowjobs.errors import FlowjobsError
-from flowjobs.jobs import deaths
-from flowjobs.jobs.slurm_jobs import (
-    Gone,
-    JobAnswer,
-    Known,
-    Unknown,
-    ask,
-    identity_of,
-)
-from flowjobs.jobs.waiting import why_it_waits
+from flowjobs.jobs import exit_cause
+from flowjobs.jobs.origin import identity_of
 from flowjobs.runs.lock import process_lives
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
@@ -32,6 +24,7 @@ from flowjobs.runs.status import (
     RunStatus,
     same_host,
 )
+from flowjobs.slurm import Gone, JobAnswer, Known, Unknown, ask, why_it_waits
 
 # How many attempts there are, whether the newest one has ended, and why.
 Seen = tuple[int, bool, str]
@@ -197,11 +190,11 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
             # It may as well have been cancelled while it waited.
             return Unclear(f"{reason}, and Slurm keeps no record of why: submit it again")
         return Dead(job, Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted"), seen)
-    if isinstance(answer, Gone) and not deaths.log_tail(job.log):
+    if isinstance(answer, Gone) and not exit_cause.log_tail(job.log):
         return Unclear(
             f"job {job.job_id} is gone, and Slurm keeps no record of why: submit it again"
         )
-    return Dead(job, deaths.cause_of_no_start(job, answer=answer), seen, started=False)
+    return Dead(job, exit_cause.cause_of_no_start(job, answer=answer), seen, started=False)
 
 
 def _find_dead_life(
@@ -211,7 +204,7 @@ def _find_dead_life(
     age = datetime.now(UTC) - datetime.fromisoformat(status.updated)
     if not known and isinstance(answer, Known) and age < CAUSE_KNOWN_AFTER:
         return None  # accounting will know soon
-    outcome = deaths.cause_of(run, attempt, answer=answer)
+    outcome = exit_cause.cause_of(run, attempt, answer=answer)
     return Dead(attempt.job, outcome, seen_of(status), waits=waits, cause_known=known)
 
 
@@ -220,10 +213,10 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Dead | N
     if not same_host(job.host, socket.gethostname()) or process_lives(pid):
         return None
     if status.open_attempt:
-        return Dead(job, deaths.cause_of(run, status.open_attempt), seen_of(status))
+        return Dead(job, exit_cause.cause_of(run, status.open_attempt), seen_of(status))
     if job.cluster != "local":
         return None
-    return Dead(job, deaths.cause_of_no_start(job), seen_of(status), started=False)
+    return Dead(job, exit_cause.cause_of_no_start(job), seen_of(status), started=False)
 
 
 def _should_start_again(run: Run, status: RunStatus, dead: Dead) -> bool:

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
-from flowjobs.jobs.sbatch_environment import submitted_for_run
 from flowjobs.runs.files import write_json
 from flowjobs.runs.run import Run
+from flowjobs.slurm import JobIdentity
+from flowjobs.slurm.options import submitted_for_run
 
 # Of one process or one session only, and wrong in another job. The token for Slurm has run out.
 OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT")
@@ -92,3 +93,9 @@ def _user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"user {uid}"
+
+
+def identity_of(run: Run, job_id: str, log: str | None = None) -> JobIdentity:
+    """The identity of a Slurm job of the run, as it was noted; else what its attempt says of it."""
+    entry = run.submission(job_id)
+    return JobIdentity.of(entry) if entry else JobIdentity(job_id, log=log or "")

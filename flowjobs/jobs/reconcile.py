@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flowjobs.errors import FlowjobsError, RunBusyError
-from flowjobs.jobs import deaths
+from flowjobs.jobs import exit_cause
+from flowjobs.jobs.entry import task_of
 from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome, find, seen_of
-from flowjobs.jobs.going_on import go_on
 from flowjobs.jobs.origin import check_own
-from flowjobs.jobs.submit import resubmit
+from flowjobs.jobs.restart import restart, resubmit
 from flowjobs.runs.lock import RECONCILE, RunLock, Verdict, lock_holder, system_lock_decides
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -71,8 +71,8 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconcile
         try:
             outcome = _close(run, found)
             if outcome and outcome.state == "preempted" and not found.waits:
-                new = resubmit(run, found.job, _node_to_avoid(found))
-                logger.info("%s goes on as job %s", run.name, new)
+                new = resubmit(run, found.job, task_of(run), _node_to_avoid(found))
+                logger.info("%s continues as job %s", run.name, new)
         except (FlowjobsError, OSError) as error:
             logger.error("%s: %s", run.name, error)
             continue
@@ -105,17 +105,17 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     if exit_code == EXIT_PREEMPTED and life not in lives:
         # It has not got the run, since another attempt may still have it: later, then.
         if job.restart < run.config().restarts.give_up_after:
-            go_on(run, job, "waiting")
+            restart(run, job, "waiting", task_of(run))
         return None
     if attempt and (attempt.job.job_id, attempt.job.restart) == life:
-        dead = Dead(job, deaths.cause_of(run, attempt, exit_code), seen)
+        dead = Dead(job, exit_cause.cause_of(run, attempt, exit_code), seen)
     elif attempt or life in lives or exit_code == EXIT_CANCELLED:
         return None  # it has said so itself, or another job holds the run
     else:
-        dead = Dead(job, deaths.cause_of_no_start(job, exit_code), seen, started=False)
+        dead = Dead(job, exit_cause.cause_of_no_start(job, exit_code), seen, started=False)
     outcome = _close(run, dead)
     if outcome and outcome.state == "preempted":
-        go_on(run, job, outcome.kind, _node_to_avoid(dead))
+        restart(run, job, outcome.kind, task_of(run), _node_to_avoid(dead))
     if outcome:
         close_session(run, outcome)
     return outcome
@@ -155,4 +155,4 @@ def _close(run: Run, dead: Dead) -> Outcome | None:
 def _node_to_avoid(dead: Dead) -> str | None:
     if dead.outcome.kind in ("preempted", "time limit"):
         return None
-    return deaths.failed_node(dead.job)
+    return exit_cause.failed_node(dead.job)

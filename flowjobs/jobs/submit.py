@@ -15,19 +15,17 @@ from typing import Any
 from submitit.core.core import Executor, Job
 from submitit.local.debug import DebugJob
 
+from flowjobs import slurm
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
-from flowjobs.jobs import by_hand, slurm
 from flowjobs.jobs.executors import Cluster, handed_over, make_executor
-from flowjobs.jobs.holders import judge_for
-from flowjobs.jobs.origin import Origin, origin_of
-from flowjobs.jobs.sbatch_environment import environment_for_sbatch
-from flowjobs.jobs.slurm_jobs import Gone, Known, Unknown, ask, ask_one, identity_of
-from flowjobs.jobs.task import RunTask, log_to_stderr
-from flowjobs.jobs.waiting import why_it_waits
+from flowjobs.jobs.lock_judge import judge_for
+from flowjobs.jobs.origin import Origin, identity_of
 from flowjobs.runs.lock import Verdict, lock_holder
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
+from flowjobs.slurm import Gone, Known, Unknown, ask, ask_one, why_it_waits
+from flowjobs.slurm.options import CONTINUES, environment_for_sbatch
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,11 @@ class SubmittedJob:
 def submit(
     run: Run,
     cluster: Cluster,
+    task: Callable[[], None],
     *,
     continues: str | None = None,
     exclude: str | None = None,
     origin: Origin | None = None,
-    task: Callable[[], None] | None = None,
 ) -> SubmittedJob:
     """Submit the run's job.
 
@@ -85,10 +83,10 @@ def submit(
         run: The run; its config is on disk.
         cluster: Where to; "debug" also runs it, in this process, and stops in the debugger on an
             exception.
+        task: What the job does; it is pickled.
         continues: The job that this one goes on from, without a person having asked for it.
         exclude: A node to leave out beside those of the config.
         origin: From where and how; default: as this process is, with the config's options.
-        task: What the job does; default: train the run.
 
     Raises:
         SubmissionError: sbatch refused; the text has its words and what could be meant.
@@ -107,7 +105,7 @@ def submit(
         with _environment_of(cluster, origin, asked, continues):
             executor = make_executor(cluster, run, asked, origin.python)
             try:
-                job: Job[None] = executor.submit(task or RunTask(str(run.folder)))
+                job: Job[None] = executor.submit(task)
             except SubmissionError as error:
                 for pattern in (".submission_file_*.sh", "[0-9a-f]" * 32 + ".pkl"):
                     for leftover in run.logs.glob(pattern):
@@ -122,32 +120,8 @@ def submit(
             submitted.job_id, cluster, submitted.log, continues=continues, identity=identity
         )
     if isinstance(job, DebugJob):
-        log_to_stderr()
         job.results()
     return submitted
-
-
-def resubmit(run: Run, job: JobInfo, exclude: str | None = None) -> str:
-    """Submit a run again, the way its job was submitted, to go on from that one.
-
-    Args:
-        run: The run.
-        job: The job that ends.
-        exclude: A node to leave out.
-
-    Returns:
-        The new job's id.
-
-    Raises:
-        SubmissionError: It cannot be submitted.
-    """
-    if job.cluster == "local":
-        return submit(run, "local", continues=job.job_id).job_id
-    entries = [entry for entry in run.submissions() if entry["job_id"] == job.job_id]
-    if entries and "again" in entries[-1]:
-        return by_hand.resubmit(run, entries[-1], exclude)
-    origin = origin_of(run, job.job_id)
-    return submit(run, "slurm", continues=job.job_id, exclude=exclude, origin=origin).job_id
 
 
 def running_job(run: Run) -> str | None:
@@ -237,9 +211,9 @@ def _environment_of(
     """What a job inherits, while the block lasts."""
     saved = dict(os.environ)
     inherited = {**origin.environment}
-    inherited.pop(slurm.CONTINUES, None)
+    inherited.pop(CONTINUES, None)
     if continues:
-        inherited[slurm.CONTINUES] = continues
+        inherited[CONTINUES] = continues
     if token := saved.get("SLURM_JWT"):
         inherited["SLURM_JWT"] = token
     _replace_environment(inherited)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowjobs.config import TrainingConfig
+    from flowjobs.data.dataset import FlowDataset
     from flowjobs.training.checkpoint import get_checkpoint_path, load_checkpoint, save_checkpoint
-    from flowjobs.training.data import FlowDataset
     from flowjobs.training.ema import EMAModel
     from flowjobs.training.schedule import get_cosine_schedule_with_warmup
     from flowjobs.training.trainer import FlowTrainer
@@ -27,7 +27,7 @@ __all__ = [
 
 _MODULES = {
     "EMAModel": "flowjobs.training.ema",
-    "FlowDataset": "flowjobs.training.data",
+    "FlowDataset": "flowjobs.data.dataset",
     "FlowTrainer": "flowjobs.training.trainer",
     "TrainingConfig": "flowjobs.config",
     "get_checkpoint_path": "flowjobs.training.checkpoint",

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from flowjobs.training.cgroups import control_groups
-from flowjobs.training.distributed import Ranks
+from flowjobs.cgroups import control_groups
+from flowjobs.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import Work
 
-from flowjobs.training.distributed import Ranks
+from flowjobs.training.ranks import Ranks
 
 
 @dataclass(frozen=True)

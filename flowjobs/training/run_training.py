@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
+from flowjobs.data.dataset import FlowDataset, load_datasets
+from flowjobs.evaluation.pictures import draw_digits, draw_projection
+from flowjobs.evaluation.sampling import sample
+from flowjobs.models.build import build_model
 from flowjobs.runs.datasets import EMBEDDED
 from flowjobs.runs.run import Run
 from flowjobs.tracking.recorder import Recorder
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.data import FlowDataset, load_datasets
-from flowjobs.training.distributed import Ranks
-from flowjobs.training.models import build_model
-from flowjobs.training.sampling import draw_digits, draw_projection, sample
+from flowjobs.training.ranks import Ranks
 from flowjobs.training.trainer import FlowTrainer
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.data.batches import make_batches
+from flowjobs.data.dataset import FlowDataset, content_by_part, normalization_stats
+from flowjobs.data.randomness import seed_python_and_numpy, seed_step
 from flowjobs.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -25,10 +28,12 @@ from flowjobs.errors import (
     RunTakenOverError,
     TrainingDivergedError,
 )
+from flowjobs.flows.path import sample_path
+from flowjobs.models.mlp import MLP
+from flowjobs.models.velocity import Velocity, check_weights, checked_velocity, input_dtype
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.recorder import Recorder, recording
-from flowjobs.training.batches import make_batches
 from flowjobs.training.checkpoint import (
     Payload,
     previous_of,
@@ -37,19 +42,14 @@ from flowjobs.training.checkpoint import (
     sweep_unfinished,
 )
 from flowjobs.training.compute import computing, computing_as_before
-from flowjobs.training.data import FlowDataset, content_by_part, normalization_stats
 from flowjobs.training.determinism import deterministic_algorithms
-from flowjobs.training.distributed import Ranks, single_process
-from flowjobs.training.flows import sample_path
 from flowjobs.training.initial_weights import initial_weights_file, with_pinned_weights
 from flowjobs.training.leaving import Leave, Leaving
-from flowjobs.training.models.mlp import MLP
-from flowjobs.training.randomness import seed_python_and_numpy, seed_step
+from flowjobs.training.ranks import Ranks, single_process
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
 from flowjobs.training.validation import Validation
-from flowjobs.training.velocity import Velocity, check_weights, checked_velocity, input_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,9 @@ class FlowTrainer:
         self._data = content_by_part(train_dataset, val_dataset)
         stats = normalization_stats(train_dataset)
         mean, std = stats["mean"].to(device), stats["std"].to(device)
-        self._batches = make_batches(train_dataset, config, self._ranks, mean, std)
+        self._batches = make_batches(
+            train_dataset, config, self._ranks.rank, self._ranks.world_size, mean, std
+        )
         self._validation = Validation(val_dataset, config, mean, std, self._ranks)
         self._steps_per_epoch = self._batches.steps_per_epoch
         self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats, self._data)

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from flowjobs.config import TrainingConfig
-from flowjobs.training.batches import normalized
-from flowjobs.training.data import FlowDataset
-from flowjobs.training.distributed import Ranks
-from flowjobs.training.flows import sample_path
-from flowjobs.training.randomness import generator_for
-from flowjobs.training.velocity import Velocity
+from flowjobs.data.batches import normalized
+from flowjobs.data.dataset import FlowDataset
+from flowjobs.data.randomness import generator_for
+from flowjobs.flows.path import sample_path
+from flowjobs.models.velocity import Velocity
+from flowjobs.training.ranks import Ranks
 
 # Rows of a batch where the flow treats every row alone.
 ROWS_AT_ONCE = 1024

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.data.dataset import load_datasets, normalization_stats
+from flowjobs.models.build import build_model
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.recorder import recording
 from flowjobs.training import FlowTrainer, get_cosine_schedule_with_warmup
-from flowjobs.training.data import load_datasets, normalization_stats
-from flowjobs.training.models import build_model
 
 DECAY = 0.999
 

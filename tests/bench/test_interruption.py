@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
 # Says when a step is done: the next one begins.
 MODEL = """
-from flowjobs.training.models.mlp import MLP
+from flowjobs.models.mlp import MLP
 
 class Telling(MLP):
     steps = 0

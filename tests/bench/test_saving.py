@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.data.dataset import FlowDataset
+from flowjobs.models.build import build_model
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.recorder import recording
 from flowjobs.training import FlowTrainer
-from flowjobs.training.data import FlowDataset
-from flowjobs.training.models import build_model
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
 from tests.bench.ratios import paired_ratios

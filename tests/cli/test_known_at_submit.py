@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.data.dataset import write_splits
 from flowjobs.errors import DataError
 from flowjobs.runs.datasets import check_data
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset
-from flowjobs.training.data import write_splits
 
 # Imports torch where it is imported; submit must not.
 SUBMIT = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowjobs.jobs.preemption import StopSignals
+from flowjobs.jobs.signals import StopSignals
 
 # A job that nobody tells anything goes on all the same.
 AWAITS_AT_MOST_S = 60.0

@@ -60,7 +60,7 @@ def test_nothing_is_closed_once_another_attempt_has_begun(run: Run) -> None:
 
 def test_a_run_that_was_cancelled_before_its_first_start_does_not_start(run: Run) -> None:
     run.request_cancel()
-    task = f"from flowjobs.jobs.task import RunTask; RunTask({str(run.folder)!r})()"
+    task = f"from flowjobs.jobs.entry import RunTask; RunTask({str(run.folder)!r})()"
     done = subprocess.run([sys.executable, "-c", task], capture_output=True, check=False)
     assert done.returncode == 130, done.stderr
     assert run.status() is None

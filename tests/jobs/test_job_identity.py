@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.jobs import slurm as slurm_commands
+from flowjobs import slurm as slurm_commands
 from flowjobs.runs.run import Run
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from flowjobs.config import KeyValues, SlurmConfig
-from flowjobs.jobs.sbatch_environment import export_for
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
+from flowjobs.slurm.options import export_for
 from tests.cluster.slurm import SlurmCluster
 from tests.conftest import Command
 from tests.jobs.disturbed import OPTIONS, REPOSITORY, Disturbed

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from flowjobs.data.dataset import FlowDataset, load_digits, write_splits
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.data import FlowDataset, load_digits, write_splits
 
 SCRIPTS = Path(__file__).parent
 

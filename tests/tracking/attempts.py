@@ -18,7 +18,7 @@ from typing import Any
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
 from flowjobs.errors import RunInterrupted
-from flowjobs.jobs.preemption import StopSignals
+from flowjobs.jobs.signals import StopSignals
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run

@@ -10,7 +10,9 @@ import torch
 import wandb
 
 from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.data.dataset import load_datasets
 from flowjobs.errors import RunInterrupted
+from flowjobs.models.build import build_model
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -18,8 +20,6 @@ from flowjobs.tracking.mode import api_key, resolve_mode
 from flowjobs.tracking.offline_files import session_files
 from flowjobs.tracking.recorder import recording
 from flowjobs.training import FlowTrainer
-from flowjobs.training.data import load_datasets
-from flowjobs.training.models import build_model
 from tests.tracking.attempts import offline_rows
 from tests.tracking.leet import Inspected, history, inspect, records
 

@@ -14,9 +14,9 @@ from flowjobs.errors import RunInterrupted
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import computing, computing_as_before, usable_cores
-from flowjobs.training.distributed import Ranks, single_process
+from flowjobs.training.ranks import Ranks, single_process
+from tests.data.test_memory import machine
 from tests.training.same import same
-from tests.training.test_memory import machine
 from tests.training.test_trainer import train_in
 
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ from torch import nn
 
 from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunInterrupted, RunTakenOverError
+from flowjobs.models.build import build_model
 from flowjobs.runs import attempt
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
@@ -26,7 +27,6 @@ from flowjobs.tracking.recorder import Recorder, recording
 from flowjobs.training import FlowDataset, FlowTrainer, saving
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.determinism import CUBLAS_WORKSPACE, deterministic_algorithms
-from flowjobs.training.models import build_model
 from tests.training.same import same
 
 CPU = torch.device("cpu")

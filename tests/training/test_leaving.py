@@ -14,8 +14,8 @@ from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.distributed import single_process
 from flowjobs.training.leaving import Leave, Leaving
+from flowjobs.training.ranks import single_process
 from tests.training import rank_job
 from tests.training.same import same
 
@@ -25,7 +25,7 @@ Process = subprocess.Popen[str]
 VOTE = """
 import datetime, sys
 from torch import distributed
-from flowjobs.training.distributed import Ranks
+from flowjobs.training.ranks import Ranks
 from flowjobs.training.leaving import Leave, Leaving
 import torch
 rank, world_size, port, wishes = int(sys.argv[1]), 3, sys.argv[2], eval(sys.argv[3])

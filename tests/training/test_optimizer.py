@@ -14,7 +14,7 @@ A_RUN = """
 import sys, torch
 from flowjobs.config import KeyValues, TrainingConfig
 from flowjobs.training import FlowDataset, FlowTrainer
-from flowjobs.training.models import build_model
+from flowjobs.models.build import build_model
 config = TrainingConfig(epochs=2, arch_args=KeyValues(width=16, depth=1))
 data = FlowDataset(torch.randn(200, 4))
 for _ in range(2):  # the second one restores the first one's state

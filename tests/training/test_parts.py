@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.data.randomness import derive_seed, epoch_order, seed_step
 from flowjobs.errors import ConfigError
+from flowjobs.models.build import build_model
+from flowjobs.models.mlp import MLP
 from flowjobs.training import EMAModel, get_cosine_schedule_with_warmup
-from flowjobs.training.models import build_model
-from flowjobs.training.models.mlp import MLP
-from flowjobs.training.randomness import derive_seed, epoch_order, seed_step
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,7 @@ def test_weights_follow_from_the_seed() -> None:
 
 
 def test_a_model_of_ones_own() -> None:
-    path = "flowjobs.training.models.mlp:MLP"
+    path = "flowjobs.models.mlp:MLP"
     config = TrainingConfig(arch=f"mine={path}", arch_args=KeyValues(width=8))
     assert isinstance(build_model(config, 7), MLP)
 

@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.data.dataset import load_datasets
 from flowjobs.errors import (
     CheckpointWriteError,
     RunInterrupted,
     RunMismatchError,
     TrainingDivergedError,
 )
+from flowjobs.evaluation.sampling import sample
+from flowjobs.models.build import build_model
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.data import load_datasets
-from flowjobs.training.models import build_model
-from flowjobs.training.sampling import sample
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
 from tests.training.same import same

@@ -1,0 +1,1 @@
+"""Training data: files, their rows, and the batches of a step."""

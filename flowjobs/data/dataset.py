@@ -1,0 +1,354 @@
+"""Datasets of vectors: reading them, checking them, splitting them, normalizing them."""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flowjobs.config import is_data_file
+from flowjobs.data.memory import free_memory_bytes
+from flowjobs.data.row_reader import RowReader
+from flowjobs.data.tensor_file import write_tensor
+from flowjobs.errors import DataError
+from flowjobs.runs.data_file import DataContent, check_shape, content_of, read_layout
+from flowjobs.runs.datasets import EMBEDDED, check_dataset, check_rows, check_widths, split_files
+
+# What is looked at at once where a pass over all rows is needed, in float64.
+CHUNK_BYTES = 8 * 1024**2
+VAL_SHARE = 0.15
+# A smaller file is read into memory; of a larger one rows are read when they are asked for.
+LARGE_BYTES = 64 * 1024**2
+# A column varies in hardly any row where one is this far out: of two values, in one of 256.
+RARE_DEVIATIONS = 16
+
+
+class FlowDataset(Dataset[Tensor]):
+    """Vectors of one width, as they are in the file; the trainer normalizes them.
+
+    Args:
+        source: A `.pt` file that holds one tensor, a `.npy` file, a tensor or an array: of floats,
+            of shape (n, dim). A small file is read into memory; of a large one rows are read when
+            they are asked for, which ends in a DataError if it has changed since.
+
+    Raises:
+        DataError: The file is missing, unreadable, of another shape or type, empty, or holds a
+            value that is not finite; the text names the file and the row.
+    """
+
+    def __init__(self, source: str | Path | Tensor | np.ndarray[Any, Any]) -> None:
+        if isinstance(source, np.ndarray):
+            # A copy where torch could not use the memory, or would warn that it is read-only.
+            source = torch.from_numpy(np.require(source, requirements=["C", "W"]))
+        self.name = "tensor" if isinstance(source, Tensor) else str(source)
+        self._source = source if isinstance(source, Tensor) else _load(Path(source))
+        if isinstance(self._source, Tensor):
+            check_shape(tuple(self._source.shape), _word(self._source.dtype), self.name)
+        self._index: Tensor | None = None
+        self._content: DataContent | None = None
+        self._check_finite()
+
+    def part(self, index: Tensor, name: str) -> "FlowDataset":
+        """Some of the rows, in the order of `index`, int64 of shape (m,). Copies none."""
+        part = copy.copy(self)
+        part._index = index if self._index is None else self._index[index]
+        part.name = name
+        return part
+
+    @property
+    def content(self) -> DataContent:
+        """What the rows of the whole file are, also of a part."""
+        if isinstance(self._source, RowReader):
+            return self._source.content
+        if self._content is None:
+            self._content = _content_of_tensor(self._source)
+        return self._content
+
+    def is_of_one_source_with(self, other: "FlowDataset") -> bool:
+        """Whether both are parts of the same file or tensor."""
+        return self._source is other._source
+
+    @property
+    def dim(self) -> int:
+        """Width of a row."""
+        return self._source.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers in the file."""
+        return self._source.dtype
+
+    @property
+    def data(self) -> Tensor:
+        """All rows, shape (n, dim); of a part or a large file, a copy."""
+        if self._index is None and isinstance(self._source, Tensor):
+            return self._source
+        return self._rows(slice(None))
+
+    def __len__(self) -> int:
+        return self._source.shape[0] if self._index is None else len(self._index)
+
+    def __getitem__(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
+        """A row of shape (dim,), or the rows of a list of indices or a slice.
+
+        Of float32, or float64 where the file is: its digits may be needed until it is centred.
+        """
+        rows = self._rows(index)
+        return rows if rows.dtype == torch.float64 else rows.float()
+
+    def in_order(self) -> Iterator[Tensor]:
+        """All rows once, (m, dim) at a time, of the file's type."""
+        n = rows_of_chunk(self.dim)
+        for start in range(0, len(self), n):
+            yield self._rows(slice(start, start + n))
+
+    def in_order_of_file(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All rows once, which is fast where they do not fit in memory.
+
+        Yields:
+            The indices of some rows in this dataset, int64 of shape (m,), and the rows, of shape
+            (m, dim) and the file's type.
+        """
+        order = torch.arange(len(self)) if self._index is None else self._index.argsort()
+        for indices in torch.split(order, rows_of_chunk(self.dim)):
+            yield indices, self._rows(indices)
+
+    def _rows(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
+        """Rows of the file's type."""
+        places = index if self._index is None else self._index[index]
+        if isinstance(self._source, RowReader):
+            return self._source.rows(places)
+        return self._source[places]
+
+    def _check_finite(self) -> None:
+        for indices, rows in self.in_order_of_file():
+            finite = torch.isfinite(rows).all(dim=1)
+            if not bool(finite.all()):
+                row = int(indices[~finite][0])
+                raise DataError(f"{self.name}: row {row} has a value that is NaN or infinite")
+
+
+def rows_of_chunk(dim: int) -> int:
+    """How many rows of this width are looked at at once."""
+    return max(1, CHUNK_BYTES // (8 * dim))
+
+
+def normalization_stats(dataset: FlowDataset) -> dict[str, Tensor]:
+    """Mean and standard deviation of each column, of shape (dim,).
+
+    Each column has a scale of its own, however far from the others'. One that varies in hardly any
+    row (a pixel that is nearly always black) gets a larger standard deviation than it has, so that
+    the few rows are not blown up: a tenth of the average column's, or half of its own largest
+    deviation where that is less.
+
+    Returns:
+        `mean` and `std`: float64 where the data are, or where float32 would move a value by more
+        than a ten-thousandth of its column's deviation; else float32.
+    """
+    columns = _Columns(dataset.dim)
+    for _, rows in dataset.in_order_of_file():
+        columns.add(rows.double())
+    std = (columns.squares / columns.n).sqrt()
+    if not bool(torch.isfinite(std).all()):
+        raise DataError(f"{dataset.name}: column {int(std.argmax())} has values that are too large")
+    floor = 0.1 * std.mean()
+    if floor == 0:
+        n = len(dataset)
+        raise DataError(f"{dataset.name}: all {n} rows are the same; there is nothing to learn")
+    # Where all rows are the same, the mean is off by rounding, and so is the deviation.
+    constant = columns.high == columns.low
+    mean = torch.where(constant, columns.low, columns.mean)
+    reach = torch.maximum(columns.high - mean, mean - columns.low)
+    own = torch.where(constant, torch.where(mean == 0, 1.0, mean.abs()), reach / 2)
+    rare = constant | (reach > RARE_DEVIATIONS * std)
+    std = torch.where(rare, torch.maximum(std, floor.minimum(own)), std)
+    stats = {"mean": mean, "std": std}
+    if dataset.dtype == torch.float64:
+        return stats
+    rounded = {key: value.float() for key, value in stats.items()}
+    moved = [(rounded[key].double() - stats[key]).abs() for key in stats]
+    return rounded if bool((moved[0] + moved[1] <= 1e-4 * std).all()) else stats
+
+
+class _Columns:
+    """Number, mean, sum of squared deviations and range of each column, in one pass (float64).
+
+    Parts are joined as by Chan et al. (https://doi.org/10.1080/00031305.1983.10483115), which keeps
+    the digits of a small deviation from a large mean.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.n = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.mean)
+        self.low = torch.full_like(self.mean, math.inf)
+        self.high = -self.low
+
+    def add(self, rows: Tensor) -> None:
+        """Take in some rows, shape (m, dim)."""
+        low, high = torch.aminmax(rows, dim=0)
+        self.low, self.high = self.low.minimum(low), self.high.maximum(high)
+        mean = rows.mean(0)
+        share = len(rows) / (self.n + len(rows))
+        between = (mean - self.mean).square() * (self.n * share)
+        self.squares += (rows - mean).square().sum(0) + between
+        self.mean += (mean - self.mean) * share
+        self.n += len(rows)
+
+
+def load_datasets(dataset: str, study: Path) -> tuple[FlowDataset, FlowDataset]:
+    """The training and the validation part of `--dataset`.
+
+    Args:
+        dataset: `digits`, the name of splits under the study, or the path of a .pt or .npy file
+            (whose last 15 % after a fixed shuffle are the validation part).
+        study: The root of the study.
+    """
+    check_dataset(dataset, study)
+    if is_data_file(dataset):
+        whole = FlowDataset(dataset)
+        check_rows(dataset, len(whole))
+        return split(whole)
+    train_file, val_file = split_files(study, dataset)
+    if dataset == EMBEDDED and not train_file.exists():
+        write_splits(FlowDataset(load_digits()), study, {EMBEDDED: None})
+    train, val = FlowDataset(train_file), FlowDataset(val_file)
+    check_widths(train_file, train.dim, val_file, val.dim)
+    return train, val
+
+
+def content_by_part(train: FlowDataset, val: FlowDataset) -> dict[str, DataContent]:
+    """The content of each file that a run's data come from."""
+    if train.is_of_one_source_with(val):
+        return {"data": train.content}
+    return {"train": train.content, "val": val.content}
+
+
+def load_digits() -> Tensor:
+    """The 1797 handwritten digits that scikit-learn ships, of shape (1797, 64), from 0 to 16."""
+    from sklearn.datasets import load_digits as load
+
+    return torch.from_numpy(load().data).float()
+
+
+def split(whole: FlowDataset) -> tuple[FlowDataset, FlowDataset]:
+    """The training and the validation part after a shuffle that is always the same."""
+    # Not the run's seed: runs of several seeds are compared on the same validation rows.
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    n_val = max(1, round(VAL_SHARE * len(whole)))
+    return (
+        whole.part(order[n_val:], f"{whole.name} (training)"),
+        whole.part(order[:n_val], f"{whole.name} (validation)"),
+    )
+
+
+def write_splits(
+    whole: FlowDataset, study: Path, sizes: dict[str, int | None], *, overwrite: bool = False
+) -> dict[str, int]:
+    """Write nested splits: a smaller one's rows are the first of a larger one's.
+
+    Args:
+        whole: All rows.
+        study: The root of the study.
+        sizes: Training rows by the name of the split; None for all that are left.
+        overwrite: Replace splits of these names that hold other rows.
+
+    Returns:
+        The training rows written by name. All splits share one validation part.
+
+    Raises:
+        DataError: A split asks for more rows than there are, or is there with other rows. Nothing
+            is written then.
+    """
+    if len(whole) < 2:
+        raise DataError(f"{len(whole)} rows are too few to split: expected at least 2")
+    train, val = split(whole)
+    parts = {}
+    for name, size in sizes.items():
+        if size is not None and not 1 <= size <= len(train):
+            raise DataError(
+                f"--sizes: {name} asks for {size} training rows; {len(train)} are left of "
+                f"{len(whole)} after {len(val)} for validation"
+            )
+        parts[name] = train.part(torch.arange(len(train))[:size], name)
+        there = split_files(study, name)[0]
+        if there.exists() and not overwrite and not same_rows(FlowDataset(there), parts[name]):
+            raise DataError(f"{there} holds other rows: remove it, or add --overwrite")
+    for name, part in parts.items():
+        train_file, val_file = split_files(study, name)
+        train_file.parent.mkdir(parents=True, exist_ok=True)
+        # The validation part first: where train.pt is, the split is complete.
+        for rows, file in ((val, val_file), (part, train_file)):
+            write_tensor(file, (len(rows), rows.dim), rows.dtype, rows.in_order())
+    return {name: len(part) for name, part in parts.items()}
+
+
+def same_rows(first: FlowDataset, second: FlowDataset) -> bool:
+    """Whether both hold the same numbers in the same order."""
+    if (len(first), first.dim, first.dtype) != (len(second), second.dim, second.dtype):
+        return False
+    pairs = zip(first.in_order(), second.in_order(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def _load(path: Path) -> Tensor | RowReader:
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            layout = read_layout(file, path)
+            if layout is not None:
+                check_shape(layout.shape, layout.dtype, str(path))
+            if layout is not None and layout.row_major:
+                if layout.n_bytes >= LARGE_BYTES:
+                    return RowReader(path, layout)
+                content = bytearray(layout.n_bytes)
+                file.seek(layout.offset)
+                if file.readinto(content) < len(content):
+                    raise DataError(f"{path} was cut short while it was read")
+                flat = torch.frombuffer(content, dtype=getattr(torch, layout.dtype))
+                return flat.view(layout.shape)
+        _check_room(path)
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
+    except Exception as error:
+        # torch and numpy raise a dozen types for a bad file, none of which names it.
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} cannot be read as a {path.suffix} file: {reason}") from error
+    if not isinstance(loaded, Tensor):
+        raise DataError(f"{path} holds a {type(loaded).__name__}, expected one tensor (n, dim)")
+    if loaded.layout is not torch.strided:
+        raise DataError(f"{path} holds a tensor of layout {loaded.layout}, expected a dense one")
+    return loaded.detach()  # saved from a graph, it would ask for gradients
+
+
+def _check_room(path: Path) -> None:
+    """Raise a DataError where a file that must be read whole does not fit in memory."""
+    size, free = path.stat().st_size, free_memory_bytes()
+    if size > free:
+        raise DataError(
+            f"{path} does not hold its numbers row after row, so that all {size / 1e9:.1f} GB of "
+            f"it must be in memory, and {free / 1e9:.1f} GB are free: save it again as a "
+            "contiguous array (numpy.ascontiguousarray, Tensor.contiguous)"
+        )
+
+
+def _content_of_tensor(data: Tensor) -> DataContent:
+    rows = data.detach().cpu().contiguous()
+    content = memoryview(rows.view(torch.uint8).numpy().data).cast("B")
+    shape = (rows.shape[0], rows.shape[1])
+    return content_of(
+        shape, _word(rows.dtype), len(content), lambda start, size: content[start : start + size]
+    )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,275 @@
+"""Interrupts tiny runs in every way there is, and sees whether each ends as an undisturbed one."""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flowjobs import slurm
+from flowjobs.config import RunConfig, TrackingConfig
+from flowjobs.drill.facts import ClusterFacts, facts_of_slurm, facts_of_this_machine
+from flowjobs.drill.interruptions import Interruption, possible
+from flowjobs.drill.probe import NodeAnswer, NodeProbe, NodeQuestion
+from flowjobs.drill.report import Drilled, Report, make_report
+from flowjobs.errors import SubmissionError
+from flowjobs.jobs.cancel import cancel
+from flowjobs.jobs.entry import task_of
+from flowjobs.jobs.executors import Cluster
+from flowjobs.jobs.origin import identity_of
+from flowjobs.jobs.reconcile import reconcile
+from flowjobs.jobs.submit import SubmittedJob, submit, told_to_end_waits
+from flowjobs.runs.metrics import latest_values
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import AttemptRecord, RunStatus
+from flowjobs.slurm import Known, Unknown, ask
+
+POLL_S = 0.2
+ASK_SLURM_EVERY_S = 2.0
+HURRY_EVERY_S = 15.0
+# Steps that an attempt does before it is interrupted.
+STEPS_BEFORE = 20
+# A job that left the queue may be back in a moment, under a new id; its files may be late.
+GONE_S = 15.0
+CANCEL_WAIT_S = 60.0
+# Nothing happens for so long to a job that runs: it hangs.
+HANGS_S = 600.0
+
+
+@dataclass(kw_only=True)
+class Watched(Drilled):
+    """A run of the drill, from its submission to its end.
+
+    Attributes:
+        job: Its first job.
+        told_at: When it was interrupted, by this process's monotonic clock; None if unknown.
+        waits_for: Why the job waits, by Slurm's word; empty if it does not.
+        hurried_at: When Slurm was last asked to start it sooner.
+        last_seen: What was last seen of it.
+        changed_at: When that was new.
+        done: Whether there is nothing more to wait for.
+    """
+
+    job: SubmittedJob
+    told_at: float | None = None
+    waits_for: str = ""
+    hurried_at: float = -math.inf
+    last_seen: object = None
+    changed_at: float = field(default_factory=time.monotonic)
+    done: bool = False
+
+
+def drill(
+    study: Path,
+    cluster: Cluster,
+    config: RunConfig,
+    *,
+    time_limit: bool,
+    say: Callable[[str], None],
+) -> Report:
+    """Submit the runs, interrupt them, wait for their end and compare.
+
+    Takes minutes, and as long as the jobs wait for their place. Leaves no jobs behind, whatever
+    ends it.
+
+    Args:
+        study: An empty folder for the drill's own runs, absolute, in the user's study.
+        cluster: Where to.
+        config: The run that is trained, once for each interruption.
+        time_limit: Whether one of them is to meet its time limit.
+        say: Called with a line on what is going on, again and again.
+
+    Raises:
+        SubmissionError: A job was refused.
+    """
+    config = replace(config, tracking=TrackingConfig(wandb_mode="disabled"))
+    probe = Run(study, "drill-node")
+    probe.create(config)
+    drilling = _Drill(study, cluster, probe, say)
+    try:
+        facts = drilling.start(config, time_limit)
+        node = drilling.watch()
+    except BaseException:  # also Ctrl-C
+        with told_to_end_waits(signal.SIGTERM, signal.SIGHUP):
+            drilling.cancel()
+        raise
+    say("comparing")
+    undisturbed, *others = drilling.watched
+    return make_report(replace(facts, node=node), others, undisturbed.run)
+
+
+class _Drill:
+    def __init__(
+        self, study: Path, cluster: Cluster, probe: Run, say: Callable[[str], None]
+    ) -> None:
+        self._study = study
+        self._cluster = cluster
+        self._probe = probe
+        self._question = NodeQuestion(probe.folder)
+        self._probe_gone_at: float | None = None
+        self._say = say
+        self._jobs: list[tuple[Run, SubmittedJob]] = []
+        self.watched: list[Watched] = []
+
+    def start(self, config: RunConfig, time_limit: bool) -> ClusterFacts:
+        """Submit all jobs. Returns what the cluster says of itself."""
+        job = self._submit(self._probe, NodeProbe(str(self._probe.folder)))
+        study = str(self._study.parent)
+        if self._cluster == "slurm":
+            facts = facts_of_slurm(job.job_id, study)
+        else:
+            facts = facts_of_this_machine(study)
+        self._start_run("drill-undisturbed", config, None)
+        for how in possible(self._cluster, requeue=facts.requeue, time_limit=time_limit):
+            self._start_run(how.run_name, how.prepare(config), how)
+        return facts
+
+    def _start_run(self, name: str, config: RunConfig, how: Interruption | None) -> None:
+        run = Run(self._study, name)
+        run.create(config)
+        self.watched.append(Watched(run=run, how=how, job=self._submit(run)))
+
+    def _submit(self, run: Run, task: Callable[[], None] | None = None) -> SubmittedJob:
+        with told_to_end_waits():
+            job = submit(run, self._cluster, task or task_of(run))
+            self._jobs.append((run, job))
+        return job
+
+    def cancel(self) -> None:
+        """End every job, and wait until they are gone."""
+        self._question.close()
+        deadline = time.monotonic() + CANCEL_WAIT_S
+        jobs = self._jobs
+        while jobs and time.monotonic() < deadline:
+            with suppress(SubmissionError):  # Slurm is away
+                # Again and again: a process that only starts has not said yet who it is.
+                for run, _ in jobs:
+                    cancel(run)
+                time.sleep(1)
+                jobs = [(run, job) for run, job in jobs if job.alive(run)]
+
+    def watch(self) -> NodeAnswer | None:
+        """Interrupt the runs, and wait until their jobs are gone and the node has answered.
+
+        Returns:
+            The node's answer; None if its job has ended without one.
+        """
+        node: NodeAnswer | None = None
+        asked_at = 0.0
+        while True:
+            if node is None and (node := self._question.answer()):
+                self._question.close()
+            for watched in self.watched:
+                self._look_at_folder(watched)
+            if time.monotonic() - asked_at > ASK_SLURM_EVERY_S:
+                asked_at = time.monotonic()
+                with suppress(SubmissionError):  # Slurm is away
+                    self._look_at_jobs()
+            # The probe's answer may come late over a network file system.
+            probed = self._probe_gone_at and (
+                node or time.monotonic() - self._probe_gone_at > GONE_S
+            )
+            if probed and all(watched.done for watched in self.watched):
+                return node
+            self._say("; ".join(map(_words, self.watched)))
+            time.sleep(POLL_S)
+
+    def _look_at_folder(self, watched: Watched) -> None:
+        """Interrupt the run once it trains, and note what becomes of that."""
+        run = watched.run
+        status = run.status() or RunStatus()
+        step = int(latest_values(run.metrics_file).get("step", 0))
+        if watched.told:
+            ended = status.attempts[watched.told - 1].ended
+            if ended and watched.told_at and watched.saved_s is None:
+                watched.saved_s = time.monotonic() - watched.told_at
+            if len(status.attempts) == watched.told:
+                watched.reached = max(watched.reached, step)
+        elif watched.how and (attempt := status.open_attempt):
+            begun = attempt.first_step is not None and step >= attempt.first_step + STEPS_BEFORE
+            if begun and run.last.exists():
+                _interrupt(watched, watched.how, attempt)
+        seen = (status.state, len(status.attempts), step)
+        if seen != watched.last_seen or watched.waits_for:
+            watched.last_seen, watched.changed_at = seen, time.monotonic()
+
+    def _look_at_jobs(self) -> None:
+        """Find out which runs are done, and why the others wait."""
+        if self._probe_gone_at is None and not self._jobs[0][1].alive(self._probe):
+            self._probe_gone_at = time.monotonic()
+        for watched in self.watched:
+            if watched.done:
+                continue
+            if self._cluster == "slurm":
+                live = _live_jobs(watched.run)
+                alive = bool(live)
+                watched.waits_for = self._hurry(
+                    watched, [row for row in live if row.state == "PENDING"]
+                )
+            else:
+                alive = watched.job.alive(watched.run)
+            self._judge(watched, alive)
+
+    def _hurry(self, watched: Watched, waiting: list[slurm.JobRow]) -> str:
+        """Why jobs of a run wait; one that is only to wait before it is started again need not."""
+        for row in waiting:
+            due = time.monotonic() - watched.hurried_at > HURRY_EVERY_S
+            if row.reason == "BeginTime" and due:
+                watched.hurried_at = time.monotonic()
+                slurm.start_soon(row.job_id)
+        return waiting[-1].reason if waiting else ""
+
+    def _judge(self, watched: Watched, alive: bool) -> None:
+        status = watched.run.status() or RunStatus()
+        still_s = time.monotonic() - watched.changed_at
+        if alive:
+            if still_s > HANGS_S:
+                watched.problem = f"nothing happened for {HANGS_S:.0f} s"
+                cancel(watched.run)
+        elif status.state in ("finished", "failed", "cancelled"):
+            watched.done = True
+        elif self._cluster == "slurm":
+            if still_s > GONE_S:
+                reconcile([watched.run])  # as `flowjobs status` would: says how it ended
+        elif watched.told and watched.how and not watched.by_drill:
+            # On this machine TERM is its user's, and nobody else notices that a job was killed.
+            watched.by_drill = True
+            watched.job = self._submit(watched.run)
+        elif still_s > GONE_S:
+            watched.problem = f"its job ended without a result, see {watched.job.log}"
+            watched.done = True
+
+
+def _live_jobs(run: Run) -> list[slurm.JobRow]:
+    """Those jobs of a run that wait or run.
+
+    Raises:
+        SubmissionError: That is unknown of one.
+    """
+    answers = ask([identity_of(run, entry["job_id"]) for entry in run.submissions()]).values()
+    if unknown := [answer.why for answer in answers if isinstance(answer, Unknown)]:
+        raise SubmissionError(unknown[0])
+    return [answer.newest for answer in answers if isinstance(answer, Known) and not answer.over]
+
+
+def _interrupt(watched: Watched, how: Interruption, attempt: AttemptRecord) -> None:
+    watched.told = attempt.number
+    if how.way != "time limit":  # that one comes by itself, nobody knows when
+        watched.told_at = time.monotonic()
+    try:
+        how.happen_to(attempt.job)
+    except SubmissionError as error:
+        watched.problem = f"could not be interrupted: {error}"
+
+
+def _words(watched: Watched) -> str:
+    """What a run is doing, for a person who waits."""
+    name = watched.how.way if watched.how else "undisturbed"
+    status = watched.run.status() or RunStatus()
+    if watched.waits_for:
+        return f"{name} waits ({watched.waits_for})"
+    if status.state != "running":
+        return f"{name} {status.state}"
+    return f"{name} at step {latest_values(watched.run.metrics_file).get('step', 0)}"

@@ -1,0 +1,347 @@
+"""What submitit pickles and runs on the node: from a run's folder to its outcome, and to a restart.
+
+The same under every executor. Signals are armed before the slow imports; then the lock is taken and
+tracking opened; then the trainer runs, which knows neither Slurm nor W&B.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowjobs.errors import (
+    FlowjobsError,
+    NoProgressError,
+    RunInterrupted,
+    RunTakenOverError,
+    SubmissionError,
+)
+from flowjobs.jobs import exit_cause
+from flowjobs.jobs.environment import JobProcess, this_process
+from flowjobs.jobs.lock_judge import judge_for
+from flowjobs.jobs.restart import restart
+from flowjobs.jobs.signals import StopSignals
+from flowjobs.jobs.stop_cause import notice_of, seconds_left
+from flowjobs.runs.restarts import may_retry
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import (
+    EXIT_CANCELLED,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    AttemptRecord,
+    Outcome,
+    outcome_of,
+)
+from flowjobs.tracking.closing import close_session
+
+if TYPE_CHECKING:
+    from flowjobs.tracking.recorder import Recorder
+    from flowjobs.training.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+CANCELLED = "cancelled by flowjobs cancel"
+
+# From the run's outcome to the end of its process.
+END_WITHIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """What submitit pickles: the folder of a run, and nothing else. What is on disk decides.
+
+    Args:
+        folder: `STUDY/runs/NAME`, absolute.
+    """
+
+    folder: str
+
+    def __call__(self) -> None:
+        """Run the job; its exit code is the outcome's. A bug raises."""
+        log_to_stderr()
+        run = Run.at(Path(self.folder))
+        try:
+            code = train_run(run)
+        except FlowjobsError as error:
+            logger.error("%s", error)
+            code = error.exit_code
+        finally:
+            # submitit's handler would requeue the job, whatever became of the run.
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        if code:
+            sys.exit(code)
+
+
+def train_run(run: Run, resume_path: Path | None = None) -> int:
+    """Train a run in this process, from its newest checkpoint if there is one.
+
+    A run that is told to leave saves its state and is started again where that can be done.
+
+    Args:
+        run: The run; its config is on disk.
+        resume_path: Go on from this checkpoint instead.
+
+    Returns:
+        The exit code of the process: 0 if the run is finished.
+
+    Raises:
+        RunBusyError: Another attempt trains the run.
+        FlowjobsError: The config cannot be trained.
+    """
+    process = this_process(run)
+    if process.job.cluster == "none" and process.job.log:
+        log_to_file(Path(process.job.log))
+    # Read once, when torch is loaded: a thread that waits leaves its core to the others. By default
+    # it spins, and runs side by side take forty times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    attempt = TrainingJob(run, process)
+    code = EXIT_FAILED
+    try:
+        code = _train(attempt, run, resume_path)
+    except Exception as error:
+        code = outcome_of(error).exit_code
+        raise
+    finally:
+        if process.job.cluster != "debug":  # there the process is a person's, in the debugger
+            end_in_time(code)
+    return code
+
+
+def _train(attempt: "TrainingJob", run: Run, resume_path: Path | None) -> int:
+    # Armed before the slow imports: a job may be preempted while torch loads.
+    debugged = attempt.cluster == "debug"  # the process is a person's, in the debugger
+    with StopSignals(attempt.seconds_left, attempt.too_late, process_ends=not debugged) as signals:
+        if resume_path is None and run.finished():
+            run.check_files()
+            picture = run.samples_picture
+            gone = "" if picture.exists() else f"; {picture} is gone"
+            logger.info("%s is finished%s", run.name, gone)
+            return 0
+        if attempt.was_cancelled():
+            logger.info("%s was cancelled: submit it again to go on", run.name)
+            return EXIT_CANCELLED
+        try:
+            attempt.train(signals, resume_path)
+        except RunTakenOverError as error:
+            logger.warning("%s", error)
+            return EXIT_PREEMPTED
+        except RunInterrupted as left:
+            logger.warning("%s", left)
+            if left.kind == "cancelled":
+                return EXIT_CANCELLED
+            return attempt.restart(left.kind)
+    return 0
+
+
+class TrainingJob:
+    """One start of a run as a job: between the training, which knows none, and the scheduler."""
+
+    def __init__(self, run: Run, process: JobProcess) -> None:
+        self._run = run
+        self._process = process
+        self._job = process.job
+        self._recorder: Recorder | None = None
+        self._exclude: str | None = None
+        self._signals: StopSignals | None = None
+
+    @property
+    def cluster(self) -> str:
+        """Where it runs."""
+        return self._job.cluster
+
+    def was_cancelled(self) -> bool:
+        """Whether this start is one that the run's user does not want any more."""
+        # A person who starts the run has cleared the mark first.
+        cancelled = self._run.cancel_requested() or (
+            not self._job.started_by_person and exit_cause.cancelled_while_requeued(self._job)
+        )
+        status = self._run.status()
+        if cancelled and status and status.state == "preempted" and self._process.rank == 0:
+            outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
+            status.close(outcome)
+            status.write(self._run.status_file)
+            close_session(self._run, outcome)
+        return cancelled
+
+    def train(self, signals: StopSignals, resume_path: Path | None) -> None:
+        """Train to the end, or until told to leave."""
+        self._signals = signals
+
+        def train_as_rank(recorder: "Recorder | None") -> None:
+            from flowjobs.training.run_training import run_training
+
+            ranks = self._join(group)
+            run_training(self._run, recorder, ranks, signals.reason, resume_path)
+
+        # Left last: where the other ranks hang, leaving may, and the outcome is told by then.
+        with ExitStack() as group:
+            if self._process.rank > 0:
+                train_as_rank(None)
+                return
+            # Before torch is loaded: what tracks the run starts beside that, on a free core.
+            with self._recording(group) as self._recorder, self._explained(signals):
+                if self._run.cancel_requested():
+                    # Since the last look: `cancel` did not know this process yet, to tell it.
+                    signal.raise_signal(signal.SIGTERM)
+                train_as_rank(self._recorder)
+
+    def _join(self, group: ExitStack) -> "Ranks":
+        from flowjobs.training.ranks import joined_ranks
+
+        process, use_gpu = self._process, self._run.config().slurm.gpus_per_node > 0
+        return group.enter_context(
+            joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu)
+        )
+
+    @contextmanager
+    def _recording(self, group: ExitStack) -> Iterator["Recorder"]:
+        """Holds the run and tracks it; for the first rank, which the others wait for."""
+        from flowjobs.tracking.recorder import recording
+
+        def explain(record: AttemptRecord) -> Outcome:
+            again = record.job.job_id == self._job.job_id
+            return exit_cause.cause_of(self._run, record, restarted=again)
+
+        try:
+            with ExitStack() as stack:
+                try:
+                    held = recording(self._run, self._job, judge_for(self._run, self._job), explain)
+                    recorder = stack.enter_context(held)
+                except Exception:
+                    if self._process.world_size > 1:
+                        with suppress(Exception):
+                            self._join(group)  # they see it leave, and leave too
+                    raise
+                yield recorder
+        except NoProgressError as error:
+            close_session(self._run, outcome_of(error))  # it may be known before tracking begins
+            raise
+
+    @contextmanager
+    def _explained(self, signals: StopSignals) -> Iterator[None]:
+        """Adds to what ends the block what only the scheduler knows, and what may be retried."""
+        try:
+            yield
+        except RunInterrupted as left:
+            signals.stand_down()  # the state is saved
+            with suppress(SubmissionError):  # Slurm is away: the signal's name must do
+                notice = notice_of(self._run, self._job, signals.received())
+                raise RunInterrupted(notice.reason, left.step, notice.why) from None
+            raise
+        except Exception as error:
+            signals.stand_down()
+            if self._run.cancel_requested():
+                # What a process runs into as others of its job are told to end.
+                logger.exception("%s", CANCELLED)
+                raise RunInterrupted(CANCELLED, kind="cancelled") from error
+            kind = exit_cause.passing_kind(error)
+            if kind is None or not self._may_retry(kind):
+                raise
+            self._exclude = self._job.host
+            reason = f"{kind}: {outcome_of(error).reason}; starts again (--retries)"
+            logger.exception("%s", reason)
+            raise RunInterrupted(reason, kind=kind) from error
+        signals.stand_down()
+
+    def _may_retry(self, kind: str) -> bool:
+        status = self._run.status()
+        if status is None or self._job.cluster == "none":
+            return False
+        *before, this = status.attempts
+        return may_retry(before, kind, this.last_step, self._run.config().restarts.retries)
+
+    def restart(self, kind: str) -> int:
+        """Have the run started again, that left for `kind`. Returns this process's exit code."""
+        if self._process.rank > 0:
+            return EXIT_PREEMPTED
+        try:
+            return restart(self._run, self._job, kind, task_of(self._run), self._exclude)
+        except SubmissionError as error:
+            logger.error("%s is not started again: %s", self._run.name, error)
+            return EXIT_PREEMPTED  # `reconcile` tries again, or a person
+
+    def seconds_left(self, number: signal.Signals) -> float | None:
+        """How long this process may live after a signal."""
+        return seconds_left(self._run, self._job, number)
+
+    def too_late(self) -> None:
+        """The main thread hangs and is about to be killed: leave what is on disk, and go on."""
+        code = EXIT_PREEMPTED
+        try:
+            left = self._left_hanging()
+            logger.error("%s: the run is as its last checkpoint has it", left)
+            if self._recorder is not None:
+                self._recorder.attempt.close(outcome_of(left))
+            if left.kind == "cancelled":
+                code = EXIT_CANCELLED
+            elif self._recorder is not None:
+                code = self.restart(left.kind)
+        finally:
+            # Not sys.exit: it would wait for the thread that hangs.
+            os._exit(code)
+
+    def _left_hanging(self) -> RunInterrupted:
+        reason = "told to leave, and no step ended in time"
+        with suppress(SubmissionError):  # Slurm is away
+            notice = notice_of(
+                self._run, self._job, self._signals.received() if self._signals else None
+            )
+            if notice.why == "cancelled":
+                return RunInterrupted(f"{notice.reason}; {reason}", kind="cancelled")
+        return RunInterrupted(reason, kind="hung")
+
+
+def task_of(run: Run) -> RunTask:
+    """What a job of the run does."""
+    return RunTask(str(run.folder))
+
+
+def end_in_time(code: int) -> None:
+    """Have this process end with `code` even if what the user's code has started does not end.
+
+    The interpreter waits for every thread and process at its end, and would hold the GPU of a run
+    that is over. A traceback takes a moment to be printed, so there is time for that.
+    """
+
+    def end() -> None:
+        time.sleep(END_WITHIN_S)
+        alive = [thread.name for thread in threading.enumerate() if not thread.daemon]
+        alive += [process.name for process in multiprocessing.active_children()]
+        alive.remove(threading.main_thread().name)
+        logger.error(
+            "the run is over, and %s did not end within %g s: ended from here",
+            ", ".join(alive) or "the process",
+            END_WITHIN_S,
+        )
+        os._exit(code)
+
+    threading.Thread(target=end, name="end-in-time", daemon=True).start()
+
+
+def log_to_stderr() -> None:
+    """Set up logging for a process that trains."""
+    # A log that a full disk does not take is no reason for a traceback a line.
+    logging.raiseExceptions = False
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    # submitit has handlers of its own.
+    logging.getLogger("submitit").propagate = False
+
+
+def log_to_file(path: Path) -> None:
+    """Copy the log of a process in the foreground to a file, for `flowjobs logs`."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.getLogger().handlers[0].formatter)
+    logging.getLogger().addHandler(handler)

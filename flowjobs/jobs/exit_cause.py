@@ -1,0 +1,261 @@
+"""How an attempt ended that could not say it itself: from accounting and from its own log."""
+
+import errno
+import os
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowjobs.errors import CheckpointWriteError
+from flowjobs.jobs.origin import identity_of
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import (
+    EXIT_CANCELLED,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    AttemptRecord,
+    JobInfo,
+    Outcome,
+    State,
+)
+from flowjobs.slurm import JobAnswer, JobRow, Known, ask_one
+
+TAIL_BYTES = 65_536
+LAST_LINES = 30
+
+# "exceeded memory limit (1234567890 > 1073741824), being killed", in bytes.
+OVER_LIMIT = re.compile(r"exceeded memory limit \((\d+) > (\d+)\)")
+OOM_KILL = re.compile(r"oom[-_ ]kill|Out Of Memory", re.IGNORECASE)
+
+# What slurmstepd writes behind CANCELLED AT … when it was not the user.
+NOT_BY_THE_USER = re.compile(
+    "DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE|JOB REQUEUE|TASK FAILURE)", re.IGNORECASE
+)
+
+# "srun: error: n2: task 1: Killed"; of several nodes at once it gives a list, n[1-2].
+FAILED_TASK = re.compile(r"^srun: error: ([\w.-]+): tasks? \d", re.MULTILINE)
+
+FILE_SYSTEM = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.EREMOTEIO,
+        errno.EHOSTDOWN,
+        errno.ENXIO,
+    }
+)
+LOST_GPU = re.compile(r"CUDA error|CUDA driver|NCCL|\bECC\b|CUBLAS_STATUS|CUDNN_STATUS|cudaError")
+
+
+def cause_of(
+    run: Run,
+    attempt: AttemptRecord,
+    exit_code: int | None = None,
+    *,
+    answer: JobAnswer | None = None,
+    restarted: bool = False,
+) -> Outcome:
+    """The outcome of an attempt that is over and has left no word of it, as far as it is known.
+
+    Args:
+        run: The run.
+        attempt: The attempt.
+        exit_code: What srun returned, if its batch script is the one that asks.
+        answer: What Slurm says of its job, if it has been asked already.
+        restarted: Whether Slurm has started its job again.
+    """
+    job = attempt.job
+    if answer is None and job.cluster == "slurm":
+        answer = ask_one(identity_of(run, job.job_id, job.log))
+    life = answer.life(job.restart) if isinstance(answer, Known) else None
+    return _outcome(attempt, life, exit_code, restarted)
+
+
+def _outcome(
+    attempt: AttemptRecord, life: JobRow | None, exit_code: int | None, restarted: bool
+) -> Outcome:
+    log = log_tail(attempt.job.log)
+    # A job that is started again goes on in the same file.
+    log = log[max(0, log.rfind(f"attempt {attempt.number} at ")) :]
+    where = f"on {attempt.job.host}, attempt {attempt.number}{_step(attempt)}"
+    words, kind, state, code = _explain(life, log, exit_code, restarted)
+    return Outcome(state, code, f"{words} {where}", _last_words(log), kind)
+
+
+def cause_of_no_start(
+    job: JobInfo, exit_code: int | None = None, answer: JobAnswer | None = None
+) -> Outcome:
+    """The outcome of a job that ended before its attempt could begin.
+
+    Args:
+        job: The job.
+        exit_code: What srun returned, if its batch script is the one that asks.
+        answer: What Slurm says of the job, if it has been asked.
+    """
+    log = log_tail(job.log)
+    if isinstance(answer, Known) and answer.newest.state == "CANCELLED":
+        reason = f"job {job.job_id} was cancelled before it started"
+        return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+    if isinstance(answer, Known):
+        row = answer.newest
+        exit_code = 128 + row.signal if row.signal else row.exit_code
+    if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, EXIT_PREEMPTED):
+        reason = f"job {job.job_id} was told to leave before it could listen"
+        return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
+    reason = f"job {job.job_id} ended before the run could start: {_last_error(log)}"
+    return Outcome("failed", EXIT_FAILED, reason, _last_words(log), "never started")
+
+
+def failed_node(job: JobInfo) -> str:
+    """The node whose process died first, as srun names it; else the one of the first rank."""
+    log = log_tail(job.log)
+    found = FAILED_TASK.search(log, max(0, log.rfind(" I attempt ")))
+    return found.group(1) if found else job.host
+
+
+def cancelled_while_requeued(job: JobInfo) -> bool:
+    """Whether the user cancelled the job's earlier life just as it asked to be requeued.
+
+    Slurm then starts it again all the same, and accounting says REQUEUED. What is left is what
+    slurmstepd wrote to the job's output: every other end has its reason there (DUE TO …).
+    """
+    # An array task has an id of its own beside the array's.
+    job_id = os.environ.get("SLURM_JOB_ID", job.job_id)
+    ends = re.findall(rf"\*\*\* JOB {job_id} ON \S+ CANCELLED AT (.*)", log_tail(job.log))
+    return bool(job.restart and ends and not NOT_BY_THE_USER.search(ends[-1]))
+
+
+def passing_kind(error: BaseException) -> str | None:
+    """The kind of an exception that may pass on another node or at another time, else None.
+
+    What it was raised from counts as well: "the checkpoint cannot be read" may be a stale handle.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if kind := _own_passing_kind(cause):
+            return kind
+        cause = cause.__cause__
+    return None
+
+
+def _own_passing_kind(error: BaseException) -> str | None:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory"
+    if isinstance(error, CheckpointWriteError):
+        return "file system"
+    if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
+        return "file system"
+    text = str(error)
+    if isinstance(error, RuntimeError) and LOST_GPU.search(text) and "assert" not in text:
+        return "lost GPU"
+    return None
+
+
+def log_tail(log: str | None) -> str:
+    """The end of a log file; empty if there is none."""
+    try:
+        with Path(log or "").open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _explain(
+    life: JobRow | None, log: str, exit_code: int | None, restarted: bool
+) -> tuple[str, str, State, int]:
+    """Words, kind, state and exit code of the death."""
+    match life.state if life else "":
+        case "NODE_FAIL" | "BOOT_FAIL":
+            return "node failure", "node failure", "preempted", EXIT_PREEMPTED
+        case "PREEMPTED" | "REQUEUED":
+            return "killed while it was preempted", "preempted", "preempted", EXIT_PREEMPTED
+        case "TIMEOUT" | "DEADLINE":
+            return "killed at the time limit", "time limit", "preempted", EXIT_PREEMPTED
+        case "CANCELLED":
+            return "cancelled", "cancelled", "cancelled", EXIT_CANCELLED
+        case "OUT_OF_MEMORY":
+            return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
+    if restarted and life is None and exit_code is None:
+        return "lost, and started again by Slurm", "preempted", "preempted", EXIT_PREEMPTED
+    code = exit_code
+    if code is None and life is not None:
+        code = 128 + life.signal if life.signal else life.exit_code
+    if OVER_LIMIT.search(log) or OOM_KILL.search(log):
+        return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
+    if code is None:
+        return "ended without a word (as after SIGKILL)", "killed", "failed", EXIT_FAILED
+    if number := _signal_of(code):
+        return _explain_signal(number)
+    if code == EXIT_PREEMPTED:
+        return "left in time", "preempted", "preempted", EXIT_PREEMPTED
+    return f"ended with exit code {code}", "exception", "failed", code or EXIT_FAILED
+
+
+def _signal_of(exit_code: int) -> int:
+    """The signal that an exit code stands for, by the shell's count (128 + n) or Python's (-n).
+
+    0 for a code of the program's own: up to 128 all are, and above where there is no such signal.
+    """
+    number = exit_code - 128 if exit_code > 128 else -exit_code
+    return number if number in signal.valid_signals() else 0
+
+
+def _explain_signal(number: int) -> tuple[str, str, State, int]:
+    match number:
+        case signal.SIGSEGV:
+            return "segmentation fault", "segmentation fault", "failed", 128 + signal.SIGSEGV
+        case signal.SIGABRT:
+            return "aborted (SIGABRT)", "aborted", "failed", 128 + signal.SIGABRT
+        case signal.SIGBUS:
+            return "bus error", "bus error", "failed", 128 + signal.SIGBUS
+        case signal.SIGTERM | signal.SIGUSR2:
+            # Told to leave before it could listen.
+            return "told to leave while it started", "preempted", "preempted", EXIT_PREEMPTED
+        case signal.SIGKILL:
+            return "killed (SIGKILL)", "killed", "failed", 128 + signal.SIGKILL
+    return f"ended by {_name(number)}", "signal", "failed", 128 + number
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of the real-time signals only the first and the last have names
+        return f"signal {number}"
+
+
+def _memory_words(log: str) -> str:
+    found: Sequence[str] = ()
+    if matches := OVER_LIMIT.findall(log):
+        found = matches[-1]
+    if not found:
+        return "out of memory"
+    used, limit = (int(number) / 2**30 for number in found)
+    return f"out of memory: {used:.3g} of {limit:.3g} GiB"
+
+
+def _step(attempt: AttemptRecord) -> str:
+    return "" if attempt.last_step is None else f", step {attempt.last_step:,}"
+
+
+def _last_error(log: str) -> str:
+    """What the last traceback of the log says, else its last line."""
+    lines = [line for line in _last_words(log).splitlines() if line.strip()]
+    raised = [line for line in lines if not line.startswith((" ", "Traceback"))]
+    if lines and lines[0].startswith("Traceback") and raised:
+        return raised[0]
+    return lines[-1].strip() if lines else "it has no log"
+
+
+def _last_words(log: str) -> str:
+    """The last traceback of the log, or its last lines."""
+    at = log.rfind("Traceback (most recent call last)")
+    lines = (log[at:] if at >= 0 else log).splitlines()
+    return "\n".join(lines[-LAST_LINES:])

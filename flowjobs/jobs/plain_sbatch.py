@@ -1,0 +1,132 @@
+"""Jobs that a person submitted with plain sbatch: found out at their start, submitted again so."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from flowjobs import slurm
+from flowjobs.errors import SubmissionError
+from flowjobs.jobs.origin import Origin, origin_of
+from flowjobs.runs.run import Run
+from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
+
+# What sbatch was told on its command line is not in the script, so it is taken from the job's
+# record: scontrol's name of a field, and the option it came from.
+OPTIONS = {
+    "JobName": "--job-name",
+    "Partition": "--partition",
+    "Account": "--account",
+    "QOS": "--qos",
+    "TimeLimit": "--time",
+    "NumNodes": "--nodes",
+    "CPUs/Task": "--cpus-per-task",
+    "MinMemoryNode": "--mem",
+    "MinMemoryCPU": "--mem-per-cpu",
+    "Features": "--constraint",
+    "ReqNodeList": "--nodelist",
+    "ExcNodeList": "--exclude",
+    "Reservation": "--reservation",
+    "Comment": "--comment",
+    "WorkDir": "--chdir",
+    "StdOut": "--output",
+    "ArrayTaskId": "--array",
+}
+NOTHING = ("", "(null)", "N/A", "UNLIMITED")
+
+
+def known_log(run: Run, job_id: str) -> str | None:
+    """The output file of a job of the run, if the run has noted the job."""
+    logs = [entry["log"] for entry in run.submissions() if entry["job_id"] == job_id]
+    return logs[-1] or None if logs else None
+
+
+def note_job(run: Run, job_id: str) -> str | None:
+    """Note how the job that this process is in can be submitted again, once a job.
+
+    Returns:
+        Its output file; None if Slurm does not say.
+    """
+    if any(entry["job_id"] == job_id for entry in run.submissions()):
+        return known_log(run, job_id)
+    try:
+        record = slurm.job_record(job_id)
+    except SubmissionError:
+        return None
+    if record is None:
+        return None
+    log = record.fields.get("StdOut")
+    if record.fields.get("BatchFlag") in (None, "0"):
+        return log  # a shell of salloc's, say: nothing to submit again
+    again: list[str] = []
+    script = run.logs / f"{job_id}.sh"
+    Origin.here().note(run, job_id)
+    if slurm.write_batch_script(job_id, str(script)):
+        again = _command(record, script)
+    continues = os.environ.get(CONTINUES)
+    identity = {
+        "job_name": record.fields.get("JobName", ""),
+        "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
+        "handed_over": 0.0 if record.restarts else record.submitted,
+    }
+    file = Path(log) if log else None
+    run.add_submission(job_id, "slurm", file, continues=continues, again=again, identity=identity)
+    return log
+
+
+def resubmit(run: Run, entry: dict[str, Any], exclude: str | None) -> str:
+    """Submit the job of an entry of `jobs.jsonl` again. Returns the new job's id.
+
+    Raises:
+        SubmissionError: sbatch refused.
+    """
+    command = list(entry["again"])
+    if exclude:
+        before = [option for option in command if option.startswith("--exclude=")]
+        nodes = f"{before[-1].partition('=')[2]},{exclude}" if before else exclude
+        command.insert(1, f"--exclude={nodes}")
+        command = [option for option in command if option not in before]
+    # The new job must know what it is, also where jobs get no environment by default.
+    command.insert(1, "--export=ALL")
+    old = entry["job_id"]
+    origin = origin_of(run, old)
+    environment = environment_for_sbatch(origin.environment, run.config().slurm)
+    if token := os.environ.get("SLURM_JWT"):
+        environment["SLURM_JWT"] = token
+    taken = slurm.sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
+    new = taken.job_id
+    if any(option.startswith("--array=") for option in command):
+        new = f"{new}_{old.partition('_')[2]}"
+    log = Path(entry["log"]) if entry["log"] else None
+    identity = taken.identity(entry.get("job_name", ""))
+    with slurm.cancelled_unless_noted(lambda: taken):
+        origin.note(run, new)
+        run.add_submission(
+            new, "slurm", log, continues=old, again=entry["again"], identity=identity
+        )
+    return new
+
+
+def _command(record: slurm.JobRecord, script: Path) -> list[str]:
+    fields = record.fields
+    options = [
+        f"{option}={fields[name]}"
+        for name, option in OPTIONS.items()
+        if fields.get(name, "") not in NOTHING
+    ]
+    tasks = fields.get("NtasksPerN:B:S:C", "").partition(":")[0]
+    if tasks not in NOTHING:
+        options.append(f"--ntasks-per-node={tasks}")
+    resources = fields.get("TresPerNode", "")
+    if resources not in NOTHING:
+        # Slurm says gres:gpu:1 for what was asked as --gpus-per-node=1 or as --gres=gpu:1, and
+        # adds one to the other: only the one that the script has is replaced.
+        wanted = re.sub("gres[:/]", "", resources)
+        if "--gpus-per-node" in script.read_text():
+            options.append(f"--gpus-per-node={wanted.removeprefix('gpu:')}")
+        else:
+            options.append(f"--gres={wanted}")
+    # As the script got them: in its record of the command Slurm quotes nothing.
+    arguments = json.loads(os.environ.get(SCRIPT_ARGUMENTS, "[]"))
+    return ["sbatch", "--open-mode=append", *options, str(script), *arguments]

@@ -1,0 +1,114 @@
+"""Restart an interrupted run: requeue its Slurm job, or submit a new one."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+from flowjobs import slurm
+from flowjobs.errors import SubmissionError
+from flowjobs.jobs import plain_sbatch
+from flowjobs.jobs.origin import origin_of
+from flowjobs.jobs.submit import submit
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import EXIT_PREEMPTED, JobInfo
+
+logger = logging.getLogger(__name__)
+
+Task = Callable[[], None]
+
+# submitit's local executor starts a job at most six times.
+LOCAL_STARTS = 6
+# A controller that is away for longer than this is not waited for.
+CONTROLLER_WAIT_S = 900.0
+ASK_EVERY_S = 2.0
+
+
+def restart(run: Run, job: JobInfo, kind: str, task: Task, exclude: str | None = None) -> int:
+    """Have a run whose job has saved its state and leaves started again, where that can be done.
+
+    Never if its user has cancelled it: `scontrol requeue` would bring it back.
+
+    Args:
+        run: The run; nobody holds it any more.
+        job: The job that leaves: this process's own.
+        kind: Why it leaves, in a word or two.
+        task: What a new job of the run would do.
+        exclude: A node that should not be used again.
+
+    Returns:
+        The exit code with which this process should end.
+    """
+    if run.cancel_requested():
+        return EXIT_PREEMPTED
+    match job.cluster:
+        case "slurm":
+            _restart_in_slurm(run, job, task, exclude)
+        case "local" if kind != "told to leave":  # that was the user, by `kill`
+            if job.restart + 1 < LOCAL_STARTS:
+                logger.info("%s starts again at once", run.name)
+                return LOCAL_REQUEUE_RETURN_CODE
+            logger.info("%s continues as local job %s", run.name, resubmit(run, job, task))
+    return EXIT_PREEMPTED
+
+
+def _restart_in_slurm(run: Run, job: JobInfo, task: Task, exclude: str | None) -> None:
+    record = _record_when_it_answers(job.job_id)
+    if record is None or record.fields.get("BatchFlag") in (None, "0"):
+        logger.info("%s is no batch job: run the same command again to go on", job.job_id)
+        return
+    if record.restarts > job.restart:
+        logger.info("Slurm starts job %s again by itself", job.job_id)
+        return
+    # Between the answer above and the request below a `scancel` would be undone; the signal that
+    # it sends is found in the log by the next life (jobs/exit_cause.py).
+    if record.cancelled or run.cancel_requested():
+        logger.info("job %s was cancelled; the run stays as it is", job.job_id)
+        return
+    try:
+        slurm.requeue(job.job_id, exclude)
+        logger.info("job %s is requeued; it goes on from here", job.job_id)
+    except SubmissionError as refused:
+        logger.info("job %s cannot be requeued (%s)", job.job_id, refused)
+        logger.info("%s continues as job %s", run.name, resubmit(run, job, task, exclude))
+
+
+def _record_when_it_answers(job_id: str) -> slurm.JobRecord | None:
+    deadline = time.monotonic() + CONTROLLER_WAIT_S
+    said = False
+    while True:
+        try:
+            return slurm.job_record(job_id)
+        except SubmissionError as error:
+            if time.monotonic() > deadline or not slurm.is_here():
+                logger.error("%s; the run is not started again: submit it once more", error)
+                raise
+            if not said:
+                logger.warning("%s; waiting for it", error)
+                said = True
+            time.sleep(ASK_EVERY_S)
+
+
+def resubmit(run: Run, job: JobInfo, task: Task, exclude: str | None = None) -> str:
+    """Submit a run again, the way its job was submitted, to continue from that one.
+
+    Args:
+        run: The run.
+        job: The job that ends.
+        task: What the new job does.
+        exclude: A node to leave out.
+
+    Returns:
+        The new job's id.
+
+    Raises:
+        SubmissionError: It cannot be submitted.
+    """
+    if job.cluster == "local":
+        return submit(run, "local", task, continues=job.job_id).job_id
+    entries = [entry for entry in run.submissions() if entry["job_id"] == job.job_id]
+    if entries and "again" in entries[-1]:
+        return plain_sbatch.resubmit(run, entries[-1], exclude)
+    origin = origin_of(run, job.job_id)
+    return submit(run, "slurm", task, continues=job.job_id, exclude=exclude, origin=origin).job_id

@@ -1,0 +1,90 @@
+"""Why a job was told to leave, and how long it may stay: Slurm's word, not a guess."""
+
+import signal
+from dataclasses import dataclass
+from typing import Literal
+
+from flowjobs import slurm
+from flowjobs.errors import SubmissionError
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+
+Why = Literal["node failure", "preempted", "time limit", "requeued", "cancelled", "told to leave"]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a signal meant.
+
+    Attributes:
+        why: In a word or two.
+        reason: In words for a person.
+        seconds_left: Until the process is killed; None: nobody will.
+        comes_back: Whether the scheduler will start the job again without being asked.
+    """
+
+    why: Why
+    reason: str
+    seconds_left: float | None = None
+    comes_back: bool = False
+
+
+def notice_of(run: Run, job: JobInfo, number: signal.Signals | None) -> Notice:
+    """What `number`, sent to a job of `run`, meant.
+
+    Raises:
+        SubmissionError: Slurm does not answer.
+    """
+    name = number.name if number else "no signal"
+    if number is signal.SIGINT:
+        return Notice("told to leave", "interrupted by Ctrl-C")
+    if job.cluster == "none" and run.cancel_requested():
+        return Notice("cancelled", "cancelled by flowjobs cancel")
+    if job.cluster == "local":
+        seconds = float(run.config().slurm.signal_before_end_s)
+        if run.cancel_requested():
+            return Notice("cancelled", "cancelled by flowjobs cancel", seconds)
+        if number is signal.SIGUSR2:
+            return Notice("time limit", f"time limit ({name})", seconds)
+        return Notice("told to leave", f"told to leave ({name})", seconds)
+    if job.cluster == "slurm":
+        if run.cancel_requested():  # known without Slurm, which may be away
+            return Notice("cancelled", "cancelled by flowjobs cancel", slurm.kill_wait_s())
+        return _slurm_notice(run, job, name)
+    return Notice("told to leave", f"told to leave ({name})")
+
+
+def _slurm_notice(run: Run, job: JobInfo, signal_name: str) -> Notice:
+    record = slurm.job_record(job.job_id)
+    kill_wait_s = slurm.kill_wait_s()
+    if record is None:
+        return Notice("told to leave", f"told to leave ({signal_name})", kill_wait_s)
+    # At the end of what it grants, Slurm says TERM and waits KillWait.
+    seconds = max(0.0, record.seconds_left) + kill_wait_s
+    ends_soon = record.seconds_left < run.config().slurm.signal_delay_s + 60
+    comes_back = record.restarts > job.restart
+    if comes_back:
+        # The record is that of its next life already.
+        return Notice("requeued", f"requeued by Slurm ({signal_name})", kill_wait_s, True)
+    if record.preempted:
+        return Notice("preempted", f"preempted ({signal_name})", seconds)
+    if record.over_limit or (record.state == "RUNNING" and ends_soon):
+        return Notice("time limit", f"time limit ({signal_name})", seconds)
+    if record.state == "RUNNING":
+        # TERM may be the first that is seen of a scancel; USR2 was sent by hand.
+        left = None if signal_name == "SIGUSR2" else kill_wait_s
+        return Notice("told to leave", f"told to leave ({signal_name})", left)
+    if record.lost_a_node:
+        return Notice("node failure", f"a node was lost ({signal_name})", kill_wait_s)
+    if record.cancelled:
+        return Notice("cancelled", f"cancelled by scancel ({signal_name})", kill_wait_s)
+    return Notice("told to leave", f"told to leave ({signal_name})", kill_wait_s)
+
+
+def seconds_left(run: Run, job: JobInfo, number: signal.Signals) -> float | None:
+    """How long a job of `run` may live after a signal; None: as long as it wants."""
+    try:
+        return notice_of(run, job, number).seconds_left
+    except SubmissionError:
+        # A controller that is away kills nobody: it waits, and is asked again when leaving.
+        return None

@@ -1,0 +1,1 @@
+"""The networks that can be trained, those of the user among them."""

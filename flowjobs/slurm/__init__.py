@@ -1,0 +1,66 @@
+"""Asking Slurm, and asking it for things. Knows no run.
+
+Each function says which forms of Slurm's commands can be relied on, and why not the others.
+"""
+
+from flowjobs.slurm.client import MARK, controller_answers, is_here
+from flowjobs.slurm.cluster import (
+    cluster_name,
+    kill_wait_s,
+    partition_settings,
+    partitions,
+    qos_settings,
+    settings,
+)
+from flowjobs.slurm.controller import (
+    ENDED,
+    JobRecord,
+    JobRow,
+    cancel,
+    job_record,
+    queue,
+    requeue,
+    signal_step,
+    start_soon,
+    write_batch_script,
+)
+from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, ask_one
+from flowjobs.slurm.sacct import accounting, accounting_answers
+from flowjobs.slurm.submission import CLOCKS_S, HandedOver, cancelled_unless_noted, sbatch
+from flowjobs.slurm.waiting import why_it_waits
+
+__all__ = [
+    "CLOCKS_S",
+    "ENDED",
+    "MARK",
+    "Gone",
+    "HandedOver",
+    "JobAnswer",
+    "JobIdentity",
+    "JobRecord",
+    "JobRow",
+    "Known",
+    "Unknown",
+    "accounting",
+    "accounting_answers",
+    "ask",
+    "ask_one",
+    "cancel",
+    "cancelled_unless_noted",
+    "cluster_name",
+    "controller_answers",
+    "is_here",
+    "job_record",
+    "kill_wait_s",
+    "partition_settings",
+    "partitions",
+    "qos_settings",
+    "queue",
+    "requeue",
+    "sbatch",
+    "settings",
+    "signal_step",
+    "start_soon",
+    "why_it_waits",
+    "write_batch_script",
+]

@@ -1,0 +1,89 @@
+"""Running Slurm's commands: within a time limit, and whatever bytes they print."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+
+# What Slurm tells every process of a step.
+STEP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+# Clients wait MessageTimeout (10 s by default) for a controller that is away.
+CLIENT_TIMEOUT_S = 30
+
+# Written into the comment of every job that we submit, and told by all of Slurm's commands.
+MARK = re.compile(r"flowjobs:([0-9a-f]{12})")
+
+# Names and comments hold anything but this.
+SEPARATOR = "\x1f"
+
+
+def is_here() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("scontrol") is not None
+
+
+def controller_answers() -> tuple[bool, str]:
+    """Whether jobs can be submitted to Slurm from here, and why not, in words for a person."""
+    if shutil.which("sbatch") is None:
+        return False, "sbatch is not on PATH"
+    answer = run("scontrol", "ping")
+    if answer.returncode != 0 or "UP" not in answer.stdout:
+        return False, f"sbatch is there, but no controller answers: {first_line(answer)}"
+    return True, "sbatch is there and the controller answers"
+
+
+def cells_of(printed: str, count: int) -> list[list[str]]:
+    """The fields of each line that has so many: not of a banner, nor of what follows a newline
+    in the last field."""
+    lines = (line.split(SEPARATOR, count - 1) for line in printed.splitlines())
+    return [[cell.strip() for cell in cells] for cells in lines if len(cells) == count]
+
+
+def timestamp(text: str | None) -> float | None:
+    """A time that Slurm prints, in seconds of the epoch; None for "N/A", "Unknown" and the like."""
+    try:
+        # Slurm prints local time.
+        return time.mktime(time.strptime(text or "", "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def run(
+    *command: str, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands. Failing to start it, or its silence, is a failure of its own."""
+    # Slurm signals every process of a step, and this one may be started as the job is told to
+    # end. A blocked signal is inherited as blocked.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STEP_SIGNALS)
+    # A user's own formats and filters would change the answers.
+    own = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_")
+    kept = {name: value for name, value in environment.items() if not name.startswith(own)}
+    # Without the limit on bit strings Slurm cuts long lists of array tasks short.
+    kept |= {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard"}
+    try:
+        # Whatever bytes a job's name or a site's banner holds.
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=CLIENT_TIMEOUT_S,
+            env=kept,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, returncode=1, stdout="", stderr=str(error))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def first_line(answer: subprocess.CompletedProcess[str]) -> str:
+    """The line of a command's output that says why it failed."""
+    lines = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
+    errors = [line for line in lines if "error" in line.lower()]  # others may be a banner's
+    return (errors or lines or [f"exit code {answer.returncode}"])[0]

@@ -1,0 +1,217 @@
+"""What Slurm knows of a job of ours, in three values: this is it, it is gone, or unknown.
+
+A job is not its id: a cluster uses ids again, two clusters on one home use the same ones, and a
+record may be another user's.
+"""
+
+import os
+import pwd
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowjobs.errors import SubmissionError
+from flowjobs.slurm.cluster import cluster_name
+from flowjobs.slurm.controller import ENDED, JobRow, queue
+from flowjobs.slurm.sacct import accounting
+from flowjobs.slurm.submission import CLOCKS_S
+
+# Accounting's last row of a job may be that of an earlier life, if it says one of these: the row of
+# the next life comes some seconds later, or when a database that was away is back.
+AGAIN = frozenset({"REQUEUED", "PREEMPTED", "NODE_FAIL"})
+SETTLED_AFTER_S = 600.0
+
+
+@dataclass(frozen=True)
+class JobIdentity:
+    """What tells a job from every other one: noted at its submission, compared with each answer.
+
+    Attributes:
+        job_id: Slurm's id (`12_3` for an array task).
+        mark: Ours, that Slurm gives back; empty for a job that was submitted by hand.
+        cluster: Slurm's name of its cluster; empty if that is not known.
+        uid: Its user's; None if that is not known.
+        name: The job's; empty if that is not known.
+        submitted: When it was handed over, in seconds of the epoch; 0 if that is not known.
+        log: The file that its output goes to; empty if that is not known.
+    """
+
+    job_id: str
+    mark: str = ""
+    cluster: str = ""
+    uid: int | None = None
+    name: str = ""
+    submitted: float = 0.0
+    log: str = ""
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "JobIdentity":
+        """From a line of `jobs.jsonl`."""
+        return cls(
+            job_id=entry["job_id"],
+            mark=entry.get("mark", ""),
+            cluster=entry.get("slurm_cluster", ""),
+            uid=entry.get("uid"),
+            name=entry.get("job_name", ""),
+            submitted=entry.get("handed_over", 0.0),
+            log=entry.get("log", ""),
+        )
+
+    def is_mine(self) -> bool:
+        """Whether it is this user's, so that it may be cancelled and started again by them."""
+        return self.uid in (None, os.getuid())
+
+    def matches(self, row: JobRow) -> bool:
+        """Whether a row is on this job, and not on another one that has or had its id."""
+        base = self.job_id.partition("_")[0]
+        # Of an array's tasks that ended before they were told apart, accounting has one row.
+        if row.job_id != self.job_id and (row.job_id.partition("_[")[0] != base or row.log):
+            return False
+        if self.uid not in (None, row.uid) or (
+            self.cluster and row.cluster and self.cluster != row.cluster
+        ):
+            return False
+        if self.mark and row.marks:
+            return self.mark in row.marks
+        # By hand there is no mark, and some sites drop comments. A requeued job's time is later.
+        in_time = row.submitted >= self.submitted - CLOCKS_S
+        return self.name in ("", row.name) and in_time and self._has_log_of(row)
+
+    def _has_log_of(self, row: JobRow) -> bool:
+        there = Path(row.log)  # with %j and such in its name
+        return not self.log or not there.is_absolute() or there.parent == Path(self.log).parent
+
+    @property
+    def words(self) -> str:
+        """The job, with what sets it apart from those that can be asked for here."""
+        other = "" if self.is_mine() else f" of user {_user_name(self.uid)}"
+        return f"job {self.job_id}{other}"
+
+
+@dataclass(frozen=True)
+class Known:
+    """Slurm knows the job.
+
+    Attributes:
+        newest: The controller's word on it; accounting's where that has forgotten the job.
+        lives: Accounting's rows, one for each start, oldest first: some seconds behind, and none
+            where it was not asked or does not answer.
+    """
+
+    newest: JobRow
+    lives: tuple[JobRow, ...] = ()
+
+    @property
+    def over(self) -> bool:
+        """Whether it will not run any more."""
+        return self.newest.state in ENDED
+
+    def restarted_since(self, restart: int) -> bool:
+        """Whether Slurm has started, or will start, the job again after that start of it."""
+        if self.newest.restarts is not None:
+            return self.newest.restarts > restart
+        return len(self.lives) > restart + 1
+
+    def life(self, restart: int) -> JobRow | None:
+        """How that start of the job ended (0 is the first); None if that is not known (yet)."""
+        if self.newest.restarts == restart and self.over:
+            return self.newest
+        rows = [row for row in self.lives[restart : restart + 1] if row.ended is not None]
+        return rows[0] if rows else None
+
+
+@dataclass(frozen=True)
+class Gone:
+    """Slurm has forgotten the job: where nobody keeps books, how it ended is never known."""
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Nothing can be said of the job now, or from here.
+
+    Attributes:
+        why: In words for a person.
+    """
+
+    why: str
+
+
+JobAnswer = Known | Gone | Unknown
+
+
+def ask_one(job: JobIdentity) -> JobAnswer:
+    """`ask` about one job."""
+    return ask([job])[job]
+
+
+def ask(
+    jobs: Collection[JobIdentity], *, at_most_twice: bool = False
+) -> dict[JobIdentity, JobAnswer]:
+    """Ask Slurm about all these jobs together.
+
+    Once, if all of them wait or run in their first life; else accounting too; and where there is
+    none, which cluster this is: only the one that had a job can say that it is gone.
+
+    Args:
+        jobs: Those to ask about.
+        at_most_twice: Leave out the last question: some that are gone are then unknown.
+    """
+    if not jobs:
+        return {}
+    try:
+        rows = queue({os.getuid(), *(job.uid for job in jobs if job.uid is not None)})
+    except SubmissionError as error:
+        return {job: Unknown(str(error)) for job in jobs}
+    known = {job: row for row in rows for job in jobs if job.matches(row)}
+    told = {job for job, row in known.items() if row.state not in ENDED and not row.restarts}
+    try:
+        books = accounting({job.job_id for job in jobs if job not in told})
+        silent = ""
+    except SubmissionError as error:
+        books, silent = [], str(error)
+    answers: dict[JobIdentity, JobAnswer] = {}
+    here = {row.cluster for row in rows if row.cluster}
+    for job in jobs:
+        rows = [row for row in books or () if job.matches(row)]
+        lives = tuple([row for row in rows if row.job_id == job.job_id] or rows)
+        if job in known:
+            answers[job] = Known(known[job], lives)
+        elif lives:
+            answers[job] = _last_of(job, lives)
+        elif books is None and job.cluster and job.uid == os.getuid():
+            if not here and not at_most_twice:
+                here = {cluster_name()}
+            why = _why_not(job, here, "there is no accounting")
+            answers[job] = Gone() if job.cluster in here else Unknown(why)
+        else:
+            answers[job] = Unknown(_why_not(job, here, silent or "accounting has no word of it"))
+    return answers
+
+
+def _last_of(job: JobIdentity, lives: tuple[JobRow, ...]) -> JobAnswer:
+    """The answer where the controller does not know the job (any more) and accounting does."""
+    last = lives[-1]
+    settled = last.ended is not None and time.time() - last.ended > SETTLED_AFTER_S
+    if last.state in ENDED | AGAIN and (settled or last.state not in AGAIN):
+        return Known(last, lives)
+    return Unknown(f"the controller does not know {job.words}, and accounting says {last.state}")
+
+
+def _why_not(job: JobIdentity, here: Collection[str], accounting: str) -> str:
+    if not job.is_mine():
+        return f"Slurm says nothing of {job.words}: ask as that user"
+    if job.cluster and here and job.cluster not in here:
+        return (
+            f"{job.words} is of the cluster {job.cluster}, and {', '.join(sorted(here)) or 'none'} "
+            "answers here: ask from there"
+        )
+    return f"the controller does not know {job.words}, and {accounting}"
+
+
+def _user_name(uid: int | None) -> str:
+    try:
+        return pwd.getpwuid(uid or 0).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,65 @@
+"""Why a job waits: Slurm's word for it in a person's words."""
+
+import time
+
+from flowjobs.slurm.controller import JobRow
+
+# By the beginning of Slurm's word, the longer before the shorter; `squeue -o %r` has about 200.
+WORDS = (
+    ("JobHeldUser", "held by its user: `scontrol release {job}` lets it start"),
+    ("JobHeldAdmin", "held by an administrator, who must release it"),
+    ("JobHoldMaxRequeue", "held after too many restarts: `scontrol release {job}`"),
+    (
+        "launch_failed_requeued_held",
+        "held, for a node could not start it: `scontrol release {job}`",
+    ),
+    ("BeginTime", "for its start time{start}"),
+    ("Resources", "for nodes or GPUs to become free{start}"),
+    ("Priority", "behind jobs of higher priority{start}"),
+    ("DependencyNeverSatisfied", "for jobs that can never end as it was told to wait: cancel it"),
+    ("Dependency", "for other jobs to end{dependency}"),
+    ("ReqNodeNotAvail", "for nodes that are down, drained or reserved{start}"),
+    ("NodeDown", "for a node that is down"),
+    ("PartitionDown", "for its partition, which is down"),
+    ("PartitionInactive", "for its partition, which is inactive"),
+    ("PartitionTimeLimit", "in vain: its time limit is above the partition's (--timeout-min)"),
+    ("PartitionNodeLimit", "in vain: the partition allows fewer nodes (--nodes)"),
+    ("PartitionConfig", "in vain: the partition does not allow what it asks for"),
+    ("AssociationJobLimit", "for your account's limit on jobs"),
+    ("Assoc", "for a limit of your account"),
+    ("QOSMaxWall", "in vain: its time limit is above that of its QOS (--timeout-min)"),
+    ("QOSNotAllowed", "in vain: its QOS is not allowed in this partition (--qos)"),
+    ("QOS", "for a limit of its QOS"),
+    ("MaxGRES", "for a limit on GPUs"),
+    ("MaxCpu", "for a limit on CPUs"),
+    ("MaxMemory", "for a limit on memory"),
+    ("InvalidAccount", "in vain: its account is not valid (--account)"),
+    ("InvalidQOS", "in vain: its QOS is not valid (--qos)"),
+    ("AccountNotAllowed", "in vain: its account is not allowed in this partition (--account)"),
+    ("BadConstraints", "in vain: no node has what it asks for"),
+    ("Reservation", "for its reservation to begin"),
+    ("Licenses", "for licenses to become free"),
+    ("JobArrayTaskLimit", "for other tasks of its array"),
+    ("Cleaning", "for its last start to be cleaned up on the node"),
+    ("Prolog", "for its nodes to be made ready"),
+    ("FrontEndDown", "for the front end, which is down"),
+    ("SystemFailure", "after a failure of Slurm itself: an administrator must look"),
+    ("None", "to be looked at by the scheduler"),
+)
+
+
+def why_it_waits(row: JobRow) -> str:
+    """Why a pending job waits, to be read after "waits"; with Slurm's own word."""
+    reason = row.reason.strip("()")
+    for word, words in WORDS:
+        if reason.startswith(word):
+            start = f", about {_clock(row.starts)}" if row.starts else ""
+            dependency = f" ({row.dependency})" if row.dependency else ""
+            text = words.format(job=row.job_id, start=start, dependency=dependency)
+            return f"{text} ({reason})"
+    return f"for Slurm's reason {reason or 'unknown'}"
+
+
+def _clock(seconds: float) -> str:
+    # Slurm's own clock, as in its other answers.
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

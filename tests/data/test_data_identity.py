@@ -1,0 +1,166 @@
+"""Data are known by their content: what changed is refused, what moved is the same."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowjobs.config import KeyValues, RunConfig, TrainingConfig
+from flowjobs.data.dataset import write_splits
+from flowjobs.errors import (
+    CheckpointMismatchError,
+    DataError,
+    RunInterrupted,
+    RunMismatchError,
+)
+from flowjobs.runs.data_file import content_of_file
+from flowjobs.runs.run import Run
+from flowjobs.training import FlowDataset
+from flowjobs.training.checkpoint import read_checkpoint
+from tests.training.same import same
+from tests.training.test_trainer import stop_at, train_in
+
+SMALL = KeyValues(width=8, depth=1)
+DATA = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def config_of(dataset: str | Path) -> TrainingConfig:
+    return TrainingConfig(dataset=str(dataset), epochs=3, batch_size=32, arch_args=SMALL)
+
+
+def interrupted(run: Run, dataset: str | Path) -> None:
+    with pytest.raises(RunInterrupted):
+        train_in(run, config_of(dataset), stop_reason=stop_at(3))
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 400)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another seed's rows": (lambda path: torch.save(torch.randn(30, 4), path), "val: 30 rows"),
+    "in another order": (lambda path: torch.save(torch.load(path).flip(0), path), "val: 30 rows"),
+    "fewer rows": (lambda path: torch.save(torch.load(path)[:20], path), "20 rows .* now"),
+    "other numbers": (lambda path: torch.save(torch.load(path).double(), path), "float64.* now"),
+    "that of another split": (
+        lambda path: shutil.copy(path.parent.parent / "50" / "train.pt", path),
+        "50 rows .* now",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_validation_part_that_changed_between_attempts_is_refused(
+    study: Path, change: str
+) -> None:
+    write_splits(FlowDataset(DATA), study, {"50": 50, "all": None})
+    run = Run(study, "run")
+    interrupted(run, "all")
+    before = run.last.read_bytes()
+    change_file, said = CHANGES[change]
+    change_file(study / "datasets/splits/all/val.pt")
+    with pytest.raises(DataError, match=f"(?s)not those that it has been trained on.*{said}"):
+        train_in(run, config_of("all"))
+    assert run.last.read_bytes() == before
+    # The record is lost, the checkpoint still knows.
+    run.data_file.unlink()
+    with pytest.raises(CheckpointMismatchError, match=f"(?s)was trained on other data.*{said}"):
+        train_in(run, config_of("all"))
+
+
+def test_a_file_that_was_cut_short_is_named(study: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.npy"
+    np.save(path, DATA.numpy())
+    run = Run(study, "run")
+    interrupted(run, path)
+    cut_short(path)
+    with pytest.raises(DataError, match=r"mine\.npy has 2928 bytes, expected 3328 .*cut short"):
+        train_in(run, config_of(path))
+
+
+def test_a_run_goes_on_with_data_that_moved(study: Path, tmp_path: Path) -> None:
+    old, new, other = tmp_path / "old.npy", tmp_path / "new.pt", tmp_path / "other.npy"
+    np.save(old, DATA.numpy())
+    whole, run = Run(study, "whole"), Run(study, "run")
+    train_in(whole, config_of(old))
+    interrupted(run, old)
+    old.unlink()
+    torch.save(DATA, new)
+    np.save(other, DATA.flip(0).numpy())
+    with pytest.raises(
+        RunMismatchError, match=r"(?s)old\.npy there, .*other\.npy asked for\n.*now"
+    ):
+        train_in(run, config_of(other))
+    assert run.create(RunConfig(config_of(new))) == f"the data of run are at {new} now"
+    train_in(run, config_of(new))
+    ended, expected = read_checkpoint(run.last), read_checkpoint(whole.last)
+    assert same(ended["model_state_dict"], expected["model_state_dict"])
+
+
+def test_a_run_that_had_not_trained_takes_the_data_as_they_are(study: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.pt"
+    run = Run(study, "run")
+    for number in (1, 2):
+        torch.save(DATA * number, path)
+        if number == 1:
+            config = TrainingConfig(dataset=str(path), arch="nowhere:Net")
+            with pytest.raises(Exception, match="no module nowhere"):
+                train_in(run, config)
+    train_in(run, config_of(path))
+
+
+@pytest.mark.parametrize("placement", ["device", "loader"])
+@pytest.mark.parametrize("large", [True, False])
+def test_data_that_change_under_a_running_attempt(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr("flowjobs.data.dataset.LARGE_BYTES", 0)
+    path = tmp_path / "mine.npy"
+    np.save(path, DATA.numpy())
+    steps = iter(range(1000))
+    config = TrainingConfig(
+        dataset=str(path),
+        epochs=3,
+        batch_size=32,
+        arch_args=SMALL,
+        data_placement=placement,  # type: ignore[arg-type]
+        num_workers=0,
+    )
+    changes = {2: path.touch, 4: lambda: np.lib.format.open_memmap(path, "r+")[:].fill(1)}
+
+    def change() -> None:
+        changes.get(next(steps), lambda: None)()
+
+    run = Run(study, "run")
+    if large:  # also where training is resident: validation reads the file at each epoch
+        with pytest.raises(DataError, match=r"mine\.npy has changed while it was trained on"):
+            train_in(run, config, stop_reason=change)
+        return
+    changes[5] = lambda: cut_short(path)
+    train_in(run, config, stop_reason=change)  # of what it read at its start
+
+
+def test_a_large_file_is_known_by_blocks_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowjobs.runs.data_file.WHOLE_DIGEST_BYTES", 1024**2)
+    path = tmp_path / "large.npy"
+    data = torch.randn(70_000, 8)
+    versions = [data, data.flip(0), data[:-1], torch.cat([data[1:], data[:1]]), data * 2]
+    digests = set()
+    for version in versions:
+        np.save(path, version.numpy())
+        content = content_of_file(path)
+        assert content == FlowDataset(version).content  # memory and file alike
+        digests.add(content)
+    assert len(digests) == len(versions)

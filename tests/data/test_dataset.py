@@ -1,0 +1,138 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowjobs.data.dataset import (
+    load_datasets,
+    load_digits,
+    normalization_stats,
+    write_splits,
+)
+from flowjobs.errors import DataError
+from flowjobs.training import FlowDataset
+
+
+def test_digits_are_the_real_ones(study: Path) -> None:
+    train, val = load_datasets("digits", study)
+    assert (len(train), len(val), train.dim) == (1527, 270, 64)
+    assert train.data.max() == 16
+    # The second time they come from the splits on disk, like any other dataset.
+    assert torch.equal(load_datasets("digits", study)[0].data, train.data)
+    assert (study / "datasets/splits/digits/val.pt").exists()
+
+
+def test_splits_are_nested_and_share_their_validation_part(study: Path) -> None:
+    data = torch.arange(200.0).reshape(100, 2)
+    written = write_splits(FlowDataset(data), study, {"20": 20, "50": 50, "all": None})
+    assert written == {"20": 20, "50": 50, "all": 85}
+    parts = {name: load_datasets(name, study) for name in written}
+    assert torch.equal(parts["20"][0].data, parts["50"][0].data[:20])
+    assert torch.equal(parts["20"][1].data, parts["all"][1].data)
+    rows = torch.cat([part.data for part in parts["all"]])
+    assert torch.equal(rows.sort(0).values, data)
+
+
+def test_a_split_larger_than_the_data_is_refused(study: Path) -> None:
+    with pytest.raises(DataError, match="5k asks for 5000 training rows; 85 are left of 100"):
+        write_splits(FlowDataset(torch.zeros(100, 2)), study, {"5k": 5000})
+
+
+def test_a_split_of_other_rows_is_not_overwritten_by_mistake(study: Path) -> None:
+    write_splits(FlowDataset(torch.zeros(100, 2)), study, {"20": 20})
+    write_splits(FlowDataset(torch.zeros(100, 2)), study, {"20": 20})
+    with pytest.raises(DataError, match="holds other rows: remove it, or add --overwrite"):
+        write_splits(FlowDataset(torch.ones(100, 2)), study, {"10": 10, "20": 20})
+    assert not (study / "datasets/splits/10").exists()
+    write_splits(FlowDataset(torch.ones(100, 2)), study, {"20": 20}, overwrite=True)
+    assert load_datasets("20", study)[0].data.max() == 1
+
+
+def test_one_row_cannot_be_split(study: Path) -> None:
+    with pytest.raises(DataError, match="1 rows are too few"):
+        write_splits(FlowDataset(torch.zeros(1, 2)), study, {"all": None})
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy"])
+def test_a_file_of_ones_own(tmp_path: Path, study: Path, suffix: str) -> None:
+    data = torch.randn(40, 3)
+    path = tmp_path / f"mine{suffix}"
+    if suffix == ".pt":
+        torch.save(data, path)
+    else:
+        np.save(path, data.numpy())
+    train, val = load_datasets(str(path), study)
+    assert (len(train), len(val), train.dim) == (34, 6, 3)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(train.data, data[order[6:]])
+    assert torch.equal(val.data, data[order[:6]])
+
+
+def test_stats_normalize_the_training_part(study: Path) -> None:
+    train, _ = load_datasets("digits", study)
+    stats = normalization_stats(train)
+    normal = (train.data - stats["mean"]) / stats["std"]
+    assert normal.mean(0).abs().max() < 1e-5
+    # A pixel that is nearly always black is not blown up: at most a tenth of the average.
+    assert normal.std(0).max() < 1.01
+    assert stats["std"].min() >= 0.099 * load_digits().std(0).mean()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (torch.zeros(3), r"has shape \(3,\), expected \(n, dim\)"),
+        (torch.zeros(0, 3), r"has shape \(0, 3\), expected .* at least one row"),
+        (torch.zeros(2, 3, dtype=torch.int64), "is of type int64, expected floats"),
+        (torch.tensor([[1.0], [float("nan")]]), "row 1 has a value that is NaN or infinite"),
+        (torch.tensor([[1.0], [2.0], [float("inf")]]), "row 2 has a value"),
+    ],
+)
+def test_bad_data_is_refused_by_name_and_row(tmp_path: Path, data: torch.Tensor, said: str) -> None:
+    path = tmp_path / "bad.pt"
+    torch.save(data, path)
+    with pytest.raises(DataError, match=re.escape(str(path)) + ".*" + said):
+        FlowDataset(path)
+
+
+def test_a_bad_row_past_the_first_chunk_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowjobs.data.dataset.CHUNK_BYTES", 4 * 2 * 8)
+    data = torch.zeros(10, 2)
+    data[9, 1] = float("inf")
+    with pytest.raises(DataError, match="row 9"):
+        FlowDataset(data)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor", b"PK\x03\x04 torn"])
+@pytest.mark.parametrize("suffix", [".pt", ".npy"])
+def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"torn{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{re.escape(str(path))} cannot be read as a {suffix}"):
+        FlowDataset(path)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save({"data": torch.zeros(2, 2)}, tmp_path / "dict.pt")
+    with pytest.raises(DataError, match="holds a dict, expected one tensor"):
+        FlowDataset(tmp_path / "dict.pt")
+
+
+def test_two_widths_are_refused(study: Path) -> None:
+    write_splits(FlowDataset(torch.randn(20, 2)), study, {"mine": None})
+    torch.save(torch.randn(4, 3), study / "datasets/splits/mine/val.pt")
+    with pytest.raises(DataError, match=r"width 2.*width 3"):
+        load_datasets("mine", study)
+
+
+def test_constant_data_is_refused() -> None:
+    with pytest.raises(DataError, match="nothing to learn"):
+        normalization_stats(FlowDataset(torch.ones(5, 2)))
+
+
+def test_a_missing_dataset_lists_those_that_there_are(study: Path) -> None:
+    write_splits(FlowDataset(torch.randn(20, 2)), study, {"1k": None})
+    with pytest.raises(DataError, match="there are 2 datasets: 1k, digits; did you mean 1k"):
+        load_datasets("10k", study)

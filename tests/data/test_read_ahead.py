@@ -1,0 +1,136 @@
+"""Reading beside the training: its order, its errors, and that it keeps no process from its end."""
+
+import errno
+import itertools
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.data import read_ahead
+from flowjobs.data.read_ahead import ReadAhead
+from flowjobs.errors import DataError
+from flowjobs.jobs.exit_cause import passing_kind
+from flowjobs.models.build import build_model
+from flowjobs.runs.run import Run
+from flowjobs.training import FlowDataset, FlowTrainer
+from flowjobs.training.checkpoint import read_checkpoint
+from tests.training.same import same
+from tests.training.test_trainer import train_in
+
+CONFIG = TrainingConfig(
+    epochs=1, arch_args=KeyValues(width=8, depth=1), data_placement="loader", num_workers=2
+)
+
+
+def numbers(delay: Callable[[int], None] = lambda number: None) -> Iterator[Callable[[], Tensor]]:
+    def read(number: int) -> Tensor:
+        delay(number)
+        return torch.tensor(number)
+
+    return (partial(read, number) for number in itertools.count())
+
+
+@pytest.mark.parametrize("n_threads", [0, 1, 3])
+def test_results_come_in_the_order_in_which_they_were_asked_for(n_threads: int) -> None:
+    second = threading.Event()
+
+    def first_is_last(number: int) -> None:
+        if number == 1:
+            second.set()
+        if number == 0 and n_threads > 1:
+            assert second.wait(60)
+
+    ahead = ReadAhead(numbers(first_is_last), n_threads, "data")
+    assert [int(ahead.next()) for _ in range(20)] == list(range(20))
+
+
+def test_a_read_that_does_not_end_is_an_error_with_its_text(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(read_ahead, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(read_ahead, "WAIT_S", 0.2)
+    monkeypatch.setattr(read_ahead, "END_S", 0.1)
+    comes_back = threading.Event()
+    ahead = ReadAhead(numbers(lambda number: comes_back.wait(60) and None), 1, "train.pt")
+    with pytest.raises(DataError, match=r"train\.pt has given no rows for 0.2 s") as raised:
+        ahead.next()
+    assert "train.pt has given no rows for 0.1 s; waiting" in caplog.text
+    assert passing_kind(raised.value) == "file system"
+    comes_back.set()
+
+
+def test_a_file_that_is_cut_short_or_unreadable_ends_the_training_with_its_name(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowjobs.data.dataset.LARGE_BYTES", 0)
+    path = Path("data.npy").absolute()
+    np.save(path, np.random.default_rng(0).standard_normal((400, 5), dtype=np.float32))
+    data = FlowDataset(path)
+    model = build_model(CONFIG, data.dim)
+    trainer = FlowTrainer(model, CONFIG, data, data, torch.device("cpu"), run=Run(study, "a"))
+
+    def stale(*arguments: object) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.preadv", stale)
+        with pytest.raises(DataError, match=r"data\.npy, byte \d+: Stale file handle") as raised:
+            trainer.train()
+    assert passing_kind(raised.value) == "file system"
+    with path.open("r+b") as file:
+        file.truncate(200)
+    with pytest.raises(DataError, match=r"data\.npy ends at byte \d+: it was cut short"):
+        FlowTrainer(model, CONFIG, data, data, torch.device("cpu"), run=Run(study, "b"))
+
+
+def test_a_run_reads_the_same_rows_with_any_number_of_threads(study: Path) -> None:
+    runs = [Run(study, f"readers{n}") for n in (0, 1, 4)]
+    for run, n in zip(runs, (0, 1, 4), strict=True):
+        train_in(run, replace(CONFIG, num_workers=n))
+    first, *others = (read_checkpoint(run.last) for run in runs)
+    assert all(same(first["model_state_dict"], other["model_state_dict"]) for other in others)
+
+
+HANGS_AND_RAISES = """
+import threading, time
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self, dim, what):
+        super().__init__()
+        self.layer = nn.Linear(dim, dim)
+        self.what = what
+
+    def forward(self, x, t):
+        if self.what == "thread":
+            threading.Thread(target=time.sleep, args=(1e6,), name="of the model").start()
+        raise ValueError("the model fails")
+"""
+
+
+@pytest.mark.parametrize("what", ["readers", "thread"])
+def test_a_model_that_raises_ends_the_process(study: Path, what: str) -> None:
+    """Also where readers have read ahead, or a thread of the model's own never ends."""
+    Path("models.py").write_text(HANGS_AND_RAISES)
+    command = [sys.executable, "-m", "flowjobs", "train", "--arch", "models:Model", "--flow"]
+    command += ["icfm", "--arch-args", f"what={what}", "--data-placement", "loader"]
+    command += ["--name", "a", "--wandb-mode", "disabled"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "ValueError: the model fails" in done.stderr
+    assert ("of the model did not end" in done.stderr) == (what == "thread")
+    status = Run(study, "a").status()
+    assert status is not None
+    assert status.state == "failed"
+    assert status.reason.startswith("ValueError (")
+    assert status.reason.endswith("): the model fails")

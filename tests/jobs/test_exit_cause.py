@@ -1,0 +1,114 @@
+"""The cause of a death that could not speak, from what its batch script and its log say."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import RunConfig
+from flowjobs.errors import CheckpointError, CheckpointWriteError, DataError
+from flowjobs.jobs import exit_cause
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import AttemptRecord, JobInfo
+
+
+def died(study: Path, exit_code: int | None, log: str = "") -> tuple[str, str, int, str]:
+    run = Run(study, "a")
+    run.create(RunConfig())
+    path = run.logs / "12_0_log.out"
+    path.write_text(log)
+    job = JobInfo("local", "12", str(path), "n3", 1)
+    attempt = AttemptRecord(4, job, "now", first_step=0, last_step=12_400)
+    outcome = exit_cause.cause_of(run, attempt, exit_code)
+    return outcome.state, outcome.kind, outcome.exit_code, outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "kind", "told_as"),
+    [
+        (137, "killed", 137),
+        (139, "segmentation fault", 139),
+        (-11, "segmentation fault", 139),  # as Python's subprocess has it
+        (134, "aborted", 134),
+        (135, "bus error", 135),
+        (136, "signal", 136),  # SIGFPE
+        (3, "exception", 3),
+        # A program's own codes, whatever signals have these numbers.
+        (9, "exception", 9),
+        (11, "exception", 11),
+        (12, "exception", 12),
+        (15, "exception", 15),
+        (255, "exception", 255),  # exit(-1)
+    ],
+)
+def test_an_exit_code_names_the_death(study: Path, exit_code: int, kind: str, told_as: int) -> None:
+    state, found, code, reason = died(study, exit_code)
+    assert (state, found, code) == ("failed", kind, told_as)
+    assert reason.endswith("on n3, attempt 4, step 12,400")
+
+
+def test_memory_is_told_with_its_figures(study: Path) -> None:
+    log = (
+        "00:00:00 I attempt 4 at a: slurm job 12 on n3\n"
+        "slurmstepd-n3: error: Step 12.0 exceeded memory limit (65712345088 > 64424509440), "
+        "being killed\n"
+    )
+    state, kind, _, reason = died(study, 137, log)
+    assert (state, kind) == ("failed", "out of memory")
+    assert reason == "out of memory: 61.2 of 60 GiB on n3, attempt 4, step 12,400"
+
+
+def test_what_an_earlier_attempt_died_of_is_not_taken_for_this_ones(study: Path) -> None:
+    log = (
+        "slurmstepd-n3: error: Detected 1 oom-kill event(s) in StepId=12.0.\n"
+        "00:00:00 I attempt 4 at a: slurm job 12 on n3\n"
+    )
+    assert died(study, 137, log)[1] == "killed"
+    assert died(study, 137, log + "Detected 1 oom_kill event in StepId=12.0\n")[1] == (
+        "out of memory"
+    )
+
+
+def test_a_signal_before_there_was_a_handler_is_a_preemption(study: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        assert died(study, 128 + number)[:3] == ("preempted", "preempted", 75)
+
+
+def raised_from(error: Exception, number: int) -> Exception:
+    middle = RuntimeError("the reader failed")
+    middle.__cause__ = OSError(number, os.strerror(number))
+    error.__cause__ = middle
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "file system"),
+        (OSError(errno.ESTALE, "Stale file handle"), "file system"),
+        (CheckpointWriteError("no space"), "file system"),
+        (raised_from(CheckpointError("last.pt cannot be read"), errno.ESTALE), "file system"),
+        (raised_from(DataError("train.pt cannot be read"), errno.EIO), "file system"),
+        (raised_from(DataError("train.pt cannot be read"), errno.EACCES), None),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "lost GPU"),
+        (RuntimeError("CUDA error: device-side assert triggered"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file"), None),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("bug"), None),
+    ],
+)
+def test_only_what_may_pass_is_worth_another_try(error: Exception, kind: str | None) -> None:
+    assert exit_cause.passing_kind(error) == kind
+
+
+def test_the_node_to_leave_out_is_the_one_whose_process_died_first(tmp_path: Path) -> None:
+    log = tmp_path / "12_0_log.out"
+    job = JobInfo("slurm", "12", str(log), "n1", 1)
+    before = "srun: error: n9: task 3: Killed\n00:00:00 I attempt 2 at a: slurm job 12 on n1\n"
+    log.write_text(before + "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Aborted\n")
+    assert exit_cause.failed_node(job) == "n2"
+    log.write_text(before + "srun: error: n[1-2]: tasks 0-1: Killed\n")
+    assert exit_cause.failed_node(job) == "n1"

@@ -1,0 +1,208 @@
+"""Numbers of every type and scale: each is trained right, or refused in words at the start."""
+
+import math
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowjobs.config import TrainingConfig
+from flowjobs.data.batches import make_batches
+from flowjobs.data.dataset import normalization_stats, split
+from flowjobs.errors import ConfigError, DataError
+from flowjobs.evaluation.sampling import sample
+from flowjobs.runs.run import Run
+from flowjobs.training import EMAModel, FlowDataset, FlowTrainer
+from flowjobs.training.checkpoint import read_checkpoint
+
+CPU = torch.device("cpu")
+CONFIG = TrainingConfig(epochs=2, batch_size=16, lr=0.01, warmup_steps=0, grad_clip=0.5)
+
+
+@pytest.fixture(autouse=True)
+def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+class Net(nn.Module):
+    """A linear velocity; one of the sizes is of another type, where a case says so."""
+
+    def __init__(self, dim: int = 3) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(dim, 8), nn.Linear(8, dim)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x)).to(self.second.weight.dtype)
+        return self.second(hidden)
+
+
+def net(change: Any = lambda model: None) -> nn.Module:
+    torch.manual_seed(0)
+    model = Net()
+    change(model)
+    return model
+
+
+def constant(name: str, tensor: Tensor) -> Any:
+    return lambda model: model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def train(model: nn.Module) -> float:
+    data = torch.randn(100, 3, generator=torch.Generator().manual_seed(1)) * 3 + 1
+    return FlowTrainer(model, CONFIG, *split(FlowDataset(data)), CPU).train()["best_val_loss"]
+
+
+TRAINED = {
+    "float64": lambda model: model.double(),
+    "float64 beside float32": lambda model: model.second.double(),
+    "bfloat16 that is not trained": constant("table", torch.ones(3, dtype=torch.bfloat16)),
+    "a parameter of integers": constant("table", torch.arange(3)),
+    "a complex parameter that is not trained": constant("table", torch.ones(3) * 1j),
+    "buffers": lambda model: (
+        model.register_buffer("steps", torch.tensor(0)),
+        model.register_buffer("phase", torch.ones(2) * 1j),
+        model.register_buffer("mask", torch.tensor([True])),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_weights_of_other_types_train_like_float32(study: Path, case: str) -> None:
+    expected = train(net())
+    run = Run(study, CONFIG.run_name)
+    weights = read_checkpoint(run.last)
+    shutil.rmtree(study)
+    found = train(net(TRAINED[case]))
+    assert math.isclose(found, expected, rel_tol=1e-4)
+    there = read_checkpoint(run.last)
+    for part in ("model_state_dict", "ema_shadow"):
+        for key, value in weights[part].items():
+            assert torch.allclose(there[part][key].float(), value, atol=1e-4), key
+
+
+REFUSED = {
+    "a trained parameter of bfloat16": (
+        lambda model: model.second.bfloat16(),
+        "second.weight is of type bfloat16.*--precision bf16",
+    ),
+    "a trained parameter of float16": (lambda model: model.half(), "is of type float16"),
+    "a trained complex parameter": (
+        lambda model: model.register_parameter("phase", nn.Parameter(torch.ones(3) * 1j)),
+        "phase is of type complex64, expected float32 or float64",
+    ),
+    "nothing to train": (lambda model: model.requires_grad_(False), "no parameter that requires"),
+    "a lazy module": (
+        lambda model: setattr(model, "second", nn.LazyLinear(3)),
+        "second.weight has no shape before the first call",
+    ),
+    "what cannot be copied": (
+        lambda model: setattr(model, "lock", threading.Lock()),
+        r"--arch Net: the model cannot be copied.*cannot pickle '_thread.lock'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_weights_that_would_not_train_right_are_refused(study: Path, case: str) -> None:
+    change, said = REFUSED[case]
+    with pytest.raises(ConfigError, match=said):
+        train(net(change))
+    assert not study.exists()
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        (lambda x: x[:, :1], r"\(16, 1\)"),
+        (lambda x: (x, x), "a tuple"),
+        (lambda x: x * 1j, "numbers of type complex64"),
+    ],
+)
+def test_what_is_no_velocity_ends_the_first_step(study: Path, returned: Any, found: str) -> None:
+    model = net()
+    model.forward = lambda x, t: returned(x)  # type: ignore[method-assign]
+    expected = rf"forward returns {found}, expected a velocity of shape \(16, 3\)"
+    with pytest.raises(ConfigError, match=expected):
+        train(model)
+
+
+class FromFirstBatch(Net):
+    """Like ActNorm: takes its scale from the first batch; counts its calls; normalizes batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(3))
+        self.register_buffer("calls", torch.tensor(0))
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.calls == 0:
+            self.scale.data.copy_(1 / x.std(0))
+        self.calls += 1
+        return super().forward(self.norm(x * self.scale), t)
+
+
+def test_a_model_is_called_for_its_steps_alone(study: Path) -> None:
+    torch.manual_seed(0)
+    model = FromFirstBatch()
+    train(model)
+    assert model.calls == model.norm.num_batches_tracked == 2 * (85 // 16)
+    assert ((model.scale > 0.3) & (model.scale < 3)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_each_column_has_a_scale_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("flowjobs.data.dataset.CHUNK_BYTES", 100 * 8 * 7)
+    n = 2000
+    z = torch.randn(n, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([1e8, 1e-3, 1.0, 0.0, 0.0, 1.0, 1e-30])
+    mean = torch.tensor([0.0, 0.0, 1e9 if dtype == torch.float64 else 1e5, 5.0, 0.0, 0.0, 1e-31])
+    if dtype == torch.float64:
+        scale[5], mean[5] = 1e-3, 1e8
+    data = (z * scale + mean).to(dtype)
+    whole = FlowDataset(data)
+    stats = normalization_stats(whole)
+    assert stats["mean"].dtype == torch.float64  # float32 would not hold the third column's mean
+    for placement in ("device", "loader"):
+        config = TrainingConfig(batch_size=n, data_placement=placement, num_workers=0)
+        batches = make_batches(whole, config, 0, 1, stats["mean"], stats["std"])
+        rows = batches.rows(0)
+        assert rows.dtype == torch.float32
+        varying = rows[:, [0, 1, 2, 5, 6]]
+        assert torch.allclose(varying.std(0), torch.ones(5), atol=0.01)
+        assert varying.mean(0).abs().max() < 1e-4
+        assert (rows[:, [3, 4]] == 0).all()
+    # What is constant is drawn as constant, beside columns that are 10**8 times larger.
+    drawn = sample(net(lambda model: model.__init__(7)), 20, stats, CPU)
+    assert (drawn[:, 3:5] - mean[3:5]).abs().max() < 20
+
+
+def test_a_column_that_hardly_ever_varies_is_not_blown_up() -> None:
+    data = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    data *= torch.tensor([1e8, 1e8, 1.0])
+    data[:, 2] = 0
+    data[7, 2] = 1
+    stats = normalization_stats(FlowDataset(data))
+    assert stats["std"].dtype == torch.float32
+    assert abs((data - stats["mean"]) / stats["std"])[:, 2].max() < 2.1
+
+
+def test_values_that_are_too_large_are_refused() -> None:
+    data = torch.randn(50, 2, dtype=torch.float64)
+    data[:, 1] *= 1e200
+    with pytest.raises(DataError, match="column 1 has values that are too large"):
+        normalization_stats(FlowDataset(data))
+
+
+def test_an_average_of_integers_is_a_copy() -> None:
+    model = net(constant("table", torch.arange(3)))
+    ema = EMAModel(model)
+    model.get_parameter("table").add_(1)
+    ema.update(model)
+    assert ema.shadow["table"].tolist() == [1, 2, 3]

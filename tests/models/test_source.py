@@ -1,0 +1,125 @@
+"""What a model's source says: a mistake is named, and what is not certain is not refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.models.source import check_model
+
+NETS = """
+import functools
+from torch import nn
+from .blocks import Block, Base as Foundation
+
+class WideNet(nn.Module):
+    def __init__(self, dim: int, width: int = 64, *, depth=3): ...
+
+class NeedsRank(nn.Module):
+    def __init__(self, dim, rank): ...
+
+class NoDim(nn.Module):
+    def __init__(self): ...
+
+class Inherits(WideNet): ...
+
+class FromElsewhere(Foundation): ...
+
+class Open(nn.Module):
+    def __init__(self, *args, **kwargs): ...
+
+@functools.cache
+class Decorated(nn.Module):
+    def __init__(self): ...
+
+class New(nn.Module):
+    def __new__(cls, *args): ...
+    def __init__(self): ...
+
+class Unknown(nn.Sequential): ...
+
+try:
+    class Either(nn.Module):
+        def __init__(self, dim): ...
+except ImportError:
+    Either = None
+
+Alias = functools.partial(WideNet, width=3)
+"""
+
+
+@pytest.fixture(autouse=True)
+def package(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "path", [str(workplace), *sys.path])
+    folder = workplace / "my_models"
+    (folder / "deep").mkdir(parents=True)
+    # Nothing is run: each of these would raise.
+    (folder / "__init__.py").write_text("from .nets import WideNet\nraise SystemExit('run')\n")
+    (folder / "nets.py").write_text(NETS + "raise SystemExit('run')\n")
+    (folder / "blocks.py").write_text(
+        "class Block:\n    pass\nclass Base:\n    def __init__(self, dim, groups=1): ...\n"
+    )
+    (folder / "broken.py").write_text("class Net(:\n")
+    (folder / "lazy.py").write_text("def __getattr__(name): ...\n")
+    (folder / "star.py").write_text("from .blocks import *\n")
+    (folder / "made.py").write_text("for n in 'AB':\n    globals()[n] = type(n, (), {})\n")
+    (folder / "deep" / "__init__.py").write_text("from ..nets import WideNet as Deep\n")
+    return folder
+
+
+def check(arch: str, **arguments: object) -> None:
+    check_model(TrainingConfig(arch=arch, arch_args=KeyValues(arguments)))
+
+
+@pytest.mark.parametrize(
+    ("arch", "arguments", "said"),
+    [
+        ("mlp", {"widht": 64}, "'widht'; did you mean width. MLP takes .*width: int = 256, depth"),
+        ("mlp", {"width": "big"}, "--arch-args width: found 'big', expected int"),
+        ("mlp", {"dim": 3}, "multiple values for argument 'dim'"),
+        ("my_models.nets:WidNet", {}, "nets.py has no WidNet; did you mean WideNet?"),
+        ("my_models.blocks:Net", {}, "blocks.py has no Net; its classes: Block, Base"),
+        ("my_models.netz:WideNet", {}, "no module netz in .*my_models"),
+        ("my_models.broken:Net", {}, r"broken\.py:1: invalid syntax"),
+        ("my_models.nets:WideNet", {"deph": 3}, "did you mean depth.*width: int = 64, .*depth=3"),
+        ("my_models:WideNet", {"deph": 3}, "did you mean depth"),
+        ("my_models.deep:Deep", {"deph": 3}, "did you mean depth"),
+        ("my_models.nets:Inherits", {"deph": 3}, "did you mean depth"),
+        ("my_models.nets:FromElsewhere", {"group": 3}, "did you mean groups"),
+        ("my_models.nets:NeedsRank", {}, "missing a required argument: 'rank'"),
+        ("my_models.nets:NoDim", {}, r"takes no argument that the data's width could be"),
+    ],
+)
+def test_a_mistake_that_the_source_shows(
+    arch: str, arguments: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check(arch, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *(
+            f"my_models.nets:{name}"
+            for name in ("Open", "Decorated", "New", "Unknown", "Either", "Alias")
+        ),
+        "my_models.lazy:Net",
+        "my_models.star:Block",
+        "my_models.made:A",
+        "my_models.nets.more:Net",  # as six.moves is one
+        "torch.nn:Nothing",  # torch's own source makes names
+        "collections:OrderedDict",
+    ],
+)
+def test_what_is_not_certain_is_left_to_the_start(arch: str) -> None:
+    check(arch, anything=1)
+
+
+def test_what_is_right_passes() -> None:
+    check("mlp", width=64, dropout=0, depth=2)
+    check("my_models.nets:WideNet", width=3, depth=1)
+    check("my_models.nets:NeedsRank", rank=2)
+    check("my_models.deep:Deep", depth=1)

@@ -1,0 +1,72 @@
+"""A job that waits says why: in `status` and while it is followed, on the real Slurm."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowjobs.runs.run import Run
+from flowjobs.slurm import JobRow, why_it_waits
+from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
+from tests.conftest import Command
+
+ROW = JobRow("12", "PENDING", 0, "test", "a", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("JobHeldAdmin", "held by an administrator"),
+        ("Resources", "nodes or GPUs"),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "down, drained or reserved (ReqNodeNotAvail,"),
+        ("QOSMaxGRESPerUser", "a limit of its QOS (QOSMaxGRESPerUser)"),
+        ("QOSMaxWallDurationPerJobLimit", "in vain: its time limit"),
+        ("AssocGrpGRESMinutes", "a limit of your account"),
+        ("PartitionDown", "which is down"),
+        ("SomethingNew", "Slurm's reason SomethingNew"),
+    ],
+)
+def test_slurms_words_are_said_in_a_persons(reason: str, words: str) -> None:
+    assert words in why_it_waits(JobRow(**{**vars(ROW), "reason": reason}))
+
+
+def test_status_and_follow_say_why_a_job_waits(
+    slurm: SlurmCluster, flowjobs: Command, study: Path
+) -> None:
+    blocker = slurm.submit("--hold", "--output=/dev/null", "--wrap", "true")
+    options = {
+        "held": "hold=True",
+        "later": "begin=now+1hour",
+        "after": f"dependency=afterok:{blocker}",
+    }
+    for name, option in options.items():
+        done = flowjobs("submit", "--name", name, "--sbatch", option)
+        assert done.returncode == 0, done.stderr
+
+    def reasons() -> set[str]:
+        return set(slurm.run("squeue", "-h", "-o", "%r").split())
+
+    wait_until(lambda: {"BeginTime", "Dependency"} <= reasons(), "the scheduler's look", 120)
+    held = Run(study, "held").submissions()[0]["job_id"]
+    said = flowjobs("status").stdout
+    assert f"held waits held by its user: `scontrol release {held}` lets it start" in said
+    assert "later waits for its start time, about 20" in said
+    assert f"after waits for other jobs to end (afterok:{blocker}" in said
+    one = json.loads(flowjobs("status", "held", "--json").stdout)
+    assert one["waits"].endswith("(JobHeldUser)")
+
+    followed = [sys.executable, "-u", "-m", "flowjobs", "submit", "--name", "followed", "--follow"]
+    with (
+        Path("said").open("w") as out,
+        subprocess.Popen([*followed, "--sbatch", "hold=True"], stdout=out, stderr=out) as process,
+    ):
+        said_why = "waits held by its user"
+        wait_until(lambda: said_why in Path("said").read_text(), "its words", 120)
+        os.kill(process.pid, signal.SIGINT)
+        process.wait(120)
+    assert process.returncode == 0
