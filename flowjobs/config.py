@@ -31,7 +31,7 @@ WandbMode = Literal["auto", "online", "offline", "disabled"]
 MAX_SEED = 2**63 - 1
 DATA_FILE_SUFFIXES = (".pt", ".npy")
 
-# Options of sbatch that flowjobs decides, and why, in words for a person.
+# Options of sbatch that flowjobs decides, and why.
 DECIDED_OPTIONS = {
     "job-name": "a job is named after its run; see --name",
     "output": "logs are in the run's folder",
@@ -357,7 +357,7 @@ def is_data_file(dataset: str) -> bool:
 
 
 def check_arch(config: TrainingConfig, labels: Iterable[str] = ()) -> None:
-    """Raise a ConfigError unless `--arch` can be meant. Imports nothing of the user's.
+    """Raise a ConfigError unless --arch is built in or can be found. Imports no user code.
 
     The class itself is looked up where the run starts, since its module loads torch.
 

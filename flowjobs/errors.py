@@ -5,7 +5,7 @@ FlowjobsError                 something a person can mend: printed without a tra
 │   └── RunMismatchError      the run of this name was started with another config
 ├── DataError                 a dataset that is missing, unreadable or not usable
 ├── CheckpointError           a checkpoint that cannot be used
-│   ├── CheckpointWriteError      it could not be written at last: exit 1, the run failed
+│   ├── CheckpointWriteError      it could not be written at the final save: exit 1, the run failed
 │   ├── CheckpointDamagedError    not the bytes that were written
 │   ├── CheckpointNotFiniteError  good bytes, of a state that is NaN or infinite
 │   ├── CheckpointGoneError       a run that had steps has no checkpoint any more
@@ -127,10 +127,10 @@ class NoProgressError(FlowjobsError):
 
 
 class RunInterrupted(Exception):
-    """Not an error: the run left, with its state saved, and may go on.
+    """Not an error: the run stopped with its state saved, and can be resumed.
 
     Args:
-        reason: Why it left, in words for a person ("preempted (SIGUSR2)").
+        reason: Why it stopped ("preempted (SIGUSR2)").
         step: Optimizer steps done, all of them saved; None if that is not known.
         kind: The reason in a word or two ("preempted", "time limit", "cancelled").
     """

@@ -82,7 +82,7 @@ class HandOver(CommandOptions):
             plan(run, config, f"{cluster} ({why})")
             return 0
         if busy:
-            print(f"{run.name} is already there as {busy}; nothing was submitted")
+            print(f"{run.name} already has {busy}; nothing was submitted")
             return 0
         with run.undone_if_refused():
             return self._submit(run, config, cluster, why)

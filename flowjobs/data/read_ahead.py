@@ -34,7 +34,7 @@ class ReadAhead:
 
     Args:
         reads: One read after the other, without an end.
-        n_threads: How many go on at once; 0: each when it is needed.
+        n_threads: How many read at once; 0: each row is read when it is needed.
         name: Of what is read, for the texts.
     """
 

@@ -9,7 +9,7 @@ from flowjobs.drill.probe import NodeAnswer
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """What a job meets. None: the cluster does not say.
+    """Cluster settings that affect a job; None = unknown.
 
     Attributes:
         scheduler: With its version.
@@ -120,7 +120,7 @@ def shortfalls(facts: ClusterFacts) -> list[Shortfall]:
     if facts.preempt_mode == "CANCEL":
         found.append(
             Shortfall(
-                "PreemptMode CANCEL: a preempted run goes on as a new job, with the place in the "
+                "PreemptMode CANCEL: a preempted run continues as a new job, with the place in the "
                 "queue of a new job"
             )
         )

@@ -43,7 +43,7 @@ class Interruption:
         return self.way != "SIGKILL"
 
     def prepare(self, config: RunConfig) -> RunConfig:
-        """What the run must ask for, so that it is interrupted and goes on."""
+        """What the run must ask for, so that it is interrupted and restarted."""
         if self.way == "time limit":
             return replace(config, slurm=replace(config.slurm, timeout_min=1))
         if self.way == "SIGKILL":
@@ -67,7 +67,9 @@ class Interruption:
                 os.kill(job.pid, SIGNALS[self.way])
 
 
-def possible(cluster: Cluster, *, requeue: bool | None, time_limit: bool) -> list[Interruption]:
+def interruptions_for(
+    cluster: Cluster, *, requeue: bool | None, time_limit: bool
+) -> list[Interruption]:
     """The ways that there are on a cluster.
 
     Args:

@@ -28,7 +28,7 @@ class NodeAnswer:
     Attributes:
         host: The node.
         commands: Whether sbatch and scontrol work there.
-        why: Whether and why not, in words for a person.
+        why: Whether, and why not.
         sees_our_lock: Whether it noticed a lock that this host held.
         we_see_its_lock: Whether this host noticed a lock that the node held.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from flowjobs import slurm
 from flowjobs.config import RunConfig, TrackingConfig
 from flowjobs.drill.facts import ClusterFacts, facts_of_slurm, facts_of_this_machine
-from flowjobs.drill.interruptions import Interruption, possible
+from flowjobs.drill.interruptions import Interruption, interruptions_for
 from flowjobs.drill.probe import NodeAnswer, NodeProbe, NodeQuestion
 from flowjobs.drill.report import Drilled, Report, make_report
 from flowjobs.errors import SubmissionError
@@ -79,7 +79,7 @@ def drill(
         cluster: Where to.
         config: The run that is trained, once for each interruption.
         time_limit: Whether one of them is to meet its time limit.
-        say: Called with a line on what is going on, again and again.
+        say: Called with a line of progress, again and again.
 
     Raises:
         SubmissionError: A job was refused.
@@ -122,7 +122,7 @@ class _Drill:
         else:
             facts = facts_of_this_machine(study)
         self._start_run("drill-undisturbed", config, None)
-        for how in possible(self._cluster, requeue=facts.requeue, time_limit=time_limit):
+        for how in interruptions_for(self._cluster, requeue=facts.requeue, time_limit=time_limit):
             self._start_run(how.run_name, how.prepare(config), how)
         return facts
 
@@ -265,7 +265,7 @@ def _interrupt(watched: Watched, how: Interruption, attempt: AttemptRecord) -> N
 
 
 def _words(watched: Watched) -> str:
-    """What a run is doing, for a person who waits."""
+    """One line of progress on a run."""
     name = watched.how.way if watched.how else "undisturbed"
     status = watched.run.status() or RunStatus()
     if watched.waits_for:

@@ -16,7 +16,7 @@ from flowjobs.tracking.closing import close_session
 
 
 def cancel(run: Run) -> list[str]:
-    """Cancel a run and every job of it. Returns what was done, in words for a person.
+    """Cancel a run and every job of it. Returns what was done, a line each.
 
     Raises:
         SubmissionError: Slurm does not answer. The run is noted as cancelled all the same: a job
@@ -36,7 +36,7 @@ def cancel(run: Run) -> list[str]:
         status.write(run.status_file)
         close_session(run, outcome)
     if ended:
-        return [f"{run.name}: cancelled {', '.join(ended)}; submit it again to go on"]
+        return [f"{run.name}: cancelled {', '.join(ended)}; submit it again to resume"]
     return [f"{run.name}: no job of it waits or runs; nothing will start it again"]
 
 

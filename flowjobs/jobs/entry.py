@@ -126,7 +126,7 @@ def _train(attempt: "TrainingJob", run: Run, resume_path: Path | None) -> int:
             logger.info("%s is finished%s", run.name, gone)
             return 0
         if attempt.was_cancelled():
-            logger.info("%s was cancelled: submit it again to go on", run.name)
+            logger.info("%s was cancelled: submit it again to resume", run.name)
             return EXIT_CANCELLED
         try:
             attempt.train(signals, resume_path)
@@ -273,7 +273,7 @@ class TrainingJob:
         return seconds_left(self._run, self._job, number)
 
     def too_late(self) -> None:
-        """The main thread hangs and is about to be killed: leave what is on disk, and go on."""
+        """The main thread hangs and is about to be killed: keep what is on disk, and restart."""
         code = EXIT_PREEMPTED
         try:
             left = self._left_hanging()

@@ -138,7 +138,7 @@ def waited_while_cancelled(run: Run) -> bool:
     try:
         record = slurm.job_record(os.environ["SLURM_JOB_ID"])
     except SubmissionError:
-        return True  # rather wait for a person than bring back what one has cancelled
+        return True  # unknown: never restart what may have been cancelled
     return record is not None and record.submitted < cancelled_at
 
 

@@ -41,7 +41,7 @@ CUDA_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
 
 
 def choose_cluster(asked: Literal["auto", "slurm", "local", "debug"]) -> tuple[Cluster, str]:
-    """The cluster to submit to, and why, in words for a person.
+    """The cluster to submit to, and why.
 
     Raises:
         SubmissionError: Slurm was asked for and does not answer.
@@ -172,7 +172,7 @@ def _teardown(run: Run, python: str) -> list[str]:
     command += ["--study", str(run.study)]
     return [
         "code=$?",
-        "# For a death that could not speak: says what it was, and goes on if it may.",
+        "# If the attempt did not record how it ended: record it, and restart the run if allowed.",
         f"[ $code -eq 0 ] || {shlex.join(command)} --exit-code $code",
         "exit $code",
     ]

@@ -1,4 +1,4 @@
-"""How an attempt ended that could not say it itself: from accounting and from its own log."""
+"""How an attempt ended that did not record it: from Slurm's accounting and from its log."""
 
 import errno
 import os
@@ -61,7 +61,7 @@ def cause_of(
     answer: JobAnswer | None = None,
     restarted: bool = False,
 ) -> Outcome:
-    """The outcome of an attempt that is over and has left no word of it, as far as it is known.
+    """The outcome of an attempt that ended without recording one, as far as it is known.
 
     Args:
         run: The run.
@@ -81,7 +81,7 @@ def _outcome(
     attempt: AttemptRecord, life: JobRow | None, exit_code: int | None, restarted: bool
 ) -> Outcome:
     log = log_tail(attempt.job.log)
-    # A job that is started again goes on in the same file.
+    # A requeued job appends to the same file.
     log = log[max(0, log.rfind(f"attempt {attempt.number} at ")) :]
     where = f"on {attempt.job.host}, attempt {attempt.number}{_step(attempt)}"
     words, kind, state, code = _explain(life, log, exit_code, restarted)

@@ -61,7 +61,7 @@ class Unclear:
     """A run of whose newest job nothing can be said now, or from here.
 
     Attributes:
-        why: In words for a person.
+        why: As a sentence.
     """
 
     why: str
@@ -72,7 +72,7 @@ class Waits:
     """A run whose newest job waits in the queue.
 
     Attributes:
-        why: In words for a person, to be read after "waits".
+        why: The reason, to be read after "waits".
     """
 
     why: str

@@ -1,4 +1,4 @@
-"""Notes how silently ended jobs ended, and starts those runs again that should be.
+"""Record how dead attempts ended; restart those that may be retried.
 
 Asked by the last lines of a batch script and by `flowjobs reconcile`. The next attempt of a run
 does the same at its own start (runs/attempt.py). First it is found out (jobs/findings.py), which
@@ -41,7 +41,7 @@ class Reconciled:
     Attributes:
         run: The run.
         outcome: How its newest attempt ended, as it was noted; None if that is unknown.
-        unclear: Why it is unknown, in words for a person.
+        unclear: Why it is unknown.
     """
 
     run: Run

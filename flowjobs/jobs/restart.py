@@ -56,7 +56,7 @@ def restart(run: Run, job: JobInfo, kind: str, task: Task, exclude: str | None =
 def _restart_in_slurm(run: Run, job: JobInfo, task: Task, exclude: str | None) -> None:
     record = _record_when_it_answers(job.job_id)
     if record is None or record.fields.get("BatchFlag") in (None, "0"):
-        logger.info("%s is no batch job: run the same command again to go on", job.job_id)
+        logger.info("%s is no batch job: run the same command again to resume", job.job_id)
         return
     if record.restarts > job.restart:
         logger.info("Slurm starts job %s again by itself", job.job_id)
@@ -68,7 +68,7 @@ def _restart_in_slurm(run: Run, job: JobInfo, task: Task, exclude: str | None) -
         return
     try:
         slurm.requeue(job.job_id, exclude)
-        logger.info("job %s is requeued; it goes on from here", job.job_id)
+        logger.info("job %s is requeued and will resume from here", job.job_id)
     except SubmissionError as refused:
         logger.info("job %s cannot be requeued (%s)", job.job_id, refused)
         logger.info("%s continues as job %s", run.name, resubmit(run, job, task, exclude))

@@ -86,7 +86,7 @@ class StopSignals:
             signal.signal(number, after)  # type: ignore[arg-type]
 
     def reason(self) -> str | None:
-        """Why the run should leave, in words for a person; None to go on."""
+        """Why the run should stop; None if it should not."""
         return None if self._signal is None else REASONS[self._signal]
 
     def received(self) -> signal.Signals | None:

@@ -18,7 +18,7 @@ class Notice:
 
     Attributes:
         why: In a word or two.
-        reason: In words for a person.
+        reason: As a sentence for the log and the status.
         seconds_left: Until the process is killed; None: nobody will.
         comes_back: Whether the scheduler will start the job again without being asked.
     """

@@ -61,7 +61,7 @@ class SubmittedJob:
                 raise SubmissionError(why)
 
     def waits(self, run: Run) -> str:
-        """Why the job waits, in words for a person; empty if it does not, or nobody says."""
+        """Why the job is pending; empty if it is not, or if Slurm does not say."""
         answer = ask_one(identity_of(run, self.job_id)) if self.cluster == "slurm" else None
         if isinstance(answer, Known) and answer.newest.state == "PENDING":
             return why_it_waits(answer.newest)
@@ -84,7 +84,7 @@ def submit(
         cluster: Where to; "debug" also runs it, in this process, and stops in the debugger on an
             exception.
         task: What the job does; it is pickled.
-        continues: The job that this one goes on from, without a person having asked for it.
+        continues: The job that this one continues; flowjobs itself submits it, not its user.
         exclude: A node to leave out beside those of the config.
         origin: From where and how; default: as this process is, with the config's options.
 
@@ -125,7 +125,7 @@ def submit(
 
 
 def running_job(run: Run) -> str | None:
-    """The job of the run that waits or runs, in words for a person; None if there is none.
+    """The run's job that is pending or running, as text; None if there is none.
 
     Raises:
         SubmissionError: There was a Slurm job, and what became of it is unknown.

@@ -29,7 +29,7 @@ STATUS_EVERY_S = 5.0
 
 
 def ended_without_a_word(record: AttemptRecord) -> Outcome:
-    """The outcome of an attempt that left no word of its end, where nobody knows more."""
+    """The default outcome of an attempt whose process died silently."""
     reason = f"attempt {record.number} ended without a word, {record.job.words}"
     return Outcome("failed", EXIT_FAILED, reason, kind="killed")
 

@@ -57,7 +57,7 @@ def locked(path: Path, wait_s: float, purpose: str) -> Iterator[None]:
     Args:
         path: The file.
         wait_s: How long to wait for whoever holds it.
-        purpose: What for, in words for a person: "to write the config of mlp-icfm".
+        purpose: What for, as in "to write the config of mlp-icfm".
 
     Raises:
         LockHeldError: It is still held.

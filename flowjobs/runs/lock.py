@@ -160,7 +160,7 @@ class RunLock:
 
 
 def lock_holder(folder: Path, judge: Judge = system_lock_decides) -> str | None:
-    """Who holds the run in `folder`, or may hold it, in words for a person; None if nobody."""
+    """Who holds the run in `folder`, or may hold it, as text; None if nobody does."""
     found = _read_holder(folder)
     if found is None:
         return None

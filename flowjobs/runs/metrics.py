@@ -29,7 +29,7 @@ class MetricsFile:
     Args:
         path: The file; it is made where it does not exist.
         after_step: Rows past this step are dropped first: an earlier attempt wrote them after
-            the checkpoint that this one goes on from. On the same hardware they come again with
+            the checkpoint that this one resumes from. On the same hardware they come again with
             the same values; until they have, they are kept in `metrics.lost.jsonl` to tell.
     """
 

@@ -11,9 +11,9 @@ PASSING = frozenset({"node failure", "out of memory", "lost GPU", "file system",
 def fruitless_attempts(attempts: Sequence[AttemptRecord]) -> int:
     """How many attempts in a row, up to the last one that ended, brought the run no step further.
 
-    An attempt got somewhere if the next one started further: what it did and could not save does
-    not count. Of the last one, which nothing followed yet, its own word is taken. What a person
-    starts begins the count anew.
+    An attempt made progress if the next one began at a later step: steps that it did and could not
+    save do not count. For the last one, which nothing followed yet, its own last step is used. A
+    start by the run's user begins the count anew.
 
     Args:
         attempts: All attempts; a last one that has not ended is the one that asks.

@@ -121,7 +121,7 @@ class Run:
 
     @property
     def last(self) -> Path:
-        """The checkpoint that a start goes on from."""
+        """The checkpoint that a start resumes from."""
         return self.checkpoints / "last.pt"
 
     @classmethod
@@ -187,7 +187,7 @@ class Run:
         return max(int(latest_values(self.metrics_file).get("step", 0)), *steps, 0)
 
     def saved_files(self) -> list[Path]:
-        """The checkpoints that there are and that a start may go on from, the newest first."""
+        """The checkpoints that there are and that a start may resume from, the newest first."""
         names = ("last.pt", "last.previous.pt", "best.pt", "best.previous.pt")
         return [path for name in names if os.path.lexists(path := self.checkpoints / name)]
 
@@ -213,7 +213,7 @@ class Run:
 
         Raises:
             CheckpointGoneError: It is finished without a best.pt, or it had steps and nothing of
-                them is left to go on from.
+                them is left to resume from.
         """
         left = [file.name for file in self.saved_files()]
         there = f"of its checkpoints only {', '.join(left)} is" if left else "no checkpoint is"
@@ -272,7 +272,7 @@ class Run:
             job_id: The scheduler's id.
             cluster: "slurm", "local" or "debug".
             log: The file that its output goes to.
-            continues: The job that it goes on from, if no person asked for it.
+            continues: The job that it continues, if flowjobs itself submitted it.
             again: The command that submits the same job again, if it was submitted by hand.
             identity: What else tells a Slurm job from others; see JobIdentity.
         """
@@ -301,11 +301,11 @@ class Run:
         return self.cancel_file.stat().st_mtime
 
     def request_cancel(self) -> None:
-        """Note that the run must not go on by itself."""
+        """Note that the run must not be restarted by itself."""
         write_json(self.cancel_file, {"time": now()})
 
     def clear_cancel(self) -> None:
-        """A person wants the run to go on after all."""
+        """Its user wants the run restarted after all."""
         self.cancel_file.unlink(missing_ok=True)
 
     def create(self, config: RunConfig, *, in_use: bool = False) -> str:

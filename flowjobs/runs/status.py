@@ -25,7 +25,7 @@ class Outcome:
     Attributes:
         state: The run's state from now on.
         exit_code: What the process returns; 0 only for a finished run.
-        reason: Why, in words for a person; empty for a finished run.
+        reason: Why, as a sentence; empty for a finished run.
         traceback: The traceback of an exception that is a bug, else empty.
         kind: The reason in a word or two, the same for all of its kind ("out of memory").
     """
@@ -39,7 +39,7 @@ class Outcome:
 
 FINISHED = Outcome("finished", exit_code=0)
 
-# EX_TEMPFAIL of sysexits.h: not a failure, the same command goes on from here.
+# EX_TEMPFAIL of sysexits.h: not a failure, the same command resumes from here.
 EXIT_PREEMPTED = 75
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -82,7 +82,7 @@ class JobInfo:
         pid: The process of rank 0.
         gpus: CUDA_VISIBLE_DEVICES of rank 0, if the scheduler set it.
         restart: How often the scheduler has started this job again.
-        continues: Whether the job was submitted by flowjobs itself, to go on with an earlier one.
+        continues: Whether the job was submitted by flowjobs itself, to continue an earlier one.
     """
 
     cluster: str
@@ -96,7 +96,7 @@ class JobInfo:
 
     @property
     def words(self) -> str:
-        """Where the attempt runs, for a person: "slurm job 12 on n1"."""
+        """Where the attempt runs, as text: "slurm job 12 on n1"."""
         return f"{self.cluster} job {self.job_id} on {self.host}"
 
     @property
@@ -193,7 +193,7 @@ class RunStatus:
 def read_status(path: Path) -> RunStatus | None:
     """The status at `path`; None before the first attempt.
 
-    A file that is damaged counts as none, with a warning: what the run goes on from is its
+    A file that is damaged counts as none, with a warning: what the run resumes from is its
     checkpoint.
     """
     try:

@@ -27,7 +27,7 @@ def is_here() -> bool:
 
 
 def controller_answers() -> tuple[bool, str]:
-    """Whether jobs can be submitted to Slurm from here, and why not, in words for a person."""
+    """Whether jobs can be submitted to Slurm from here, and why not."""
     if shutil.which("sbatch") is None:
         return False, "sbatch is not on PATH"
     answer = run("scontrol", "ping")

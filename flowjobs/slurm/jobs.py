@@ -132,7 +132,7 @@ class Unknown:
     """Nothing can be said of the job now, or from here.
 
     Attributes:
-        why: In words for a person.
+        why: As a sentence.
     """
 
     why: str

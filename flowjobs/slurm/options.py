@@ -174,7 +174,7 @@ def variables_of(option: str) -> tuple[str, ...]:
     return OPTION_VARIABLES.get(option, ("SBATCH_" + option.upper().replace("-", "_"),))
 
 
-# Why sbatch does not see them, in words for a person.
+# Why sbatch does not see them.
 DECIDED = {
     variable: why for option, why in DECIDED_OPTIONS.items() for variable in variables_of(option)
 }

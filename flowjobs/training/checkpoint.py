@@ -116,7 +116,7 @@ def load_checkpoint(
     """Restore the state of a checkpoint into the given objects.
 
     Returns:
-        The epoch to go on with (the one after the last finished) and the best validation loss.
+        The next epoch to train (the one after the last finished) and the best validation loss.
 
     Raises:
         CheckpointDamagedError: Not the bytes that were written.
@@ -319,14 +319,14 @@ def read_newest_good(
     Args:
         path: last.pt or best.pt.
         device: Where the tensors go.
-        check: Raises a CheckpointMismatchError if the run cannot go on from a payload.
+        check: Raises a CheckpointMismatchError if the run cannot resume from a payload.
 
     Returns:
         The payload; None if there is no file, or all are damaged.
 
     Raises:
         CheckpointMismatchError: There are sound files, but of another model or a newer version of
-            flowjobs, and none that the run can go on from. They stay where they are: a person
+            flowjobs, and none that the run can resume from. They stay where they are: a person
             must say what shall become of them.
         CheckpointError: A file that is there cannot be read (permissions, a failing disk): going
             on without it would throw work away that may still be sound.

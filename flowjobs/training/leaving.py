@@ -14,7 +14,7 @@ class Leave:
     """Why a run stops before its end.
 
     Attributes:
-        reason: In words for a person.
+        reason: As a sentence for the log and the status.
         taken_over: Another attempt holds the run: nothing more may be written.
     """
 
@@ -49,7 +49,7 @@ class Leaving:
         """Every rank calls this at the same boundary and gets the same answer.
 
         Args:
-            mine: What this rank wants; None to go on.
+            mine: What this rank wants; None to train on.
         """
         if self._ranks.world_size == 1:
             return mine

@@ -12,7 +12,7 @@ from flowjobs.training.checkpoint import read_checkpoint
 
 
 def differences(run: Run, other: Run) -> list[str]:
-    """What of two runs is not the same to the last bit, in words for a person.
+    """What differs between two runs, to the last bit.
 
     Compared are last.pt and best.pt (weights, EMA, optimizer, schedule, counters) and every row
     of metrics.jsonl.
@@ -28,14 +28,14 @@ def differences(run: Run, other: Run) -> list[str]:
         found += [
             f"{mine.name}: {part}"
             for part in sorted(parts)
-            if not same(first.get(part), second.get(part))
+            if not equal_to_the_bit(first.get(part), second.get(part))
         ]
     if list(read_rows(run.metrics_file)) != list(read_rows(other.metrics_file)):
         found.append(run.metrics_file.name)
     return found
 
 
-def same(first: Any, second: Any) -> bool:
+def equal_to_the_bit(first: Any, second: Any) -> bool:
     """Whether two payloads, of nested dicts and lists of tensors, are equal to the last bit."""
     match first:
         case torch.Tensor():
@@ -46,9 +46,11 @@ def same(first: Any, second: Any) -> bool:
                 and all(map(torch.equal, _bytes(first), _bytes(second)))
             )
         case dict():
-            return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+            return first.keys() == second.keys() and all(
+                equal_to_the_bit(first[k], second[k]) for k in first
+            )
         case list() | tuple():
-            return len(first) == len(second) and all(map(same, first, second))
+            return len(first) == len(second) and all(map(equal_to_the_bit, first, second))
     return bool(first == second)
 
 

@@ -118,7 +118,7 @@ class TrainState:
         return payload
 
     def check(self, payload: Payload, path: Path) -> None:
-        """Raise unless the run can go on from a payload; `path` is for the error's text.
+        """Raise unless the run can resume from a payload; `path` is for the error's text.
 
         Raises:
             CheckpointNotFiniteError: Training had diverged when it was saved.
@@ -160,7 +160,7 @@ class TrainState:
             )
 
     def check_before_save(self, payload: Payload) -> None:
-        """Raise if a run could not go on from a payload of this state.
+        """Raise if a run could not resume from a payload of this state.
 
         Raises:
             TrainingDivergedError: It is not finite.
@@ -180,7 +180,7 @@ class TrainState:
             )
 
     def prove(self, payload: Payload, path: Path) -> None:
-        """Raise unless a restart could go on from a payload that was just read back from disk.
+        """Raise unless a restart could resume from a payload that was just read back from disk.
 
         Raises:
             CheckpointUnloadableError: The model does not take its own state.

@@ -144,7 +144,7 @@ class FlowTrainer:
             RunInterrupted: `stop_reason` asked to leave; the state is saved.
             RunTakenOverError: Another attempt holds the run now; nothing was saved.
             TrainingDivergedError: The loss or the state is not a number any more.
-            CheckpointError: The run cannot go on from what is on disk, or could not be resumed
+            CheckpointError: The run cannot resume from what is on disk, or could not be resumed
                 from what it would save.
             RunBusyError: On its own: another process trains this run.
             RunMismatchError: On its own: the run of this name is of another config, model or data;
@@ -244,7 +244,7 @@ class FlowTrainer:
 
             if saver and state.step == 1:
                 # Before GPU hours are spent, and before any row: what has steps on record has a
-                # checkpoint, and one that a restart can go on from.
+                # checkpoint, and one that a restart can resume from.
                 saver.save_and_wait(state.payload(), state.prove)
 
             if state.at_epoch_end:
@@ -277,7 +277,7 @@ class FlowTrainer:
         return Leave(reason) if reason else None
 
     def _step(self) -> dict[str, float]:
-        """One optimizer step. Returns what to log of it, at most steps nothing."""
+        """One optimizer step. Returns values to log; empty at most steps."""
         config, state = self._config, self.state
         seed_step(self._device, config.seed, state.step, self._ranks.rank)
         if not self._built_in:
@@ -382,7 +382,7 @@ class FlowTrainer:
         return run.best, payload
 
     def _read_given(self, path: Path) -> Payload:
-        """The checkpoint that --resume names, if the run can go on from it."""
+        """The checkpoint that --resume names, if the run can resume from it."""
         payload = read_checkpoint(path, self._device)
         try:
             self.state.check(payload, path)
@@ -419,7 +419,7 @@ class FlowTrainer:
             if saver:
                 saver.keep_best(self.state.payload())
         if saver:
-            # On disk at once, so that a start without --resume goes on from here too.
+            # On disk at once, so that a start without --resume resumes from here too.
             saver.save_and_wait(self.state.payload())
 
     def _prepare(self, model: nn.Module) -> Velocity:

@@ -110,7 +110,7 @@ def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> No
     assert submitting.returncode == 0
     assert "no longer watching" in said
     again = subprocess.run(submitting.args, capture_output=True, text=True, check=True)
-    assert "already there as local job" in again.stdout
+    assert "already has local job" in again.stdout
     rows_then = run.metrics_file.stat().st_size
     wait_for(lambda: run.metrics_file.stat().st_size > rows_then)
     # A kill is its user's: it saves, says so, and stays away.

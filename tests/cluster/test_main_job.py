@@ -57,7 +57,7 @@ def test_submit_runs_on_slurm_to_the_end(
     assert "flowjobs cancel mlp-icfm-digits-none" in done.stdout
     run = Run(study, "mlp-icfm-digits-none")
     again = flowjobs("submit", *MODEL, *QUICK)
-    assert f"already there as job {job_id}" in again.stdout
+    assert f"already has job {job_id}" in again.stdout
 
     assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED", output_of(run)
     # Accounting follows within seconds.

@@ -17,7 +17,7 @@ from flowjobs.cli.defaults import load_defaults
 from flowjobs.cli.drill import Drill
 from flowjobs.drill.facts import ClusterFacts, shortfalls
 from flowjobs.drill.probe import NodeAnswer
-from flowjobs.training.same_bits import same
+from flowjobs.training.same_bits import equal_to_the_bit
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -222,9 +222,9 @@ def test_nothing_is_said_of_what_is_good_or_unknown(facts: ClusterFacts) -> None
 
 def test_one_bit_is_a_difference() -> None:
     one = {"a": [torch.tensor([0.0, 1.0])], "step": 3}
-    assert same(one, {"a": [torch.tensor([0.0, 1.0])], "step": 3})
-    assert not same(one, {"a": [torch.tensor([-0.0, 1.0])], "step": 3})
-    assert not same(one, {"a": [torch.tensor([0.0, 1.0]).double()], "step": 3})
-    assert not same(one, {"a": [torch.tensor([0.0, 1.0])], "step": 4})
+    assert equal_to_the_bit(one, {"a": [torch.tensor([0.0, 1.0])], "step": 3})
+    assert not equal_to_the_bit(one, {"a": [torch.tensor([-0.0, 1.0])], "step": 3})
+    assert not equal_to_the_bit(one, {"a": [torch.tensor([0.0, 1.0]).double()], "step": 3})
+    assert not equal_to_the_bit(one, {"a": [torch.tensor([0.0, 1.0])], "step": 4})
     nan = torch.tensor(float("nan"))
-    assert same(nan, nan.clone())
+    assert equal_to_the_bit(nan, nan.clone())

@@ -176,7 +176,7 @@ def test_banners_and_bytes_that_are_no_text_change_no_answer(
     assert slurm_commands.cluster_name() == "flowjobs"
     done = flowjobs("status")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "already there as job" in flowjobs("submit", *HELD, "--name", "a").stdout
+    assert "already has job" in flowjobs("submit", *HELD, "--name", "a").stdout
     assert f"cancelled job {job}" in flowjobs("cancel", "a").stdout
     assert "accounting" not in flowjobs("reconcile").stderr
 

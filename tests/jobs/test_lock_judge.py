@@ -93,6 +93,6 @@ def test_where_there_are_no_locks_a_dead_job_does_not_block_its_run(
     job = start()
     kill_with_its_batch_shell(job)
     done = flowjobs("submit", *OPTIONS, "--name", "disturbed")
-    assert "already there" not in done.stdout, done.stdout
+    assert "already has" not in done.stdout, done.stdout
     job.wait_for_state("finished")
     assert job.attempts() == [("failed", "killed"), ("finished", "")]
