@@ -17,7 +17,7 @@ from flowjobs.config import OptionalStr
 from flowjobs.runs.progress import current_progress, state_in_words
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.status import RunStatus
-from flowjobs.tracking.refusal import current_refusal
+from flowjobs.tracking.outcome import current_refusal
 
 if TYPE_CHECKING:
     from flowjobs.jobs.findings import Finding

@@ -1,6 +1,5 @@
 """flowjobs sync."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,11 +12,11 @@ import tyro
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
+from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
 
 if TYPE_CHECKING:
-    from flowjobs.tracking.server import Server
     from flowjobs.tracking.sync import Synced
 
 
@@ -47,13 +46,12 @@ class Sync:
         runs, broken = each_of(self.study, self.names)
         if self.as_new:
             self._start_anew(runs)
-        server = _server()
         if not self.watch:
-            return 1 if _sync(runs, server, said=None) or broken else 0
+            return 1 if _sync(runs, said=None) or broken else 0
         said: set[str] = set()
         try:
             while True:
-                _sync(runs, server, said)
+                _sync(runs, said)
                 time.sleep(self.every_s)
                 runs, _ = each_of(self.study, self.names)
         except KeyboardInterrupt:
@@ -69,37 +67,21 @@ class Sync:
             upload_as_new(run, judge_for(run, JobInfo.in_foreground()))
 
 
-def _server() -> "Server":
-    # Of another process; wandb would join it.
-    os.environ.pop("WANDB_SERVICE", None)
-    from wandb.sdk import wandb_setup
-
-    from flowjobs.tracking.server import Server
-
-    # From WANDB_BASE_URL, or from what `wandb login --host` wrote down. Not by wandb.setup(),
-    # which starts wandb's own process.
-    try:
-        url = wandb_setup.singleton().settings.base_url
-    except Exception as error:  # of any kind: wandb reads its variables and files there
-        why = " ".join(str(error).split())
-        raise ConfigError(f"wandb does not accept its settings (WANDB_BASE_URL?): {why}") from error
-    return Server.of_this_login(url)
-
-
-def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:
+def _sync(runs: Sequence[Run], said: set[str] | None) -> bool:
     """Sync these runs, and print what there is to say.
 
     Args:
         runs: What to sync.
-        server: Where to.
         said: The failures that were printed before, and need not be again; None prints all, also
             of runs where nothing was done.
 
     Returns:
         Whether something failed.
     """
-    from flowjobs.tracking.refusal import current_refusal
+    from flowjobs.tracking.mode import check_login
+    from flowjobs.tracking.outcome import current_refusal
 
+    check_login()
     failures: set[str] = set()
     for run in runs:
         refusal = current_refusal(run)
@@ -107,7 +89,7 @@ def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:
             failures.add(f"{run.name}: {refusal.text}")
             continue
         try:
-            done = _sync_one(run, server)
+            done = _sync_one(run)
         except LoginError:
             raise
         except ServerError as error:
@@ -126,7 +108,7 @@ def _sync(runs: Sequence[Run], server: "Server", said: set[str] | None) -> bool:
     return bool(failures)
 
 
-def _sync_one(run: Run, server: "Server") -> "Synced":
+def _sync_one(run: Run) -> "Synced":
     """Sync a run, with a bar in a terminal while rows are uploaded."""
     from rich.console import Console
     from rich.progress import Progress
@@ -138,18 +120,11 @@ def _sync_one(run: Run, server: "Server") -> "Synced":
     judge = judge_for(run, JobInfo.in_foreground())
     console = Console(stderr=True)
     if not console.is_terminal:
-        return sync_run(run, server, lambda rows, total: None, judge=judge)
+        return sync_run(run, judge=judge)
     bars = Progress(console=console, transient=True)
-    bar = bars.add_task(run.name)
-
-    def show(rows: int, total: int) -> None:
-        bars.start()
-        bars.update(bar, completed=rows, total=total)
-
-    try:
-        return sync_run(run, server, show, judge=judge)
-    finally:
-        bars.stop()
+    bar = bars.add_task(run.name, total=sum(1 for _ in read_rows(run.metrics_file)))
+    with bars:
+        return sync_run(run, lambda rows: bars.update(bar, completed=rows), judge=judge)
 
 
 def _in_words(done: "Synced") -> str:

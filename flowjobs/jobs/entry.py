@@ -43,7 +43,7 @@ from flowjobs.runs.status import (
 from flowjobs.tracking.closing import close_session
 
 if TYPE_CHECKING:
-    from flowjobs.tracking.recorder import Recorder
+    from flowjobs.runs.recorder import Recorder
     from flowjobs.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,8 @@ class TrainingJob:
     @contextmanager
     def _recording(self, group: ExitStack) -> Iterator["Recorder"]:
         """Holds the run and tracks it; for the first rank, which the others wait for."""
-        from flowjobs.tracking.recorder import recording
+        from flowjobs.runs.recorder import recording
+        from flowjobs.tracking.tracker import tracked
 
         def explain(record: AttemptRecord) -> Outcome:
             again = record.job.job_id == self._job.job_id
@@ -213,7 +214,8 @@ class TrainingJob:
         try:
             with ExitStack() as stack:
                 try:
-                    held = recording(self._run, self._job, judge_for(self._run, self._job), explain)
+                    judge = judge_for(self._run, self._job)
+                    held = recording(self._run, self._job, judge, explain, tracked)
                     recorder = stack.enter_context(held)
                 except Exception:
                     if self._process.world_size > 1:

@@ -124,6 +124,10 @@ class MetricsReader:
         self._file.seek(start + whole)
         return list(_rows_of(text[:whole]))
 
+    def written_at(self) -> float:
+        """When the newest row was written, in seconds of the epoch."""
+        return os.fstat(self._file.fileno()).st_mtime
+
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a metrics file, in order, without a torn last line; none if it is absent."""

@@ -1,4 +1,4 @@
-"""Tells W&B how a run ended whose process could not. Loads no wandb: a process of its own does."""
+"""Tells W&B how a run ended whose process could not. Loads no wandb: the mirror does."""
 
 import dataclasses
 import logging
@@ -6,13 +6,16 @@ import logging
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, RunStatus
 from flowjobs.tracking.mode import resolve_mode
-from flowjobs.tracking.refusal import current_refusal
-from flowjobs.tracking.session import Session, new_session, read_session, write_session
-from flowjobs.tracking.wandb_tracker import say_untold, start_mirror, wait_for_mirror
+from flowjobs.tracking.outcome import (
+    Session,
+    current_refusal,
+    new_session,
+    read_session,
+    write_session,
+)
+from flowjobs.tracking.process import start_mirror, upload_limit_s, wait_for_mirror
 
 logger = logging.getLogger(__name__)
-
-CLOSE_TIMEOUT_S = 60.0
 
 
 def close_session(run: Run, outcome: Outcome, *, wait: bool = True) -> bool:
@@ -40,10 +43,10 @@ def close_session(run: Run, outcome: Outcome, *, wait: bool = True) -> bool:
     try:
         write_session(run, session)
         mirror = start_mirror(run, session, "closes")
-        closed = not wait or wait_for_mirror(mirror, CLOSE_TIMEOUT_S)
+        closed = not wait or wait_for_mirror(mirror, upload_limit_s(run))
         newest = read_session(run)
         if not closed and newest and newest.token == session.token:  # else somebody else tells
-            say_untold(run, outcome)
+            warn_untold(run, outcome)
     except OSError as error:
         logger.warning("W&B could not be told that %s is %s: %s", run.name, outcome.state, error)
     return True
@@ -52,7 +55,7 @@ def close_session(run: Run, outcome: Outcome, *, wait: bool = True) -> bool:
 def pending_outcome(run: Run) -> Outcome | None:
     """What W&B is still to be told: `close_session(run, outcome)` tells it.
 
-    None where W&B refuses the run: `sync`, which a person asks for, tries again. The session says
+    None where W&B refuses the run: `sync`, which its user asks for, tries again. The session says
     it; where its process was killed before it could, `status.json` does.
     """
     session = read_session(run)
@@ -67,6 +70,13 @@ def pending_outcome(run: Run) -> Outcome | None:
     if session and session.closed and session.attempt >= len(status.attempts):
         return None
     return status.outcome
+
+
+def warn_untold(run: Run, outcome: Outcome) -> None:
+    """Warn that W&B does not know how a run ended."""
+    refusal = current_refusal(run)
+    what_to_do = refusal.text if refusal else f"`flowjobs sync {run.name}` tries again"
+    logger.warning("W&B does not know that %s is %s: %s", run.name, outcome.state, what_to_do)
 
 
 def _session_to_close(run: Run, outcome: Outcome) -> Session | None:
@@ -84,9 +94,7 @@ def _session_to_close(run: Run, outcome: Outcome) -> Session | None:
         if found.closed and said.state == outcome.state:
             return None
     # A token of its own: a process that still mirrors the dead attempt stops.
-    return dataclasses.replace(
-        newest, attempt=found.attempt, mode=found.mode, summary=found.summary, outcome=outcome
-    )
+    return dataclasses.replace(found, token=newest.token, outcome=outcome, closed=False)
 
 
 def _has_trained_untracked(run: Run, session: Session | None) -> bool:

@@ -1,18 +1,19 @@
-"""Tags and notes of a run in W&B: which are ours, and which are a person's and stay.
+"""Tags and notes of a run in W&B: which are ours, and which are its user's and stay.
 
 Ours are the tags below, and in the notes one paragraph: a line that begins with "flowjobs: " and
-the quoted lines after it, but for what a person has written into it. They are never empty, since
-W&B's client does not send an empty list or text, so that one could not be cleared.
+the quoted lines after it, written anew each time. They are never empty, since W&B's client does not
+send an empty list or text, so that one could not be cleared.
 """
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Sequence
 
-from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, RunStatus
 
 OUR_TAG = "flowjobs"
 OUTCOME_TAGS = ("failed", "cancelled")
 OUR_HEAD = "flowjobs: "
+OUR_PARAGRAPH = re.compile(rf"^{OUR_HEAD}.*(?:\n>.*)*\n*", re.MULTILINE)
 
 # The end of a traceback names the error; W&B shows notes in a small box.
 TRACEBACK_LINES = 40
@@ -20,7 +21,7 @@ LINE_CHARACTERS = 400
 
 
 def tags_for(outcome: Outcome | None, there: Sequence[str]) -> tuple[str, ...]:
-    """All tags of a run: a person's among those that are there, and ours.
+    """All tags of a run: its user's among those that are there, and ours.
 
     Args:
         outcome: How its newest attempt ended; None while it runs.
@@ -33,28 +34,25 @@ def tags_for(outcome: Outcome | None, there: Sequence[str]) -> tuple[str, ...]:
     return (*theirs, *ours)
 
 
-def renewed_notes(run: Run, outcome: Outcome | None, there: str) -> str:
-    """The run's notes: ours, anew, and below them what a person wrote.
-
-    Notes in the run's folder each line that is ours, so that a person's can be told from them. The
-    caller holds the `upload_lock`.
+def notes_for(
+    outcome: Outcome | None, status: RunStatus | None, there: str, diverged_after: int | None = None
+) -> str:
+    """The run's notes: our paragraph, anew, and below it all else that is there.
 
     Args:
-        run: The run; its status says where the attempt was and where its log is.
         outcome: How the newest attempt ended; None while it runs.
+        status: Says where the attempt was and where its log is.
         there: The run's notes as W&B has them.
-
-    Raises:
-        OSError: The lines cannot be noted.
+        diverged_after: The step past which W&B may have rows that do not count.
     """
-    file = run.folder / "wandb" / "notes.txt"
-    said = file.read_text(errors="replace").splitlines() if file.exists() else []
-    ours = our_lines(outcome, run.status())
-    if not set(ours) <= set(said):
-        with file.open("a", errors="replace") as notes:
-            notes.writelines(f"{line}\n" for line in ours)
-    theirs = their_notes(there, said)
-    return "\n".join([*ours, "", theirs] if theirs else ours)
+    lines = our_lines(outcome, status)
+    if diverged_after is not None:
+        lines.append(
+            f"> past step {diverged_after:,} work was lost and repeated with other values; W&B "
+            "keeps the first row of a step, metrics.jsonl has the ones that count"
+        )
+    theirs = OUR_PARAGRAPH.sub("", there).strip("\n")
+    return "\n".join([*lines, "", theirs] if theirs else lines)
 
 
 def our_lines(outcome: Outcome | None, status: RunStatus | None) -> list[str]:
@@ -75,33 +73,3 @@ def our_lines(outcome: Outcome | None, status: RunStatus | None) -> list[str]:
         details += outcome.traceback.splitlines()[-TRACEBACK_LINES:]
     ours = [f"{OUR_HEAD}{head}", *(f"> {line}" for line in details)]
     return [line[:LINE_CHARACTERS].rstrip() for line in ours]
-
-
-def their_notes(there: str, said: Collection[str]) -> str:
-    """What a person wrote: all but our paragraph, and what was added in and to its lines.
-
-    Args:
-        there: The run's notes as W&B has them.
-        said: Every line that we ever wrote; none if that is not known any more.
-    """
-    theirs: list[str] = []
-    in_ours = False
-    for line in there.splitlines():
-        if in_ours and not line.strip():  # the blank line after it
-            in_ours = False
-            if any(theirs[-1:]):
-                theirs.append("")
-            continue
-        in_ours = in_ours or line.startswith(OUR_HEAD)
-        remark = _remark(line.rstrip(), said) if in_ours else line
-        if remark or not in_ours:
-            theirs.append(remark)
-    return "\n".join(theirs).strip("\n")
-
-
-def _remark(line: str, said: Collection[str]) -> str:
-    """What of a line in our paragraph is a person's."""
-    if line in said or (not said and line.startswith((OUR_HEAD, ">"))):
-        return ""
-    begins = [own for own in said if own.strip("> ") and line.startswith(own)]
-    return line.removeprefix(max(begins, key=len, default="")).strip()

@@ -1,18 +1,17 @@
-"""The process that mirrors a run to W&B.
+"""The process that mirrors a run to W&B: logs those rows of `metrics.jsonl` that W&B lacks.
 
-`python -m flowjobs.tracking.mirror FOLDER TOKEN PARENT trains|closes`: started by the process that
-trains the run, or by one that tells how it ended.
+`python -m flowjobs.tracking.mirror FOLDER TOKEN PARENT trains|closes|syncs`: started by the process
+that trains the run, by one that tells how it ended, or by `flowjobs sync`, which brings the server
+up to date with a run that nobody trains.
 
 A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
 server, hangs, dies, prints) reaches the training, and so that what was logged gets on record when
-the training is killed. It follows `metrics.jsonl`; on its standard input come "follow", when the
-rows of earlier attempts that do not count any more are gone from that file, "last", when the next
-row is the run's last, and "finish", when `tracking.json` holds the outcome; what W&B should forget
-is noted on disk (`rewinding`). On its standard output go JSON lines of what a person should know.
-It ends with 0 if W&B knows the outcome.
+the training is killed. On its standard input come "follow", when the rows of earlier attempts that
+do not count any more are gone from `metrics.jsonl`, "last", when the next row is the run's last,
+and "finish", when `tracking.json` holds the outcome. On its standard output go JSON lines of what
+its parent should know. It ends with 0 if W&B knows the outcome.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -24,20 +23,34 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flowjobs.errors import LockHeldError
+from flowjobs.runs.files import append_line
 from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import RunStatus
+from flowjobs.runs.status import EXIT_PREEMPTED, Outcome, RunStatus
+from flowjobs.tracking.folders import session_files
 from flowjobs.tracking.identity import note_surroundings
-from flowjobs.tracking.refusal import current_refusal, note_refusal, refusal_of
-from flowjobs.tracking.rewinding import asked_to_rewind, need_not_rewind
-from flowjobs.tracking.session import LOWEST, Session, read_session, upload_lock, write_session
-from flowjobs.tracking.wandb_session import (
+from flowjobs.tracking.outcome import (
+    Session,
+    current_refusal,
+    note_closed,
+    note_refusal,
+    read_session,
+    refusal_of,
+    upload_lock,
+    write_session,
+)
+from flowjobs.tracking.process import Role, upload_limit_s
+from flowjobs.tracking.session import (
+    FINISH_TIMEOUT_S,
     FLUSH_INTERVAL_S,
+    LOWEST,
     WandbSession,
+    lacking,
     may_pass_at_once,
     tear_down_wandb,
 )
@@ -51,38 +64,36 @@ PACE_S = 0.5
 # How soon the death of the parent is seen, and how long what is left may take then.
 PARENT_POLL_S, LAST_WORDS_S = 2.0, 60.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
+# How often a server is asked whether it has all.
+ASK_EVERY_S = 1.0
+# How often it is said how many rows a sync has sent.
+ROWS_A_NEWS = 1000
 
 
 class Mirror:
-    """Keeps W&B in step with the run's folder, as long as the training process lives.
+    """Keeps W&B in step with the run's folder.
 
     Args:
         run: The run.
         session: The session that this process writes.
-        commands: File descriptor that commands are read from.
-        events: File descriptor that a person's news go to.
+        role: What the parent does.
         parent: The process that started this one.
-        trains_here: Whether the parent is the one that trains.
+        commands: File descriptor that commands are read from.
+        events: File descriptor that news go to.
     """
 
     def __init__(
-        self,
-        run: Run,
-        session: Session,
-        commands: int,
-        events: int,
-        parent: int,
-        *,
-        trains_here: bool,
+        self, run: Run, session: Session, role: Role, parent: int, commands: int, events: int
     ) -> None:
         self._run = run
         self._session = session
+        self._role = role
+        self._parent: int | None = parent
         self._commands = commands
         self._events = events
-        self._parent: int | None = parent
-        self._trains_here = trains_here
         self._following = False
         self._rows: MetricsReader | None = None
+        self._times = RowTimes(run)
         # The run's last row waits for the picture that belongs into it.
         self._held: Row | None = None
         self._newest_is_last = False
@@ -92,6 +103,7 @@ class Mirror:
         self._complained = False
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
         self._owner_read = 0
+        self._sent = 0
 
     def follow_to_the_end(self) -> int:
         """Mirror until told to finish. Returns the exit code."""
@@ -104,37 +116,70 @@ class Mirror:
             self._put_on_record()
             if not self._asked_to_finish:
                 self._take_commands(PACE_S)
-        return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
+        return self.finish()
 
     def _end_alone(self) -> int:
-        """The training process is gone, perhaps with a word on disk that it could not tell here."""
+        """The trainer died: tell W&B the outcome in `status.json` if there is one."""
         status = self._run.status() or RunStatus()
         outcome = status.outcome
         if outcome and len(status.attempts) == self._session.attempt:
-            self._session = dataclasses.replace(self._session, outcome=outcome)
-            write_session(self._run, self._session)
-            return EXIT_CLOSED if self.finish() else EXIT_NOT_CLOSED
+            write_session(self._run, dataclasses.replace(self._session, outcome=outcome))
+            return self.finish()
         self._take_commands()
         self._newest_is_last = False  # whatever was said: no picture comes
         self._put_on_record()
         time.sleep(2 * FLUSH_INTERVAL_S)
         return EXIT_NOT_CLOSED
 
-    def finish(self) -> bool:
-        """Tell W&B the outcome that is on disk. Returns whether it knows it now."""
+    def finish(self) -> int:
+        """Tell W&B the outcome that is on disk. Returns the exit code."""
         newest = read_session(self._run)
         if newest is not None and newest.token == self._session.token:
             self._session = newest
+        if not self._finish(retry=True):
+            return EXIT_NOT_CLOSED
+        note_closed(self._run, self._session.token)
+        return EXIT_CLOSED
+
+    def sync(self) -> int:
+        """Make the server have all of the run, and see that it has. Returns the exit code."""
+        status = self._run.status()
+        # Where the status was damaged, what was told to W&B is all that is known.
+        outcome = status.outcome if status else self._session.outcome
+        if outcome is None:
+            outcome = Outcome("preempted", EXIT_PREEMPTED, "its process died; not restarted yet")
+        self._session = dataclasses.replace(self._session, mode="online", outcome=outcome)
+        last = max((row["step"] for row in read_rows(self._run.metrics_file)), default=-1)
+        try:
+            if not lacking(self._run, self._session, last):
+                return EXIT_CLOSED
+        except Exception as error:  # then wandb may know more of why
+            logger.info("cannot ask the server: %s", error)
+            tear_down_wandb()
+        if not self._finish(retry=True):
+            return EXIT_NOT_CLOSED
+        while lacks := self._lacking(last):  # the parent has a limit
+            self._tell(lacks=lacks)
+            time.sleep(ASK_EVERY_S)
+        for folder in self._session_folders() - self._folders_before:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._tell(uploaded=self._sent)
+        return EXIT_CLOSED
+
+    def _lacking(self, last_step: int) -> str:
+        try:
+            return lacking(self._run, self._session, last_step)
+        except Exception as error:
+            return f"an answer ({error})"
+
+    def _finish(self, *, retry: bool) -> bool:
         self._following = True
         outcome = self._session.outcome
         self._newest_is_last = outcome is not None and outcome.state == "finished"
-        return self._finish(retry=True)
-
-    def _finish(self, *, retry: bool) -> bool:
         self._retry_at = 0.0
         if self._superseded():
             return False  # an attempt has begun, and says itself what comes of it
-        if current_refusal(self._run):
+        if self._role != "syncs" and current_refusal(self._run):
             return False  # it would say the same again
         try:
             if self._wandb is None:
@@ -142,17 +187,15 @@ class Mirror:
             self._log_new_rows()
             if self._superseded():
                 return False
-            self._say_outcome()
+            self._tell_outcome()
         except Exception as error:
             # A signal to all processes of the job has killed wandb's own: then once more, anew.
             retry = retry and may_pass_at_once(error)
             self._lose(error, silently=retry)
             return retry and self._finish(retry=False)
-        if not self._superseded():
-            write_session(self._run, dataclasses.replace(self._session, closed=True))
-        return True
+        return not self._superseded()
 
-    def _say_outcome(self) -> None:
+    def _tell_outcome(self) -> None:
         outcome = self._session.outcome
         assert outcome is not None, "the outcome is on disk before the command comes"
         picture: Path | None = self._run.samples_picture
@@ -184,45 +227,34 @@ class Mirror:
                 return
             # From the top: W&B may lack rows of this attempt and of those before it.
             self._rows = MetricsReader(self._run.metrics_file)
-        rows = [row for row in self._rows.new_rows() if row["step"] > self._wandb.on_record]
-        if self._has_rows_to_forget(self._wandb):
-            self._wandb.leave()
-            self._wandb = self._rows = self._held = None
-            self._open()  # where that is done
-            self._log_new_rows()
-            return
+        rows = self._rows.new_rows()
+        self._times.note(rows, self._rows.written_at())
         # "last" comes before the last row: where that has been read, it can be heard by now.
         self._take_commands()
         for row in rows:
-            self._log_held_row()
-            self._held = row
+            if row["step"] > self._wandb.last_step:
+                self._log_held_row()
+                self._held = row
         if not self._newest_is_last:
             self._log_held_row()
-
-    def _has_rows_to_forget(self, session: WandbSession) -> bool:
-        """Whether W&B has rows that came out otherwise since.
-
-        That is asked for before the first one that differs is written.
-        """
-        step = asked_to_rewind(self._run)
-        if step is None or self._session.mode == "offline":
-            return False  # `sync` uploads no row but those of `metrics.jsonl`
-        if step >= session.on_record:
-            need_not_rewind(self._run)
-            return False
-        return True
 
     def _log_held_row(self, picture: Path | None = None) -> None:
         if self._held is None:
             return
         assert self._wandb is not None, "opened before"
-        self._wandb.log(self._held, picture)
-        self._wandb.on_record = self._held["step"]
+        self._wandb.log(self._held, self._times.of(self._held), picture)
         self._held = None
+        self._sent += 1
+        if self._role == "syncs" and self._sent % ROWS_A_NEWS == 0:
+            self._tell(sent=self._sent)
 
     def _open(self) -> None:
         self._folders_before = self._session_folders()
-        self._wandb = WandbSession(self._run, self._session.mode, trains_here=self._trains_here)
+        patience_s = FINISH_TIMEOUT_S if self._role == "trains" else upload_limit_s(self._run)
+        trains_here = self._role == "trains"
+        self._wandb = WandbSession(
+            self._run, self._session, trains_here=trains_here, finish_timeout_s=patience_s
+        )
         self._tell(connected=True)
         if self._complained:
             self._tell(info="W&B answers again; it gets what it missed")
@@ -230,25 +262,34 @@ class Mirror:
         self._retry_after = FIRST_RETRY_S
 
     def _session_folders(self) -> set[Path]:
-        return set(self._run.folder.glob("wandb/*run-*"))
+        return {path.parent for path in session_files(self._run)}
 
     def _lose(self, error: Exception, *, silently: bool = False) -> None:
         """Start anew later, after whatever happened to wandb."""
         never_opened = self._wandb is None
         self._wandb = self._rows = self._held = None
+        self._sent = 0
         # The whole traceback once: a server may be away for days.
         logger.warning("lost W&B: %s", error, exc_info=None if self._complained else error)
-        if refusal := refusal_of(str(error), self._run):
-            note_refusal(self._run, self._session, refusal)
+        refusal = refusal_of(str(error), self._run)
+        if refusal:
+            note_refusal(self._run, self._session.token, refusal)
             self._retry_after = math.inf
             self._complained = True
-            self._tell(connected=False, warning=f"{refusal.text}; training goes on")
+            self._tell(
+                connected=False,
+                warning=f"{refusal.text}; training continues",
+                refusal=refusal.text,
+                kind=refusal.kind,
+            )
         elif not (self._complained or silently):
             self._complained = True
             self._tell(
                 connected=False,
-                warning=f"W&B does not go on ({type(error).__name__}: {error}); training does, "
-                "metrics.jsonl has every row, and W&B gets them when it can",
+                warning=f"W&B cannot be told now ({type(error).__name__}: {error}); training "
+                "continues, metrics.jsonl has every row, and W&B gets them when it can",
+                error=str(error),
+                opened=not never_opened,
             )
         tear_down_wandb()
         if never_opened:  # a server may be away for days, and each try leaves a folder with no row
@@ -287,9 +328,34 @@ class Mirror:
                 case "finish":
                     self._asked_to_finish = True
 
-    def _tell(self, **news: str | bool) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more
+    def _tell(self, **news: str | bool | int) -> None:
+        with suppress(OSError):  # nobody listens any more
             os.write(self._events, (json.dumps(news) + "\n").encode())
+
+
+class RowTimes:
+    """When each row of a run was written, which `metrics.jsonl`, the same in all runs, cannot say.
+
+    Noted beside it, so that what is told to W&B later has the times of then. Steps that were lost
+    and repeated keep their first time.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._file = run.folder / "wandb" / "times.jsonl"
+        self._by_step = {row["step"]: float(row["time"]) for row in read_rows(self._file)}
+
+    def note(self, rows: Iterable[Row], written_at: float) -> None:
+        """Note the time of rows that were written just now, or while nobody looked."""
+        new = {row["step"]: written_at for row in rows if row["step"] not in self._by_step}
+        self._by_step |= new
+        if new:
+            lines = [json.dumps({"step": step, "time": time}) for step, time in new.items()]
+            with suppress(OSError):  # a full disk
+                append_line(self._file, "\n".join(lines))
+
+    def of(self, row: Row) -> float:
+        """The time of a row, in seconds of the epoch."""
+        return self._by_step[row["step"]]
 
 
 def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
@@ -315,29 +381,43 @@ def end_with(parent: int) -> None:
     os._exit(EXIT_NOT_CLOSED)
 
 
+def end_with_standard_input(commands: int) -> None:
+    """End this process with the sync that started it, also where that is killed."""
+    while os.read(commands, 4096):
+        pass
+    os._exit(EXIT_NOT_CLOSED)
+
+
 def main() -> None:
     """Mirror the run in the folder of the first argument; see the module."""
-    folder, token, parent, role = sys.argv[1:5]
-    threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
+    folder, token, parent = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    role = cast(Role, sys.argv[4])
     run = Run.at(Path(folder))
     # Nothing that wandb reads or prints, nor its own process, may take part in the conversation.
     commands, events = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(2, 1)
+    if role == "syncs":
+        watch = threading.Thread(target=end_with_standard_input, args=(commands,), daemon=True)
+    else:
+        watch = threading.Thread(target=end_with, args=(parent,), daemon=True)
+    watch.start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s")
     session = read_session(run)
     if session is None or session.token != token:
         sys.exit(EXIT_NOT_CLOSED)
-    trains_here = role == "trains"
-    mirror = Mirror(run, session, commands, events, int(parent), trains_here=trains_here)
+    mirror = Mirror(run, session, role, parent, commands, events)
     # One at a time, offline too: what W&B has on record is found out first, then added to.
+    held_by_parent = role == "syncs"
     try:
-        with upload_lock(run):
-            if trains_here:
+        with nullcontext() if held_by_parent else upload_lock(run):
+            if role == "trains":
                 note_surroundings(run, Path.cwd())
-            if session.outcome is not None:
-                code = EXIT_CLOSED if mirror.finish() else EXIT_NOT_CLOSED
+            if role == "syncs":
+                code = mirror.sync()
+            elif session.outcome is not None:
+                code = mirror.finish()
             else:
                 code = mirror.follow_to_the_end()
     except LockHeldError as error:

@@ -1,23 +1,28 @@
-"""Whether a run is tracked online or offline. Decided without loading wandb."""
+"""Whether a run is tracked online or offline, and at which server. Loads no wandb."""
 
 import configparser
 import netrc
 import os
+import socket
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from flowjobs.config import TrackingConfig
+from flowjobs.errors import ConfigError, LoginError, ServerError
 
 # Where wandb goes without WANDB_BASE_URL: 0.31 and later, and before.
 DEFAULT_HOSTS = ["api.forge.coreweave.com", "api.wandb.ai"]
+
+PROBE_TIMEOUT_S = 3.0
 
 ResolvedMode = Literal["online", "offline", "disabled"]
 
 
 def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
-    """The mode that applies on this machine, and why, in words for a person.
+    """The mode that applies on this machine, and why, in words.
 
     `WANDB_MODE` wins over the config, as it does in wandb itself.
     """
@@ -40,8 +45,7 @@ def has_login() -> bool:
     """Whether wandb would find credentials: in the environment or in the netrc file."""
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    url = os.environ.get("WANDB_BASE_URL") or _url_of_login()
-    return api_key(url or f"https://{DEFAULT_HOSTS[0]}") is not None
+    return api_key(server_url()) is not None
 
 
 def api_key(url: str) -> str | None:
@@ -50,6 +54,49 @@ def api_key(url: str) -> str | None:
     # A login at the one name of W&B's own server is good for the other.
     hosts = DEFAULT_HOSTS if host in DEFAULT_HOSTS else [host]
     return next(filter(None, map(_api_key_for, hosts)), None)
+
+
+def check_login() -> None:
+    """Raise what keeps this machine from any server.
+
+    Raises:
+        ConfigError: WANDB_BASE_URL is no address.
+        LoginError: There is no key.
+    """
+    url = urlsplit(server_url())
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigError(
+            f"WANDB_BASE_URL: found {server_url()!r}, expected an address as https://{DEFAULT_HOSTS[0]}"
+        )
+    if not has_login():
+        raise LoginError(
+            f"no login for W&B at {server_url()}: run `wandb login` once on this machine, or set "
+            "WANDB_API_KEY (and WANDB_BASE_URL for a server of your own)"
+        )
+
+
+def check_server_answers() -> None:
+    """Raise a ServerError if nothing listens at W&B's address.
+
+    `wandb.init` would find out in half a minute; `wandb.setup()` would wait for ever if wandb's own
+    process is killed as it starts (0.31).
+    """
+    url = urlsplit(server_url())
+    proxy = f"WANDB_{url.scheme.upper()}_PROXY"
+    if urllib.request.getproxies().get(url.scheme) or os.environ.get(proxy):
+        return
+    address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    try:
+        socket.create_connection(address, PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        why = error.strerror or error
+        raise ServerError(f"cannot reach W&B at {server_url()} ({why})") from error
+
+
+def server_url() -> str:
+    """The server's address: the environment's, or the one of `wandb login --host`."""
+    url = os.environ.get("WANDB_BASE_URL") or _url_of_login() or f"https://{DEFAULT_HOSTS[0]}"
+    return url.rstrip("/")
 
 
 def _url_of_login() -> str | None:

@@ -1,86 +1,243 @@
-"""`tracking.json`: the newest session of a run in W&B, and what W&B is still to be told of it."""
+"""An open session of a run in W&B, online or in an offline file. Loads wandb.
+
+Its methods may raise whatever wandb raises, and may take long when a server does not answer.
+"""
 
 import json
 import logging
 import os
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-from flowjobs.runs.file_lock import locked
-from flowjobs.runs.files import write_json
+import wandb
+import wandb.errors
+from wandb.apis.public.runs import Run as RunOnServer
+from wandb.apis.public.runs import RunNotFoundError
+
+from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
+from flowjobs.tracking.folders import (
+    OnRecord,
+    leave_out_others,
+    read_on_record,
+    session_files,
+    write_on_record,
+)
+from flowjobs.tracking.identity import config_for_wandb
+from flowjobs.tracking.labels import notes_for, tags_for
+from flowjobs.tracking.mode import check_server_answers
+from flowjobs.tracking.outcome import DELETED, Session
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["online", "offline"]
+INIT_TIMEOUT_S = 20
+FINISH_TIMEOUT_S = 15
+API_TIMEOUT_S = 10
+# A hard kill loses what wandb has not flushed to its file: by default 15 s of everything.
+FLUSH_INTERVAL_S = 0.25
+# After a session was cut, the server may still be taking in the last of it.
+SETTLED_AFTER_S = 2.0
 
-# An upload that is under way may take so long.
-UPLOAD_WAIT_S = 300.0
 # Metrics whose lowest value a run is judged by.
 LOWEST = ("train/loss", "val/loss")
 # What the picture of a finished run is called beside the metrics.
 PICTURE = "samples"
 
 
-@dataclass(frozen=True)
-class Session:
-    """One attempt as W&B sees it.
+class NotWrittenError(OSError):
+    """The offline file is not complete on disk."""
+
+
+class RunDeletedError(Exception):
+    """W&B does not have the run any more."""
+
+
+class WandbSession:
+    """Opens a session of the run: the same W&B run each time, with its identity complete.
+
+    Args:
+        run: The run.
+        session: What of it is tracked, and where to.
+        trains_here: Whether the attempt runs on this machine; else only its end is told.
+        finish_timeout_s: How long an upload may take at the end.
 
     Attributes:
-        attempt: The attempt's number.
-        mode: Where its rows go: to the server, or to a file that is synced later.
-        token: Tells sessions apart; the newest owns the run in W&B.
-        summary: What the run's summary is to hold beside the last row.
-        outcome: How the attempt ended; None while it runs, or if nobody knows yet.
-        closed: Whether W&B knows the outcome, or its file does.
+        last_step: The last step that W&B has; -1 if it has none.
     """
 
-    attempt: int
-    mode: Mode
-    token: str
-    summary: dict[str, Any] = field(default_factory=dict)
-    outcome: Outcome | None = None
-    closed: bool = False
+    def __init__(
+        self, run: Run, session: Session, *, trains_here: bool, finish_timeout_s: float
+    ) -> None:
+        self._tracked = run
+        self._session = session
+        self._online = session.mode == "online"
+        run_id = run.settle_tracking_id()
+        self._on_record = read_on_record(run, run_id)
+        leave_out_others(run, self._on_record)
+        # What a parent process, or a session before, left here would be joined.
+        os.environ.pop("WANDB_SERVICE", None)
+        if self._online:
+            check_server_answers()
+            _wait_for_cut_session(run)
+        config = run.config()
+        self._run = wandb.init(
+            project=config.tracking.wandb_project,
+            entity=config.tracking.wandb_entity,
+            group=config.training.group,
+            name=run.name,
+            id=run_id,
+            config=config_for_wandb(run),
+            dir=run.folder,
+            mode=session.mode,
+            # An attempt resumes the run that the one before it left.
+            resume="allow",
+            settings=wandb.Settings(
+                x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=finish_timeout_s,
+                finish_timeout_raises=True,
+                x_stats_pid=os.getppid(),
+                # What wandb finds out of this machine says nothing of one that trained.
+                x_disable_meta=not trains_here,
+                x_disable_stats=not trains_here,
+                disable_git=True,  # the config has it
+                console="off",
+                silent=True,
+            ),
+        )
+        self.last_step = self._run.starting_step - 1 if self._online else self._on_record.step
+        self._logged_bytes = 0
+        for metric in LOWEST:
+            self._run.define_metric(metric, summary="min")
+        self._is_open = False
+        self._label(None)
+        self._is_open = True
+
+    def log(self, row: Mapping[str, Any], timestamp: float, picture: Path | None = None) -> None:
+        """Put one row of `metrics.jsonl` on record, with the picture in it if there is one.
+
+        Args:
+            row: The row.
+            timestamp: When it was written, in seconds of the epoch.
+            picture: A picture file.
+        """
+        values = {key: value for key, value in row.items() if key != "step"}
+        values["_timestamp"] = timestamp
+        self._logged_bytes += len(json.dumps(values))
+        if picture is not None:
+            values[PICTURE] = wandb.Image(str(picture))
+        # With commit the row is on record now; without, only when the next step is logged.
+        self._run.log(values, step=row["step"], commit=True)
+        self.last_step = row["step"]
+
+    def finish(self, outcome: Outcome, summary: Mapping[str, Any], picture: Path | None) -> None:
+        """Say how the attempt ended, and wait until it is on record.
+
+        Args:
+            outcome: How it ended.
+            summary: Values of the run's summary.
+            picture: A picture that no row holds.
+
+        Raises:
+            TimeoutError: The server does not take it.
+            NotWrittenError: The disk does not.
+            RunDeletedError: The run was deleted in the web page.
+        """
+        if summary:
+            self._run.summary.update(dict(summary))
+        if picture is not None and PICTURE not in dict(self._run.summary):
+            self._run.summary[PICTURE] = wandb.Image(str(picture))
+        self._label(outcome)
+        # A cancelled run is neither finished nor failed; like a preempted one it may be resumed.
+        if outcome.state in ("preempted", "cancelled"):
+            self._run.mark_preempting()
+        file = Path(self._run.settings.sync_file)
+        size = file.stat().st_size if file.exists() else 0
+        self._run.finish(exit_code=outcome.exit_code)
+        if self._online:
+            on_record = OnRecord(self._on_record.run_id, self.last_step)
+        else:
+            wandb.teardown()  # `finish` may return before the end is on the disk
+            # wandb says nothing of a full disk, and writes nothing more once a write has failed.
+            if not file.stat().st_size > max(size, self._logged_bytes):
+                raise NotWrittenError(f"{file} is not complete: is the disk full?")
+            on_record = self._on_record.with_session(file.parent, self.last_step)
+        write_on_record(self._tracked, on_record)
+
+    def _label(self, outcome: Outcome | None) -> None:
+        tags, notes = self._run.tags or (), self._run.notes or ""
+        # Since the session began its user may have written there, or have deleted the run.
+        if self._online and self._is_open:
+            with suppress(wandb.Error):  # no answer
+                there = run_on_server(self._tracked)
+                if there is None:
+                    # wandb says nothing of that: it sends rows to nobody, and "succeeds".
+                    raise RunDeletedError(f"run {self._run.id} was {DELETED}")
+                tags, notes = there.tags, there.notes or ""
+        self._run.tags = tags_for(outcome, tags)
+        status, diverged_after = self._tracked.status(), self._session.diverged_after
+        self._run.notes = notes_for(outcome, status, notes, diverged_after)
 
 
-@contextmanager
-def upload_lock(run: Run) -> Iterator[None]:
-    """Hold what is uploaded of a run to a server: two at once would both send what it lacks.
+def run_on_server(run: Run) -> RunOnServer | None:
+    """The run as the server has it; None if it has no such run.
 
     Raises:
-        LockHeldError: Another process holds it, and has not let go of it in time.
+        wandb.Error: It does not say.
     """
-    folder = run.folder / "wandb"
-    folder.mkdir(exist_ok=True)
-    with locked(folder / ".upload.lock", UPLOAD_WAIT_S, f"to upload {run.name} to W&B"):
-        yield
-
-
-def new_session(run: Run, mode: Mode) -> Session:
-    """A session for the newest attempt of a run. Writes nothing."""
-    status = run.status()
-    attempt = status.attempts[-1].number if status and status.attempts else 0
-    return Session(attempt, mode, f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
-
-
-def read_session(run: Run) -> Session | None:
-    """The newest session; None if there was none, or its file is damaged."""
+    tracking = run.config().tracking
+    place = [tracking.wandb_entity, tracking.wandb_project, run.tracking_id()]
     try:
-        found: dict[str, Any] = json.loads(run.tracking_file.read_text())
-        outcome = found.pop("outcome")
-        return Session(**found, outcome=Outcome(**outcome) if outcome else None)
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("%s is damaged (%s)", run.tracking_file, error)
-        return None
+        return wandb.Api(timeout=API_TIMEOUT_S).run("/".join(filter(None, place)))
+    except wandb.errors.CommError as error:
+        if isinstance(error.exc, RunNotFoundError):
+            return None
+        raise
 
 
-def write_session(run: Run, session: Session) -> None:
-    """Make this the run's newest session, or note what became of it."""
-    write_json(run.tracking_file, asdict(session), flush=False)
+def lacking(run: Run, session: Session, last_step: int) -> str:
+    """What the server lacks of a run that has ended, in words; "" if it has all.
+
+    Args:
+        run: The run.
+        session: Its outcome is what the server is to show.
+        last_step: Of the last row.
+    """
+    there = run_on_server(run)
+    if there is None:
+        return "no such run"
+    if there.lastHistoryStep < last_step:
+        return f"rows to step {there.lastHistoryStep} of {last_step}"
+    if there.state in ("running", "pending", "crashed"):
+        return f"the run's end: its state is {there.state}"
+    tags = tags_for(session.outcome, there.tags)
+    notes = notes_for(session.outcome, run.status(), there.notes or "", session.diverged_after)
+    if set(tags) != set(there.tags) or notes != (there.notes or ""):
+        return "the run's tags and notes"
+    return ""
+
+
+def tear_down_wandb() -> None:
+    """Forget everything of a session that broke, so that another one can begin."""
+    try:
+        wandb.teardown()
+    except (Exception, SystemExit):
+        logger.info("wandb.teardown", exc_info=True)
+
+
+def may_pass_at_once(error: Exception) -> bool:
+    """Whether a new session may do: wandb's own process died, and not a server that refuses."""
+    return not isinstance(
+        error, wandb.Error | TrackingError | TimeoutError | NotWrittenError | RunDeletedError
+    )
+
+
+def _wait_for_cut_session(run: Run) -> None:
+    """Wait until the server has taken in what a session sent that was killed a moment ago."""
+    online = [path for path in session_files(run) if path.parent.name.startswith("run-")]
+    cut_at = max((path.stat().st_mtime for path in online), default=0.0)
+    time.sleep(min(max(0.0, cut_at + SETTLED_AFTER_S - time.time()), SETTLED_AFTER_S))

@@ -1,52 +1,142 @@
-"""What a run tells its tracker, and the tracker of a run that is not tracked."""
+"""What a training tells W&B through: starts the mirror, talks to it, never waits for it long."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import dataclasses
+import json
+import logging
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from flowjobs.runs.status import Outcome
+from flowjobs.errors import RunTakenOverError
+from flowjobs.runs.recorder import Tracker, Untracked
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import Outcome, outcome_of
+from flowjobs.tracking.closing import warn_untold
+from flowjobs.tracking.folders import read_on_record
+from flowjobs.tracking.mode import resolve_mode
+from flowjobs.tracking.outcome import Mode, new_session, read_session, write_session
+from flowjobs.tracking.process import start_mirror, wait_for_mirror
+
+logger = logging.getLogger(__name__)
+
+# A preempted run must be gone before its grace is over; so must one that W&B does not answer.
+SHORT_FINISH_S = 5.0
+LONG_FINISH_S = 15.0
 
 
-class Tracker(Protocol):
-    """Mirrors a run's `metrics.jsonl` somewhere.
+@contextmanager
+def tracked(run: Run) -> Iterator[Tracker]:
+    """A tracker for as long as the block lasts; an exception in it is the run's outcome."""
+    mode, why = resolve_mode(run.config().tracking)
+    logger.info("W&B: %s (%s)", mode, why)
+    if mode == "disabled":
+        yield Untracked()
+        return
+    tracker = WandbTracker(run, mode)
+    try:
+        yield tracker
+    except RunTakenOverError:
+        raise  # its end is not the run's
+    except BaseException as error:
+        tracker.finish(outcome_of(error))
+        raise
+    tracker.finish(outcome_of(None))
+
+
+class WandbTracker:
+    """Mirrors a run to W&B, online or in offline files under the run's folder.
 
     None of its methods raises, and none but `finish` waits.
+
+    Args:
+        run: The run; its newest attempt is the one that is tracked.
+        mode: Where to.
     """
 
+    def __init__(self, run: Run, mode: Mode) -> None:
+        self._run = run
+        self._session = new_session(run, mode)
+        self._connected = False
+        self._warned = False
+        self._mirror: subprocess.Popen[bytes] | None = None
+        self._try(self._start)
+
     def follow(self) -> None:
-        """From now on `metrics.jsonl` holds only rows that count, and those that come."""
-        ...
+        """See `Tracker`."""
+        self._try(lambda: self._send("follow"))
 
     def last_row_comes(self) -> None:
-        """The next row is the run's last: its picture belongs into it."""
-        ...
+        """See `Tracker`."""
+        self._try(lambda: self._send("last"))
 
-    def comes_out_otherwise(self, step: int) -> None:
-        """The rows that come past a step are others than those of the attempt before."""
-        ...
+    def rows_diverged_after(self, step: int) -> None:
+        """See `Tracker`."""
+        self._try(lambda: self._note_diverged(step))
 
     def summarize(self, values: Mapping[str, Any]) -> None:
-        """Set values of the run's summary."""
-        ...
+        """See `Tracker`."""
+        summary = self._session.summary | dict(values)
+        self._session = dataclasses.replace(self._session, summary=summary)
 
     def finish(self, outcome: Outcome) -> None:
         """Close the attempt, and say how it ended; waits for a few seconds at most."""
-        ...
+        self._try(lambda: self._finish(outcome))
 
+    def _start(self) -> None:
+        write_session(self._run, self._session)
+        self._mirror = start_mirror(self._run, self._session, "trains")
+        if self._session.outcome is not None:
+            return
+        # Not a thread to wait for: it ends when the mirror does.
+        threading.Thread(target=self._pass_on, args=(self._mirror,), daemon=True).start()
 
-class NoTracker:
-    """Tracks nothing."""
+    def _note_diverged(self, step: int) -> None:
+        offline = self._session.mode == "offline"
+        if offline and read_on_record(self._run, self._run.tracking_id()).step <= step:
+            return  # what was lost never came so far
+        before = self._session.diverged_after
+        step = step if before is None else min(before, step)
+        self._session = dataclasses.replace(self._session, diverged_after=step)
+        write_session(self._run, self._session)
 
-    def follow(self) -> None:
-        """See `Tracker`."""
+    def _finish(self, outcome: Outcome) -> None:
+        newest = read_session(self._run)
+        if newest is not None and newest.token != self._session.token:
+            return  # another attempt has taken the run over; the mirror sees it too, and stops
+        self._session = dataclasses.replace(self._session, outcome=outcome)
+        if self._mirror is None or self._mirror.poll() is not None:
+            self._start()  # it was killed; a new one catches up and finds the outcome on disk
+        else:
+            write_session(self._run, self._session)
+            self._send("finish")
+        assert self._mirror is not None
+        patient = self._connected and outcome.state in ("finished", "failed")
+        if not wait_for_mirror(self._mirror, LONG_FINISH_S if patient else SHORT_FINISH_S):
+            warn_untold(self._run, outcome)
 
-    def last_row_comes(self) -> None:
-        """See `Tracker`."""
+    def _send(self, command: str) -> None:
+        if self._mirror is not None and self._mirror.stdin is not None:
+            self._mirror.stdin.write(f"{command}\n".encode())
+            self._mirror.stdin.flush()
 
-    def comes_out_otherwise(self, step: int) -> None:
-        """See `Tracker`."""
+    def _pass_on(self, mirror: subprocess.Popen[bytes]) -> None:
+        """Log what the mirror has to say."""
+        assert mirror.stdout is not None
+        with mirror.stdout:
+            for line in mirror.stdout:
+                news = json.loads(line)
+                self._connected = news.get("connected", self._connected)
+                if "warning" in news:
+                    logger.warning("%s", news["warning"])
+                if "info" in news:
+                    logger.info("%s", news["info"])
 
-    def summarize(self, values: Mapping[str, Any]) -> None:
-        """See `Tracker`."""
-
-    def finish(self, outcome: Outcome) -> None:
-        """See `Tracker`."""
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # of any kind: tracking never stops training
+            if not self._warned:
+                self._warned = True
+                logger.warning("W&B gets nothing of this attempt for now: %s", error)

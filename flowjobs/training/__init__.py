@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowjobs.config import TrainingConfig
     from flowjobs.data.dataset import FlowDataset
+    from flowjobs.notebook import FlowTrainer
     from flowjobs.training.checkpoint import get_checkpoint_path, load_checkpoint, save_checkpoint
     from flowjobs.training.ema import EMAModel
     from flowjobs.training.schedule import get_cosine_schedule_with_warmup
-    from flowjobs.training.trainer import FlowTrainer
 
 __all__ = [
     "EMAModel",
@@ -28,7 +28,7 @@ __all__ = [
 _MODULES = {
     "EMAModel": "flowjobs.training.ema",
     "FlowDataset": "flowjobs.data.dataset",
-    "FlowTrainer": "flowjobs.training.trainer",
+    "FlowTrainer": "flowjobs.notebook",
     "TrainingConfig": "flowjobs.config",
     "get_checkpoint_path": "flowjobs.training.checkpoint",
     "get_cosine_schedule_with_warmup": "flowjobs.training.schedule",

@@ -13,8 +13,8 @@ from flowjobs.evaluation.pictures import draw_digits, draw_projection
 from flowjobs.evaluation.sampling import sample
 from flowjobs.models.build import build_model
 from flowjobs.runs.datasets import EMBEDDED
+from flowjobs.runs.recorder import Recorder
 from flowjobs.runs.run import Run
-from flowjobs.tracking.recorder import Recorder
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.trainer import FlowTrainer

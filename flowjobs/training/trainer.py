@@ -31,9 +31,9 @@ from flowjobs.errors import (
 from flowjobs.flows.path import sample_path
 from flowjobs.models.mlp import MLP
 from flowjobs.models.velocity import Velocity, check_weights, checked_velocity, input_dtype
+from flowjobs.runs.recorder import Recorder, Tracker, recording, untracked
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.recorder import Recorder, recording
 from flowjobs.training.checkpoint import (
     Payload,
     previous_of,
@@ -158,8 +158,12 @@ class FlowTrainer:
                 return self._train(self._run, self._recorder)
             with _heard_somewhere():
                 run = self._own_run()
-                with recording(run, JobInfo.in_foreground()) as recorder:
+                with recording(run, JobInfo.in_foreground(), track=self.track) as recorder:
                     return self._train(run, recorder)
+
+    def track(self, run: Run) -> AbstractContextManager[Tracker]:
+        """The tracker of a trainer on its own; `flowjobs.training.FlowTrainer` has W&B's."""
+        return untracked(run)
 
     def _own_run(self) -> Run:
         """The run of a trainer on its own, made if it is not there."""

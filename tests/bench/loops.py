@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets, normalization_stats
 from flowjobs.models.build import build_model
+from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.recorder import recording
 from flowjobs.training import FlowTrainer, get_cosine_schedule_with_warmup
 
 DECAY = 0.999

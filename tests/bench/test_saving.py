@@ -12,9 +12,9 @@ import torch
 from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import FlowDataset
 from flowjobs.models.build import build_model
+from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.recorder import recording
 from flowjobs.training import FlowTrainer
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState

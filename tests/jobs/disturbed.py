@@ -16,7 +16,6 @@ import torch
 from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.tracking.offline_files import session_files
 from flowjobs.training.checkpoint import read_checkpoint
 from tests.cluster.client import CommandError
 from tests.cluster.slurm import SlurmCluster
@@ -142,7 +141,7 @@ def in_wandb(run: Run) -> Tracked:
         return Tracked(
             there.state, there.exit_code, there.tags, there.notes, there.config, there.rows
         )
-    files = session_files(run.folder)
+    files = leet.session_files(run)
     if not files:
         return Tracked("", None, [], "", {}, [])
     newest = leet.inspect(files[-1])

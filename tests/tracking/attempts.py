@@ -6,13 +6,12 @@ checkpoint, which is taken every fifth row, and leaves at a step boundary when i
 
 import base64
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from flowjobs.errors import RunInterrupted
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.offline_files import read_records, session_files
-from flowjobs.tracking.recorder import recording
+from flowjobs.tracking.tracker import tracked
 
 ROW_EVERY_STEPS = 10
 SAVE_EVERY_STEPS = 50
@@ -61,7 +60,7 @@ def attempt(run: Run, last_step: int, pace_s: float) -> None:
     checkpoint = run.folder / "step"
     with (
         StopSignals() as signals,
-        recording(run, JobInfo.in_foreground(run.logs / "attempt.log")) as recorder,
+        recording(run, JobInfo.in_foreground(run.logs / "attempt.log"), track=tracked) as recorder,
     ):
         start = int(checkpoint.read_text()) if checkpoint.exists() else 0
         recorder.go_on_after(start)
@@ -132,23 +131,6 @@ def wait_for_rows(run: Run, count: int, timeout_s: float = 30) -> None:
     while len(list(read_rows(run.metrics_file))) < count:
         assert time.monotonic() < deadline, "no rows came"
         time.sleep(0.02)
-
-
-def offline_rows(run: Run) -> list[Row]:
-    """The history in all offline files of a run, in order, in the form of `metrics.jsonl`."""
-    return [row for path in session_files(run.folder) for row in rows_in(path)]
-
-
-def rows_in(path: Path) -> Iterator[Row]:
-    """The history in one offline file."""
-    for record in read_records(path):
-        if record.WhichOneof("record_type") == "history":
-            found = {
-                item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                for item in record.history.item
-            }
-            own = {key: value for key, value in found.items() if not key.startswith("_")}
-            yield {"step": record.history.step.num, **own}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -99,10 +99,6 @@ class _Stored:
             else:
                 self.lines.append(line)
 
-    def rewind(self, step: float) -> None:
-        self.lines = [line for line in self.lines if json.loads(line)["_step"] <= step]
-        self.seen = {(index, line) for index, line in self.seen if index < len(self.lines)}
-
 
 class Backend:
     """The server, and what a test does to it.
@@ -111,7 +107,6 @@ class Backend:
         delay_s: How long every answer takes.
         fail_with: A status code that every request is answered with, or None.
         refuse_with: A status code and a text that every start of a session is answered with.
-        can_rewind: Whether it knows how to; servers of one's own may not.
         requests: The names of the GraphQL operations, "file_stream" and "PUT name", in order.
     """
 
@@ -119,7 +114,6 @@ class Backend:
         self.delay_s = 0.0
         self.fail_with: int | None = None
         self.refuse_with: tuple[int, str] | None = None
-        self.can_rewind = True
         self.requests: list[str] = []
         self._runs: dict[str, _Stored] = {}
         self._resuming: set[str] = set()
@@ -242,8 +236,6 @@ class Backend:
             return self._file_stream(found.group(1), asked)
         operation = _operation(asked["query"])
         self.requests.append(operation)
-        if operation == "FlowjobsRewind" and not self.can_rewind:
-            return 400, {"errors": [{"message": "Cannot query field rewindRun on Mutation"}]}
         variables = asked.get("variables") or {}
         if operation == "UpsertBucket" and (refused := self._refused(variables)):
             code, said = refused
@@ -265,16 +257,12 @@ class Backend:
                     return {"viewer": {**viewer, "email": "", "teams": {"edges": []}}}
                 case "ServerFeaturesQuery":
                     return {"serverInfo": {"features": []}}
-                case "RunResumeStatus" | "FlowjobsRun":
-                    resuming = operation == "RunResumeStatus"
-                    return {"model": (self._resume_status if resuming else self._shown)(asked)}
+                case "RunResumeStatus":
+                    return {"model": self._resume_status(asked)}
+                case "Run" | "RunHistoryKeys":  # of wandb.Api
+                    return {"project": {"run": self._shown_by_api(asked)}}
                 case "UpsertBucket":
                     return {"upsertBucket": self._upsert(asked)}
-                case "FlowjobsRewind":
-                    self._runs[asked["name"]].summary = json.loads(asked["summary"])
-                    self._runs[asked["name"]].rewind(asked["step"])
-                    done = {"id": asked["name"]}
-                    return {"rewindRun": {"rewoundRun": done}, "upsertBucket": {"bucket": done}}
                 case "CreateRunFiles":
                     files = [
                         {"name": name, "uploadUrl": f"{self.url}/put/{asked['run']}/{name}"}
@@ -308,19 +296,24 @@ class Backend:
         }
         return {**project, "bucket": bucket}
 
-    def _shown(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _shown_by_api(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         stored = self._runs.get(asked["name"])
-        if stored is None or stored.entity != (asked.get("entity") or ENTITY):
-            return {"bucket": None}
-        bucket = {
+        if stored is None or stored.entity != asked["entity"]:
+            return None
+        last = json.loads(stored.lines[-1])["_step"] if stored.lines else -1
+        return {
+            "id": stored.id,
+            "projectId": "1",
+            "name": stored.id,
+            "displayName": stored.name,
             "state": stored.state,
             "tags": stored.tags,
             "notes": stored.notes,
+            "config": json.dumps(stored.config),
+            "summaryMetrics": json.dumps(stored.summary),
             "historyLineCount": len(stored.lines),
-            "historyTail": json.dumps(stored.lines[-1:]),
-            "eventsTail": json.dumps(stored.events[-1:]),
+            "historyKeys": {"lastStep": last},
         }
-        return {**_project(stored.project, stored.entity), "bucket": bucket}
 
     def _upsert(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         run_id = asked["name"] or asked["id"]

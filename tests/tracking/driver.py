@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs.errors import RunInterrupted
+from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.recorder import recording
+from flowjobs.tracking.tracker import tracked
 
 CHECKPOINT_EVERY = 20
 
@@ -29,7 +30,7 @@ def drive(run: Run, steps: int, end: str = "finish", pause_s: float = 0.0) -> No
     """One attempt, to `steps` or until it is killed; `end`: finish, preempt or raise there."""
     checkpoint = run.folder / "checkpoint"
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
-    with recording(run, JobInfo.in_foreground()) as recorder:
+    with recording(run, JobInfo.in_foreground(), track=tracked) as recorder:
         recorder.go_on_after(first)
         for step in range(first + 1, steps + 1):
             recorder.record(row_of(step))

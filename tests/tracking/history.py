@@ -5,9 +5,9 @@ import time
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.closing import close_session, pending_outcome
-from flowjobs.tracking.offline_files import session_files
 from tests.tracking import attempts
 from tests.tracking.backend import Backend, RunOnServer
+from tests.tracking.leet import offline_rows, session_files
 
 
 def on_server(run: Run, backend: Backend) -> RunOnServer:
@@ -25,7 +25,7 @@ def assert_history_is_exact(run: Run, backend: Backend | None) -> None:
     rows = list(read_rows(run.metrics_file))
     assert rows == [attempts.row_at(10 * number) for number in range(1, len(rows) + 1)]
     if backend is None:
-        assert without_picture(attempts.offline_rows(run)) == rows
+        assert without_picture(offline_rows(run)) == rows
         return
     found = on_server(run, backend)
     assert without_picture(found.rows) == rows
@@ -47,7 +47,7 @@ def has_picture(row: attempts.Row) -> bool:
 def wait_until_open(run: Run, backend: Backend | None) -> None:
     """Wait until the session has begun where it goes."""
     deadline = time.monotonic() + 30
-    while not (session_files(run.folder) if backend is None else backend.runs()):
+    while not (session_files(run) if backend is None else backend.runs()):
         assert time.monotonic() < deadline, "no session began"
         time.sleep(0.05)
     time.sleep(0.5)

@@ -1,11 +1,14 @@
-"""An offline file as wandb's own reader, `wandb leet inspect`, shows it."""
+"""W&B's offline files of a run, as wandb's own reader, `wandb leet inspect`, shows them."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flowjobs.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,12 @@ class Inspected:
     notes: str
     config: dict[str, Any]
     summary: dict[str, Any]
+
+
+def session_files(run: Run) -> list[Path]:
+    """The offline files that a plain `wandb sync` would upload, oldest session first."""
+    found = run.folder.glob("wandb/offline-run-*/run-*.wandb")
+    return sorted(path for path in found if not path.with_name(f"{path.name}.synced").exists())
 
 
 def inspect(path: Path) -> Inspected:
@@ -52,9 +61,19 @@ def history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def offline_rows(run: Run) -> list[dict[str, Any]]:
+    """The history in all offline files of a run, in order, in the form of `metrics.jsonl`."""
+    return [row for path in session_files(run) for row in history(path)]
+
+
 def _leet(path: Path, *options: str) -> str:
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json"]
+    environment = {k: v for k, v in os.environ.items() if "WANDB" not in k}
     done = subprocess.run(
-        [*command, *options, str(path)], capture_output=True, text=True, check=True
+        [*command, *options, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     return done.stdout

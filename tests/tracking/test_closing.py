@@ -12,7 +12,6 @@ import pytest
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.tracking.closing import close_session, pending_outcome
-from flowjobs.tracking.offline_files import session_files
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -22,7 +21,7 @@ from tests.tracking.history import (
     run_to_the_end,
     wait_until_open,
 )
-from tests.tracking.leet import Inspected, inspect, records
+from tests.tracking.leet import Inspected, inspect, records, session_files
 
 OUT_OF_MEMORY = Outcome("failed", 137, "out of memory: 61.2 of 60 GiB on n3, attempt 1, step 400")
 CANCELLED = Outcome("cancelled", 130, "cancelled by its user")
@@ -50,7 +49,7 @@ def state_of(run: Run, backend: Backend | None) -> tuple[str, int | None, list[s
     if backend is not None:
         found = on_server(run, backend)
         return found.state, found.exit_code, found.tags, found.notes
-    read: Inspected = inspect(session_files(run.folder)[-1])
+    read: Inspected = inspect(session_files(run)[-1])
     return read.state, read.exit_code, read.tags, read.notes
 
 
@@ -85,7 +84,7 @@ def test_a_crash_before_wandb_started_is_there_with_its_identity(
     assert (state, exit_code, tags) == ("failed", 1, ["flowjobs", "failed"])
     assert "> attempt 1, slurm job 12 on n3, step 0\n> log: /logs/12.out" in notes
     if backend is None:
-        config = inspect(session_files(run.folder)[-1]).config
+        config = inspect(session_files(run)[-1]).config
     else:
         config = on_server(run, backend).config
     assert config["lr"] == 1e-3
@@ -103,7 +102,7 @@ def test_telling_a_death_says_nothing_of_the_machine_that_tells_it(
     surroundings.write_text(json.dumps(found | {"host": "n3", "git_commit": "abc"}))
     assert close_session(run, OUT_OF_MEMORY)
     if backend is None:
-        path = session_files(run.folder)[-1]
+        path = session_files(run)[-1]
         config = inspect(path).config
         assert not {"environment", "stats"} & {record["type"] for record in records(path)}
     else:
@@ -134,7 +133,7 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_failed(
 def test_an_offline_file_that_is_only_a_header_does_not_hinder(tracked_run: MakeRun) -> None:
     run, _ = tracked_run("offline")
     attempt_that_is_killed(run)
-    (file,) = session_files(run.folder)
+    (file,) = session_files(run)
     file.write_bytes(file.read_bytes()[:7])
     assert close_session(run, OUT_OF_MEMORY)
     assert state_of(run, None)[0] == "failed"

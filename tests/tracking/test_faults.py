@@ -9,8 +9,7 @@ import pytest
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.closing import close_session, pending_outcome
-from flowjobs.tracking.refusal import current_refusal
-from flowjobs.tracking.session import read_session
+from flowjobs.tracking.outcome import current_refusal, read_session
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -20,6 +19,7 @@ from tests.tracking.history import (
     run_to_the_end,
     without_picture,
 )
+from tests.tracking.leet import offline_rows
 
 FAULTS = ["down", "error", "key", "hang"]
 
@@ -66,7 +66,7 @@ def test_a_server_that_fails_from_the_start_costs_nothing_but_the_wait_at_the_en
     code, said = attempts.finish(process)
     assert code == 0, said
     assert first_row_s < 3, "the start waited"
-    assert said.count("W&B does not go on") <= 1
+    assert said.count("W&B cannot be told now") <= 1
     assert f"`flowjobs sync {run.name}` tries again" in said or fault == "key"
     assert said.count("run `wandb login --relogin`") == (2 if fault == "key" else 0)
     assert len(list(read_rows(run.metrics_file))) == 50
@@ -154,7 +154,7 @@ def test_two_attempts_alive_at_once_give_each_step_once(tracked_run: MakeRun, mo
     attempts.finish(first)
     expected = [attempts.row_at(10 * number) for number in range(1, 151)]
     if backend is None:
-        assert without_picture(attempts.offline_rows(run)) == expected
+        assert without_picture(offline_rows(run)) == expected
         return
     found = on_server(run, backend)
     assert without_picture(found.rows) == expected

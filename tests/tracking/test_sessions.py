@@ -12,6 +12,7 @@ import pytest
 
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
+from flowjobs.tracking.outcome import read_session
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -21,7 +22,9 @@ from tests.tracking.history import (
     on_server,
     run_to_the_end,
     wait_until_open,
+    without_picture,
 )
+from tests.tracking.leet import offline_rows
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
@@ -105,7 +108,7 @@ def test_wandb_dying_alone_costs_no_row(tracked_run: MakeRun, mode: str) -> None
     code, said = attempts.finish(process)
     assert code == 0, said
     assert_history_is_exact(run, backend)
-    assert said.count("W&B does not go on") == 1
+    assert said.count("W&B cannot be told now") == 1
     assert "W&B answers again" in said
 
 
@@ -117,7 +120,7 @@ def test_what_a_person_wrote_stays_and_recovery_clears_the_failure(
     assert attempts.finish(attempts.start(run, 100))[0] == 1
     found = on_server(run, backend)
     assert (found.state, found.exit_code) == ("failed", 1)
-    backend.edit(found.id, tags=[*found.tags, "mine"], notes=f"{found.notes} look at this")
+    backend.edit(found.id, tags=[*found.tags, "mine"], notes=f"{found.notes}\n\nlook at this")
 
     (run.folder / "step").rmdir()
     run_to_the_end(run, 100)
@@ -152,7 +155,7 @@ def test_an_offline_file_lacks_a_second_at_most_when_all_processes_are_killed(
     attempts.wait_for_rows(run, 200)
     attempts.kill(process.pid, *mirror_and_core)
     attempts.finish(process)
-    rows, told = list(read_rows(run.metrics_file)), attempts.offline_rows(run)
+    rows, told = list(read_rows(run.metrics_file)), offline_rows(run)
     assert told == rows[: len(told)]
     assert (len(rows) - len(told)) * 0.02 <= 1.0
 
@@ -171,7 +174,41 @@ def test_the_last_row_of_a_run_that_is_killed_at_its_picture_is_there(
     while Path(f"/proc/{mirror}").exists():
         assert time.monotonic() < deadline, "the mirror goes on without its parent"
         time.sleep(0.05)
-    assert attempts.offline_rows(run) == list(read_rows(run.metrics_file))
+    assert offline_rows(run) == list(read_rows(run.metrics_file))
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_where_repeated_rows_differ_wandb_says_from_which_step_on(
+    tracked_run: MakeRun, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, backend = tracked_run(mode)
+    monkeypatch.setenv("NO_CHECKPOINT", "1")
+    process = attempts.start(run, 5000, pace_s=0.02)
+    everybody = [*attempts.mirror_and_core(process.pid), process.pid]
+    wait_until_open(run, backend)
+    while backend is not None and len(on_server(run, backend).rows) < 4:
+        time.sleep(0.05)
+    attempts.kill(*everybody)
+    attempts.finish(process)
+    lost = list(read_rows(run.metrics_file))
+
+    monkeypatch.setenv("OTHER_BITS_PAST", "20")  # as on another type of GPU
+    said = run_to_the_end(run, lost[-1]["step"] + 500)
+    assert "step 30 does not come out as it did before" in said
+    rows = list(read_rows(run.metrics_file))
+    assert rows[2] != lost[2]
+    if backend is None:
+        # The file of the attempt that was killed does not count: W&B has the rows that do.
+        assert without_picture(offline_rows(run)) == rows
+        return
+    found = on_server(run, backend)
+    kept = [row for row in lost if row in found.rows]
+    assert len(kept) > 2
+    assert without_picture(found.rows) == kept + rows[len(kept) :]
+    assert "> past step 20 work was lost and repeated with other values" in found.notes
+    session = read_session(run)
+    assert session is not None
+    assert session.diverged_after == 20
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
@@ -188,7 +225,7 @@ def test_the_picture_is_in_the_last_row_and_nowhere_else(
     # Its process died before it could note that the run is finished, so another one does it all.
     run_to_the_end(run, 500)
     assert_history_is_exact(run, backend)
-    rows = attempts.offline_rows(run) if backend is None else on_server(run, backend).rows
+    rows = offline_rows(run) if backend is None else on_server(run, backend).rows
     assert [row["step"] for row in rows if has_picture(row)] == [500]
     if backend is not None:
         pictures = [name for name in on_server(run, backend).files if "media/images" in name]

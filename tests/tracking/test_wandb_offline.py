@@ -14,14 +14,13 @@ from flowjobs.data.dataset import load_datasets
 from flowjobs.errors import RunInterrupted
 from flowjobs.models.build import build_model
 from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.mode import api_key, resolve_mode
-from flowjobs.tracking.offline_files import session_files
-from flowjobs.tracking.recorder import recording
+from flowjobs.tracking.tracker import tracked
 from flowjobs.training import FlowTrainer
-from tests.tracking.attempts import offline_rows
-from tests.tracking.leet import Inspected, history, inspect, records
+from tests.tracking.leet import Inspected, history, inspect, records, session_files
 
 CONFIG = TrainingConfig(
     epochs=2, group="flow-methods", arch_args=KeyValues(width=16, depth=1), lr=2e-3
@@ -30,7 +29,7 @@ CONFIG = TrainingConfig(
 
 def record_of(run: Run) -> Path:
     """The one offline file of a run."""
-    (found,) = session_files(run.folder)
+    (found,) = session_files(run)
     return found
 
 
@@ -54,7 +53,7 @@ def train(study: Path, *, break_with: Exception | None = None) -> Run:
             raise break_with
         return None
 
-    with recording(run, JobInfo.in_foreground()) as recorder:
+    with recording(run, JobInfo.in_foreground(), track=tracked) as recorder:
         FlowTrainer(
             build_model(CONFIG, 64),
             CONFIG,
@@ -93,7 +92,6 @@ def test_a_finished_run_has_what_the_seed_lists(study: Path) -> None:
 def test_the_history_is_the_rows_of_the_metrics_file(study: Path) -> None:
     run = train(study)
     assert history(record_of(run)) == list(read_rows(run.metrics_file))
-    assert history(record_of(run)) == offline_rows(run)
 
 
 def test_an_exception_tags_the_run_failed(study: Path) -> None:

@@ -22,6 +22,7 @@ from tests.tracking.history import (
     wait_until_open,
     without_picture,
 )
+from tests.tracking.leet import history
 
 LEFT_OVER = {
     "WANDB_SWEEP_ID": "someone/other/k3j2h1",
@@ -85,7 +86,7 @@ def test_a_copied_study_is_a_run_of_its_own_with_all_rows(
     left = [folder for folder in folders if not list(folder.glob("*.synced"))]
     assert [folder.name.endswith(copy.tracking_id()) for folder in left] == [True]
     own = Path(left[0]) / f"run-{copy.tracking_id()}.wandb"
-    assert without_picture(list(attempts.rows_in(own))) == list(read_rows(copy.metrics_file))
+    assert without_picture(history(own)) == list(read_rows(copy.metrics_file))
 
 
 def test_a_run_that_was_deleted_on_disk_starts_anew_in_wandb(

@@ -9,9 +9,9 @@ from pathlib import Path
 from flowjobs.errors import RunInterrupted
 from flowjobs.jobs.entry import log_to_stderr
 from flowjobs.jobs.signals import StopSignals
+from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.recorder import recording
 from flowjobs.training.ranks import joined_ranks
 from flowjobs.training.run_training import run_training
 

@@ -21,9 +21,9 @@ from flowjobs.errors import RunInterrupted, RunTakenOverError
 from flowjobs.models.build import build_model
 from flowjobs.runs import attempt
 from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.recorder import Recorder, recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.recorder import Recorder, recording
 from flowjobs.training import FlowDataset, FlowTrainer, saving
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.determinism import CUBLAS_WORKSPACE, deterministic_algorithms

@@ -99,8 +99,8 @@ def test_interrupted_equals_uninterrupted(study: Path, flow: Any, stops: tuple[i
 
 def train_in(run: Run, config: TrainingConfig, **options: Any) -> None:
     from flowjobs.config import RunConfig, TrackingConfig
+    from flowjobs.runs.recorder import recording
     from flowjobs.runs.status import JobInfo
-    from flowjobs.tracking.recorder import recording
 
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
     with recording(run, JobInfo.in_foreground()) as recorder:

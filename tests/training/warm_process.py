@@ -15,7 +15,7 @@ PRELOADED = [
     "__main__",
     "flowjobs.cli.main",
     "flowjobs.jobs.task",
-    "flowjobs.tracking.recorder",
+    "flowjobs.runs.recorder",
     "flowjobs.training.run_training",
     "tests.training.warm_process",
 ]

@@ -1,16 +1,60 @@
-"""What a run says of itself while it trains: to `metrics.jsonl`, to its tracker, to its status."""
+"""What a run records while it trains: to `metrics.jsonl`, to its status, and to its tracker."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 from flowjobs.runs.attempt import Attempt, ended_without_a_word
 from flowjobs.runs.lock import Judge, system_lock_decides
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, outcome_of
-from flowjobs.tracking.tracked import tracked
-from flowjobs.tracking.tracker import Tracker
+
+
+class Tracker(Protocol):
+    """Mirrors a run's `metrics.jsonl` somewhere. None of its methods raises or waits."""
+
+    def follow(self) -> None:
+        """From now on `metrics.jsonl` holds only rows that count, and those that come."""
+        ...
+
+    def last_row_comes(self) -> None:
+        """The next row is the run's last: its picture belongs into it."""
+        ...
+
+    def rows_diverged_after(self, step: int) -> None:
+        """The rows past a step differ from those that an earlier attempt logged and lost."""
+        ...
+
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Set values of the run's summary."""
+        ...
+
+
+# Opens the tracker of a run's newest attempt; what ends the block is the attempt's outcome.
+Track = Callable[[Run], AbstractContextManager[Tracker]]
+
+
+class Untracked:
+    """The tracker of a run that is not mirrored anywhere."""
+
+    def follow(self) -> None:
+        """See `Tracker`."""
+
+    def last_row_comes(self) -> None:
+        """See `Tracker`."""
+
+    def rows_diverged_after(self, step: int) -> None:
+        """See `Tracker`."""
+
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """See `Tracker`."""
+
+
+@contextmanager
+def untracked(run: Run) -> Iterator[Tracker]:
+    """Track nothing."""
+    yield Untracked()
 
 
 class Recorder:
@@ -42,7 +86,7 @@ class Recorder:
         assert self._metrics is not None, "go_on_after comes first"
         last_same = self._metrics.notice_other_values(row)
         if last_same is not None:
-            self._tracker.comes_out_otherwise(last_same)
+            self._tracker.rows_diverged_after(last_same)
         if is_last:
             self._tracker.last_row_comes()
         self._metrics.append(row)
@@ -80,16 +124,20 @@ def recording(
     job: JobInfo,
     judge: Judge = system_lock_decides,
     explain: Callable[[AttemptRecord], Outcome] = ended_without_a_word,
+    track: Track = untracked,
 ) -> Iterator[Recorder]:
     """Hold the run and track it for as long as the block lasts.
 
-    An exception in the block becomes the attempt's outcome, on disk and in the tracker. The
-    arguments are those of `Attempt`.
+    An exception in the block becomes the attempt's outcome, on disk and in the tracker.
+
+    Args:
+        run: See `Attempt`, as for `job`, `judge` and `explain`.
+        track: Opens the run's tracker.
 
     Raises:
         RunBusyError: Another attempt holds the run.
     """
-    with Attempt(run, job, judge, explain) as attempt, tracked(run) as tracker:
+    with Attempt(run, job, judge, explain) as attempt, track(run) as tracker:
         recorder = Recorder(run, attempt, tracker)
         try:
             yield recorder

@@ -1,0 +1,119 @@
+"""The process that mirrors a run to W&B: how it is started, with what environment, how it ends.
+
+Loads no wandb.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import flowjobs
+from flowjobs.runs.run import Run
+from flowjobs.tracking.outcome import Session
+
+# What the process that starts a mirror does: it trains the run, or it tells W&B how an attempt
+# ended that could not, or it brings the server up to date with what was tracked elsewhere.
+Role = Literal["trains", "closes", "syncs"]
+
+# All that wandb may know of WANDB_*: what it takes to reach the server and to be let in. Any other
+# is the run's own, and told by arguments, or another run's: a sweep's id, a fork, a folder.
+WANDB_VARIABLES = (
+    "WANDB_API_KEY",
+    "WANDB_APP_URL",
+    "WANDB_BASE_URL",
+    "WANDB_CACHE_DIR",
+    "WANDB_CONFIG_DIR",
+    "WANDB_CREDENTIALS_FILE",
+    "WANDB_DATA_DIR",
+    "WANDB_ERROR_REPORTING",
+    "WANDB_HTTPS_PROXY",
+    "WANDB_HTTP_PROXY",
+    "WANDB_HTTP_TIMEOUT",
+    "WANDB_IDENTITY_TOKEN_FILE",
+    "WANDB_INSECURE_DISABLE_SSL",
+    "WANDB_X_EXTRA_HTTP_HEADERS",
+    "WANDB__EXTRA_HTTP_HEADERS",
+    "WANDB__PROXIES",
+)
+
+# Slurm signals every process of a job; the mirror is to end when the training has said its last.
+SIGNALS_FOR_TRAINING_ALONE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
+
+# How long W&B may take for what it lacks of a run; a burst of rows takes a fiftieth of that.
+UPLOAD_BASE_S, UPLOAD_BYTES_PER_S = 60.0, 20_000
+
+
+def upload_limit_s(run: Run) -> float:
+    """The longest that it may take to tell W&B all of a run, in seconds."""
+    try:
+        return UPLOAD_BASE_S + run.metrics_file.stat().st_size / UPLOAD_BYTES_PER_S
+    except OSError:
+        return UPLOAD_BASE_S
+
+
+def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[bytes]:
+    """Start the process that mirrors a session, which is the one in the run's folder.
+
+    Beside a training it waits for commands on its standard input; otherwise it tells W&B how the
+    run stands, and ends. A sync that dies takes it along.
+
+    Raises:
+        OSError: It could not be started.
+    """
+    log = run.folder / "wandb" / "mirror.log"
+    log.parent.mkdir(exist_ok=True)
+    alone = role == "closes" or (role == "trains" and session.outcome is not None)
+    pipe = subprocess.DEVNULL if alone else subprocess.PIPE
+    # -P: a file wandb.py beside the user's code is not wandb.
+    command = [sys.executable, "-P", "-m", "flowjobs.tracking.mirror"]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_TRAINING_ALONE)
+    try:
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                [*command, run.folder, session.token, str(os.getpid()), role],
+                stdin=pipe,
+                stdout=pipe,
+                stderr=output,
+                env=_environment("online" if role == "syncs" else session.mode),
+                start_new_session=True,
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def wait_for_mirror(mirror: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    """Wait until a mirror ends, or end it. Returns whether W&B knows the outcome."""
+    try:
+        code = mirror.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        mirror.kill()  # wandb's own process sees that and goes too
+        code = mirror.wait()
+    if mirror.stdin is not None:
+        mirror.stdin.close()
+    return code == 0
+
+
+def _environment(mode: str) -> dict[str, str]:
+    """This process's environment, without what could lead wandb to another run."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in WANDB_VARIABLES or not name.lstrip("_").startswith("WANDB")
+    }
+    package_root = str(Path(flowjobs.__file__).parent.parent)
+    python_path = filter(None, [package_root, os.environ.get("PYTHONPATH")])
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(python_path),
+        # wandb loads NumPy, whose threads would spin on the cores that train.
+        "OPENBLAS_NUM_THREADS": "1",
+        # Nor those of wandb-core: that many at a time, and idle ones look for work before they
+        # sleep, a third of all that it takes.
+        "GOMAXPROCS": "1",
+        # wandb's telemetry goes by this and not by `init(mode=…)`: offline, it would take a third
+        # of each row's time for nothing.
+        "WANDB_MODE": mode,
+    }
