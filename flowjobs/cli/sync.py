@@ -12,7 +12,6 @@ import tyro
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
-from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
 
@@ -109,22 +108,16 @@ def _sync(runs: Sequence[Run], said: set[str] | None) -> bool:
 
 
 def _sync_one(run: Run) -> "Synced":
-    """Sync a run, with a bar in a terminal while rows are uploaded."""
+    """Sync a run, and show in a terminal that it takes a while."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from flowjobs.jobs.lock_judge import judge_for
     from flowjobs.tracking.sync import sync_run
 
     # Where a file system has no locks, Slurm says whether the run still trains.
     judge = judge_for(run, JobInfo.in_foreground())
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    with Console(stderr=True).status(f"uploading {run.name}"):
         return sync_run(run, judge=judge)
-    bars = Progress(console=console, transient=True)
-    bar = bars.add_task(run.name, total=sum(1 for _ in read_rows(run.metrics_file)))
-    with bars:
-        return sync_run(run, lambda rows: bars.update(bar, completed=rows), judge=judge)
 
 
 def _in_words(done: "Synced") -> str:

@@ -7,7 +7,6 @@ import platform
 import re
 import socket
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,6 @@ from flowjobs.runs.run import Run
 COMMAND_TIMEOUT_S = 10
 
 
-@dataclass(frozen=True)
-class Commit:
-    """The commit of a working directory, and whether a tracked file differs from it."""
-
-    sha: str
-    dirty: bool
-
-
 def note_surroundings(run: Run, directory: Path) -> None:
     """Note with what code and where the run trains: on this machine.
 
@@ -36,10 +27,10 @@ def note_surroundings(run: Run, directory: Path) -> None:
         run: The run.
         directory: The working directory of the user, for its git commit.
     """
-    commit = git_commit(directory)
+    commit, dirty = git_commit(directory)
     found = {
-        "git_commit": commit.sha if commit else None,
-        "git_dirty": commit.dirty if commit else None,
+        "git_commit": commit,
+        "git_dirty": dirty,
         "flowjobs_version": __version__,
         "torch_version": _version("torch"),
         "python_version": platform.python_version(),
@@ -74,13 +65,16 @@ def config_for_wandb(run: Run) -> dict[str, Any]:
     }
 
 
-def git_commit(directory: Path) -> Commit | None:
-    """The commit that is checked out in `directory`; None without git or outside a repository."""
-    sha = _output("git", "-C", str(directory), "rev-parse", "HEAD")
-    if not sha:
-        return None
-    changed = _output("git", "-C", str(directory), "status", "--porcelain", "--untracked-files=no")
-    return Commit(sha.strip(), bool(changed))
+def git_commit(directory: Path) -> tuple[str | None, bool | None]:
+    """The commit that is checked out in `directory`, and whether a tracked file differs from it.
+
+    Both are None without git or outside a repository.
+    """
+    git = ("git", "-C", str(directory))
+    commit = _output(*git, "rev-parse", "HEAD").strip()
+    if not commit:
+        return None, None
+    return commit, bool(_output(*git, "status", "--porcelain", "--untracked-files=no"))
 
 
 def gpu_names() -> list[str]:

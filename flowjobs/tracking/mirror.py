@@ -49,6 +49,7 @@ from flowjobs.tracking.session import (
     FINISH_TIMEOUT_S,
     FLUSH_INTERVAL_S,
     LOWEST,
+    NotTakenError,
     WandbSession,
     lacking,
     may_pass_at_once,
@@ -64,10 +65,9 @@ PACE_S = 0.5
 # How soon the death of the parent is seen, and how long what is left may take then.
 PARENT_POLL_S, LAST_WORDS_S = 2.0, 60.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
-# How often a server is asked whether it has all.
-ASK_EVERY_S = 1.0
-# How often it is said how many rows a sync has sent.
-ROWS_A_NEWS = 1000
+# How long the server may take to count what it has received, and how often it is asked.
+SEEN_WITHIN_S: dict[Role, float] = {"trains": 3.0, "closes": 10.0, "syncs": 10.0}
+ASK_EVERY_S = 0.5
 
 
 class Mirror:
@@ -99,10 +99,9 @@ class Mirror:
         self._newest_is_last = False
         self._asked_to_finish = False
         self._wandb: WandbSession | None = None
-        self._folders_before: set[Path] = set()
+        self._files_before: set[Path] = set()
         self._complained = False
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
-        self._owner_read = 0
         self._sent = 0
 
     def follow_to_the_end(self) -> int:
@@ -149,28 +148,16 @@ class Mirror:
         if outcome is None:
             outcome = Outcome("preempted", EXIT_PREEMPTED, "its process died; not restarted yet")
         self._session = dataclasses.replace(self._session, mode="online", outcome=outcome)
-        last = max((row["step"] for row in read_rows(self._run.metrics_file)), default=-1)
         try:
-            if not lacking(self._run, self._session, last):
+            if not lacking(self._run, last_step_of(self._run), self._session):
                 return EXIT_CLOSED
-        except Exception as error:  # then wandb may know more of why
-            logger.info("cannot ask the server: %s", error)
-            tear_down_wandb()
+        except Exception as error:  # of any kind; opening a session tells more of it
+            logger.info("the server does not say what it has: %s", error)
         if not self._finish(retry=True):
             return EXIT_NOT_CLOSED
-        while lacks := self._lacking(last):  # the parent has a limit
-            self._tell(lacks=lacks)
-            time.sleep(ASK_EVERY_S)
-        for folder in self._session_folders() - self._folders_before:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._remove_new_folders()  # the server has it
         self._tell(uploaded=self._sent)
         return EXIT_CLOSED
-
-    def _lacking(self, last_step: int) -> str:
-        try:
-            return lacking(self._run, self._session, last_step)
-        except Exception as error:
-            return f"an answer ({error})"
 
     def _finish(self, *, retry: bool) -> bool:
         self._following = True
@@ -188,8 +175,11 @@ class Mirror:
             if self._superseded():
                 return False
             self._tell_outcome()
+            if self._session.mode == "online":
+                self._see_that_server_has_all()
         except Exception as error:
-            # A signal to all processes of the job has killed wandb's own: then once more, anew.
+            # A signal to all processes of the job has killed wandb's own, or that gave up on a
+            # server that answers again: then once more, anew.
             retry = retry and may_pass_at_once(error)
             self._lose(error, silently=retry)
             return retry and self._finish(retry=False)
@@ -207,6 +197,19 @@ class Mirror:
             picture = None
         summary = summary_of(read_rows(self._run.metrics_file)) | self._session.summary
         self._wandb.finish(outcome, summary, picture)
+
+    def _see_that_server_has_all(self) -> None:
+        """Ask the server, since wandb's `finish` says nothing of what it had to throw away.
+
+        Raises:
+            NotTakenError: It lacks something, or does not say.
+        """
+        give_up_at = time.monotonic() + SEEN_WITHIN_S[self._role]
+        while lacks := lacking(self._run, last_step_of(self._run)):
+            self._tell(lacks=lacks)
+            if time.monotonic() > give_up_at:
+                raise NotTakenError(f"the server lacks {lacks}")
+            time.sleep(ASK_EVERY_S)
 
     def _put_on_record(self) -> None:
         """Log the rows that W&B lacks, if it answers."""
@@ -245,11 +248,9 @@ class Mirror:
         self._wandb.log(self._held, self._times.of(self._held), picture)
         self._held = None
         self._sent += 1
-        if self._role == "syncs" and self._sent % ROWS_A_NEWS == 0:
-            self._tell(sent=self._sent)
 
     def _open(self) -> None:
-        self._folders_before = self._session_folders()
+        self._files_before = set(session_files(self._run))
         patience_s = FINISH_TIMEOUT_S if self._role == "trains" else upload_limit_s(self._run)
         trains_here = self._role == "trains"
         self._wandb = WandbSession(
@@ -261,53 +262,37 @@ class Mirror:
             self._complained = False
         self._retry_after = FIRST_RETRY_S
 
-    def _session_folders(self) -> set[Path]:
-        return {path.parent for path in session_files(self._run)}
-
     def _lose(self, error: Exception, *, silently: bool = False) -> None:
         """Start anew later, after whatever happened to wandb."""
-        never_opened = self._wandb is None
+        opened = self._wandb is not None
         self._wandb = self._rows = self._held = None
         self._sent = 0
         # The whole traceback once: a server may be away for days.
         logger.warning("lost W&B: %s", error, exc_info=None if self._complained else error)
-        refusal = refusal_of(str(error), self._run)
-        if refusal:
-            note_refusal(self._run, self._session.token, refusal)
-            self._retry_after = math.inf
-            self._complained = True
-            self._tell(
-                connected=False,
-                warning=f"{refusal.text}; training continues",
-                refusal=refusal.text,
-                kind=refusal.kind,
-            )
-        elif not (self._complained or silently):
-            self._complained = True
-            self._tell(
-                connected=False,
-                warning=f"W&B cannot be told now ({type(error).__name__}: {error}); training "
-                "continues, metrics.jsonl has every row, and W&B gets them when it can",
-                error=str(error),
-                opened=not never_opened,
-            )
-        tear_down_wandb()
-        if never_opened:  # a server may be away for days, and each try leaves a folder with no row
-            for folder in self._session_folders() - self._folders_before:
-                shutil.rmtree(folder, ignore_errors=True)
         self._retry_at = time.monotonic() + self._retry_after
-        if not refusal:
-            self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
+        self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
+        if refusal := refusal_of(str(error), self._run):
+            note_refusal(self._run, self._session.token, refusal)
+            self._retry_at = math.inf
+            self._tell_failure(refusal.text, refusal.kind)
+        elif not (self._complained or silently):
+            why = f"W&B cannot be told now ({type(error).__name__}: {error})"
+            self._tell_failure(why, "run" if opened else "server")
+        tear_down_wandb()
+        if not opened:  # a server may be away for days, and each try leaves a folder with no row
+            self._remove_new_folders()
+
+    def _tell_failure(self, why: str, kind: str) -> None:
+        self._complained = True
+        warning = f"{why}; training continues, and metrics.jsonl has every row"
+        self._tell(connected=False, warning=warning, failure=why, kind=kind)
+
+    def _remove_new_folders(self) -> None:
+        for path in set(session_files(self._run)) - self._files_before:
+            shutil.rmtree(path.parent, ignore_errors=True)
 
     def _superseded(self) -> bool:
         """Whether a later attempt owns the run in W&B: this one lost it and still lives."""
-        try:
-            written = self._run.tracking_file.stat().st_mtime_ns
-        except OSError:
-            return False
-        if written == self._owner_read:
-            return False
-        self._owner_read = written
         newest = read_session(self._run)
         return newest is not None and newest.token != self._session.token
 
@@ -358,6 +343,11 @@ class RowTimes:
         return self._by_step[row["step"]]
 
 
+def last_step_of(run: Run) -> int:
+    """The step of the run's last row; -1 without rows."""
+    return max((row["step"] for row in read_rows(run.metrics_file)), default=-1)
+
+
 def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
     """What a run's summary says of its rows: the lowest losses, the newest of all else.
 
@@ -373,18 +363,12 @@ def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
     return summary
 
 
-def end_with(parent: int) -> None:
-    """End this process some time after its parent, also if wandb hangs and never returns."""
+def end_with(parent: int, role: Role) -> None:
+    """End this process with its parent, also if wandb hangs; beside a training some time after."""
+    syncs = role == "syncs"
     while os.getppid() == parent:
-        time.sleep(PARENT_POLL_S)
-    time.sleep(LAST_WORDS_S)
-    os._exit(EXIT_NOT_CLOSED)
-
-
-def end_with_standard_input(commands: int) -> None:
-    """End this process with the sync that started it, also where that is killed."""
-    while os.read(commands, 4096):
-        pass
+        time.sleep(0.1 if syncs else PARENT_POLL_S)
+    time.sleep(0 if syncs else LAST_WORDS_S)
     os._exit(EXIT_NOT_CLOSED)
 
 
@@ -398,11 +382,7 @@ def main() -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(2, 1)
-    if role == "syncs":
-        watch = threading.Thread(target=end_with_standard_input, args=(commands,), daemon=True)
-    else:
-        watch = threading.Thread(target=end_with, args=(parent,), daemon=True)
-    watch.start()
+    threading.Thread(target=end_with, args=(parent, role), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s")
     session = read_session(run)
     if session is None or session.token != token:

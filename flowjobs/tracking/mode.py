@@ -43,17 +43,18 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
 
 def has_login() -> bool:
     """Whether wandb would find credentials: in the environment or in the netrc file."""
-    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    return api_key(server_url()) is not None
-
-
-def api_key(url: str) -> str | None:
-    """The key that wandb would use at a server: the environment's, else the netrc file's."""
-    host = urlsplit(url).netloc
+    host = urlsplit(server_url()).netloc
     # A login at the one name of W&B's own server is good for the other.
     hosts = DEFAULT_HOSTS if host in DEFAULT_HOSTS else [host]
-    return next(filter(None, map(_api_key_for, hosts)), None)
+    home = Path(os.path.expanduser("~"))
+    for file in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
+        with suppress(OSError, netrc.NetrcParseError):
+            # Not authenticators(): it takes the file's default entry for any host.
+            if any(netrc.netrc(file).hosts.get(each) for each in hosts):
+                return True
+    return False
 
 
 def check_login() -> None:
@@ -95,29 +96,11 @@ def check_server_answers() -> None:
 
 def server_url() -> str:
     """The server's address: the environment's, or the one of `wandb login --host`."""
-    url = os.environ.get("WANDB_BASE_URL") or _url_of_login() or f"https://{DEFAULT_HOSTS[0]}"
-    return url.rstrip("/")
-
-
-def _url_of_login() -> str | None:
-    """The server of `wandb login --host`, as wandb's settings file has it."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return url.rstrip("/")
     folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
     settings = configparser.ConfigParser(interpolation=None)
     with suppress(OSError, configparser.Error):
         settings.read(Path(folder) / "settings")
-    return settings.get("default", "base_url", fallback=None)
-
-
-def _api_key_for(host: str) -> str | None:
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key
-    home = Path(os.path.expanduser("~"))
-    for candidate in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
-        try:
-            # Not authenticators(): it takes the file's default entry for any host.
-            found = netrc.netrc(candidate).hosts.get(host) if candidate else None
-        except (OSError, netrc.NetrcParseError):
-            continue
-        if found:
-            return found[2]
-    return None
+    default = f"https://{DEFAULT_HOSTS[0]}"
+    return settings.get("default", "base_url", fallback=default).rstrip("/")

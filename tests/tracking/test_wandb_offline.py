@@ -17,7 +17,7 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.mode import api_key, resolve_mode
+from flowjobs.tracking.mode import DEFAULT_HOSTS, resolve_mode
 from flowjobs.tracking.tracker import tracked
 from flowjobs.training import FlowTrainer
 from tests.tracking.leet import Inspected, history, inspect, records, session_files
@@ -182,4 +182,4 @@ def test_a_login_from_before_the_server_had_another_name_counts(
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
     assert resolve_mode(TrackingConfig())[0] == "online"
-    assert api_key(wandb.Settings().base_url) == "key"
+    assert wandb.Settings().base_url == f"https://{DEFAULT_HOSTS[0]}"
