@@ -82,7 +82,7 @@ class Run:
 
     @property
     def refusal_file(self) -> Path:
-        """Why W&B does not take the run; see `tracking.refusal`."""
+        """Why W&B does not take the run; see `tracking.outcome`."""
         return self.folder / "wandb" / "refused.json"
 
     @property
