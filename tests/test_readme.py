@@ -60,6 +60,19 @@ def test_the_commands_work_one_after_another(workplace: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
+def test_the_example_in_python_trains_and_resumes(workplace: Path) -> None:
+    for part, n in (("train", 320), ("val", 80)):
+        np.save(f"{part}.npy", np.random.default_rng(n).normal(size=(n, 4)).astype(np.float32))
+    (example,) = blocks("python")
+    model = "from flowjobs.models.mlp import MLP\nmodel = MLP(4, width=16)\n"
+    command = [sys.executable, "-c", model + example.replace("epochs=20", "epochs=2")]
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) > 0
+
+
 def test_the_example_of_a_config_file_is_valid(workplace: Path) -> None:
     (example,) = blocks("toml")
     (workplace / "flowjobs.toml").write_text(example)

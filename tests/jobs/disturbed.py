@@ -20,7 +20,7 @@ from flowjobs.training.checkpoint import read_checkpoint
 from tests.cluster.client import CommandError
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
-from tests.jobs.readme_table import assert_in_readme
+from tests.jobs.interruptions_table import assert_in_table
 from tests.tracking import leet
 from tests.tracking.backend import Backend
 
@@ -104,8 +104,8 @@ class Disturbed:
         return [(attempt.state, attempt.kind) for attempt in self.status().attempts]
 
     def is_row(self, what: str) -> None:
-        """The README's table says of `what` what came of this run."""
-        assert_in_readme(what, self.status(), len(self.job_ids()), self.steps_lost())
+        """The table of interruptions says of `what` what came of this run."""
+        assert_in_table(what, self.status(), len(self.job_ids()), self.steps_lost())
 
     def steps_lost(self) -> int:
         """Steps that were done and had to be done again."""

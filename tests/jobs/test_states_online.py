@@ -1,4 +1,4 @@
-"""Rows of the README's table as a W&B server sees them, while they happen and afterwards."""
+"""Rows of interruptions.md as a W&B server sees them, while they happen and afterwards."""
 
 import signal
 

@@ -1,17 +1,17 @@
-"""The README's table of what happens to a run: each test of a row holds it against what it saw."""
+"""The table of what happens to a run: each test of a row holds it against what it saw."""
 
 from pathlib import Path
 
 from flowjobs.runs.status import RunStatus
 
-README = Path(__file__).parents[2] / "README.md"
+TABLE = Path(__file__).with_name("interruptions.md")
 
-# After these nobody could save: the run goes on from its last checkpoint.
+# After these nobody could save: the run resumes from its last checkpoint.
 SUDDEN = frozenset({"killed", "node failure", "segmentation fault", "out of memory", "exception"})
 
 
-def assert_in_readme(what: str, status: RunStatus, jobs: int, steps_lost: int) -> None:
-    """The README has the row that this run is an example of.
+def assert_in_table(what: str, status: RunStatus, jobs: int, steps_lost: int) -> None:
+    """The table has the row that this run is an example of.
 
     Args:
         what: What happened, as the table's first column says it.
@@ -21,7 +21,7 @@ def assert_in_readme(what: str, status: RunStatus, jobs: int, steps_lost: int) -
     """
     cells = (what, _what_the_run_did(status, jobs), _lost(status, steps_lost), _end(status))
     row = f"| {' | '.join(cells)} |"
-    assert row in README.read_text().splitlines(), f"README.md lacks this row:\n{row}"
+    assert row in TABLE.read_text().splitlines(), f"{TABLE} lacks this row:\n{row}"
 
 
 def _what_the_run_did(status: RunStatus, jobs: int) -> str:
@@ -33,11 +33,11 @@ def _what_the_run_did(status: RunStatus, jobs: int) -> str:
     if len(status.attempts) == 1:
         return "does not notice"
     if jobs > 1:
-        return "goes on as a new job"
+        return "resumes as a new job"
     first, second, *_ = status.attempts
     if first.kind == "killed" and first.job.host != second.job.host:
-        return "goes on in the same job, on another node"
-    return "goes on in the same job"
+        return "resumes in the same job, on another node"
+    return "resumes in the same job"
 
 
 def _lost(status: RunStatus, steps_lost: int) -> str:
