@@ -14,7 +14,7 @@ ROWS = (
     ("__main__",),
     ("cli", "__init__"),
     ("drill",),
-    ("jobs",),
+    ("jobs", "notebook"),
     ("training", "tracking"),
     ("evaluation",),
     ("flows", "models"),
@@ -52,10 +52,11 @@ def wrong_way(file: Path, source: str) -> list[str]:
 
 
 def room_of(file: Path) -> str:
+    if file == PACKAGE / "training/__init__.py":
+        return "notebook"  # the public names of the Python API, a trainer that tracks among them
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.xfail(strict=True, reason="the recorder is still in tracking")
 def test_rooms_import_only_those_below_them() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert {room_of(file) for file in files} == set(ROW_OF)

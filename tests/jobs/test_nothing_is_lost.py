@@ -1,4 +1,4 @@
-"""The table of interruptions.md, row by row, on the real Slurm: what happens to a job and what the run does.
+"""The table of interruptions.md, row by row, on the real Slurm: what the run does when its job …
 
 Each test disturbs a job of one small run, waits for the run's end, and holds its weights, EMA and
 metrics against those of the same run left in peace, and what W&B has of it against what happened:
