@@ -204,8 +204,10 @@ class Mirror:
         Raises:
             NotTakenError: It lacks something, or does not say.
         """
+        # Where nothing was sent, the server said itself that it has all rows, as the session began.
+        last_step = last_step_of(self._run) if self._sent else -1
         give_up_at = time.monotonic() + SEEN_WITHIN_S[self._role]
-        while lacks := lacking(self._run, last_step_of(self._run)):
+        while lacks := lacking(self._run, last_step):
             self._tell(lacks=lacks)
             if time.monotonic() > give_up_at:
                 raise NotTakenError(f"the server lacks {lacks}")

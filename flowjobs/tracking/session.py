@@ -113,7 +113,10 @@ class WandbSession:
                 silent=True,
             ),
         )
-        self.last_step = self._run.starting_step - 1 if self._online else self._on_record.step
+        self.last_step = self._on_record.step
+        if self._online:
+            self.last_step = self._run.starting_step - 1
+            leave_out_others(run, OnRecord(run_id))  # the server gets their rows now
         self._logged_bytes = 0
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
