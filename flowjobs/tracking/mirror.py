@@ -196,7 +196,7 @@ class Mirror:
             self._log_held_row(picture)
             picture = None
         summary = summary_of(read_rows(self._run.metrics_file)) | self._session.summary
-        self._wandb.finish(outcome, summary, picture)
+        self._wandb.finish(self._session, outcome, summary, picture)
 
     def _see_that_server_has_all(self) -> None:
         """Ask the server, since wandb's `finish` says nothing of what it had to throw away.

@@ -141,10 +141,13 @@ class WandbSession:
         self._run.log(values, step=row["step"], commit=True)
         self.last_step = row["step"]
 
-    def finish(self, outcome: Outcome, summary: Mapping[str, Any], picture: Path | None) -> None:
+    def finish(
+        self, session: Session, outcome: Outcome, summary: Mapping[str, Any], picture: Path | None
+    ) -> None:
         """Say how the attempt ended, and wait until it is on record.
 
         Args:
+            session: What is known of it now.
             outcome: How it ended.
             summary: Values of the run's summary.
             picture: A picture that no row holds.
@@ -154,6 +157,7 @@ class WandbSession:
             NotWrittenError: The disk does not.
             RunDeletedError: The run was deleted in the web page.
         """
+        self._session = session
         if summary:
             self._run.summary.update(dict(summary))
         if picture is not None and PICTURE not in dict(self._run.summary):
