@@ -62,8 +62,10 @@ PLACES = {
         "sh",
     ],
     "another's study": AS_A_STRANGER,
-    "a container": [*AS_A_STRANGER, "env", "-i", "PATH=/usr/bin:/bin"],
-    "an ASCII terminal": ["env", "-i", "PATH=/usr/bin:/bin", "LC_ALL=C", "PYTHONUTF8=0"],
+    "a container with an ASCII terminal": [
+        *AS_A_STRANGER,
+        *("env", "-i", "PATH=/usr/bin:/bin", "LC_ALL=C", "PYTHONUTF8=0"),
+    ],
 }
 # What only reads works on any disk.
 READS = ("version", "help", "status", "status of one", "json", "logs", "dry run", "inspect")
@@ -110,7 +112,7 @@ def test_no_command_ends_in_a_traceback(workplace: Path, template: Path, place: 
     assert codes.keys() == COMMANDS.keys()
     assert {name: codes[name] for name in READS} == dict.fromkeys(READS, 0)
     writes = ("submit", "train", "train on", "split")
-    usable = place in ("a container", "an ASCII terminal")
+    usable = place.startswith("a container")
     assert {name: codes[name] for name in writes} == dict.fromkeys(writes, 0 if usable else 2)
 
 
