@@ -217,6 +217,7 @@ def _describe(holder: dict[str, Any] | None) -> str:
     if holder is None:
         return "another attempt"
     try:
-        return "{cluster} job {job_id} on {host} (process {pid})".format(**holder)
-    except KeyError:
+        job = read_job(holder)
+    except TypeError:  # written by another version
         return "another attempt"
+    return job.words if job.cluster == "none" else f"{job.words} (process {job.pid})"

@@ -96,7 +96,9 @@ class JobInfo:
 
     @property
     def words(self) -> str:
-        """Where the attempt runs, as text: "slurm job 12 on n1"."""
+        """Where the attempt runs, as text: "slurm job 12 on n1", "process 345 on n1"."""
+        if self.cluster == "none":
+            return f"process {self.pid} on {self.host}"
         return f"{self.cluster} job {self.job_id} on {self.host}"
 
     @property
