@@ -17,7 +17,6 @@ from flowjobs.config import OptionalStr
 from flowjobs.runs.progress import current_progress, state_in_words
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.status import RunStatus
-from flowjobs.tracking.outcome import current_refusal
 
 if TYPE_CHECKING:
     from flowjobs.jobs.findings import Finding
@@ -100,6 +99,8 @@ def _describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described["jobs"] = run.submissions()
     described["waits"] = finding.why if isinstance(finding, Waits) else ""
     described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
+    from flowjobs.tracking.outcome import current_refusal
+
     refusal = current_refusal(run)
     described["wandb"] = refusal.text if refusal else ""
     described["folder"] = str(run.folder)

@@ -1,33 +1,50 @@
 """Query and control Slurm through its commands. Knows no run.
 
-Each function says which forms of Slurm's commands can be relied on, and why not the others.
+Each function says which forms of Slurm's commands can be relied on, and why not the others. What is
+asked is imported when it is first used: the command line's start needs the names of options alone.
 """
 
-from flowjobs.slurm.client import MARK, controller_answers, is_here
-from flowjobs.slurm.cluster import (
-    cluster_name,
-    kill_wait_s,
-    partition_settings,
-    partitions,
-    qos_settings,
-    settings,
-)
-from flowjobs.slurm.controller import (
-    ENDED,
-    JobRecord,
-    JobRow,
-    cancel,
-    job_record,
-    queue,
-    requeue,
-    signal_step,
-    start_soon,
-    write_batch_script,
-)
-from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, ask_one
-from flowjobs.slurm.sacct import accounting, accounting_answers
-from flowjobs.slurm.submission import CLOCKS_S, HandedOver, cancelled_unless_noted, sbatch
-from flowjobs.slurm.waiting import why_it_waits
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowjobs.slurm.client import MARK, controller_answers, is_here
+    from flowjobs.slurm.cluster import (
+        cluster_name,
+        kill_wait_s,
+        partition_settings,
+        partitions,
+        qos_settings,
+        settings,
+    )
+    from flowjobs.slurm.controller import (
+        ENDED,
+        JobRecord,
+        JobRow,
+        cancel,
+        job_record,
+        queue,
+        requeue,
+        signal_step,
+        start_soon,
+        write_batch_script,
+    )
+    from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, ask_one
+    from flowjobs.slurm.sacct import accounting, accounting_answers
+    from flowjobs.slurm.submission import CLOCKS_S, HandedOver, cancelled_unless_noted, sbatch
+    from flowjobs.slurm.waiting import why_it_waits
+
+_NAMES = {
+    "client": "MARK controller_answers is_here",
+    "cluster": "cluster_name kill_wait_s partition_settings partitions qos_settings settings",
+    "controller": "ENDED JobRecord JobRow cancel job_record queue requeue signal_step start_soon "
+    "write_batch_script",
+    "jobs": "Gone JobAnswer JobIdentity Known Unknown ask ask_one",
+    "sacct": "accounting accounting_answers",
+    "submission": "CLOCKS_S HandedOver cancelled_unless_noted sbatch",
+    "waiting": "why_it_waits",
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "CLOCKS_S",
@@ -64,3 +81,9 @@ __all__ = [
     "why_it_waits",
     "write_batch_script",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"flowjobs.slurm.{_MODULE_OF[name]}"), name)

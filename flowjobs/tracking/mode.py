@@ -4,7 +4,6 @@ import configparser
 import netrc
 import os
 import socket
-import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -82,9 +81,11 @@ def check_server_answers() -> None:
     `wandb.init` would find out in half a minute; `wandb.setup()` would wait for ever if wandb's own
     process is killed as it starts (0.31).
     """
+    from urllib.request import getproxies  # loads ssl, which no command line's start needs
+
     url = urlsplit(server_url())
     proxy = f"WANDB_{url.scheme.upper()}_PROXY"
-    if urllib.request.getproxies().get(url.scheme) or os.environ.get(proxy):
+    if getproxies().get(url.scheme) or os.environ.get(proxy):
         return
     address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
     try:

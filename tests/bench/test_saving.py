@@ -78,7 +78,7 @@ def train(study: Path, *, saving: bool) -> None:
         if not saving:
             patch.setattr(CheckpointSaver, "due", lambda saver, epoch_finished: False)
             patch.setattr(CheckpointSaver, "keep_best", lambda saver, payload: None)
-            patch.setattr(CheckpointSaver, "save_and_wait", lambda saver, payload: None)
+            patch.setattr(CheckpointSaver, "save_and_wait", lambda *given: None)
         FlowTrainer(
             model, config, train_dataset, val_dataset, DEVICE, run=run, recorder=recorder
         ).train()
