@@ -175,7 +175,8 @@ class Mirror:
             if self._superseded():
                 return False
             self._tell_outcome()
-            if self._session.mode == "online":
+            # A preempted job has no time for it, and its next session logs what the server lacks.
+            if self._session.mode == "online" and not (self._role == "trains" and self._leaves()):
                 self._see_that_server_has_all()
         except Exception as error:
             # A signal to all processes of the job has killed wandb's own, or that gave up on a
@@ -184,6 +185,10 @@ class Mirror:
             self._lose(error, silently=retry)
             return retry and self._finish(retry=False)
         return not self._superseded()
+
+    def _leaves(self) -> bool:
+        outcome = self._session.outcome
+        return outcome is not None and outcome.state in ("preempted", "cancelled")
 
     def _tell_outcome(self) -> None:
         outcome = self._session.outcome
