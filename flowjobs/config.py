@@ -214,6 +214,12 @@ class TrainingConfig:
         return self.arch.rpartition("=")[2]
 
     @property
+    def user_modules(self) -> tuple[str, ...]:
+        """The modules that the import paths among the fields name; none of them is imported."""
+        paths = (self.arch_path, self.flow.rpartition("=")[2])
+        return tuple(dict.fromkeys(path.partition(":")[0] for path in paths if ":" in path))
+
+    @property
     def signature(self) -> str:
         """Hash of everything here that changes the result of a step (16 hex digits)."""
         relevant = _relevant(self.to_dict())

@@ -1,5 +1,6 @@
 """Where in a person's own code an error arose: the file and line that they can open."""
 
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ OURS = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
 # Nobody mends a line of these. Other installed packages may be where a person keeps their models.
 LIBRARIES = {"torch", "torchdiffeq", "numpy", "scipy", "sklearn", "PIL", "submitit", "wandb"}
+# A run keeps its code in STUDY/code/DIGEST: the file that a person edits has the path below that.
+IN_SNAPSHOT = re.compile(r".*/code/[0-9a-f]{16}/")
 NO_FILES = ("<frozen", "<string>", "<__array_function__")
 
 
@@ -60,7 +63,7 @@ def _package(file: str) -> str:
 
 
 def _in_words(file: str, line: int | None, function: str | None) -> str:
-    path = Path(file).absolute()
+    path = Path(IN_SNAPSHOT.sub("", file)).absolute()
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     place = f"{shown}, line {line}"
     return place if function in (None, "<module>") else f"{place}, in {function}"

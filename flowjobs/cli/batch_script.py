@@ -34,6 +34,7 @@ def run(script_arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--lines-of"]:
         script_arguments = arguments[1:]
         arguments = _arguments_on_line(script_arguments)
+    os.environ[JOB_OF_RUN] = os.environ.get("SLURM_JOB_ID", "")
     # What cannot be meant ends here, and not on every rank.
     command, defaults = parse(["train", *arguments])
     run = command.prepare(defaults)[0]
@@ -72,7 +73,6 @@ def _arguments_on_line(files: Sequence[str]) -> list[str]:
 def _train(arguments: Sequence[str], script_arguments: Sequence[str]) -> int:
     environment = {
         **os.environ,
-        JOB_OF_RUN: os.environ.get("SLURM_JOB_ID", ""),
         SCRIPT_ARGUMENTS: json.dumps(list(script_arguments)),
         # Slurm may have been told to pass on nothing to srun, which then finds no program.
         "SLURM_EXPORT_ENV": "ALL",

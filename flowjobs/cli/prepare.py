@@ -21,6 +21,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import FlowjobsError
 from flowjobs.models.source import check_model
+from flowjobs.runs.code import import_from_snapshot
 from flowjobs.runs.datasets import check_data
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run, absolute, check_run_name, run_names
@@ -38,6 +39,8 @@ def prepare_run(
     slurm: SlurmConfig | None,
     tracking: TrackingConfig,
     restarts: RestartConfig,
+    *,
+    own_code: bool = False,
 ) -> tuple[Run, RunConfig]:
     """The run that a command means, and its config. Writes nothing.
 
@@ -49,21 +52,24 @@ def prepare_run(
         slurm: What to ask of the cluster; None leaves it as it was asked for before.
         tracking: Where to mirror it.
         restarts: When to start it again.
+        own_code: Look for the user's modules in the code that the run keeps, not as it is now.
 
     Raises:
         FlowjobsError: Something in it cannot be used.
     """
     training = defaults.resolve_arch(training)
-    check_arch(training, defaults.archs)
-    check_model(training)
     # The job may start in another folder than this one.
     study = absolute(study)
     if is_data_file(training.dataset):
         path = absolute(Path(training.dataset))
         training = dataclasses.replace(training, dataset=str(path))
-    check_data(training.dataset, study)
     run = Run(study, name or training.run_name)
     check_run_name(run.name)
+    if own_code:
+        import_from_snapshot(run)
+    check_arch(training, defaults.archs)
+    check_model(training)
+    check_data(training.dataset, study)
     before = run.config().training if run.exists() else None
     training = with_pinned_weights(training, before)
     if before is not None and before.signature == training.signature:

@@ -17,4 +17,5 @@ class Resume(HandOver):
     def run(self, defaults: Defaults) -> int:
         """Submit, and follow if asked to. Returns the exit code."""
         run = existing_run(self.study, self.name)
-        return self.hand_over(run, run.config())
+        # Like its config, its code is what it has, whichever folder this is.
+        return self.hand_over(run, run.config(), self.code_choice(default="keep"))

@@ -5,10 +5,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
+from flowjobs.cli.code_options import CodeOptions, Flag
 from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
 from flowjobs.cli.follow import follow
 from flowjobs.cli.hint import hint
@@ -29,8 +28,7 @@ from flowjobs.tracking.mode import resolve_mode
 
 if TYPE_CHECKING:
     from flowjobs.jobs.executors import Cluster
-
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+    from flowjobs.jobs.snapshot import CodeChoice, CodePlan
 
 EXAMPLES = """\
   flowjobs submit --arch mlp --flow icfm
@@ -40,7 +38,7 @@ EXAMPLES = """\
 
 
 @dataclass(frozen=True)
-class HandOver(CommandOptions):
+class HandOver(CodeOptions, CommandOptions):
     """What a command can be told that submits a run, whichever way it found its config."""
 
     follow: Flag = False
@@ -50,13 +48,18 @@ class HandOver(CommandOptions):
     """Return at once; the default on Slurm."""
 
     def hand_over(
-        self, run: Run, config: RunConfig, plan: Callable[[Run, RunConfig, str], None] | None = None
+        self,
+        run: Run,
+        config: RunConfig,
+        code_choice: "CodeChoice",
+        plan: Callable[[Run, RunConfig, str], None] | None = None,
     ) -> int:
         """Submit a run, and follow it if asked to.
 
         Args:
             run: The run.
             config: What is asked for.
+            code_choice: Which code it is trained with, if its own has changed.
             plan: Prints what would be submitted, instead.
 
         Returns:
@@ -64,6 +67,7 @@ class HandOver(CommandOptions):
         """
         # The scheduler's side is slow to load, and --help does without.
         from flowjobs.jobs.executors import check_local, choose_cluster
+        from flowjobs.jobs.snapshot import plan_code
         from flowjobs.jobs.submit import running_job
 
         if self.follow and self.no_follow:
@@ -76,18 +80,21 @@ class HandOver(CommandOptions):
         merged, note = run.merge(config, in_use=busy is not None)
         if not busy and run.exists():
             run.check_files(merged.training)
+        code = plan_code(run, merged.training, code_choice, in_use=busy is not None)
         if plan:
-            if note:
-                print(note)
+            for said in filter(None, (note, code.note)):
+                print(said)
             plan(run, config, f"{cluster} ({why})")
             return 0
         if busy:
             print(f"{run.name} already has {busy}; nothing was submitted")
             return 0
         with run.undone_if_refused():
-            return self._submit(run, config, cluster, why)
+            return self._submit(run, config, code, cluster, why)
 
-    def _submit(self, run: Run, config: RunConfig, cluster: "Cluster", why: str) -> int:
+    def _submit(
+        self, run: Run, config: RunConfig, code: "CodePlan", cluster: "Cluster", why: str
+    ) -> int:
         from flowjobs.jobs.entry import task_of
         from flowjobs.jobs.submit import submit
 
@@ -100,6 +107,9 @@ class HandOver(CommandOptions):
             print("to train on, give it more --epochs, or more --patience if it stopped early")
             return 0
 
+        code.carry_out()
+        if code.note:
+            print(code.note)
         mode, mode_reason = resolve_mode(config.tracking)
         _print_rows(
             run=run.name,
@@ -152,9 +162,10 @@ class Submit(HandOver):
             self.slurm,
             self.tracking,
             self.restarts,
+            own_code=self.keep_code,
         )
         plan = partial(self._print_plan, defaults) if self.dry_run else None
-        return self.hand_over(run, config, plan)
+        return self.hand_over(run, config, self.code_choice(), plan)
 
     def _print_plan(self, defaults: Defaults, run: Run, config: RunConfig, cluster: str) -> None:
         from flowjobs.jobs.executors import slurm_executor

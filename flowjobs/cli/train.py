@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
@@ -21,7 +22,7 @@ from flowjobs.runs.status import EXIT_PREEMPTED
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(CodeOptions):
     """Train a run in this process: here, or as the last line of a batch script."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -41,17 +42,30 @@ class Train:
 
     def prepare(self, defaults: Defaults) -> tuple[Run, RunConfig]:
         """The run that is meant, and its config. Writes nothing."""
+        from flowjobs.jobs.environment import started_by_person
+
         return prepare_run(
-            defaults, self.study, self.name, self.training, None, self.tracking, self.restarts
+            defaults,
+            self.study,
+            self.name,
+            self.training,
+            None,
+            self.tracking,
+            self.restarts,
+            own_code=not self.no_snapshot and (self.keep_code or not started_by_person()),
         )
 
     def run(self, defaults: Defaults) -> int:
         """Train to the end. Returns the exit code."""
         from flowjobs.jobs.entry import log_to_stderr, train_run
         from flowjobs.jobs.environment import started_by_person, waited_while_cancelled
+        from flowjobs.jobs.snapshot import plan_code
 
+        choice = self.code_choice()
         run, config = self.prepare(defaults)
         by_person = started_by_person()
+        if not by_person and choice != "live":
+            choice = "keep"  # a restart has the code of the submission
         status = run.status()
         begun = status is not None and any(a.first_step is not None for a in status.attempts)
         # A job that is started again goes on from where it was, once it was anywhere.
@@ -60,14 +74,19 @@ class Train:
             raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")
         in_use = run.exists() and lock_holder(run.folder) is not None
         merged, _ = run.merge(config, in_use=in_use)
+        code = plan_code(run, merged.training, choice, in_use=in_use)
         if run.exists() and resume is None and not in_use:
             run.check_files(merged.training)
         if note := run.create(config, in_use=in_use):
             print(note)
+        if not in_use:
+            code.carry_out()
+            if code.note:
+                print(code.note)
         log_to_stderr()
         if by_person and not waited_while_cancelled(run):
             run.clear_cancel()
-        code = train_run(run, resume)
-        if code == EXIT_PREEMPTED:
+        exit_code = train_run(run, resume)
+        if exit_code == EXIT_PREEMPTED:
             print("the same command goes on from there", file=sys.stderr)
-        return code
+        return exit_code

@@ -30,6 +30,7 @@ from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.restart import restart
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.jobs.stop_cause import notice_of, seconds_left
+from flowjobs.runs.code import import_from_snapshot
 from flowjobs.runs.restarts import may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -178,6 +179,7 @@ class TrainingJob:
         def train_as_rank(recorder: "Recorder | None") -> None:
             from flowjobs.training.run_training import run_training
 
+            import_from_snapshot(self._run)
             ranks = self._join(group)
             run_training(self._run, recorder, ranks, signals.reason, resume_path)
 

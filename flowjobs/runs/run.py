@@ -76,6 +76,16 @@ class Run:
         return self.folder / "data.json"
 
     @property
+    def code_file(self) -> Path:
+        """Which code it keeps; see `runs.code`."""
+        return self.folder / "code.json"
+
+    @property
+    def code_diff_file(self) -> Path:
+        """What git's commit lacked when that was taken."""
+        return self.folder / "code.diff"
+
+    @property
     def tracking_file(self) -> Path:
         """The newest session in W&B, and what W&B is still to be told of it."""
         return self.folder / "tracking.json"
@@ -346,7 +356,8 @@ class Run:
     def undone_if_refused(self) -> Iterator[None]:
         """Leave the run as it was before the block if that fails before a job is handed over."""
         folders = [folder for folder in (self.checkpoints, self.folder) if not folder.exists()]
-        files = {file: _bytes_of(file) for file in (self.config_file, self.cancel_file)}
+        own = (self.config_file, self.cancel_file, self.code_file, self.code_diff_file)
+        files = {file: _bytes_of(file) for file in own}
         jobs = len(self.submissions())
         try:
             yield

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs import __version__
+from flowjobs.errors import ConfigError
+from flowjobs.runs.code import code_of
 from flowjobs.runs.files import write_json
 from flowjobs.runs.run import Run
 
 # A repository on a slow file system must not keep the first row.
 COMMAND_TIMEOUT_S = 10
+# Of a diff in a run's config; the whole is in the run's folder.
+DIFF_LIMIT_BYTES = 20_000
 
 
 def note_surroundings(run: Run, directory: Path) -> None:
@@ -50,6 +54,7 @@ def config_for_wandb(run: Run) -> dict[str, Any]:
     return {
         **config.to_dict(),
         **_surroundings(run),
+        **_code(run),
         "signature": config.signature,
         "run_folder": str(run.folder),
         "extensions": status.extensions if status else [],
@@ -62,6 +67,27 @@ def config_for_wandb(run: Run) -> dict[str, Any]:
             }
             for attempt in attempts
         ],
+    }
+
+
+def _code(run: Run) -> dict[str, Any]:
+    """What the run keeps of its code: known by that, not by what is checked out at an attempt."""
+    try:
+        code = code_of(run)
+        if code is None:
+            return {}
+        with run.code_diff_file.open("rb") as file:
+            diff = file.read(DIFF_LIMIT_BYTES + 1)
+    except (ConfigError, OSError):
+        return {}  # the attempt says so itself
+    text = diff[:DIFF_LIMIT_BYTES].decode(errors="replace")
+    cut = f"\n(cut: see {run.code_diff_file})" if len(diff) > DIFF_LIMIT_BYTES else ""
+    return {
+        "code": code.digest,
+        "code_earlier": list(code.earlier),
+        "git_commit": code.git_commit,
+        "git_dirty": code.git_dirty,
+        "git_diff": text + cut,
     }
 
 

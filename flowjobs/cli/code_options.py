@@ -1,0 +1,46 @@
+"""Which code a run is trained with: the flags of all commands that begin or resume one."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from flowjobs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flowjobs.jobs.snapshot import CodeChoice
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class CodeOptions:
+    """What to do with the user's code, of which a run keeps a snapshot."""
+
+    keep_code: Flag = False
+    """Resume with the code that the run was submitted with, where yours has changed since."""
+
+    new_code: Flag = False
+    """Resume with your code as it is now."""
+
+    no_snapshot: Flag = False
+    """Keep no copy of your code with the run: each start imports it as it is then."""
+
+    def code_choice(self, default: "CodeChoice" = "ask") -> "CodeChoice":
+        """What the flags say.
+
+        Args:
+            default: What holds without any.
+
+        Raises:
+            ConfigError: They contradict one another.
+        """
+        flags: dict[str, tuple[bool, CodeChoice]] = {
+            "--keep-code": (self.keep_code, "keep"),
+            "--new-code": (self.new_code, "new"),
+            "--no-snapshot": (self.no_snapshot, "live"),
+        }
+        given = [name for name, (is_given, _) in flags.items() if is_given]
+        if len(given) > 1:
+            raise ConfigError(f"found {' and '.join(given)}, expected one of them")
+        return flags[given[0]][1] if given else default

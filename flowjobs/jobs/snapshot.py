@@ -1,0 +1,367 @@
+"""Takes a snapshot of the user's code at a submission, and says what has changed since the last.
+
+Taken are the sources of the repository that the user's modules are in, as git tracks or would
+track them; outside a repository, and of what git ignores, those modules, what they import, and the
+sources beside them. flowjobs itself is never taken, also where it is installed from that
+repository: a run has the one that is installed. A run of built-in parts has no snapshot.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from flowjobs.config import TrainingConfig
+from flowjobs.errors import ConfigError, RunMismatchError
+from flowjobs.models.imports import OURS, files_of_modules
+from flowjobs.runs.code import Code, code_of, digest_of, read_snapshot, write_snapshot
+from flowjobs.runs.files import replaced_whole, write_json
+from flowjobs.runs.run import Run
+
+# "ask": changed code is an error that lists it. "live": none is kept, modules are imported from
+# where they are.
+CodeChoice = Literal["ask", "keep", "new", "live"]
+
+SOURCES = {".py", ".pyi", ".pyx", ".pxd", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"}
+# Taken only if git tracks them: a study or another program's output has such files too.
+SETTINGS = {".json", ".toml", ".yaml", ".yml", ".cfg", ".ini"}
+# Folders that not everyone tells git to ignore.
+NEVER = ("site-packages", "node_modules", "__pycache__", ".ipynb_checkpoints")
+# Of each file that no user module imports, and of all of them together.
+FILE_LIMIT_MB = 1.0
+TOTAL_LIMIT_MB = 20.0
+DIFF_LIMIT_MB = 1.0
+GIT_TIMEOUT_S = 60.0
+SHOWN_AT_MOST = 20
+
+
+@dataclass(frozen=True)
+class CodePlan:
+    """What becomes of the code that a run keeps; nothing is written yet.
+
+    Attributes:
+        run: The run.
+        note: What a person should know, or "".
+        files: The snapshot to keep, by path; none if there is nothing to write.
+        code: What the run is to say of it; None leaves that as it is.
+        diff: What git's commit lacks.
+        forget: Whether the run is to keep none any more.
+    """
+
+    run: Run
+    note: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    code: Code | None = None
+    diff: bytes = b""
+    forget: bool = False
+
+    def carry_out(self) -> None:
+        """Write the snapshot, and into the run's folder which one it is."""
+        if self.forget:
+            for kept in (self.run.code_file, self.run.code_diff_file):
+                kept.unlink(missing_ok=True)
+        if self.files:
+            write_snapshot(self.run.study, self.files)
+        if self.code:
+            with replaced_whole(self.run.code_diff_file) as file:
+                file.write(self.diff)
+            write_json(self.run.code_file, asdict(self.code))
+
+
+def plan_code(
+    run: Run, training: TrainingConfig, choice: CodeChoice = "ask", *, in_use: bool = False
+) -> CodePlan:
+    """What code a run that is submitted now is trained with. Writes nothing.
+
+    Args:
+        run: The run.
+        training: What is asked for.
+        choice: What to do where the code is not what it was.
+        in_use: Whether a job of the run waits or runs, so that its code must stay.
+
+    Raises:
+        RunMismatchError: The code has changed, and `choice` does not say which one is meant.
+        ConfigError: The run's own code is gone, or git does not answer.
+    """
+    modules = training.user_modules
+    if not modules:
+        return CodePlan(run)
+    kept = code_of(run)
+    if choice == "live":
+        where = "imports its code from where it is, as it is then"
+        return CodePlan(run, f"{run.name} {where}" if kept else "", forget=True)
+    begun = in_use or run.started()
+    if choice == "keep" and (kept or begun):
+        return CodePlan(run)
+    taken = _take(modules, run.study)
+    if taken is None:
+        if kept and begun:
+            raise RunMismatchError(
+                f"the code of {run.name} cannot be compared: no source of {', '.join(modules)} is "
+                f"found from {Path.cwd()}; --keep-code resumes with the code that it has, "
+                "--no-snapshot with what is installed"
+            )
+        return CodePlan(run, forget=kept is not None)
+    if kept is None or not begun:
+        return _plan(run, taken, [] if kept == taken.code else [taken.words(run.study)])
+    if kept.digest == taken.code.digest:
+        return CodePlan(run, files=taken.files)  # it may have been removed
+    if choice == "new":
+        earlier = (*kept.earlier, kept.digest)
+        taken = dataclasses.replace(taken, code=dataclasses.replace(taken.code, earlier=earlier))
+        return _plan(run, taken, [f"{run.name} has new code from here", taken.words(run.study)])
+    before = read_snapshot(run.study, kept.digest)
+    folder = kept.snapshot(run.study)
+    used_before = {
+        str(path.relative_to(folder))
+        for path in files_of_modules(modules, kept.import_roots(run.study))
+    }
+    differ = _differences(before, taken.files)
+    matter = [path for path in differ if path in used_before | taken.used]
+    if not matter:
+        others = _shortened([f"{path} ({how})" for path, how in differ.items()], 3)
+        return CodePlan(run, f"{run.name} keeps its code; it imports nothing of {others}")
+    lines = _shortened([f"  {path}: {differ[path]}" for path in matter], SHOWN_AT_MOST, "\n")
+    raise RunMismatchError(
+        f"the code of {run.name} has changed since it was submitted:\n{lines}\n"
+        f"--keep-code resumes with the code that it has ({folder}), --new-code with the code as "
+        "it is now; or give the run on the new code another --name"
+    )
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A snapshot in memory; `used` are the paths in it of what the user's modules are made of."""
+
+    files: Mapping[str, bytes]
+    used: frozenset[str]
+    code: Code
+    diff: bytes
+    remarks: tuple[str, ...]
+
+    def words(self, study: Path) -> str:
+        number = f"{len(self.files)} files" if len(self.files) > 1 else "1 file"
+        place = self.code.snapshot(study)
+        lines = [f"its code is kept: {number} of {self.code.folder} in {place}", *self.remarks]
+        if self.code.left_out:
+            lines.append(f"  without {_shortened(self.code.left_out, 5)}: too large")
+        return "\n".join(lines)
+
+
+def _plan(run: Run, taken: _Taken, notes: Iterable[str]) -> CodePlan:
+    return CodePlan(run, "\n".join(notes), taken.files, taken.code, taken.diff)
+
+
+def _differences(before: Mapping[str, bytes], now: Mapping[str, bytes]) -> dict[str, str]:
+    words = {}
+    for path in sorted({*before, *now}):
+        if before.get(path) != now.get(path):
+            words[path] = "gone" if path not in now else "changed" if path in before else "new"
+    return words
+
+
+def _shortened(words: Iterable[str], at_most: int, between: str = ", ") -> str:
+    shown = list(words)
+    more = [f"and {len(shown) - at_most} more"] if len(shown) > at_most else []
+    return between.join([*shown[:at_most], *more])
+
+
+def _take(modules: tuple[str, ...], study: Path) -> _Taken | None:
+    """The snapshot as it would be taken now; None if all modules are of installed packages."""
+    roots = _import_roots(modules)
+    used = files_of_modules(modules, roots)
+    trees: dict[Path, _Tree] = {}
+    for file in used:
+        root = next(root for root in roots if file.is_relative_to(root))
+        if not any(root.is_relative_to(top) for top in trees):
+            tree = _Tree.of(root)
+            trees[tree.top] = tree
+    if not trees:
+        return None
+    files: dict[str, bytes] = {}
+    wanted: set[str] = set()
+    left_out: list[str] = []
+    in_snapshot: list[str] = []
+    for number, (top, tree) in enumerate(trees.items(), start=1):
+        # One tree is the rule; modules of a second repository get a folder of their own.
+        prefix = Path(f"_{number}" if number > 1 else "")
+        own = [file.relative_to(top) for file in used if file.is_relative_to(top)]
+        inside = [root.relative_to(top) for root in roots if root.is_relative_to(top)]
+        tree.add(own, inside)
+        found, too_large = _read(tree, own, inside, study)
+        files |= {str(prefix / path): content for path, content in found.items()}
+        left_out += [str(prefix / path) for path in too_large]
+        wanted |= {str(prefix / path) for path in own}
+        holding = [root for root in inside if any(Path(f).is_relative_to(root) for f in found)]
+        in_snapshot += [str(prefix / root) for root in holding]
+    first = next(iter(trees.values()))
+    dirty = first.commit and (first.dirty or any(not first.tracks(f) for f in used))
+    code = Code(
+        digest=digest_of(files),
+        roots=tuple(in_snapshot),
+        folder=str(first.top),
+        git_commit=first.commit,
+        git_dirty=None if first.commit is None else bool(dirty),
+        left_out=tuple(left_out),
+    )
+    remarks = tuple(f"  {tree.why}" for tree in trees.values() if tree.why)
+    return _Taken(files, frozenset(wanted), code, first.diff, remarks)
+
+
+def _import_roots(modules: tuple[str, ...]) -> list[Path]:
+    """The folders that a user's modules are imported from, in the order of the search."""
+    roots = [Path(entry or ".") for entry in sys.path]
+    for module in modules:  # an editable install may have a finder of its own
+        spec = importlib.util.find_spec(module.partition(".")[0])
+        if spec and spec.submodule_search_locations:
+            roots += [Path(folder).parent for folder in spec.submodule_search_locations]
+        elif spec and spec.origin:
+            roots.append(Path(spec.origin).parent)
+    found = [root.resolve() for root in roots if root.is_dir() and not _is_installed(root)]
+    return list(dict.fromkeys(found))
+
+
+def _is_installed(folder: Path) -> bool:
+    installed = {"site-packages", "dist-packages"} & {*folder.parts}
+    return bool(installed) or folder.is_relative_to(sysconfig.get_path("stdlib"))
+
+
+@dataclass
+class _Tree:
+    """The files of one repository, or of a folder outside any.
+
+    Attributes:
+        top: Its root.
+        in_repository: Whether git lists its files.
+        listed: Paths below it that may be taken, and whether git tracks them.
+        commit: What is checked out.
+        dirty: Whether a tracked file differs from that.
+        diff: How.
+        why: Why git was not asked, where a person would not expect that.
+    """
+
+    top: Path
+    in_repository: bool = False
+    listed: dict[str, bool] = field(default_factory=dict)
+    commit: str | None = None
+    dirty: bool = False
+    diff: bytes = b""
+    why: str = ""
+
+    @classmethod
+    def of(cls, root: Path) -> "_Tree":
+        """The tree that an import root is in."""
+        try:
+            top = Path(os.fsdecode(_git(root, "rev-parse", "--show-toplevel")[:-1]))
+            excluded = [f"--exclude={name}" for name in NEVER]
+            said = _git(top, "ls-files", "-z", "-t", "-co", "--exclude-standard", *excluded)
+        except _NoRepositoryError as error:
+            return cls(root, why=str(error))
+        entries = [entry.partition(" ") for entry in os.fsdecode(said).split("\0") if entry]
+        tree = cls(top, True, {path: tag != "?" for tag, _, path in entries})
+        try:
+            tree.commit = _git(top, "rev-parse", "HEAD").decode().strip()
+            tree.dirty = bool(_git(top, "status", "--porcelain", "--untracked-files=no"))
+            tree.diff = _cut(_git(top, "diff", "--no-ext-diff", "--no-color", "HEAD"))
+        except _NoRepositoryError:
+            pass  # no commit yet
+        return tree
+
+    def add(self, used: Iterable[Path], roots: Iterable[Path]) -> None:
+        """Take in modules, also those that git ignores; without git also what is beside them."""
+        roots = {*roots}
+        for path in used:
+            beside: Iterable[Path] = ()
+            if not self.in_repository:
+                folder = self.top / path.parent
+                # The whole package of a module; of one in no package its neighbours.
+                beside = folder.glob("*") if path.parent in roots else folder.rglob("*")
+            for file in (self.top / path, *beside):
+                self.listed.setdefault(str(file.relative_to(self.top)), False)
+
+    def tracks(self, file: Path) -> bool:
+        """Whether git tracks a file."""
+        return file.is_relative_to(self.top) and self.listed.get(
+            str(file.relative_to(self.top)), False
+        )
+
+
+def _read(
+    tree: _Tree, used: Iterable[Path], roots: Iterable[Path], study: Path
+) -> tuple[dict[str, bytes], list[str]]:
+    """The content of a tree's sources, and those that are too large."""
+    used = {*used}
+    sizes: dict[Path, int] = {}
+    for name, tracked in tree.listed.items():
+        path = Path(name)
+        is_source = path.suffix in SOURCES or (tracked and path.suffix in SETTINGS)
+        if path in used or (is_source and not _never(tree.top / path, path, roots, study)):
+            try:
+                if (tree.top / path).is_file():
+                    sizes[path] = (tree.top / path).stat().st_size
+            except OSError:
+                continue  # it has been removed meanwhile
+    total = 0.0
+    taken, left_out = [], []
+    # What is imported is never left out; of the others the small ones come first.
+    for path in sorted(sizes, key=lambda path: (path not in used, sizes[path], str(path))):
+        size_mb = sizes[path] / 1e6
+        too_large = size_mb > FILE_LIMIT_MB or total + size_mb > TOTAL_LIMIT_MB
+        if path not in used and too_large:
+            left_out.append(f"{path} ({size_mb:.1f} MB)")
+            continue
+        total += size_mb
+        taken.append(path)
+    return {str(path): (tree.top / path).read_bytes() for path in taken}, left_out
+
+
+def _never(file: Path, path: Path, roots: Iterable[Path], study: Path) -> bool:
+    """Whether a file is flowjobs' own, a study's, or an installed package's."""
+    own = any((root / OURS) in path.parents for root in roots)
+    of_study = file.is_relative_to(study) or file.is_relative_to(study.resolve())
+    return own or of_study or bool({*NEVER} & {*path.parts})
+
+
+class _NoRepositoryError(Exception):
+    """There is no repository that git would list; empty where that is nothing unusual."""
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    # Without optional locks, `status` writes nothing.
+    environment = {**os.environ, "LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            env=environment,
+            timeout=GIT_TIMEOUT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        why = "git is not installed" if _in_repository(folder) else ""
+        raise _NoRepositoryError(why) from None
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"git did not list the files of {folder} within {GIT_TIMEOUT_S:g} s: repeat the "
+            "command, or submit with --no-snapshot"
+        ) from error
+    if done.returncode:
+        said = next(iter(done.stderr.decode(errors="replace").splitlines()), "git failed")
+        raise _NoRepositoryError(f"git: {said}" if _in_repository(folder) else "")
+    return done.stdout
+
+
+def _in_repository(folder: Path) -> bool:
+    return any((above / ".git").exists() for above in (folder, *folder.parents))
+
+
+def _cut(diff: bytes) -> bytes:
+    limit = int(DIFF_LIMIT_MB * 1e6)
+    return diff if len(diff) <= limit else diff[:limit] + b"\n(cut: the diff is longer)\n"

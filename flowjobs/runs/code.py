@@ -1,0 +1,163 @@
+"""The user's code that a run keeps: snapshots by their content, and which one is a run's.
+
+A snapshot is `STUDY/code/DIGEST`, made once and never changed, shared by all runs of that code. A
+run names its own in `code.json`, by the digest alone, so that a study can be moved.
+"""
+
+import errno
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowjobs.errors import ConfigError
+from flowjobs.runs.files import flush_folder
+from flowjobs.runs.run import Run
+
+DIGEST_DIGITS = 16  # user_code.py knows a snapshot's path by them
+WRITERS = 16
+
+
+@dataclass(frozen=True)
+class Code:
+    """A run's `code.json`.
+
+    Attributes:
+        digest: Of the snapshot.
+        roots: The folders in it that modules are imported from, in the order of `sys.path`.
+        folder: Where the files were taken.
+        git_commit: What was checked out there; None outside a repository.
+        git_dirty: Whether that commit lacks something of what was taken.
+        left_out: Sources that were too large.
+        earlier: The snapshots that the run was trained with before, oldest first.
+    """
+
+    digest: str
+    roots: tuple[str, ...]
+    folder: str
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    left_out: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
+
+    def snapshot(self, study: Path) -> Path:
+        """The folder of the snapshot in a study."""
+        return study / "code" / self.digest
+
+    def import_roots(self, study: Path) -> list[Path]:
+        """The folders that modules are imported from."""
+        return [self.snapshot(study) / root for root in self.roots]
+
+
+def code_of(run: Run) -> Code | None:
+    """The code that a run keeps; None if it keeps none.
+
+    Raises:
+        ConfigError: `code.json` is damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads(run.code_file.read_text())
+        lists = {key: tuple(found[key]) for key in ("roots", "left_out", "earlier")}
+        return Code(**found | lists)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{run.code_file} does not hold what it should ({error}): restore it, or remove it and "
+            f"submit {run.name} with the code as it is now"
+        ) from error
+
+
+def import_from_snapshot(run: Run) -> None:
+    """Have this process import the user's modules from the run's snapshot, if it has one.
+
+    What is not in it (installed packages, files that git ignores) is imported from where it was.
+
+    Raises:
+        ConfigError: The snapshot is gone or was changed.
+    """
+    code = code_of(run)
+    if code is None:
+        return
+    read_snapshot(run.study, code.digest)
+    for root in reversed(code.import_roots(run.study)):
+        sys.path.insert(0, str(root))
+    importlib.invalidate_caches()
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """The digest of files by their paths."""
+    whole = hashlib.sha256()
+    for path in sorted(files):
+        whole.update(os.fsencode(path) + b"\0%d\0" % len(files[path]))
+        whole.update(files[path])
+    return whole.hexdigest()[:DIGEST_DIGITS]
+
+
+def read_snapshot(study: Path, digest: str) -> dict[str, bytes]:
+    """The files of a snapshot by their paths in it.
+
+    Raises:
+        ConfigError: It is gone, or not what was taken.
+    """
+    folder = study / "code" / digest
+    mend = "restore it (of a backup), or submit the run with --new-code"
+    try:
+        files = {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*")
+            # Python's own are written as modules are imported; NFS keeps removed files for a while.
+            if path.is_file() and "__pycache__" not in path.parts and path.name[:4] != ".nfs"
+        }
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read ({error.strerror}): {mend}") from error
+    if not files:
+        raise ConfigError(f"the run's code is gone: there is no {folder}; {mend}")
+    if digest_of(files) != digest:
+        raise ConfigError(f"the run's code was changed in {folder}: {mend}")
+    return files
+
+
+def write_snapshot(study: Path, files: Mapping[str, bytes]) -> None:
+    """Keep files in a study, once and whole, also if several do so at once.
+
+    Raises:
+        ConfigError: There is a snapshot of that digest, and it was changed.
+    """
+    digest = digest_of(files)
+    folder = study / "code" / digest
+    if folder.exists():
+        read_snapshot(study, digest)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{digest}.{uuid.uuid4().hex}.tmp")
+    try:
+        # Side by side: each waits for the disk, or for a file server.
+        with ThreadPoolExecutor(WRITERS) as writers:
+            list(writers.map(lambda path: _write(temporary / path, files[path]), files))
+        try:
+            os.rename(temporary, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            read_snapshot(study, digest)  # another submission was quicker
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    flush_folder(folder.parent)
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as written:
+        written.write(content)
+        written.flush()
+        os.fsync(written.fileno())
+    file.chmod(0o444 & file.stat().st_mode)  # an editor says that it is not to be changed
