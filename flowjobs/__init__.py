@@ -11,14 +11,22 @@ The rooms, each of which imports only those behind it:
     drill       proves the promises on its user's cluster
     jobs        executors, submit, entry, signals, stop and exit causes, restart, reconcile
     training    trainer, state, checkpoints, ranks          tracking    W&B
-    evaluation  samples of a trained model
+    evaluation  samples of a trained model, and what they are worth
     flows  models  data
     runs        a run on disk; every other room reads and writes it only through this one
     slurm       asking Slurm; knows no run
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import FlowjobsError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flowjobs.evaluation.trained import TrainedModel
 
 __version__ = "0.1.0"
 
@@ -29,4 +37,30 @@ __all__ = [
     "TrackingConfig",
     "TrainingConfig",
     "__version__",
+    "load",
 ]
+
+
+def load(
+    name: str,
+    study: str | Path | None = None,
+    device: str = "auto",
+    model: "nn.Module | None" = None,
+) -> "TrainedModel":
+    """The trained model of a run: `flowjobs.load(NAME).sample(1000)`. Loads torch.
+
+    Args:
+        name: Name of the run.
+        study: Root of the study; by default $FLOWJOBS_STUDY, else ./study.
+        device: Where to compute; "auto" is the GPU where there is one.
+        model: Takes the weights, of a run whose model was made in a notebook; by default one of
+            the run's `--arch`.
+
+    Raises:
+        RunNotFoundError: There is no such run.
+        CheckpointError: It has no best.pt yet, or one that cannot be used.
+    """
+    from flowjobs.runs.run import Run, absolute, default_study
+    from flowjobs.training.trained import load_trained
+
+    return load_trained(Run(absolute(Path(study or default_study())), name), device, model)

@@ -11,6 +11,7 @@ FlowjobsError                 something a person can mend: printed without a tra
 │   ├── CheckpointGoneError       a run that had steps has no checkpoint any more
 │   └── CheckpointMismatchError   good bytes, of another model or a newer version
 │       └── CheckpointUnloadableError  good bytes, of more than tensors and plain values
+├── SamplingError             a model's samples are not finite, or its ODE cannot be solved
 ├── RunNotFoundError          no run of that name in the study
 ├── RunBusyError              another attempt trains the run now
 │   └── RunHolderUnknownError     whether one does cannot be known now: exit 75
@@ -72,6 +73,10 @@ class CheckpointMismatchError(CheckpointError):
 
 class CheckpointUnloadableError(CheckpointMismatchError):
     """It holds more than tensors and plain values, which cannot be loaded without running code."""
+
+
+class SamplingError(FlowjobsError):
+    """A model's samples are not finite, or its ODE cannot be solved."""
 
 
 class RunNotFoundError(FlowjobsError):

@@ -38,6 +38,7 @@ def command(*arguments: str) -> str:
         command("train", "--help"),
         command("sync", "--help"),
         command("drill", "--help"),
+        command("sample", "no-such-run", "--out", "x.npy"),
         command("status"),
         command("logs", "no-such-run"),
         command("submit", "--arch", "nonsense"),

@@ -20,6 +20,7 @@ from flowjobs.cli.logs import Logs
 from flowjobs.cli.parser import read_command_line
 from flowjobs.cli.reconcile import Reconcile
 from flowjobs.cli.resume import Resume
+from flowjobs.cli.sample import Sample
 from flowjobs.cli.status import Status
 from flowjobs.cli.submit import EXAMPLES, Submit
 from flowjobs.cli.sync import Sync
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Any] = {
     "cancel": Cancel,
     "reconcile": Reconcile,
     "sync": Sync,
+    "sample": Sample,
     "data": Data,
     "checkpoint": Checkpoint,
     "drill": Drill,

@@ -1,31 +1,60 @@
 """Pictures of samples."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from flowjobs.runs.datasets import EMBEDDED
 from flowjobs.runs.files import replaced_whole
 
-# Side of a picture in pixels, and of one digit in it.
+# Side of a picture of points, in pixels.
 PICTURE_SIDE = 480
-DIGIT_SIDE = 96
+# Side of one picture among many, the gap around it, and the gap's grey.
+TILE_SIDE = 96
+GAP = 8
+GAP_LEVEL = 96
+MOST_TILES = 64
 
 
-def draw_digits(path: Path, samples: Tensor) -> None:
-    """Write a picture of 8 x 8 digits with values from 0 to 16, five in a row.
+def draw_samples(
+    path: Path, dataset: str, samples: Tensor, reference: Callable[[], Tensor]
+) -> None:
+    """Write a picture of samples: digits as a grid of the first MOST_TILES, else points over data.
 
     Args:
         path: The .png file.
-        samples: Shape (n, 64).
+        dataset: `--dataset` of the run.
+        samples: Shape (n, dim).
+        reference: Gives the data to compare with, shape (m, dim), where they are needed.
     """
-    levels = (samples / 16).clamp(0, 1).mul(255).round().to(torch.uint8).reshape(-1, 8, 8)
-    rows = (len(levels) + 4) // 5
-    picture = Image.new("L", (5 * DIGIT_SIDE, rows * DIGIT_SIDE))
-    for index, digit in enumerate(levels.numpy()):
-        corner = (index % 5 * DIGIT_SIDE, index // 5 * DIGIT_SIDE)
-        picture.paste(Image.fromarray(digit).resize((DIGIT_SIDE, DIGIT_SIDE)), corner)
+    if dataset == EMBEDDED:
+        draw_grid(path, samples[:MOST_TILES].reshape(-1, 8, 8) / 16)
+    else:
+        draw_projection(path, samples, reference())
+
+
+def draw_grid(path: Path, images: Tensor) -> None:
+    """Write pictures side by side, with gaps between, about as many in a row as in a column.
+
+    Args:
+        path: The .png file.
+        images: Of values from 0 (black) to 1, shape (n, height, width). A side is shown at about
+            TILE_SIDE pixels, each pixel as a square.
+    """
+    levels = images.double().clamp(0, 1).mul(255).round().to(torch.uint8)
+    n, height, width = levels.shape
+    scale = max(1, round(TILE_SIDE / max(height, width)))
+    columns = math.ceil(math.sqrt(n))
+    step_y, step_x = height * scale + GAP, width * scale + GAP
+    size = (columns * step_x + GAP, math.ceil(n / columns) * step_y + GAP)
+    picture = Image.new("L", size, GAP_LEVEL)
+    for index, image in enumerate(levels.numpy()):
+        tile = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BOX)
+        picture.paste(tile, (GAP + index % columns * step_x, GAP + index // columns * step_y))
     _save(picture, path)
 
 

@@ -1,45 +1,183 @@
-"""Samples of a trained model."""
+"""Samples of a trained model: noise that follows the model's velocity from t = 0 to t = 1."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flowjobs.data.randomness import generator_for
-from flowjobs.models.velocity import checked_velocity, input_dtype
+from flowjobs.errors import SamplingError
+from flowjobs.evaluation.solver import Solver
+from flowjobs.models.velocity import Velocity, checked_velocity, input_dtype
 
-STEPS = 50
+# Samples are computed this many at once, always: the kernel of a matrix product, and so the last
+# bits, depend on the number of rows, and dopri5 takes one step size for all of them.
+CHUNK = 256
+# A field that is not smooth has dopri5 take ever smaller steps.
+MAX_ADAPTIVE_STEPS = 2000
+
+# torchdiffeq's names. Its heun2 is the explicit trapezoidal rule, its rk4 the 3/8 rule.
+_METHODS = {"heun": "heun2"}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where a batch of points ends.
+
+    Attributes:
+        x_1: The points at t = 1, of the shape of those at t = 0.
+        nfe: How often the network was called.
+        path_energy: The integral of the squared velocity along each path, shape (batch,), if it
+            was asked for.
+    """
+
+    x_1: Tensor
+    nfe: int
+    path_energy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples, on the CPU.
+
+    Attributes:
+        x_0: The noise that they come from, of the shape of `x_1`, float32.
+        x_1: The samples in the data's own units, shape (n, dim), of the type of the stats.
+        nfe: Network calls that each of them took; with dopri5 a mean over the chunks.
+        path_energy: See `Solution`; in the model's units, where the data are normalized.
+    """
+
+    x_0: Tensor
+    x_1: Tensor
+    nfe: float
+    path_energy: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x_1)
 
 
 @torch.no_grad()
-def sample(
-    model: nn.Module, n: int, stats: dict[str, Tensor], device: torch.device, seed: int = 0
-) -> Tensor:
-    """Draw noise and follow the model's velocity from t = 0 to t = 1.
+def integrate(
+    velocity: Velocity, x_0: Tensor, solver: Solver, *, with_energy: bool = False
+) -> Solution:
+    """Follow a velocity from t = 0 to t = 1 with one of torchdiffeq's solvers.
 
-    Integrates with torchdiffeq's midpoint method in STEPS steps: a fixed number, since an adaptive
-    method can take minutes on a model that is not smooth.
+    Args:
+        velocity: Of x of shape (batch, dim) and t of shape (batch,).
+        x_0: The points at t = 0.
+        solver: Which solver, and how fine.
+        with_energy: Integrate the squared velocity along the paths too.
+
+    Raises:
+        SamplingError: dopri5 does not get to the end.
+    """
+    from torchdiffeq import odeint  # loads scipy, which the start of a run does without
+
+    nfe = 0
+
+    def counted(t: Tensor, x: Tensor) -> Tensor:
+        nonlocal nfe
+        nfe += 1
+        return velocity(x, t.repeat(len(x)))  # its own memory, which a model may change
+
+    def with_power(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        dx_t = counted(t, state[0])
+        return dx_t, dx_t.flatten(1).square().sum(1)
+
+    grid = torch.linspace(0.0, 1.0, solver.steps + 1, device=x_0.device, dtype=x_0.dtype)
+    options = (
+        {"max_num_steps": MAX_ADAPTIVE_STEPS}
+        if solver.adaptive
+        # Not `step_size`, of which rounding makes a step too many.
+        else {"grid_constructor": lambda func, y0, t: grid}
+    )
+    arguments = {
+        "t": grid[[0, -1]],
+        "method": _METHODS.get(solver.method, solver.method),
+        "options": options,
+        "rtol": solver.tolerance,
+        "atol": solver.tolerance,
+    }
+    try:
+        if with_energy:
+            x, energy = odeint(with_power, (x_0, torch.zeros_like(x_0[:, 0])), **arguments)
+            return Solution(x[-1], nfe, energy[-1])
+        return Solution(odeint(counted, x_0, **arguments)[-1], nfe)
+    except AssertionError as error:  # how torchdiffeq says it
+        if not solver.adaptive:
+            raise
+        raise SamplingError(
+            f"{solver.method} does not reach t = 1 after {nfe} network calls ({error}): the "
+            f"velocity is not smooth enough for a tolerance of {solver.tolerance:g}; give a larger "
+            "--tolerance, or a solver of fixed steps (--solver midpoint)"
+        ) from error
+
+
+def sample(
+    model: nn.Module,
+    n: int,
+    stats: Mapping[str, Tensor],
+    device: torch.device,
+    seed: int = 0,
+    solver: Solver = Solver(),  # noqa: B008, it is frozen
+    *,
+    with_energy: bool = False,
+) -> Samples:
+    """Draw n samples of a model. The arguments are those of `sample_chunks`.
+
+    A sample depends on the seed and its index alone, to the last bit on the same hardware: not on
+    n, nor on the others.
+    """
+    return joined(list(sample_chunks(model, n, stats, device, seed, solver, with_energy)))
+
+
+def sample_chunks(
+    model: nn.Module,
+    n: int,
+    stats: Mapping[str, Tensor],
+    device: torch.device,
+    seed: int,
+    solver: Solver,
+    with_energy: bool = False,
+) -> Iterator[Samples]:
+    """Draw n samples of a model, at most CHUNK at a time.
 
     Args:
         model: The velocity, on `device`.
         n: How many samples.
         stats: Normalization of the data, which is undone: `mean` and `std` of shape (dim,).
         device: Where to compute.
-        seed: Seed of the noise.
+        seed: Seed of the noise, which is drawn on the CPU: it is the same on any device.
+        solver: How to integrate.
+        with_energy: Integrate the squared velocity along the paths too.
 
-    Returns:
-        Samples in the data's own units, on the CPU, shape (n, dim), of the type of `stats`.
+    Raises:
+        SamplingError: A sample is not finite, or dopri5 does not get to the end.
     """
-    from torchdiffeq import odeint  # loads scipy, which the start of a run does without
-
     mean, std = stats["mean"].to(device), stats["std"].to(device)
-    generator = generator_for(device, seed, "samples")
-    x_0 = torch.randn((n, len(mean)), generator=generator, device=device, dtype=torch.float32)
-    model_velocity = checked_velocity(model, input_dtype(model), type(model).__name__)
+    velocity = checked_velocity(model, input_dtype(model), type(model).__name__)
+    for chunk, start in enumerate(range(0, n, CHUNK)):
+        generator = generator_for(torch.device("cpu"), seed, "samples", chunk)
+        x_0 = torch.randn((CHUNK, *mean.shape), generator=generator, dtype=torch.float32)
+        found = integrate(velocity, x_0.to(device), solver, with_energy=with_energy)
+        asked = slice(min(CHUNK, n - start))
+        x_1 = (found.x_1 * std + mean)[asked].cpu()
+        if not bool(torch.isfinite(x_1).all()):
+            raise SamplingError(
+                f"sample {start + int((~torch.isfinite(x_1.flatten(1)).all(1)).nonzero()[0])} is "
+                f"not finite ({solver}): the velocity grows too fast; more --steps may help"
+            )
+        energy = None if found.path_energy is None else found.path_energy[asked].cpu()
+        yield Samples(x_0[asked], x_1, found.nfe, energy)
 
-    def velocity(t: Tensor, x: Tensor) -> Tensor:
-        return model_velocity(x, t.repeat(len(x)))  # its own memory, which a model may change
 
-    times = torch.tensor([0.0, 1.0], device=device, dtype=torch.float32)
-    options = {"step_size": 1 / STEPS}
-    x_1 = odeint(velocity, x_0, times, method="midpoint", options=options)[-1]
-    samples: Tensor = (x_1 * std + mean).cpu()
-    return samples
+def joined(parts: list[Samples]) -> Samples:
+    """Several chunks as one."""
+    energies = [part.path_energy for part in parts if part.path_energy is not None]
+    return Samples(
+        torch.cat([part.x_0 for part in parts]),
+        torch.cat([part.x_1 for part in parts]),
+        sum(part.nfe for part in parts) / len(parts),
+        torch.cat(energies) if energies else None,
+    )

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from flowjobs.data.dataset import FlowDataset, load_datasets
-from flowjobs.evaluation.pictures import draw_digits, draw_projection
-from flowjobs.evaluation.sampling import sample
+from flowjobs.evaluation.pictures import draw_samples
+from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.models.build import build_model
-from flowjobs.runs.datasets import EMBEDDED
 from flowjobs.runs.recorder import Recorder
 from flowjobs.runs.run import Run
-from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.ranks import Ranks
+from flowjobs.training.trained import load_trained
 from flowjobs.training.trainer import FlowTrainer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def run_training(
     if not ranks.is_first:
         return
     try:
-        draw_samples(run, trainer, val_dataset, ranks.device)
+        draw_best(run, val_dataset, ranks.device)
     except Exception:
         # A picture is no reason to call a trained run failed.
         logger.warning("no samples were drawn", exc_info=True)
@@ -75,20 +74,9 @@ def run_training(
     )
 
 
-def draw_samples(
-    run: Run, trainer: FlowTrainer, reference: FlowDataset, device: torch.device
-) -> None:
-    """Draw samples of the run's best checkpoint to its `samples.png`.
-
-    Digits are drawn as digits; other data as a cloud of points over the validation part.
-    """
-    best = read_checkpoint(run.best, device)
-    model = trainer.state.ema.model
-    model.load_state_dict(best["ema_shadow"])
-    stats = best["normalization_stats"]
-    if run.config().training.dataset == EMBEDDED:
-        draw_digits(run.samples_picture, sample(model, 10, stats, device))
-    else:
-        n = min(len(reference), 500)
-        drawn = sample(model, n, stats, device)
-        draw_projection(run.samples_picture, drawn, reference[:n])
+def draw_best(run: Run, reference: FlowDataset, device: torch.device) -> None:
+    """Draw samples of the run's best checkpoint to its `samples.png`."""
+    trained = load_trained(run, device)
+    drawn = trained.sample(min(CHUNK, len(reference)))
+    dataset = trained.config.dataset
+    draw_samples(run.samples_picture, dataset, drawn, lambda: reference[: len(drawn)])

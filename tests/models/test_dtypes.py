@@ -179,7 +179,7 @@ def test_each_column_has_a_scale_of_its_own(
         assert varying.mean(0).abs().max() < 1e-4
         assert (rows[:, [3, 4]] == 0).all()
     # What is constant is drawn as constant, beside columns that are 10**8 times larger.
-    drawn = sample(net(lambda model: model.__init__(7)), 20, stats, CPU)
+    drawn = sample(net(lambda model: model.__init__(7)), 20, stats, CPU).x_1
     assert (drawn[:, 3:5] - mean[3:5]).abs().max() < 20
 
 

@@ -1,0 +1,68 @@
+"""A trained model to sample from."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowjobs.config import TrainingConfig
+from flowjobs.evaluation.sampling import Samples, joined, sample_chunks
+from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The best checkpoint of a run.
+
+    Attributes:
+        name: Of the run.
+        model: The velocity at (x, t), with the averaged weights (EMA), in evaluation mode; of
+            normalized data.
+        stats: Normalization of the data: `mean` and `std`, each of shape (dim,).
+        config: What was trained.
+        step: Optimizer steps that it is the best of.
+        device: Where the model is.
+    """
+
+    name: str
+    model: nn.Module
+    stats: Mapping[str, Tensor]
+    config: TrainingConfig
+    step: int
+    device: torch.device
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        solver: Method = "midpoint",
+        steps: int = DEFAULT_STEPS,
+        tolerance: float = DEFAULT_TOLERANCE,
+    ) -> Tensor:
+        """Draw samples.
+
+        Args:
+            n: How many.
+            seed: Seed of the noise. A sample follows from it and its index, whatever n is.
+            solver: euler, midpoint, heun, rk4, or dopri5, which chooses its steps.
+            steps: Steps from noise to data; of no effect with dopri5.
+            tolerance: Error that dopri5 allows in each step.
+
+        Returns:
+            The samples in the data's own units, on the CPU, shape (n, dim).
+
+        Raises:
+            SamplingError: A sample is not finite, or dopri5 does not get to the end.
+            ConfigError: There is no such solver.
+        """
+        return joined(list(self.chunks(n, seed, Solver(solver, steps, tolerance)))).x_1
+
+    def chunks(
+        self, n: int, seed: int, solver: Solver, *, with_energy: bool = False
+    ) -> Iterator[Samples]:
+        """The samples of `sample`, as they are computed; see `sample_chunks`."""
+        return sample_chunks(
+            self.model, n, self.stats, self.device, seed, solver, with_energy=with_energy
+        )

@@ -1,0 +1,86 @@
+"""From a run's best.pt to a model that can be sampled. Writes nothing."""
+
+import random
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from flowjobs.errors import CheckpointGoneError, CheckpointMismatchError, ConfigError
+from flowjobs.evaluation.trained import TrainedModel
+from flowjobs.models.build import build_model
+from flowjobs.runs.run import Run
+from flowjobs.training.checkpoint import read_checkpoint
+
+
+def load_trained(
+    run: Run, device: torch.device | str = "auto", model: nn.Module | None = None
+) -> TrainedModel:
+    """The model of a run's best.pt, with its averaged weights.
+
+    Args:
+        run: The run; it may still train.
+        device: Where to put it; "auto" is the GPU where there is one.
+        model: Takes the weights; by default one of the run's `--arch`.
+
+    Raises:
+        RunNotFoundError: There is no such run.
+        CheckpointError: It has no best.pt, or not one of this model.
+        ConfigError: There is no such model or device.
+    """
+    config = run.config().training
+    if not run.best.exists():
+        raise CheckpointGoneError(
+            f"{run.name} has no {run.best}: it is written after the first epoch, with the next "
+            f"save; the run has trained {run.steps_trained()} steps"
+        )
+    device = _device(device)
+    best = read_checkpoint(run.best, device)
+    stats = best["normalization_stats"]
+    if model is None:
+        with _random_numbers_kept():
+            model = build_model(config, len(stats["mean"]))
+    try:
+        model.load_state_dict(best["ema_shadow"])
+    except RuntimeError as error:
+        missing = textwrap.shorten(str(error).partition("\n")[2], 120, placeholder=" …")
+        raise CheckpointMismatchError(
+            f"{run.best} is of another model than {type(model).__name__} is now ({missing}): "
+            "restore the code that it was trained with, or give flowjobs.load the model: model=…"
+        ) from error
+    model = model.to(device).requires_grad_(False).eval()
+    return TrainedModel(run.name, model, stats, config, best["step"], device)
+
+
+def _device(asked: torch.device | str) -> torch.device:
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--device: found {asked!r}, which cannot be used here ({reason}); expected auto, cpu "
+            "or a GPU that there is (cuda, cuda:1)"
+        ) from error
+    return device
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Leave the default generators, which building a model seeds, as a notebook has them."""
+    python, numpy_state, torch_state = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+    )
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
