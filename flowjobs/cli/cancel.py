@@ -1,12 +1,15 @@
 """flowjobs cancel."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import RunNames, existing_run
-from flowjobs.errors import ConfigError
+from flowjobs.cli.prepare import RunNames, each_of, list_of
+from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.runs.run import default_study
+from flowjobs.runs.selection import names_one_run
+from flowjobs.runs.status import EXIT_BAD_INPUT
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Cancel:
     """Cancel runs for good: nothing starts them again until they are submitted again."""
 
     names: RunNames
-    """Names of the runs."""
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
 
     study: Path = field(default_factory=default_study)
     """Root of the study."""
@@ -25,8 +28,15 @@ class Cancel:
 
         if not self.names:
             raise ConfigError("cancel: found no name, expected those of the runs to cancel")
-        runs = [existing_run(self.study, name) for name in self.names]
+        runs, broken = each_of(self.study, self.names)
+        if len(runs) > 1 or not names_one_run(self.study, self.names):
+            print(f"cancels {list_of(runs)}", flush=True)
+        failed = bool(broken)
         for run in runs:
-            for line in cancel(run):
-                print(line)
-        return 0
+            try:
+                for line in cancel(run):
+                    print(line)
+            except FlowjobsError as error:  # the others are cancelled all the same
+                print(f"error: {error}", file=sys.stderr)
+                failed = True
+        return EXIT_BAD_INPUT if failed else 0

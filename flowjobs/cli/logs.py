@@ -20,7 +20,7 @@ class Logs:
     """Print the output of a run's newest job."""
 
     name: RunName
-    """Name of the run."""
+    """Name of the run, or anything that means one run alone."""
 
     follow: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["-f"])] = False
     """Go on printing what is added, until the run has ended (a preempted one has not), or

@@ -19,12 +19,14 @@ from flowjobs.config import (
     flag,
     is_data_file,
 )
-from flowjobs.errors import FlowjobsError
+from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.models.source import check_model
+from flowjobs.nearest import LIST_AT_MOST
 from flowjobs.runs.code import import_from_snapshot
 from flowjobs.runs.datasets import check_data
 from flowjobs.runs.progress import current_progress
-from flowjobs.runs.run import Run, absolute, check_run_name, run_names
+from flowjobs.runs.run import Run, absolute, check_run_name
+from flowjobs.runs.selection import select
 from flowjobs.training.initial_weights import with_pinned_weights
 
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -89,31 +91,40 @@ def existing_run(study: Path, name: str) -> Run:
 
     The path of its folder, as a shell completes it, is a name too, and says which study it is in.
     """
-    path = Path(name)
-    if path.parent.name in ("runs", "checkpoints"):
-        path = absolute(path)
-        study = path.parents[1]
-    run = Run(absolute(study), path.name)
-    run.config()
-    return run
+    runs = select(study, [name]).runs
+    if len(runs) > 1:
+        raise ConfigError(f"found {name}, which are {list_of(runs)}; expected one run")
+    runs[0].config()
+    return runs[0]
 
 
-def each_of(study: Path, names: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The named runs of a study, or all, and those among all whose records cannot be read.
+def each_of(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
+    """The runs that are meant, all without a word, and those whose records cannot be read.
 
-    One that is broken is said on stderr, and does not hide the others.
+    One that is broken is said on stderr, and does not hide the others, unless it is itself named.
     """
-    if names:
-        return [existing_run(study, name) for name in names], []
+    meant = select(study, words)
     sound, broken = [], []
-    for run in (Run(absolute(study), name) for name in run_names(absolute(study))):
+    for run, why in meant.unreadable.items():
+        print(f"error: {run.name}: {why}", file=sys.stderr)
+        broken.append(run)
+    for run in meant.runs:
         try:
             run.config()
             current_progress(run)
             run.submissions()
         except (FlowjobsError, OSError) as error:
+            if run.name in words:
+                raise
             print(f"error: {run.name}: {error}", file=sys.stderr)
             broken.append(run)
         else:
             sound.append(run)
     return sound, broken
+
+
+def list_of(runs: Sequence[Run]) -> str:
+    """How many runs these are, and the names of the first."""
+    names = ", ".join(run.name for run in runs[:LIST_AT_MOST])
+    more = f", … {runs[-1].name}" if len(runs) > LIST_AT_MOST else ""
+    return f"{len(runs)} runs: {names}{more}"

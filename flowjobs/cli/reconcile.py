@@ -23,7 +23,7 @@ class Reconcile:
     """Find runs whose job died silently, and record why."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
-    """Names of runs; default: all."""
+    """Names, patterns, a sweep, a group, or FIELD=VALUE; default: all."""
 
     study: Path = field(default_factory=default_study)
     """Root of the study."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import each_of
-from flowjobs.config import OptionalStr
+from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.runs.progress import current_progress, state_in_words
 from flowjobs.runs.run import Run, absolute, default_study
+from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import RunStatus
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Status:
     """Show the runs of a study, or one run with its attempts."""
 
-    name: tyro.conf.Positional[Annotated[OptionalStr, tyro.conf.arg(metavar="[RUN]")]] = None
-    """Name of the run; default: all."""
+    names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0); default: all."""
 
     study: Path = dataclasses.field(default_factory=default_study)
     """Root of the study."""
@@ -40,8 +40,8 @@ class Status:
         # Slow to load, and --help does without.
         from flowjobs.jobs.findings import find
 
-        named = () if self.name is None else (self.name,)
-        runs, broken = each_of(self.study, named)
+        named = names_one_run(self.study, self.names)
+        runs, broken = each_of(self.study, self.names)
         findings = find(runs, at_most_twice=True)
         found = [_describe(run, findings.get(run)) for run in runs]
         found += [_describe_broken(run) for run in broken]

@@ -24,7 +24,7 @@ class Sync:
     """Upload offline runs to W&B. Safe to repeat."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
-    """Names of runs; default: all of the study."""
+    """Names, patterns, a sweep, a group, or FIELD=VALUE; default: all of the study."""
 
     study: Path = field(default_factory=default_study)
     """Root of the study."""

@@ -150,7 +150,7 @@ class Run:
             RunNotFoundError: There is no such run; the text names those that are called nearly so.
             ConfigError: The file does not hold a config.
         """
-        found = self._read_config_file()
+        found = self.read_config_file()
         try:
             return run_config_from_dict(found)
         except ConfigError as error:
@@ -492,7 +492,7 @@ class Run:
         """The id of a run that was made before there was `run.json`."""
         if not self.exists():
             return None
-        return self._read_config_file().get("wandb_id")
+        return self.read_config_file().get("wandb_id")
 
     def _differences(self, found: RunConfig, asked: RunConfig) -> str:
         old, new = found.training.to_dict(), asked.training.to_dict()
@@ -519,7 +519,13 @@ class Run:
             ]
         )
 
-    def _read_config_file(self) -> dict[str, Any]:
+    def read_config_file(self) -> dict[str, Any]:
+        """What config.json holds, its fields unchecked.
+
+        Raises:
+            RunNotFoundError: There is no such run.
+            ConfigError: The file is lost, or holds no JSON object.
+        """
         try:
             found: dict[str, Any] = json.loads(self.config_file.read_text())
         except FileNotFoundError:

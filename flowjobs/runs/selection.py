@@ -1,0 +1,277 @@
+"""Which runs a person means: names, patterns, a sweep, a group, or fields of the config.
+
+Reads what is on disk alone, and writes nothing. Knows neither torch nor a scheduler.
+"""
+
+import ast
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from flowjobs.config import SlurmConfig, TrackingConfig, TrainingConfig, is_data_file
+from flowjobs.errors import ConfigError, RunNotFoundError
+from flowjobs.nearest import did_you_mean, meant
+from flowjobs.runs.run import Run, absolute, run_names
+
+PARTS: dict[str, Any] = {
+    "training": TrainingConfig,
+    "slurm": SlurmConfig,
+    "tracking": TrackingConfig,
+}
+# What is no field of a config and selects all the same.
+SWEEP = "sweep"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The runs that are meant.
+
+    Attributes:
+        runs: In the order of the words, those of one word by their names; each once.
+        unreadable: Runs whose config cannot be read, so that it is unknown whether they are meant,
+            and why. Empty where names alone decide.
+    """
+
+    runs: list[Run]
+    unreadable: dict[Run, str]
+
+
+def select(study: Path, words: Sequence[str] = ()) -> Selection:
+    """The runs that `words` mean; all of the study without a word.
+
+    A word is the name of a run, the path of its folder, a shell pattern (`mlp-*`), the name of a
+    sweep or of a W&B group, or `FIELD=VALUE`. The runs of all names, patterns, sweeps and groups
+    are meant, and of these (or of all) the ones that have the value of every field that is given;
+    a field that is given twice may have either value.
+
+    Args:
+        study: Root of the study.
+        words: As a person types them.
+
+    Raises:
+        RunNotFoundError: A word, or all of them together, mean no run.
+        ConfigError: There is no such field.
+    """
+    study = absolute(study)
+    conditions = [word for word in words if is_condition(word)]
+    plain = [word for word in words if not is_condition(word)]
+    lookup = _Lookup(study)
+    found = dict.fromkeys(run for word in plain for run in lookup.named(word))
+    runs = [*found] if plain else [Run(study, name) for name in lookup.names]
+    if conditions:
+        runs = lookup.that_have(runs, conditions)
+    return Selection(runs, lookup.unreadable)
+
+
+def is_condition(word: str) -> bool:
+    """Whether a word is `FIELD=VALUE`; a name or a path has no `=` after a plain word."""
+    field, equals, _ = word.partition("=")
+    return bool(equals) and field.replace("-", "_").isidentifier()
+
+
+def names_one_run(study: Path, words: Sequence[str]) -> bool:
+    """Whether the words are one run's own name, rather than a selection that has one run."""
+    if len(words) != 1 or is_condition(words[0]):
+        return False
+    return _by_path(words[0]) is not None or Run(absolute(study), words[0]).exists()
+
+
+def sweep_names(study: Path) -> list[str]:
+    """The names of the sweeps of a study, sorted."""
+    return sorted(file.stem for file in study.glob("sweeps/*.runs"))
+
+
+def runs_of_sweep(study: Path, name: str) -> list[str]:
+    """The names of a sweep's runs, in its order, made or not: the lines of `sweeps/NAME.runs`.
+
+    Raises:
+        RunNotFoundError: There is no such sweep.
+    """
+    try:
+        text = (study / "sweeps" / f"{name}.runs").read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        known = meant(name, sweep_names(study), "sweeps")
+        raise RunNotFoundError(f"no sweep {name} in {study}: {known}") from None
+    return text.split()
+
+
+class _Lookup:
+    """What is known of the runs of a study; of a config only what a word asks for is read."""
+
+    def __init__(self, study: Path) -> None:
+        self._study = study
+        self.unreadable: dict[Run, str] = {}
+        self._configs: dict[Run, dict[str, Any] | None] = {}
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        return run_names(self._study)
+
+    def named(self, word: str) -> list[Run]:
+        """The runs that a word without `=` means.
+
+        Raises:
+            RunNotFoundError: There is none.
+        """
+        if (run := _by_path(word)) is not None:
+            run.config()  # or an error that says what is wrong with it
+            return [run]
+        run = Run(self._study, word)
+        if "/" not in word and run.exists():
+            return [run]
+        if set(word) & set("*?["):
+            found = [name for name in self.names if fnmatchcase(name, word)]
+            if not found:
+                raise RunNotFoundError(
+                    f"no run matches {word} in {self._study}: {meant(word, self.names, 'runs')}"
+                )
+            return [Run(self._study, name) for name in found]
+        if word in sweep_names(self._study):
+            return self._of_sweep(word)
+        if word in self.names:  # its config.json is lost
+            run.config()
+        every = [Run(self._study, name) for name in self.names]
+        if runs := [run for run in every if self._has(run, "group", word)]:
+            return runs
+        raise self._nothing_named(word)
+
+    def that_have(self, runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
+        """Those of the runs that have the value of each field.
+
+        Raises:
+            RunNotFoundError: None of them has.
+            ConfigError: There is no such field.
+        """
+        asked: dict[str, list[str]] = {}
+        for condition in conditions:
+            field, _, value = condition.partition("=")
+            asked.setdefault(field.replace("-", "_"), []).append(value)
+        for field, values in asked.items():
+            self._check_field(field, runs)
+            for value in values:
+                if not any(self._has(run, field, value) for run in runs):
+                    raise self._no_such_value(field, value, runs)
+        chosen = [
+            run
+            for run in runs
+            if all(any(self._has(run, field, value) for value in asked[field]) for field in asked)
+        ]
+        if not chosen:
+            raise RunNotFoundError(
+                f"no run in {self._study} has {' and '.join(conditions)} together"
+            )
+        return chosen
+
+    def _has(self, run: Run, field: str, value: str) -> bool:
+        if field == SWEEP:
+            return run.name in runs_of_sweep(self._study, value)
+        config = self._config(run)
+        if config is None or field not in config:
+            return False
+        return _matches(field, config[field], value)
+
+    def _config(self, run: Run) -> dict[str, Any] | None:
+        """The fields of a run's config by name, arguments of its model among them."""
+        if run not in self._configs:
+            try:
+                self._configs[run] = fields_of(run)
+            except (ConfigError, RunNotFoundError, OSError) as error:
+                self._configs[run] = None
+                self.unreadable[run] = str(error)
+        return self._configs[run]
+
+    def _of_sweep(self, name: str) -> list[Run]:
+        there = set(self.names)
+        found = [run for run in runs_of_sweep(self._study, name) if run in there]
+        if not found:
+            raise RunNotFoundError(f"the sweep {name} in {self._study} has no runs yet")
+        return [Run(self._study, run) for run in found]
+
+    def _nothing_named(self, word: str) -> RunNotFoundError:
+        groups = {config["group"] for config in self._configs.values() if config}
+        near = meant(word, self.names, "runs")
+        others = [f"; sweeps: {', '.join(sweeps)}" if (sweeps := sweep_names(self._study)) else ""]
+        others += [f"; groups: {', '.join(sorted(groups))}" if groups else ""]
+        return RunNotFoundError(f"no run {word} in {self._study}: {near}{''.join(others)}")
+
+    def _check_field(self, field: str, runs: Sequence[Run]) -> None:
+        known = {SWEEP, *(key.name for cls in PARTS.values() for key in dataclasses.fields(cls))}
+        if field in known:
+            return
+        arguments = {key for run in runs for key in (self._config(run) or ())} - known
+        if field in arguments:
+            return
+        own = f", or an argument of a model: {', '.join(sorted(arguments))}" if arguments else ""
+        raise ConfigError(
+            f"{field}=: found no such field, expected one of the config (flow, seed, …){own}"
+            f"{did_you_mean(field, known | arguments)}"
+        )
+
+    def _no_such_value(self, field: str, value: str, runs: Sequence[Run]) -> RunNotFoundError:
+        if field == SWEEP:
+            runs_of_sweep(self._study, value)  # or an error: there is no such sweep
+            return RunNotFoundError(f"no run of the sweep {value} is in {self._study} yet")
+        there = {
+            str(config[field])
+            for run in runs
+            if (config := self._config(run)) is not None and field in config
+        }
+        return RunNotFoundError(
+            f"no run has {field}={value} in {self._study}: {meant(value, there, 'values')}"
+        )
+
+
+def fields_of(run: Run) -> dict[str, Any]:
+    """The fields of a run's config as JSON has them, by name, those of its model's arguments too.
+
+    Where two parts have a field of one name, the training's counts.
+
+    Raises:
+        RunNotFoundError: There is no such run.
+        ConfigError: The file does not hold a config.
+    """
+    found = run.read_config_file()
+    flat: dict[str, Any] = {}
+    for part in ("tracking", "slurm", "training"):
+        given = found.get(part, {})
+        if not isinstance(given, dict):
+            raise ConfigError(f"{run.config_file}: {part}: expected an object of fields")
+        flat |= _defaults(part) | given
+    arguments = flat.get("arch_args")
+    return {**(arguments if isinstance(arguments, dict) else {}), **flat}
+
+
+@functools.cache
+def _defaults(part: str) -> dict[str, Any]:
+    return dataclasses.asdict(PARTS[part]())
+
+
+def _by_path(word: str) -> Run | None:
+    """The run whose folder a word is the path of, as a shell completes it, in any study."""
+    path = Path(word)
+    if path.parent.name not in ("runs", "checkpoints"):
+        return None
+    path = absolute(path)
+    return Run(path.parents[1], path.name)
+
+
+def _matches(field: str, found: Any, asked: str) -> bool:
+    """Whether a value of a config is the one that was typed, or matches its pattern."""
+    words = {str(found)}
+    if field == "arch":
+        label, _, path = str(found).rpartition("=")
+        words |= {label, path, path.rpartition(":")[2]} - {""}
+    if field == "dataset" and is_data_file(str(found)):
+        words |= {Path(str(found)).name, Path(str(found)).stem}
+    if any(fnmatchcase(word, asked) for word in words):
+        return True
+    try:
+        # 3e-4 is 0.0003; but True is not 1.
+        value = ast.literal_eval(asked)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return asked in ("true", "false") and found is (asked == "true")
+    return isinstance(found, bool) is isinstance(value, bool) and bool(found == value)

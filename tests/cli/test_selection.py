@@ -1,0 +1,45 @@
+"""Commands on a selection of runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.runs.run import Run
+from tests.conftest import Command
+
+
+@pytest.fixture
+def grid(study: Path) -> Path:
+    for seed in range(3):
+        for flow in ("icfm", "otcfm"):
+            training = TrainingConfig(flow=flow, seed=seed)  # type: ignore[arg-type]
+            Run(study, f"{flow}-{seed}").create(RunConfig(training))
+    return study
+
+
+def test_status_of_a_selection(flowjobs: Command, grid: Path) -> None:
+    found = json.loads(flowjobs("status", "flow=otcfm", "--json").stdout)
+    assert [run["run"] for run in found] == ["otcfm-0", "otcfm-1", "otcfm-2"]
+    # A selection of one run is a list too; a run's own name gives the run.
+    assert len(json.loads(flowjobs("status", "otcfm-[1]", "--json").stdout)) == 1
+    assert json.loads(flowjobs("status", "otcfm-1", "--json").stdout)["run"] == "otcfm-1"
+
+
+def test_cancel_says_first_what_it_will_touch_and_leaves_what_it_cannot_read(
+    flowjobs: Command, grid: Path
+) -> None:
+    Run(grid, "otcfm-2").config_file.write_text("{")
+    done = flowjobs("cancel", "flow=otcfm")
+    assert done.stdout.splitlines()[0] == "cancels 2 runs: otcfm-0, otcfm-1"
+    assert "error: otcfm-2: " in done.stderr
+    assert done.returncode == 2
+    cancelled = [name for name in ("otcfm-0", "otcfm-1") if Run(grid, name).cancel_requested()]
+    assert len(cancelled) == 2
+    assert not any(Run(grid, name).cancel_requested() for name in ("icfm-0", "otcfm-2"))
+
+
+def test_a_command_for_one_run_takes_no_more(flowjobs: Command, grid: Path) -> None:
+    done = flowjobs("logs", "otcfm-*")
+    assert (done.returncode, "which are 3 runs: otcfm-0, " in done.stderr) == (2, True)

@@ -1,0 +1,106 @@
+"""Which runs a word, or several, mean."""
+
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import KeyValues, RunConfig, SlurmConfig, TrainingConfig
+from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
+from flowjobs.runs.run import Run
+from flowjobs.runs.selection import select
+
+
+@pytest.fixture
+def grid(study: Path) -> Path:
+    """Two flows by three seeds, a wide one of another group, and a sweep of three runs."""
+    for flow in ("icfm", "otcfm"):
+        for seed in (0, 1, 10):
+            training = TrainingConfig(flow=flow, seed=seed)  # type: ignore[arg-type]
+            Run(study, f"mlp-{flow}-s{seed}").create(RunConfig(training))
+    wide = TrainingConfig(
+        arch="wide=nets:Wide",
+        lr=3e-4,
+        compile=True,
+        group="widths",
+        dataset="/data/5k.npy",
+        arch_args=KeyValues(width=512),
+    )
+    Run(study, "wide").create(RunConfig(wide, SlurmConfig(partition="gpu")))
+    (study / "sweeps").mkdir()
+    names = "mlp-otcfm-s1\nmlp-icfm-s1\nmlp-icfm-s2\n"  # the last one is not made yet
+    (study / "sweeps/ones.runs").write_text(names)
+    (study / "sweeps/later.runs").write_text("mlp-icfm-s3\n")
+    return study
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["wide", "mlp-icfm-s0"], ["wide", "mlp-icfm-s0"]),
+        (["study/runs/wide"], ["wide"]),
+        (["study/checkpoints/wide/"], ["wide"]),
+        (["mlp-icfm-*"], ["mlp-icfm-s0", "mlp-icfm-s1", "mlp-icfm-s10"]),
+        (["wide", "*-s1", "*-icfm-s?"], ["wide", "mlp-icfm-s1", "mlp-otcfm-s1", "mlp-icfm-s0"]),
+        (["ones"], ["mlp-otcfm-s1", "mlp-icfm-s1"]),
+        (["sweep=ones"], ["mlp-icfm-s1", "mlp-otcfm-s1"]),
+        (["widths"], ["wide"]),
+        (["group=widths"], ["wide"]),
+        (["flow=otcfm", "seed=0"], ["mlp-otcfm-s0"]),
+        (["flow=otcfm", "seed=0", "seed=10"], ["mlp-otcfm-s0", "mlp-otcfm-s10"]),
+        (["ones", "flow=icfm"], ["mlp-icfm-s1"]),
+        (["lr=3e-4"], ["wide"]),
+        (["lr=0.00030"], ["wide"]),
+        (["arch=wide"], ["wide"]),
+        (["arch=nets:Wide"], ["wide"]),
+        (["arch=w*"], ["wide"]),
+        (["dataset=5k"], ["wide"]),
+        (["dataset=/data/5k.npy"], ["wide"]),
+        (["width=512"], ["wide"]),
+        (["partition=gpu"], ["wide"]),
+        (["compile=true"], ["wide"]),
+        (["compile=True"], ["wide"]),
+        (["batch-size=64", "arch=wide"], ["wide"]),
+    ],
+)
+def test_words_mean_these_runs(grid: Path, words: list[str], expected: list[str]) -> None:
+    assert [run.name for run in select(grid, words).runs] == expected
+
+
+def test_no_word_means_all(grid: Path) -> None:
+    assert len(select(grid).runs) == 7
+    assert select(grid / "elsewhere").runs == []
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (["wied"], RunNotFoundError, "no run wied in .*did you mean wide"),
+        (["widht"], RunNotFoundError, "sweeps: later, ones; groups: ablation, widths"),
+        (["mpl-*"], RunNotFoundError, "no run matches mpl-"),
+        (["later"], RunNotFoundError, "the sweep later in .* has no runs yet"),
+        (["sweep=one"], RunNotFoundError, "no sweep one in .*did you mean ones"),
+        (["flow=otcmf"], RunNotFoundError, "no run has flow=otcmf .*did you mean otcfm"),
+        (["seed=True"], RunNotFoundError, "no run has seed=True"),
+        (["compile=1"], RunNotFoundError, "no run has compile=1"),
+        (["flow=otcfm", "width=512"], RunNotFoundError, "has flow=otcfm and width=512 together"),
+        (["flwo=icfm"], ConfigError, "flwo=: found no such field.*did you mean flow"),
+        (["widht=512"], ConfigError, "of a model: width; did you mean width"),
+        (["wide", "no-run"], RunNotFoundError, "no run no-run"),
+    ],
+)
+def test_words_that_mean_nothing(
+    grid: Path, words: list[str], error: type[FlowjobsError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        select(grid, words)
+
+
+def test_what_cannot_be_read_is_neither_meant_nor_forgotten(grid: Path) -> None:
+    torn = Run(grid, "mlp-icfm-s0")
+    torn.config_file.write_text('{"training": {"flow": "ic')
+    found = select(grid, ["flow=icfm", "arch=mlp"])
+    assert [run.name for run in found.runs] == ["mlp-icfm-s1", "mlp-icfm-s10"]
+    assert list(found.unreadable) == [torn]
+    assert select(grid, ["wide"]).unreadable == {}
+    with pytest.raises(ConfigError, match="not JSON"):
+        select(grid, [str(torn.folder)])
