@@ -40,6 +40,7 @@ def command(*arguments: str) -> str:
         command("drill", "--help"),
         command("sample", "no-such-run", "--out", "x.npy"),
         command("status"),
+        command("report"),
         command("logs", "no-such-run"),
         command("submit", "--arch", "nonsense"),
     ],

@@ -13,7 +13,7 @@ PACKAGE = Path(flowjobs.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli", "__init__"),
-    ("drill",),
+    ("drill", "report"),
     ("jobs", "notebook"),
     ("training", "tracking"),
     ("evaluation",),

@@ -19,6 +19,7 @@ from flowjobs.cli.drill import Drill
 from flowjobs.cli.logs import Logs
 from flowjobs.cli.parser import read_command_line
 from flowjobs.cli.reconcile import Reconcile
+from flowjobs.cli.report import Report
 from flowjobs.cli.resume import Resume
 from flowjobs.cli.sample import Sample
 from flowjobs.cli.status import Status
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Any] = {
     "resume": Resume,
     "train": Train,
     "status": Status,
+    "report": Report,
     "logs": Logs,
     "cancel": Cancel,
     "reconcile": Reconcile,

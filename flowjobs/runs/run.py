@@ -96,6 +96,11 @@ class Run:
         return self.folder / "wandb" / "refused.json"
 
     @property
+    def wandb_page_file(self) -> Path:
+        """The address of its page in W&B, once a server has been told of it."""
+        return self.folder / "wandb" / "page.txt"
+
+    @property
     def jobs_file(self) -> Path:
         """A line a submission."""
         return self.folder / "jobs.jsonl"
@@ -118,6 +123,11 @@ class Run:
     def samples_picture(self) -> Path:
         """Samples of the best checkpoint, drawn when the run finishes."""
         return self.folder / "samples.png"
+
+    @property
+    def evaluation_file(self) -> Path:
+        """What the samples are worth; see `evaluation.evaluate`."""
+        return self.folder / "evaluation.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -245,6 +245,16 @@ def fields_of(run: Run) -> dict[str, Any]:
     return {**(arguments if isinstance(arguments, dict) else {}), **flat}
 
 
+def displayed(field: str, value: Any) -> str:
+    """A value of a config in the words that a run's name has for it."""
+    if field == "arch":
+        label, _, path = str(value).rpartition("=")
+        return label or path.rpartition(":")[2]
+    if field == "dataset" and is_data_file(str(value)):
+        return Path(str(value)).stem
+    return str(value)
+
+
 @functools.cache
 def _defaults(part: str) -> dict[str, Any]:
     return dataclasses.asdict(PARTS[part]())
@@ -261,12 +271,9 @@ def _by_path(word: str) -> Run | None:
 
 def _matches(field: str, found: Any, asked: str) -> bool:
     """Whether a value of a config is the one that was typed, or matches its pattern."""
-    words = {str(found)}
+    words = {str(found), displayed(field, found)}
     if field == "arch":
-        label, _, path = str(found).rpartition("=")
-        words |= {label, path, path.rpartition(":")[2]} - {""}
-    if field == "dataset" and is_data_file(str(found)):
-        words |= {Path(str(found)).name, Path(str(found)).stem}
+        words.add(str(found).rpartition("=")[2])
     if any(fnmatchcase(word, asked) for word in words):
         return True
     try:

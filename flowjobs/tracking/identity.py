@@ -53,7 +53,7 @@ def config_for_wandb(run: Run) -> dict[str, Any]:
     attempts = status.attempts if status else []
     return {
         **config.to_dict(),
-        **_surroundings(run),
+        **surroundings_of(run),
         **_code(run),
         "signature": config.signature,
         "run_folder": str(run.folder),
@@ -119,7 +119,8 @@ def _surroundings_file(run: Run) -> Path:
     return run.folder / "wandb" / "surroundings.json"
 
 
-def _surroundings(run: Run) -> dict[str, Any]:
+def surroundings_of(run: Run) -> dict[str, Any]:
+    """With what code and where the newest attempt trained; empty if that was never noted."""
     try:
         return dict(json.loads(_surroundings_file(run).read_text()))
     except (OSError, ValueError):

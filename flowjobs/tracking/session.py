@@ -116,6 +116,8 @@ class WandbSession:
         self.last_step = self._on_record.step
         if self._online:
             self.last_step = self._run.starting_step - 1
+            with suppress(OSError):  # a link is missing in a report, no more
+                run.wandb_page_file.write_text(f"{self._run.url}\n")
             leave_out_others(run, OnRecord(run_id))  # the server gets their rows now
         self._logged_bytes = 0
         for metric in LOWEST:

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.cluster.daemons import find_program
@@ -20,6 +21,8 @@ _PACKAGES = {
     "munged": "munge",
     "mariadbd": "mariadb-server",
 }
+# Opens the page of a report in a test; no part of the cluster.
+_BROWSER = {"chromium": "chromium"}
 _INSTALL = "python -m tests.cluster install"
 
 
@@ -34,9 +37,15 @@ def missing_requirement() -> str | None:
     return None
 
 
+def missing_browser() -> str | None:
+    """What keeps a page from being opened here, in one line with the remedy, or None."""
+    missing = _missing_packages(_BROWSER)
+    return f"this needs {' '.join(missing)}: run `{_INSTALL}`" if missing else None
+
+
 def install() -> int:
     """Installs the packages that are missing with apt-get; returns the exit code."""
-    missing = _missing_packages()
+    missing = _missing_packages(_PACKAGES | _BROWSER)
     if not missing:
         print("Everything is installed.")
         return 0
@@ -56,8 +65,8 @@ def install() -> int:
     return 0
 
 
-def _missing_packages() -> list[str]:
-    return [package for program, package in _PACKAGES.items() if find_program(program) is None]
+def _missing_packages(packages: Mapping[str, str] = _PACKAGES) -> list[str]:
+    return [package for program, package in packages.items() if find_program(program) is None]
 
 
 def _denied() -> str | None:

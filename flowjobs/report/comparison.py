@@ -1,0 +1,336 @@
+"""From runs to the cells of a table: mean and deviation over seeds, and which is best.
+
+A cell is marked only where chance does not explain that it is better: see `_marked`.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from flowjobs.config import NOT_IN_SIGNATURE, TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.nearest import did_you_mean
+from flowjobs.report.metric import AtStep, Metric, choose_metric
+from flowjobs.report.results import Result
+
+# What repeats a run and is averaged over.
+SEED = "seed"
+# Fields that say nothing of what is compared.
+LEFT_OUT = {SEED, "arch_args"} | (NOT_IN_SIGNATURE - {"dataset", "epochs", "patience"})
+# What papers have as columns, if it varies.
+AS_COLUMNS = ("dataset", "flow", "arch")
+# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, the last one is less
+# than 2 % too large.
+T_QUANTILES = (
+    *(12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+    2.0,
+)
+
+# The values of some fields, in the order of these.
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one row and column.
+
+    Attributes:
+        results: The runs, by their names.
+        values: Of those that have one, by what pairs them with the runs of other cells: the seed,
+            and what else is averaged over.
+        expected: How many there are in a full cell.
+        states: What the others do, in words, and how many of each.
+        marked: Whether it is the best, or cannot be told from it.
+        floor: What the measure is for real data, if that is known.
+    """
+
+    results: tuple[Result, ...]
+    values: Mapping[Key, float]
+    expected: int
+    states: Mapping[str, int]
+    marked: bool = False
+    floor: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds that there are; None without any."""
+        return statistics.fmean(self.values.values()) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table.
+
+    Attributes:
+        metric: What the cells hold.
+        row_fields: The fields whose values are the rows.
+        column_fields: The same of the columns.
+        rows: Their values.
+        columns: The same.
+        cells: By row and column; where no run is, there is none.
+        notes: What a reader must know of it.
+        results: All runs, by their names.
+    """
+
+    metric: Metric
+    row_fields: tuple[str, ...]
+    column_fields: tuple[str, ...]
+    rows: list[Key]
+    columns: list[Key]
+    cells: Mapping[tuple[Key, Key], Cell]
+    notes: list[str] = field(default_factory=list)
+    results: tuple[Result, ...] = ()
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether a cell is marked."""
+        return any(cell.marked for cell in self.cells.values())
+
+
+def compare(
+    results: Sequence[Result],
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    metric: str | None = None,
+    at_step: AtStep = None,
+) -> Comparison:
+    """The table of some runs.
+
+    Args:
+        results: The runs; at least one.
+        rows: The fields of the rows; None: chosen by what varies.
+        columns: The same for columns.
+        metric: See `Metric.name`; None: a measure of the samples if all finished runs have it, else
+            the best validation loss.
+        at_step: Where validation losses are compared.
+
+    Raises:
+        ConfigError: There is no such field or metric, or cells would average what has no common
+            scale.
+    """
+    results = sorted(results, key=lambda result: result.run.name)
+    varying = varying_fields(results)
+    row_fields, column_fields = _layout(results, varying, rows, columns)
+    chosen = choose_metric(results, metric, at_step)
+    averaged = [name for name in varying if name not in (*row_fields, *column_fields)]
+    if mixed := [name for name in averaged if name in chosen.floors]:
+        raise ConfigError(
+            f"{chosen.name} has another scale for each {' and '.join(mixed)}, and a cell would "
+            f"average over {_values_of(results, mixed[0])}: add {mixed[0]} to --rows or --columns, "
+            f"or select one ({mixed[0]}=…)"
+        )
+    members: dict[tuple[Key, Key], list[Result]] = {}
+    for result in results:
+        place = (_key(result, row_fields), _key(result, column_fields))
+        members.setdefault(place, []).append(result)
+    pairing = (SEED, *averaged)
+    expected = len({_key(result, pairing) for result in results})
+    cells = {
+        place: _cell(some, chosen, pairing, max(expected, len(some)))
+        for place, some in members.items()
+    }
+    notes = _notes(results, chosen, averaged)
+    incomparable = _incomparable(results, chosen)
+    if incomparable:
+        notes.insert(0, incomparable)
+    elif chosen.lower_is_better is not None:
+        cells = _with_marks(cells, chosen)
+    return Comparison(
+        chosen,
+        row_fields,
+        column_fields,
+        _in_order(results, row_fields),
+        _in_order(results, column_fields),
+        cells,
+        notes,
+        tuple(results),
+    )
+
+
+def varying_fields(results: Sequence[Result]) -> list[str]:
+    """The fields that decide a result and differ between runs, in the order of the config."""
+    known = [key.name for key in fields(TrainingConfig)]
+    arguments = dict.fromkeys(
+        key for result in results for key in result.fields.get("arch_args") or ()
+    )
+    candidates = [name for name in [*known, *arguments] if name not in LEFT_OUT]
+    return [name for name in candidates if len({result.shown(name) for result in results}) > 1]
+
+
+def _layout(
+    results: Sequence[Result],
+    varying: Sequence[str],
+    rows: Sequence[str] | None,
+    columns: Sequence[str] | None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    known = {name for result in results for name in result.fields} - {"arch_args"}
+    for name in (*(rows or ()), *(columns or ())):
+        if name not in known:
+            raise ConfigError(
+                f"--rows, --columns: found {name}, expected fields of the config; these vary: "
+                f"{', '.join(varying) or 'none'}{did_you_mean(name, known)}"
+            )
+    if both := set(rows or ()) & set(columns or ()):
+        raise ConfigError(f"--rows, --columns: found {', '.join(sorted(both))} in both")
+    if columns is None:
+        left = [name for name in varying if name not in (rows or ())]
+        usual = [name for name in AS_COLUMNS if name in left] or left
+        # One field that varies makes rows: a table of one line is hard to read.
+        columns = usual[:1] if rows is not None or len(left) > 1 else ()
+        columns = () if rows is not None and not left else columns
+    if rows is None:
+        rows = [name for name in varying if name not in columns]
+    return tuple(rows), tuple(columns)
+
+
+def _key(result: Result, names: Sequence[str]) -> Key:
+    return tuple(result.shown(name) for name in names)
+
+
+def _in_order(results: Sequence[Result], names: Sequence[str]) -> list[Key]:
+    """The values of the fields that there are together: numbers by size, words as they sort."""
+    there = {
+        _key(result, names): tuple(_rank(result.fields.get(name)) for name in names)
+        for result in results
+    }
+    return sorted(there, key=lambda key: (there[key], key))
+
+
+def _rank(value: Any) -> tuple[int, float, str]:
+    if isinstance(value, int | float):
+        return 0, float(value), ""
+    return 1, 0.0, str(value)
+
+
+def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str], expected: int) -> Cell:
+    values: dict[Key, float] = {}
+    states: Counter[str] = Counter()
+    for result in some:
+        key, value = _key(result, pairing), metric.of(result)
+        if value is not None and key in values:  # the same seed under two names
+            key = (*key, result.run.name)
+        if value is not None and math.isfinite(value):
+            values[key] = value
+        if value is None and result.finished:
+            states["not evaluated" if metric.is_measure else "finished"] += 1
+        elif not result.finished:
+            states[result.state] += 1
+    floors = [floor for result in some if (floor := result.measure(metric.name, "floor"))]
+    floor = statistics.fmean(floors) if metric.is_measure and floors else None
+    return Cell(tuple(some), values, expected, states, floor=floor)
+
+
+def _with_marks(
+    cells: Mapping[tuple[Key, Key], Cell], metric: Metric
+) -> dict[tuple[Key, Key], Cell]:
+    """The cells with the best marked, among those that can be compared: of the same data."""
+    groups: dict[Key, list[tuple[Key, Key]]] = {}
+    for place, cell in cells.items():
+        scale = tuple(str(cell.results[0].fields.get(name)) for name in metric.floors)
+        groups.setdefault(scale, []).append(place)
+    best = {
+        place
+        for places in groups.values()
+        for place in _marked({place: cells[place].values for place in places}, metric)
+    }
+    return {place: replace(cell, marked=place in best) for place, cell in cells.items()}
+
+
+def _marked(
+    values: Mapping[tuple[Key, Key], Mapping[Key, float]], metric: Metric
+) -> list[tuple[Key, Key]]:
+    """The best cell and those that cannot be told from it; none where nothing can be told.
+
+    Two cells are told apart by a paired t-test (two-sided, 95 %) over the seeds that both have. One
+    seed alone tells nothing of chance: a cell with one is neither best nor compared.
+    """
+    sign = 1.0 if metric.lower_is_better else -1.0
+    means = {
+        place: sign * statistics.fmean(of.values()) for place, of in values.items() if len(of) > 1
+    }
+    if len(means) < 2:
+        return []
+    best = min(means, key=lambda place: means[place])
+    within = [
+        place
+        for place in means
+        if place == best or not _is_better(values[best], values[place], sign)
+    ]
+    return within
+
+
+def _is_better(one: Mapping[Key, float], other: Mapping[Key, float], sign: float) -> bool:
+    """Whether `one` is better than chance over the common seeds explains."""
+    differences = [sign * (other[key] - one[key]) for key in one if key in other]
+    if len(differences) < 2:
+        return False
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    quantile = T_QUANTILES[min(len(differences) - 1, len(T_QUANTILES)) - 1]
+    return statistics.fmean(differences) > quantile * error
+
+
+def _incomparable(results: Sequence[Result], metric: Metric) -> str:
+    """Why no two cells of the table are ranked, or ""."""
+    if metric.is_measure:
+        keys = ("n", "repeats", "solver")
+        ways = {tuple(result.evaluation.get(key) for key in keys) for result in results}
+        if len(ways - {(None, None, None)}) > 1:
+            return (
+                f"{metric.title} was taken in other ways (n, repeats, solver) for some runs: "
+                "nothing is marked; `flowjobs evaluate` them alike"
+            )
+        return ""
+    varies = [
+        name
+        for name in metric.floors
+        if name != "dataset" and len({result.shown(name) for result in results}) > 1
+    ]
+    if not varies:
+        return ""
+    return (
+        f"validation losses of another {' or '.join(varies)} have another floor: nothing is "
+        "marked. Compare what the samples are worth: `flowjobs evaluate` the runs"
+    )
+
+
+def _notes(results: Sequence[Result], metric: Metric, averaged: Sequence[str]) -> list[str]:
+    notes = []
+    if averaged:
+        what = ", ".join(averaged)
+        notes.append(f"each cell averages over {what} too: give it to --rows or --columns")
+    unfinished = sum(not result.finished for result in results)
+    if metric.step is not None and unfinished:
+        notes.append(
+            f"{unfinished} of {len(results)} runs are not finished: all are compared at step "
+            f"{metric.step}"
+        )
+    missing = sum(result.finished and not result.measures for result in results)
+    if missing and (metric.is_measure or any(result.measures for result in results)):
+        notes.append(f"{missing} finished runs are not evaluated: `flowjobs evaluate` them")
+    if metric.is_measure and (floors := _floors(results, metric)):
+        notes.append(f"floor: what real data score in the samples' place: {floors}")
+    return notes
+
+
+def _floors(results: Sequence[Result], metric: Metric) -> str:
+    found: dict[str, list[float]] = {}
+    for result in results:
+        floor = result.measure(metric.name, "floor")
+        if floor is not None and metric.of(result) is not None:
+            found.setdefault(result.shown("dataset"), []).append(floor)
+    means = {name: f"{statistics.fmean(some):.4g}" for name, some in found.items()}
+    return ", ".join(f"{floor} ({name})" for name, floor in sorted(means.items()))
+
+
+def _values_of(results: Sequence[Result], name: str) -> str:
+    return ", ".join(sorted({result.shown(name) for result in results}))

@@ -1,0 +1,128 @@
+"""The figure in the cells of a report: which, at which step, and what it may be compared with."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from flowjobs.errors import ConfigError
+from flowjobs.nearest import did_you_mean
+from flowjobs.report.results import AT_CALLS, BEST_LOSS, Result
+
+# "end": of finished runs alone. None: the last step that all have which may still get further.
+AtStep = int | Literal["end"] | None
+
+# Runs that will get further by themselves, or when they are resumed.
+LIVE = ("running", "preempted", "submitted")
+# A validation loss is the variance of the target (its floor) and what the model adds: another
+# coupling, noise or set of data has another floor. Samples are measured against data alone.
+FLOOR_OF_LOSS = ("dataset", "flow", "sigma")
+FLOOR_OF_MEASURE = ("dataset",)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a cell holds.
+
+    Attributes:
+        name: `best_val_loss`, a key of metrics.jsonl, or a measure of `evaluation.json`, also as
+            NAME@CALLS: of samples of so many network calls.
+        is_measure: Whether it is of `evaluation.json`.
+        lower_is_better: None where neither is.
+        step: Where the runs are compared; None: at the end of those that are finished.
+    """
+
+    name: str
+    is_measure: bool
+    lower_is_better: bool | None = True
+    step: int | None = None
+
+    @property
+    def floors(self) -> Sequence[str]:
+        """The fields of a config that must be the same where two values are compared."""
+        return FLOOR_OF_MEASURE if self.is_measure else FLOOR_OF_LOSS
+
+    @property
+    def title(self) -> str:
+        """What it is called in a table."""
+        words = self.name.replace("_", " ").replace(AT_CALLS, ", network calls ")
+        return words if self.step is None else f"{words} at step {self.step}"
+
+    def of(self, result: Result) -> float | None:
+        """Its value for a run; None where the run has none (yet), or failed."""
+        if self.is_measure:
+            return result.measure(self.name) if result.finished else None
+        key = "val/best_loss" if self.name == BEST_LOSS else self.name
+        if result.finished:
+            if self.name == BEST_LOSS and self.step is None:
+                return result.status.best_val_loss
+            return result.logged(key, self.step)
+        if self.step is None or result.status.state not in LIVE:
+            return None
+        reached = result.rows[-1]["step"] if result.rows else 0
+        return result.logged(key, self.step) if reached >= self.step else None
+
+
+def choose_metric(results: Sequence[Result], name: str | None, at_step: AtStep) -> Metric:
+    """The metric that is asked for, or the one by which the runs can be compared best.
+
+    Raises:
+        ConfigError: No run has it.
+    """
+    if name is None and at_step is None:
+        name = _measure_of_all(results)
+    name = name or BEST_LOSS
+    measures = dict.fromkeys(measure for result in results for measure in result.measures)
+    if name.partition(AT_CALLS)[0] in measures:
+        if at_step not in (None, "end"):
+            raise ConfigError(
+                f"--at-step: {name} is measured at the end of a run; --metric {BEST_LOSS} is known "
+                "at each step"
+            )
+        metric = Metric(name, True, _lower_is_better(results, name.partition(AT_CALLS)[0]))
+        if AT_CALLS in name and not any(result.measure(name) is not None for result in results):
+            raise ConfigError(f"--metric: no run has {name}; see by_nfe in its evaluation.json")
+        return metric
+    if name != BEST_LOSS:
+        logged = {key for result in results for row in result.rows[-50:] for key in row}
+        if name not in logged:
+            known = [BEST_LOSS, *measures, *sorted(logged - {"step", "epoch"})]
+            raise ConfigError(
+                f"--metric: found {name}, expected one of {', '.join(known)}"
+                f"{did_you_mean(name, known)}"
+            )
+    step = None if at_step == "end" else at_step or _common_step(results)
+    return Metric(name, False, True if name.endswith("loss") else None, step)
+
+
+def _measure_of_all(results: Sequence[Result]) -> str | None:
+    """The first measure that all finished runs have, and of which one value is better."""
+    finished = [result for result in results if result.finished]
+    if not finished:
+        return None
+    for name in finished[0].measures:
+        if _lower_is_better(finished, name) is None:
+            continue
+        if all(result.measure(name) is not None for result in finished):
+            return name
+    return None
+
+
+def _lower_is_better(results: Iterable[Result], name: str) -> bool | None:
+    for result in results:
+        if name in result.measures:
+            found = result.evaluation["measures"][name]
+            return found.get("lower_is_better") if isinstance(found, dict) else None
+    return None
+
+
+def _common_step(results: Sequence[Result]) -> int | None:
+    """The last step with a validation loss that all runs have, but for those without any.
+
+    None if all are at their end. One that ended early has its last loss for good.
+    """
+    live = [
+        result.curve[-1][0]
+        for result in results
+        if result.status.state in LIVE and not result.finished and result.curve
+    ]
+    return min(live, default=None)

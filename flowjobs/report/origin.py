@@ -1,0 +1,92 @@
+"""Where a run of a report comes from: the command that makes it again, its code, its W&B page."""
+
+import ast
+import dataclasses
+import shlex
+from typing import Any
+
+from flowjobs.config import (
+    PINNED,
+    RestartConfig,
+    SlurmConfig,
+    TrackingConfig,
+    TrainingConfig,
+    flag,
+)
+from flowjobs.errors import FlowjobsError
+from flowjobs.runs.code import code_of
+from flowjobs.runs.run import Run
+from flowjobs.tracking.identity import surroundings_of
+
+# What the command says of a run's config: where it ran is not of the result.
+PARTS: dict[str, Any] = {
+    "training": TrainingConfig,
+    "slurm": SlurmConfig,
+    "tracking": TrackingConfig,
+    "restarts": RestartConfig,
+}
+
+
+def command_of(run: Run) -> str:
+    """The command line that submits the run again, as its config says, to be typed in a shell.
+
+    Raises:
+        ConfigError: The config is damaged.
+    """
+    config = run.config()
+    words = ["flowjobs", "submit"]
+    for part, cls in PARTS.items():
+        given, default = getattr(config, part), cls()
+        for field in dataclasses.fields(cls):
+            value = getattr(given, field.name)
+            if value != getattr(default, field.name):
+                words += _words(field.name, value)
+    if run.name != config.training.run_name:
+        words += ["--name", run.name]
+    return shlex.join(words)
+
+
+def commit_of(run: Run) -> str:
+    """The commit of the user's code, and whether it was changed; empty if nothing is known."""
+    try:
+        code = code_of(run)
+    except FlowjobsError:
+        code = None
+    commit, dirty = (code.git_commit, code.git_dirty) if code else (None, None)
+    if code is None:
+        found = surroundings_of(run)
+        commit, dirty = found.get("git_commit"), found.get("git_dirty")
+    snapshot = f"code {code.digest}" if code else ""
+    if not commit:
+        return snapshot
+    return f"{str(commit)[:12]}{' with changes' if dirty else ''}{f', {snapshot}' if code else ''}"
+
+
+def wandb_page_of(run: Run) -> str:
+    """The address of the run's page in W&B; empty where no server has been told of it."""
+    try:
+        found = run.wandb_page_file.read_text().strip()
+    except OSError:
+        return ""
+    return found if found.startswith(("https://", "http://")) else ""
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag(name) if value else f"--no-{flag(name)[2:]}"]
+    if isinstance(value, dict):
+        return [flag(name), *(f"{key}={_literal(given)}" for key, given in value.items())]
+    if name == "init_from":
+        value = str(value).partition(PINNED)[0]
+    return [flag(name), str(value)]
+
+
+def _literal(value: Any) -> str:
+    """A value that `KeyValues.parse` reads back."""
+    if not isinstance(value, str):
+        return repr(value)
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    return repr(value)

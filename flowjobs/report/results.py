@@ -1,0 +1,116 @@
+"""What one run says to a report: its config, its state, its curve and its measures.
+
+Reads the run's folder alone. Where a job died and nobody has noted it yet, the run counts as
+running: `flowjobs reconcile` records that.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flowjobs.errors import ConfigError
+from flowjobs.runs.metrics import Row, read_rows
+from flowjobs.runs.progress import state_in_words
+from flowjobs.runs.run import Run
+from flowjobs.runs.selection import displayed, fields_of
+from flowjobs.runs.status import RunStatus, read_sound_status
+
+BEST_LOSS = "best_val_loss"
+# Between a measure and the network calls of its samples: sliced_wasserstein@8.
+AT_CALLS = "@"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run of the report. Hold it for the report's length only: it is read once.
+
+    Attributes:
+        run: The run.
+        fields: Its config's fields, and its model's arguments, by name.
+        status: As its folder says.
+        evaluation: Its `evaluation.json`; empty if there is none.
+    """
+
+    run: Run
+    fields: Mapping[str, Any]
+    status: RunStatus
+    evaluation: Mapping[str, Any]
+
+    def shown(self, field: str) -> str:
+        """A field's value, as a run's name has it; "-" where the run has no such field."""
+        return displayed(field, self.fields[field]) if field in self.fields else "-"
+
+    @property
+    def state(self) -> str:
+        """What it does, in a word or two."""
+        state = state_in_words(self.status)
+        return "waiting" if state == "submitted" else state
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has done all that it was asked to."""
+        return self.status.state == "finished"
+
+    @functools.cached_property
+    def rows(self) -> Sequence[Row]:
+        """The rows of its `metrics.jsonl`."""
+        return list(read_rows(self.run.metrics_file))
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """Its validation losses by step."""
+        return [(row["step"], row["val/loss"]) for row in self.rows if _is_number(row, "val/loss")]
+
+    def logged(self, key: str, up_to: int | None = None) -> float | None:
+        """The last value of a key of `metrics.jsonl` up to a step; None if there is none."""
+        found = [
+            row[key]
+            for row in self.rows
+            if _is_number(row, key) and (up_to is None or row["step"] <= up_to)
+        ]
+        return found[-1] if found else None
+
+    def measure(self, name: str, key: str = "value") -> float | None:
+        """A measure of `evaluation.json`, or its floor; None if it has not been taken."""
+        name, _, calls = name.partition(AT_CALLS)
+        try:
+            if calls and key == "value":
+                return _finite(self.evaluation["by_nfe"][calls][name])
+            return _finite(self.evaluation["measures"][name][key])
+        except (KeyError, TypeError):
+            return None
+
+    @property
+    def measures(self) -> list[str]:
+        """The names of its measures, the one that says most first."""
+        found = self.evaluation.get("measures")
+        return list(found) if isinstance(found, dict) else []
+
+
+def read_result(run: Run) -> Result:
+    """Read a run.
+
+    Raises:
+        ConfigError: Its config or status is damaged.
+    """
+    try:
+        evaluation = json.loads(run.evaluation_file.read_text())
+    except FileNotFoundError:
+        evaluation = {}
+    except ValueError as error:
+        raise ConfigError(
+            f"{run.evaluation_file} is damaged ({error}): `flowjobs evaluate {run.name}`"
+        ) from error
+    status = read_sound_status(run.status_file) or RunStatus()
+    return Result(run, fields_of(run), status, evaluation if isinstance(evaluation, dict) else {})
+
+
+def _is_number(row: Row, key: str) -> bool:
+    return isinstance(row.get(key), int | float) and math.isfinite(row[key])
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

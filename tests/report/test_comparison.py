@@ -1,0 +1,206 @@
+"""What stands in the cells of a report, and which of them is marked."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowjobs.errors import ConfigError
+from flowjobs.report.comparison import Cell, Comparison, compare
+from flowjobs.report.results import read_result
+from flowjobs.report.text import cell_words, count_words, decimals_of
+from flowjobs.runs.run import Run, run_names
+from tests.report.made_up import evaluation, made_run
+
+
+def compared(study: Path, **options: Any) -> Comparison:
+    runs = [Run(study, name) for name in run_names(study)]
+    return compare([read_result(run) for run in runs], **options)
+
+
+def cell(found: Comparison, row: Sequence[str], column: Sequence[str] = ()) -> Cell:
+    return found.cells[tuple(row), tuple(column)]
+
+
+def marked(found: Comparison) -> set[str]:
+    return {" ".join((*row, *column)) for (row, column), of in found.cells.items() if of.marked}
+
+
+def test_what_varies_is_rows_and_columns(study: Path) -> None:
+    for seed in (0, 1):
+        for flow in ("icfm", "otcfm"):
+            for lr in (1e-3, 1e-4):
+                made_run(study, [1.0 + seed], flow=flow, lr=lr, seed=seed)
+    found = compared(study)
+    assert (found.row_fields, found.column_fields) == (("lr",), ("flow",))
+    assert found.rows == [("0.0001",), ("0.001",)]
+    of = cell(found, ["0.001"], ["icfm"])
+    assert (of.mean, of.deviation, len(of.values)) == (1.5, pytest.approx(0.7071, abs=1e-4), 2)
+    found = compared(study, rows=["flow", "lr"])
+    assert (found.rows[0], found.columns) == (("icfm", "0.0001"), [()])
+    found = compared(study, columns=["lr"])
+    assert found.row_fields == ("flow",)
+
+
+def test_arguments_of_a_model_are_fields_and_sort_by_size(study: Path) -> None:
+    from flowjobs.config import KeyValues
+
+    for width in (64, 128, 8):
+        made_run(study, [1.0], name=f"w{width}", arch_args=KeyValues(width=width))
+    made_run(study, [1.0], name="default")
+    assert compared(study).rows == [("8",), ("64",), ("128",), ("-",)]
+
+
+def test_what_is_missing_fails_or_runs_is_said(study: Path) -> None:
+    for seed in range(3):
+        made_run(study, [1.0, 1.0, 1.0], seed=seed)
+    made_run(study, [2.0, 1.0, 1.0], lr=0.1, seed=0)
+    made_run(study, [2.0, 1.5], "failed", lr=0.1, seed=1)
+    made_run(study, [2.0], "failed", lr=0.2, seed=0)
+    made_run(study, [2.0], "failed", lr=0.2, seed=1)
+    made_run(study, lr=0.2, seed=2)
+    made_run(study, [3.0], "cancelled", lr=0.3, seed=2)
+    found = compared(study)
+    words = {row[0]: count_words(cell(found, row)) for row in found.rows}
+    assert words == {
+        "0.001": "n=3",
+        "0.1": "1/3 seeds, 1 failed",
+        "0.2": "2 failed, 1 waiting",
+        "0.3": "1 cancelled, 2 not submitted",
+    }
+
+
+def test_unfinished_runs_are_compared_at_the_last_step_that_all_have(study: Path) -> None:
+    for seed in (0, 1):
+        made_run(study, [3.0, 2.0, 1.0 + seed / 10], seed=seed)
+        made_run(study, [3.1, 1.9], "running", lr=0.1, seed=seed)
+    made_run(study, [9.0], "failed", lr=0.1, seed=2)  # holds nobody back
+    made_run(study, lr=0.1, seed=3)  # nor does one without a row
+    found = compared(study)
+    assert found.metric.step == 20
+    assert (cell(found, ["0.001"]).mean, cell(found, ["0.1"]).mean) == (2.0, 1.9)
+    assert count_words(cell(found, ["0.1"])) == "2/4 seeds, 1 failed, 2 running, 1 waiting"
+    assert "4 of 6 runs are not finished: all are compared at step 20" in found.notes
+    assert cell(compared(study, at_step=10), ["0.1"]).mean == 3.1
+    assert cell(compared(study, at_step="end"), ["0.1"]).mean is None
+    assert cell(compared(study, at_step="end"), ["0.001"]).mean == 1.05
+
+
+def test_one_that_stopped_early_keeps_its_last_value(study: Path) -> None:
+    made_run(study, [3.0], seed=0)
+    made_run(study, [3.0, 2.0], "running", lr=0.1)
+    found = compared(study)
+    assert (found.metric.step, cell(found, ["0.001"]).mean) == (20, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        # The spread over seeds is large, and the same for both: the difference is always 0.1.
+        ({"a": [1.0, 2.0, 3.0], "b": [1.1, 2.1, 3.1]}, {"a"}),
+        # The means differ as much, but not in each seed.
+        ({"a": [1.0, 2.0, 3.0], "b": [3.1, 1.1, 2.1]}, {"a", "b"}),
+        # One more that is far from both.
+        ({"a": [1.0, 2.0, 3.0], "b": [3.1, 1.1, 2.1], "c": [9.0, 9.1, 9.2]}, {"a", "b"}),
+        # One seed says nothing of chance, whether it is the best or not.
+        ({"a": [1.0, 2.0, 3.0], "b": [1.1, 2.1, 3.1], "c": [0.5]}, {"a"}),
+        ({"a": [1.0], "b": [2.0]}, set()),
+        ({"a": [1.0, 1.1, 1.2], "b": [1.0, 1.1, 1.2]}, {"a", "b"}),
+        # Two seeds tell little: t is 12.7.
+        ({"a": [1.0, 2.0], "b": [1.1, 2.2]}, {"a", "b"}),
+    ],
+)
+def test_the_best_is_marked_where_chance_does_not_explain_it(
+    study: Path, losses: dict[str, list[float]], expected: set[str]
+) -> None:
+    for arch, values in losses.items():
+        for seed, loss in enumerate(values):
+            made_run(study, [loss], arch=f"{arch}=nets:{arch}", seed=seed)
+    assert marked(compared(study)) == expected
+
+
+def test_losses_of_different_flows_are_never_ranked_or_mixed(study: Path) -> None:
+    for seed in range(3):
+        made_run(study, [1.0 + seed], flow="icfm", seed=seed)
+        made_run(study, [0.5 + seed], flow="otcfm", seed=seed)
+        made_run(study, [0.5 + seed], flow="otcfm", lr=0.1, seed=seed)
+    found = compared(study)
+    assert marked(found) == set()
+    assert "validation losses of another flow have another floor" in found.notes[0]
+    with pytest.raises(ConfigError, match="add flow to --rows or --columns, or select one"):
+        compared(study, rows=["lr"], columns=[])
+
+
+@pytest.mark.parametrize("field", ["sigma", "dataset"])
+def test_nor_are_those_of_other_noise_or_data(study: Path, field: str) -> None:
+    for seed in range(3):
+        for value in (0.0, 0.1) if field == "sigma" else ("digits", "/data/5k.npy"):
+            for lr in (0.1, 0.2):
+                name = f"{seed}-{str(value)[-4:]}-{lr}"
+                made_run(study, [lr + seed], name=name, lr=lr, seed=seed, **{field: value})
+    found = compared(study)
+    # Each set of data has a best of its own; noise is said to have another floor.
+    assert marked(found) == (set() if field == "sigma" else {"0.1 digits", "0.1 5k"})
+    with pytest.raises(ConfigError, match=f"add {field} to"):
+        compared(study, rows=["lr"], columns=[])
+
+
+def test_samples_are_compared_by_a_measure_where_all_have_it(study: Path) -> None:
+    for seed in range(3):
+        one, other = ({"nn_train": 1.0, "sliced": base + seed / 99} for base in (0.3, 0.1))
+        made_run(study, [1.0], measures=one, flow="icfm", seed=seed)
+        run = made_run(study, [2.0], measures=other, flow="otcfm", seed=seed)
+    found = compared(study)
+    assert found.metric.name == "sliced"
+    assert marked(found) == {"otcfm"}
+    assert any("floor: what real data score in the samples' place: 0.05" in n for n in found.notes)
+    at_calls = compared(study, metric="sliced@8")
+    assert cell(at_calls, ["otcfm"]).mean == pytest.approx(2 * (0.1 + 1 / 99))
+    assert marked(compared(study, metric="nn_train")) == set()  # neither is better
+    with pytest.raises(ConfigError, match="sliced is measured at the end"):
+        compared(study, metric="sliced", at_step=10)
+    with pytest.raises(ConfigError, match="no run has sliced@9"):
+        compared(study, metric="sliced@9")
+    # Taken with another number of samples: of no use beside the others.
+    run.evaluation_file.write_text(json.dumps(evaluation({"nn_train": 1.0, "sliced": 0.0}, n=64)))
+    found = compared(study)
+    assert (marked(found), "taken in other ways" in found.notes[0]) == (set(), True)
+    run.evaluation_file.unlink()
+    assert compared(study).metric.name == "best_val_loss"
+    assert count_words(cell(compared(study, metric="sliced"), ["otcfm"])) == (
+        "2/3 seeds, 1 not evaluated"
+    )
+
+
+def test_higher_may_be_better(study: Path) -> None:
+    for seed in range(3):
+        for lr in (0.1, 0.2):
+            made_run(study, [1.0], measures={"coverage": lr + seed / 100}, lr=lr, seed=seed)
+    assert marked(compared(study)) == {"0.2"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rows": ["widht"]}, "found widht, expected fields of the config; these vary: lr"),
+        ({"rows": ["lr"], "columns": ["lr"]}, "found lr in both"),
+        ({"metric": "val/los"}, "found val/los, expected one of .*did you mean val/loss"),
+    ],
+)
+def test_what_there_is_not(study: Path, options: dict[str, Any], said: str) -> None:
+    for lr in (0.1, 0.2):
+        made_run(study, [1.0], lr=lr)
+    with pytest.raises(ConfigError, match=said):
+        compared(study, **options)
+
+
+def test_the_same_seed_twice_counts_twice_and_what_is_averaged_is_said(study: Path) -> None:
+    made_run(study, [1.0], name="one")
+    made_run(study, [2.0], name="two")
+    found = compared(study)
+    assert cell_words(cell(found, []), decimals_of(found)) == "1.50 ± 0.71 (n=2)"
+    made_run(study, [4.0], lr=0.1)
+    found = compared(study, rows=[], columns=[])
+    assert found.notes == ["each cell averages over lr too: give it to --rows or --columns"]

@@ -1,0 +1,130 @@
+"""The table in each form, for a terminal, a paper and another program."""
+
+import csv
+import io
+import json
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flowjobs.cli.main import parse
+from flowjobs.config import (
+    KeyValues,
+    RestartConfig,
+    RunConfig,
+    SlurmConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from flowjobs.report.origin import command_of, commit_of
+from flowjobs.runs.run import Run
+from tests.conftest import Command
+from tests.report.made_up import made_run
+
+MARKDOWN = """\
+| lr | best val loss |
+| --- | --- |
+| 0.001 | 2.00 ± 0.10 (n=3) |
+| 0.1 | **1.00 ± 0.14 (2/3 seeds, 1 failed)** |
+| 0.2 | 1 running |
+
+best val loss: mean ± standard deviation over n seeds; lower is better; in bold the best, and what \
+a paired t-test over common seeds (95 %) cannot tell from it
+"""
+TABULAR = r"""\begin{tabular}{lc}
+\toprule
+lr & best val loss \\
+\midrule
+0.001 & $2.00 \pm 0.10$ \\
+0.1 & $\mathbf{1.00 \pm 0.14}$ {\small (2/3 seeds, 1 failed)} \\
+0.2 & 1 running, 2 not submitted \\
+\bottomrule
+\end{tabular}
+"""
+
+
+@pytest.fixture
+def ablation(study: Path) -> Path:
+    for seed in range(3):
+        made_run(study, [1.9 + seed / 10], seed=seed)
+    made_run(study, [0.9], lr=0.1, seed=0)
+    made_run(study, [1.1], lr=0.1, seed=1)
+    made_run(study, [0.1], "failed", lr=0.1, seed=2)
+    made_run(study, [0.1], "running", lr=0.2, seed=0)
+    return study
+
+
+def test_each_form_has_the_same_table(flowjobs: Command, ablation: Path) -> None:
+    end = ("--at-step", "end")
+    markdown = flowjobs("report", "--markdown", *end).stdout
+    assert markdown == MARKDOWN.replace("1 running", "1 running, 2 not submitted")
+    latex = flowjobs("report", "--latex", *end)
+    assert latex.stdout.endswith(TABULAR)
+    rows = list(csv.DictReader(io.StringIO(flowjobs("report", "--csv", *end).stdout)))
+    assert [(row["lr"], row["n"], row["best"]) for row in rows] == [
+        ("0.001", "3", "0"),
+        ("0.1", "2", "1"),
+        ("0.2", "0", "0"),
+    ]
+    assert float(rows[1]["mean"]) == 1.0
+    cells = json.loads(flowjobs("report", "--json", *end).stdout)["cells"]
+    assert cells[1]["others"] == {"failed": 1}
+    shown = flowjobs("report", *end)
+    assert "0.1    1.00 ± 0.14* (2/3 seeds, 1 failed)" in shown.stdout
+    assert shown.returncode == 0
+    if shutil.which("pdflatex"):
+        document = (
+            r"\documentclass{article}\usepackage{booktabs}\begin{document}"
+            f"{latex.stdout}\\end{{document}}"
+        )
+        command = ["pdflatex", "-interaction=batchmode", "-halt-on-error", "-jobname=table"]
+        subprocess.run(command, input=document, text=True, check=True, capture_output=True)
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_reported(
+    flowjobs: Command, ablation: Path
+) -> None:
+    run = next(ablation.glob("runs/*lr0.001-seed0"))
+    (run / "evaluation.json").write_text("{")
+    done = flowjobs("report", "--csv")
+    assert (done.returncode, f"error: {run.name}: " in done.stderr) == (2, True)
+    assert len(done.stdout.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--csv", "--latex"], "found --csv and --latex, expected one of them"),
+        (["--html", "none/x.html"], "found no folder"),
+        (["flow=otcfm"], "no run has flow=otcfm"),
+    ],
+)
+def test_bad_input(flowjobs: Command, ablation: Path, arguments: list[str], said: str) -> None:
+    done = flowjobs("report", *arguments)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+def test_the_command_of_a_run_is_that_run(study: Path) -> None:
+    config = RunConfig(
+        TrainingConfig(
+            arch="wide=my nets:Wide",
+            arch_args=KeyValues(width=512, norm="layer", name="1", sizes=[1, 2]),
+            lr=3e-4,
+            compile=True,
+            epochs=7,
+        ),
+        SlurmConfig(partition="gpu", sbatch=KeyValues(exclusive=True)),
+        TrackingConfig(wandb_mode="disabled"),
+        RestartConfig(retries=2),
+    )
+    run = Run(study, "it-s1")
+    run.create(config)
+    submit, _ = parse(shlex.split(command_of(run))[1:])
+    assert submit.name == "it-s1"
+    assert submit.training == config.training
+    assert (submit.slurm, submit.tracking) == (config.slurm, config.tracking)
+    assert submit.restarts == config.restarts
+    assert commit_of(run) == ""
