@@ -23,6 +23,9 @@ COMMANDS: dict[str, Sequence[str]] = {
     "status": ["status"],
     "status of one": ["status", "a"],
     "json": ["status", "--json"],
+    "selection": ["status", "flow=icfm"],
+    "report": ["report"],
+    "page in the study": ["report", "--html", "study/page.html"],
     "logs": ["logs", "a"],
     "cancel": ["cancel", "a"],
     "reconcile": ["reconcile"],
@@ -68,7 +71,18 @@ PLACES = {
     ],
 }
 # What only reads works on any disk.
-READS = ("version", "help", "status", "status of one", "json", "logs", "dry run", "inspect")
+READS = (
+    "version",
+    "help",
+    "status",
+    "status of one",
+    "json",
+    "selection",
+    "report",
+    "logs",
+    "dry run",
+    "inspect",
+)
 
 
 @pytest.fixture(scope="module")
