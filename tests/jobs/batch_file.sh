@@ -35,6 +35,6 @@ srun --unbuffered --output STUDY/runs/mlp-icfm-digits-none/logs/%j_%t_log.out --
 
 # teardown
 code=$?
-# For a death that could not speak: says what it was, and goes on if it may.
+# If the attempt did not record how it ended: record it, and restart the run if allowed.
 [ $code -eq 0 ] || PYTHON -m flowjobs reconcile mlp-icfm-digits-none --study STUDY --exit-code $code
 exit $code
