@@ -62,6 +62,7 @@ NOT_IN_SIGNATURE = frozenset(
         "data_placement",
         "num_workers",
         "checkpoint_every_s",
+        "evaluate",
     }
 )
 
@@ -171,6 +172,9 @@ class TrainingConfig:
     checkpoint_every_s: OptionalFloat = None
     """Save at least this often, in seconds, unless saving would take over 1 % of the time; default:
     300."""
+
+    evaluate: bool = True
+    """Measure samples at the end of the run, in seconds: see flowjobs evaluate."""
 
     deterministic: bool = False
     """On a GPU too, end with the bits of an uninterrupted run: only deterministic algorithms of

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from flowjobs.cli.evaluation_table import in_a_line
 from flowjobs.cli.hint import hint
 from flowjobs.errors import SubmissionError
 from flowjobs.runs.progress import current_progress
@@ -57,6 +58,8 @@ def follow(
         print(f"finished  {status.epoch} epochs, best validation loss {status.best_val_loss:.4f}")
         print(f"weights   {run.best}")
         print(f"samples   {run.samples_picture}")
+        if worth := in_a_line(run):
+            print(f"worth     {worth}")
     else:
         if status.state == "failed":
             print(f"see {hint('logs', run.name, study=run.study)}", file=sys.stderr)

@@ -16,6 +16,7 @@ from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.data import Data
 from flowjobs.cli.defaults import Defaults, load_defaults
 from flowjobs.cli.drill import Drill
+from flowjobs.cli.evaluate import Evaluate
 from flowjobs.cli.logs import Logs
 from flowjobs.cli.parser import read_command_line
 from flowjobs.cli.reconcile import Reconcile
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Any] = {
     "reconcile": Reconcile,
     "sync": Sync,
     "sample": Sample,
+    "evaluate": Evaluate,
     "data": Data,
     "checkpoint": Checkpoint,
     "drill": Drill,

@@ -1,8 +1,10 @@
 """flowjobs sample."""
 
+import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +20,7 @@ from flowjobs.runs.run import Run, default_study
 
 if TYPE_CHECKING:
     from flowjobs.evaluation.sampling import Samples
+    from flowjobs.evaluation.trained import TrainedModel
 
 SUFFIXES = (*DATA_FILE_SUFFIXES, ".png")
 SAY_EVERY_S = 5.0
@@ -65,14 +68,13 @@ class Sample:
         solver = Solver(self.solver, self.steps, self.tolerance)
         self._check()
         run = existing_run(self.study, self.name)
-        from flowjobs.evaluation.sampling import joined
-        from flowjobs.training.trained import load_trained
+        with best_of(run, self.device) as trained:
+            from flowjobs.evaluation.sampling import joined
 
-        trained = load_trained(run, self.device)
-        started = time.monotonic()
-        parts = trained.chunks(self.n, self.seed, solver)
-        found = joined(list(_told(parts, self.n)))
-        seconds = time.monotonic() - started
+            started = time.monotonic()
+            parts = trained.chunks(self.n, self.seed, solver)
+            found = joined(list(_told(parts, self.n)))
+            seconds = time.monotonic() - started
         for path in self.out:
             _write(path, found, run)
             print(f"samples   {path}")
@@ -96,6 +98,24 @@ class Sample:
                 raise ConfigError(f"--out {path}: there is no folder {path.parent}")
             if path.is_dir():
                 raise ConfigError(f"--out {path}: found a folder, expected a file's name")
+
+
+@contextmanager
+def best_of(run: Run, device: str) -> Iterator["TrainedModel"]:
+    """The model of a run's best.pt, as its own code builds it, and as many threads as help."""
+    # Read when torch is loaded: a thread that waits leaves its core to the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from flowjobs.evaluation.sampling import CHUNK
+    from flowjobs.runs.code import import_from_snapshot
+    from flowjobs.training.compute import computing
+    from flowjobs.training.ranks import single_process
+    from flowjobs.training.trained import load_trained
+
+    import_from_snapshot(run)
+    trained = load_trained(run, device)
+    work = CHUNK * sum(weights.numel() for weights in trained.model.parameters())
+    with computing(single_process(trained.device), work):
+        yield trained
 
 
 def _told(parts: "Iterable[Samples]", n: int) -> "Iterable[Samples]":

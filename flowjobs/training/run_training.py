@@ -1,4 +1,4 @@
-"""From a run's config to its result: data, model, training, picture."""
+"""From a run's config to its result: data, model, training, samples and what they are worth."""
 
 import atexit
 import gc
@@ -7,13 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from flowjobs.data.dataset import FlowDataset, load_datasets
+from flowjobs.errors import FlowjobsError, RunInterrupted
+from flowjobs.evaluation.evaluate import QUICK, evaluate
 from flowjobs.evaluation.pictures import draw_samples
 from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.models.build import build_model
+from flowjobs.runs.files import write_json
 from flowjobs.runs.recorder import Recorder
 from flowjobs.runs.run import Run
+from flowjobs.training.compute import computing
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.trained import load_trained
 from flowjobs.training.trainer import FlowTrainer
@@ -28,7 +33,7 @@ def run_training(
     stop_reason: Callable[[], str | None],
     resume_path: Path | None = None,
 ) -> None:
-    """Train a run to its end and draw samples of its best checkpoint.
+    """Train a run to its end, then draw and measure samples of its best checkpoint.
 
     Args:
         run: The run; its config is on disk.
@@ -58,11 +63,9 @@ def run_training(
     result = trainer.train()
     if not ranks.is_first:
         return
-    try:
-        draw_best(run, val_dataset, ranks.device)
-    except Exception:
-        # A picture is no reason to call a trained run failed.
-        logger.warning("no samples were drawn", exc_info=True)
+    with computing(ranks, CHUNK * sum(weights.numel() for weights in model.parameters())):
+        ema = trainer.state.ema.model
+        judge(run, ema, (train_dataset, val_dataset), ranks.device, recorder, stop_reason)
     logger.info(
         "finished %s: %d epochs in %.1f s, best validation loss %.4f, %s, %s",
         run.name,
@@ -74,9 +77,47 @@ def run_training(
     )
 
 
-def draw_best(run: Run, reference: FlowDataset, device: torch.device) -> None:
-    """Draw samples of the run's best checkpoint to its `samples.png`."""
-    trained = load_trained(run, device)
-    drawn = trained.sample(min(CHUNK, len(reference)))
-    dataset = trained.config.dataset
-    draw_samples(run.samples_picture, dataset, drawn, lambda: reference[: len(drawn)])
+def judge(
+    run: Run,
+    model: nn.Module,
+    data: tuple[FlowDataset, FlowDataset],
+    device: torch.device,
+    recorder: Recorder | None,
+    stop_reason: Callable[[], str | None],
+) -> None:
+    """Draw samples of the run's best checkpoint, and measure what they are worth.
+
+    The run is trained and saved by now: whatever happens here does not make it fail, and one that
+    is told to stop leaves the measures to `flowjobs evaluate`. One that is killed has not said yet
+    that it is finished, so that its next start comes here again.
+
+    Args:
+        run: Gets a `samples.png`, and an `evaluation.json` if its config says so.
+        model: Takes the weights.
+        data: The training and the validation part.
+        device: Where to compute.
+        recorder: Takes the measures for W&B.
+        stop_reason: Asked between measures.
+    """
+
+    def check() -> None:
+        if reason := stop_reason():
+            raise RunInterrupted(reason)
+
+    try:
+        trained = load_trained(run, device, model)
+        drawn = trained.sample(min(CHUNK, len(data[1])))
+        draw_samples(run.samples_picture, trained.config.dataset, drawn, lambda: data[1][:CHUNK])
+        if not trained.config.evaluate:
+            return
+        found = evaluate(trained, *data, QUICK, check)
+        write_json(run.evaluation_file, found)
+        if recorder:
+            values = {name: of["value"] for name, of in found["measures"].items()}
+            recorder.summarize({f"eval/{name}": value for name, value in values.items()})
+    except RunInterrupted as left:
+        logger.warning("%s while samples were measured: see flowjobs evaluate %s", left, run.name)
+    except FlowjobsError as error:
+        logger.warning("the samples were not measured: %s", error)
+    except Exception:
+        logger.warning("the samples were not measured", exc_info=True)

@@ -1,0 +1,51 @@
+"""How an evaluation is shown: beside each measure what two parts of the data score."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flowjobs.runs.run import Run
+
+# What a run's last lines say of it.
+FIRST_OF_ALL = ("sliced_wasserstein", "coverage", "memorization")
+
+
+def in_a_line(run: Run) -> str:
+    """The first measures of a run, each with its floor; empty if it has not been evaluated."""
+    try:
+        measures = json.loads(run.evaluation_file.read_text())["measures"]
+        shown = {name: measures[name] for name in FIRST_OF_ALL}
+        return ", ".join(
+            f"{name.replace('_', ' ')} {of['value']:.3f} ({of['floor']:.3f})"
+            for name, of in shown.items()
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+
+
+def print_evaluation(found: Mapping[str, Any]) -> None:
+    """Print the measures of a run, and how the first of them change with the network calls."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    console.print(
+        f"{found['name']}, step {found['step']}: {found['n']} samples ({found['solver']}, "
+        f"{found['nfe']:g} network calls) against {found['n']} validation rows, "
+        f"{found['repeats']} repeats",
+        highlight=False,
+    )
+    table = Table("measure", "samples", "floor", "better", box=None)
+    for name, of in found["measures"].items():
+        spread = "" if of["std"] is None else f" ± {of['std']:.2g}"
+        better = {True: "lower", False: "higher", None: "near the floor"}[of["lower_is_better"]]
+        table.add_row(name, f"{of['value']:.4g}{spread}", f"{of['floor']:.4g}", better)
+    console.print(table, highlight=False)
+    curve = found["by_nfe"]
+    names = list(next(iter(curve.values()), {}))
+    table = Table("network calls", *names, box=None)
+    for calls, values in curve.items():
+        shown = f"dopri5: {found['nfe_of_dopri5']:g}" if calls == "dopri5" else calls
+        table.add_row(shown, *(f"{values[name]:.3g}" for name in names))
+    console.print(table, highlight=False)
+    console.print("floor: what as many training rows score in the samples' place", highlight=False)

@@ -1,0 +1,299 @@
+"""What the samples of a trained model are worth, beside what real data would score.
+
+Written as a run's `evaluation.json`:
+
+    name, step       the run, and the step that its best.pt is of
+    n, repeats       samples of each repeat, and how many repeats: other noise and other rows
+    seed             of the first repeat's noise; the rows are the same for all models
+    solver, nfe      in words, and network calls a sample
+    measures         by name: {"value", "std", "floor", "lower_is_better"}; the mean and standard
+                     deviation over the repeats (null for one repeat); `lower_is_better` is null
+                     where neither is better
+    by_nfe           by network calls ("1", "2", … "64": Euler's steps; "dopri5"): values by name,
+                     of the first repeat; what could not be sampled is left out
+    nfe_of_dopri5    network calls that it took, or null
+
+Each value compares n samples with n rows of the validation part; its floor, n rows of the training
+part with the same n rows. So a floor is what a perfect model would score, and a difference much
+smaller than the floor's own deviation means nothing. Values of another n are not comparable.
+
+    sliced_wasserstein wasserstein2 mmd energy_distance frechet c2st precision recall density
+    coverage         see `measures`; wasserstein2 up to SMALL_DIM dimensions, c2st where asked for
+    path_energy npe  up to SMALL_DIM dimensions: the integral of the squared velocity, in normalized
+                     data, and |path_energy - W2²| / W2², W2 the exact distance between the noise
+                     and the validation rows. Floors: W2², and how far W2² itself is known
+    nn_train         mean distance of a sample to the nearest row of the training part; its floor
+                     is that of validation rows. Far below it: training rows are reproduced
+    memorization     share of samples that are nearer to training than to as many validation rows:
+                     0.5 for a model that has memorized none
+"""
+
+import logging
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowjobs.data.batches import normalized
+from flowjobs.data.dataset import FlowDataset, rows_of_chunk
+from flowjobs.data.randomness import generator_for
+from flowjobs.errors import ConfigError, DataError, SamplingError
+from flowjobs.evaluation import measures
+from flowjobs.evaluation.sampling import CHUNK, Samples, joined
+from flowjobs.evaluation.solver import Solver
+from flowjobs.evaluation.trained import TrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Up to here n points tell the exact transport cost well enough: its bias falls as n^(-2/dim).
+SMALL_DIM = 4
+EULER_STEPS = (1, 2, 4, 8, 16, 32, 64)
+FEWEST = measures.K_NEAREST + 1
+
+HIGHER_IS_BETTER = frozenset({"precision", "recall", "density", "coverage"})
+NEITHER_IS_BETTER = frozenset({"nn_train"})
+
+# Value and floor by name.
+_Pairs = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is computed.
+
+    Attributes:
+        n: Samples of a repeat; None: as many as there are validation rows, at most `at_most`.
+        at_most: See `n`.
+        repeats: With other noise and other rows.
+        with_c2st: Train a classifier, which takes longer than all else.
+        nearest_among: Training rows that the nearest one is looked for among, at most.
+        solver: Of all but the curve over NFE.
+        seed: Of the noise.
+    """
+
+    n: int | None = None
+    at_most: int = 2000
+    repeats: int = 5
+    with_c2st: bool = True
+    nearest_among: int = 100_000
+    solver: Solver = Solver()  # noqa: RUF009, it is frozen
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n is not None and self.n < FEWEST:
+            raise ConfigError(f"-n: found {self.n}, expected at least {FEWEST}")
+        if self.repeats < 1:
+            raise ConfigError(f"--repeats: found {self.repeats}, expected at least 1")
+
+    def rows(self, train: FlowDataset, val: FlowDataset) -> int:
+        """The n that the data allow.
+
+        Raises:
+            ConfigError, DataError: There are too few rows.
+        """
+        there = min(len(train), len(val))
+        if self.n is not None and self.n > there:
+            raise ConfigError(
+                f"-n: found {self.n}, expected at most {there}: as many rows of the training part "
+                f"({len(train)}) and of the validation part ({len(val)}) are compared"
+            )
+        if there < FEWEST:
+            raise DataError(
+                f"{val.name}: {there} rows are too few to compare samples with: expected at least "
+                f"{FEWEST}, in the training part too"
+            )
+        return self.n or min(there, self.at_most)
+
+
+# At the end of every run: one chunk of samples a repeat, and nothing that is slow to load.
+QUICK = Scope(
+    at_most=CHUNK,
+    repeats=2,
+    with_c2st=False,
+    nearest_among=10_000,
+    solver=Solver("midpoint", 25),
+)
+
+
+def evaluate(
+    trained: TrainedModel,
+    train: FlowDataset,
+    val: FlowDataset,
+    scope: Scope,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Sample a model and measure the samples.
+
+    Args:
+        trained: The model.
+        train: The training part of its data.
+        val: The validation part.
+        scope: How much to compute.
+        check: Called between measures, every second or so; what it raises ends the evaluation.
+
+    Returns:
+        What `evaluation.json` holds.
+
+    Raises:
+        SamplingError: The model cannot be sampled.
+        ConfigError, DataError: There are too few rows.
+    """
+    work = _Evaluation(trained, train, val, scope, check)
+    repeats = [work.repeat(number) for number in range(scope.repeats)]
+    by_nfe, nfe_of_dopri5 = work.by_nfe()
+    pairs = [found for found, _ in repeats]
+    return {
+        "name": trained.name,
+        "step": trained.step,
+        "n": work.n,
+        "repeats": scope.repeats,
+        "seed": scope.seed,
+        "solver": str(scope.solver),
+        "nfe": statistics.fmean(nfe for _, nfe in repeats),
+        "measures": {name: _summary(name, [found[name] for found in pairs]) for name in pairs[0]},
+        "by_nfe": by_nfe,
+        "nfe_of_dopri5": nfe_of_dopri5,
+    }
+
+
+def _summary(name: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    values, floors = zip(*pairs, strict=True)
+    return {
+        "value": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "floor": statistics.fmean(floors),
+        "lower_is_better": None if name in NEITHER_IS_BETTER else name not in HIGHER_IS_BETTER,
+    }
+
+
+class _Evaluation:
+    """One model's, with the data that it is compared with."""
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        train: FlowDataset,
+        val: FlowDataset,
+        scope: Scope,
+        check: Callable[[], None],
+    ) -> None:
+        self.n = scope.rows(train, val)
+        self._trained, self._scope, self._check = trained, scope, check
+        self._train, self._val = train, val
+        self._is_small = val.dim <= SMALL_DIM
+
+    def repeat(self, number: int) -> tuple[_Pairs, float]:
+        """Values and floors for the noise and rows of one repeat, and the network calls."""
+        samples = self._sample(self._scope.seed + number, self._scope.solver, self._is_small)
+        x, y, held = self._points(samples), self._reference(number), self._held(number)
+        found: _Pairs = {}
+        for name, measure in self._distances(with_c2st=self._scope.with_c2st):
+            self._check()
+            found[name] = measure(x, y), measure(held, y)
+        self._check()
+        of_samples, of_data = measures.prdc(x, y), measures.prdc(held, y)
+        found |= {name: (of_samples[name], of_data[name]) for name in of_samples}
+        if samples.path_energy is not None:
+            found |= self._energies(samples, number)
+        return found | self._neighbours(x, y, number), samples.nfe
+
+    def by_nfe(self) -> tuple[dict[str, dict[str, float]], float | None]:
+        """Values by network calls, for the first repeat's noise and rows; the calls of dopri5."""
+        solvers = {str(steps): Solver("euler", steps) for steps in EULER_STEPS}
+        y = self._reference(0)
+        found, nfe = {}, {}
+        for key, solver in (solvers | {"dopri5": Solver("dopri5")}).items():
+            try:
+                samples = self._sample(self._scope.seed, solver)
+            except SamplingError as error:
+                logger.warning("%s", error)
+                continue
+            x, nfe[key] = self._points(samples), samples.nfe
+            found[key] = {name: measure(x, y) for name, measure in self._distances()}
+        return found, nfe.get("dopri5")
+
+    def _distances(
+        self, *, with_c2st: bool = False
+    ) -> Iterator[tuple[str, Callable[[Tensor, Tensor], float]]]:
+        """The measures that are one number of two clouds; less is better."""
+        yield "sliced_wasserstein", measures.sliced_wasserstein
+        if self._is_small:
+            yield "wasserstein2", measures.wasserstein2
+        yield "mmd", measures.mmd
+        yield "energy_distance", measures.energy_distance
+        yield "frechet", measures.frechet
+        if with_c2st:
+            yield "c2st", measures.c2st
+
+    def _energies(self, samples: Samples, number: int) -> _Pairs:
+        """How much longer the paths are than the shortest that lead from the noise to the data."""
+        assert samples.path_energy is not None
+        energy = float(samples.path_energy.double().mean())
+        x_0 = samples.x_0.flatten(1).double()
+        stats = self._trained.stats
+        mean, std = stats["mean"].double().cpu(), stats["std"].double().cpu()
+        least, other = (
+            measures.squared_wasserstein2(x_0, normalized(points.cpu(), mean, std).double())
+            for points in (self._reference(number), self._held(number))
+        )
+        return {
+            "path_energy": (energy, least),
+            "npe": (abs(energy - least) / least, abs(other - least) / least),
+        }
+
+    def _neighbours(self, x: Tensor, y: Tensor, number: int) -> _Pairs:
+        """How near the samples are to the rows that the model has seen."""
+        to_seen, unseen_to_seen = (
+            self._nearest(points, self._train, "nearest", self._scope.nearest_among)
+            for points in (x, y)
+        )
+        m = min(self._scope.nearest_among, len(self._train), len(self._val))
+        to_train, to_val = (
+            self._nearest(x, part, f"memorization {number}", m) for part in (self._train, self._val)
+        )
+        return {
+            "nn_train": (float(to_seen.mean()), float(unseen_to_seen.mean())),
+            "memorization": (float((to_train < to_val).double().mean()), 0.5),
+        }
+
+    def _nearest(self, points: Tensor, dataset: FlowDataset, purpose: str, n: int) -> Tensor:
+        """The distance of each point to the nearest of n rows, of which few are held at once."""
+        parts = torch.split(
+            self._order(dataset, purpose, n).sort().values, rows_of_chunk(dataset.dim)
+        )
+        found = []
+        for part in parts:
+            self._check()
+            found.append(measures.nearest_distances(points, self._of(dataset, part)))
+        return torch.stack(found).amin(0)
+
+    def _sample(self, seed: int, solver: Solver, with_energy: bool = False) -> Samples:
+        parts = []
+        for part in self._trained.chunks(self.n, seed, solver, with_energy=with_energy):
+            self._check()
+            parts.append(part)
+        return joined(parts)
+
+    def _reference(self, number: int) -> Tensor:
+        return self._rows(self._val, f"reference {number}", self.n)
+
+    def _held(self, number: int) -> Tensor:
+        """Real rows in the place of samples."""
+        return self._rows(self._train, f"floor {number}", self.n)
+
+    def _rows(self, dataset: FlowDataset, purpose: str, n: int) -> Tensor:
+        return self._of(dataset, self._order(dataset, purpose, n))
+
+    def _order(self, dataset: FlowDataset, purpose: str, n: int) -> Tensor:
+        """The indices of n rows, the same for every model."""
+        generator = generator_for(torch.device("cpu"), "evaluation", purpose)
+        return torch.randperm(len(dataset), generator=generator)[:n]
+
+    def _of(self, dataset: FlowDataset, index: Tensor) -> Tensor:
+        return dataset[index].flatten(1).double().to(self._trained.device)
+
+    def _points(self, samples: Samples) -> Tensor:
+        return samples.x_1.flatten(1).double().to(self._trained.device)

@@ -1,0 +1,138 @@
+"""flowjobs evaluate, and the evaluation at the end of every run."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.evaluation import evaluate as evaluation
+from flowjobs.jobs.signals import StopSignals
+from flowjobs.runs.recorder import recording
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
+from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.ranks import single_process
+from flowjobs.training.run_training import run_training
+from tests.conftest import Command
+from tests.training.same import same
+
+SMALL = {"width": 16, "depth": 1}
+QUICK = ("--epochs", "1", "--arch-args", "width=16", "depth=1", "--wandb-mode", "disabled")
+
+
+def test_a_run_is_evaluated_at_its_end_and_when_asked(flowjobs: Command, study: Path) -> None:
+    done = flowjobs("submit", *QUICK, "--name", "a", "--cluster", "local")
+    assert done.returncode == 0, done.stderr
+    run = Run(study, "a")
+    found = json.loads(run.evaluation_file.read_text())
+    assert (found["n"], found["repeats"], found["step"]) == (256, 2, 23)
+    of = found["measures"]["sliced_wasserstein"]
+    assert f"sliced wasserstein {of['value']:.3f} ({of['floor']:.3f})" in done.stdout
+
+    options = ("-n", "60", "--repeats", "1", "--steps", "5")
+    done = flowjobs("evaluate", "a", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    asked = json.loads(done.stdout)
+    assert asked == json.loads(run.evaluation_file.read_text())
+    assert (asked["n"], asked["nfe"]) == (60, 10)
+    assert asked["measures"].keys() - found["measures"].keys() == {"c2st"}
+    assert asked["measures"]["frechet"]["std"] is None
+    shown = flowjobs("evaluate", "a", *options).stdout
+    assert "a, step 23: 60 samples (midpoint, 5 steps, 10 network calls)" in shown
+    assert {line.split()[0] for line in shown.splitlines() if line.strip()} >= asked[
+        "measures"
+    ].keys()
+
+    before = run.evaluation_file.read_bytes()
+    for arguments, said in (
+        (("a", "-n", "271"), "-n: found 271, expected at most 270"),
+        (("b",), "no run b in"),
+        (("a", "--solver", "rk5"), "expected one of euler"),
+    ):
+        refused = flowjobs("evaluate", *arguments)
+        assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+        assert said in refused.stderr
+    run.best.unlink()
+    gone = flowjobs("evaluate", "a")
+    assert (gone.returncode, f"a has no {run.best}" in gone.stderr) == (2, True)
+    assert run.evaluation_file.read_bytes() == before
+
+
+def trained(run: Run, config: TrainingConfig, stop_reason: Callable[[], str | None]) -> None:
+    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    with recording(run, JobInfo.in_foreground()) as recorder:
+        run_training(run, recorder, single_process(torch.device("cpu")), stop_reason)
+
+
+def test_no_evaluate_leaves_it_out_and_changes_no_bit(study: Path) -> None:
+    with_it, without = Run(study, "with"), Run(study, "without")
+    trained(with_it, TrainingConfig(epochs=1, arch_args=SMALL), lambda: None)
+    trained(without, TrainingConfig(epochs=1, arch_args=SMALL, evaluate=False), lambda: None)
+    assert (with_it.evaluation_file.exists(), without.evaluation_file.exists()) == (True, False)
+    assert with_it.config().training.signature == without.config().training.signature
+    for name in ("best", "last"):
+        payloads = [read_checkpoint(getattr(run, name)) for run in (with_it, without)]
+        for payload in payloads:
+            del payload["config"]
+        assert same(*payloads)
+
+
+def test_a_signal_while_measuring_ends_it_and_loses_nothing(
+    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measure, asked = evaluation.measures.mmd, []
+
+    def preempted_in(samples: torch.Tensor, reference: torch.Tensor) -> float:
+        asked.append(1)
+        signal.raise_signal(signal.SIGUSR2)
+        return measure(samples, reference)
+
+    run = Run(study, "a")
+    with monkeypatch.context() as patched, StopSignals() as signals:
+        patched.setattr(evaluation.measures, "mmd", preempted_in)
+        trained(run, TrainingConfig(epochs=1, arch_args=SMALL), signals.reason)
+    assert len(asked) == 2  # the value and its floor: then it was asked
+    assert "flowjobs evaluate a" in caplog.text
+    assert run.finished()
+    assert run.samples_picture.exists()
+    assert not run.evaluation_file.exists()
+
+
+class KilledHere(BaseException):
+    """What no handler stops, as SIGKILL."""
+
+
+def test_a_run_killed_while_measuring_measures_again_and_trains_nothing_again(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> float:
+        raise KilledHere
+
+    run, config = Run(study, "a"), TrainingConfig(epochs=1, arch_args=SMALL)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.measures, "mmd", killed)
+        with pytest.raises(KilledHere):
+            trained(run, config, lambda: None)
+    assert not run.finished()
+    rows, last = run.metrics_file.read_bytes(), run.last.read_bytes()
+    trained(run, config, lambda: None)
+    assert run.finished()
+    assert run.evaluation_file.exists()
+    assert (run.metrics_file.read_bytes(), run.last.read_bytes()) == (rows, last)
+
+
+def test_a_measure_that_fails_does_not_fail_the_run(
+    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> float:
+        raise ZeroDivisionError("no such number")
+
+    monkeypatch.setattr(evaluation.measures, "frechet", broken)
+    run = Run(study, "a")
+    trained(run, TrainingConfig(epochs=1, arch_args=SMALL), lambda: None)
+    assert run.finished()
+    assert "ZeroDivisionError: no such number" in caplog.text

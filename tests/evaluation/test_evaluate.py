@@ -1,0 +1,158 @@
+"""An evaluation: a perfect model scores its floor, one that memorizes is found out."""
+
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowjobs.config import TrainingConfig
+from flowjobs.data.dataset import FlowDataset
+from flowjobs.errors import ConfigError, DataError, RunInterrupted
+from flowjobs.evaluation import evaluate as evaluation
+from flowjobs.evaluation import sampling
+from flowjobs.evaluation.evaluate import QUICK, Scope, evaluate
+from flowjobs.evaluation.solver import Solver
+from flowjobs.evaluation.trained import TrainedModel
+
+STATS = {"mean": torch.zeros(2), "std": torch.ones(2)}
+
+
+class Still(nn.Module):
+    """The velocity of a source that is the data already."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class ToNearest(nn.Module):
+    """Leads every point to the nearest of some: the model that has memorized its data."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 20 * (self.rows[torch.cdist(x, self.rows).argmin(1)] - x)
+
+
+def trained(model: nn.Module) -> TrainedModel:
+    return TrainedModel("a", model, STATS, TrainingConfig(), 7, torch.device("cpu"))
+
+
+def normal_data(n: int, seed: int, dim: int = 2) -> FlowDataset:
+    return FlowDataset(torch.randn((n, dim), generator=torch.Generator().manual_seed(seed)))
+
+
+SCOPE = Scope(n=200, repeats=3, with_c2st=False, solver=Solver("midpoint", 20))
+FEW = dataclasses.replace(SCOPE, n=50, repeats=2)
+
+
+def test_a_perfect_model_scores_its_floor_and_its_paths_are_the_shortest() -> None:
+    found = evaluate(trained(Still()), normal_data(400, 1), normal_data(300, 2), SCOPE)
+    assert (found["n"], found["repeats"], found["nfe"], found["step"]) == (200, 3, 40, 7)
+    for name, of in found["measures"].items():
+        if name not in ("path_energy", "npe"):
+            assert of["value"] == pytest.approx(of["floor"], abs=4 * of["std"] + 0.03), name
+    assert found["measures"]["path_energy"]["value"] == 0
+    better = {name: of["lower_is_better"] for name, of in found["measures"].items()}
+    assert (better["frechet"], better["coverage"], better["nn_train"]) == (True, False, None)
+    assert list(found["by_nfe"]) == ["1", "2", "4", "8", "16", "32", "64", "dopri5"]
+    assert found["nfe_of_dopri5"] > 0
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_the_energy_of_a_shift_is_the_squared_distance() -> None:
+    class Shift(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return torch.full_like(x, 3.0)
+
+    data = [FlowDataset(normal_data(400, seed).data + 3) for seed in (1, 2)]
+    measures = evaluate(trained(Shift()), *data, SCOPE)["measures"]
+    assert measures["path_energy"]["value"] == pytest.approx(18)
+    assert measures["path_energy"]["floor"] == pytest.approx(18, rel=0.05)
+    assert measures["npe"]["value"] < 0.05
+    # A detour costs: the same ends, twice as far at first.
+    detour = Detour()
+    measures = evaluate(trained(detour), *data, SCOPE)["measures"]
+    assert measures["path_energy"]["value"] == pytest.approx(18 * 4 / 3, rel=0.01)
+    assert measures["npe"]["value"] == pytest.approx(1 / 3, abs=0.05)
+
+
+class Detour(nn.Module):
+    """Speed 6 (1 - t): as far as 3 in all, with 4/3 of the energy."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.ones_like(x) * (6 * (1 - t)).unsqueeze(1)
+
+
+def test_a_model_that_memorizes_is_found_out() -> None:
+    train, val = normal_data(60, 1, 16), normal_data(60, 2, 16)
+    stats = {"mean": torch.zeros(16), "std": torch.ones(16)}
+    memorized = dataclasses.replace(trained(ToNearest(train.data)), stats=stats)
+    found = evaluate(memorized, train, val, FEW)["measures"]
+    assert found["memorization"]["value"] == 1
+    assert found["nn_train"]["value"] < 0.01 * found["nn_train"]["floor"]
+    fresh = dataclasses.replace(trained(Still()), stats=stats)
+    found = evaluate(fresh, train, val, FEW)["measures"]
+    assert found["memorization"]["value"] == pytest.approx(0.5, abs=0.15)
+    assert "wasserstein2" not in found  # 16 dimensions are too many for 50 points
+    assert "npe" not in found
+
+
+def test_it_is_the_same_each_time_and_can_be_stopped_between_measures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = (trained(Still()), normal_data(300, 1), normal_data(300, 2), QUICK)
+    first = evaluate(*arguments)
+    assert first == evaluate(*arguments)
+    monkeypatch.setattr(evaluation, "rows_of_chunk", lambda dim: 70)
+    in_parts = evaluate(*arguments)["measures"]
+    for name in ("nn_train", "memorization"):
+        assert in_parts[name]["value"] == pytest.approx(first["measures"][name]["value"])
+    assert first["measures"]["sliced_wasserstein"]["std"] > 0
+    asked = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 5:
+            raise RunInterrupted("told to leave")
+
+    with pytest.raises(RunInterrupted):
+        evaluate(*arguments, check)
+    assert len(asked) == 5
+
+
+class OnlySmooth(nn.Module):
+    """Jumps at each point: no step of dopri5 is small enough."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return (1e6 * x).sin() * 1e3
+
+
+def test_a_solver_that_fails_leaves_the_others(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "MAX_ADAPTIVE_STEPS", 50)
+    with caplog.at_level(logging.WARNING):
+        found = evaluate(trained(OnlySmooth()), normal_data(50, 1), normal_data(50, 2), QUICK)
+    assert "dopri5" not in found["by_nfe"]
+    assert found["nfe_of_dopri5"] is None
+    assert math.isfinite(found["by_nfe"]["64"]["frechet"])
+    assert "dopri5 does not reach t = 1" in caplog.text
+
+
+def test_too_few_rows_are_said(tmp_path: Path) -> None:
+    few, many = normal_data(5, 1), normal_data(50, 2)
+    with pytest.raises(DataError, match="5 rows are too few"):
+        evaluate(trained(Still()), many, few, QUICK)
+    with pytest.raises(ConfigError, match=r"-n: found 60, expected at most 50"):
+        evaluate(trained(Still()), many, many, Scope(n=60))
+    with pytest.raises(ConfigError, match=r"-n: found 2, expected at least 6"):
+        Scope(n=2)
+    with pytest.raises(ConfigError, match=r"--repeats: found 0"):
+        Scope(repeats=0)

@@ -1,0 +1,99 @@
+"""Each measure against a closed form or an independent implementation."""
+
+import math
+
+import numpy as np
+import ot
+import pytest
+import torch
+from scipy import linalg, stats
+from torch import Tensor
+
+from flowjobs.evaluation import measures
+
+
+def cloud(n: int, dim: int, seed: int, shift: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((n, dim), generator=generator, dtype=torch.float64) + shift
+
+
+def test_sliced_wasserstein_is_that_of_pot_and_of_a_shift() -> None:
+    x, y = cloud(300, 5, 1), 1.3 * cloud(300, 5, 2, 0.4)
+    theirs = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=5_000, seed=0)
+    assert measures.sliced_wasserstein(x, y) == pytest.approx(theirs, rel=0.02)
+    # Of a shift s: the root of the mean of (s · direction)², which is |s| / √dim.
+    assert measures.sliced_wasserstein(x, x + 3) == pytest.approx(3, rel=0.05)
+    assert measures.sliced_wasserstein(x, x[torch.randperm(300)]) == 0
+
+
+def test_wasserstein2_is_that_of_pot_and_in_one_dimension_that_of_sorting() -> None:
+    x, y = cloud(200, 3, 1), cloud(200, 3, 2, 0.5)
+    theirs = ot.emd2([], [], ot.dist(x.numpy(), y.numpy(), metric="sqeuclidean"))
+    assert measures.wasserstein2(x, y) == pytest.approx(math.sqrt(theirs))
+    x, y = x[:, :1], y[:, :1]
+    by_sorting = (x.sort(0).values - y.sort(0).values).square().mean().sqrt()
+    assert measures.wasserstein2(x, y) == pytest.approx(float(by_sorting))
+
+
+def test_energy_distance_is_that_of_scipy_without_its_bias() -> None:
+    n, m = 400, 300
+    x, y = cloud(n, 1, 1), 2 * cloud(m, 1, 2, 0.3)
+    biased = stats.energy_distance(x.flatten(), y.flatten()) ** 2
+    # SciPy's means within a cloud count each point with itself.
+    bias = sum(float((p - p.T).abs().mean()) / (len(p) - 1) for p in (x, y))
+    assert measures.energy_distance(x, y) == pytest.approx(biased - bias)
+
+
+def test_mmd_of_two_gaussians_is_the_closed_form() -> None:
+    n, shift = 2000, 0.7
+    x, y = (points - points.mean(0) for points in (cloud(n, 2, 1), cloud(n, 2, 2)))
+    x += shift
+    # The median distance of two standard normal points in 2-D is that of a Rayleigh variable.
+    width2 = 2 * 2 * math.log(2)
+    scale = 1 + 2 / width2
+    closed = 2 / scale * (1 - math.exp(-2 * shift**2 / (2 * width2 * scale)))
+    assert measures.mmd(x, y) == pytest.approx(closed, rel=0.05)
+
+
+@pytest.mark.parametrize("measure", [measures.mmd, measures.energy_distance])
+def test_unbiased_measures_are_zero_on_the_mean_for_the_same_distribution(measure: object) -> None:
+    assert callable(measure)
+    found = [measure(cloud(60, 4, 2 * seed), cloud(60, 4, 2 * seed + 1)) for seed in range(40)]
+    assert abs(np.mean(found)) < 3 * np.std(found) / math.sqrt(len(found))
+    assert min(found) < 0 < max(found)
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_frechet_of_two_gaussians_is_that_of_scipys_root(dim: int) -> None:
+    x, y = cloud(500, dim, 1), cloud(400, dim, 2, 1) @ (torch.eye(dim).double() + 0.5)
+    first, second = (np.cov(p.numpy().T).reshape(dim, dim) for p in (x, y))
+    apart = np.square(x.mean(0).numpy() - y.mean(0).numpy()).sum()
+    closed = apart + np.trace(first + second - 2 * linalg.sqrtm(first @ second).real)
+    assert measures.frechet(x, y) == pytest.approx(closed)
+    assert measures.frechet(x, 3 * x) == pytest.approx(
+        float(4 * x.mean(0).square().sum() + 4 * x.T.cov().reshape(dim, dim).trace())
+    )
+
+
+def test_frechet_of_fewer_points_than_dimensions_is_a_number() -> None:
+    assert measures.frechet(cloud(10, 30, 1), cloud(10, 30, 2)) > 0
+
+
+def test_precision_recall_density_and_coverage() -> None:
+    # Two modes of the data, far apart; samples of one of them alone.
+    data = torch.cat([cloud(300, 2, 1), cloud(300, 2, 2, 100.0)])
+    found = measures.prdc(cloud(600, 2, 3), data)
+    assert found["precision"] > 0.9
+    assert found["recall"] == pytest.approx(0.5, abs=0.06)
+    assert found["coverage"] == pytest.approx(0.5, abs=0.06)
+    assert found["density"] == pytest.approx(0.5 * 2, abs=0.15)
+    far = measures.prdc(cloud(600, 2, 3, 50.0), data)
+    assert (far["precision"], far["recall"], far["density"], far["coverage"]) == (0, 0, 0, 0)
+    assert measures.prdc(data, data)["coverage"] == 1
+
+
+def test_a_classifier_tells_what_differs_alone() -> None:
+    x = cloud(200, 2, 1)
+    assert measures.c2st(x, cloud(200, 2, 2)) == pytest.approx(0.5, abs=0.1)
+    assert measures.c2st(x, cloud(200, 2, 2, 3.0)) > 0.95
+    assert measures.c2st(x, cloud(200, 2, 2)) == measures.c2st(x, cloud(200, 2, 2))
