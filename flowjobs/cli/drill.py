@@ -151,6 +151,7 @@ class Drill:
             patience=epochs,
             checkpoint_every_s=1.0,
             deterministic=self.deterministic,
+            evaluate=False,
         )
         training = defaults.resolve_arch(training)
         check_arch(training, defaults.archs)

@@ -2,16 +2,19 @@
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from flowjobs.cli.evaluation_table import print_evaluation
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.evaluation import evaluate as evaluation
 from flowjobs.jobs.signals import StopSignals
-from flowjobs.runs.recorder import recording
+from flowjobs.runs.recorder import Untracked, recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.training.checkpoint import read_checkpoint
@@ -24,7 +27,9 @@ SMALL = {"width": 16, "depth": 1}
 QUICK = ("--epochs", "1", "--arch-args", "width=16", "depth=1", "--wandb-mode", "disabled")
 
 
-def test_a_run_is_evaluated_at_its_end_and_when_asked(flowjobs: Command, study: Path) -> None:
+def test_a_run_is_evaluated_at_its_end_and_when_asked(
+    flowjobs: Command, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = flowjobs("submit", *QUICK, "--name", "a", "--cluster", "local")
     assert done.returncode == 0, done.stderr
     run = Run(study, "a")
@@ -41,17 +46,16 @@ def test_a_run_is_evaluated_at_its_end_and_when_asked(flowjobs: Command, study: 
     assert (asked["n"], asked["nfe"]) == (60, 10)
     assert asked["measures"].keys() - found["measures"].keys() == {"c2st"}
     assert asked["measures"]["frechet"]["std"] is None
-    shown = flowjobs("evaluate", "a", *options).stdout
+    print_evaluation(asked)
+    shown = capsys.readouterr().out
     assert "a, step 23: 60 samples (midpoint, 5 steps, 10 network calls)" in shown
-    assert {line.split()[0] for line in shown.splitlines() if line.strip()} >= asked[
-        "measures"
-    ].keys()
+    named = {line.split()[0] for line in shown.splitlines() if line.strip()}
+    assert named >= {*asked["measures"], *asked["by_nfe"]} - {"dopri5"}
 
     before = run.evaluation_file.read_bytes()
     for arguments, said in (
         (("a", "-n", "271"), "-n: found 271, expected at most 270"),
         (("b",), "no run b in"),
-        (("a", "--solver", "rk5"), "expected one of euler"),
     ):
         refused = flowjobs("evaluate", *arguments)
         assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
@@ -66,6 +70,25 @@ def trained(run: Run, config: TrainingConfig, stop_reason: Callable[[], str | No
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
     with recording(run, JobInfo.in_foreground()) as recorder:
         run_training(run, recorder, single_process(torch.device("cpu")), stop_reason)
+
+
+class Noted(Untracked):
+    def __init__(self) -> None:
+        self.summary: dict[str, Any] = {}
+
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        self.summary |= values
+
+
+def test_the_measures_are_in_the_trackers_summary(study: Path) -> None:
+    run, noted = Run(study, "a"), Noted()
+    run.create(RunConfig(TrainingConfig(epochs=1, arch_args=SMALL)))
+    with recording(run, JobInfo.in_foreground(), track=lambda run: nullcontext(noted)) as recorder:
+        run_training(run, recorder, single_process(torch.device("cpu")), lambda: None)
+    measures = json.loads(run.evaluation_file.read_text())["measures"]
+    for name, of in measures.items():
+        assert noted.summary[f"eval/{name}"] == of["value"]
+    assert "best_val_loss" in noted.summary
 
 
 def test_no_evaluate_leaves_it_out_and_changes_no_bit(study: Path) -> None:
