@@ -9,7 +9,7 @@ from pathlib import Path
 OURS = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
 # Nobody mends a line of these. Other installed packages may be where a person keeps their models.
-LIBRARIES = {"torch", "torchdiffeq", "numpy", "scipy", "sklearn", "PIL", "submitit", "wandb"}
+LIBRARIES = {"torch", "torchdiffeq", "ot", "numpy", "scipy", "sklearn", "PIL", "submitit", "wandb"}
 # A run keeps its code in STUDY/code/DIGEST: the file that a person edits has the path below that.
 IN_SNAPSHOT = re.compile(r".*/code/[0-9a-f]{16}/")
 NO_FILES = ("<frozen", "<string>", "<__array_function__")
