@@ -10,10 +10,11 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
@@ -226,9 +227,7 @@ class TrainingConfig:
     @property
     def signature(self) -> str:
         """Hash of everything here that changes the result of a step (16 hex digits)."""
-        relevant = _relevant(self.to_dict())
-        canonical = json.dumps(relevant, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return signature_of(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON's types."""
@@ -393,6 +392,12 @@ def check_arch(config: TrainingConfig, labels: Iterable[str] = ()) -> None:
         )
 
 
+def signature_of(training: Mapping[str, Any]) -> str:
+    """The signature of a training config as JSON has it."""
+    canonical = json.dumps(_relevant(training), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
 def signature_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """A line for each field that decides the result and differs between two training configs.
 
@@ -488,6 +493,44 @@ def _fits(value: Any, hint: Any) -> bool:
             return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
         case origin:
             return isinstance(value, origin)
+
+
+def typed_value(
+    name: str, value: Any, hint: Any, folder: Path, absolute: Callable[[Path], Path]
+) -> Any:
+    """A value of a TOML file as the field of that name holds it.
+
+    Args:
+        name: Of the field.
+        value: As it was read.
+        hint: The field's type.
+        folder: Where a relative path begins.
+        absolute: Makes a path one from the root.
+
+    Raises:
+        TypeError: It is of another type.
+    """
+    options = get_args(hint) if get_origin(hint) is typing.Union else (hint,)
+    for option in options:
+        if option is KeyValues and isinstance(value, dict):
+            return KeyValues(value)
+        if option is Path and isinstance(value, str):
+            return absolute(folder / os.path.expanduser(value))
+        is_path = name == "init_from" or (name == "dataset" and is_data_file(str(value)))
+        if isinstance(value, str) and is_path:
+            return str(absolute(folder / os.path.expanduser(value)))
+        if option is float and type(value) is int:
+            return float(value)
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if isinstance(option, type) and type(value) is option:
+            return value
+    expected = " or ".join(
+        ", ".join(get_args(option)) if get_origin(option) is Literal else option.__name__
+        for option in options
+        if option is not types.NoneType
+    )
+    raise TypeError(f"{value!r}, expected {expected}")
 
 
 def flag(name: str) -> str:

@@ -20,6 +20,7 @@ FlowjobsError                 something a person can mend: printed without a tra
 │   ├── ServerError               it cannot be reached, or fails, for any run
 │   └── LoginError                no key for it, or a wrong one: exit 2
 ├── SubmissionError           the scheduler refused the job
+│   └── SubmissionUnknownError    whether it has taken the job is unknown: exit 75
 ├── TrainingDivergedError     the loss is not a number any more: exit 1, for the run failed
 └── NoProgressError           attempt after attempt ended without a new step: exit 1
 RunInterrupted                not an error: the run saved its state and left on request
@@ -117,6 +118,12 @@ class LoginError(TrackingError):
 
 class SubmissionError(FlowjobsError):
     """The scheduler refused the job."""
+
+
+class SubmissionUnknownError(SubmissionError):
+    """Whether the scheduler has taken the job is unknown: ask later."""
+
+    exit_code = 75
 
 
 class TrainingDivergedError(FlowjobsError):

@@ -38,6 +38,7 @@ def command(*arguments: str) -> str:
         command("train", "--help"),
         command("sync", "--help"),
         command("drill", "--help"),
+        command("sweep", "--help"),
         command("sample", "no-such-run", "--out", "x.npy"),
         command("status"),
         command("report"),
@@ -51,9 +52,11 @@ def test_start_loads_nothing_heavy(code: str) -> None:
 
 def test_submitting_loads_neither_torch_nor_wandb(workplace: object) -> None:
     # submitit itself loads numpy where it is installed.
-    loaded = modules_loaded_by(command("submit", "--cluster", "local", "--dry-run"))
-    assert "submitit" in loaded
-    assert not loaded & {"torch", "wandb"}
+    for name in ("submit", "sweep"):
+        seed = ("--seed", "0") if name == "submit" else ("--seed", "0", "1")
+        loaded = modules_loaded_by(command(name, *seed, "--cluster", "local", "--dry-run"))
+        assert "submitit" in loaded
+        assert not loaded & {"torch", "wandb"}
 
 
 def test_the_test_above_can_fail() -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(flowjobs.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli", "__init__"),
-    ("drill", "report"),
+    ("drill", "report", "sweeps"),
     ("jobs", "notebook"),
     ("training", "tracking"),
     ("evaluation",),

@@ -8,12 +8,11 @@ WANDB_ENTITY, flags.
 import dataclasses
 import os
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 from flowjobs.config import (
     KeyValues,
@@ -22,7 +21,7 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
     flag,
-    is_data_file,
+    typed_value,
 )
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
@@ -188,7 +187,11 @@ def _read_file(path: Path, defaults: Defaults) -> None:
                 f"{path}: {key} is no option; {meant(name, fields, 'options')}, "
                 "or a table [arch] of names for your own models"
             )
-        defaults.values[name] = _typed(path, key, value, fields[name])
+        # Paths are relative to the file, so that they mean the same from every folder below.
+        try:
+            defaults.values[name] = typed_value(name, value, fields[name], path.parent, absolute)
+        except TypeError as error:
+            raise ConfigError(f"{path}: {key} = {error}") from error
         defaults.sources[name] = str(path)
 
 
@@ -197,32 +200,3 @@ def _known_fields() -> dict[str, Any]:
     for cls in (*PARTS.values(), CommandOptions):
         fields |= typing.get_type_hints(cls)
     return fields
-
-
-def _is_path(name: str, value: str) -> bool:
-    return name == "init_from" or (name == "dataset" and is_data_file(value))
-
-
-def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
-    """`value` as a field of type `hint` holds it."""
-    options = get_args(hint) if get_origin(hint) is Union else (hint,)
-    for option in options:
-        if option is KeyValues and isinstance(value, dict):
-            return KeyValues(value)
-        # Paths are relative to the file, so that they mean the same from every folder below.
-        if option is Path and isinstance(value, str):
-            return absolute(path.parent / os.path.expanduser(value))
-        if isinstance(value, str) and _is_path(key.replace("-", "_"), value):
-            return str(absolute(path.parent / os.path.expanduser(value)))
-        if option is float and type(value) is int:
-            return float(value)
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if isinstance(option, type) and type(value) is option:
-            return value
-    expected = " or ".join(
-        ", ".join(get_args(option)) if get_origin(option) is Literal else option.__name__
-        for option in options
-        if option is not types.NoneType
-    )
-    raise ConfigError(f"{path}: {key} = {value!r}, expected {expected}")

@@ -24,7 +24,8 @@ from flowjobs.cli.report import Report
 from flowjobs.cli.resume import Resume
 from flowjobs.cli.sample import Sample
 from flowjobs.cli.status import Status
-from flowjobs.cli.submit import EXAMPLES, Submit
+from flowjobs.cli.submit import Submit
+from flowjobs.cli.sweep import Sweep
 from flowjobs.cli.sync import Sync
 from flowjobs.cli.train import Train
 from flowjobs.errors import ConfigError, FlowjobsError
@@ -34,6 +35,7 @@ from flowjobs.user_code import user_place
 
 COMMANDS: dict[str, Any] = {
     "submit": Submit,
+    "sweep": Sweep,
     "resume": Resume,
     "train": Train,
     "status": Status,
@@ -158,8 +160,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     default: dict[str, Any] = {}
     if cls in (Submit, Train):
         default = {"default": defaults.fill(cls)}
-    if cls is Submit:
-        default["description"] = f"{EXAMPLES}\n{Submit.__doc__}"
-    elif cls is Drill:
-        default = {"default": Drill.with_defaults(defaults)}
+    elif cls in (Drill, Sweep):
+        default = {"default": cls.with_defaults(defaults)}
+    if cls in (Submit, Sweep):
+        default["description"] = f"{sys.modules[cls.__module__].EXAMPLES}\n{cls.__doc__}"
     return read_command_line(cls, f"flowjobs {name}", rest, **default), defaults

@@ -164,6 +164,7 @@ def _shown_default(cls: type, name: str, default: Any, label: str) -> str:
 @functools.cache
 def _docstrings(cls: type) -> dict[str, str]:
     """The docstrings of a dataclass's fields, each on one line."""
+    cls = getattr(cls, "HELP_OF", cls)  # one made at run time has no source
     owners = [owner for owner in reversed(cls.__mro__) if dataclasses.is_dataclass(owner)]
     return {
         name: text

@@ -25,6 +25,7 @@ from flowjobs.errors import (
     SubmissionError,
 )
 from flowjobs.jobs import exit_cause
+from flowjobs.jobs.array import array_at
 from flowjobs.jobs.environment import JobProcess, this_process
 from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.restart import restart
@@ -79,6 +80,22 @@ class RunTask:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if code:
             sys.exit(code)
+
+
+@dataclass(frozen=True)
+class ArrayTask:
+    """What submitit pickles of an array, once for all its tasks.
+
+    Args:
+        folder: The array's, absolute.
+    """
+
+    folder: str
+
+    def __call__(self) -> None:
+        """Run the job of the run that this task is."""
+        array = array_at(Path(self.folder))
+        task_of(array.run_of(os.environ["SLURM_ARRAY_TASK_ID"]))()
 
 
 def train_run(run: Run, resume_path: Path | None = None) -> int:

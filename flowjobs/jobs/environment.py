@@ -13,9 +13,10 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 from flowjobs import slurm
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import plain_sbatch
+from flowjobs.jobs.array import array_at
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.slurm.options import CONTINUES, submitted_for_run
+from flowjobs.slurm.options import ARRAY, CONTINUES, submitted_for_run
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ def _restarts(environment: JobEnvironment, run: Run) -> int:
 
 def _log_file(environment: JobEnvironment, run: Run) -> str | None:
     if "SUBMITIT_FOLDER" in os.environ:
-        return str(environment.paths.stdout)
+        if environment.name() == "slurm" and ARRAY in os.environ and environment.global_rank == 0:
+            array_at(Path(os.environ[ARRAY])).note_task(run, environment.job_id)
+        return str(run.logs / environment.paths.stdout.name)
     if environment.name() == "slurm":
         return plain_sbatch.note_job(run, environment.job_id)
     return None

@@ -6,12 +6,12 @@ import re
 import shlex
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from submitit.core.core import Executor
-from submitit.core.utils import JobPaths
+from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.debug import DebugExecutor
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
@@ -19,8 +19,9 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 from flowjobs import slurm
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
+from flowjobs.jobs.array import Array
 from flowjobs.runs.run import Run
-from flowjobs.slurm.options import JOB_OF_RUN, export_for
+from flowjobs.slurm.options import ARRAY, JOB_OF_RUN, export_for
 
 # A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
 # blocked ones wait until there are some. Before 2019, env could not do that.
@@ -77,22 +78,75 @@ class SlurmExecutorAnywhere(SlurmExecutor):
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         text = str(super()._make_submission_file_text(command, uid))
-        # Slurm fills in what follows a % in the names of logs, also in those of their folders.
-        folder = str(self.folder).replace("'", "'\"'\"'")  # as a shell's quotes have it
-        return text.replace(f"{folder}/%j", f"{folder.replace('%', '%%')}/%j")
+        return _with_plain_percent(text, self.folder, "/%j")
 
     def _submit_command(self, command: str) -> SlurmJob[Any]:
         # submitit's own believes the first "job N" that anyone prints, and reads UTF-8 only.
         folder = JobPaths.get_first_id_independent_folder(self.folder)
         file = folder / f".submission_file_{uuid.uuid4().hex}.sh"
         file.write_text(self._make_submission_file_text(command, uid=""))
-        comment = self.parameters.get("comment")
-        asked = [f"--comment={comment}"] if comment else []
-        self.handed_over = slurm.sbatch(["sbatch", *asked, str(file)], os.environ)
+        self.handed_over = slurm.sbatch(["sbatch", *self._comment(), str(file)], os.environ)
         tasks = list(range(self._num_tasks()))
         job: SlurmJob[Any] = SlurmJob(self.folder, self.handed_over.job_id, tasks)
         job.paths.move_temporary_file(file, "submission_file", keep_as_symlink=True)
         return job
+
+    def _comment(self) -> list[str]:
+        comment = self.parameters.get("comment")
+        return [f"--comment={comment}"] if comment else []
+
+
+def _with_plain_percent(text: str, folder: Path, log: str) -> str:
+    """A batch file in whose names of logs the folder is taken as it is.
+
+    Slurm fills in what follows a % there, also in the names of folders.
+
+    Args:
+        text: The batch file.
+        folder: That of the logs.
+        log: What comes after it.
+    """
+    quoted = str(folder).replace("'", "'\"'\"'")  # as a shell's quotes have it
+    return text.replace(f"{quoted}{log}", f"{quoted.replace('%', '%%')}{log}")
+
+
+class ArrayExecutor(SlurmExecutorAnywhere):
+    """submitit's, for an array whose tasks are all alike but for the folder that each works in.
+
+    Not by submitit's `batch()`: that moves what a task does into its place after sbatch, so that
+    an array whose submitter dies there has tasks that find nothing to do.
+
+    Args:
+        array: Where each task has its folder.
+        python: The command that starts python, for a shell.
+    """
+
+    def __init__(self, array: Array, python: str) -> None:
+        self._array = array
+        # submitit puts the task's number in the place of %a, as Slurm does.
+        super().__init__(folder=array.folder / "%a", python=python)
+
+    def hand_over(self, task: Callable[[], None], tasks: int, parallel: int | None) -> None:
+        """Hand the array over; see `handed_over`.
+
+        Args:
+            task: What each task does.
+            tasks: How many there are.
+            parallel: How many run at a time.
+        """
+        self.parameters |= {"map_count": tasks, "array_parallelism": parallel or tasks}
+        delayed = DelayedSubmission(task)
+        delayed.set_timeout(self.parameters.get("time") or NO_LIMIT_MIN, self.max_num_timeout)
+        delayed.dump(self._array.task_file)
+        file = self._array.folder / "submission.sh"
+        file.write_text(self.batch_file())
+        self.handed_over = slurm.sbatch(
+            ["sbatch", *self._comment(), str(file)], os.environ, self._array.mark
+        )
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        text = str(SlurmExecutor._make_submission_file_text(self, command, uid))
+        return _with_plain_percent(text, self._array.folder, "/%a/%A_%a")
 
 
 def handed_over(executor: Executor | None) -> slurm.HandedOver | None:
@@ -108,11 +162,7 @@ def make_executor(
     Raises:
         ConfigError: The folder cannot hold them.
     """
-    if found := re.search(r"%[jtAa]", str(run.folder)):
-        raise ConfigError(
-            f"--study {run.study}: found {found[0]}, which stands for a job's id in the names of "
-            "logs; expected a path without it"
-        )
+    check_study(run.study)
     match cluster:
         case "slurm":
             return slurm_executor(run, asked, python)
@@ -122,14 +172,58 @@ def make_executor(
             return DebugExecutor(folder=run.logs)
 
 
+def check_study(study: Path) -> None:
+    """Raise a ConfigError if the names of logs in a study would not be taken as they are."""
+    if found := re.search(r"%[jtAa]", str(study)):
+        raise ConfigError(
+            f"--study {study}: found {found[0]}, which stands for a job's id in the names of "
+            "logs; expected a path without it"
+        )
+
+
 def slurm_executor(
     run: Run, asked: SlurmConfig, python: str = sys.executable
 ) -> SlurmExecutorAnywhere:
-    """The executor for Slurm.
+    """The executor for a job of Slurm.
 
     Not submitit's AutoExecutor: that one cannot leave out what submitit sets by default, a wckey
     and a time limit of five minutes.
     """
+    executor = SlurmExecutorAnywhere(folder=run.logs, python=_guarded(python))
+    executor.update_parameters(
+        **_parameters(run.name, asked),
+        setup=[*SETUP],
+        teardown=_teardown(shlex.quote(run.name), run.study, python),
+    )
+    return executor
+
+
+def array_executor(
+    array: Array, name: str, asked: SlurmConfig, python: str = sys.executable
+) -> "ArrayExecutor":
+    """The executor for an array of runs of Slurm, each task of which is a run of its own."""
+    check_study(array.study)
+    executor = ArrayExecutor(array, python=_guarded(python))
+    task = f"{shlex.quote(str(array.folder))}/$SLURM_ARRAY_TASK_ID"
+    job = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    executor.update_parameters(
+        **_parameters(name, asked),
+        setup=[
+            *SETUP,
+            f"export {ARRAY}={shlex.quote(str(array.folder))}",
+            "# What the task does, where submitit looks for it.",
+            f"ln -sf {shlex.quote(str(array.task_file))} {task}/{job}_submitted.pkl",
+        ],
+        teardown=_teardown(f'"$(basename "$(dirname "$(readlink {task})")")"', array.study, python),
+    )
+    return executor
+
+
+def _guarded(python: str) -> str:
+    return f"$guard {shlex.quote(python)}"
+
+
+def _parameters(name: str, asked: SlurmConfig) -> dict[str, Any]:
     options = dict(asked.sbatch)
     if "no-requeue" not in options:
         options = {"requeue": True, **options}
@@ -141,7 +235,7 @@ def slurm_executor(
     typed = f"{asked.gpu_type}:{asked.gpus_per_node}" if asked.gpu_type else asked.gpus_per_node
     gpus = typed if asked.gpus_per_node else None
     parameters: dict[str, Any] = {
-        "job_name": run.name,
+        "job_name": name,
         "partition": asked.partition,
         "account": asked.account,
         "qos": asked.qos,
@@ -159,21 +253,16 @@ def slurm_executor(
         "stderr_to_stdout": True,
         "srun_args": srun_args,
         "additional_parameters": options,
-        "setup": [*SETUP],
-        "teardown": _teardown(run, python),
     }
-    executor = SlurmExecutorAnywhere(folder=run.logs, python=f"$guard {shlex.quote(python)}")
-    executor.update_parameters(**parameters)
-    return executor
+    return parameters
 
 
-def _teardown(run: Run, python: str) -> list[str]:
-    command = [python, "-m", "flowjobs", "reconcile", run.name]
-    command += ["--study", str(run.study)]
+def _teardown(run: str, study: Path, python: str) -> list[str]:
+    command = f"{shlex.quote(python)} -m flowjobs reconcile {run} --study {shlex.quote(str(study))}"
     return [
         "code=$?",
         "# If the attempt did not record how it ended: record it, and restart the run if allowed.",
-        f"[ $code -eq 0 ] || {shlex.join(command)} --exit-code $code",
+        f"[ $code -eq 0 ] || {command} --exit-code $code",
         "exit $code",
     ]
 

@@ -10,6 +10,7 @@ import pwd
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
@@ -49,13 +50,18 @@ class Origin:
         write_json(run.origin_file(job_id), asdict(self), mode=0o600)
 
 
+def arrays_folder(study: Path) -> Path:
+    """Where a study keeps the arrays that it was submitted as; see `jobs.array`."""
+    return study / "arrays"
+
+
 def origin_of(run: Run, job_id: str) -> Origin:
     """What a job of the run was submitted from.
 
     Raises:
         SubmissionError: It cannot be known, or is another user's.
     """
-    path = run.origin_file(job_id)
+    path = _file(run, job_id)
     check_own(run, job_id)
     try:
         found = json.loads(path.read_text())
@@ -77,7 +83,7 @@ def origin_of(run: Run, job_id: str) -> Origin:
 def check_own(run: Run, job_id: str) -> None:
     """Raise a SubmissionError if another user has submitted the job: it is theirs to restart."""
     try:
-        owner = run.origin_file(job_id).stat().st_uid
+        owner = _file(run, job_id).stat().st_uid
     except FileNotFoundError:
         return
     if owner != os.getuid():
@@ -86,6 +92,14 @@ def check_own(run: Run, job_id: str) -> None:
             f"job {job_id} was submitted by {name}, and is not started again under another "
             f"account: {name} can, by `flowjobs reconcile {run.name}` or by submitting it"
         )
+
+
+def _file(run: Run, job_id: str) -> Path:
+    """Where the origin of a job is noted: of all tasks of an array together."""
+    entry = run.submission(job_id) or {}
+    if "array" in entry:
+        return arrays_folder(run.study) / str(entry["array"]) / "origin.json"
+    return run.origin_file(job_id)
 
 
 def _user_name(uid: int) -> str:

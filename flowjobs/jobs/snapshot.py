@@ -63,19 +63,58 @@ class CodePlan:
 
     def carry_out(self) -> None:
         """Write the snapshot, and into the run's folder which one it is."""
-        if self.forget:
-            for kept in (self.run.code_file, self.run.code_diff_file):
-                kept.unlink(missing_ok=True)
         if self.files:
             write_snapshot(self.run.study, self.files)
-        if self.code:
-            with replaced_whole(self.run.code_diff_file) as file:
-                file.write(self.diff)
-            write_json(self.run.code_file, asdict(self.code))
+        self.write_to_run(flush=True)
+
+    def write_to_run(self, *, flush: bool) -> list[Path]:
+        """Write into the run's folder which snapshot it keeps. Returns the files."""
+        files = [self.run.code_file, self.run.code_diff_file]
+        if self.forget:
+            for kept in files:
+                kept.unlink(missing_ok=True)
+        if not self.code:
+            return []
+        with replaced_whole(self.run.code_diff_file, flush=flush) as file:
+            file.write(self.diff)
+        write_json(self.run.code_file, asdict(self.code), flush=flush)
+        return files
+
+
+def carry_out_together(plans: Iterable[CodePlan]) -> list[Path]:
+    """Carry out many plans, each snapshot once. Returns what is yet to be flushed to the disk."""
+    written: set[int] = set()
+    files = []
+    for plan in plans:
+        # Those of one `Takes` share what was read.
+        if plan.files and id(plan.files) not in written:
+            written.add(id(plan.files))
+            write_snapshot(plan.run.study, plan.files)
+        files += plan.write_to_run(flush=False)
+    return files
+
+
+class Takes:
+    """Takes the snapshot of the same modules once, for many runs that are submitted together."""
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[tuple[str, ...], Path], _Taken | None] = {}
+
+    def of(self, modules: tuple[str, ...], study: Path) -> "_Taken | None":
+        """The snapshot as it is now, or was the first time."""
+        key = (modules, study)
+        if key not in self._taken:
+            self._taken[key] = _take(modules, study)
+        return self._taken[key]
 
 
 def plan_code(
-    run: Run, training: TrainingConfig, choice: CodeChoice = "ask", *, in_use: bool = False
+    run: Run,
+    training: TrainingConfig,
+    choice: CodeChoice = "ask",
+    *,
+    in_use: bool = False,
+    takes: Takes | None = None,
 ) -> CodePlan:
     """What code a run that is submitted now is trained with. Writes nothing.
 
@@ -84,6 +123,7 @@ def plan_code(
         training: What is asked for.
         choice: What to do where the code is not what it was.
         in_use: Whether a job of the run waits or runs, so that its code must stay.
+        takes: What has been taken for other runs.
 
     Raises:
         RunMismatchError: The code has changed, and `choice` does not say which one is meant.
@@ -99,7 +139,7 @@ def plan_code(
     begun = in_use or run.started()
     if choice == "keep" and (kept or begun):
         return CodePlan(run)
-    taken = _take(modules, run.study)
+    taken = (takes or Takes()).of(modules, run.study)
     if taken is None:
         if kept and begun:
             raise RunMismatchError(

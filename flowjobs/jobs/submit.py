@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,24 @@ from submitit.local.debug import DebugJob
 
 from flowjobs import slurm
 from flowjobs.config import KeyValues, SlurmConfig
-from flowjobs.errors import SubmissionError
-from flowjobs.jobs.executors import Cluster, handed_over, make_executor
+from flowjobs.errors import SubmissionError, SubmissionUnknownError
+from flowjobs.jobs.array import Array
+from flowjobs.jobs.executors import Cluster, array_executor, handed_over, make_executor
 from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.origin import Origin, identity_of
 from flowjobs.runs.lock import Verdict, lock_holder
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.slurm import Gone, Known, Unknown, ask, ask_one, why_it_waits
+from flowjobs.slurm import (
+    Gone,
+    JobAnswer,
+    JobIdentity,
+    Known,
+    Unknown,
+    ask,
+    ask_one,
+    why_it_waits,
+)
 from flowjobs.slurm.options import CONTINUES, environment_for_sbatch
 
 
@@ -124,15 +134,87 @@ def submit(
     return submitted
 
 
+def submit_array(
+    array: Array,
+    runs: Sequence[Run],
+    name: str,
+    task: Callable[[], None],
+    asked: SlurmConfig,
+    parallel: int | None = None,
+) -> str:
+    """Submit many runs as one array; see `jobs.array` for what is on disk at each moment.
+
+    Args:
+        array: Of which nothing is on disk yet.
+        runs: Their configs are on disk; in the order of the tasks.
+        name: The job's.
+        task: What each task does; it is pickled.
+        asked: Options of the cluster, the same for all.
+        parallel: How many run at a time; default: as many as can.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        SubmissionError: sbatch refused; nothing is left of the array.
+        SubmissionUnknownError: Whether it has taken the job is unknown: `submitting` finds it out.
+    """
+    origin = Origin.here(asked)
+    with _noted_in_any_case("slurm"), _environment_of("slurm", origin, asked, None):
+        executor = array_executor(array, name, asked, origin.python)
+        try:
+            array.write(runs, name, origin)
+        except BaseException:
+            array.remove()
+            raise
+        try:
+            executor.hand_over(task, len(runs), parallel)
+        except SubmissionUnknownError:
+            raise
+        except SubmissionError as error:
+            array.remove()
+            raise SubmissionError(_explain(str(error), asked)) from error
+        job = executor.handed_over
+        assert job is not None
+        array.note(job)
+    return job.job_id
+
+
 def running_job(run: Run) -> str | None:
     """The run's job that is pending or running, as text; None if there is none.
 
     Raises:
         SubmissionError: There was a Slurm job, and what became of it is unknown.
     """
-    entries = [entry for entry in run.submissions() if entry["cluster"] == "slurm"]
-    jobs = [identity_of(run, entry["job_id"]) for entry in entries]
-    answers = ask(jobs)
+    found = running_jobs([run]).get(run)
+    if isinstance(found, SubmissionError):
+        raise found
+    return found
+
+
+def running_jobs(runs: Sequence[Run]) -> dict[Run, str | SubmissionError]:
+    """Those of the runs that have a job which is pending or running, as text; or of which that is
+    unknown, and why. Slurm is asked about all of them together.
+    """
+    entries = {run: run.submissions() for run in runs}
+    jobs = {
+        run: [JobIdentity.of(entry) for entry in noted if entry["cluster"] == "slurm"]
+        for run, noted in entries.items()
+    }
+    answers = ask([job for of_run in jobs.values() for job in of_run])
+    found: dict[Run, str | SubmissionError] = {}
+    for run in runs:
+        if busy := _busy_with(run, entries[run], jobs[run], answers):
+            found[run] = busy
+    return found
+
+
+def _busy_with(
+    run: Run,
+    entries: Sequence[Mapping[str, Any]],
+    jobs: Sequence[JobIdentity],
+    answers: Mapping[JobIdentity, JobAnswer],
+) -> str | SubmissionError | None:
     for job in reversed(jobs):
         match answers[job]:
             case Known(row) as known if not known.over and (
@@ -141,8 +223,8 @@ def running_job(run: Run) -> str | None:
             ):
                 return f"{job.words} ({row.state.lower()})"
     newest = answers[jobs[-1]] if jobs else None
-    if isinstance(newest, Unknown) and run.submissions()[-1] == entries[-1]:
-        raise SubmissionError(
+    if isinstance(newest, Unknown) and entries[-1]["cluster"] == "slurm":
+        return SubmissionError(
             f"what became of {jobs[-1].words} of {run.name} is unknown, so nothing is submitted: "
             f"{newest.why}; if you know that it is gone, `flowjobs cancel {run.name}` and submit "
             "again"

@@ -4,12 +4,15 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
+
+FLUSH_AT_ONCE = 16
 
 
 @contextmanager
@@ -63,6 +66,20 @@ def write_json(
     text = json.dumps(content, indent=2) + "\n"
     with replaced_whole(path, flush=flush, mode=mode) as file:
         file.write(text.encode())
+
+
+def flush_files(paths: Iterable[Path]) -> None:
+    """Return when files that are written are on the disk; many in the time of a few."""
+    with ThreadPoolExecutor(FLUSH_AT_ONCE) as threads:
+        list(threads.map(_flush, paths))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """A run's folder: every path in it, its config, and who may change them."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from flowjobs.config import (
     config_to_dict,
     run_config_from_dict,
     signature_differences,
+    signature_of,
 )
 from flowjobs.errors import (
     CheckpointGoneError,
@@ -50,7 +52,7 @@ class Run:
     study: Path
     name: str
 
-    @property
+    @functools.cached_property  # asked for twenty times in a submission
     def folder(self) -> Path:
         """`STUDY/runs/NAME`."""
         return self.study / "runs" / self.name
@@ -220,10 +222,7 @@ class Run:
         status = self.status()
         if status is None or status.state != "finished":
             return False
-        asked = asked or self.config().training
-        if status.epoch >= asked.epochs:
-            return True
-        return (status.epochs or 0) >= asked.epochs and (status.patience or 0) >= asked.patience
+        return has_done(status, asked or self.config().training)
 
     def check_files(self, asked: TrainingConfig | None = None) -> None:
         """Raise if a checkpoint that the run needs is gone.
@@ -269,7 +268,9 @@ class Run:
                 continue
         if damaged := len(lines) - len(entries):  # torn by a full disk
             warn_once(f"{self.jobs_file}: {damaged} lines are damaged and left out")
-        return entries
+        # A task of an array is noted by whoever comes first, and may be by both.
+        once = {(e["job_id"], e.get("mark") or number): e for number, e in enumerate(entries)}
+        return list(once.values())
 
     def submission(self, job_id: str) -> dict[str, Any] | None:
         """The newest job that was submitted for the run under this id; None if there was none."""
@@ -328,7 +329,7 @@ class Run:
         """Its user wants the run restarted after all."""
         self.cancel_file.unlink(missing_ok=True)
 
-    def create(self, config: RunConfig, *, in_use: bool = False) -> str:
+    def create(self, config: RunConfig, *, in_use: bool = False, flush: bool = True) -> str:
         """Make the run's folder and config, or check that it is the same run.
 
         What does not change the result (the partition, the time limit, the W&B mode) is taken
@@ -338,6 +339,7 @@ class Run:
         Args:
             config: What is asked for.
             in_use: Whether a job of the run waits or runs, so that its config must stay.
+            flush: Wait for the disk; whoever makes many runs does that once, with `flush_files`.
 
         Returns:
             What a person should know, or "": that the run is extended, say.
@@ -357,34 +359,29 @@ class Run:
         with self._config_lock():
             merged, note = self.merge(config, in_use=in_use)
             if not read_identity(self.folder):
-                give_identity(self.folder, self._earlier_id())
-            about = {"name": self.name, "signature": merged.training.signature}
-            write_json(self.config_file, {**about, **config_to_dict(merged)})
+                give_identity(self.folder, self._earlier_id(), flush=flush)
+            content = config_to_dict(merged)
+            about = {"name": self.name, "signature": signature_of(content["training"])}
+            write_json(self.config_file, {**about, **content}, flush=flush)
         return note
 
     @contextlib.contextmanager
     def undone_if_refused(self) -> Iterator[None]:
         """Leave the run as it was before the block if that fails before a job is handed over."""
-        folders = [folder for folder in (self.checkpoints, self.folder) if not folder.exists()]
-        own = (self.config_file, self.cancel_file, self.code_file, self.code_diff_file)
-        files = {file: _bytes_of(file) for file in own}
-        jobs = len(self.submissions())
+        before = self.before_submission()
         try:
             yield
         except BaseException:
             with contextlib.suppress(OSError):  # why it failed is what a person must hear
-                if len(self.submissions()) == jobs:
-                    self._put_back(files)
-                    for folder in folders:
-                        shutil.rmtree(folder, ignore_errors=True)
+                before.put_back()
             raise
 
-    def _put_back(self, files: Mapping[Path, bytes | None]) -> None:
-        for file, content in files.items():
-            if content is None:
-                file.unlink(missing_ok=True)
-            else:
-                file.write_bytes(content)
+    def before_submission(self) -> "Before":
+        """What a submission changes, to be put back if it is refused."""
+        folders = [folder for folder in (self.checkpoints, self.folder) if not folder.exists()]
+        own = (self.config_file, self.cancel_file, self.code_file, self.code_diff_file)
+        files = {file: _bytes_of(file) for file in own} if self.folder not in folders else {}
+        return Before(self, folders, files, len(self.submissions()))
 
     def merge(self, asked: RunConfig, *, in_use: bool = False) -> tuple[RunConfig, str]:
         """What `create` would write, and what a person should know of it. Writes nothing.
@@ -548,6 +545,44 @@ class Run:
         if not isinstance(found, dict):
             raise ConfigError(f"{self.config_file}: expected an object, found {type(found)}")
         return found
+
+
+def has_done(status: RunStatus, asked: TrainingConfig) -> bool:
+    """Whether a run of this status has done all that `asked` asks for."""
+    if status.state != "finished":
+        return False
+    if status.epoch >= asked.epochs:
+        return True
+    return (status.epochs or 0) >= asked.epochs and (status.patience or 0) >= asked.patience
+
+
+@dataclass(frozen=True)
+class Before:
+    """A run as it was before a submission.
+
+    Attributes:
+        run: The run.
+        folders: Those of it that there were not.
+        files: The content of those that a submission changes; None of one that there was not.
+        jobs: How many had been submitted.
+    """
+
+    run: Run
+    folders: Sequence[Path]
+    files: Mapping[Path, bytes | None]
+    jobs: int
+
+    def put_back(self) -> None:
+        """Make it so again, unless a job has been handed over meanwhile."""
+        if len(self.run.submissions()) != self.jobs:
+            return
+        for file, content in self.files.items():
+            if content is None:
+                file.unlink(missing_ok=True)
+            else:
+                file.write_bytes(content)
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bytes_of(file: Path) -> bytes | None:

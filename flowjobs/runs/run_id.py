@@ -54,10 +54,10 @@ def read_identity(folder: Path) -> Identity | None:
         ) from error
 
 
-def give_identity(folder: Path, run_id: str | None = None) -> Identity:
+def give_identity(folder: Path, run_id: str | None = None, *, flush: bool = True) -> Identity:
     """Give the run in `folder` an id: `run_id`, or a new one."""
     identity = Identity(run_id or secrets.token_hex(6), now(), os.path.realpath(folder))
-    write_json(_file(folder), asdict(identity))
+    write_json(_file(folder), asdict(identity), flush=flush)
     return identity
 
 

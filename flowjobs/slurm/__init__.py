@@ -25,23 +25,30 @@ if TYPE_CHECKING:
         job_record,
         queue,
         requeue,
+        set_parallel,
         signal_step,
         start_soon,
         write_batch_script,
     )
     from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, ask_one
     from flowjobs.slurm.sacct import accounting, accounting_answers
-    from flowjobs.slurm.submission import CLOCKS_S, HandedOver, cancelled_unless_noted, sbatch
+    from flowjobs.slurm.submission import (
+        CLOCKS_S,
+        HandedOver,
+        cancelled_unless_noted,
+        new_mark,
+        sbatch,
+    )
     from flowjobs.slurm.waiting import why_it_waits
 
 _NAMES = {
     "client": "MARK controller_answers is_here",
     "cluster": "cluster_name kill_wait_s partition_settings partitions qos_settings settings",
-    "controller": "ENDED JobRecord JobRow cancel job_record queue requeue signal_step start_soon "
-    "write_batch_script",
+    "controller": "ENDED JobRecord JobRow cancel job_record queue requeue set_parallel signal_step "
+    "start_soon write_batch_script",
     "jobs": "Gone JobAnswer JobIdentity Known Unknown ask ask_one",
     "sacct": "accounting accounting_answers",
-    "submission": "CLOCKS_S HandedOver cancelled_unless_noted sbatch",
+    "submission": "CLOCKS_S HandedOver cancelled_unless_noted new_mark sbatch",
     "waiting": "why_it_waits",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -69,12 +76,14 @@ __all__ = [
     "is_here",
     "job_record",
     "kill_wait_s",
+    "new_mark",
     "partition_settings",
     "partitions",
     "qos_settings",
     "queue",
     "requeue",
     "sbatch",
+    "set_parallel",
     "settings",
     "signal_step",
     "start_soon",

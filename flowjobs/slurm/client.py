@@ -14,8 +14,9 @@ STEP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 # Clients wait MessageTimeout (10 s by default) for a controller that is away.
 CLIENT_TIMEOUT_S = 30
 
-# Written into the comment of every job that we submit, and told by all of Slurm's commands.
-MARK = re.compile(r"flowjobs:([0-9a-f]{12})")
+# Written into the comment of every job that we submit, and told by all of Slurm's commands; an
+# array has it in the names of its logs too, which no site drops.
+MARK = re.compile(r"flowjobs[:-]([0-9a-f]{12})")
 
 # Names and comments hold anything but this.
 SEPARATOR = "\x1f"

@@ -120,7 +120,7 @@ def queue(uids: Collection[int]) -> list[JobRow]:
                 nodes=nodes,
                 restarts=int(restarts) if restarts.isdigit() else 0,
                 log=log,
-                marks=frozenset(MARK.findall(comment)),
+                marks=frozenset(MARK.findall(f"{comment} {log}")),
                 reason=reason,
                 starts=timestamp(starts),
                 dependency="" if dependency == "(null)" else dependency,
@@ -266,6 +266,17 @@ def cancel(job_id: str) -> None:
     answer = run("scancel", job_id)
     if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
         raise SubmissionError(f"scancel {job_id}: {first_line(answer)}")
+
+
+def set_parallel(job_id: str, tasks: int) -> None:
+    """Have an array run so many tasks at a time from now on.
+
+    Raises:
+        SubmissionError: Slurm does not answer, or refuses.
+    """
+    answer = run("scontrol", "update", f"jobid={job_id}", f"ArrayTaskThrottle={tasks}")
+    if answer.returncode != 0:
+        raise SubmissionError(f"job {job_id} keeps its number of tasks: {first_line(answer)}")
 
 
 def _limit_s(text: str) -> float | None:

@@ -7,7 +7,7 @@ record may be another user's.
 import os
 import pwd
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class JobIdentity:
         """Whether a row is on this job, and not on another one that has or had its id."""
         base = self.job_id.partition("_")[0]
         # Of an array's tasks that ended before they were told apart, accounting has one row.
-        if row.job_id != self.job_id and (row.job_id.partition("_[")[0] != base or row.log):
+        if row.job_id != self.job_id and (_together(row) != base or row.log):
             return False
         if self.uid not in (None, row.uid) or (
             self.cluster and row.cluster and self.cluster != row.cluster
@@ -164,17 +164,19 @@ def ask(
         rows = queue({os.getuid(), *(job.uid for job in jobs if job.uid is not None)})
     except SubmissionError as error:
         return {job: Unknown(str(error)) for job in jobs}
-    known = {job: row for row in rows for job in jobs if job.matches(row)}
+    by_id = _by_id(rows)
+    known = {job: row for job in jobs for row in _rows_of(job, by_id)}
     told = {job for job, row in known.items() if row.state not in ENDED and not row.restarts}
     try:
-        books = accounting({job.job_id for job in jobs if job not in told})
+        books = accounting({job.job_id.partition("_")[0] for job in jobs if job not in told})
         silent = ""
     except SubmissionError as error:
         books, silent = [], str(error)
     answers: dict[JobIdentity, JobAnswer] = {}
     here = {row.cluster for row in rows if row.cluster}
+    by_id = _by_id(books or ())
     for job in jobs:
-        rows = [row for row in books or () if job.matches(row)]
+        rows = _rows_of(job, by_id)
         lives = tuple([row for row in rows if row.job_id == job.job_id] or rows)
         if job in known:
             answers[job] = Known(known[job], lives)
@@ -188,6 +190,25 @@ def ask(
         else:
             answers[job] = Unknown(_why_not(job, here, silent or "accounting has no word of it"))
     return answers
+
+
+def _by_id(rows: Iterable[JobRow]) -> Mapping[str, list[JobRow]]:
+    """Rows by the ids of the jobs that they may be on: a study has thousands of both."""
+    found: dict[str, list[JobRow]] = {}
+    for row in rows:
+        for key in {row.job_id, _together(row)}:
+            found.setdefault(key, []).append(row)
+    return found
+
+
+def _rows_of(job: JobIdentity, by_id: Mapping[str, list[JobRow]]) -> list[JobRow]:
+    keys = {job.job_id, job.job_id.partition("_")[0]}
+    return [row for key in sorted(keys) for row in by_id.get(key, ()) if job.matches(row)]
+
+
+def _together(row: JobRow) -> str:
+    """The array of tasks that a row is on together (`12_[3-5]`), or the job's id."""
+    return row.job_id.partition("_[")[0]
 
 
 def _last_of(job: JobIdentity, lives: tuple[JobRow, ...]) -> JobAnswer:

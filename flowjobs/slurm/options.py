@@ -15,6 +15,8 @@ Fields = dict[str, Any]
 
 # Set by the batch script of a job that was submitted for a run: the job's own id.
 JOB_OF_RUN = "FLOWJOBS_JOB"
+# Set by the batch script of an array: its folder, in which each task finds its run.
+ARRAY = "FLOWJOBS_ARRAY"
 # In the environment of a job that flowjobs itself submitted: the id of the job it continues.
 CONTINUES = "FLOWJOBS_CONTINUES"
 # Set by sbatch/*.sh: their own arguments, as a JSON list.
@@ -210,7 +212,7 @@ def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -
     foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
     fields = {variable: field for variable, (field, _) in _MEANINGS.items()} | _ALTERNATIVES
     hidden = {variable for variable, field in fields.items() if getattr(asked, field) is not None}
-    hidden |= {*DECIDED, *variables_of("export"), JOB_OF_RUN, SCRIPT_ARGUMENTS}
+    hidden |= {*DECIDED, *variables_of("export"), JOB_OF_RUN, ARRAY, SCRIPT_ARGUMENTS}
     for option in asked.sbatch:
         hidden.update(variables_of(option))
     cleaned = {

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flowjobs.errors import SubmissionError
+from flowjobs.errors import SubmissionError, SubmissionUnknownError
 from flowjobs.slurm.client import first_line, run
 from flowjobs.slurm.cluster import cluster_name
 from flowjobs.slurm.controller import ENDED, cancel, queue
@@ -71,18 +71,30 @@ def cancelled_unless_noted(handed_over: Callable[[], HandedOver | None]) -> Iter
         ) from error
 
 
-def sbatch(command: Sequence[str], environment: Mapping[str, str]) -> HandedOver:
+def new_mark() -> str:
+    """A mark that no other job has."""
+    return secrets.token_hex(6)
+
+
+def sbatch(
+    command: Sequence[str], environment: Mapping[str, str], mark: str | None = None
+) -> HandedOver:
     """Submit by a command line (`sbatch OPTIONS SCRIPT ARGUMENTS`), with a mark in the comment.
 
     What `sbatch` prints is not believed where it is more than an id: sites wrap it, and print
     lines of their own. The mark finds the job then, also where sbatch failed after it had handed
     the job over.
 
+    Args:
+        command: The command line.
+        environment: What sbatch sees.
+        mark: The mark, where the caller keeps it before; default: a new one.
+
     Raises:
-        SubmissionError: sbatch refused the job; or what became of it is unknown, then the text says
-            how to find it.
+        SubmissionError: sbatch refused the job.
+        SubmissionUnknownError: What became of the job is unknown; the text says how to find it.
     """
-    mark = secrets.token_hex(6)
+    mark = mark or new_mark()
     program, *rest = command
     comments = [word for word in rest if word.startswith("--comment=")]
     comment = comments[-1].partition("=")[2] if comments else environment.get("SBATCH_COMMENT", "")
@@ -99,7 +111,7 @@ def sbatch(command: Sequence[str], environment: Mapping[str, str]) -> HandedOver
     try:
         rows = [row for row in queue({os.getuid()}) if row.submitted >= asked_at - CLOCKS_S]
     except SubmissionError as error:
-        raise SubmissionError(
+        raise SubmissionUnknownError(
             f"{_refusal(answer)}; whether the job was taken is unknown ({error}): one with the "
             f"comment flowjobs:{mark} would be it (squeue --me -o '%i %k')"
         ) from None

@@ -78,15 +78,8 @@ class Disturbed:
             assert time.monotonic() < end, self.explain()
             if time.monotonic() - hurried_at > 1:
                 hurried_at = time.monotonic()
-                self._hurry()
+                hurry_all(self.slurm)
             time.sleep(0.1)
-
-    def _hurry(self) -> None:
-        for line in self.slurm.run("squeue", "-h", "-r", "-o", "%i|%T|%r").splitlines():
-            job_id, state, reason = line.split("|")
-            if (state, reason) == ("PENDING", "BeginTime"):
-                with contextlib.suppress(CommandError):  # it has started meanwhile
-                    self.slurm.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
 
     def explain(self) -> str:
         queue = self.slurm.run("squeue", "-h", "-o", "%i %T %r %j")
@@ -114,6 +107,15 @@ class Disturbed:
             (before.last_step or 0) - (after.first_step or 0)
             for before, after in itertools.pairwise(attempts)
         )
+
+
+def hurry_all(slurm: SlurmCluster) -> None:
+    """Starts every job soon that waits for its BeginTime."""
+    for line in slurm.run("squeue", "-h", "-r", "-o", "%i|%T|%r").splitlines():
+        job_id, state, reason = line.split("|")
+        if (state, reason) == ("PENDING", "BeginTime"):
+            with contextlib.suppress(CommandError):  # it has started meanwhile
+                slurm.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
 
 
 Start = Callable[..., Disturbed]

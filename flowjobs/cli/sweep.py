@@ -1,0 +1,446 @@
+"""flowjobs sweep."""
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+import tyro
+
+from flowjobs.cli.code_options import CodeOptions, Flag
+from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
+from flowjobs.cli.hint import hint
+from flowjobs.config import (
+    KeyValues,
+    OptionalInt,
+    OptionalStr,
+    RestartConfig,
+    RunConfig,
+    SlurmConfig,
+    TrackingConfig,
+    TrainingConfig,
+    check_arch,
+    flag,
+    is_data_file,
+)
+from flowjobs.errors import ConfigError
+from flowjobs.models.source import check_model
+from flowjobs.runs.datasets import check_data
+from flowjobs.runs.run import Run, absolute, check_run_name
+from flowjobs.runs.status import EXIT_FAILED
+from flowjobs.sweeps import grid
+from flowjobs.sweeps.grid import ARGUMENT, read_sweep, run_names_of, slurm_of, training_of
+from flowjobs.sweeps.kept import (
+    check_same,
+    check_sweep_name,
+    keep,
+    left_out,
+    names_kept,
+    read_kept,
+)
+from flowjobs.tracking.mode import resolve_mode
+from flowjobs.training.initial_weights import with_pinned_weights
+
+if TYPE_CHECKING:
+    from flowjobs.jobs.snapshot import CodePlan
+    from flowjobs.sweeps.plan import Member
+
+EXAMPLES = """\
+  flowjobs sweep --arch mlp my_models:Wide --flow icfm otcfm --seed 0 1 2
+  flowjobs sweep --lr 1e-3 3e-4 --batch-size 64 256 --zip lr batch_size --name rates
+  flowjobs sweep ablation.toml --parallel 16 --partition preempt
+  flowjobs sweep ablation
+"""
+
+OPTIONS = ("slurm", "tracking", "restarts")
+ASKS_ABOVE = 100
+NAMES_SHOWN = 3
+
+
+def _values_of_fields() -> Any:
+    """TrainingConfig, with several values of each field."""
+    hints = get_type_hints(TrainingConfig)
+    values = []
+    for known in dataclasses.fields(TrainingConfig):
+        hint = next(iter(get_args(hints[known.name])), None)
+        is_optional = type(None) in get_args(hints[known.name])
+        kind: Any = hint if is_optional else hints[known.name]
+        default = () if is_optional else (known.default,)
+        if kind is KeyValues:
+            kind, default = Annotated[str, tyro.conf.arg(metavar="KEY=VALUE")], ()
+        values.append((known.name, tuple[kind, ...], field(default=default)))
+    # The help is that of the fields.
+    space = {"__module__": __name__, "HELP_OF": TrainingConfig}
+    return dataclasses.make_dataclass("TrainingValues", values, frozen=True, namespace=space)
+
+
+TrainingValues: Any = _values_of_fields()
+
+
+@dataclass(frozen=True)
+class Sweep(CodeOptions, CommandOptions):
+    """Submit many runs. Every field of the training takes several values, and their product is run.
+
+    The same command again, or `sweep NAME`, submits what is missing.
+    """
+
+    training: TrainingValues = field(default_factory=TrainingValues)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    restarts: RestartConfig = field(default_factory=RestartConfig)
+
+    sweep: Annotated[
+        tyro.conf.Positional[OptionalStr], tyro.conf.arg(metavar="[NAME|FILE.toml]")
+    ] = None
+    """A sweep that the study keeps, or a file that describes one; flags win over both."""
+
+    name: OptionalStr = None
+    """Name of the sweep; default: the file's, or the group's."""
+
+    zip: tuple[str, ...] = ()
+    """Fields whose values are walked together instead of multiplied: lr batch_size."""
+
+    one_at_a_time: Flag = False
+    """Vary one field at a time, around the first value of each."""
+
+    parallel: OptionalInt = None
+    """Runs at a time; on a sweep that is submitted, from now on; default: as many as the cluster
+    takes, or one for each GPU of this machine."""
+
+    first: OptionalInt = None
+    """Start so many runs only."""
+
+    yes: Flag = False
+    """Submit more than 100 runs without asking."""
+
+    dry_run: Flag = False
+    """Print the plan; submit nothing."""
+
+    @classmethod
+    def with_defaults(cls, defaults: Defaults) -> "Sweep":
+        """The command without flags."""
+        own: dict[str, Any] = {}
+        for name in ("study", "cluster"):
+            if name in defaults.values:
+                own[name] = defaults.values[name]
+        training = defaults.fill(TrainingConfig)
+        values: dict[str, tuple[Any, ...]] = {
+            known.name: (getattr(training, known.name),)
+            for known in dataclasses.fields(TrainingConfig)
+            if getattr(training, known.name) not in (None, {})
+        }
+        values["arch_args"] = tuple(f"{k}={v!r}" for k, v in training.arch_args.items())
+        options = {part: defaults.fill(PARTS[part]) for part in OPTIONS}
+        return cls(training=TrainingValues(**values), **options, **own)
+
+    def run(self, defaults: Defaults) -> int:
+        """Submit. Returns the exit code."""
+        for name in ("parallel", "first"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{flag(name)}: found {value}, expected at least 1")
+        study = absolute(self.study)
+        name, sweep = self._asked(study, defaults)
+        check_sweep_name(name)
+        runs, length_given = self._runs(study, name, sweep, defaults)
+        return self._carry_out(study, name, sweep, runs, length_given, defaults)
+
+    def _asked(self, study: Path, defaults: Defaults) -> tuple[str, grid.Sweep]:
+        """The sweep that is meant, and its name."""
+        values = self._values(defaults)
+        group = values.get("group", [defaults.fill(TrainingConfig).group])[0]
+        name = self.name or str(group)
+        if self.sweep is None and values:
+            sweep = grid.Sweep()
+        elif self.sweep and (self.sweep.endswith(".toml") or "/" in self.sweep):
+            file = absolute(Path(self.sweep))
+            name = self.name or file.stem
+            sweep = read_sweep(file, absolute)
+        else:
+            name = self.sweep or name
+            sweep = read_kept(study, name)
+        sweep = sweep.with_values(values)
+        if self.zip:
+            sweep = sweep.zipped(self.zip)
+        options: dict[str, Any] = {
+            part: {**getattr(sweep, part), **self._given(getattr(self, part), defaults)}
+            for part in OPTIONS
+        }
+        return name, dataclasses.replace(
+            sweep,
+            one_at_a_time=self.one_at_a_time or sweep.one_at_a_time,
+            parallel=self.parallel or sweep.parallel,
+            **options,
+        )
+
+    def _values(self, defaults: Defaults) -> dict[str, list[Any]]:
+        """The values of the fields that are given as flags."""
+        values: dict[str, list[Any]] = {}
+        for known in dataclasses.fields(TrainingConfig):
+            if flag(known.name) not in defaults.flags:
+                continue
+            given = getattr(self.training, known.name)
+            if known.name == "arch_args":
+                for item in given:
+                    (key, value), *_ = KeyValues.parse([item]).items()
+                    values.setdefault(f"{ARGUMENT}{key}", []).append(value)
+            elif known.name == "dataset":
+                values["dataset"] = [
+                    str(absolute(Path(each))) if is_data_file(each) else each for each in given
+                ]
+            elif given or known.type is bool:
+                values[known.name] = list(given) or [True]  # --compile alone
+            else:
+                raise ConfigError(f"{flag(known.name)}: found no value, expected one or more")
+        return values
+
+    def _given(self, part: Any, defaults: Defaults) -> dict[str, Any]:
+        """The options that are given as flags."""
+        return {
+            known.name: getattr(part, known.name)
+            for known in dataclasses.fields(part)
+            if flag(known.name) in defaults.flags
+        }
+
+    def _runs(
+        self, study: Path, name: str, sweep: grid.Sweep, defaults: Defaults
+    ) -> tuple[dict[Run, RunConfig], frozenset[str]]:
+        """The runs with what is asked for of each, checked as far as that can be without torch."""
+        parts = {
+            part: dataclasses.replace(defaults.fill(PARTS[part]), **getattr(sweep, part))
+            for part in OPTIONS
+        }
+        base, points = defaults.fill(TrainingConfig), sweep.points()
+        if not points:
+            raise ConfigError(f"the sweep {name} has no runs: all are excluded")
+        configs = [_absolute(defaults.resolve_arch(training_of(p, base))) for p in points]
+        _check(configs, study, defaults)
+        names = names_kept(study, name, configs, run_names_of(configs))
+        runs: dict[Run, RunConfig] = {}
+        for point, config, run_name in zip(points, configs, names, strict=True):
+            check_run_name(run_name)
+            run, training = Run(study, run_name), config
+            if training.init_from:
+                before = run.config().training if run.exists() else None
+                training = with_pinned_weights(training, before)
+            slurm = slurm_of(point, parts["slurm"])
+            runs[run] = RunConfig(training, slurm, parts["tracking"], parts["restarts"])
+        defaults.check_variables(parts["slurm"])
+        given = {"epochs", "patience"} & {field for point in points for field in point}
+        return runs, frozenset(given)
+
+    def _carry_out(
+        self,
+        study: Path,
+        name: str,
+        sweep: grid.Sweep,
+        runs: Mapping[Run, RunConfig],
+        length_given: frozenset[str],
+        defaults: Defaults,
+    ) -> int:
+        # The scheduler's side is slow to load, and --help does without.
+        from flowjobs.jobs.array import submitting
+        from flowjobs.jobs.executors import choose_cluster
+        from flowjobs.sweeps.plan import TO_START, look_at
+
+        cluster, why = choose_cluster(self.cluster)
+        if cluster == "debug":
+            raise ConfigError("--cluster debug: a sweep is no one run; submit one of its runs")
+        names = [run.name for run in runs]
+        if self.sweep is None and self.name is None:
+            check_same(study, name, names)
+        with ExitStack() as stack:
+            if cluster == "slurm" and not self.dry_run:
+                for said in stack.enter_context(submitting(study)):
+                    print(said)
+            members = look_at(runs, length_given)
+            starting = [member for member in members if member.stage in TO_START]
+            starting = starting[: self.first]
+            code = self._code(starting)
+            self._print_plan(study, name, sweep, members, starting, f"{cluster} ({why})")
+            for note in dict.fromkeys(plan.note for plan in code if plan.note):
+                print(note)
+            if self.dry_run:
+                return 0
+            if lost := left_out(study, name, names):
+                print(f"no longer of the sweep, and left as they are: {_some(lost)}")
+            if not self._is_wanted(starting):
+                return 0
+            keep(study, name, sweep, names)
+            if cluster == "slurm":
+                self._set_parallel(members)
+                return self._submit(study, name, sweep, starting, code)
+        return self._run_here(study, name, sweep, starting, code)
+
+    def _code(self, members: Sequence["Member"]) -> "list[CodePlan]":
+        from flowjobs.jobs.snapshot import Takes, plan_code
+
+        takes, choice = Takes(), self.code_choice()
+        return [
+            plan_code(member.run, member.config.training, choice, takes=takes) for member in members
+        ]
+
+    def _is_wanted(self, starting: Sequence["Member"]) -> bool:
+        if len(starting) <= ASKS_ABOVE or self.yes:
+            return True
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                f"{len(starting)} runs would be submitted, and there is no one to ask: --yes "
+                "submits them, --first N some"
+            )
+        return input(f"submit {len(starting)} runs? [y/N] ").strip().lower() in ("y", "yes")
+
+    def _set_parallel(self, members: Sequence["Member"]) -> None:
+        from flowjobs.sweeps.arrays import set_parallel
+
+        if self.parallel is not None:
+            for job_id in set_parallel(members, self.parallel):
+                print(f"job {job_id} runs {self.parallel} at a time from now on")
+
+    def _submit(
+        self,
+        study: Path,
+        name: str,
+        sweep: grid.Sweep,
+        starting: Sequence["Member"],
+        code: Sequence["CodePlan"],
+    ) -> int:
+        from flowjobs.sweeps.arrays import submit_arrays
+
+        if not starting:
+            return 0
+        done = submit_arrays(starting, code, name, sweep.parallel)
+        for note in dict.fromkeys(done.notes):
+            print(note)
+        for job_id, tasks in done.jobs.items():
+            print(f"{'submitted':10} job {job_id}, {_runs(tasks)}")
+        if done.left:
+            print(
+                f"the cluster does not take {_runs(len(done.left))} more now ({done.why}): "
+                f"{hint('sweep', name, study=study)} submits them when it does"
+            )
+        _print_rows(
+            inspect=hint("status", name, study=study), cancel=hint("cancel", name, study=study)
+        )
+        return 0
+
+    def _run_here(
+        self,
+        study: Path,
+        name: str,
+        sweep: grid.Sweep,
+        starting: Sequence["Member"],
+        code: Sequence["CodePlan"],
+    ) -> int:
+        from flowjobs.sweeps.local import run_here, slots_here
+
+        if not starting:
+            return 0
+        parallel = sweep.parallel or slots_here(starting[0].config.slurm)
+        ends: Counter[str] = Counter()
+        again = hint("sweep", name, study=study)
+        try:
+            for event in run_here(starting, code, parallel):
+                if event is None:
+                    continue
+                state = event.status.state if event.status else event.what
+                if event.what == "ended":
+                    ends[state] += 1
+                    count = f"{ends.total()}/{len(starting)}"
+                    reason = (
+                        f": {event.status.reason}" if event.status and state == "failed" else ""
+                    )
+                    print(f"{count:>9}  {event.run.name} {state}{reason}", flush=True)
+                else:
+                    print(f"{'':9}  {event.run.name} {event.what}", flush=True)
+        except KeyboardInterrupt:
+            print(f"\nno more runs are started; those that train go on; {again} starts the others")
+            return 0
+        return 0 if set(ends) <= {"finished"} else EXIT_FAILED
+
+    def _print_plan(
+        self,
+        study: Path,
+        name: str,
+        sweep: grid.Sweep,
+        members: Sequence["Member"],
+        starting: Sequence["Member"],
+        cluster: str,
+    ) -> None:
+        from flowjobs.sweeps.plan import checkpoint_bytes, resource_sets, words_for
+
+        how = f" = {sweep.words}" if sweep.words else ""
+        _print_rows(sweep=f"{name}: {_runs(len(members))}{how}", cluster=cluster)
+        by_stage: dict[str, list[Member]] = {}
+        for member in members:
+            by_stage.setdefault(member.stage, []).append(member)
+        for stage, found in sorted(by_stage.items()):
+            print(f"{stage:10} {len(found)}{_why(stage, found, name, study)}")
+        left = sum(member.stage in ("new", "to resume") for member in members) - len(starting)
+        if not starting:
+            print("nothing to submit")
+            return
+        mode, reason = resolve_mode(starting[0].config.tracking)
+        _print_rows(tracking=f"W&B {mode} ({reason})")
+        title = "asks for"
+        for of_set in resource_sets(starting):
+            print(f"{title:10} {words_for(of_set[0].config.slurm, len(of_set))}")
+            title = ""
+        if left:
+            print(f"{'':10} {left} more of them are left for later (--first {self.first})")
+        if sweep.parallel:
+            print(f"{'':10} {sweep.parallel} at a time")
+        if disk := checkpoint_bytes(members, starting):
+            wanted, free = (f"{size / 1e9:.3g} GB" for size in disk)
+            print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
+
+
+def _why(stage: str, members: Sequence["Member"], name: str, study: Path) -> str:
+    """What to know of the runs of a stage, to be read behind their number."""
+    names = [member.run.name for member in members]
+    match stage:
+        case "failed":
+            causes = Counter(member.why for member in members).most_common()
+            words = ", ".join(f"{count} {cause}" for cause, count in causes)
+            again = hint("retry", name, study=study)
+            return f": {words} ({_some(names)}); {again} starts them again"
+        case "cancelled":
+            return f" ({_some(names)}); {hint('retry', name, study=study)} starts them again"
+        case "unknown":
+            return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:NAMES_SHOWN])
+    return ""
+
+
+def _absolute(config: TrainingConfig) -> TrainingConfig:
+    if not is_data_file(config.dataset):
+        return config
+    return dataclasses.replace(config, dataset=str(absolute(Path(config.dataset))))
+
+
+def _check(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -> None:
+    """Raise if one of the runs cannot be meant; each model and each dataset is looked at once."""
+    models: dict[str, TrainingConfig] = {}
+    for config in configs:
+        models.setdefault(f"{config.arch} {config.arch_args}", config)
+    for config in models.values():
+        check_arch(config, defaults.archs)
+        check_model(config)
+    for dataset in {config.dataset for config in configs}:
+        check_data(dataset, study)
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' if count != 1 else ''}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{', '.join(names[:NAMES_SHOWN])}{more}"
+
+
+def _print_rows(**rows: str) -> None:
+    for title, text in rows.items():
+        print(f"{title:10} {text}", flush=True)

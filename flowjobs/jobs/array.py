@@ -1,0 +1,175 @@
+"""Many runs as one Slurm array: which task is which run, and that no task of it is half-known.
+
+    STUDY/arrays/flowjobs-MARK/
+        0, 1, …         links to the logs of each task's run: Slurm writes the task's output there
+        task.pkl        what a task does; the same for all
+        runs.json       its runs, and the array's name
+        origin.json     from where and how it was submitted
+        submission.sh   the batch file
+        job.json        the job that it became; there once every run has noted its task
+
+All but the last is there before sbatch is called, and the mark is in the job's comment and in the
+names of its logs. Whoever dies in between leaves an array without `job.json`: a task of it that
+starts notes itself, `settle` finds the job by its mark and notes the rest. Where there is no such
+job, `settle` removes the folder, and a job that should come of it all the same finds no runs.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flowjobs import slurm
+from flowjobs.errors import ConfigError
+from flowjobs.jobs.origin import Origin, arrays_folder
+from flowjobs.runs.file_lock import locked
+from flowjobs.runs.files import flush_folder, write_json
+from flowjobs.runs.run import Run
+from flowjobs.slurm import HandedOver
+
+SUBMIT_WAIT_S = 600.0
+PREFIX = "flowjobs-"
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array of a study. What it holds is on disk."""
+
+    study: Path
+    mark: str
+
+    @property
+    def folder(self) -> Path:
+        """`STUDY/arrays/flowjobs-MARK`."""
+        return arrays_folder(self.study) / f"{PREFIX}{self.mark}"
+
+    @property
+    def job_file(self) -> Path:
+        """The job that it became."""
+        return self.folder / "job.json"
+
+    @property
+    def origin_file(self) -> Path:
+        """From where and how it was submitted, for its user's eyes alone."""
+        return self.folder / "origin.json"
+
+    @property
+    def task_file(self) -> Path:
+        """What a task does, pickled."""
+        return self.folder / "task.pkl"
+
+    def task_folder(self, task: str) -> Path:
+        """The logs of a task's run, by way of the array."""
+        return self.folder / task
+
+    def run_of(self, task: str) -> Run:
+        """The run that a task is.
+
+        Raises:
+            ConfigError: The array has no such task.
+        """
+        try:
+            logs = os.readlink(self.task_folder(task))
+        except OSError as error:
+            raise ConfigError(f"{self.task_folder(task)}: {error.strerror}: no such task") from None
+        return Run(self.study, Path(logs).parent.name)
+
+    def write(self, runs: Sequence[Run], name: str, origin: Origin) -> None:
+        """Make the folder: of runs that exist, in the order of the tasks."""
+        self.folder.mkdir(parents=True)
+        for task, run in enumerate(runs):
+            # Relative, so that a study can be moved.
+            self.task_folder(str(task)).symlink_to(Path("../../runs", run.name, "logs"))
+        content = {"name": name, "runs": [run.name for run in runs]}
+        write_json(self.folder / "runs.json", content, flush=False)
+        write_json(self.origin_file, asdict(origin), flush=False, mode=0o600)
+        flush_folder(self.folder)
+
+    def note(self, job: HandedOver) -> None:
+        """Have every run note its task, and the array its job."""
+        found = self._content()
+        identity = self._identity(found["name"], job)
+        for task, name in enumerate(found["runs"]):
+            self._note(str(task), Run(self.study, name), job.job_id, identity)
+        write_json(self.job_file, {"job_id": job.job_id, "tasks": len(found["runs"]), **identity})
+
+    def note_task(self, run: Run, job_id: str) -> None:
+        """Have a run note the task that this process is, if nobody has yet."""
+        if run.submission(job_id) is None:
+            base, _, task = job_id.partition("_")
+            cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+            job = HandedOver(base, cluster, self.mark)
+            self._note(task, run, base, self._identity(self._content()["name"], job))
+
+    def _note(self, task: str, run: Run, array_id: str, identity: dict[str, Any]) -> None:
+        job_id = f"{array_id}_{task}"
+        log = run.logs / f"{job_id}_0_log.out"  # as submitit calls it
+        run.add_submission(job_id, "slurm", log, identity=identity)
+
+    def _identity(self, name: str, job: HandedOver) -> dict[str, Any]:
+        return {**job.identity(name), "array": self.folder.name}
+
+    def _content(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.folder / "runs.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.folder / 'runs.json'} cannot be read: {error}") from error
+        return found
+
+    def remove(self) -> None:
+        """Remove what was prepared: a job that comes of it nevertheless finds no runs."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def new_array(study: Path) -> Array:
+    """An array with a mark of its own; nothing of it is on disk yet."""
+    return Array(study, slurm.new_mark())
+
+
+def array_at(folder: Path) -> Array:
+    """The array whose folder is `folder`; the inverse of `Array.folder`."""
+    return Array(folder.parents[1], folder.name.removeprefix(PREFIX))
+
+
+def arrays_of(study: Path) -> list[Array]:
+    """Every array of a study that was ever prepared and not undone."""
+    return [array_at(folder) for folder in sorted(arrays_folder(study).glob(f"{PREFIX}*"))]
+
+
+@contextlib.contextmanager
+def submitting(study: Path) -> Iterator[list[str]]:
+    """Submit arrays of a study while the block lasts, which nobody else does meanwhile.
+
+    First what an earlier submission has left half done is completed or undone.
+
+    Yields:
+        What became of that, a line each.
+
+    Raises:
+        SubmissionError: That is unknown: Slurm does not answer.
+        LockHeldError: Another process submits.
+    """
+    arrays_folder(study).mkdir(parents=True, exist_ok=True)
+    with locked(arrays_folder(study) / ".lock", SUBMIT_WAIT_S, "to submit arrays"):
+        yield _settle(study)
+
+
+def _settle(study: Path) -> list[str]:
+    mine = os.getuid()
+    arrays = [array for array in arrays_of(study) if not array.job_file.exists()]
+    arrays = [array for array in arrays if array.folder.stat().st_uid == mine]
+    rows = slurm.queue({mine}) if arrays else []
+    said = []
+    for array in arrays:
+        found = [row for row in rows if array.mark in row.marks]
+        if not found:
+            array.remove()
+            continue
+        job_id = found[0].job_id.partition("_")[0]
+        array.note(HandedOver(job_id, found[0].cluster, array.mark))
+        said.append(f"job {job_id} had been submitted and not noted: it is now")
+    return said

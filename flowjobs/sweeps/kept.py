@@ -1,0 +1,98 @@
+"""What a study keeps of a sweep: `sweeps/NAME.toml` as it was asked for, `NAME.runs` its runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowjobs.config import TrainingConfig
+from flowjobs.errors import ConfigError, FlowjobsError, RunMismatchError, RunNotFoundError
+from flowjobs.nearest import LIST_AT_MOST, meant
+from flowjobs.runs.files import replaced_whole
+from flowjobs.runs.run import Run, absolute, check_run_name
+from flowjobs.runs.selection import runs_of_sweep, sweep_names
+from flowjobs.sweeps.grid import Sweep, read_sweep, to_toml
+
+
+def kept_file(study: Path, name: str) -> Path:
+    """`STUDY/sweeps/NAME.toml`."""
+    return study / "sweeps" / f"{name}.toml"
+
+
+def check_sweep_name(name: str) -> None:
+    """Raise a ConfigError unless `name` can be a file and the name of a job."""
+    try:
+        check_run_name(name)
+    except ConfigError as error:
+        raise ConfigError(f"the sweep's name: {error}") from error
+
+
+def read_kept(study: Path, name: str) -> Sweep:
+    """The sweep as it was asked for last.
+
+    Raises:
+        RunNotFoundError: There is no such sweep.
+        ConfigError: Its file was changed into one that cannot be read.
+    """
+    file = kept_file(study, name)
+    if not file.is_file():
+        raise RunNotFoundError(
+            f"no sweep {name} in {study}: {meant(name, sweep_names(study), 'sweeps')}; give "
+            "FILE.toml, or the values of fields (--seed 0 1 2)"
+        )
+    return read_sweep(file, absolute)
+
+
+def names_kept(
+    study: Path, name: str, configs: Sequence[TrainingConfig], new: Sequence[str]
+) -> list[str]:
+    """The names of a sweep's runs: those that it gives them, or that they have got before.
+
+    A run that was named when less varied (`mlp-icfm-digits-none`, of seed 0 alone) keeps its name
+    when the sweep grows (`--seed 0 1`).
+    """
+    left = [old for old in _runs_before(study, name) if old not in set(new)]
+    by_signature: dict[tuple[str, str], str] = {}
+    for old in left:
+        try:
+            training = Run(study, old).config().training
+        except FlowjobsError:
+            continue  # it was never made, or is broken: it is no run of this sweep then
+        by_signature[training.signature, training.dataset] = old
+    names = []
+    for config, own in zip(configs, new, strict=True):
+        # A signature takes time, and seldom is a run left over.
+        before = by_signature.pop((config.signature, config.dataset), "") if by_signature else ""
+        names.append(before if before and not Run(study, own).exists() else own)
+    return names
+
+
+def keep(study: Path, name: str, sweep: Sweep, runs: Sequence[str]) -> None:
+    """Keep a sweep and the names of its runs."""
+    file = kept_file(study, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in (
+        (file, to_toml(sweep)),
+        (file.with_suffix(".runs"), "".join(f"{run}\n" for run in runs)),
+    ):
+        with replaced_whole(path) as written:
+            written.write(text.encode())
+
+
+def left_out(study: Path, name: str, runs: Sequence[str]) -> list[str]:
+    """The runs that the sweep had, that are there, and that it has no more."""
+    now = set(runs)
+    return [old for old in _runs_before(study, name) if old not in now and Run(study, old).exists()]
+
+
+def check_same(study: Path, name: str, runs: Sequence[str]) -> None:
+    """Raise a RunMismatchError if the sweep of this name has other runs: it is another sweep."""
+    if lost := left_out(study, name, runs):
+        more = f" and {len(lost) - LIST_AT_MOST} more" if len(lost) > LIST_AT_MOST else ""
+        raise RunMismatchError(
+            f"the sweep {name} in {study} has runs that this one has not: "
+            f"{', '.join(lost[:LIST_AT_MOST])}{more}; give this one a name of its own (--name), or "
+            f"all their values too"
+        )
+
+
+def _runs_before(study: Path, name: str) -> list[str]:
+    return runs_of_sweep(study, name) if name in sweep_names(study) else []

@@ -1,0 +1,99 @@
+"""Runs of a sweep on this machine, a few at a time, from a process in the foreground."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from flowjobs.config import SlurmConfig
+from flowjobs.errors import FlowjobsError
+from flowjobs.jobs.entry import task_of
+from flowjobs.jobs.executors import check_local, visible_gpus
+from flowjobs.jobs.origin import Origin
+from flowjobs.jobs.snapshot import CodePlan
+from flowjobs.jobs.submit import running_job, submit
+from flowjobs.runs.lock import process_lives
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
+from flowjobs.sweeps.arrays import make_runs
+from flowjobs.sweeps.plan import Member
+
+POLL_S = 0.3
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a person may want to see.
+
+    Attributes:
+        run: The run.
+        what: What it did: "started", "ended", or why it could not start.
+        status: Its status, when it has ended.
+    """
+
+    run: Run
+    what: str
+    status: RunStatus | None = None
+
+
+def run_here(
+    members: Sequence[Member], code: Sequence[CodePlan], parallel: int
+) -> Iterator[Event | None]:
+    """Train runs as jobs of this machine, so many at a time, until all have ended.
+
+    They are jobs of their own: if this process ends, those that have started are trained to their
+    end, and the others are not started.
+
+    Yields:
+        What happens; None every moment in between.
+    """
+    waiting = list(zip(members, code, strict=True))
+    running: dict[int, Run] = {}
+    while waiting or running:
+        for slot in range(parallel):
+            while slot not in running and waiting:
+                event = _start(*waiting.pop(0), slot)
+                if event.what == "started":
+                    running[slot] = event.run
+                yield event
+        time.sleep(POLL_S)
+        yield None
+        for slot, run in list(running.items()):
+            # A job that is started again often gets a new id.
+            if not process_lives(int(run.submissions()[-1]["job_id"])):
+                del running[slot]
+                yield Event(run, "ended", run.status())
+
+
+def _start(member: Member, code: CodePlan, slot: int) -> Event:
+    run = member.run
+    if busy := running_job(run):
+        return Event(run, f"has {busy} by now")
+    try:
+        with run.undone_if_refused():
+            make_runs([member], [code])
+            origin = Origin.here(member.config.slurm)
+            gpus = gpus_of_slot(member.config.slurm, slot)
+            if gpus:
+                devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+                origin = replace(origin, environment={**origin.environment, **devices})
+            submit(run, "local", task_of(run), origin=origin)
+    except FlowjobsError as error:
+        return Event(run, str(error))
+    return Event(run, "started")
+
+
+def gpus_of_slot(asked: SlurmConfig, slot: int) -> list[str]:
+    """The GPUs of the run in a slot: its own while there are as many, else shared in turn."""
+    each = len(check_local(asked))
+    if not each:
+        return []
+    gpus = visible_gpus()
+    slots = len(gpus) // each
+    first = slot % slots * each
+    return gpus[first : first + each]
+
+
+def slots_here(asked: SlurmConfig) -> int:
+    """How many runs this machine has room for: one for each GPU, or one."""
+    each = len(check_local(asked))
+    return len(visible_gpus()) // each if each else 1

@@ -1,0 +1,252 @@
+"""What there is already of the runs that are asked for, and what is to be started. Writes nothing.
+
+Of a run that is finished two small files are read and nothing else: a sweep of thousands that is
+repeated mostly looks at those. Slurm is asked about all of the others together.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flowjobs.config import RunConfig, SlurmConfig, signature_differences
+from flowjobs.errors import FlowjobsError, RunMismatchError, SubmissionError
+from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome, find
+from flowjobs.jobs.submit import running_jobs
+from flowjobs.runs.datasets import same_file
+from flowjobs.runs.run import Run, has_done
+from flowjobs.runs.status import RunStatus
+
+# "new" has no job yet; "to resume" has saved its state, and no job of it waits or runs.
+Stage = Literal[
+    "finished", "running", "waiting", "failed", "cancelled", "unknown", "to resume", "new"
+]
+TO_START: tuple[Stage, ...] = ("to resume", "new")
+SHOWN_AT_MOST = 10
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the runs.
+
+    Attributes:
+        run: The run.
+        config: What is asked for.
+        stage: How far it is.
+        why: Of what has failed the cause in a word or two; of what is unknown why, as a sentence.
+    """
+
+    run: Run
+    config: RunConfig
+    stage: Stage
+    why: str = ""
+
+
+def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> list[Member]:
+    """How far each run is.
+
+    Args:
+        asked: What is asked for, by run.
+        length_given: Of "epochs" and "patience" those that are asked for; a run that is there
+            keeps its own otherwise.
+
+    Returns:
+        In the order of `asked`.
+
+    Raises:
+        RunMismatchError: Some exist with another config; the text lists what differs.
+    """
+    found: dict[Run, Member] = {}
+    others: dict[Run, RunConfig] = {}
+    differing: dict[Run, list[str]] = {}
+    for run, wanted in asked.items():
+        try:
+            before = _json(run.config_file)
+        except (OSError, ValueError) as error:
+            found[run] = Member(run, wanted, "unknown", f"{run.config_file}: {error}")
+            continue
+        if before is None:
+            found[run] = Member(run, wanted, "new")
+            continue
+        training = before.get("training", {})
+        config = _with_own_length(wanted, training, length_given)
+        if lines := _differences(training, config):
+            differing[run] = lines
+        if not lines and _is_finished(run, config):
+            found[run] = Member(run, config, "finished")
+        else:
+            others[run] = config
+    found |= _stages(others)
+    if wrong := {run: lines for run, lines in differing.items() if _has_begun(found[run])}:
+        raise RunMismatchError(_mismatch(wrong))
+    return [found[run] for run in asked]
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, found {type(found).__name__}")
+    return found
+
+
+def _differences(training: Mapping[str, Any], config: RunConfig) -> list[str]:
+    asked = config.training.to_dict()
+    lines = signature_differences(training, asked)
+    there, here = training.get("dataset", ""), asked["dataset"]
+    if there != here and not same_file(there, here):
+        lines.insert(0, f"  --dataset: {there} there, {here} asked for")
+    return lines
+
+
+def _with_own_length(
+    asked: RunConfig, training: Mapping[str, Any], length_given: frozenset[str]
+) -> RunConfig:
+    keys = ("epochs", "patience")
+    own = {key: training[key] for key in keys if key in training and key not in length_given}
+    return replace(asked, training=replace(asked.training, **own)) if own else asked
+
+
+def _is_finished(run: Run, config: RunConfig) -> bool:
+    """Whether the run has done all that is asked for, without its status being checked in full."""
+    try:
+        found = _json(run.status_file) or {}
+    except (OSError, ValueError):
+        return False
+    keys = ("state", "epoch", "epochs", "patience")
+    status = RunStatus(**{key: found[key] for key in keys if key in found})
+    return has_done(status, config.training)
+
+
+def _stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
+    """How far runs are that are there, and not surely finished."""
+    members: dict[Run, Member] = {}
+    statuses: dict[Run, RunStatus] = {}
+    for run, config in asked.items():
+        try:
+            run.config()
+            statuses[run] = run.status() or RunStatus()
+            run.submissions()
+        except (FlowjobsError, OSError) as error:
+            members[run] = Member(run, config, "unknown", str(error))
+    busy = running_jobs([*statuses])
+    for run, words in busy.items():
+        if isinstance(words, SubmissionError):
+            members[run] = Member(run, asked[run], "unknown", str(words))
+        else:
+            stage: Stage = "waiting" if "(pending)" in words else "running"
+            members[run] = Member(run, asked[run], stage)
+    free = [run for run in statuses if run not in busy]
+    findings = find(free)
+    for run in free:
+        status = statuses[run]
+        match findings.get(run):
+            case Dead(waits=True):
+                members[run] = Member(run, asked[run], "waiting")
+                continue
+            case Dead() as dead:
+                status.close(final_outcome(run, status, dead))
+            case Unclear(why):
+                members[run] = Member(run, asked[run], "unknown", why)
+                continue
+            case Waits():
+                members[run] = Member(run, asked[run], "waiting")
+                continue
+        stage, why = _stage(run, status)
+        members[run] = Member(run, asked[run], stage, why)
+    return members
+
+
+def _stage(run: Run, status: RunStatus) -> tuple[Stage, str]:
+    """The stage of a run of which no job waits or runs."""
+    if run.cancel_requested():
+        return "cancelled", ""
+    match status.state:
+        case "failed":
+            kind = status.attempts[-1].kind if status.attempts else ""
+            return "failed", kind or "failed"
+        case "cancelled":
+            return "cancelled", ""
+        case "preempted" | "finished":  # finished before it was asked to be longer
+            return "to resume", ""
+        case "submitted" if not run.submissions():
+            return "new", ""
+    return "unknown", "its job has just ended, and Slurm does not say yet how: ask again"
+
+
+def _has_begun(member: Member) -> bool:
+    """Whether the run's config must stay: it has trained, or a job of it waits or runs."""
+    return member.stage in ("running", "waiting", "finished") or member.run.started()
+
+
+def _mismatch(differing: Mapping[Run, Sequence[str]]) -> str:
+    """The differing fields, each kind of difference once with the runs that have it."""
+    runs_with: dict[str, list[str]] = {}
+    for run, lines in differing.items():
+        runs_with.setdefault("\n".join(lines), []).append(run.name)
+    text = [f"{len(differing)} of the runs exist with another config:"]
+    for lines, names in list(runs_with.items())[:SHOWN_AT_MOST]:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        text += [f"{', '.join(names[:3])}{more}:", lines]
+    text += [
+        "ask for the values there to go on with those runs; or give the sweep a --study of its "
+        "own, or remove those runs (flowjobs rm)"
+    ]
+    return "\n".join(text)
+
+
+def resource_sets(members: Iterable[Member]) -> list[list[Member]]:
+    """The runs by what they ask of the cluster."""
+    sets: list[tuple[SlurmConfig, list[Member]]] = []
+    for member in members:
+        asked = member.config.slurm
+        # Most have the very same; a dataclass that holds a dict cannot be a key.
+        found = next((of_set for other, of_set in sets if other is asked or other == asked), None)
+        if found is None:
+            sets.append((asked, [member]))
+        else:
+            found.append(member)
+    return [of_set for _, of_set in sets]
+
+
+def words_for(slurm: SlurmConfig, runs: int) -> str:
+    """What so many runs ask of the cluster: "12 runs x 1 GPU x at most 2 h = 24 GPU hours"."""
+    gpus = slurm.nodes * slurm.gpus_per_node
+    words = f"{runs} run{'s' if runs > 1 else ''}"
+    words += f" x {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else ""
+    if slurm.timeout_min is None:
+        return f"{words}, as long as the partition allows"
+    hours = slurm.timeout_min / 60
+    words += f" x {hours:.3g} h"
+    return f"{words} = {runs * gpus * hours:.3g} GPU hours a start" if gpus else f"{words} a start"
+
+
+def checkpoint_bytes(
+    members: Sequence[Member], starting: Sequence[Member]
+) -> tuple[int, int] | None:
+    """What the checkpoints of runs that are started will take, and what is free, in bytes.
+
+    Returns:
+        None if no run of the same model among `members` has any yet.
+    """
+    sizes: dict[str, int] = {}
+    for member in members:
+        model = _model(member)
+        if model not in sizes and member.stage == "finished":
+            files = [file for file in member.run.saved_files() if file.exists()]
+            sizes[model] = sum(file.stat().st_size for file in files)
+    wanted = [sizes.get(_model(member)) for member in starting if member.stage == "new"]
+    known = [size for size in wanted if size]
+    if not known:
+        return None
+    free = shutil.disk_usage(members[0].run.study).free
+    return sum(known) * len(wanted) // len(known), free
+
+
+def _model(member: Member) -> str:
+    training = member.config.training
+    return json.dumps([training.arch_path, training.arch_args], sort_keys=True)

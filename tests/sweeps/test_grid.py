@@ -1,0 +1,149 @@
+"""What a sweep's description stands for: which runs, and what they are called."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowjobs.config import TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import absolute
+from flowjobs.sweeps.grid import Sweep, read_sweep, run_names_of, to_toml, training_of
+
+EVERYTHING = """
+one_at_a_time = true
+parallel = 8
+[base]
+epochs = 2
+dataset = "data.npy"
+[base.arch_args]
+depth = 3
+channels = [8, 16]
+[grid]
+flow = ["icfm", "otcfm"]
+seed = [0, 1]
+arch_args = { width = [64, 128] }
+[[zip]]
+lr = [1, 3e-4]
+batch-size = [64, 256]
+mem_gb = [8, 16]
+[[include]]
+arch = "a='b\\"c=pkg.models:Wide"
+[[exclude]]
+seed = 1
+flow = ["icfm", "otcfm"]
+[slurm]
+sbatch = { reservation = "course" }
+[tracking]
+wandb_mode = "offline"
+[restarts]
+retries = 2
+"""
+
+
+def names(sweep: Sweep) -> list[str]:
+    return run_names_of([training_of(point, TrainingConfig()) for point in sweep.points()])
+
+
+def test_product_is_named_by_what_varies() -> None:
+    sweep = Sweep(base={"epochs": 3}, grid={"flow": ["icfm", "otcfm"], "seed": [0, 1]})
+    assert names(sweep) == [
+        *("mlp-icfm-digits-none-seed0", "mlp-icfm-digits-none-seed1"),
+        *("mlp-otcfm-digits-none-seed0", "mlp-otcfm-digits-none-seed1"),
+    ]
+    assert sweep.words == "2 flow x 2 seed"
+
+
+def test_zipped_fields_walk_together() -> None:
+    sweep = Sweep(grid={"lr": [1e-3, 1e-5], "batch_size": [64, 256], "seed": [0]})
+    found = sweep.zipped(["lr", "batch-size"]).points()
+    assert [(point["lr"], point["batch_size"]) for point in found] == [(1e-3, 64), (1e-5, 256)]
+    assert names(sweep.zipped(["lr", "batch_size"]))[1].endswith("-batch_size256-lr1e-05")
+    with pytest.raises(ConfigError, match="--zip: found 2 of lr, 1 of seed, expected equally"):
+        sweep.zipped(["lr", "seed"])
+    with pytest.raises(ConfigError, match="--zip: found sed, expected two or more fields"):
+        sweep.zipped(["lr", "sed"])
+
+
+def test_one_field_at_a_time_varies_around_the_first_values() -> None:
+    sweep = Sweep(grid={"lr": [1e-3, 1e-4], "seed": [0, 1, 2]}, one_at_a_time=True)
+    assert [(point["lr"], point["seed"]) for point in sweep.points()] == [
+        *((1e-3, 0), (1e-4, 0), (1e-3, 1), (1e-3, 2))
+    ]
+
+
+def test_a_file_is_read_written_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(EVERYTHING)
+    sweep = read_sweep(file, absolute)
+    assert sweep.base == {
+        "epochs": 2,
+        "dataset": str(tmp_path / "data.npy"),  # relative to the file
+        "arch_args.depth": 3,
+        "arch_args.channels": [8, 16],
+    }
+    assert sweep.zips[0]["lr"] == [1.0, 3e-4]
+    points = sweep.points()
+    # The first, width 128, otcfm, the zip's second; seed 1 is left out; and what is included.
+    assert len(points) == 1 + 1 + 1 + 1 + 1
+    config = training_of(points[0], TrainingConfig())
+    assert config.arch_args == {"depth": 3, "channels": [8, 16], "width": 64}
+    file.write_text(to_toml(sweep))
+    assert read_sweep(file, absolute) == sweep
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[grid]\nsede = [0]", r"\[grid\] sede: found no field; .*did you mean seed"),
+        ("[grid]\nseed = 0", r"\[grid\] seed: found 0, expected a list"),
+        ("[grid]\nseed = ['x']", r"\[grid\] seed: found 'x', expected int"),
+        ("[base]\nflow = 'icmf'", r"\[base\] flow: found 'icmf', expected icfm, otcfm"),
+        ("[base]\nmem_gb = 3", r"\[base\] mem_gb: found no field"),
+        ("[bas]\nseed = 0", "bas: found no part of a sweep.*did you mean base"),
+        ("[[zip]]\nlr=[1]\nseed=[0,1]", "found 1 of lr, 2 of seed, expected equally many"),
+        ("[slurm]\npartion='x'", r"\[slurm\] partion: found no option; .*partition"),
+        ("[zip]\nlr=[1]", r"expected \[\[zip\]\]"),
+        ("parallel = 0", "parallel: found 0, expected a number"),
+        ("seed = ", "Invalid value"),
+    ],
+)
+def test_what_cannot_be_meant_is_said(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_sweep(file, absolute)
+
+
+@pytest.mark.parametrize(
+    ("grid", "same"),
+    [
+        ({"arch": ["one:Net", "other:Net"]}, "--arch: one:Net and other:Net"),
+        ({"dataset": ["/a/x.npy", "/b/x.npy"]}, "--dataset: /a/x.npy and /b/x.npy"),
+        ({"mem_gb": [8.0, 16.0]}, "options of the cluster alone"),
+    ],
+)
+def test_two_runs_of_one_name_are_refused(grid: dict[str, Any], same: str) -> None:
+    with pytest.raises(ConfigError, match=f"would both be named(.|\n)*{same}"):
+        names(Sweep(grid=grid))
+
+
+def test_names_fit_a_folder_and_differ_when_they_are_cut() -> None:
+    long = "x" * 70
+    sweep = Sweep(
+        base={"arch": f"{long}=pkg:Net"},
+        grid={"seed": [10**15, 10**15 + 1], "init_from": ["/a b/best.pt", "/a/last.pt"]},
+    )
+    found = names(sweep)
+    assert len(set(found)) == 4
+    assert all(len(name) == 100 for name in found)
+
+
+def test_flags_win_over_a_file() -> None:
+    there = Sweep(
+        base={"lr": 1.0}, grid={"seed": [0, 1]}, zips=({"epochs": [1, 2], "flow": ["icfm"] * 2},)
+    )
+    found = there.with_values({"seed": [5], "lr": [2.0, 3.0], "epochs": [7]})
+    assert found.base == {"seed": 5, "epochs": 7}
+    assert found.grid == {"lr": [2.0, 3.0]}
+    assert found.zips == ({"flow": ["icfm", "icfm"]},)
