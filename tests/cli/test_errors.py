@@ -31,7 +31,7 @@ from tests.conftest import Command
         (["submit", "--flow", "icmf"], "expected one of icfm, otcfm; did you mean icfm?"),
         (["submit", "--lrr", "1"], "Unrecognized options: --lrr"),
         (["sumbit"], "expected a command: submit, .*; did you mean submit?"),
-        ([], "Expected one of {submit, resume, train"),
+        ([], "Expected one of {submit, sweep, resume"),
         (
             ["train", "--resume", "none.pt", "--wandb-mode", "disabled"],
             "--resume: found no file none.pt",
