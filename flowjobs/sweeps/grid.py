@@ -265,8 +265,9 @@ def _check_lengths(where: str, group: Mapping[str, Sequence[Any]]) -> None:
         raise ConfigError(f"{where}: found {counts}, expected equally many of each")
 
 
-_TRAINING = {known.name for known in fields(TrainingConfig)}
-_SLURM = {known.name for known in fields(SlurmConfig)}
+# In the order of the config, in which a name has them.
+_TRAINING = tuple(known.name for known in fields(TrainingConfig))
+_SLURM = tuple(known.name for known in fields(SlurmConfig))
 
 
 class _Reader:
