@@ -22,7 +22,8 @@ FlowjobsError                 something a person can mend: printed without a tra
 ├── SubmissionError           the scheduler refused the job
 │   └── SubmissionUnknownError    whether it has taken the job is unknown: exit 75
 ├── TrainingDivergedError     the loss is not a number any more: exit 1, for the run failed
-└── NoProgressError           attempt after attempt ended without a new step: exit 1
+├── NoProgressError           attempt after attempt ended without a new step: exit 1
+└── RankFailedError           another rank of the run failed: its exit code
 RunInterrupted                not an error: the run saved its state and left on request
 RunTakenOverError             not an error: another attempt holds the run now
 """
@@ -136,6 +137,25 @@ class NoProgressError(FlowjobsError):
     """Several attempts in a row ended without a new step."""
 
     exit_code = 1
+
+
+class RankFailedError(FlowjobsError):
+    """Another rank failed, which is why this one cannot train on either.
+
+    Args:
+        reason: Which one, and why.
+        kind: The reason in a word or two.
+        exit_code: Of that rank.
+        traceback: Of that rank; empty if it is not known, or if it is no bug.
+    """
+
+    def __init__(
+        self, reason: str, kind: str = "lost connection", exit_code: int = 1, traceback: str = ""
+    ) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.exit_code = exit_code
+        self.traceback = traceback
 
 
 class RunInterrupted(Exception):

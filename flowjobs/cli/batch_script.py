@@ -78,7 +78,8 @@ def _train(arguments: Sequence[str], script_arguments: Sequence[str]) -> int:
         "SLURM_EXPORT_ENV": "ALL",
     }
     # srun, so that the signals reach python; it does not take over --cpus-per-task by itself.
-    command = ["srun", "--unbuffered"]
+    # A rank may wait for ever for one that is dead.
+    command = ["srun", "--unbuffered", "--kill-on-bad-exit"]
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         command.append(f"--cpus-per-task={cpus}")
     command += [*_guard(), sys.executable, "-u", "-m", "flowjobs", "train", *arguments]

@@ -66,15 +66,14 @@ class HandOver(CodeOptions, CommandOptions):
             The exit code.
         """
         # The scheduler's side is slow to load, and --help does without.
-        from flowjobs.jobs.executors import check_local, choose_cluster
+        from flowjobs.jobs.executors import choose_cluster, note_on_ranks, ranks_of
         from flowjobs.jobs.snapshot import plan_code
         from flowjobs.jobs.submit import running_job
 
         if self.follow and self.no_follow:
             raise ConfigError("--follow and --no-follow: found both, expected one")
         cluster, why = choose_cluster(self.cluster)
-        if cluster == "local":
-            check_local(config.slurm)
+        ranks = ranks_of(cluster, config.slurm)
         # A job that was cancelled may still be leaving: the new one waits for that.
         busy = running_job(run) if run.exists() and not run.cancel_requested() else None
         merged, note = run.merge(config, in_use=busy is not None)
@@ -82,7 +81,7 @@ class HandOver(CodeOptions, CommandOptions):
             run.check_files(merged.training)
         code = plan_code(run, merged.training, code_choice, in_use=busy is not None)
         if plan:
-            for said in filter(None, (note, code.note)):
+            for said in filter(None, (note, code.note, note_on_ranks(run, ranks))):
                 print(said)
             plan(run, config, f"{cluster} ({why})")
             return 0
@@ -96,6 +95,7 @@ class HandOver(CodeOptions, CommandOptions):
         self, run: Run, config: RunConfig, code: "CodePlan", cluster: "Cluster", why: str
     ) -> int:
         from flowjobs.jobs.entry import task_of
+        from flowjobs.jobs.executors import note_on_ranks, ranks_of
         from flowjobs.jobs.submit import submit
 
         if note := run.create(config):
@@ -108,13 +108,15 @@ class HandOver(CodeOptions, CommandOptions):
             return 0
 
         code.carry_out()
-        if code.note:
-            print(code.note)
+        ranks = ranks_of(cluster, config.slurm)
+        for said in filter(None, (code.note, note_on_ranks(run, ranks))):
+            print(said)
         mode, mode_reason = resolve_mode(config.tracking)
         _print_rows(
             run=run.name,
             folder=str(run.folder),
             cluster=f"{cluster} ({why})",
+            **({"ranks": str(ranks)} if ranks > 1 else {}),
             tracking=f"W&B {mode} ({mode_reason})",
         )
         run.clear_cancel()

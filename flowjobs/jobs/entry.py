@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,10 @@ from flowjobs.jobs.array import array_at
 from flowjobs.jobs.environment import JobProcess, this_process
 from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.restart import restart
-from flowjobs.jobs.signals import StopSignals
-from flowjobs.jobs.stop_cause import notice_of, seconds_left
+from flowjobs.jobs.signals import MARGIN_MAX_S, StopSignals
+from flowjobs.jobs.stop_cause import Notice, notice_of, seconds_left
 from flowjobs.runs.code import import_from_snapshot
+from flowjobs.runs.rank_failures import RankFailure, note_failure, noted_failures
 from flowjobs.runs.restarts import may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -51,6 +52,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CANCELLED = "cancelled by flowjobs cancel"
+
+# When the other ranks are gone since Slurm has ended them, it says why.
+ENDED_BY_SLURM = ("node failure", "preempted", "time limit", "requeued", "cancelled")
+# From the end of another rank to srun's word of it.
+FAILURE_KNOWN_WITHIN_S = 10.0
 
 # From the run's outcome to the end of its process.
 END_WITHIN_S = 10.0
@@ -145,7 +151,7 @@ def _train(attempt: "TrainingJob", run: Run, resume_path: Path | None) -> int:
             return 0
         if attempt.was_cancelled():
             logger.info("%s was cancelled: submit it again to resume", run.name)
-            return EXIT_CANCELLED
+            return EXIT_CANCELLED if attempt.is_first else 0
         try:
             attempt.train(signals, resume_path)
         except RunTakenOverError as error:
@@ -171,6 +177,15 @@ class TrainingJob:
         self._signals: StopSignals | None = None
 
     @property
+    def is_first(self) -> bool:
+        """Whether this rank says how the job ends.
+
+        Another one must not end with an exit code of its own unless it is what failed: srun would
+        tell all to end, the first one in the middle of its last words.
+        """
+        return self._process.rank == 0
+
+    @property
     def cluster(self) -> str:
         """Where it runs."""
         return self._job.cluster
@@ -182,7 +197,7 @@ class TrainingJob:
             not self._job.started_by_person and exit_cause.cancelled_while_requeued(self._job)
         )
         status = self._run.status()
-        if cancelled and status and status.state == "preempted" and self._process.rank == 0:
+        if cancelled and status and status.state == "preempted" and self.is_first:
             outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
             status.close(outcome)
             status.write(self._run.status_file)
@@ -194,16 +209,22 @@ class TrainingJob:
         self._signals = signals
 
         def train_as_rank(recorder: "Recorder | None") -> None:
-            from flowjobs.training.run_training import run_training
+            try:
+                from flowjobs.training.run_training import run_training
 
-            import_from_snapshot(self._run)
-            ranks = self._join(group)
-            run_training(self._run, recorder, ranks, signals.reason, resume_path)
+                import_from_snapshot(self._run)
+                ranks = self._join(group)
+                run_training(self._run, recorder, ranks, signals.reason, resume_path)
+            except (RunInterrupted, RunTakenOverError, KeyboardInterrupt):
+                raise  # agreed by all
+            except BaseException as error:
+                self._note(error)  # before the others see this one leave
+                raise
 
         # Left last: where the other ranks hang, leaving may, and the outcome is told by then.
         with ExitStack() as group:
-            if self._process.rank > 0:
-                train_as_rank(None)
+            if not self.is_first:
+                self._follow(lambda: train_as_rank(None))
                 return
             # Before torch is loaded: what tracks the run starts beside that, on a free core.
             with self._recording(group) as self._recorder, self._explained(signals):
@@ -211,6 +232,26 @@ class TrainingJob:
                     # Since the last look: `cancel` did not know this process yet, to tell it.
                     signal.raise_signal(signal.SIGTERM)
                 train_as_rank(self._recorder)
+
+    def _follow(self, train: Callable[[], None]) -> None:
+        """Train as a rank that is not the first."""
+        try:
+            train()
+        except (RunInterrupted, RunTakenOverError) as left:
+            logger.warning("%s", left)
+        except Exception as error:
+            if not exit_cause.failure_of(error, self._process).is_consequence:
+                raise
+            logger.error("the other ranks are gone: %s", error)
+
+    def _note(self, error: BaseException) -> None:
+        if self._process.world_size == 1:
+            return
+        try:
+            failure = exit_cause.failure_of(error, self._process)
+            note_failure(self._run, self._process.life, failure)
+        except OSError as refused:
+            logger.warning("how this rank failed could not be noted: %s", refused)
 
     def _join(self, group: ExitStack) -> "Ranks":
         from flowjobs.training.ranks import joined_ranks
@@ -253,8 +294,7 @@ class TrainingJob:
             yield
         except RunInterrupted as left:
             signals.stand_down()  # the state is saved
-            with suppress(SubmissionError):  # Slurm is away: the signal's name must do
-                notice = notice_of(self._run, self._job, signals.received())
+            if notice := self._notice():  # else Slurm is away: the signal's name must do
                 raise RunInterrupted(notice.reason, left.step, notice.why) from None
             raise
         except Exception as error:
@@ -263,14 +303,54 @@ class TrainingJob:
                 # What a process runs into as others of its job are told to end.
                 logger.exception("%s", CANCELLED)
                 raise RunInterrupted(CANCELLED, kind="cancelled") from error
-            kind = exit_cause.passing_kind(error)
-            if kind is None or not self._may_retry(kind):
-                raise
-            self._exclude = self._job.host
-            reason = f"{kind}: {outcome_of(error).reason}; starts again (--retries)"
-            logger.exception("%s", reason)
-            raise RunInterrupted(reason, kind=kind) from error
+            self._explain_failure(error)
+            raise
         signals.stand_down()
+
+    def _explain_failure(self, error: Exception) -> None:
+        """Raise what is behind an error of this rank, unless that is the error itself."""
+        failure = self._failure_behind(error)
+        kind = failure.outcome.kind
+        if failure.is_consequence and (notice := self._notice()) and notice.why in ENDED_BY_SLURM:
+            raise RunInterrupted(notice.reason, kind=notice.why) from error
+        may_retry = self._may_retry(kind)
+        its_own = failure.rank == 0 and not failure.is_consequence
+        if its_own and not may_retry:
+            return
+        reason = failure.reason
+        if may_retry:
+            self._exclude = failure.host
+            reason = f"{kind}: {reason}; starts again (--retries)"
+        logger.error("%s\n%s", reason, failure.outcome.traceback)
+        if may_retry:
+            raise RunInterrupted(reason, kind=kind) from error
+        raise failure.as_error() from error
+
+    def _failure_behind(self, error: Exception) -> RankFailure:
+        """The failure of another rank that the first one's follows from; else its own."""
+        mine = exit_cause.failure_of(error, self._process)
+        if self._process.world_size == 1:
+            return mine
+        first = self._first_failure()
+        if mine.is_consequence and not first:
+            logger.error("another rank is gone: %s; looking for its failure", error)
+            deadline = time.monotonic() + FAILURE_KNOWN_WITHIN_S
+            while not first and time.monotonic() < deadline:
+                time.sleep(0.1)
+                first = self._first_failure()
+        if first is None or first.outcome.reason == mine.outcome.reason:
+            return mine
+        return mine if first.rank == 0 else first
+
+    def _first_failure(self) -> RankFailure | None:
+        return exit_cause.first_failure(noted_failures(self._run, self._process.life), self._job)
+
+    def _notice(self) -> Notice | None:
+        """What the signal meant that this process got; None if Slurm does not answer."""
+        with suppress(SubmissionError):
+            received = self._signals.received() if self._signals else None
+            return notice_of(self._run, self._job, received)
+        return None
 
     def _may_retry(self, kind: str) -> bool:
         status = self._run.status()
@@ -281,8 +361,6 @@ class TrainingJob:
 
     def restart(self, kind: str) -> int:
         """Have the run started again, that left for `kind`. Returns this process's exit code."""
-        if self._process.rank > 0:
-            return EXIT_PREEMPTED
         try:
             return restart(self._run, self._job, kind, task_of(self._run), self._exclude)
         except SubmissionError as error:
@@ -295,9 +373,18 @@ class TrainingJob:
 
     def too_late(self) -> None:
         """The main thread hangs and is about to be killed: keep what is on disk, and restart."""
+        if not self.is_first:
+            time.sleep(MARGIN_MAX_S)  # the first one speaks
+            os._exit(0)
         code = EXIT_PREEMPTED
         try:
             left = self._left_hanging()
+            if left.kind == "hung" and (failure := self._first_failure()):
+                # It waits for a rank that is dead, and srun told it to end for that. The batch
+                # script's last lines say so, and restart the run if it may be.
+                logger.error("%s\n%s", failure.reason, failure.outcome.traceback)
+                code = failure.outcome.exit_code
+                return
             logger.error("%s: the run is as its last checkpoint has it", left)
             if self._recorder is not None:
                 self._recorder.attempt.close(outcome_of(left))
@@ -311,12 +398,8 @@ class TrainingJob:
 
     def _left_hanging(self) -> RunInterrupted:
         reason = "told to leave, and no step ended in time"
-        with suppress(SubmissionError):  # Slurm is away
-            notice = notice_of(
-                self._run, self._job, self._signals.received() if self._signals else None
-            )
-            if notice.why == "cancelled":
-                return RunInterrupted(f"{notice.reason}; {reason}", kind="cancelled")
+        if (notice := self._notice()) and notice.why == "cancelled":
+            return RunInterrupted(f"{notice.reason}; {reason}", kind="cancelled")
         return RunInterrupted(reason, kind="hung")
 
 

@@ -1,5 +1,6 @@
 """Where this process runs: under which scheduler, as which rank of how many."""
 
+import dataclasses
 import os
 import socket
 from dataclasses import dataclass
@@ -28,9 +29,11 @@ class JobProcess:
         rank: This process among all of the job, from 0.
         world_size: How many there are.
         local_rank: This process among those on its node, from 0.
+        life: This start of the job, by the same name for all its ranks.
     """
 
     job: JobInfo
+    life: str
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -46,13 +49,18 @@ def this_process(run: Run) -> JobProcess:
     environment = _submitit_environment()
     if environment is None:
         log = run.logs / f"{socket.gethostname()}-{os.getpid()}.log"
-        return JobProcess(JobInfo.in_foreground(log))
+        alone = dataclasses.replace(JobInfo.in_foreground(log), ranks=1)
+        return JobProcess(alone, alone.life)
     if environment.num_tasks > 1:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    job = dataclasses.replace(_job_of(environment, run), ranks=environment.num_tasks)
+    # What a person's own job lends its ranks to is a job of its own for each of them.
+    step = f"{environment.job_id}.{os.environ.get('SLURM_STEP_ID')}"
     return JobProcess(
-        _job_of(environment, run),
+        job,
+        step if job.cluster == "none" else job.life,
         rank=environment.global_rank,
         world_size=environment.num_tasks,
         local_rank=environment.local_rank,
@@ -148,7 +156,9 @@ def _restarts(environment: JobEnvironment, run: Run) -> int:
         return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     status = run.status()
     attempts = status.attempts if status else []
-    return sum(attempt.job.job_id == environment.job_id for attempt in attempts)
+    # That of this start may be open already, by the first of its ranks.
+    ended = [attempt for attempt in attempts if attempt.ended is not None]
+    return sum(attempt.job.job_id == environment.job_id for attempt in ended)
 
 
 def _log_file(environment: JobEnvironment, run: Run) -> str | None:

@@ -229,8 +229,10 @@ def _parameters(name: str, asked: SlurmConfig) -> dict[str, Any]:
         options = {"requeue": True, **options}
     if exported := export_for(os.environ, asked):
         options["export"] = exported
-    # srun no longer takes over --cpus-per-task from sbatch since Slurm 22.05.
-    srun_args = [f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else []
+    # A rank may wait for ever for one that is dead.
+    srun_args = ["--kill-on-bad-exit"]
+    if asked.cpus_per_task:  # srun no longer takes it over from sbatch since Slurm 22.05
+        srun_args.append(f"--cpus-per-task={asked.cpus_per_task}")
     memory = asked.mem_gb
     typed = f"{asked.gpu_type}:{asked.gpus_per_node}" if asked.gpu_type else asked.gpus_per_node
     gpus = typed if asked.gpus_per_node else None
@@ -309,6 +311,30 @@ def check_local(asked: SlurmConfig) -> list[str]:
             "and those of a run see the same"
         )
     return gpus
+
+
+def ranks_of(cluster: Cluster, asked: SlurmConfig) -> int:
+    """How many processes would train a run together."""
+    match cluster:
+        case "slurm":
+            return asked.nodes * asked.tasks_per_node
+        case "local":
+            return max(1, len(check_local(asked)))
+        case "debug":
+            return 1
+
+
+def note_on_ranks(run: Run, ranks: int) -> str:
+    """What its user should know if a run has trained with another number of ranks; else empty."""
+    status = run.status()
+    trained = [known for known in status.attempts if known.first_step is not None] if status else []
+    before = trained[-1].job.ranks if trained else None
+    if before in (None, ranks) or run.finished():
+        return ""
+    return (
+        f"{run.name} has trained with {before} ranks, and would now with {ranks}: it resumes, but "
+        "not to the same bits; for these ask for as many (--nodes, --gpus-per-node)"
+    )
 
 
 def _local_executor(run: Run, asked: SlurmConfig) -> LocalExecutor:

@@ -4,11 +4,14 @@ import errno
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from flowjobs.errors import CheckpointWriteError
+from flowjobs.errors import CheckpointWriteError, RankFailedError
+from flowjobs.jobs.environment import JobProcess
 from flowjobs.jobs.origin import identity_of
+from flowjobs.runs.rank_failures import LOST_CONNECTION, RankFailure, noted_failures
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_CANCELLED,
@@ -18,6 +21,7 @@ from flowjobs.runs.status import (
     JobInfo,
     Outcome,
     State,
+    outcome_of,
 )
 from flowjobs.slurm import JobAnswer, JobRow, Known, ask_one
 
@@ -34,7 +38,7 @@ NOT_BY_THE_USER = re.compile(
 )
 
 # "srun: error: n2: task 1: Killed"; of several nodes at once it gives a list, n[1-2].
-FAILED_TASK = re.compile(r"^srun: error: ([\w.-]+): tasks? \d", re.MULTILINE)
+FAILED_TASK = re.compile(r"^srun: error: ([\w.-]+): tasks? (\d+): (.+)$", re.MULTILINE)
 
 FILE_SYSTEM = frozenset(
     {
@@ -49,6 +53,12 @@ FILE_SYSTEM = frozenset(
         errno.EHOSTDOWN,
         errno.ENXIO,
     }
+)
+# What gloo, NCCL and the store of a group say on a rank when another one is gone.
+OTHERS_ARE_GONE = re.compile(
+    r"Connection (was likely )?(closed|reset|refused)|Broken pipe|Timed out (waiting|after)"
+    r"|client socket has timed out|wait timeout after|ncclRemoteError|communicator was aborted"
+    r"|remote process exit|Watchdog caught collective|Application timeout caused pair closure"
 )
 LOST_GPU = re.compile(r"CUDA error|CUDA driver|NCCL|\bECC\b|CUBLAS_STATUS|CUDNN_STATUS|cudaError")
 
@@ -74,18 +84,77 @@ def cause_of(
     if answer is None and job.cluster == "slurm":
         answer = ask_one(identity_of(run, job.job_id, job.log))
     life = answer.life(job.restart) if isinstance(answer, Known) else None
-    return _outcome(attempt, life, exit_code, restarted)
-
-
-def _outcome(
-    attempt: AttemptRecord, life: JobRow | None, exit_code: int | None, restarted: bool
-) -> Outcome:
-    log = log_tail(attempt.job.log)
+    log = log_tail(job.log)
     # A requeued job appends to the same file.
     log = log[max(0, log.rfind(f"attempt {attempt.number} at ")) :]
-    where = f"on {attempt.job.host}, attempt {attempt.number}{_step(attempt)}"
-    words, kind, state, code = _explain(life, log, exit_code, restarted)
-    return Outcome(state, code, f"{words} {where}", _last_words(log), kind)
+    when = f"attempt {attempt.number}{_step(attempt)}"
+    told = _told_by_slurm(life, log, restarted and exit_code is None)
+    if told is None and (failure := first_failure(noted_failures(run, job.life), job, log)):
+        return replace(failure.outcome, reason=f"{failure.reason}, {when}")
+    words, kind, state, code = told or _told_by_exit_code(life, log, exit_code)
+    return Outcome(state, code, f"{words} on {job.host}, {when}", _last_words(log), kind)
+
+
+def first_failure(
+    noted: Iterable[RankFailure], job: JobInfo, log: str | None = None
+) -> RankFailure | None:
+    """The failure that the others of an attempt's ranks follow from; None if it is not known.
+
+    Args:
+        noted: What the ranks have noted themselves.
+        job: Theirs.
+        log: The attempt's part of the job's log; default: the newest attempt's. srun says there
+            how a task ended that could note nothing.
+    """
+    own = [failure for failure in noted if not failure.is_consequence]
+    if own:
+        # Nodes' clocks may differ; but none that failed since another was gone is among these.
+        return min(own, key=lambda failure: failure.time)
+    log = _newest_attempt(job) if log is None else log
+    for host, rank, ending in FAILED_TASK.findall(log):
+        code = _code_of(ending)
+        # What became of the first rank is told by Slurm's record of the job, and by its log.
+        if rank != "0" and code is not None:
+            words, kind, state, code = _told_by_exit_code(None, log, code)
+            last_words = _last_words(log_tail(_log_of_rank(job, rank)))
+            return RankFailure(int(rank), host, Outcome(state, code, words, last_words, kind))
+    return None
+
+
+def failure_of(error: BaseException, process: JobProcess) -> RankFailure:
+    """How this process failed as a rank of its job, that ended with `error`."""
+    outcome = outcome_of(error)
+    kind = passing_kind(error) or outcome.kind
+    gone = isinstance(error, RuntimeError) and OTHERS_ARE_GONE.search(str(error))
+    if process.world_size > 1 and (gone or isinstance(error, RankFailedError)):
+        kind = LOST_CONNECTION
+    return RankFailure(process.rank, process.job.host, replace(outcome, kind=kind))
+
+
+def _code_of(ending: str) -> int | None:
+    """The exit code in srun's words for a task's end; None if it was told to end."""
+    if found := re.match(r"Exited with exit code (\d+)", ending):
+        return int(found[1])
+    if ending.startswith("Out Of Memory"):
+        return 128 + signal.SIGKILL
+    for number in signal.valid_signals() - {signal.SIGTERM, signal.SIGUSR2}:
+        if ending.removesuffix(" (core dumped)") == signal.strsignal(number):
+            return 128 + number
+    return None
+
+
+def _log_of_rank(job: JobInfo, rank: str) -> str | None:
+    """A rank's own log, where submitit gives each one."""
+    if job.log and job.log.endswith("_0_log.out"):
+        return f"{job.log.removesuffix('_0_log.out')}_{rank}_log.out"
+    return None
+
+
+def _newest_attempt(job: JobInfo) -> str:
+    log = log_tail(job.log)
+    if job.restart == 0 and log.count(" I attempt ") == 1:
+        return log  # a rank may have died before the first one had begun
+    return log[max(0, log.rfind(" I attempt ")) :]
 
 
 def cause_of_no_start(
@@ -112,10 +181,11 @@ def cause_of_no_start(
     return Outcome("failed", EXIT_FAILED, reason, _last_words(log), "never started")
 
 
-def failed_node(job: JobInfo) -> str:
-    """The node whose process died first, as srun names it; else the one of the first rank."""
-    log = log_tail(job.log)
-    found = FAILED_TASK.search(log, max(0, log.rfind(" I attempt ")))
+def failed_node(run: Run, job: JobInfo) -> str:
+    """The node whose process died first, as far as is known; else the one of the first rank."""
+    if failure := first_failure(noted_failures(run, job.life), job):
+        return failure.host
+    found = FAILED_TASK.search(_newest_attempt(job))
     return found.group(1) if found else job.host
 
 
@@ -168,10 +238,12 @@ def log_tail(log: str | None) -> str:
         return ""
 
 
-def _explain(
-    life: JobRow | None, log: str, exit_code: int | None, restarted: bool
-) -> tuple[str, str, State, int]:
-    """Words, kind, state and exit code of the death."""
+# Words, kind, state and exit code of a death.
+Told = tuple[str, str, State, int]
+
+
+def _told_by_slurm(life: JobRow | None, log: str, restarted: bool) -> Told | None:
+    """What Slurm itself has done to the job, or knows of its nodes."""
     match life.state if life else "":
         case "NODE_FAIL" | "BOOT_FAIL":
             return "node failure", "node failure", "preempted", EXIT_PREEMPTED
@@ -183,8 +255,13 @@ def _explain(
             return "cancelled", "cancelled", "cancelled", EXIT_CANCELLED
         case "OUT_OF_MEMORY":
             return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
-    if restarted and life is None and exit_code is None:
+    if restarted and life is None:
         return "lost, and started again by Slurm", "preempted", "preempted", EXIT_PREEMPTED
+    return None
+
+
+def _told_by_exit_code(life: JobRow | None, log: str, exit_code: int | None) -> Told:
+    """What the exit code of a process, or else of its job, stands for."""
     code = exit_code
     if code is None and life is not None:
         code = 128 + life.signal if life.signal else life.exit_code

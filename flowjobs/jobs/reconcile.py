@@ -71,7 +71,7 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconcile
         try:
             outcome = _close(run, found)
             if outcome and outcome.state == "preempted" and not found.waits:
-                new = resubmit(run, found.job, task_of(run), _node_to_avoid(found))
+                new = resubmit(run, found.job, task_of(run), _node_to_avoid(run, found))
                 logger.info("%s continues as job %s", run.name, new)
         except (FlowjobsError, OSError) as error:
             logger.error("%s: %s", run.name, error)
@@ -110,12 +110,17 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     if attempt and (attempt.job.job_id, attempt.job.restart) == life:
         dead = Dead(job, exit_cause.cause_of(run, attempt, exit_code), seen)
     elif attempt or life in lives or exit_code == EXIT_CANCELLED:
-        return None  # it has said so itself, or another job holds the run
+        # It has said so itself, or another job holds the run.
+        newest = lives[-1:] == [life] and run.submissions()[-1]["job_id"] == job.job_id
+        if newest and status.state == "preempted" and exit_code != EXIT_PREEMPTED:
+            # Killed before it could have itself started again: another rank of it had died.
+            restart(run, job, status.attempts[-1].kind, task_of(run))
+        return None
     else:
         dead = Dead(job, exit_cause.cause_of_no_start(job, exit_code), seen, started=False)
     outcome = _close(run, dead)
     if outcome and outcome.state == "preempted":
-        restart(run, job, outcome.kind, task_of(run), _node_to_avoid(dead))
+        restart(run, job, outcome.kind, task_of(run), _node_to_avoid(run, dead))
     if outcome:
         close_session(run, outcome)
     return outcome
@@ -152,7 +157,7 @@ def _close(run: Run, dead: Dead) -> Outcome | None:
     return outcome
 
 
-def _node_to_avoid(dead: Dead) -> str | None:
+def _node_to_avoid(run: Run, dead: Dead) -> str | None:
     if dead.outcome.kind in ("preempted", "time limit"):
         return None
-    return exit_cause.failed_node(dead.job)
+    return exit_cause.failed_node(run, dead.job)

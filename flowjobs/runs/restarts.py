@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from flowjobs.runs.status import AttemptRecord
 
 # Deaths that may pass: another node, or another hour, and the same step goes well.
-PASSING = frozenset({"node failure", "out of memory", "lost GPU", "file system", "killed"})
+PASSING = frozenset(
+    {"node failure", "out of memory", "lost GPU", "lost connection", "file system", "killed"}
+)
 
 
 def fruitless_attempts(attempts: Sequence[AttemptRecord]) -> int:

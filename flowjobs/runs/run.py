@@ -111,6 +111,14 @@ class Run:
         """What a job was submitted from, readable by its user alone."""
         return self.logs / f"{job_id}_origin.json"
 
+    def rank_file(self, life: str, rank: int) -> Path:
+        """How a rank of a job failed; see `runs.rank_failures`."""
+        return self.logs / f"{life}-rank{rank}.json"
+
+    def rank_files(self, life: str) -> list[Path]:
+        """Those files that are there."""
+        return sorted(self.logs.glob(f"{life}-rank*.json"))
+
     @property
     def cancel_file(self) -> Path:
         """There while the run is cancelled."""

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowjobs.config import check_types
-from flowjobs.errors import ConfigError, FlowjobsError, NoProgressError, RunInterrupted
+from flowjobs.errors import (
+    ConfigError,
+    FlowjobsError,
+    NoProgressError,
+    RankFailedError,
+    RunInterrupted,
+)
 from flowjobs.runs.files import warn_once, write_json
 from flowjobs.user_code import user_place
 
@@ -60,6 +66,9 @@ def outcome_of(error: BaseException | None) -> Outcome:
             return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
         case NoProgressError():
             return Outcome("failed", error.exit_code, str(error), kind="no progress")
+        case RankFailedError():
+            code, text = error.exit_code, error.traceback
+            return Outcome("failed", code, str(error), text, kind=error.kind)
         case FlowjobsError():
             return Outcome("failed", error.exit_code, str(error), kind="exception")
     text = "".join(traceback.format_exception(error))
@@ -83,6 +92,7 @@ class JobInfo:
         gpus: CUDA_VISIBLE_DEVICES of rank 0, if the scheduler set it.
         restart: How often the scheduler has started this job again.
         continues: Whether the job was submitted by flowjobs itself, to continue an earlier one.
+        ranks: Processes that train together; None if that was not noted.
     """
 
     cluster: str
@@ -93,6 +103,12 @@ class JobInfo:
     gpus: str | None = None
     restart: int = 0
     continues: bool = False
+    ranks: int | None = None
+
+    @property
+    def life(self) -> str:
+        """This start of the job, as text: "12-0"."""
+        return f"{self.job_id}-{self.restart}"
 
     @property
     def words(self) -> str:

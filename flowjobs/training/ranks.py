@@ -1,14 +1,26 @@
 """The ranks of a run: one process per GPU, joined by torch.distributed. Knows no scheduler."""
 
 import importlib
+import logging
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
+
+from flowjobs.errors import RankFailedError
+
+logger = logging.getLogger(__name__)
+
+# How long a rank waits for what another one does alone: the first takes the run, sets damaged
+# files aside and saves. Of a rank that dies Slurm tells the others at once.
+WAIT_FOR_RANKS = timedelta(minutes=30)
+LEAVE_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -32,12 +44,28 @@ class Ranks:
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """The other ranks enter the block when the first one has left it."""
-        if self.world_size > 1 and not self.is_first:
-            distributed.barrier()
-        yield
-        if self.world_size > 1 and self.is_first:
-            distributed.barrier()
+        """The other ranks enter the block when the first one has left it.
+
+        Raises:
+            RankFailedError: The first one failed there.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        failed = torch.zeros(1)
+        if not self.is_first:
+            distributed.broadcast(failed, src=0)
+            if failed:
+                raise RankFailedError("the first rank failed before a step was trained")
+        try:
+            yield
+        except BaseException:
+            if self.is_first:
+                with suppress(RuntimeError):  # the others are gone
+                    distributed.broadcast(failed + 1, src=0)
+            raise
+        if self.is_first:
+            distributed.broadcast(failed, src=0)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar tensor over the ranks."""
@@ -93,8 +121,19 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     # Tensors on the CPU go through gloo in both cases: flags that no GPU should wait for.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend)
+    distributed.init_process_group(backend, timeout=WAIT_FOR_RANKS)
     try:
         yield Ranks(rank, world_size, device)
     finally:
-        distributed.destroy_process_group()
+        _leave_group()
+
+
+def _leave_group() -> None:
+    # Beside: where another rank is dead or hangs, NCCL may wait for it.
+    leaving = threading.Thread(
+        target=distributed.destroy_process_group, name="leave-group", daemon=True
+    )
+    leaving.start()
+    leaving.join(LEAVE_WITHIN_S)
+    if leaving.is_alive():
+        logger.warning("the group of ranks could not be left within %g s", LEAVE_WITHIN_S)

@@ -197,12 +197,13 @@ class FlowTrainer:
 
     def _train(self, run: Run, recorder: Recorder | None) -> TrainingResult:
         started = time.monotonic()
-        if self._ranks.is_first:
-            run.take_data(self._data)
         # Every rank trains, the first one writes.
-        saver = self._make_saver(run, recorder) if self._ranks.is_first else None
+        saver: CheckpointSaver | None = None
         # The first rank sets damaged files aside before the others look.
         with self._ranks.first_goes_first():
+            if self._ranks.is_first:
+                run.take_data(self._data)
+                saver = self._make_saver(run, recorder)
             adopted = self._restore(run)
         compute = computing_as_before(self._compute, self.state.computed_with)
         self.state.computed_with = compute.to_dict()

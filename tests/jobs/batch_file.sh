@@ -30,7 +30,7 @@ $block true 2>/dev/null && guard=$block
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output STUDY/runs/mlp-icfm-digits-none/logs/%j_%t_log.out --cpus-per-task=8 $guard PYTHON -u -m submitit.core._submit STUDY/runs/mlp-icfm-digits-none/logs
+srun --unbuffered --output STUDY/runs/mlp-icfm-digits-none/logs/%j_%t_log.out --kill-on-bad-exit --cpus-per-task=8 $guard PYTHON -u -m submitit.core._submit STUDY/runs/mlp-icfm-digits-none/logs
 
 
 # teardown

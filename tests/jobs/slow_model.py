@@ -21,8 +21,8 @@ class SlowModel(nn.Module):
         dim: Width of the data.
         control: The file; "await 10" lets a job get no further than step 10 before it is told to
             leave, however late on a busy machine; "hold" stops the step until the file says
-            something else, "raise", "memory" and so on are what goes wrong. Without the file, a
-            step takes a moment.
+            something else, "raise", "memory" and so on are what goes wrong; "1:raise" is for rank
+            1 alone, one line a rank. Without the file, a step takes a moment.
         pause_s: The moment.
     """
 
@@ -51,6 +51,8 @@ class SlowModel(nn.Module):
                 raise ValueError("the model was told to fail")
             case "file system":
                 raise OSError(5, "Input/output error", "/scratch")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             case "exit 15":
                 os._exit(15)
             case "memory":
@@ -71,6 +73,10 @@ class SlowModel(nn.Module):
 
     def _told(self) -> str:
         try:
-            return self.control.read_text()
+            told = self.control.read_text()
         except FileNotFoundError:
             return ""
+        if ":" not in told:
+            return told
+        of_rank = dict(line.split(":") for line in told.splitlines())
+        return of_rank.get(os.environ.get("RANK", "0"), "")

@@ -3,15 +3,18 @@
 import errno
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flowjobs.config import RunConfig
-from flowjobs.errors import CheckpointError, CheckpointWriteError, DataError
+from flowjobs.errors import CheckpointError, CheckpointWriteError, DataError, RankFailedError
 from flowjobs.jobs import exit_cause
+from flowjobs.jobs.environment import JobProcess
+from flowjobs.runs.rank_failures import RankFailure, note_failure, noted_failures
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import AttemptRecord, JobInfo
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome
 
 
 def died(study: Path, exit_code: int | None, log: str = "") -> tuple[str, str, int, str]:
@@ -106,9 +109,58 @@ def test_only_what_may_pass_is_worth_another_try(error: Exception, kind: str | N
 
 def test_the_node_to_leave_out_is_the_one_whose_process_died_first(tmp_path: Path) -> None:
     log = tmp_path / "12_0_log.out"
-    job = JobInfo("slurm", "12", str(log), "n1", 1)
-    before = "srun: error: n9: task 3: Killed\n00:00:00 I attempt 2 at a: slurm job 12 on n1\n"
+    run, job = Run(tmp_path, "a"), JobInfo("slurm", "12", str(log), "n1", 1)
+    before = "00:00:00 I attempt 1 at a: slurm job 12 on n9\nsrun: error: n9: task 3: Killed\n"
+    before += "00:00:00 I attempt 2 at a: slurm job 12 on n1\n"
     log.write_text(before + "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Aborted\n")
-    assert exit_cause.failed_node(job) == "n2"
+    assert exit_cause.failed_node(run, job) == "n2"
     log.write_text(before + "srun: error: n[1-2]: tasks 0-1: Killed\n")
-    assert exit_cause.failed_node(job) == "n1"
+    assert exit_cause.failed_node(run, job) == "n1"
+    own = RankFailure(3, "n4", Outcome("failed", 1, "bug"))
+    run.logs.mkdir(parents=True)
+    note_failure(run, job.life, own)
+    assert exit_cause.failed_node(run, job) == "n4"
+
+
+GLOO = "[/gloo/transport/tcp/pair.cc:554] Connection closed by peer [10.0.0.2]:4321"
+NCCL = "NCCL error: ncclRemoteError: A call failed, possibly since a remote process exited"
+KILLED = "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 1\n"
+
+
+def process(rank: int) -> JobProcess:
+    job = JobInfo("slurm", "12", None, f"n{rank + 1}", 1)
+    return JobProcess(job, job.life, rank, world_size=3)
+
+
+@pytest.mark.parametrize(
+    ("errors", "log", "expected"),
+    [
+        ({0: RuntimeError(GLOO), 1: ValueError("bug")}, "", (1, "exception", "n2")),
+        ({1: ValueError("bug"), 0: RuntimeError(NCCL)}, KILLED, (1, "exception", "n2")),
+        # In the order in which they failed.
+        ({2: ValueError("bug"), 1: ValueError("its echo")}, "", (2, "exception", "n3")),
+        ({1: RuntimeError("CUDA error: uncorrectable ECC error")}, "", (1, "lost GPU", "n2")),
+        ({1: OSError(errno.EIO, "Input/output error")}, "", (1, "file system", "n2")),
+        ({1: SystemExit(3)}, "", (1, "exception", "n2")),
+        # One that could note nothing.
+        ({0: RuntimeError(GLOO), 2: RankFailedError("gone")}, KILLED, (1, "killed", "n2")),
+        ({}, "srun: error: n2: task 1: Aborted (core dumped)\n", (1, "aborted", "n2")),
+        ({}, "srun: error: n3: task 2: Exited with exit code 15\n", (2, "exception", "n3")),
+        # Nothing is known: the others follow from one that nobody names.
+        ({0: RuntimeError(NCCL), 1: RuntimeError(GLOO)}, "", None),
+        ({}, "srun: error: n2: task 1: Terminated\nsrun: error: n1: task 0: Killed\n", None),
+    ],
+)
+def test_the_rank_that_failed_first_of_its_own_accord_tells(
+    study: Path, errors: dict[int, BaseException], log: str, expected: tuple[int, str, str] | None
+) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig())
+    job = replace(process(0).job, log=str(run.logs / "12_0_log.out"))
+    Path(job.log or "").write_text(f"00:00:00 I attempt 1 at a: slurm job 12 on n1\n{log}")
+    for rank, error in errors.items():
+        note_failure(run, job.life, exit_cause.failure_of(error, process(rank)))
+    note_failure(run, "12-1", RankFailure(0, "n9", Outcome("failed", 1, "of another start")))
+    run.rank_file(job.life, 7).write_text("{ torn")
+    found = exit_cause.first_failure(noted_failures(run, job.life), job)
+    assert (found and (found.rank, found.outcome.kind, found.host)) == expected

@@ -482,3 +482,41 @@ def test_two_nodes_of_two_ranks_leave_at_one_step_and_lose_nothing(
     whole = Disturbed(Run(study, "whole"), "", job.slurm)
     whole.wait_for_state("finished")
     assert_equal_to(whole.run, job.run)
+
+
+def test_a_bug_on_another_rank_is_told_by_the_first_one_and_not_repeated(
+    start: Start, flowjobs: Command
+) -> None:
+    job = start("--gpus-per-node", "2", "--retries", "3", *ON_N1)
+    job.tell("1:raise")
+    status = job.wait_for_state("failed")
+    bug = r"rank 1 on n1: ValueError \(.*slow_model.py, line \d+, in \w+\): the model was told to"
+    assert re.match(bug, status.reason)
+    assert (job.attempts(), status.exit_code) == ([("failed", "exception")], 1)
+    assert status.attempts[0].job.ranks == 2
+    assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
+    logged = flowjobs("logs", "disturbed").stdout
+    assert 'raise ValueError("the model was told to fail")' in logged
+    assert_in_wandb(job.run, "failed", 1, "told to fail")
+    again = flowjobs("submit", *OPTIONS, "--name", "disturbed", "--dry-run").stdout
+    assert "disturbed has trained with 2 ranks, and would now with 1" in again
+    job.is_row("raises an exception on another rank than the first")
+
+
+@pytest.mark.parametrize(
+    "told", ["0:hold\n1:kill", pytest.param("1:kill", marks=pytest.mark.long)], ids=repr
+)
+def test_another_rank_that_is_killed_ends_the_run_which_is_retried_elsewhere(
+    start: Start, told: str
+) -> None:
+    """Whether the first one waits for it or sees it go; that it is told to end is no preemption."""
+    job = start("--gpus-per-node", "2", "--retries", "1", "--epochs", "1")
+    job.tell(told)
+    job.wait_for_state("preempted")
+    job.tell("")
+    job.wait_for_state("finished")
+    assert job.attempts() == [("preempted", "killed"), ("finished", "")]
+    first, second = job.status().attempts
+    assert f"rank 1 on {first.job.host}: killed (SIGKILL)" in first.reason
+    assert first.job.host != second.job.host
+    assert job.job_ids() == [job.job_id]
