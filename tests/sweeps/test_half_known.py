@@ -1,0 +1,187 @@
+"""A submission that dies in the middle, or that the cluster takes a part of."""
+
+import json
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flowjobs.jobs.array import arrays_of
+from flowjobs.runs.run import Run
+from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
+from tests.conftest import Command
+
+Site = Callable[[str, str], None]
+
+SWEEP = ("sweep", "--flow", "icfm", "otcfm", "--seed", "0", "1", "2", "--wandb-mode", "disabled")
+HELD = (*SWEEP, "--sbatch", "hold=True")
+
+
+def tasks(slurm: SlurmCluster) -> list[str]:
+    return sorted(slurm.run("squeue", "-h", "-r", "-t", "PD,R", "-o", "%i").split())
+
+
+def noted(study: Path) -> list[str]:
+    runs = [Run.at(folder) for folder in (study / "runs").iterdir()]
+    return sorted(entry["job_id"] for run in runs for entry in run.submissions())
+
+
+def counts(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """The runs of each stage, as the plan has them."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"^(new|waiting|running|finished|unknown) +(\d+)", done.stdout, re.M)
+    return {stage: int(count) for stage, count in lines}
+
+
+def test_an_array_whose_submitter_dies_before_it_is_noted_is_found_by_its_mark(
+    slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command
+) -> None:
+    # Nor does the site keep comments: the mark is in the names of its logs too.
+    site("sbatch", '$real --parsable "${@:3}"; kill -9 $PPID')
+    assert flowjobs(*HELD).returncode == -9
+    assert len(tasks(slurm)) == 6
+    assert noted(study) == []
+    site("sbatch", "exit 1")
+    again = flowjobs("sweep", "ablation")
+    assert counts(again) == {"waiting": 6}
+    assert "had been submitted and not noted: it is now" in again.stdout
+    assert noted(study) == tasks(slurm)
+    assert flowjobs("cancel", "ablation").returncode == 0
+    wait_until(lambda: tasks(slurm) == [], "the tasks to be cancelled", 30)
+
+
+def test_an_array_that_comes_late_finds_no_runs(
+    slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command
+) -> None:
+    late = 'until [ -e go ]; do sleep 0.1; done; $real "${@:1:$#-1}" read > late'
+    # sbatch has read the batch file, and reaches the controller when its caller is long dead.
+    site("sbatch", f'cp "${{@: -1}}" read; ({late}) >/dev/null 2>&1 &\nkill -9 $PPID')
+    assert flowjobs(*SWEEP).returncode == -9
+    site("sbatch", '$real "$@"')
+    again = flowjobs(*HELD)
+    assert counts(again) == {"new": 6}
+    Path("go").touch()
+    wait_until(lambda: Path("late").exists() and Path("late").read_text(), "the late one", 30)
+    late_id = Path("late").read_text().strip()
+
+    def states() -> Counter[str]:
+        said = slurm.run("squeue", "-h", "-r", "-t", "all", "-j", late_id, "-o", "%T")
+        return Counter(said.split())
+
+    wait_until(lambda: states() == {"FAILED": 6}, "its tasks to end", 60, lambda: str(states()))
+    assert noted(study) == tasks(slurm)
+    assert all(Run.at(folder).status() is None for folder in (study / "runs").iterdir())
+
+
+def test_a_task_notes_itself_where_nobody_has(
+    slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command
+) -> None:
+    site("sbatch", '$real "$@"; kill -9 $PPID')
+    sweep = ("sweep", "--seed", "0", "--epochs", "1", "--wandb-mode", "disabled")
+    assert flowjobs(*sweep).returncode == -9
+    run = Run(study, "mlp-icfm-digits-none")
+    wait_until(run.finished, "the run to finish", 120)
+    (entry,) = run.submissions()
+    array = arrays_of(study)[0]
+    assert entry["mark"] == array.mark
+    assert entry["array"] == array.folder.name
+    assert Path(entry["log"]).parent == run.logs
+    assert "finished" in Path(entry["log"]).read_text()
+    assert counts(flowjobs(*sweep)) == {"finished": 1}
+    assert len(run.submissions()) == 1
+
+
+def test_what_the_cluster_does_not_take_now_comes_with_the_next_call(
+    slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command
+) -> None:
+    # A limit of four jobs a user, in Slurm's words.
+    refusal = "sbatch: error: AssocMaxSubmitJobLimit\\nsbatch: error: Batch job submission failed: "
+    refusal += (
+        "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    )
+    limit = r"""
+last=$(sed -n 's/^#SBATCH --array=.*0-\([0-9]*\).*/\1/p' "${@: -1}")
+if [ $(($(squeue -h -r | wc -l) + last + 1)) -gt 4 ]; then printf "%s\n" >&2; exit 1; fi
+$real "$@" """.replace("%s", refusal)
+    site("sbatch", limit)
+    first = flowjobs(*HELD)
+    assert counts(first) == {"new": 6}
+    assert "does not take 2 runs more now" in first.stdout, first.stdout
+    assert len(noted(study)) == len(tasks(slurm)) == 4
+    assert len(list((study / "runs").iterdir())) == 4
+    site("sbatch", '$real "$@"')
+    assert counts(flowjobs("sweep", "ablation")) == {"waiting": 4, "new": 2}
+    assert noted(study) == tasks(slurm)
+    assert len(tasks(slurm)) == 6
+
+
+def test_nothing_is_left_of_what_is_refused(
+    slurm: SlurmCluster, study: Path, flowjobs: Command
+) -> None:
+    refused = flowjobs(*SWEEP, "--partition", "nowhere")
+    assert refused.returncode == 2
+    assert "nowhere is not one of gpu, preempt" in refused.stderr
+    assert list((study / "runs").iterdir()) == []
+    assert arrays_of(study) == []
+
+
+def test_nothing_is_submitted_while_it_is_unknown_what_there_is(
+    slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command
+) -> None:
+    site("sbatch", '$real "$@" >/dev/null; touch asked; exit 1')
+    site("squeue", '[ -e asked ] && exit 1; $real "$@"')
+    unknown = flowjobs(*HELD)
+    assert unknown.returncode == 75, unknown.stderr
+    assert "whether the job was taken is unknown" in unknown.stderr
+    still = flowjobs(*HELD)
+    assert still.returncode != 0
+    assert "Slurm does not say which jobs there are" in still.stderr
+    Path("asked").unlink()
+    assert counts(flowjobs("sweep", "ablation")) == {"waiting": 6}
+    assert noted(study) == tasks(slurm)
+
+
+def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(
+    slurm: SlurmCluster, study: Path, flowjobs: Command, workplace: Path
+) -> None:
+    (workplace / "two.toml").write_text(
+        "[grid]\nseed = [0, 1]\n[[zip]]\nflow = ['icfm', 'otcfm']\nmem_gb = [1, 2]\n"
+        "[slurm]\nsbatch = { hold = true }\n[tracking]\nwandb_mode = 'disabled'\n"
+    )
+    done = flowjobs("sweep", "two.toml", "--parallel", "2")
+    assert done.stdout.count("submitted ") == 2, done.stdout + done.stderr
+    asked = {Run(study, f"mlp-{flow}-digits-none-seed0") for flow in ("icfm", "otcfm")}
+    memory = {
+        slurm.job(run.submissions()[0]["job_id"])["MinMemoryNode"] for run in sorted(asked, key=str)
+    }
+    assert memory == {"1G", "2G"}
+    done = flowjobs("sweep", "two", "--parallel", "8")
+    assert done.stdout.count("runs 8 at a time from now on") == 2
+    limits = {slurm.job(job_id).get("ArrayTaskThrottle") for job_id in tasks(slurm)[:1]}
+    assert limits == {"4"}
+
+
+def test_a_description_that_was_kept_is_the_same_sweep(
+    study: Path, flowjobs: Command, workplace: Path
+) -> None:
+    local = ("--cluster", "local", "--epochs", "1", "--wandb-mode", "disabled")
+    one = flowjobs("sweep", "--lr", "0.1", *local)
+    assert one.returncode == 0, one.stderr
+    # A sweep that grows keeps the names of the runs that it has.
+    grown = flowjobs("sweep", "--lr", "0.1", "0.2", *local, "--dry-run")
+    assert counts(grown) == {"finished": 1, "new": 1}
+    # Another one under the name that nobody chose is an error, as is another value of a run.
+    other = flowjobs("sweep", "--seed", "3", "4", *local)
+    assert other.returncode == 2
+    assert "has runs that this one has not: mlp-icfm-digits-none; give this one" in other.stderr
+    Path("flowjobs.toml").write_text("weight_decay = 0.5")  # a changed default
+    changed = flowjobs("sweep", "ablation", "--cluster", "local")
+    assert changed.returncode == 2
+    assert "mlp-icfm-digits-none:\n  --weight-decay: 0.01 there, 0.5 asked for" in changed.stderr
+    assert json.loads((study / "runs/mlp-icfm-digits-none/config.json").read_text())["training"][
+        "weight_decay"
+    ] == pytest.approx(0.01)
