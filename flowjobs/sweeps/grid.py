@@ -203,9 +203,14 @@ def _varied(found: Sequence[Point]) -> list[str]:
     return [
         name
         for name in names
-        if len({json.dumps(values.get(name)) for values in found if name in values}) > 1
-        or any(name not in values for values in found)
+        if any(name not in values for values in found) or _differ(values[name] for values in found)
     ]
+
+
+def _differ(values: Iterable[Any]) -> bool:
+    """Whether there are several; 1 and True are."""
+    first, *others = values
+    return any(type(value) is not type(first) or value != first for value in others)
 
 
 def _word(value: Any) -> str:

@@ -95,6 +95,9 @@ def _json(file: Path) -> dict[str, Any] | None:
 
 
 def _differences(training: Mapping[str, Any], config: RunConfig) -> list[str]:
+    fields = vars(config.training)
+    if all(name in training and training[name] == fields[name] for name in fields):
+        return []  # of most, and they are many
     asked = config.training.to_dict()
     lines = signature_differences(training, asked)
     there, here = training.get("dataset", ""), asked["dataset"]
@@ -106,8 +109,13 @@ def _differences(training: Mapping[str, Any], config: RunConfig) -> list[str]:
 def _with_own_length(
     asked: RunConfig, training: Mapping[str, Any], length_given: frozenset[str]
 ) -> RunConfig:
-    keys = ("epochs", "patience")
-    own = {key: training[key] for key in keys if key in training and key not in length_given}
+    own = {
+        key: training[key]
+        for key in ("epochs", "patience")
+        if key in training
+        and key not in length_given
+        and training[key] != vars(asked.training)[key]
+    }
     return replace(asked, training=replace(asked.training, **own)) if own else asked
 
 
