@@ -24,7 +24,7 @@ class Cancel:
 
     def run(self, defaults: Defaults) -> int:
         """Cancel. Returns the exit code."""
-        from flowjobs.jobs.cancel import cancel
+        from flowjobs.jobs.cancel import cancel_together
 
         if not self.names:
             raise ConfigError("cancel: found no name, expected those of the runs to cancel")
@@ -32,11 +32,10 @@ class Cancel:
         if len(runs) > 1 or not names_one_run(self.study, self.names):
             print(f"cancels {list_of(runs)}", flush=True)
         failed = bool(broken)
-        for run in runs:
-            try:
-                for line in cancel(run):
-                    print(line)
-            except FlowjobsError as error:  # the others are cancelled all the same
-                print(f"error: {error}", file=sys.stderr)
+        for _, said in cancel_together(runs):
+            if isinstance(said, FlowjobsError):  # the others are cancelled all the same
+                print(f"error: {said}", file=sys.stderr)
                 failed = True
+            else:
+                print(said)
         return EXIT_BAD_INPUT if failed else 0

@@ -22,12 +22,15 @@ from flowjobs.cli.parser import read_command_line
 from flowjobs.cli.reconcile import Reconcile
 from flowjobs.cli.report import Report
 from flowjobs.cli.resume import Resume
+from flowjobs.cli.retry import Retry
+from flowjobs.cli.rm import Rm
 from flowjobs.cli.sample import Sample
 from flowjobs.cli.status import Status
 from flowjobs.cli.submit import Submit
 from flowjobs.cli.sweep import Sweep
 from flowjobs.cli.sync import Sync
 from flowjobs.cli.train import Train
+from flowjobs.cli.wait import Wait
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.nearest import did_you_mean
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
@@ -42,6 +45,9 @@ COMMANDS: dict[str, Any] = {
     "report": Report,
     "logs": Logs,
     "cancel": Cancel,
+    "retry": Retry,
+    "wait": Wait,
+    "rm": Rm,
     "reconcile": Reconcile,
     "sync": Sync,
     "sample": Sample,

@@ -14,6 +14,16 @@ import tyro
 from flowjobs.cli.code_options import CodeOptions, Flag
 from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
 from flowjobs.cli.hint import hint
+from flowjobs.cli.start_many import (
+    counted,
+    plan_code_of,
+    print_notes,
+    print_resources,
+    print_rows,
+    some,
+    submit_many,
+    train_many_here,
+)
 from flowjobs.config import (
     KeyValues,
     OptionalInt,
@@ -31,7 +41,6 @@ from flowjobs.errors import ConfigError
 from flowjobs.models.source import check_model
 from flowjobs.runs.datasets import check_data
 from flowjobs.runs.run import Run, absolute, check_run_name
-from flowjobs.runs.status import EXIT_FAILED
 from flowjobs.sweeps import grid
 from flowjobs.sweeps.grid import ARGUMENT, read_sweep, run_names_of, slurm_of, training_of
 from flowjobs.sweeps.kept import (
@@ -46,7 +55,6 @@ from flowjobs.tracking.mode import resolve_mode
 from flowjobs.training.initial_weights import with_pinned_weights
 
 if TYPE_CHECKING:
-    from flowjobs.jobs.snapshot import CodePlan
     from flowjobs.sweeps.plan import Member
 
 EXAMPLES = """\
@@ -58,7 +66,6 @@ EXAMPLES = """\
 
 OPTIONS = ("slurm", "tracking", "restarts")
 ASKS_ABOVE = 100
-NAMES_SHOWN = 3
 
 
 def _values_of_fields() -> Any:
@@ -249,7 +256,7 @@ class Sweep(CodeOptions, CommandOptions):
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
             raise ConfigError("--cluster debug: a sweep is no one run; submit one of its runs")
-        names = [run.name for run in runs]
+        names, again = [run.name for run in runs], hint("sweep", name, study=study)
         if self.sweep is None and self.name is None:
             check_same(study, name, names)
         with ExitStack() as stack:
@@ -259,29 +266,20 @@ class Sweep(CodeOptions, CommandOptions):
             members = look_at(runs, length_given)
             starting = [member for member in members if member.stage in TO_START]
             starting = starting[: self.first]
-            code = self._code(starting)
+            code = plan_code_of(starting, self.code_choice())
             self._print_plan(study, name, sweep, members, starting, f"{cluster} ({why})")
-            for note in dict.fromkeys(plan.note for plan in code if plan.note):
-                print(note)
+            print_notes(plan.note for plan in code)
             if self.dry_run:
                 return 0
             if lost := left_out(study, name, names):
-                print(f"no longer of the sweep, and left as they are: {_some(lost)}")
+                print(f"no longer of the sweep, and left as they are: {some(lost)}")
             if not self._is_wanted(starting):
                 return 0
             keep(study, name, sweep, names)
             if cluster == "slurm":
                 self._set_parallel(members)
-                return self._submit(study, name, sweep, starting, code)
-        return self._run_here(study, name, sweep, starting, code)
-
-    def _code(self, members: Sequence["Member"]) -> "list[CodePlan]":
-        from flowjobs.jobs.snapshot import Takes, plan_code
-
-        takes, choice = Takes(), self.code_choice()
-        return [
-            plan_code(member.run, member.config.training, choice, takes=takes) for member in members
-        ]
+                return submit_many(starting, code, name, sweep.parallel, again, [name])
+        return train_many_here(starting, code, sweep.parallel, again)
 
     def _is_wanted(self, starting: Sequence["Member"]) -> bool:
         if len(starting) <= ASKS_ABOVE or self.yes:
@@ -300,67 +298,6 @@ class Sweep(CodeOptions, CommandOptions):
             for job_id in set_parallel(members, self.parallel):
                 print(f"job {job_id} runs {self.parallel} at a time from now on")
 
-    def _submit(
-        self,
-        study: Path,
-        name: str,
-        sweep: grid.Sweep,
-        starting: Sequence["Member"],
-        code: Sequence["CodePlan"],
-    ) -> int:
-        from flowjobs.sweeps.arrays import submit_arrays
-
-        if not starting:
-            return 0
-        done = submit_arrays(starting, code, name, sweep.parallel)
-        for note in dict.fromkeys(done.notes):
-            print(note)
-        for job_id, tasks in done.jobs.items():
-            print(f"{'submitted':10} job {job_id}, {_runs(tasks)}")
-        if done.left:
-            print(
-                f"the cluster does not take {_runs(len(done.left))} more now ({done.why}): "
-                f"{hint('sweep', name, study=study)} submits them when it does"
-            )
-        _print_rows(
-            inspect=hint("status", name, study=study), cancel=hint("cancel", name, study=study)
-        )
-        return 0
-
-    def _run_here(
-        self,
-        study: Path,
-        name: str,
-        sweep: grid.Sweep,
-        starting: Sequence["Member"],
-        code: Sequence["CodePlan"],
-    ) -> int:
-        from flowjobs.sweeps.local import run_here, slots_here
-
-        if not starting:
-            return 0
-        parallel = sweep.parallel or slots_here(starting[0].config.slurm)
-        ends: Counter[str] = Counter()
-        again = hint("sweep", name, study=study)
-        try:
-            for event in run_here(starting, code, parallel):
-                if event is None:
-                    continue
-                state = event.status.state if event.status else event.what
-                if event.what == "ended":
-                    ends[state] += 1
-                    count = f"{ends.total()}/{len(starting)}"
-                    reason = (
-                        f": {event.status.reason}" if event.status and state == "failed" else ""
-                    )
-                    print(f"{count:>9}  {event.run.name} {state}{reason}", flush=True)
-                else:
-                    print(f"{'':9}  {event.run.name} {event.what}", flush=True)
-        except KeyboardInterrupt:
-            print(f"\nno more runs are started; those that train go on; {again} starts the others")
-            return 0
-        return 0 if set(ends) <= {"finished"} else EXIT_FAILED
-
     def _print_plan(
         self,
         study: Path,
@@ -370,10 +307,10 @@ class Sweep(CodeOptions, CommandOptions):
         starting: Sequence["Member"],
         cluster: str,
     ) -> None:
-        from flowjobs.sweeps.plan import checkpoint_bytes, resource_sets, words_for
+        from flowjobs.sweeps.plan import checkpoint_bytes
 
         how = f" = {sweep.words}" if sweep.words else ""
-        _print_rows(sweep=f"{name}: {_runs(len(members))}{how}", cluster=cluster)
+        print_rows(sweep=f"{name}: {counted(len(members))}{how}", cluster=cluster)
         by_stage: dict[str, list[Member]] = {}
         for member in members:
             by_stage.setdefault(member.stage, []).append(member)
@@ -384,11 +321,8 @@ class Sweep(CodeOptions, CommandOptions):
             print("nothing to submit")
             return
         mode, reason = resolve_mode(starting[0].config.tracking)
-        _print_rows(tracking=f"W&B {mode} ({reason})")
-        title = "asks for"
-        for of_set in resource_sets(starting):
-            print(f"{title:10} {words_for(of_set[0].config.slurm, len(of_set))}")
-            title = ""
+        print_rows(tracking=f"W&B {mode} ({reason})")
+        print_resources(starting)
         if left:
             print(f"{'':10} {left} more of them are left for later (--first {self.first})")
         if sweep.parallel:
@@ -406,11 +340,11 @@ def _why(stage: str, members: Sequence["Member"], name: str, study: Path) -> str
             causes = Counter(member.why for member in members).most_common()
             words = ", ".join(f"{count} {cause}" for cause, count in causes)
             again = hint("retry", name, study=study)
-            return f": {words} ({_some(names)}); {again} starts them again"
+            return f": {words} ({some(names)}); {again} starts them again"
         case "cancelled":
-            return f" ({_some(names)}); {hint('retry', name, study=study)} starts them again"
+            return f" ({some(names)}); {hint('retry', name, study=study)} starts them again"
         case "unknown":
-            return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:NAMES_SHOWN])
+            return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
     return ""
 
 
@@ -430,17 +364,3 @@ def _check(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -
         check_model(config)
     for dataset in {config.dataset for config in configs}:
         check_data(dataset, study)
-
-
-def _runs(count: int) -> str:
-    return f"{count} run{'s' if count != 1 else ''}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{', '.join(names[:NAMES_SHOWN])}{more}"
-
-
-def _print_rows(**rows: str) -> None:
-    for title, text in rows.items():
-        print(f"{title:10} {text}", flush=True)

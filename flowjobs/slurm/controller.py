@@ -26,6 +26,10 @@ ENDED = frozenset(
     }
 )
 
+# What fits on a command line.
+CANCELLED_AT_ONCE = 1000
+CANCELLED_SHOWN = 3
+
 # Several "Key=value" on a line: a value may hold spaces, so it ends where the next key begins.
 # These have a line of their own, and may hold anything.
 _LINES_OF_THEIR_OWN = ("Command=", "WorkDir=", "StdOut=", "StdErr=", "StdIn=", "Comment=")
@@ -257,15 +261,20 @@ def write_batch_script(job_id: str, path: str) -> bool:
     return run("scontrol", "write", "batch_script", job_id, path).returncode == 0
 
 
-def cancel(job_id: str) -> None:
-    """Cancel a job; one that is gone already is no error. Look first whether it is the one meant.
+def cancel(*job_ids: str) -> None:
+    """Cancel jobs; one that is gone already is no error. Look first whether they are those meant.
 
     Raises:
         SubmissionError: Slurm does not answer, or refuses.
     """
-    answer = run("scancel", job_id)
-    if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
-        raise SubmissionError(f"scancel {job_id}: {first_line(answer)}")
+    for start in range(0, len(job_ids), CANCELLED_AT_ONCE):
+        answer = run("scancel", *job_ids[start : start + CANCELLED_AT_ONCE])
+        errors = [line for line in answer.stderr.splitlines() if "error" in line.lower()]
+        if answer.returncode != 0 and not (
+            errors and all("Invalid job id" in line for line in errors)
+        ):
+            names = " ".join(job_ids[:CANCELLED_SHOWN])
+            raise SubmissionError(f"scancel {names}: {first_line(answer)}")
 
 
 def set_parallel(job_id: str, tasks: int) -> None:

@@ -4,11 +4,12 @@ A job is not its id: a cluster uses ids again, two clusters on one home use the 
 record may be another user's.
 """
 
+import functools
 import os
 import pwd
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,8 @@ class JobIdentity:
 
     def matches(self, row: JobRow) -> bool:
         """Whether a row is on this job, and not on another one that has or had its id."""
-        base = self.job_id.partition("_")[0]
         # Of an array's tasks that ended before they were told apart, accounting has one row.
-        if row.job_id != self.job_id and (_together(row) != base or row.log):
+        if row.job_id != self.job_id and (row.log or not _is_among(self.job_id, row.job_id)):
             return False
         if self.uid not in (None, row.uid) or (
             self.cluster and row.cluster and self.cluster != row.cluster
@@ -175,6 +175,7 @@ def ask(
     answers: dict[JobIdentity, JobAnswer] = {}
     here = {row.cluster for row in rows if row.cluster}
     by_id = _by_id(books or ())
+    arrays = {row.job_id.partition("_")[0]: row for row in books or () if "_" in row.job_id}
     for job in jobs:
         rows = _rows_of(job, by_id)
         lives = tuple([row for row in rows if row.job_id == job.job_id] or rows)
@@ -182,6 +183,10 @@ def ask(
             answers[job] = Known(known[job], lives)
         elif lives:
             answers[job] = _last_of(job, lives)
+        elif (array := arrays.get(job.job_id.partition("_")[0])) and _is_task_of(job, array):
+            # Slurm forgets at once a task that is cancelled by itself before it has started; any
+            # other of an array that both know is known to one of them.
+            answers[job] = Known(replace(array, job_id=job.job_id, state="CANCELLED", signal=0))
         elif books is None and job.cluster and job.uid == os.getuid():
             if not here and not at_most_twice:
                 here = {cluster_name()}
@@ -209,6 +214,32 @@ def _rows_of(job: JobIdentity, by_id: Mapping[str, list[JobRow]]) -> list[JobRow
 def _together(row: JobRow) -> str:
     """The array of tasks that a row is on together (`12_[3-5]`), or the job's id."""
     return row.job_id.partition("_[")[0]
+
+
+def _is_among(job_id: str, together: str) -> bool:
+    """Whether a task (`12_4`) is among those that Slurm has together (`12_[3-5,9%2]`, `12`)."""
+    base, _, task = job_id.partition("_")
+    array, _, listed = together.partition("_[")
+    if array != base:
+        return False
+    return not listed or (task.isdigit() and int(task) in _tasks(listed))
+
+
+@functools.cache
+def _tasks(listed: str) -> frozenset[int]:
+    found: set[int] = set()
+    for part in listed.partition("]")[0].partition("%")[0].split(","):
+        first, _, last = part.partition(":")[0].partition("-")
+        step = part.partition(":")[2]
+        if first.isdigit():
+            end = int(last) if last.isdigit() else int(first)
+            found |= set(range(int(first), end + 1, int(step) if step.isdigit() else 1))
+    return frozenset(found)
+
+
+def _is_task_of(job: JobIdentity, array: JobRow) -> bool:
+    """Whether a job is a task of the array that another row is on."""
+    return "_" in job.job_id and replace(job, job_id=array.job_id).matches(array)
 
 
 def _last_of(job: JobIdentity, lives: tuple[JobRow, ...]) -> JobAnswer:

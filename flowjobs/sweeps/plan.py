@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowjobs.config import RunConfig, SlurmConfig, signature_differences
-from flowjobs.errors import FlowjobsError, RunMismatchError, SubmissionError
+from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome, find
 from flowjobs.jobs.submit import running_jobs
 from flowjobs.runs.datasets import same_file
@@ -25,6 +25,7 @@ Stage = Literal[
 ]
 TO_START: tuple[Stage, ...] = ("to resume", "new")
 SHOWN_AT_MOST = 10
+GPU_MEMORY = "GPU out of memory"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> lis
             found[run] = Member(run, config, "finished")
         else:
             others[run] = config
-    found |= _stages(others)
+    found |= stages(others)
     if wrong := {run: lines for run, lines in differing.items() if _has_begun(found[run])}:
         raise RunMismatchError(_mismatch(wrong))
     return [found[run] for run in asked]
@@ -130,8 +131,8 @@ def _is_finished(run: Run, config: RunConfig) -> bool:
     return has_done(status, config.training)
 
 
-def _stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
-    """How far runs are that are there, and not surely finished."""
+def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
+    """How far runs are that are there; `asked` is the config that each is to be started with."""
     members: dict[Run, Member] = {}
     statuses: dict[Run, RunStatus] = {}
     for run, config in asked.items():
@@ -143,7 +144,11 @@ def _stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
             members[run] = Member(run, config, "unknown", str(error))
     busy = running_jobs([*statuses])
     for run, words in busy.items():
-        if isinstance(words, SubmissionError):
+        if isinstance(words, SubmissionError) and run.cancel_requested():
+            members[run] = Member(
+                run, asked[run], "cancelled"
+            )  # its jobs see that, if there are any
+        elif isinstance(words, SubmissionError):
             members[run] = Member(run, asked[run], "unknown", str(words))
         else:
             stage: Stage = "waiting" if "(pending)" in words else "running"
@@ -164,26 +169,39 @@ def _stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
             case Waits():
                 members[run] = Member(run, asked[run], "waiting")
                 continue
-        stage, why = _stage(run, status)
-        members[run] = Member(run, asked[run], stage, why)
+        members[run] = _without_job(run, asked[run], status)
     return members
 
 
-def _stage(run: Run, status: RunStatus) -> tuple[Stage, str]:
-    """The stage of a run of which no job waits or runs."""
-    if run.cancel_requested():
-        return "cancelled", ""
+def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
+    """A run of which no job waits or runs."""
+    if has_done(status, config.training):
+        return Member(run, config, "finished")
+    if run.cancel_requested() or status.state == "cancelled":
+        return Member(run, config, "cancelled")
     match status.state:
         case "failed":
-            kind = status.attempts[-1].kind if status.attempts else ""
-            return "failed", kind or "failed"
-        case "cancelled":
-            return "cancelled", ""
+            return Member(run, config, "failed", _cause(status))
         case "preempted" | "finished":  # finished before it was asked to be longer
-            return "to resume", ""
+            try:
+                run.check_files(config.training)
+            except CheckpointGoneError as error:
+                return Member(run, config, "unknown", str(error))
+            return Member(run, config, "to resume")
         case "submitted" if not run.submissions():
-            return "new", ""
-    return "unknown", "its job has just ended, and Slurm does not say yet how: ask again"
+            return Member(run, config, "new")
+    why = "its job has just ended, and Slurm does not say yet how: ask again"
+    return Member(run, config, "unknown", why)
+
+
+def _cause(status: RunStatus) -> str:
+    """Why a run failed, in a word or two."""
+    kind = status.attempts[-1].kind if status.attempts else ""
+    if "OutOfMemoryError" in status.reason or "CUDA out of memory" in status.reason:
+        return GPU_MEMORY  # for Slurm it is an exception like any other
+    if kind == "no progress" and "time limit" in status.reason:
+        return "time limit"
+    return kind or "failed"
 
 
 def _has_begun(member: Member) -> bool:

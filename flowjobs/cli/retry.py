@@ -1,0 +1,118 @@
+"""flowjobs retry."""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from flowjobs.cli.code_options import CodeOptions, Flag
+from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.hint import hint
+from flowjobs.cli.prepare import RunNames, each_of
+from flowjobs.cli.start_many import (
+    plan_code_of,
+    print_notes,
+    print_resources,
+    print_rows,
+    some,
+    submit_many,
+    train_many_here,
+)
+from flowjobs.config import KeyValues, OptionalInt
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import absolute
+from flowjobs.runs.selection import sweep_names
+from flowjobs.runs.status import EXIT_BAD_INPUT
+
+if TYPE_CHECKING:
+    from flowjobs.sweeps.plan import Member
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry(CodeOptions, CommandOptions):
+    """Start failed and cancelled runs again, from their newest checkpoint, as one Slurm array.
+
+    All others are left alone. What failed for memory or time is started with more of it alone.
+    """
+
+    names: RunNames
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
+
+    changes: Annotated[KeyValues, tyro.conf.arg(name="with")] = field(default_factory=KeyValues)
+    """Other options of the cluster for these runs: mem_gb=64 timeout_min=240 partition=long."""
+
+    parallel: OptionalInt = None
+    """Runs at a time; default: as many as the cluster takes, or one for each GPU here."""
+
+    dry_run: Flag = False
+    """Print what would be started; start nothing."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Start them. Returns the exit code."""
+        from flowjobs.jobs.array import submitting
+        from flowjobs.jobs.executors import choose_cluster
+        from flowjobs.sweeps.plan import stages
+        from flowjobs.sweeps.retry import changes_from
+
+        if not self.names:
+            raise ConfigError("retry: found no name, expected those of the runs to start again")
+        changes = changes_from(self.changes)
+        cluster, why = choose_cluster(self.cluster)
+        if cluster == "debug":
+            raise ConfigError("--cluster debug: found several runs; submit one of them")
+        runs, broken = each_of(self.study, self.names)
+        study = runs[0].study if runs else absolute(self.study)
+        with ExitStack() as stack:
+            if cluster == "slurm" and not self.dry_run:
+                for said in stack.enter_context(submitting(study)):
+                    print(said)
+            found = stages({run: run.config() for run in runs})
+            members = [found[run] for run in runs]
+            print_rows(cluster=f"{cluster} ({why})")
+            starting = self._print_plan(members, changes)
+            code = plan_code_of(starting, self.code_choice())
+            print_notes(plan.note for plan in code)
+            if self.dry_run or not starting:
+                return EXIT_BAD_INPUT if broken else 0
+            again = hint("retry", *self.names, study=study)
+            if cluster == "slurm":
+                name = self._name(study)
+                return submit_many(starting, code, name, self.parallel, again, self.names)
+        return train_many_here(starting, code, self.parallel, again)
+
+    def _print_plan(self, members: Sequence["Member"], changes: dict[str, Any]) -> "list[Member]":
+        """Print what there is by its cause. Returns the runs to start."""
+        from flowjobs.sweeps.retry import causes, with_changes
+
+        found = causes(members)
+        others = Counter(member.stage for member in members) - Counter(
+            member.stage for cause in found for member in cause.members
+        )
+        if others:
+            words = ", ".join(f"{count} {stage}" for stage, count in sorted(others.items()))
+            print_rows(alone=f"{words}: left as they are")
+        starting: list[Member] = []
+        for cause in found:
+            names = some([member.run.name for member in cause.members])
+            held = bool(cause.needs) and not changes.keys() & {*cause.needs}
+            advice = f"; not started, it would fail again: --with {cause.advice}" if held else ""
+            print(f"{len(cause.members):10} {cause.words}: {names}{advice}")
+            if not held:
+                starting += [
+                    replace(member, config=with_changes(member.config, changes), stage="to resume")
+                    for member in cause.members
+                ]
+        if starting:
+            print_resources(starting)
+        else:
+            print("nothing to start")
+        return starting
+
+    def _name(self, study: Path) -> str:
+        """The array's name in the queue."""
+        sweeps = [name for name in self.names if name in sweep_names(study)]
+        return sweeps[0] if sweeps else "retry"

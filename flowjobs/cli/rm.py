@@ -1,0 +1,66 @@
+"""flowjobs rm."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flowjobs.cli.code_options import Flag
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare import RunNames, each_of, list_of
+from flowjobs.cli.start_many import counted
+from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.runs.run import default_study
+from flowjobs.runs.status import EXIT_BAD_INPUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rm:
+    """Remove runs with their weights, records and logs; asks first. W&B keeps what it has."""
+
+    names: RunNames
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
+
+    yes: Flag = False
+    """Do not ask."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Remove them. Returns the exit code."""
+        from flowjobs.runs.removal import remove, size_of
+        from flowjobs.sweeps.plan import stages
+
+        if not self.names:
+            raise ConfigError("rm: found no name, expected those of the runs to remove")
+        runs, broken = each_of(self.study, self.names)
+        members = stages({run: run.config() for run in runs})
+        alive = [run for run in runs if members[run].stage in ("waiting", "running")]
+        if alive:
+            raise ConfigError(
+                f"{list_of(alive)} wait or run: cancel them first; nothing is removed"
+            )
+        for run in [run for run in runs if members[run].stage == "unknown"]:
+            print(f"error: {run.name} is left: {members[run].why}", file=sys.stderr)
+            broken.append(run)
+            runs.remove(run)
+        if not runs:
+            return EXIT_BAD_INPUT
+        size_gb = sum(size_of(run) for run in runs) / 1e9
+        print(f"removes {list_of(runs)}; {size_gb:.3g} GB", flush=True)
+        if not self._is_wanted(len(runs)):
+            return 0
+        for run in runs:
+            try:
+                remove(run)
+            except FlowjobsError as error:
+                print(f"error: {error}", file=sys.stderr)
+                broken.append(run)
+        return EXIT_BAD_INPUT if broken else 0
+
+    def _is_wanted(self, runs: int) -> bool:
+        if self.yes:
+            return True
+        if not sys.stdin.isatty():
+            raise ConfigError("rm: there is no one to ask: --yes removes them")
+        return input(f"remove {counted(runs)} for good? [y/N] ").strip().lower() in ("y", "yes")

@@ -1,0 +1,125 @@
+"""Submitting many runs, or training them here, with what is printed of it."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from flowjobs.cli.hint import hint
+from flowjobs.runs.status import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from flowjobs.jobs.snapshot import CodeChoice, CodePlan
+    from flowjobs.sweeps.plan import Member
+
+NAMES_SHOWN = 3
+
+
+def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[CodePlan]":
+    """What code each run is trained with; what they have in common is taken once."""
+    from flowjobs.jobs.snapshot import Takes, plan_code
+
+    takes = Takes()
+    return [
+        plan_code(member.run, member.config.training, choice, takes=takes) for member in members
+    ]
+
+
+def submit_many(
+    members: Sequence["Member"],
+    code: Sequence["CodePlan"],
+    name: str,
+    parallel: int | None,
+    again: str,
+    words: Sequence[str],
+) -> int:
+    """Submit runs to Slurm.
+
+    Args:
+        members: The runs.
+        code: The code of each.
+        name: Of the arrays, in the queue.
+        parallel: How many run at a time.
+        again: The command that submits what the cluster does not take now.
+        words: What selects them.
+
+    Returns:
+        The exit code.
+    """
+    from flowjobs.sweeps.arrays import submit_arrays
+
+    if not members:
+        return 0
+    done = submit_arrays(members, code, name, parallel)
+    print_notes(done.notes)
+    for job_id, tasks in done.jobs.items():
+        print(f"{'submitted':10} job {job_id}, {counted(tasks)}")
+    if done.left:
+        print(
+            f"the cluster does not take {counted(len(done.left))} more now ({done.why}): {again} "
+            "submits them when it does"
+        )
+    study = members[0].run.study
+    for command in ("status", "wait", "cancel"):
+        print_rows(**{command: hint(command, *words, study=study)})
+    return 0
+
+
+def train_many_here(
+    members: Sequence["Member"], code: Sequence["CodePlan"], parallel: int | None, again: str
+) -> int:
+    """Train runs on this machine, a few at a time, until all have ended. Returns the exit code."""
+    from flowjobs.sweeps.local import run_here, slots_here
+
+    if not members:
+        return 0
+    ends: Counter[str] = Counter()
+    try:
+        for event in run_here(members, code, parallel or slots_here(members[0].config.slurm)):
+            if event is None:
+                continue
+            status = event.status
+            if event.what != "ended" or status is None:
+                ends["unknown"] += event.what != "started"
+                print(f"{'':9}  {event.run.name} {event.what}", flush=True)
+                continue
+            ends[status.state] += 1
+            reason = "" if status.state == "finished" else f": {status.reason}"
+            count = f"{ends.total()}/{len(members)}"
+            print(f"{count:>9}  {event.run.name} {status.state}{reason}", flush=True)
+    except KeyboardInterrupt:
+        print(f"\nno more runs are started; those that train go on; {again} starts the others")
+        return 0
+    return 0 if ends.total() == ends["finished"] else EXIT_FAILED
+
+
+def print_resources(members: Sequence["Member"]) -> None:
+    """Print what the runs ask of the cluster."""
+    from flowjobs.sweeps.plan import resource_sets, words_for
+
+    title = "asks for"
+    for of_set in resource_sets(members):
+        print(f"{title:10} {words_for(of_set[0].config.slurm, len(of_set))}")
+        title = ""
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what a person should know, each once."""
+    for note in dict.fromkeys(note for note in notes if note):
+        print(note)
+
+
+def print_rows(**rows: str) -> None:
+    """Print titles with their texts, one below the other."""
+    for title, text in rows.items():
+        print(f"{title:10} {text}", flush=True)
+
+
+def counted(runs: int) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{runs} run{'s' if runs != 1 else ''}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{', '.join(names[:NAMES_SHOWN])}{more}"

@@ -1,0 +1,95 @@
+"""flowjobs wait."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare import RunNames, each_of
+from flowjobs.cli.start_many import some
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.status import (
+    EXIT_BAD_INPUT,
+    EXIT_CANCELLED,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+)
+
+if TYPE_CHECKING:
+    from flowjobs.sweeps.plan import Member
+
+ASK_EVERY_S = 10.0
+FIRST_ASK_S = 1.0
+SAY_EVERY_S = 60.0
+UNKNOWN_AT_MOST = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """Wait until runs have ended.
+
+    Exit codes: 0 all are finished; 1 one failed; 75 the time is over, or one was interrupted and
+    nothing will resume it; 130 one was cancelled; 2 of one it is unknown.
+    """
+
+    names: RunNames
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
+
+    hours: float = 168.0
+    """Wait so long at most."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Wait. Returns the exit code."""
+        from flowjobs.sweeps.plan import stages
+
+        if not self.names:
+            raise ConfigError("wait: found no name, expected those of the runs to wait for")
+        if not self.hours > 0:
+            raise ConfigError(f"--hours: found {self.hours}, expected more than 0")
+        runs = each_of(self.study, self.names)[0]  # those that cannot be read are said there
+        found: dict[Run, Member] = {}
+        end = time.monotonic() + 3600 * self.hours
+        said, said_at, pause_s, unknown = "", 0.0, FIRST_ASK_S, 0
+        while True:
+            # What is finished is not looked at again.
+            open_runs = [run for run in runs if run not in found or found[run].stage != "finished"]
+            found |= stages({run: run.config() for run in open_runs})
+            counts = Counter(member.stage for member in found.values())
+            words = ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))
+            if words != said or time.monotonic() - said_at > SAY_EVERY_S:
+                said, said_at = words, time.monotonic()
+                print(f"{time.strftime('%H:%M:%S')} {words}", flush=True)
+            # A job that has just ended is unknown until accounting knows how.
+            unknown = unknown + 1 if counts["unknown"] else 0
+            alive = counts["waiting"] + counts["running"]
+            if not alive and unknown in (0, UNKNOWN_AT_MOST):
+                return _end([found[run] for run in runs])
+            if time.monotonic() > end:
+                print(f"{self.hours:g} hours are over; the same command waits on")
+                return EXIT_PREEMPTED
+            time.sleep(max(0.0, min(pause_s, end - time.monotonic())))
+            pause_s = min(ASK_EVERY_S, 1.5 * pause_s)
+
+
+def _end(members: "list[Member]") -> int:
+    """Print which runs have not finished. Returns the exit code."""
+    codes = {
+        "failed": EXIT_FAILED,
+        "to resume": EXIT_PREEMPTED,
+        "new": EXIT_BAD_INPUT,
+        "unknown": EXIT_BAD_INPUT,
+        "cancelled": EXIT_CANCELLED,
+    }
+    found = {stage: [member for member in members if member.stage == stage] for stage in codes}
+    for stage, of_stage in found.items():
+        if of_stage:
+            causes = ", ".join(sorted({member.why for member in of_stage if member.why}))
+            names = some([member.run.name for member in of_stage])
+            print(f"{stage}: {names}{f' ({causes})' if causes else ''}")
+    return next((codes[stage] for stage in codes if found[stage]), 0)

@@ -1,0 +1,115 @@
+"""Starting failed runs again: by cause, and with other resources where the same would not do.
+
+What is changed are options of the cluster, and never what decides the result of a step.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, typed_value
+from flowjobs.errors import ConfigError
+from flowjobs.nearest import meant
+from flowjobs.runs.run import absolute
+from flowjobs.sweeps.plan import GPU_MEMORY, Member
+
+# They decide how many ranks compute a step, and so its bits.
+RANKS = ("nodes", "gpus_per_node")
+# "out of memory: 1.02 of 1 GiB".
+OF_MEMORY = re.compile(r"of ([\d.e+]+) GiB")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Runs that failed alike.
+
+    Attributes:
+        words: In a word or two; "cancelled" for those that a person has ended.
+        members: The runs.
+        needs: Options of which they need more: without, they would fail again.
+        advice: What to say of that: "mem_gb=64".
+    """
+
+    words: str
+    members: Sequence[Member]
+    needs: tuple[str, ...] = ()
+    advice: str = ""
+
+
+def causes(members: Sequence[Member]) -> list[Cause]:
+    """The runs that may be started again, by what they have failed of."""
+    by_cause: dict[str, list[Member]] = {}
+    for member in members:
+        if member.stage in ("failed", "cancelled"):
+            by_cause.setdefault(member.why or member.stage, []).append(member)
+    return [_cause(words, found) for words, found in sorted(by_cause.items())]
+
+
+def _cause(words: str, members: Sequence[Member]) -> Cause:
+    match words:
+        case "out of memory":
+            asked = [member.config.slurm.mem_gb or _limit_gb(member) for member in members]
+            known = [size for size in asked if size]
+            size = f"{_next_size(max(known)):g}" if known else "..."
+            return Cause(words, members, ("mem_gb",), f"mem_gb={size}")
+        case "time limit":
+            minutes = [member.config.slurm.timeout_min or 0 for member in members]
+            size = f"{2 * max(minutes)}" if max(minutes) else "..."
+            return Cause(words, members, ("timeout_min",), f"timeout_min={size}")
+        case _ if words == GPU_MEMORY:
+            options = ("gpu_type", "constraint", "partition")
+            return Cause(words, members, options, "gpu_type=... (one of more memory)")
+    return Cause(words, members)
+
+
+def _limit_gb(member: Member) -> float | None:
+    status = member.run.status()
+    found = OF_MEMORY.search(status.reason) if status else None
+    return float(found[1]) if found else None
+
+
+def _next_size(gb: float) -> float:
+    """The next power of two, of what clusters sell memory in."""
+    return 2.0 ** (math.floor(math.log2(gb)) + 1)
+
+
+def changes_from(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that `--with` gives, by field, as the config holds them.
+
+    Raises:
+        ConfigError: One is no option of the cluster or of restarts, or changes the result.
+    """
+    hints = {**get_type_hints(SlurmConfig), **get_type_hints(RestartConfig)}
+    known = hints.keys() - {*RANKS, "sbatch"}
+    found = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name in RANKS:
+            raise ConfigError(
+                f"--with {key}: the number of ranks decides the bits of a step; a run on another "
+                "number is another run: submit it under another --name"
+            )
+        if name not in known:
+            raise ConfigError(
+                f"--with: found {key}, expected options of the cluster (mem_gb=64 "
+                f"timeout_min=240); {meant(name, known, 'of them')}"
+            )
+        try:
+            found[name] = typed_value(name, value, hints[name], Path(), absolute)
+        except TypeError as error:
+            raise ConfigError(f"--with {key}: found {error}") from error
+    return found
+
+
+def with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The config of a run with other options of the cluster, or of restarts."""
+    slurm = {key: value for key, value in changes.items() if hasattr(config.slurm, key)}
+    restarts = {key: value for key, value in changes.items() if key not in slurm}
+    return replace(
+        config,
+        slurm=replace(config.slurm, **slurm),
+        restarts=replace(config.restarts, **restarts),
+    )

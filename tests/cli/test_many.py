@@ -1,0 +1,184 @@
+"""Commands on many runs: cancel, retry, wait and rm."""
+
+import dataclasses
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import KeyValues, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
+from flowjobs.sweeps.retry import changes_from, with_changes
+from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
+from tests.conftest import Command
+
+SWEEP = ("sweep", "--seed", "0", "1", "2", "--wandb-mode", "disabled", "--epochs", "1")
+
+
+def ended(study: Path, name: str, outcome: Outcome, slurm: SlurmConfig | None = None) -> Run:
+    """A run whose only attempt has ended, as it is on disk."""
+    run = Run(study, name)
+    tracking = TrackingConfig(wandb_mode="disabled")
+    training = TrainingConfig(epochs=1)
+    run.create(RunConfig(training, slurm or SlurmConfig(gpus_per_node=0), tracking))
+    job = JobInfo("slurm", "7", None, "n1", 1)
+    status = RunStatus(epochs=1, epoch=int(outcome.state == "finished"))
+    status.attempts.append(AttemptRecord(1, job, started=now()))
+    status.close(outcome)
+    status.write(run.status_file)
+    return run
+
+
+def failed(study: Path, name: str, kind: str, reason: str = "", **options: object) -> Run:
+    slurm = dataclasses.replace(SlurmConfig(gpus_per_node=0), **options)
+    return ended(study, name, Outcome("failed", 1, reason or kind, kind=kind), slurm)
+
+
+def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjobs: Command) -> None:
+    failed(study, "a-killed", "killed")
+    failed(study, "b-memory", "out of memory", mem_gb=24.0)
+    failed(study, "c-memory", "out of memory", "out of memory: 1.02 of 1 GiB on n1")
+    failed(study, "d-time", "no progress", "…, the last one: time limit (USR2)", timeout_min=30)
+    failed(study, "e-cuda", "exception", "OutOfMemoryError (net.py, line 3): CUDA out of memory")
+    ended(study, "f-whole", Outcome("finished", 0))
+    ended(study, "g-ended", Outcome("cancelled", 130, "cancelled", kind="cancelled"))
+    done = flowjobs("retry", "*", "--cluster", "local", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert [line.split(";")[0].strip() for line in done.stdout.splitlines()[1:7]] == [
+        *("alone      1 finished: left as they are", "1 GPU out of memory: e-cuda"),
+        *("1 cancelled: g-ended", "1 killed: a-killed"),
+        *("2 out of memory: b-memory, c-memory", "1 time limit: d-time"),
+    ]
+    assert done.stdout.count("not started, it would fail again") == 3
+    assert "--with mem_gb=32\n" in done.stdout
+    assert "--with timeout_min=60\n" in done.stdout
+    assert "--with gpu_type=" in done.stdout
+    assert "asks for   2 runs" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("nodes=2", "the number of ranks decides the bits"),
+        ("gpus-per-node=2", "the number of ranks decides the bits"),
+        ("lr=1", "found lr, expected options of the cluster"),
+        ("mem=1", "found mem, expected options of the cluster .*mem_gb"),
+        ("timeout_min=long", "--with timeout_min: found 'long', expected int"),
+        ("mem_gb=0", "--mem-gb: found 0.0, expected at least"),
+    ],
+)
+def test_retry_takes_only_what_leaves_the_result_alone(change: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        with_changes(RunConfig(), changes_from(KeyValues.parse([change])))
+
+
+def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_waited_for(
+    slurm: SlurmCluster, study: Path, flowjobs: Command
+) -> None:
+    for name in ("a", "b", "c"):
+        failed(study, name, "out of memory", mem_gb=1.0, sbatch={"hold": True})
+    done = flowjobs("retry", "a", "b", "c", "--with", "mem_gb=2", "--parallel", "2")
+    assert done.returncode == 0, done.stderr
+    assert "a 3 out of memory" not in done.stdout
+    runs = [Run(study, name) for name in ("a", "b", "c")]
+    (array,) = {run.submissions()[0]["job_id"].partition("_")[0] for run in runs}
+    assert slurm.job(f"{array}_0")["MinMemoryNode"] == "2G"
+    assert runs[0].config().slurm.mem_gb == pytest.approx(2.0)
+
+    again = flowjobs("retry", "a", "b", "c")
+    assert "3 waiting: left as they are" in again.stdout
+    living = flowjobs("rm", "a", "b", "--yes")
+    assert living.returncode == 2
+    assert "2 runs: a, b wait or run: cancel them first" in living.stderr
+
+    assert flowjobs("cancel", "a").returncode == 0
+    assert runs[0].status().state == "cancelled"  # type: ignore[union-attr]
+    states = slurm.run("squeue", "-h", "-r", "-t", "PD", "-o", "%i").split()
+    assert sorted(states) == [f"{array}_1", f"{array}_2"]
+    # Cancelled behind our back: neither the controller nor accounting knows of such a task.
+    slurm.run("scancel", f"{array}_1")
+    said = "job {array}_1 was cancelled before it started"
+    wait_until(
+        lambda: said.format(array=array) in flowjobs("status", "b", "--json").stdout, said, 60
+    )
+    slurm.run("scontrol", "release", array)
+    waited = flowjobs("wait", "c")
+    assert waited.returncode == 0, waited.stdout + waited.stderr
+    assert waited.stdout.splitlines()[-1].endswith(" 1 finished")
+    assert flowjobs("wait", "a", "b", "c").returncode == 130
+    assert "2 cancelled: a, b" in flowjobs("retry", "a", "b", "c", "--dry-run").stdout
+
+
+def test_wait_ends_with_what_came_of_the_runs(study: Path, flowjobs: Command) -> None:
+    ended(study, "whole", Outcome("finished", 0))
+    failed(study, "killed", "killed")
+    ended(study, "left", Outcome("preempted", 75, "interrupted by Ctrl-C", kind="preempted"))
+    words = ("whole", "whole left", "*")
+    done = {each: flowjobs("wait", *each.split()) for each in words}
+    assert {each: run.returncode for each, run in done.items()} == dict(
+        zip(words, (0, 75, 1), strict=True)
+    )
+    assert "failed: killed (killed)" in done["*"].stdout
+
+
+def test_rm_asks_and_leaves_no_half_of_a_run(
+    study: Path, flowjobs: Command, tmp_path: Path
+) -> None:
+    here, there, kept = (ended(study, n, Outcome("finished", 0)) for n in ("a", "b", "c"))
+    here.best.write_bytes(b"weights")
+    # The weights of the other are on scratch, beside something else.
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    there.checkpoints.rmdir()
+    there.checkpoints.symlink_to(scratch)
+    there.last.write_bytes(b"weights")
+    (scratch / "notes.txt").write_text("mine")
+
+    asked = flowjobs("rm", "a", "b")
+    assert asked.returncode == 2
+    assert "there is no one to ask: --yes" in asked.stderr
+    assert "removes 2 runs: a, b" in asked.stdout
+    assert here.exists()
+    assert there.exists()
+    assert answer("n") == 0
+    assert here.exists()
+    assert answer("y") == 0
+    assert [path.name for path in (study / "runs").iterdir()] == ["c"]
+    assert [path.name for path in (study / "checkpoints").iterdir()] == ["c"]
+    assert [path.name for path in scratch.iterdir()] == ["notes.txt"]
+    assert not (study / ".removed").exists()
+    assert kept.exists()
+
+
+def answer(word: str) -> int:
+    """Asked at a terminal, a person answers."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "flowjobs", "rm", "a", "b"]
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE) as process:
+        os.write(ours, f"{word}\n".encode())
+        code = process.wait(60)
+    os.close(ours)
+    os.close(theirs)
+    return code
+
+
+def test_many_waiting_tasks_are_cancelled_by_one_command_of_slurm(
+    slurm: SlurmCluster, site: object, study: Path, flowjobs: Command
+) -> None:
+    site("scancel", 'echo "$@" >> asked; $real "$@"')  # type: ignore[operator]
+    held = ("--sbatch", "hold=True", "--name", "many")
+    assert flowjobs(*SWEEP, *held).returncode == 0
+    done = flowjobs("cancel", "many")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cancelled job") == 3
+    assert len(Path("asked").read_text().splitlines()) == 1
+    wait_until(lambda: slurm.run("squeue", "-h", "-t", "PD,R") == "", "an empty queue", 30)
+    planned = flowjobs("sweep", "many")
+    assert "cancelled  3 (" in planned.stdout
+    assert "nothing to submit" in planned.stdout
