@@ -29,3 +29,13 @@ def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
         group = Path(path.lstrip("/"))
         for part in (group, *group.parents):
             yield root / mount / part, version
+
+
+def memory_kills(root: Path = Path("/")) -> int:
+    """How many processes of this one's group the kernel has killed for its memory; 0 if unknown."""
+    for folder, version in control_groups(root, "memory"):
+        file = folder / ("memory.events" if version == 2 else "memory.oom_control")
+        if file.exists():
+            counts = dict(line.split() for line in file.read_text().splitlines())
+            return int(counts.get("oom_kill", 0))
+    return 0

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn, Union
 import tyro
 
 from flowjobs import __version__
+from flowjobs.cli.bench import Bench
 from flowjobs.cli.cancel import Cancel
 from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.data import Data
@@ -54,6 +55,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": Evaluate,
     "data": Data,
     "checkpoint": Checkpoint,
+    "bench": Bench,
     "drill": Drill,
 }
 
@@ -164,7 +166,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     # The parser of one command alone is built in half the time of all of them.
     cls = COMMANDS[name]
     default: dict[str, Any] = {}
-    if cls in (Submit, Train):
+    if cls in (Submit, Train, Bench):
         default = {"default": defaults.fill(cls)}
     elif cls in (Drill, Sweep):
         default = {"default": cls.with_defaults(defaults)}

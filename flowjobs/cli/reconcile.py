@@ -14,7 +14,9 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.pack import FOLDER as PACKS
+from flowjobs.runs.pack import Pack
+from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
 
@@ -50,8 +52,23 @@ class Reconcile:
             raise ConfigError(
                 "--exit-code: expected only in the batch script of a run's own job, with its name"
             )
-        close_in_batch_script(each_of(self.study, self.names)[0], self.exit_code)
+        # A task of an array says what it is: runs/NAME, or packs/NAME.
+        kind, _, name = self.names[0].rpartition("/")
+        if kind == PACKS:
+            close_pack_in_batch_script(Pack(absolute(self.study), name), self.exit_code)
+        else:
+            close_in_batch_script(each_of(self.study, [name])[0], self.exit_code)
         return 0
+
+
+def close_pack_in_batch_script(pack: Pack, exit_code: int) -> None:
+    """The same for the runs of a job that they share; see `close_in_batch_script`."""
+    from flowjobs.jobs.environment import batch_script_job
+    from flowjobs.jobs.reconcile import close_ended_pack
+
+    closed = close_ended_pack(pack, batch_script_job(pack), exit_code)
+    for run, outcome in closed.items():
+        print(f"{run.name}: {outcome.state}: {outcome.reason}")
 
 
 def close_in_batch_script(runs: Iterable[Run], exit_code: int) -> None:

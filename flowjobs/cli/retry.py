@@ -24,6 +24,7 @@ from flowjobs.cli.start_many import (
 )
 from flowjobs.config import KeyValues, OptionalInt
 from flowjobs.errors import ConfigError
+from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import absolute
 from flowjobs.runs.selection import sweep_names
 from flowjobs.runs.status import EXIT_BAD_INPUT
@@ -43,7 +44,8 @@ class Retry(CodeOptions, CommandOptions):
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
 
     changes: Annotated[KeyValues, tyro.conf.arg(name="with")] = field(default_factory=KeyValues)
-    """Other options of the cluster for these runs: mem_gb=64 timeout_min=240 partition=long."""
+    """Other options of the cluster for these runs: mem_gb=64 timeout_min=240 partition=long; or
+    runs_per_gpu=2, how many of them share a job; default: each has one of its own."""
 
     parallel: OptionalInt = None
     """Runs at a time; default: as many as the cluster takes, or one for each GPU here."""
@@ -56,11 +58,12 @@ class Retry(CodeOptions, CommandOptions):
         from flowjobs.jobs.array import submitting
         from flowjobs.jobs.executors import choose_cluster
         from flowjobs.sweeps.plan import stages
-        from flowjobs.sweeps.retry import changes_from
+        from flowjobs.sweeps.retry import RUNS_PER_GPU, changes_from
 
         if not self.names:
             raise ConfigError("retry: found no name, expected those of the runs to start again")
         changes = changes_from(self.changes)
+        slots: int = changes.get(RUNS_PER_GPU, 1)
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
             raise ConfigError("--cluster debug: found several runs; submit one of them")
@@ -73,7 +76,7 @@ class Retry(CodeOptions, CommandOptions):
             found = stages({run: run.config() for run in runs})
             members = [found[run] for run in runs]
             print_rows(cluster=f"{cluster} ({why})")
-            starting = self._print_plan(members, changes)
+            starting = self._print_plan(members, changes, slots)
             code = plan_code_of(starting, self.code_choice())
             print_notes(plan.note for plan in code)
             if self.dry_run or not starting:
@@ -81,10 +84,12 @@ class Retry(CodeOptions, CommandOptions):
             again = hint("retry", *self.names, study=study)
             if cluster == "slurm":
                 name = self._name(study)
-                return submit_many(starting, code, name, self.parallel, again, self.names)
-        return train_many_here(starting, code, self.parallel, again)
+                return submit_many(starting, code, name, self.parallel, slots, again, self.names)
+        return train_many_here(starting, code, self.parallel, slots, again)
 
-    def _print_plan(self, members: Sequence["Member"], changes: dict[str, Any]) -> "list[Member]":
+    def _print_plan(
+        self, members: Sequence["Member"], changes: dict[str, Any], slots: int
+    ) -> "list[Member]":
         """Print what there is by its cause. Returns the runs to start."""
         from flowjobs.sweeps.retry import causes, with_changes
 
@@ -96,6 +101,8 @@ class Retry(CodeOptions, CommandOptions):
             words = ", ".join(f"{count} {stage}" for stage, count in sorted(others.items()))
             print_rows(alone=f"{words}: left as they are")
         starting: list[Member] = []
+        for member in (member for cause in found for member in cause.members):
+            check_shared(slots, with_changes(member.config, changes).slurm)
         for cause in found:
             names = some([member.run.name for member in cause.members])
             held = bool(cause.needs) and not changes.keys() & {*cause.needs}
@@ -107,7 +114,7 @@ class Retry(CodeOptions, CommandOptions):
                     for member in cause.members
                 ]
         if starting:
-            print_resources(starting)
+            print_resources(starting, self.parallel, slots)
         else:
             print("nothing to start")
         return starting

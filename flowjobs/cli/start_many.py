@@ -29,6 +29,7 @@ def submit_many(
     code: Sequence["CodePlan"],
     name: str,
     parallel: int | None,
+    slots: int,
     again: str,
     words: Sequence[str],
 ) -> int:
@@ -39,6 +40,7 @@ def submit_many(
         code: The code of each.
         name: Of the arrays, in the queue.
         parallel: How many run at a time.
+        slots: How many share a job.
         again: The command that submits what the cluster does not take now.
         words: What selects them.
 
@@ -49,7 +51,7 @@ def submit_many(
 
     if not members:
         return 0
-    done = submit_arrays(members, code, name, parallel)
+    done = submit_arrays(members, code, name, parallel, slots)
     print_notes(done.notes)
     for job_id, tasks in done.jobs.items():
         print(f"{'submitted':10} job {job_id}, {counted(tasks)}")
@@ -65,7 +67,11 @@ def submit_many(
 
 
 def train_many_here(
-    members: Sequence["Member"], code: Sequence["CodePlan"], parallel: int | None, again: str
+    members: Sequence["Member"],
+    code: Sequence["CodePlan"],
+    parallel: int | None,
+    slots: int,
+    again: str,
 ) -> int:
     """Train runs on this machine, a few at a time, until all have ended. Returns the exit code."""
     from flowjobs.sweeps.local import run_here, slots_here
@@ -73,8 +79,9 @@ def train_many_here(
     if not members:
         return 0
     ends: Counter[str] = Counter()
+    parallel = parallel or slots * slots_here(members[0].config.slurm)
     try:
-        for event in run_here(members, code, parallel or slots_here(members[0].config.slurm)):
+        for event in run_here(members, code, parallel):
             if event is None:
                 continue
             status = event.status
@@ -92,13 +99,15 @@ def train_many_here(
     return 0 if ends.total() == ends["finished"] else EXIT_FAILED
 
 
-def print_resources(members: Sequence["Member"]) -> None:
-    """Print what the runs ask of the cluster."""
+def print_resources(members: Sequence["Member"], parallel: int | None, slots: int) -> None:
+    """Print what the runs ask of the cluster, if so many share a job."""
+    from flowjobs.sweeps.arrays import tasks_of
     from flowjobs.sweeps.plan import resource_sets, words_for
 
     title = "asks for"
     for of_set in resource_sets(members):
-        print(f"{title:10} {words_for(of_set[0].config.slurm, len(of_set))}")
+        jobs = len(tasks_of(of_set, parallel, slots))
+        print(f"{title:10} {words_for(of_set[0].config.slurm, len(of_set), jobs, slots)}")
         title = ""
 
 

@@ -40,6 +40,7 @@ from flowjobs.config import (
 from flowjobs.errors import ConfigError
 from flowjobs.models.source import check_model
 from flowjobs.runs.datasets import check_data
+from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import Run, absolute, check_run_name
 from flowjobs.sweeps import grid
 from flowjobs.sweeps.grid import ARGUMENT, read_sweep, run_names_of, slurm_of, training_of
@@ -118,6 +119,10 @@ class Sweep(CodeOptions, CommandOptions):
     """Runs at a time; on a sweep that is submitted, from now on; default: as many as the cluster
     takes, or one for each GPU of this machine."""
 
+    runs_per_gpu: OptionalInt = None
+    """Runs that share a job and its GPU, cores and memory; each takes the next run when one ends.
+    `flowjobs bench` measures how many are worth it; default: 1."""
+
     first: OptionalInt = None
     """Start so many runs only."""
 
@@ -146,7 +151,7 @@ class Sweep(CodeOptions, CommandOptions):
 
     def run(self, defaults: Defaults) -> int:
         """Submit. Returns the exit code."""
-        for name in ("parallel", "first"):
+        for name in ("parallel", "first", "runs_per_gpu"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{flag(name)}: found {value}, expected at least 1")
         study = absolute(self.study)
@@ -180,6 +185,7 @@ class Sweep(CodeOptions, CommandOptions):
             sweep,
             one_at_a_time=self.one_at_a_time or sweep.one_at_a_time,
             parallel=self.parallel or sweep.parallel,
+            runs_per_gpu=self.runs_per_gpu or sweep.runs_per_gpu,
             **options,
         )
 
@@ -234,6 +240,7 @@ class Sweep(CodeOptions, CommandOptions):
                 before = run.config().training if run.exists() else None
                 training = with_pinned_weights(training, before)
             slurm = slurm_of(point, parts["slurm"])
+            check_shared(sweep.runs_per_gpu, slurm)
             runs[run] = RunConfig(training, slurm, parts["tracking"], parts["restarts"])
         defaults.check_variables(parts["slurm"])
         given = {"epochs", "patience"} & {field for point in points for field in point}
@@ -276,10 +283,11 @@ class Sweep(CodeOptions, CommandOptions):
             if not self._is_wanted(starting):
                 return 0
             keep(study, name, sweep, names)
+            slots = sweep.runs_per_gpu
             if cluster == "slurm":
                 self._set_parallel(members)
-                return submit_many(starting, code, name, sweep.parallel, again, [name])
-        return train_many_here(starting, code, sweep.parallel, again)
+                return submit_many(starting, code, name, sweep.parallel, slots, again, [name])
+        return train_many_here(starting, code, sweep.parallel, slots, again)
 
     def _is_wanted(self, starting: Sequence["Member"]) -> bool:
         if len(starting) <= ASKS_ABOVE or self.yes:
@@ -322,7 +330,7 @@ class Sweep(CodeOptions, CommandOptions):
             return
         mode, reason = resolve_mode(starting[0].config.tracking)
         print_rows(tracking=f"W&B {mode} ({reason})")
-        print_resources(starting)
+        print_resources(starting, sweep.parallel, sweep.runs_per_gpu)
         if left:
             print(f"{'':10} {left} more of them are left for later (--first {self.first})")
         if sweep.parallel:

@@ -17,6 +17,7 @@ from flowjobs.data.memory import free_memory_bytes
 from flowjobs.data.randomness import epoch_order
 from flowjobs.data.read_ahead import ReadAhead
 from flowjobs.errors import ConfigError
+from flowjobs.slots import runs_that_share
 
 # Share of the free memory that resident data may take; the rest is for the model's activations.
 RESIDENT_SHARE = 0.5
@@ -162,5 +163,5 @@ def make_batches(
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] // runs_that_share()
     return free_memory_bytes()

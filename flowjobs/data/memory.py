@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flowjobs.cgroups import control_groups
+from flowjobs.slots import runs_that_share
 
 KIB = 1024
 
@@ -12,17 +13,22 @@ KIB = 1024
 def free_memory_bytes(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> int:
     """What this process may still take: of the machine's memory and of its job's, the lesser.
 
+    Runs that share a job have equal parts.
+
     Args:
         root: Where /proc and /sys are.
         environment: For SLURM_MEM_PER_NODE (MB), the job's limit where no cgroup has it.
     """
     if not (root / "proc/meminfo").exists():  # not Linux, which has no job's limits either
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = [_fields(root / "proc/meminfo")["MemAvailable:"] * KIB, *_free_in_cgroups(root)]
+    # Runs that share the job may start at once, and each would take what is free for all.
+    share = runs_that_share(environment)
+    available = _fields(root / "proc/meminfo")["MemAvailable:"] * KIB
+    free = [known // share for known in (available, *_free_in_cgroups(root))]
     limit_mb = environment.get("SLURM_MEM_PER_NODE", "")
     if limit_mb.isdigit() and int(limit_mb):  # 0 is all of the node's
         held = _fields(root / "proc/self/status")["VmRSS:"] * KIB
-        free.append(int(limit_mb) * KIB**2 - held)
+        free.append(int(limit_mb) * KIB**2 // share - held)
     return max(0, min(free))
 
 

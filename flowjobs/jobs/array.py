@@ -1,9 +1,10 @@
-"""Many runs as one Slurm array: which task is which run, and that no task of it is half-known.
+"""Many runs as one Slurm array: which task is which, and that no task of it is half-known.
 
     STUDY/arrays/flowjobs-MARK/
-        0, 1, …         links to the logs of each task's run: Slurm writes the task's output there
+        0, 1, …         links to the logs of each task's run, or of the pack of runs that it trains:
+                        Slurm writes the task's output there
         task.pkl        what a task does; the same for all
-        runs.json       its runs, and the array's name
+        tasks.json      the folders of these, and the array's name
         origin.json     from where and how it was submitted
         submission.sh   the batch file
         job.json        the job that it became; there once every run has noted its task
@@ -15,6 +16,7 @@ job, `settle` removes the folder, and a job that should come of it all the same 
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -28,7 +30,8 @@ from flowjobs.errors import ConfigError
 from flowjobs.jobs.origin import Origin, arrays_folder
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import flush_folder, write_json
-from flowjobs.runs.run import Run
+from flowjobs.runs.pack import Pack, submittable_at
+from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm import HandedOver
 
 SUBMIT_WAIT_S = 600.0
@@ -63,11 +66,11 @@ class Array:
         return self.folder / "task.pkl"
 
     def task_folder(self, task: str) -> Path:
-        """The logs of a task's run, by way of the array."""
+        """The logs of a task's run or pack, by way of the array."""
         return self.folder / task
 
-    def run_of(self, task: str) -> Run:
-        """The run that a task is.
+    def submitted_as(self, task: str) -> Submittable:
+        """The run that a task is, or the pack.
 
         Raises:
             ConfigError: The array has no such task.
@@ -76,16 +79,17 @@ class Array:
             logs = os.readlink(self.task_folder(task))
         except OSError as error:
             raise ConfigError(f"{self.task_folder(task)}: {error.strerror}: no such task") from None
-        return Run(self.study, Path(logs).parent.name)
+        return submittable_at(self.study, Path(logs).parent)
 
-    def write(self, runs: Sequence[Run], name: str, origin: Origin) -> None:
-        """Make the folder: of runs that exist, in the order of the tasks."""
+    def write(self, submitted: Sequence[Submittable], name: str, origin: Origin) -> None:
+        """Make the folder: of what exists, in the order of the tasks."""
         self.folder.mkdir(parents=True)
-        for task, run in enumerate(runs):
-            # Relative, so that a study can be moved.
-            self.task_folder(str(task)).symlink_to(Path("../../runs", run.name, "logs"))
-        content = {"name": name, "runs": [run.name for run in runs]}
-        write_json(self.folder / "runs.json", content, flush=False)
+        # Relative, so that a study can be moved.
+        folders = [each.folder.relative_to(self.study) for each in submitted]
+        for task, folder in enumerate(folders):
+            self.task_folder(str(task)).symlink_to(Path("../..", folder, "logs"))
+        content = {"name": name, "tasks": [str(folder) for folder in folders]}
+        write_json(self.folder / "tasks.json", content, flush=False)
         write_json(self.origin_file, asdict(origin), flush=False, mode=0o600)
         flush_folder(self.folder)
 
@@ -93,19 +97,19 @@ class Array:
         """Have every run note its task, and the array its job."""
         found = self._content()
         identity = self._identity(found["name"], job)
-        for task, name in enumerate(found["runs"]):
-            self._note(str(task), Run(self.study, name), job.job_id, identity)
-        write_json(self.job_file, {"job_id": job.job_id, "tasks": len(found["runs"]), **identity})
+        for task, folder in enumerate(found["tasks"]):
+            self._note(str(task), submittable_at(self.study, Path(folder)), job.job_id, identity)
+        write_json(self.job_file, {"job_id": job.job_id, "tasks": len(found["tasks"]), **identity})
 
-    def note_task(self, run: Run, job_id: str) -> None:
-        """Have a run note the task that this process is, if nobody has yet."""
+    def note_task(self, run: Submittable, job_id: str) -> None:
+        """Have a run, or a pack, note the task that this process is, if nobody has yet."""
         if run.submission(job_id) is None:
             base, _, task = job_id.partition("_")
             cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
             job = HandedOver(base, cluster, self.mark)
             self._note(task, run, base, self._identity(self._content()["name"], job))
 
-    def _note(self, task: str, run: Run, array_id: str, identity: dict[str, Any]) -> None:
+    def _note(self, task: str, run: Submittable, array_id: str, identity: dict[str, Any]) -> None:
         job_id = f"{array_id}_{task}"
         log = run.logs / f"{job_id}_0_log.out"  # as submitit calls it
         run.add_submission(job_id, "slurm", log, identity=identity)
@@ -115,13 +119,20 @@ class Array:
 
     def _content(self) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads((self.folder / "runs.json").read_text())
+            found: dict[str, Any] = json.loads((self.folder / "tasks.json").read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.folder / 'runs.json'} cannot be read: {error}") from error
+            raise ConfigError(f"{self.folder / 'tasks.json'} cannot be read: {error}") from error
         return found
 
     def remove(self) -> None:
         """Remove what was prepared: a job that comes of it nevertheless finds no runs."""
+        for task in itertools.count():
+            try:
+                submitted = self.submitted_as(str(task))
+            except ConfigError:
+                break
+            if isinstance(submitted, Pack):
+                shutil.rmtree(submitted.folder, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

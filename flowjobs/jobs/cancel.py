@@ -11,6 +11,7 @@ from flowjobs import slurm
 from flowjobs.errors import FlowjobsError, SubmissionError
 from flowjobs.runs.files import flush_files
 from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.pack import pack_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_CANCELLED, Outcome, RunStatus, same_host
 from flowjobs.slurm import JobAnswer, JobIdentity, Known, Unknown, ask
@@ -102,13 +103,15 @@ def _end_slurm_jobs(runs: Sequence[Run]) -> dict[Run, list[str] | SubmissionErro
         for run in runs
     }
     answers = ask([job for of_run in jobs.values() for job in of_run])
-    to_end = {
+    alive = {
         run: [job for job in of_run if _lives(answers[job]) and job.is_mine()]
         for run, of_run in jobs.items()
     }
+    lives_on = _shared_with_others(alive)
+    to_end = {run: [job for job in of_run if job not in lives_on] for run, of_run in alive.items()}
     refused: SubmissionError | None = None
     try:
-        slurm.cancel(*(job.job_id for of_run in to_end.values() for job in of_run))
+        slurm.cancel(*dict.fromkeys(job.job_id for of_run in to_end.values() for job in of_run))
     except SubmissionError as error:
         refused = error
     ended: dict[Run, list[str] | SubmissionError] = {}
@@ -118,8 +121,21 @@ def _end_slurm_jobs(runs: Sequence[Run]) -> dict[Run, list[str] | SubmissionErro
         elif unknown := _not_ended(run, jobs[run], answers):
             ended[run] = unknown
         else:
-            ended[run] = [job.words for job in to_end[run]]
+            # A job that lives on looks at the mark, and ends this run's process alone.
+            places = [f"its place in {job.words}" for job in jobs[run][-1:] if job in lives_on]
+            ended[run] = places + [job.words for job in to_end[run]]
     return ended
+
+
+def _shared_with_others(alive: Mapping[Run, Sequence[JobIdentity]]) -> set[JobIdentity]:
+    """Those of the jobs that have still to train runs which nobody cancels."""
+    packs = {
+        job: pack
+        for run, of_run in alive.items()
+        for job in of_run
+        if (pack := pack_of(run, job.job_id))
+    }
+    return {job for job, pack in packs.items() if pack.left(job.job_id)}
 
 
 def _lives(answer: JobAnswer) -> bool:

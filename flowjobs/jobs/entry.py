@@ -25,7 +25,6 @@ from flowjobs.errors import (
     SubmissionError,
 )
 from flowjobs.jobs import exit_cause
-from flowjobs.jobs.array import array_at
 from flowjobs.jobs.environment import JobProcess, this_process
 from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.restart import restart
@@ -74,34 +73,22 @@ class RunTask:
 
     def __call__(self) -> None:
         """Run the job; its exit code is the outcome's. A bug raises."""
-        log_to_stderr()
-        run = Run.at(Path(self.folder))
-        try:
-            code = train_run(run)
-        except FlowjobsError as error:
-            logger.error("%s", error)
-            code = error.exit_code
-        finally:
-            # submitit's handler would requeue the job, whatever became of the run.
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        if code:
-            sys.exit(code)
+        exit_with(lambda: train_run(Run.at(Path(self.folder))))
 
 
-@dataclass(frozen=True)
-class ArrayTask:
-    """What submitit pickles of an array, once for all its tasks.
-
-    Args:
-        folder: The array's, absolute.
-    """
-
-    folder: str
-
-    def __call__(self) -> None:
-        """Run the job of the run that this task is."""
-        array = array_at(Path(self.folder))
-        task_of(array.run_of(os.environ["SLURM_ARRAY_TASK_ID"]))()
+def exit_with(work: Callable[[], int]) -> None:
+    """Do the work of a process that submitit has started, and exit with its code, unless 0."""
+    log_to_stderr()
+    try:
+        code = work()
+    except FlowjobsError as error:
+        logger.error("%s", error)
+        code = error.exit_code
+    finally:
+        # submitit's handler would requeue the job, whatever became of the run.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if code:
+        sys.exit(code)
 
 
 def train_run(run: Run, resume_path: Path | None = None) -> int:
@@ -361,6 +348,8 @@ class TrainingJob:
 
     def restart(self, kind: str) -> int:
         """Have the run started again, that left for `kind`. Returns this process's exit code."""
+        if self._job.packed:
+            return EXIT_PREEMPTED  # who holds the slots restarts the job
         try:
             return restart(self._run, self._job, kind, task_of(self._run), self._exclude)
         except SubmissionError as error:

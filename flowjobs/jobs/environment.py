@@ -17,6 +17,8 @@ from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.array import array_at
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
+from flowjobs.runs.submittable import Submittable
+from flowjobs.slots import SLOTS
 from flowjobs.slurm.options import ARRAY, CONTINUES, submitted_for_run
 
 
@@ -39,7 +41,7 @@ class JobProcess:
     local_rank: int = 0
 
 
-def this_process(run: Run) -> JobProcess:
+def this_process(run: Submittable) -> JobProcess:
     """Look up where this process runs, and set MASTER_ADDR and MASTER_PORT if it is one of many.
 
     A process in the foreground is a job of its own, also inside a Slurm job that was not submitted
@@ -79,7 +81,7 @@ def forget_what_is_not_here() -> None:
         os.environ.pop("SLURM_JWT", None)
 
 
-def _job_of(environment: JobEnvironment, run: Run) -> JobInfo:
+def _job_of(environment: JobEnvironment, run: Submittable) -> JobInfo:
     if environment.name() == "slurm" and not submitted_for_run():
         log = run.logs / f"{socket.gethostname()}-{os.getpid()}.log"
         return JobInfo.in_foreground(log)
@@ -93,6 +95,7 @@ def _job_of(environment: JobEnvironment, run: Run) -> JobInfo:
         gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         restart=_restarts(environment, run),
         continues=CONTINUES in os.environ,
+        packed=SLOTS in os.environ,
     )
 
 
@@ -111,7 +114,7 @@ def _submitit_environment() -> JobEnvironment | None:
     return None
 
 
-def batch_script_job(run: Run) -> JobInfo:
+def batch_script_job(run: Submittable) -> JobInfo:
     """The job whose batch script has started this process, outside of srun."""
     forget_what_is_not_here()
     array_id = os.environ.get("SLURM_ARRAY_JOB_ID")
@@ -151,17 +154,15 @@ def waited_while_cancelled(run: Run) -> bool:
     return record is not None and record.submitted < cancelled_at
 
 
-def _restarts(environment: JobEnvironment, run: Run) -> int:
+def _restarts(environment: JobEnvironment, run: Submittable) -> int:
     if environment.name() == "slurm":
         return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    status = run.status()
-    attempts = status.attempts if status else []
-    # That of this start may be open already, by the first of its ranks.
-    ended = [attempt for attempt in attempts if attempt.ended is not None]
-    return sum(attempt.job.job_id == environment.job_id for attempt in ended)
+    return run.starts_of(environment.job_id)
 
 
-def _log_file(environment: JobEnvironment, run: Run) -> str | None:
+def _log_file(environment: JobEnvironment, run: Submittable) -> str | None:
+    if SLOTS in os.environ:
+        return plain_sbatch.known_log(run, environment.job_id)
     if "SUBMITIT_FOLDER" in os.environ:
         if environment.name() == "slurm" and ARRAY in os.environ and environment.global_rank == 0:
             array_at(Path(os.environ[ARRAY])).note_task(run, environment.job_id)

@@ -20,7 +20,10 @@ from flowjobs import slurm
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.jobs.array import Array
+from flowjobs.runs.pack import FOLDER as PACKS
+from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import Run
+from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm.options import ARRAY, JOB_OF_RUN, export_for
 
 # A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
@@ -155,7 +158,7 @@ def handed_over(executor: Executor | None) -> slurm.HandedOver | None:
 
 
 def make_executor(
-    cluster: Cluster, run: Run, asked: SlurmConfig, python: str = sys.executable
+    cluster: Cluster, run: Submittable, asked: SlurmConfig, python: str = sys.executable
 ) -> Executor:
     """An executor whose batch files and logs are in the run's folder.
 
@@ -182,7 +185,7 @@ def check_study(study: Path) -> None:
 
 
 def slurm_executor(
-    run: Run, asked: SlurmConfig, python: str = sys.executable
+    run: Submittable, asked: SlurmConfig, python: str = sys.executable
 ) -> SlurmExecutorAnywhere:
     """The executor for a job of Slurm.
 
@@ -190,10 +193,11 @@ def slurm_executor(
     and a time limit of five minutes.
     """
     executor = SlurmExecutorAnywhere(folder=run.logs, python=_guarded(python))
+    kind = f"{PACKS}/" if isinstance(run, Pack) else ""
     executor.update_parameters(
         **_parameters(run.name, asked),
         setup=[*SETUP],
-        teardown=_teardown(shlex.quote(run.name), run.study, python),
+        teardown=_teardown(shlex.quote(f"{kind}{run.name}"), run.study, python),
     )
     return executor
 
@@ -201,7 +205,7 @@ def slurm_executor(
 def array_executor(
     array: Array, name: str, asked: SlurmConfig, python: str = sys.executable
 ) -> "ArrayExecutor":
-    """The executor for an array of runs of Slurm, each task of which is a run of its own."""
+    """The executor for an array of Slurm, each task of which is a run, or several that share it."""
     check_study(array.study)
     executor = ArrayExecutor(array, python=_guarded(python))
     task = f"{shlex.quote(str(array.folder))}/$SLURM_ARRAY_TASK_ID"
@@ -213,8 +217,10 @@ def array_executor(
             f"export {ARRAY}={shlex.quote(str(array.folder))}",
             "# What the task does, where submitit looks for it.",
             f"ln -sf {shlex.quote(str(array.task_file))} {task}/{job}_submitted.pkl",
+            "# runs/NAME, or packs/NAME",
+            f'submitted=$(readlink {task} | sed "s,^[./]*,,; s,/logs$,,")',
         ],
-        teardown=_teardown(f'"$(basename "$(dirname "$(readlink {task})")")"', array.study, python),
+        teardown=_teardown('"$submitted"', array.study, python),
     )
     return executor
 
@@ -337,7 +343,7 @@ def note_on_ranks(run: Run, ranks: int) -> str:
     )
 
 
-def _local_executor(run: Run, asked: SlurmConfig) -> LocalExecutor:
+def _local_executor(run: Submittable, asked: SlurmConfig) -> LocalExecutor:
     gpus = check_local(asked)
     executor = LocalExecutorWithGpus(run.logs, gpus)
     executor.update_parameters(

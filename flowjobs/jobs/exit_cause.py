@@ -177,7 +177,7 @@ def cause_of_no_start(
     if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, EXIT_PREEMPTED):
         reason = f"job {job.job_id} was told to leave before it could listen"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
-    reason = f"job {job.job_id} ended before the run could start: {_last_error(log)}"
+    reason = f"job {job.job_id} ended before the run could start: {last_error(log)}"
     return Outcome("failed", EXIT_FAILED, reason, _last_words(log), "never started")
 
 
@@ -322,7 +322,7 @@ def _step(attempt: AttemptRecord) -> str:
     return "" if attempt.last_step is None else f", step {attempt.last_step:,}"
 
 
-def _last_error(log: str) -> str:
+def last_error(log: str) -> str:
     """What the last traceback of the log says, else its last line."""
     lines = [line for line in _last_words(log).splitlines() if line.strip()]
     raised = [line for line in lines if not line.startswith((" ", "Traceback"))]

@@ -12,6 +12,7 @@ from flowjobs.errors import FlowjobsError
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.origin import identity_of
 from flowjobs.runs.lock import process_lives
+from flowjobs.runs.pack import is_left, pack_of
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -46,6 +47,7 @@ class Dead:
         started: Whether an attempt of the job had begun.
         cause_known: Whether Slurm says how it ended; the log alone does not tell a scancel from
             what may be tried again.
+        slot_lives: Whether it was one process of a job that lives and can start it again.
     """
 
     job: JobInfo
@@ -54,6 +56,7 @@ class Dead:
     waits: bool = False
     started: bool = True
     cause_known: bool = True
+    slot_lives: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def _awaits_an_end(run: Run, status: RunStatus) -> bool:
         return status.state == "preempted" and entries[-1]["cluster"] == "slurm"
     # A job that came too late, and was refused or found nothing to do, says nothing of the run.
     ended = status.attempts[-1].ended if status.attempts else None
-    return ended is None or entries[-1]["submitted"] > ended
+    # Both are noted to the second.
+    return ended is None or entries[-1]["submitted"] >= ended
 
 
 def _newest_job(run: Run, status: RunStatus) -> JobInfo:
@@ -172,8 +176,9 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         case Known() if not answer.over:
             if attempt and answer.restarted_since(job.restart):
                 return _find_dead_life(run, status, attempt, answer, waits=True)
-            pending = answer.newest.state == "PENDING"
-            return Waits(why_it_waits(answer.newest)) if pending else None
+            if answer.newest.state == "PENDING":
+                return Waits(why_it_waits(answer.newest))
+            return _find_slot(run, status, job)
         case Known() if answer.newest.state == "CANCELLED" and (
             attempt is None or answer.restarted_since(job.restart)
         ):
@@ -190,11 +195,22 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
             # It may as well have been cancelled while it waited.
             return Unclear(f"{reason}, and Slurm keeps no record of why: submit it again")
         return Dead(job, Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted"), seen)
+    if pack_of(run, job.job_id):
+        reason = f"job {job.job_id} ended before the run had a slot"
+        outcome = Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
+        return Dead(job, outcome, seen, started=False)
     if isinstance(answer, Gone) and not exit_cause.log_tail(job.log):
         return Unclear(
             f"job {job.job_id} is gone, and Slurm keeps no record of why: submit it again"
         )
     return Dead(job, exit_cause.cause_of_no_start(job, answer=answer), seen, started=False)
+
+
+def _find_slot(run: Run, status: RunStatus, job: JobInfo) -> Waits | None:
+    """Whether a run has no process in its job, which lives, and waits for one."""
+    if status.open_attempt or not pack_of(run, job.job_id) or not is_left(run, job.job_id):
+        return None
+    return Waits(f"for a slot of job {job.job_id}")
 
 
 def _find_dead_life(
@@ -208,10 +224,10 @@ def _find_dead_life(
     return Dead(attempt.job, outcome, seen_of(status), waits=waits, cause_known=known)
 
 
-def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Dead | None:
+def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding | None:
     pid = job.pid or int(job.job_id)
     if not same_host(job.host, socket.gethostname()) or process_lives(pid):
-        return None
+        return _find_slot(run, status, job)
     if status.open_attempt:
         return Dead(job, exit_cause.cause_of(run, status.open_attempt), seen_of(status))
     if job.cluster != "local":
@@ -222,7 +238,9 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Dead | N
 def _should_start_again(run: Run, status: RunStatus, dead: Dead) -> bool:
     """Whether the run is to be started again, if the scheduler does not do it."""
     outcome = dead.outcome
-    if outcome.state == "cancelled" or dead.job.cluster != "slurm" or not dead.cause_known:
+    if outcome.state == "cancelled" or not dead.cause_known:
+        return False
+    if dead.job.cluster != "slurm" and not dead.slot_lives:
         return False
     restarts = run.config().restarts
     if outcome.kind in ("preempted", "time limit"):

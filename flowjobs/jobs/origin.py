@@ -15,12 +15,14 @@ from pathlib import Path
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.runs.files import write_json
-from flowjobs.runs.run import Run
+from flowjobs.runs.pack import PACK, Pack
+from flowjobs.runs.submittable import Submittable
+from flowjobs.slots import SLOTS
 from flowjobs.slurm import JobIdentity
 from flowjobs.slurm.options import submitted_for_run
 
 # Of one process or one session only, and wrong in another job. The token for Slurm has run out.
-OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT")
+OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT", SLOTS)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Origin:
         kept = {name: text for name, text in os.environ.items() if name not in OF_A_SESSION}
         return cls(os.getcwd(), sys.executable, kept, options)
 
-    def note(self, run: Run, job_id: str) -> None:
+    def note(self, run: Submittable, job_id: str) -> None:
         """Keep it beside the job, for this user's eyes alone: there may be tokens in it."""
         write_json(run.origin_file(job_id), asdict(self), mode=0o600)
 
@@ -55,7 +57,7 @@ def arrays_folder(study: Path) -> Path:
     return study / "arrays"
 
 
-def origin_of(run: Run, job_id: str) -> Origin:
+def origin_of(run: Submittable, job_id: str) -> Origin:
     """What a job of the run was submitted from.
 
     Raises:
@@ -67,7 +69,7 @@ def origin_of(run: Run, job_id: str) -> Origin:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         if os.environ.get("SLURM_JOB_ID") == job_id and submitted_for_run():
-            return Origin.here(run.config().slurm)  # its own environment is as good
+            return Origin.here(run.asked())  # its own environment is as good
         raise SubmissionError(
             f"there is no record of what job {job_id} was submitted from ({path}): "
             f"submit {run.name} again from where you did"
@@ -80,7 +82,7 @@ def origin_of(run: Run, job_id: str) -> Origin:
     return Origin(**found, options=options)
 
 
-def check_own(run: Run, job_id: str) -> None:
+def check_own(run: Submittable, job_id: str) -> None:
     """Raise a SubmissionError if another user has submitted the job: it is theirs to restart."""
     try:
         owner = _file(run, job_id).stat().st_uid
@@ -94,11 +96,13 @@ def check_own(run: Run, job_id: str) -> None:
         )
 
 
-def _file(run: Run, job_id: str) -> Path:
-    """Where the origin of a job is noted: of all tasks of an array together."""
+def _file(run: Submittable, job_id: str) -> Path:
+    """Where the origin of a job is noted: once for all that are trained by it, or by its array."""
     entry = run.submission(job_id) or {}
     if "array" in entry:
         return arrays_folder(run.study) / str(entry["array"]) / "origin.json"
+    if PACK in entry:
+        return Pack(run.study, entry[PACK]).origin_file(job_id)
     return run.origin_file(job_id)
 
 
@@ -109,7 +113,7 @@ def _user_name(uid: int) -> str:
         return f"user {uid}"
 
 
-def identity_of(run: Run, job_id: str, log: str | None = None) -> JobIdentity:
+def identity_of(run: Submittable, job_id: str, log: str | None = None) -> JobIdentity:
     """The identity of a Slurm job of the run, as it was noted; else what its attempt says of it."""
     entry = run.submission(job_id)
     return JobIdentity.of(entry) if entry else JobIdentity(job_id, log=log or "")

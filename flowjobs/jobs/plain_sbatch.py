@@ -9,7 +9,7 @@ from typing import Any
 from flowjobs import slurm
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs.origin import Origin, origin_of
-from flowjobs.runs.run import Run
+from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
 
 # What sbatch was told on its command line is not in the script, so it is taken from the job's
@@ -36,13 +36,13 @@ OPTIONS = {
 NOTHING = ("", "(null)", "N/A", "UNLIMITED")
 
 
-def known_log(run: Run, job_id: str) -> str | None:
+def known_log(run: Submittable, job_id: str) -> str | None:
     """The output file of a job of the run, if the run has noted the job."""
     logs = [entry["log"] for entry in run.submissions() if entry["job_id"] == job_id]
     return logs[-1] or None if logs else None
 
 
-def note_job(run: Run, job_id: str) -> str | None:
+def note_job(run: Submittable, job_id: str) -> str | None:
     """Note how the job that this process is in can be submitted again, once a job.
 
     Returns:
@@ -75,7 +75,7 @@ def note_job(run: Run, job_id: str) -> str | None:
     return log
 
 
-def resubmit(run: Run, entry: dict[str, Any], exclude: str | None) -> str:
+def resubmit(run: Submittable, entry: dict[str, Any], exclude: str | None) -> str:
     """Submit the job of an entry of `jobs.jsonl` again. Returns the new job's id.
 
     Raises:
@@ -91,7 +91,7 @@ def resubmit(run: Run, entry: dict[str, Any], exclude: str | None) -> str:
     command.insert(1, "--export=ALL")
     old = entry["job_id"]
     origin = origin_of(run, old)
-    environment = environment_for_sbatch(origin.environment, run.config().slurm)
+    environment = environment_for_sbatch(origin.environment, run.asked())
     if token := os.environ.get("SLURM_JWT"):
         environment["SLURM_JWT"] = token
     taken = slurm.sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})

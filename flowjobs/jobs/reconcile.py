@@ -6,29 +6,28 @@ may take long; then it is written down, under the run's lock and only if no atte
 meanwhile; then the run is started again; and W&B, which may not answer, comes last.
 """
 
+import contextlib
 import logging
-import os
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flowjobs.errors import FlowjobsError, RunBusyError
+from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs import exit_cause
-from flowjobs.jobs.entry import task_of
-from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome, find, seen_of
-from flowjobs.jobs.origin import check_own
+from flowjobs.jobs.closing import close_attempt
+from flowjobs.jobs.findings import Dead, Unclear, Waits, find, seen_of
 from flowjobs.jobs.restart import restart, resubmit
-from flowjobs.runs.lock import RECONCILE, RunLock, Verdict, lock_holder, system_lock_decides
+from flowjobs.jobs.tasks import task_of
+from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.pack import PACK, Pack, pack_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_CANCELLED,
     EXIT_PREEMPTED,
-    AttemptRecord,
     JobInfo,
     Outcome,
     RunStatus,
-    now,
 )
+from flowjobs.runs.submittable import Submittable
 from flowjobs.tracking.closing import close_session, pending_outcome
 
 logger = logging.getLogger(__name__)
@@ -60,8 +59,9 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconcile
     Returns:
         Those that were closed, and those of which it is unknown: these stay as they are.
     """
-    runs = list(runs)
+    runs = _with_those_beside(runs)
     results = []
+    again: dict[Submittable, tuple[Dead, str | None]] = {}
     for run, found in find(runs).items():
         if isinstance(found, Waits):
             continue
@@ -69,15 +69,22 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconcile
             results.append(Reconciled(run, unclear=found.why))
             continue
         try:
-            outcome = _close(run, found)
-            if outcome and outcome.state == "preempted" and not found.waits:
-                new = resubmit(run, found.job, task_of(run), _node_to_avoid(run, found))
-                logger.info("%s continues as job %s", run.name, new)
+            outcome = close_attempt(run, found)
         except (FlowjobsError, OSError) as error:
             logger.error("%s: %s", run.name, error)
             continue
         if outcome:
             results.append(Reconciled(run, outcome))
+        if outcome and outcome.state == "preempted" and not found.waits:
+            # Once, however many share the job.
+            avoid = _node_to_avoid(run, found)
+            again[pack_of(run, found.job.job_id) or run] = found, avoid
+    for ended, (found, avoid) in again.items():
+        try:
+            new = resubmit(ended, found.job, task_of(ended), avoid)
+            logger.info("%s continues as job %s", ended.name, new)
+        except (FlowjobsError, OSError) as error:
+            logger.error("%s: %s", ended.name, error)
     for closed in results:
         if closed.outcome and lock_holder(closed.run.folder) is None:  # else its next attempt tells
             close_session(closed.run, closed.outcome, wait=tell_wandb)
@@ -85,6 +92,58 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconcile
         if lock_holder(run.folder) is None and (untold := pending_outcome(run)):
             close_session(run, untold)
     return results
+
+
+def _with_those_beside(runs: Iterable[Run]) -> list[Run]:
+    """The runs, and those whose job they share: that is started again for all of them."""
+    found = dict.fromkeys(runs)
+    for run in list(found):
+        newest = run.submissions()[-1:]
+        for entry in newest:
+            if PACK in entry:
+                with contextlib.suppress(ConfigError):  # the pack's folder is gone
+                    left = Pack(run.study, entry[PACK]).left(entry["job_id"])
+                    found |= dict.fromkeys(left)
+    return [*found]
+
+
+def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outcome]:
+    """Close the runs of a pack from the last lines of its batch script, and start it again for
+    those that are left.
+
+    Args:
+        pack: The pack.
+        job: The job that ends.
+        exit_code: What its srun returned, not 0.
+
+    Returns:
+        How those ended that have not said so themselves.
+    """
+    closed: dict[Run, Outcome] = {}
+    if exit_code in (EXIT_PREEMPTED, EXIT_CANCELLED):
+        return closed  # the job left in good order: it has written down all, and started it again
+    begun = False
+    for run in pack.left(job.job_id):
+        status = run.status() or RunStatus()
+        lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
+        begun |= (job.job_id, job.restart) in lives
+        if status.open_attempt and lives[-1] == (job.job_id, job.restart):
+            cause = exit_cause.cause_of(run, status.open_attempt, exit_code)
+            dead = Dead(status.open_attempt.job, cause, seen_of(status))
+            if outcome := close_attempt(run, dead):
+                closed[run] = outcome
+    left = pack.left(job.job_id)
+    if left and begun and exit_code > 128:
+        restart(pack, job, "killed", task_of(pack), job.host)
+    else:
+        cause = exit_cause.cause_of_no_start(job, exit_code)
+        for run in left:  # they would end so again
+            dead = Dead(job, cause, seen_of(run.status() or RunStatus()), started=False)
+            if outcome := close_attempt(run, dead):
+                closed[run] = outcome
+    for run, outcome in closed.items():
+        close_session(run, outcome)
+    return closed
 
 
 def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
@@ -118,42 +177,11 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         return None
     else:
         dead = Dead(job, exit_cause.cause_of_no_start(job, exit_code), seen, started=False)
-    outcome = _close(run, dead)
+    outcome = close_attempt(run, dead)
     if outcome and outcome.state == "preempted":
         restart(run, job, outcome.kind, task_of(run), _node_to_avoid(run, dead))
     if outcome:
         close_session(run, outcome)
-    return outcome
-
-
-def _close(run: Run, dead: Dead) -> Outcome | None:
-    """Write down how a run's newest attempt ended.
-
-    Returns:
-        The outcome as it is on disk: "preempted" if the run is to be started again. None if an
-        attempt has started since it was looked at, or somebody else has written it down.
-    """
-
-    def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
-        same = (holder.job_id, holder.restart) == (dead.job.job_id, dead.job.restart)
-        return "gone" if same else system_lock_decides(holder, lock_is_free)
-
-    me = JobInfo(RECONCILE, str(os.getpid()), None, socket.gethostname(), os.getpid())
-    try:
-        with RunLock(run.folder, me, judge) as lock:
-            status = run.status() or RunStatus()
-            if seen_of(status) != dead.seen or not lock.is_held():
-                return None
-            if not dead.started:
-                record = AttemptRecord(len(status.attempts) + 1, dead.job, started=now())
-                status.attempts.append(record)
-            outcome = final_outcome(run, status, dead)
-            if outcome.state == "preempted" and not dead.waits:
-                check_own(run, dead.job.job_id)
-            status.close(outcome)
-            status.write(run.status_file)
-    except RunBusyError:
-        return None
     return outcome
 
 

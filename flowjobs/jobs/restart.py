@@ -11,8 +11,8 @@ from flowjobs.errors import SubmissionError
 from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.origin import origin_of
 from flowjobs.jobs.submit import submit
-from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_PREEMPTED, JobInfo
+from flowjobs.runs.submittable import Submittable
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,9 @@ CONTROLLER_WAIT_S = 900.0
 ASK_EVERY_S = 2.0
 
 
-def restart(run: Run, job: JobInfo, kind: str, task: Task, exclude: str | None = None) -> int:
+def restart(
+    run: Submittable, job: JobInfo, kind: str, task: Task, exclude: str | None = None
+) -> int:
     """Have a run whose job has saved its state and leaves started again, where that can be done.
 
     Never if its user has cancelled it: `scontrol requeue` would bring it back.
@@ -53,7 +55,7 @@ def restart(run: Run, job: JobInfo, kind: str, task: Task, exclude: str | None =
     return EXIT_PREEMPTED
 
 
-def _restart_in_slurm(run: Run, job: JobInfo, task: Task, exclude: str | None) -> None:
+def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str | None) -> None:
     record = _record_when_it_answers(job.job_id)
     if record is None or record.fields.get("BatchFlag") in (None, "0"):
         logger.info("%s is no batch job: run the same command again to resume", job.job_id)
@@ -90,7 +92,7 @@ def _record_when_it_answers(job_id: str) -> slurm.JobRecord | None:
             time.sleep(ASK_EVERY_S)
 
 
-def resubmit(run: Run, job: JobInfo, task: Task, exclude: str | None = None) -> str:
+def resubmit(run: Submittable, job: JobInfo, task: Task, exclude: str | None = None) -> str:
     """Submit a run again, the way its job was submitted, to continue from that one.
 
     Args:

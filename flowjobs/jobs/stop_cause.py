@@ -6,8 +6,8 @@ from typing import Literal
 
 from flowjobs import slurm
 from flowjobs.errors import SubmissionError
-from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
+from flowjobs.runs.submittable import Submittable
 
 Why = Literal["node failure", "preempted", "time limit", "requeued", "cancelled", "told to leave"]
 
@@ -29,7 +29,7 @@ class Notice:
     comes_back: bool = False
 
 
-def notice_of(run: Run, job: JobInfo, number: signal.Signals | None) -> Notice:
+def notice_of(run: Submittable, job: JobInfo, number: signal.Signals | None) -> Notice:
     """What `number`, sent to a job of `run`, meant.
 
     Raises:
@@ -41,7 +41,7 @@ def notice_of(run: Run, job: JobInfo, number: signal.Signals | None) -> Notice:
     if job.cluster == "none" and run.cancel_requested():
         return Notice("cancelled", "cancelled by flowjobs cancel")
     if job.cluster == "local":
-        seconds = float(run.config().slurm.signal_before_end_s)
+        seconds = float(run.asked().signal_before_end_s)
         if run.cancel_requested():
             return Notice("cancelled", "cancelled by flowjobs cancel", seconds)
         if number is signal.SIGUSR2:
@@ -54,14 +54,14 @@ def notice_of(run: Run, job: JobInfo, number: signal.Signals | None) -> Notice:
     return Notice("told to leave", f"told to leave ({name})")
 
 
-def _slurm_notice(run: Run, job: JobInfo, signal_name: str) -> Notice:
+def _slurm_notice(run: Submittable, job: JobInfo, signal_name: str) -> Notice:
     record = slurm.job_record(job.job_id)
     kill_wait_s = slurm.kill_wait_s()
     if record is None:
         return Notice("told to leave", f"told to leave ({signal_name})", kill_wait_s)
     # At the end of what it grants, Slurm says TERM and waits KillWait.
     seconds = max(0.0, record.seconds_left) + kill_wait_s
-    ends_soon = record.seconds_left < run.config().slurm.signal_delay_s + 60
+    ends_soon = record.seconds_left < run.asked().signal_delay_s + 60
     comes_back = record.restarts > job.restart
     if comes_back:
         # The record is that of its next life already.
@@ -81,7 +81,7 @@ def _slurm_notice(run: Run, job: JobInfo, signal_name: str) -> Notice:
     return Notice("told to leave", f"told to leave ({signal_name})", kill_wait_s)
 
 
-def seconds_left(run: Run, job: JobInfo, number: signal.Signals) -> float | None:
+def seconds_left(run: Submittable, job: JobInfo, number: signal.Signals) -> float | None:
     """How long a job of `run` may live after a signal; None: as long as it wants."""
     try:
         return notice_of(run, job, number).seconds_left

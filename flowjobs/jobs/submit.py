@@ -23,8 +23,10 @@ from flowjobs.jobs.executors import Cluster, array_executor, handed_over, make_e
 from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.origin import Origin, identity_of
 from flowjobs.runs.lock import Verdict, lock_holder
+from flowjobs.runs.pack import PACK, is_left
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
+from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm import (
     Gone,
     JobAnswer,
@@ -54,7 +56,7 @@ class SubmittedJob:
     log: Path
     job: Job[None]
 
-    def alive(self, run: Run) -> bool:
+    def alive(self, run: Submittable) -> bool:
         """Whether the job still waits or runs.
 
         Raises:
@@ -70,7 +72,7 @@ class SubmittedJob:
             case Unknown(why):
                 raise SubmissionError(why)
 
-    def waits(self, run: Run) -> str:
+    def waits(self, run: Submittable) -> str:
         """Why the job is pending; empty if it is not, or if Slurm does not say."""
         answer = ask_one(identity_of(run, self.job_id)) if self.cluster == "slurm" else None
         if isinstance(answer, Known) and answer.newest.state == "PENDING":
@@ -79,7 +81,7 @@ class SubmittedJob:
 
 
 def submit(
-    run: Run,
+    run: Submittable,
     cluster: Cluster,
     task: Callable[[], None],
     *,
@@ -87,10 +89,10 @@ def submit(
     exclude: str | None = None,
     origin: Origin | None = None,
 ) -> SubmittedJob:
-    """Submit the run's job.
+    """Submit a job of a run, or of several at once.
 
     Args:
-        run: The run; its config is on disk.
+        run: The run, or a pack; its config is on disk.
         cluster: Where to; "debug" also runs it, in this process, and stops in the debugger on an
             exception.
         task: What the job does; it is pickled.
@@ -101,8 +103,8 @@ def submit(
     Raises:
         SubmissionError: sbatch refused; the text has its words and what could be meant.
     """
-    origin = origin or Origin.here(run.config().slurm)
-    asked = origin.options or run.config().slurm
+    origin = origin or Origin.here(run.asked())
+    asked = origin.options or run.asked()
     if exclude:
         nodes = f"{asked.exclude},{exclude}" if asked.exclude else exclude
         asked = dataclasses.replace(asked, exclude=nodes)
@@ -136,7 +138,7 @@ def submit(
 
 def submit_array(
     array: Array,
-    runs: Sequence[Run],
+    submitted: Sequence[Submittable],
     name: str,
     task: Callable[[], None],
     asked: SlurmConfig,
@@ -146,7 +148,7 @@ def submit_array(
 
     Args:
         array: Of which nothing is on disk yet.
-        runs: Their configs are on disk; in the order of the tasks.
+        submitted: Runs or packs, whose configs are on disk; in the order of the tasks.
         name: The job's.
         task: What each task does; it is pickled.
         asked: Options of the cluster, the same for all.
@@ -163,12 +165,12 @@ def submit_array(
     with _noted_in_any_case("slurm"), _environment_of("slurm", origin, asked, None):
         executor = array_executor(array, name, asked, origin.python)
         try:
-            array.write(runs, name, origin)
+            array.write(submitted, name, origin)
         except BaseException:
             array.remove()
             raise
         try:
-            executor.hand_over(task, len(runs), parallel)
+            executor.hand_over(task, len(submitted), parallel)
         except SubmissionUnknownError:
             raise
         except SubmissionError as error:
@@ -198,7 +200,12 @@ def running_jobs(runs: Sequence[Run]) -> dict[Run, str | SubmissionError]:
     """
     entries = {run: run.submissions() for run in runs}
     jobs = {
-        run: [JobIdentity.of(entry) for entry in noted if entry["cluster"] == "slurm"]
+        run: [
+            JobIdentity.of(entry)
+            for entry in noted
+            # A job that it shares may live on for others.
+            if entry["cluster"] == "slurm" and (PACK not in entry or is_left(run, entry["job_id"]))
+        ]
         for run, noted in entries.items()
     }
     answers = ask([job for of_run in jobs.values() for job in of_run])

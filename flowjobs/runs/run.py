@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from flowjobs.config import (
     NOT_IN_SIGNATURE,
     PINNED,
     RunConfig,
+    SlurmConfig,
     TrainingConfig,
     config_to_dict,
     run_config_from_dict,
@@ -35,18 +35,17 @@ from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import content_of_dataset, differences, same_file
 from flowjobs.runs.extending import explain_extension
 from flowjobs.runs.file_lock import locked
-from flowjobs.runs.files import append_line, warn_once, write_json
+from flowjobs.runs.files import write_json
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run_id import give_identity, read_identity, settled_identity
 from flowjobs.runs.status import RunStatus, now, read_status
+from flowjobs.runs.submittable import Submittable
 
 CONFIG_WAIT_S = 60.0
-# What every line of jobs.jsonl has.
-SUBMISSION_KEYS = ("job_id", "cluster", "submitted", "log")
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Submittable):
     """One run of a study. Holds two names; everything else is on disk."""
 
     study: Path
@@ -102,15 +101,6 @@ class Run:
         """The address of its page in W&B, once a server has been told of it."""
         return self.folder / "wandb" / "page.txt"
 
-    @property
-    def jobs_file(self) -> Path:
-        """A line a submission."""
-        return self.folder / "jobs.jsonl"
-
-    def origin_file(self, job_id: str) -> Path:
-        """What a job was submitted from, readable by its user alone."""
-        return self.logs / f"{job_id}_origin.json"
-
     def rank_file(self, life: str, rank: int) -> Path:
         """How a rank of a job failed; see `runs.rank_failures`."""
         return self.logs / f"{life}-rank{rank}.json"
@@ -123,11 +113,6 @@ class Run:
     def cancel_file(self) -> Path:
         """There while the run is cancelled."""
         return self.folder / "cancelled.json"
-
-    @property
-    def logs(self) -> Path:
-        """Batch files and output of the run's jobs."""
-        return self.folder / "logs"
 
     @property
     def samples_picture(self) -> Path:
@@ -175,6 +160,18 @@ class Run:
             return run_config_from_dict(found)
         except ConfigError as error:
             raise ConfigError(f"{self.config_file}: {error}") from error
+
+    def asked(self) -> SlurmConfig:
+        """See `Submittable`; raises as `config` does."""
+        return self.config().slurm
+
+    def starts_of(self, job_id: str) -> int:
+        """See `Submittable`: its attempts that have ended."""
+        status = self.status()
+        attempts = [] if status is None else status.attempts
+        # That of this start may be open already, by the first of its ranks.
+        ended = [attempt for attempt in attempts if attempt.ended is not None]
+        return sum(attempt.job.job_id == job_id for attempt in ended)
 
     def tracking_id(self) -> str:
         """The id of the run in W&B, the same for all its attempts. Writes nothing.
@@ -259,60 +256,6 @@ class Run:
                 "best.pt there (of a backup, or one that was set aside), or remove the run to "
                 f"begin anew: {removal}"
             )
-
-    def submissions(self) -> list[dict[str, Any]]:
-        """Every job that was submitted for the run, oldest first: job_id, cluster, submitted."""
-        try:
-            lines = self.jobs_file.read_text(errors="replace").splitlines()
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        entries = []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                if all(isinstance(entry[key], str) for key in SUBMISSION_KEYS):
-                    entries.append(entry)
-            except (ValueError, TypeError, KeyError):
-                continue
-        if damaged := len(lines) - len(entries):  # torn by a full disk
-            warn_once(f"{self.jobs_file}: {damaged} lines are damaged and left out")
-        # A task of an array is noted by whoever comes first, and may be by both.
-        once = {(e["job_id"], e.get("mark") or number): e for number, e in enumerate(entries)}
-        return list(once.values())
-
-    def submission(self, job_id: str) -> dict[str, Any] | None:
-        """The newest job that was submitted for the run under this id; None if there was none."""
-        found = [entry for entry in self.submissions() if entry["job_id"] == job_id]
-        return found[-1] if found else None
-
-    def add_submission(
-        self,
-        job_id: str,
-        cluster: str,
-        log: Path | None,
-        *,
-        continues: str | None = None,
-        again: Sequence[str] = (),
-        identity: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Note that a job was submitted for the run.
-
-        Args:
-            job_id: The scheduler's id.
-            cluster: "slurm", "local" or "debug".
-            log: The file that its output goes to.
-            continues: The job that it continues, if flowjobs itself submitted it.
-            again: The command that submits the same job again, if it was submitted by hand.
-            identity: What else tells a Slurm job from others; see JobIdentity.
-        """
-        entry: dict[str, Any] = {"job_id": job_id, "cluster": cluster, "submitted": now()}
-        entry |= {"log": str(log or ""), "host": socket.gethostname(), "uid": os.getuid()}
-        entry |= identity or {}
-        if continues:
-            entry["continues"] = continues
-        if again:
-            entry["again"] = list(again)
-        append_line(self.jobs_file, json.dumps(entry))
 
     def cancel_requested(self) -> bool:
         """Whether a person has cancelled the run and not submitted it since."""
@@ -448,7 +391,7 @@ class Run:
         Raises:
             DataError: They have changed; the text says how.
         """
-        if self.started() and (changed := differences(self._data(), now)):
+        if self.started() and (changed := differences(self.data(), now)):
             raise DataError(
                 "\n".join(
                     [
@@ -466,14 +409,14 @@ class Run:
             DataError: It has been trained on others.
         """
         self.check_data(now)
-        if not (self._data() and self.started()):
+        if not (self.data() and self.started()):
             parts = {part: asdict(content) for part, content in now.items()}
             self.folder.mkdir(
                 parents=True, exist_ok=True
             )  # a trainer may be given a run of its own
             write_json(self.data_file, parts)
 
-    def _data(self) -> dict[str, DataContent]:
+    def data(self) -> dict[str, DataContent]:
         """What was noted of the data; of a run that was made before they were, nothing."""
         try:
             found = json.loads(self.data_file.read_text())
@@ -487,7 +430,7 @@ class Run:
             ) from error
 
     def _check_same_content(self, there: str, asked: str) -> None:
-        noted, now = self._data(), content_of_dataset(asked, self.study)
+        noted, now = self.data(), content_of_dataset(asked, self.study)
         changed = differences(noted, now)
         unknown = not noted or None in now.values()
         if changed or unknown:

@@ -93,6 +93,8 @@ class JobInfo:
         restart: How often the scheduler has started this job again.
         continues: Whether the job was submitted by flowjobs itself, to continue an earlier one.
         ranks: Processes that train together; None if that was not noted.
+        packed: Whether other runs share the job: this one may start in its second life, or start
+            again in its first, and `continues` alone says which.
     """
 
     cluster: str
@@ -104,6 +106,7 @@ class JobInfo:
     restart: int = 0
     continues: bool = False
     ranks: int | None = None
+    packed: bool = False
 
     @property
     def life(self) -> str:
@@ -120,7 +123,7 @@ class JobInfo:
     @property
     def started_by_person(self) -> bool:
         """Whether this is the first start that a person asked for."""
-        return self.restart == 0 and not self.continues
+        return not self.continues and (self.packed or self.restart == 0)
 
     @classmethod
     def in_foreground(cls, log: Path | None = None) -> "JobInfo":

@@ -57,7 +57,7 @@ class JobIdentity:
             uid=entry.get("uid"),
             name=entry.get("job_name", ""),
             submitted=entry.get("handed_over", 0.0),
-            log=entry.get("log", ""),
+            log=entry.get("job_log", entry.get("log", "")),
         )
 
     def is_mine(self) -> bool:

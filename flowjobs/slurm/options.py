@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowjobs.config import DECIDED_OPTIONS, SlurmConfig
+from flowjobs.slots import SLOTS
 
 Fields = dict[str, Any]
 
@@ -212,7 +213,7 @@ def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -
     foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
     fields = {variable: field for variable, (field, _) in _MEANINGS.items()} | _ALTERNATIVES
     hidden = {variable for variable, field in fields.items() if getattr(asked, field) is not None}
-    hidden |= {*DECIDED, *variables_of("export"), JOB_OF_RUN, ARRAY, SCRIPT_ARGUMENTS}
+    hidden |= {*DECIDED, *variables_of("export"), JOB_OF_RUN, ARRAY, SLOTS, SCRIPT_ARGUMENTS}
     for option in asked.sbatch:
         hidden.update(variables_of(option))
     cleaned = {

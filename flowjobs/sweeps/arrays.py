@@ -1,6 +1,8 @@
 """Submits many runs as Slurm arrays: one for each set of resources, more where one is too large."""
 
 import contextlib
+import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,11 +10,13 @@ from dataclasses import dataclass, field
 from flowjobs import slurm
 from flowjobs.errors import SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.array import new_array
-from flowjobs.jobs.entry import ArrayTask
 from flowjobs.jobs.snapshot import CodePlan, carry_out_together
 from flowjobs.jobs.submit import submit_array, told_to_end_waits
+from flowjobs.jobs.tasks import ArrayTask
 from flowjobs.runs.files import flush_files
+from flowjobs.runs.pack import PACK, Pack, new_pack
 from flowjobs.runs.run import Before, Run
+from flowjobs.runs.submittable import Submittable
 from flowjobs.sweeps.plan import Member, resource_sets
 
 # What sbatch says where fewer jobs, or a shorter array, would have been taken. The policy's text is
@@ -20,6 +24,9 @@ from flowjobs.sweeps.plan import Member, resource_sets
 TOO_MANY = re.compile(
     "submit limit|temporarily unable to accept|array specification|job count", re.IGNORECASE
 )
+# Runs of a job that has as many slots: the next one is there when one ends, and a sweep that is
+# given more --parallel later has jobs left to start.
+RUNS_PER_SLOT = 4
 # The default of MaxArraySize, where the cluster does not say: tasks 0 to 1000.
 ARRAY_SIZE = 1001
 
@@ -42,7 +49,11 @@ class Submitted:
 
 
 def submit_arrays(
-    members: Sequence[Member], code: Sequence[CodePlan], name: str, parallel: int | None
+    members: Sequence[Member],
+    code: Sequence[CodePlan],
+    name: str,
+    parallel: int | None,
+    slots: int = 1,
 ) -> Submitted:
     """Make the runs and submit them, as few arrays.
 
@@ -53,6 +64,7 @@ def submit_arrays(
         code: What code each of them keeps.
         name: The arrays' name in the queue.
         parallel: How many run at a time.
+        slots: How many share a job.
 
     Raises:
         SubmissionError: Nothing was submitted: the runs are as they were.
@@ -62,13 +74,14 @@ def submit_arrays(
     done = Submitted()
     largest = _largest_array()
     for of_set in resource_sets(members):
-        waiting = list(of_set)
+        waiting = tasks_of(of_set, parallel, slots)
         size = min(largest, len(waiting))
         while waiting and size:
             chunk = waiting[:size]
-            share = None if parallel is None else max(1, parallel * len(chunk) // len(members))
+            runs = sum(map(len, chunk))
+            share = None if parallel is None else parallel * runs // len(members)
             try:
-                job_id = _submit_one(chunk, code_of, name, share, done)
+                job_id = _submit_one(chunk, code_of, name, share, slots, done)
             except SubmissionUnknownError:
                 raise
             except SubmissionError as error:
@@ -77,11 +90,26 @@ def submit_arrays(
                 done.why = str(error)
                 size //= 2  # what there is room for is not told: it is found by halving
                 continue
-            done.jobs[job_id] = len(chunk)
+            done.jobs[job_id] = runs
             waiting = waiting[size:]
             size = min(size, len(waiting))
-        done.left += waiting
+        done.left += itertools.chain(*waiting)
     return done
+
+
+def tasks_of(members: Sequence[Member], parallel: int | None, slots: int) -> list[list[Member]]:
+    """The runs that each task of an array trains, dealt out in turn.
+
+    Args:
+        members: The runs; they ask for the same resources.
+        parallel: How many run at a time; None: as many as can, so that none waits for a slot.
+        slots: How many share a job.
+    """
+    tasks = math.ceil(len(members) / slots)
+    if parallel is not None and slots > 1:
+        enough = math.ceil(len(members) / (RUNS_PER_SLOT * slots))
+        tasks = min(tasks, max(enough, parallel // slots))
+    return [list(members[task::tasks]) for task in range(tasks)]
 
 
 def _largest_array() -> int:
@@ -90,19 +118,26 @@ def _largest_array() -> int:
 
 
 def _submit_one(
-    members: Sequence[Member],
+    tasks: Sequence[Sequence[Member]],
     code_of: dict[Run, CodePlan],
     name: str,
     parallel: int | None,
+    slots: int,
     done: Submitted,
 ) -> str:
     """Submit one array. Returns its id."""
-    runs = [member.run for member in members]
+    members = [member for task in tasks for member in task]
+    runs, asked = [member.run for member in members], members[0].config.slurm
     array = new_array(runs[0].study)
+    at_once = None if parallel is None else max(1, parallel // slots)
     with told_to_end_waits(), _put_back_if_refused(runs):
         notes = make_runs(members, [code_of[run] for run in runs])
+        submitted: Sequence[Submittable] = runs
+        if slots > 1:
+            shared = [[member.run for member in task] for task in tasks]
+            submitted = [new_pack(array.study, name, some, slots, asked) for some in shared]
         task = ArrayTask(str(array.folder))
-        job_id = submit_array(array, runs, name, task, members[0].config.slurm, parallel)
+        job_id = submit_array(array, submitted, name, task, asked, at_once)
     done.notes += notes
     return job_id
 
@@ -141,14 +176,16 @@ def make_runs(members: Sequence[Member], code: Sequence[CodePlan]) -> list[str]:
 
 
 def set_parallel(members: Sequence[Member], parallel: int) -> list[str]:
-    """Have the arrays that still wait or run take so many tasks at a time. Returns their ids."""
-    arrays = {
-        entry["job_id"].partition("_")[0]
-        for member in members
-        if member.stage in ("waiting", "running")
-        for entry in member.run.submissions()[-1:]
-        if "array" in entry
-    }
-    for job_id in sorted(arrays):
-        slurm.set_parallel(job_id, max(1, parallel // len(arrays)))
-    return sorted(arrays)
+    """Have the arrays that still wait or run train so many at a time. Returns their ids."""
+    slots_of: dict[str, int] = {}
+    for member in members:
+        if member.stage in ("waiting", "running"):
+            for entry in member.run.submissions()[-1:]:
+                array_id = entry["job_id"].partition("_")[0]
+                if "array" in entry and array_id not in slots_of:
+                    shared = PACK in entry
+                    pack = Pack(member.run.study, entry[PACK]) if shared else None
+                    slots_of[array_id] = pack.slots if pack else 1
+    for job_id, slots in sorted(slots_of.items()):
+        slurm.set_parallel(job_id, max(1, parallel // len(slots_of) // slots))
+    return sorted(slots_of)

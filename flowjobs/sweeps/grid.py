@@ -4,6 +4,7 @@
 
     one_at_a_time = true              # one field varies at a time, around the first values
     parallel = 8
+    runs_per_gpu = 4
     [base]                            # of all runs
     epochs = 100
     [grid]                            # the product of these
@@ -79,6 +80,7 @@ class Sweep:
         restarts: Options of restarts.
         one_at_a_time: Vary one field (or zip) at a time, around the first values.
         parallel: How many runs at a time; None: as many as the cluster takes.
+        runs_per_gpu: How many share a job.
     """
 
     base: Point = field(default_factory=dict)
@@ -91,6 +93,7 @@ class Sweep:
     restarts: Mapping[str, Any] = field(default_factory=dict)
     one_at_a_time: bool = False
     parallel: int | None = None
+    runs_per_gpu: int = 1
 
     def points(self) -> list[Point]:
         """The runs, by the values of the fields that are given; in order, each once."""
@@ -289,15 +292,17 @@ class _Reader:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{self._path}: {error}") from error
         tables = {"base", "grid", "zip", "include", "exclude", *TABLES}
-        known = {*tables, "one_at_a_time", "parallel"}
+        known = {*tables, "one_at_a_time", "parallel", "runs_per_gpu"}
         for key in found:
             if key not in known:
                 raise self._error(key, f"no part of a sweep; {meant(key, known, 'of them')}")
         one_at_a_time, parallel = found.get("one_at_a_time", False), found.get("parallel")
         if type(one_at_a_time) is not bool:
             raise self._error("one_at_a_time", f"{one_at_a_time!r}, expected true or false")
-        if parallel is not None and (type(parallel) is not int or parallel < 1):
-            raise self._error("parallel", f"{parallel!r}, expected a number of runs")
+        for name in ("parallel", "runs_per_gpu"):
+            number = found.get(name, 1)
+            if type(number) is not int or number < 1:
+                raise self._error(name, f"{number!r}, expected a number of runs")
         return Sweep(
             base=self._one_of_each("base", self._table("base", found.get("base", {}))),
             grid=self._several("grid", self._table("grid", found.get("grid", {}))),
@@ -311,6 +316,7 @@ class _Reader:
             ),
             one_at_a_time=one_at_a_time,
             parallel=parallel,
+            runs_per_gpu=found.get("runs_per_gpu", 1),
             **{name: self._options(name, found.get(name, {})) for name in TABLES},
         )
 
@@ -399,7 +405,11 @@ def read_sweep(path: Path, absolute: Callable[[Path], Path]) -> Sweep:
 def to_toml(sweep: Sweep) -> str:
     """The text of a file that asks for the same."""
     blocks = []
-    top = {"one_at_a_time": sweep.one_at_a_time or None, "parallel": sweep.parallel}
+    top = {
+        "one_at_a_time": sweep.one_at_a_time or None,
+        "parallel": sweep.parallel,
+        "runs_per_gpu": sweep.runs_per_gpu if sweep.runs_per_gpu > 1 else None,
+    }
     blocks.append(_lines("", top))
     for name in ("base", "grid"):
         blocks.append(_lines(f"[{name}]", getattr(sweep, name)))

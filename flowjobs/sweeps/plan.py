@@ -151,7 +151,9 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
         elif isinstance(words, SubmissionError):
             members[run] = Member(run, asked[run], "unknown", str(words))
         else:
-            stage: Stage = "waiting" if "(pending)" in words else "running"
+            # Of a job that several share, some may wait for their turn.
+            begun = "(pending)" not in words and statuses[run].open_attempt is not None
+            stage: Stage = "running" if begun else "waiting"
             members[run] = Member(run, asked[run], stage)
     free = [run for run in statuses if run not in busy]
     findings = find(free)
@@ -239,10 +241,33 @@ def resource_sets(members: Iterable[Member]) -> list[list[Member]]:
     return [of_set for _, of_set in sets]
 
 
-def words_for(slurm: SlurmConfig, runs: int) -> str:
-    """What so many runs ask of the cluster: "12 runs x 1 GPU x at most 2 h = 24 GPU hours"."""
+def words_for(slurm: SlurmConfig, runs: int, jobs: int, slots: int) -> str:
+    """What so many runs ask of the cluster: "12 runs x 1 GPU x at most 2 h = 24 GPU hours".
+
+    Args:
+        slurm: What each job asks for.
+        runs: How many runs there are.
+        jobs: In how many jobs.
+        slots: How many share a job at once.
+    """
+    if slots > 1:
+        return f"{_words(slurm, jobs, 'job')}; {runs} runs share them{_parts(slurm, slots)}"
+    return _words(slurm, runs, "run")
+
+
+def _parts(slurm: SlurmConfig, slots: int) -> str:
+    """What a run has of a job that so many share, as far as it is asked for."""
+    words = [f"{slots} at once"]
+    if slurm.cpus_per_task:
+        words.append(f"{max(1, slurm.cpus_per_task // slots)} of {slurm.cpus_per_task} cores each")
+    if slurm.mem_gb:
+        words.append(f"{slurm.mem_gb / slots:.3g} of {slurm.mem_gb:g} GB each")
+    return f", {', '.join(words)}"
+
+
+def _words(slurm: SlurmConfig, runs: int, what: str) -> str:
     gpus = slurm.nodes * slurm.gpus_per_node
-    words = f"{runs} run{'s' if runs > 1 else ''}"
+    words = f"{runs} {what}{'s' if runs > 1 else ''}"
     words += f" x {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else ""
     if slurm.timeout_min is None:
         return f"{words}, as long as the partition allows"

@@ -13,9 +13,12 @@ from typing import Any, get_type_hints
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, typed_value
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
+from flowjobs.runs.pack import pack_of
 from flowjobs.runs.run import absolute
 from flowjobs.sweeps.plan import GPU_MEMORY, Member
 
+# No option of one run's: how many share a job.
+RUNS_PER_GPU = "runs_per_gpu"
 # They decide how many ranks compute a step, and so its bits.
 RANKS = ("nodes", "gpus_per_node")
 # "out of memory: 1.02 of 1 GiB".
@@ -54,15 +57,25 @@ def _cause(words: str, members: Sequence[Member]) -> Cause:
             asked = [member.config.slurm.mem_gb or _limit_gb(member) for member in members]
             known = [size for size in asked if size]
             size = f"{_next_size(max(known)):g}" if known else "..."
-            return Cause(words, members, ("mem_gb",), f"mem_gb={size}")
+            advice = _fewer_at_once(members) or f"mem_gb={size}"
+            return Cause(words, members, ("mem_gb", RUNS_PER_GPU), advice)
         case "time limit":
             minutes = [member.config.slurm.timeout_min or 0 for member in members]
             size = f"{2 * max(minutes)}" if max(minutes) else "..."
             return Cause(words, members, ("timeout_min",), f"timeout_min={size}")
         case _ if words == GPU_MEMORY:
-            options = ("gpu_type", "constraint", "partition")
-            return Cause(words, members, options, "gpu_type=... (one of more memory)")
+            options = ("gpu_type", "constraint", "partition", RUNS_PER_GPU)
+            advice = _fewer_at_once(members) or "gpu_type=... (one of more memory)"
+            return Cause(words, members, options, advice)
     return Cause(words, members)
+
+
+def _fewer_at_once(members: Sequence[Member]) -> str:
+    """What gives runs more of a job's memory that have shared one; empty if none has."""
+    newest = ((member.run, member.run.submissions()[-1:]) for member in members)
+    packs = [pack_of(run, jobs[0]["job_id"]) for run, jobs in newest if jobs]
+    slots = max((pack.slots for pack in packs if pack), default=1)
+    return f"{RUNS_PER_GPU}={slots // 2}" if slots > 1 else ""
 
 
 def _limit_gb(member: Member) -> float | None:
@@ -82,7 +95,7 @@ def changes_from(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: One is no option of the cluster or of restarts, or changes the result.
     """
-    hints = {**get_type_hints(SlurmConfig), **get_type_hints(RestartConfig)}
+    hints = {**get_type_hints(SlurmConfig), **get_type_hints(RestartConfig), RUNS_PER_GPU: int}
     known = hints.keys() - {*RANKS, "sbatch"}
     found = {}
     for key, value in given.items():
@@ -107,7 +120,7 @@ def changes_from(given: Mapping[str, Any]) -> dict[str, Any]:
 def with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """The config of a run with other options of the cluster, or of restarts."""
     slurm = {key: value for key, value in changes.items() if hasattr(config.slurm, key)}
-    restarts = {key: value for key, value in changes.items() if key not in slurm}
+    restarts = {key: value for key, value in changes.items() if hasattr(config.restarts, key)}
     return replace(
         config,
         slurm=replace(config.slurm, **slurm),

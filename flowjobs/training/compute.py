@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flowjobs.cgroups import control_groups
+from flowjobs.slots import runs_that_share
 from flowjobs.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -117,11 +118,18 @@ def usable_cores(
 ) -> int:
     """Cores that a rank may use: of its affinity, its control groups and its job, the fewest.
 
+    Runs that share a job have equal parts.
+
     Args:
         world_size: Ranks of the run.
         root: Where /proc and /sys are.
         environment: What Slurm says of the job's step.
     """
+    cores = _cores_of_rank(world_size, root, environment)
+    return max(1, cores // runs_that_share(environment))
+
+
+def _cores_of_rank(world_size: int, root: Path, environment: Mapping[str, str]) -> int:
     has = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )

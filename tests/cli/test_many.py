@@ -11,6 +11,7 @@ import pytest
 
 from flowjobs.config import KeyValues, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.sweeps.retry import changes_from, with_changes
@@ -60,6 +61,20 @@ def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjob
     assert "--with timeout_min=60\n" in done.stdout
     assert "--with gpu_type=" in done.stdout
     assert "asks for   2 runs" in done.stdout
+
+
+def test_what_shared_the_memory_of_a_job_is_retried_with_fewer_beside_it(
+    study: Path, flowjobs: Command
+) -> None:
+    runs = [failed(study, name, "out of memory", mem_gb=24.0) for name in "ab"]
+    pack = new_pack(study, "shared", runs, 4, runs[0].asked())
+    pack.add_submission("7", "slurm", None)
+    retry = ("retry", "a", "b", "--cluster", "local", "--dry-run")
+    assert "would fail again: --with runs_per_gpu=2\n" in flowjobs(*retry).stdout
+    asked = flowjobs(*retry, "--with", "runs_per_gpu=2").stdout
+    assert (
+        "asks for   1 job, as long as the partition allows; 2 runs share them, 2 at once" in asked
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowjobs.cgroups import memory_kills
 from flowjobs.config import KeyValues, TrainingConfig
 from flowjobs.data.dataset import normalization_stats, split
 from flowjobs.data.memory import free_memory_bytes
@@ -46,6 +47,8 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
     "the machine": ({}, {}, 100),
     "slurm's limit": ({}, {"SLURM_MEM_PER_NODE": "50"}, 40),
     "slurm's limit is spent": ({}, {"SLURM_MEM_PER_NODE": "5"}, 0),
+    "four runs share a job": ({}, {"SLURM_MEM_PER_NODE": "80", "FLOWJOBS_SLOTS": "4"}, 10),
+    "four runs share a machine": ({}, {"FLOWJOBS_SLOTS": "4"}, 25),
     "slurm gives all of the node": ({}, {"SLURM_MEM_PER_NODE": "0"}, 100),
     "version 2": (
         {
@@ -96,6 +99,21 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
 def test_what_is_free_is_the_least_of_the_machines_and_the_jobs(tmp_path: Path, case: str) -> None:
     files, environment, expected_mb = CASES[case]
     assert free_memory_bytes(machine(tmp_path, files), environment) == expected_mb * MB
+
+
+@pytest.mark.parametrize(
+    ("group", "file", "text"),
+    [
+        ("0::/job_1/step", "sys/fs/cgroup/job_1/step/memory.events", "low 0\noom 4\noom_kill 3\n"),
+        ("4:memory:/job_1", "sys/fs/cgroup/memory/job_1/memory.oom_control", "oom_kill 3\n"),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_what_the_kernel_killed_for_memory_is_counted(
+    tmp_path: Path, group: str, file: str, text: str
+) -> None:
+    assert memory_kills(machine(tmp_path, {"proc/self/cgroup": f"{group}\n", file: text})) == 3
+    assert memory_kills(machine(tmp_path / "other", {"proc/self/cgroup": "0::/\n"})) == 0
 
 
 def test_this_machine_has_free_memory(tmp_path: Path) -> None:

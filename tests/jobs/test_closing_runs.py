@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
-from flowjobs.jobs.reconcile import Dead, _close, reconcile
+from flowjobs.jobs.closing import close_attempt
+from flowjobs.jobs.findings import Dead
+from flowjobs.jobs.reconcile import reconcile
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, Outcome
@@ -52,7 +54,7 @@ def test_nothing_is_closed_once_another_attempt_has_begun(run: Run) -> None:
     attempt.__enter__()
     attempt._stack.close()  # as a kill would leave it: no word, and the lock is free
     with Attempt(run, JobInfo.in_foreground()):
-        assert _close(run, dead) is None
+        assert close_attempt(run, dead) is None
         status = run.status()
         assert status is not None
         assert status.state == "running"

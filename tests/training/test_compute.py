@@ -46,6 +46,8 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int, int]] = {
         1,
         3,
     ),
+    "of four that share a job": ({}, {"SLURM_CPUS_PER_TASK": "8", "FLOWJOBS_SLOTS": "4"}, 1, 2),
+    "of more than there are cores": ({}, {"SLURM_CPUS_PER_TASK": "2", "FLOWJOBS_SLOTS": "4"}, 1, 1),
     "version 1": (
         {
             "proc/self/cgroup": "4:cpu,cpuacct:/docker/not-here\n",

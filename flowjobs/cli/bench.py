@@ -1,0 +1,85 @@
+"""flowjobs bench."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare import prepare_run
+from flowjobs.config import RestartConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.runs.run import default_study
+from flowjobs.runs.status import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from flowjobs.jobs.side_by_side import SideBySide
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure what runs of a config train together on this device, and advise how many at once.
+
+    On a cluster, in a job of one GPU: srun --gpus-per-node=1 flowjobs bench …
+    """
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    runs_per_gpu: Annotated[tuple[int, ...], tyro.conf.arg(metavar="K...")] = (1, 2, 4, 8)
+    """How many runs at once, in turn."""
+
+    seconds: float = 20.0
+    """How long each is measured, once all of them train."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study, for its data; nothing is written there."""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Measure and print. Returns the exit code."""
+        from flowjobs.jobs.side_by_side import advised, measure
+
+        counts = sorted({*self.runs_per_gpu})
+        if not counts or counts[0] < 1:
+            raise ConfigError("--runs-per-gpu: expected numbers of at least 1, as 1 2 4 8")
+        if self.seconds <= 0:
+            raise ConfigError(f"--seconds: found {self.seconds:g}, expected more than 0")
+        run, config = prepare_run(
+            defaults, self.study, None, self.training, None, TrackingConfig(), RestartConfig()
+        )
+        measured: list[SideBySide] = []
+        for count in counts:
+            measured.append(measure(config.training, run.study, count, self.seconds, _say))
+            if measured[-1].why:
+                break  # more of them cannot either
+        best = advised(measured)
+        if self.json:
+            rows = [dataclasses.asdict(some) for some in measured]
+            print(json.dumps({"measured": rows, "advised": best.runs if best else None}, indent=2))
+        else:
+            _print(measured, best)
+        return 0 if best else EXIT_FAILED
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def _print(measured: "list[SideBySide]", best: "SideBySide | None") -> None:
+    alone = measured[0].samples_per_s / measured[0].runs
+    print(f"{'at once':>7}  {'samples/s':>12}  {'each':>12}  of {measured[0].runs} at a time")
+    for some in measured:
+        if some.why:
+            print(f"{some.runs:7}  cannot train: {some.why}")
+            continue
+        each = some.samples_per_s / some.runs
+        ratio = some.samples_per_s / (alone * measured[0].runs)
+        print(f"{some.runs:7}  {some.samples_per_s:12,.0f}  {each:12,.0f}  {ratio:.2f}")
+    if best:
+        print(f"--runs-per-gpu {best.runs} trains the most, or within 5 % of it")

@@ -1,0 +1,78 @@
+"""Writes down how an attempt ended that could not: under the run's lock, and once."""
+
+import os
+import socket
+
+from flowjobs.errors import RunBusyError
+from flowjobs.jobs import exit_cause
+from flowjobs.jobs.findings import Dead, final_outcome, seen_of
+from flowjobs.jobs.origin import check_own
+from flowjobs.runs.lock import RECONCILE, RunLock, Verdict, system_lock_decides
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import (
+    EXIT_CANCELLED,
+    EXIT_PREEMPTED,
+    AttemptRecord,
+    JobInfo,
+    Outcome,
+    RunStatus,
+    now,
+)
+from flowjobs.slurm import Gone
+
+
+def close_attempt(run: Run, dead: Dead) -> Outcome | None:
+    """Write down how a run's newest attempt ended.
+
+    Returns:
+        The outcome as it is on disk: "preempted" if the run is to be started again. None if an
+        attempt has started since it was looked at, or somebody else has written it down.
+    """
+
+    def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
+        same = (holder.job_id, holder.restart) == (dead.job.job_id, dead.job.restart)
+        return "gone" if same else system_lock_decides(holder, lock_is_free)
+
+    me = JobInfo(RECONCILE, str(os.getpid()), None, socket.gethostname(), os.getpid())
+    try:
+        with RunLock(run.folder, me, judge) as lock:
+            status = run.status() or RunStatus()
+            if seen_of(status) != dead.seen or not lock.is_held():
+                return None
+            if not dead.started:
+                record = AttemptRecord(len(status.attempts) + 1, dead.job, started=now())
+                status.attempts.append(record)
+            outcome = final_outcome(run, status, dead)
+            if outcome.state == "preempted" and not (dead.waits or dead.slot_lives):
+                check_own(run, dead.job.job_id)
+            status.close(outcome)
+            status.write(run.status_file)
+    except RunBusyError:
+        return None
+    return outcome
+
+
+def close_in_slot(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
+    """Write down how a run ended whose process has, while the job lives that gave it a slot.
+
+    Args:
+        run: The run.
+        job: The job as that process had it.
+        exit_code: The process's, by the shell's count (128 + n for a signal).
+
+    Returns:
+        The outcome, see `close_attempt`; None if the process has said it itself, or never had the
+        run.
+    """
+    status = run.status() or RunStatus()
+    attempt, seen = status.open_attempt, seen_of(status)
+    processes = [(known.job.job_id, known.job.host, known.job.pid) for known in status.attempts]
+    this = (job.job_id, job.host, job.pid)
+    if attempt and processes[-1] == this:
+        # Of one process of its job Slurm knows nothing.
+        outcome = exit_cause.cause_of(run, attempt, exit_code, answer=Gone())
+        return close_attempt(run, Dead(attempt.job, outcome, seen, slot_lives=True))
+    if attempt or this in processes or exit_code in (0, EXIT_PREEMPTED, EXIT_CANCELLED):
+        return None
+    outcome = exit_cause.cause_of_no_start(job, exit_code)
+    return close_attempt(run, Dead(job, outcome, seen, started=False, slot_lives=True))

@@ -1,0 +1,319 @@
+"""Trains the runs of a pack in one job: so many slots, each with the next run that is left.
+
+A run in a slot is a process of its own and goes the way of every run (jobs/entry.py), with its log,
+lock, tracking and outcome. What is the job's is done here, once: a signal is passed on, the job is
+requeued when all have saved, and a death that said nothing is written down.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flowjobs.cgroups import memory_kills
+from flowjobs.errors import FlowjobsError, SubmissionError
+from flowjobs.jobs.closing import close_attempt, close_in_slot
+from flowjobs.jobs.entry import exit_with
+from flowjobs.jobs.environment import this_process
+from flowjobs.jobs.exit_cause import cancelled_while_requeued
+from flowjobs.jobs.findings import Dead, seen_of
+from flowjobs.jobs.restart import restart
+from flowjobs.jobs.signals import StopSignals
+from flowjobs.jobs.stop_cause import notice_of, seconds_left
+from flowjobs.runs.pack import Pack, is_left
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import (
+    EXIT_CANCELLED,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    JobInfo,
+    Outcome,
+    RunStatus,
+)
+from flowjobs.slots import SLOTS
+from flowjobs.slurm.options import CONTINUES
+from flowjobs.tracking.closing import close_session, pending_outcome
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+# A cancelled run is a file of a shared file system for each process.
+LOOK_EVERY_S = 1.0
+# A run's own process leaves before it would be killed; the job comes after it, and before that too.
+LATER_S = 1.0
+LATER_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """What submitit pickles: the folder of a pack. What is on disk decides.
+
+    Args:
+        folder: `STUDY/packs/NAME`, absolute.
+    """
+
+    folder: str
+
+    def __call__(self) -> None:
+        """Run the job; its exit code is that of the worst outcome. A bug raises."""
+        exit_with(lambda: train_pack(Pack.at(Path(self.folder))))
+
+
+def train_pack(pack: Pack) -> int:
+    """Train what is left of a pack, in processes of this job.
+
+    Returns:
+        The exit code: 0 if all that was left is finished, 75 if the job is to go on, 1 if a run
+        failed, 130 if one was cancelled.
+    """
+    job = this_process(pack).job
+    slots = _Slots(pack, job)
+    # Before anything that takes a while: a job may be preempted as soon as it has begun.
+    with StopSignals(slots.seconds_left, slots.too_late, process_ends=True) as signals:
+        _note(pack, job)
+        if job.restart and cancelled_while_requeued(job):
+            slots.cancel_all()
+        else:
+            slots.train(signals.received)
+        signals.stand_down()  # all have ended
+        if signals.received() and pack.left(job.job_id):
+            return slots.restart(signals.received())
+    slots.tell_wandb()
+    return slots.exit_code()
+
+
+def _note(pack: Pack, job: JobInfo) -> None:
+    """Note that the job has started, and the job itself if that was quicker than its submission."""
+    pack.note_start(job.job_id)
+    if pack.submission(job.job_id) is None:
+        about = {"job_name": pack.name, "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME", "")}
+        log, continues = Path(job.log or ""), os.environ.get(CONTINUES)
+        pack.add_submission(job.job_id, job.cluster, log, continues=continues, identity=about)
+
+
+@dataclass
+class _Process:
+    """A run's process.
+
+    Attributes:
+        popen: The process.
+        told: Whether it has been told to end, as the run is cancelled.
+        ends_by: When it is killed, in time.monotonic's seconds; None: nobody will.
+    """
+
+    popen: "subprocess.Popen[bytes]"
+    told: bool = False
+    ends_by: float | None = None
+
+
+class _Slots:
+    """The processes of one start of a pack's job."""
+
+    def __init__(self, pack: Pack, job: JobInfo) -> None:
+        self._pack = pack
+        self._job = job
+        self._waiting: deque[Run] = deque()
+        self._running: dict[Run, _Process] = {}
+        self._in_vain: Counter[Run] = Counter()
+        self._memory_kills = memory_kills()
+        self._looked_at = 0.0
+
+    def train(self, told: Callable[[], signal.Signals | None]) -> None:
+        """Give each slot the next run until none is left, or all have left on a signal.
+
+        Args:
+            told: The signal that asks the job to leave; None if none has come.
+        """
+        passed_on = False
+        self._waiting.extend(self._pack.left(self._job.job_id))
+        try:
+            while self._running or self._waiting:
+                number = told()
+                if number and not passed_on:
+                    passed_on = True
+                    self._waiting.clear()
+                    self._pass_on(number)
+                self._note_ended(again=not passed_on)
+                self._end_cancelled()
+                while self._waiting and len(self._running) < self._pack.slots and not told():
+                    self._start_next()
+                time.sleep(POLL_S)
+        finally:
+            for process in self._running.values():  # of a bug here: they save what they have
+                process.popen.terminate()
+
+    def _start_next(self) -> None:
+        run = self._waiting.popleft()
+        if not is_left(run, self._job.job_id):
+            return  # cancelled meanwhile, say
+        environment = {**os.environ, SLOTS: str(self._pack.slots)}
+        if self._has_begun(run):
+            environment.setdefault(CONTINUES, self._job.job_id)
+        else:
+            environment.pop(CONTINUES, None)  # its user has submitted it, and this is its start
+        # Blocked until python listens, in the process too: see jobs/signals.py.
+        signals = {signal.SIGTERM, signal.SIGUSR2}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            with self._log_of(run).open("ab") as log:
+                popen = subprocess.Popen(
+                    [sys.executable, "-u", "-m", "flowjobs.jobs", str(run.folder)],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._running[run] = _Process(popen)
+        logger.info("%s starts as process %d", run.name, popen.pid)
+
+    def _has_begun(self, run: Run) -> bool:
+        """Whether the run has had a process since its user submitted the pack."""
+        jobs = set()
+        for entry in reversed(run.submissions()):
+            jobs.add(entry["job_id"])
+            if "continues" not in entry:
+                break
+        attempts = (run.status() or RunStatus()).attempts
+        return any(attempt.job.job_id in jobs for attempt in attempts)
+
+    def _log_of(self, run: Run) -> Path:
+        entry = run.submission(self._job.job_id)
+        assert entry is not None, "it is left"
+        return Path(entry["log"])
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        logger.warning(
+            "told to leave (%s): waiting for %d runs to save", number.name, len(self._running)
+        )
+        for process in self._running.values():
+            # Ctrl-C at a terminal has reached them too, and twice means at once.
+            usual = number if number is signal.SIGUSR2 else signal.SIGTERM
+            process.popen.send_signal(usual)
+
+    def _note_ended(self, *, again: bool) -> None:
+        for run, process in list(self._running.items()):
+            code = process.popen.poll()
+            if code is None:
+                continue
+            del self._running[run]
+            try:
+                self._close(run, process.popen.pid, code if code >= 0 else 128 - code)
+            except (FlowjobsError, OSError) as error:
+                logger.error("%s: how it ended could not be written down: %s", run.name, error)
+                continue
+            if again and is_left(run, self._job.job_id):
+                self._start_later(run, process.popen.pid)
+
+    def _close(self, run: Run, pid: int, exit_code: int) -> None:
+        kills = memory_kills()
+        if exit_code == 128 + signal.SIGKILL and kills > self._memory_kills:
+            # In the run's log, where the cause is looked for: the kernel tells the job alone.
+            with self._log_of(run).open("a") as log:
+                log.write("oom-kill: the kernel has killed the process, the job's memory is full\n")
+        self._memory_kills = kills
+        job = replace(self._job, pid=pid, log=str(self._log_of(run)), packed=True)
+        if outcome := close_in_slot(run, job, exit_code):
+            logger.error("%s: %s: %s", run.name, outcome.state, outcome.reason)
+            if outcome.state != "preempted":  # else its next attempt tells
+                close_session(run, outcome, wait=False)
+        else:
+            status = run.status() or RunStatus()
+            logger.info("%s: %s %s", run.name, status.state, status.reason)
+
+    def _start_later(self, run: Run, pid: int) -> None:
+        """Put a run behind the others, unless its starts do not even get hold of it."""
+        attempts = (run.status() or RunStatus()).attempts
+        began = bool(attempts) and attempts[-1].job.pid == pid
+        self._in_vain[run] = 0 if began else self._in_vain[run] + 1
+        if self._in_vain[run] < run.config().restarts.give_up_after:
+            self._waiting.append(run)
+        else:
+            logger.error("%s is not started again: see %s", run.name, self._log_of(run))
+
+    def _end_cancelled(self) -> None:
+        now = time.monotonic()
+        for process in self._running.values():
+            if process.ends_by is not None and now > process.ends_by:
+                process.popen.kill()
+        if now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        for run, process in self._running.items():
+            if process.told or not run.cancel_requested():
+                continue
+            logger.info("%s is cancelled", run.name)
+            process.told = True
+            process.popen.terminate()
+            if (seconds := seconds_left(run, self._job, signal.SIGTERM)) is not None:
+                process.ends_by = now + seconds
+
+    def cancel_all(self) -> None:
+        """The user cancelled the job just as it asked to be requeued: nothing of it goes on."""
+        logger.info("the job was cancelled: submit its runs again to resume them")
+        for run in self._pack.left(self._job.job_id):
+            status = run.status() or RunStatus()
+            outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
+            started = any(known.job.job_id == self._job.job_id for known in status.attempts)
+            if close_attempt(run, Dead(self._job, outcome, seen_of(status), started=started)):
+                close_session(run, outcome, wait=False)
+
+    def restart(self, number: signal.Signals | None) -> int:
+        """Have the job started again, for what is left. Returns this process's exit code."""
+        why = "told to leave"
+        try:
+            why = notice_of(self._pack, self._job, number).why
+        except SubmissionError as error:  # Slurm is away: the signal's name must do
+            logger.warning("%s", error)
+        try:
+            return restart(self._pack, self._job, why, PackTask(str(self._pack.folder)))
+        except SubmissionError as error:
+            logger.error("the job is not started again: %s", error)
+            return EXIT_PREEMPTED  # `reconcile` tries again, or a person
+
+    def seconds_left(self, number: signal.Signals) -> float | None:
+        """How long this process may live after a signal, with what it gives to the runs'."""
+        seconds = seconds_left(self._pack, self._job, number)
+        return None if seconds is None else seconds + min(LATER_S, LATER_SHARE * seconds)
+
+    def too_late(self) -> None:
+        """A run hangs, and its process too: the job is about to be killed."""
+        code = EXIT_PREEMPTED
+        try:
+            names = ", ".join(run.name for run in self._running)
+            logger.error("%s did not end in time: as the last checkpoint has it", names)
+            for process in self._running.values():
+                process.popen.kill()
+            code = self.restart(None)
+        finally:
+            os._exit(code)
+
+    def tell_wandb(self) -> None:
+        """Wait until W&B knows how those ended that could not say it."""
+        for run in self._mine():
+            try:
+                if not is_left(run, self._job.job_id) and (untold := pending_outcome(run)):
+                    close_session(run, untold)
+            except FlowjobsError as error:
+                logger.error("%s: %s", run.name, error)
+
+    def _mine(self) -> list[Run]:
+        """The runs whose job this is, also those that have ended in an earlier start of it."""
+        newest = ((run, run.submissions()[-1:]) for run in self._pack.runs)
+        return [run for run, jobs in newest if jobs and jobs[0]["job_id"] == self._job.job_id]
+
+    def exit_code(self) -> int:
+        """That of the worst outcome."""
+        if self._pack.left(self._job.job_id):
+            return EXIT_PREEMPTED
+        states = {(run.status() or RunStatus()).state for run in self._mine()}
+        if "failed" in states:
+            return EXIT_FAILED
+        return EXIT_CANCELLED if "cancelled" in states else 0

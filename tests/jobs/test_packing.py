@@ -1,0 +1,208 @@
+"""Several runs in one job: each keeps the promises of a run, whatever happens beside it."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import (
+    KeyValues,
+    RestartConfig,
+    RunConfig,
+    SlurmConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from flowjobs.jobs.executors import Cluster
+from flowjobs.jobs.submit import SubmittedJob, running_job, submit
+from flowjobs.jobs.tasks import task_of
+from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.pack import Pack, new_pack, pack_of
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
+from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
+from tests.conftest import Command
+from tests.jobs.disturbed import (
+    DEADLINE_S,
+    REPOSITORY,
+    Disturbed,
+    assert_equal_to,
+    preempt_and_wait,
+)
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+
+def made(study: Path, name: str, retries: int = 0, **slurm: object) -> Run:
+    """A run with a file of its own that says what its model does; see SlowModel."""
+    training = TrainingConfig(
+        arch="tests.jobs.slow_model:SlowModel",
+        flow="icfm",
+        epochs=4,
+        batch_size=128,
+        arch_args=KeyValues(control=f"control-{name}"),
+    )
+    run = Run(study, name)
+    tracking = TrackingConfig(wandb_mode="offline")
+    run.create(RunConfig(training, SlurmConfig(**slurm), tracking, RestartConfig(retries=retries)))
+    return run
+
+
+def tell(run: Run, what: str) -> None:
+    Path(f"control-{run.name}").write_text(what)
+
+
+def submitted(cluster: Cluster, runs: list[Run], slots: int = 2) -> tuple[Pack, SubmittedJob]:
+    pack = new_pack(runs[0].study, "pack", runs, slots, runs[0].asked())
+    return pack, submit(pack, cluster, task_of(pack))
+
+
+def status_of(run: Run) -> RunStatus:
+    return run.status() or RunStatus()
+
+
+def attempts_of(run: Run) -> list[tuple[str, str]]:
+    return [(attempt.state, attempt.kind) for attempt in status_of(run).attempts]
+
+
+def explain(pack: Pack) -> Callable[[], str]:
+    return lambda: "\n".join(
+        [
+            *(f"{run.name}: {status_of(run)}" for run in pack.runs),
+            *(file.read_text() for file in pack.logs.glob("*.out")),
+            *(file.read_text() for run in pack.runs for file in run.logs.glob("*.out")),
+        ]
+    )
+
+
+def wait_for_steps(pack: Pack, *runs: Run) -> None:
+    def reached() -> bool:
+        return all(len(list(read_rows(run.metrics_file))) > 1 for run in runs)
+
+    wait_until(reached, "the runs to train", DEADLINE_S, explain(pack))
+
+
+def wait_for_end(pack: Pack, job: SubmittedJob) -> None:
+    wait_until(lambda: not job.alive(pack), "the job to end", DEADLINE_S, explain(pack))
+
+
+def test_a_death_leaves_the_others_alone_and_its_slot_is_filled(
+    study: Path, whole: Run, flowjobs: Command
+) -> None:
+    runs = [made(study, name, retries) for name, retries in zip("abcd", (0, 1, 0, 0), strict=True)]
+    killed, retried, *_ = runs
+    for run in (killed, retried):
+        tell(run, "await 12")
+    broken = made(study, "broken")
+    pack, job = submitted("local", [*runs, broken])
+    broken.config_file.write_text("{")
+    wait_for_steps(pack, killed, retried)
+    shown = flowjobs("status", "c").stdout
+    assert f"c waits for a slot of job {job.job_id}" in shown
+    for run in (killed, retried):
+        os.kill(status_of(run).attempts[-1].job.pid, signal.SIGKILL)
+        tell(run, "")
+    wait_for_end(pack, job)
+    assert attempts_of(killed) == [("failed", "killed")], explain(pack)()
+    assert status_of(killed).reason.startswith("killed (SIGKILL) on")
+    assert attempts_of(retried) == [("preempted", "killed"), ("finished", "")]
+    for run in runs[1:]:
+        assert_equal_to(whole, run)
+    assert [attempts_of(run) for run in runs[2:]] == [[("finished", "")]] * 2
+    assert pack.left(job.job_id) == [broken]  # a person restores its config, and submits it
+    assert status_of(broken).attempts == []
+
+
+def test_a_sweep_whose_runs_share_a_job_is_requeued_once_and_each_run_ends_in_its_own_way(
+    study: Path, whole: Run, slurm: SlurmCluster, flowjobs: Command
+) -> None:
+    for letter in "abcd":
+        Path(letter).write_text("await 12")
+    several = ("--runs-per-gpu", "2", "--parallel", "2", "--name", "shared")
+    done = flowjobs(
+        *("sweep", "--arch", "tests.jobs.slow_model:SlowModel", "--flow", "icfm", "--epochs", "4"),
+        *("--batch-size", "128", "--wandb-mode", "offline", *several),
+        *("--arch-args", "control=a", "control=b", "control=c", "control=d"),
+        *("--partition", "preempt", "--sbatch", "nodelist=n1", "--cpus-per-task", "4"),
+    )
+    asks = "1 job x 1 GPU, as long as the partition allows; 4 runs share them, 2 at once, 2 of 4"
+    assert asks in done.stdout, done.stdout + done.stderr
+    runs = [Run.at(folder) for folder in sorted((study / "runs").iterdir())]
+    first, cancelled, killed, last = runs
+    (job_id,) = {run.submissions()[-1]["job_id"] for run in runs}
+    pack = pack_of(first, job_id)
+    assert pack is not None
+    wait_for_steps(pack, first, cancelled)
+
+    said = flowjobs("cancel", cancelled.name).stdout
+    assert f"cancelled its place in job {job_id}" in said
+    wait_for_steps(pack, killed)  # in the slot that is free then
+    assert attempts_of(cancelled) == [("cancelled", "cancelled")]
+
+    os.kill(status_of(killed).attempts[-1].job.pid, signal.SIGKILL)
+    wait_for_steps(pack, last)
+    assert attempts_of(killed) == [("failed", "killed")]
+    assert running_job(killed) is None  # it may be submitted again, though the job lives
+    assert running_job(first) == f"job {job_id} (running)"
+
+    disturbed = Disturbed(first, job_id, slurm)
+    preempt_and_wait(disturbed)
+    for run in (first, last):
+        disturbed.hurry_while(lambda run=run: run.finished())
+        assert attempts_of(run) == [("preempted", "preempted"), ("finished", "")]
+        assert_equal_to(whole, run)
+    slurm.wait_state(job_id, "FAILED")  # as one of its runs has
+    assert pack.starts_of(job_id) == 2
+    for run in runs:
+        assert [entry["job_id"] for entry in run.submissions()] == [job_id]
+    assert len(attempts_of(cancelled)) == len(attempts_of(killed)) == 1
+
+
+def test_a_job_that_waits_is_cancelled_with_the_last_of_its_runs(
+    slurm: SlurmCluster, flowjobs: Command
+) -> None:
+    options = ("--wandb-mode", "disabled", "--sbatch", "hold=True", "--name", "shared")
+    done = flowjobs("sweep", "--seed", "0", "1", "2", "--runs-per-gpu", "3", *options)
+    assert done.returncode == 0, done.stderr
+    assert "waiting    3" in flowjobs("sweep", "shared", "--dry-run").stdout
+    assert "cancelled its place in job" in flowjobs("cancel", "seed=0").stdout
+    assert "PENDING" in slurm.run("squeue", "-h", "-o", "%T")
+    assert flowjobs("cancel", "shared").stdout.count("cancelled job") == 3
+    plan = ("sweep", "shared", "--dry-run")
+    wait_until(lambda: "cancelled  3" in flowjobs(*plan).stdout, "Slurm to know it", DEADLINE_S)
+    assert slurm.run("squeue", "-h") == ""
+
+
+def test_a_job_that_dies_itself_is_started_again_for_all_of_them(
+    study: Path, whole: Run, slurm: SlurmCluster
+) -> None:
+    runs = [made(study, name, retries=1) for name in "abc"]
+    for run in runs[:2]:
+        tell(run, "await 12")
+    pack, job = submitted("slurm", runs)
+    wait_for_steps(pack, *runs[:2])
+    (process,) = {parent_of(status_of(run).attempts[-1].job.pid) for run in runs[:2]}
+    os.kill(process, signal.SIGKILL)
+    for run in runs[:2]:
+        tell(run, "")
+    disturbed = Disturbed(runs[0], job.job_id, slurm)
+    for run in runs:
+        disturbed.hurry_while(lambda run=run: run.finished())
+        assert_equal_to(whole, run)
+    assert [attempts_of(run) for run in runs] == [
+        *([("preempted", "killed"), ("finished", "")],) * 2,
+        [("finished", "")],
+    ]
+    assert pack.starts_of(job.job_id) == 2
+    first, second = status_of(runs[0]).attempts
+    assert first.job.host != second.job.host
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
