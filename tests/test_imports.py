@@ -42,6 +42,7 @@ def command(*arguments: str) -> str:
         command("sample", "no-such-run", "--out", "x.npy"),
         command("status"),
         command("report"),
+        command("show", "no-such-run"),
         command("logs", "no-such-run"),
         command("submit", "--arch", "nonsense"),
     ],

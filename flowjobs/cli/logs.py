@@ -1,7 +1,9 @@
 """flowjobs logs."""
 
+import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -10,17 +12,28 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.follow import FINAL_STATES, LAST_WORDS_S, POLL_S
-from flowjobs.cli.prepare import RunName, existing_run
-from flowjobs.errors import RunNotFoundError
-from flowjobs.runs.run import Run, default_study
+from flowjobs.cli.prepare import RunNames, each_of, existing_run
+from flowjobs.config import OptionalInt
+from flowjobs.errors import ConfigError, RunNotFoundError
+from flowjobs.runs.run import Run, absolute, default_study
+from flowjobs.runs.status import RunStatus
 
 
 @dataclass(frozen=True)
 class Logs:
     """Print the output of a run's newest job."""
 
-    name: RunName
-    """Name of the run, or anything that means one run alone."""
+    names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
+    """Name of the run, or anything that means one run alone; with --failed, where to look."""
+
+    failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The run that failed last, of those that are named, or of all."""
+
+    attempt: OptionalInt = None
+    """Number of the attempt; default: the newest job's log, which several attempts may share."""
+
+    rank: OptionalInt = None
+    """Rank of the process whose output is printed, where each has a log of its own; default: 0."""
 
     follow: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["-f"])] = False
     """Go on printing what is added, until the run has ended (a preempted one has not), or
@@ -31,7 +44,9 @@ class Logs:
 
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""
-        run = existing_run(self.study, self.name)
+        run = self._run()
+        if self.attempt is not None or self.rank is not None:
+            return self._print_one(run)
         shown = _newest_log(run)
         if shown is None and not self.follow:
             raise RunNotFoundError(f"{run.name} has no log yet: its job has not started")
@@ -51,6 +66,54 @@ class Logs:
             if not self.follow or (ended_at is not None and now - ended_at > LAST_WORDS_S):
                 return 0
             time.sleep(POLL_S)
+
+    def _run(self) -> Run:
+        if self.failed:
+            return last_failed(self.study, self.names)
+        if len(self.names) != 1:
+            raise ConfigError(f"logs: found {len(self.names)} names, expected one, or --failed")
+        return existing_run(self.study, self.names[0])
+
+    def _print_one(self, run: Run) -> int:
+        """Print the log of an attempt, or of a rank of it."""
+        if self.follow:
+            raise ConfigError("-f: found --attempt or --rank, expected neither")
+        log = _newest_log(run)
+        if self.attempt is not None:
+            attempts = (run.status() or RunStatus()).attempts
+            if not 1 <= self.attempt <= len(attempts):
+                raise ConfigError(
+                    f"--attempt: found {self.attempt}, and {run.name} has {len(attempts)}"
+                )
+            log = Path(attempts[self.attempt - 1].job.log or "")
+        if log is not None and self.rank:
+            # As submitit names them: JOB_RANK_log.out.
+            log = log.with_name(re.sub(r"_0_log\.out$", f"_{self.rank}_log.out", log.name))
+            if f"_{self.rank}_log.out" not in log.name:
+                raise ConfigError(f"--rank: all ranks of {run.name} write to {log}")
+        if log is None or not log.is_file():
+            raise RunNotFoundError(f"{run.name} has no such log: {log or 'no job has started'}")
+        _print_from(log, 0)
+        return 0
+
+
+def last_failed(study: Path, names: Sequence[str]) -> Run:
+    """The run that failed last, of those that are meant.
+
+    Raises:
+        RunNotFoundError: None did.
+    """
+    runs, _ = each_of(study, names)
+    ended = {
+        run: status.updated
+        for run in runs
+        if (status := run.status()) is not None and status.state == "failed"
+    }
+    if not ended:
+        raise RunNotFoundError(f"no run of {len(runs)} in {absolute(study)} has failed")
+    run = max(ended, key=lambda run: ended[run])
+    print(f"{run.name} failed at {ended[run]}", file=sys.stderr)
+    return run
 
 
 def _print_from(log: Path, offset: int) -> int:

@@ -6,7 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn, Union
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NoReturn, Union
 
 import tyro
 
@@ -14,6 +15,7 @@ from flowjobs import __version__
 from flowjobs.cli.bench import Bench
 from flowjobs.cli.cancel import Cancel
 from flowjobs.cli.checkpoint import Checkpoint
+from flowjobs.cli.completion import completion_script
 from flowjobs.cli.data import Data
 from flowjobs.cli.defaults import Defaults, load_defaults
 from flowjobs.cli.drill import Drill
@@ -26,6 +28,7 @@ from flowjobs.cli.resume import Resume
 from flowjobs.cli.retry import Retry
 from flowjobs.cli.rm import Rm
 from flowjobs.cli.sample import Sample
+from flowjobs.cli.show import Show
 from flowjobs.cli.status import Status
 from flowjobs.cli.submit import Submit
 from flowjobs.cli.sweep import Sweep
@@ -37,12 +40,31 @@ from flowjobs.nearest import did_you_mean
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
 from flowjobs.user_code import user_place
 
+
+@dataclass(frozen=True)
+class Completion:
+    """Print what completes commands, flags and run names in a shell.
+
+    bash: `flowjobs completion bash >> ~/.bash_completion`; zsh: `flowjobs completion zsh >>
+    ~/.zshrc`.
+    """
+
+    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
+    """Which shell."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Print. Returns the exit code."""
+        print(completion_script(self.shell, COMMANDS), end="")
+        return 0
+
+
 COMMANDS: dict[str, Any] = {
     "submit": Submit,
     "sweep": Sweep,
     "resume": Resume,
     "train": Train,
     "status": Status,
+    "show": Show,
     "report": Report,
     "logs": Logs,
     "cancel": Cancel,
@@ -57,6 +79,7 @@ COMMANDS: dict[str, Any] = {
     "checkpoint": Checkpoint,
     "bench": Bench,
     "drill": Drill,
+    "completion": Completion,
 }
 
 # Errors of files that are no bug of the program, and what a person can do.

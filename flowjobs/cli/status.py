@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.overview import print_groups, print_overview, watch
 from flowjobs.cli.prepare import RunNames, each_of
-from flowjobs.runs.progress import current_progress, state_in_words
+from flowjobs.errors import ConfigError
+from flowjobs.runs.listing import glances
+from flowjobs.runs.progress import current_progress, state_in_words, steps_per_s, time_left_s
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import RunStatus
@@ -21,50 +24,87 @@ from flowjobs.runs.status import RunStatus
 if TYPE_CHECKING:
     from flowjobs.jobs.findings import Finding
 
+# So many runs have a line each on one screen.
+FEW = 20
+
 
 @dataclass(frozen=True)
 class Status:
-    """Show the runs of a study, or one run with its attempts."""
+    """Show how the sweeps and groups of a study stand, or its runs, or one run's attempts."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0); default: all."""
 
+    runs: bool = False
+    """A line for each run, where there are many; a selection has one anyway."""
+
+    watch: bool = False
+    """Go on showing it every few seconds, until nothing runs or waits, or Ctrl-C: redrawn in a
+    terminal, elsewhere the lines that have changed."""
+
+    json: bool = False
+    """Print JSON: the runs with all that is known of them, a run's own name alone as one object."""
+
     study: Path = dataclasses.field(default_factory=default_study)
     """Root of the study."""
 
-    json: bool = False
-    """Print JSON."""
-
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""
+        if self.watch:
+            if self.json:
+                raise ConfigError("found --watch and --json, expected one of them")
+            watch(self._show)
+        else:
+            self._show()
+        return 0
+
+    def _show(self) -> bool:
+        """Print once. Returns whether that may change by itself."""
         # Slow to load, and --help does without.
         from flowjobs.jobs.findings import find
+        from flowjobs.jobs.overview import overview, unsettled
 
+        study = absolute(self.study)
+        some = [] if self.names else glances(study)
+        if len(some) > FEW and not (self.runs or self.json):
+            findings = find(unsettled(study, some), at_most_twice=True)
+            return print_overview(overview(study, some, findings))
         named = names_one_run(self.study, self.names)
         runs, broken = each_of(self.study, self.names)
         findings = find(runs, at_most_twice=True)
-        found = [_describe(run, findings.get(run)) for run in runs]
+        found = [describe(run, findings.get(run)) for run in runs]
         found += [_describe_broken(run) for run in broken]
         found.sort(key=itemgetter("run"))
         if not found:
-            print(f"there are no runs in {absolute(self.study)}", file=sys.stderr)
+            print(f"there are no runs in {study}", file=sys.stderr)
         if self.json:
             print(json.dumps(found[0] if named else found, indent=2))
-            return 0
+            return False
+        if len(some) > 1:
+            print_groups(overview(study, some, findings))
+            print()
         if found:
             from flowjobs.cli.table import print_table
 
             print_table(found)
         for run in found:
-            if run["waits"]:
-                print(f"{run['run']} waits {run['waits']}")
-            if run["unknown"]:
-                print(f"{run['run']}: {run['unknown']}", file=sys.stderr)
-            if run["wandb"]:
-                print(f"{run['run']}: W&B does not have all of it: {run['wandb']}")
+            _print_notes(run, named=named)
         if named:
-            _print_attempts(found[0])
-        return 0
+            print_attempts(found[0])
+            print(f"folder {found[0]['folder']}\nweights {found[0]['checkpoints']}")
+        return any(run["state"] in ("running", "submitted", "preempted") for run in found)
+
+
+def _print_notes(run: dict[str, Any], *, named: bool) -> None:
+    """What a person should know of a run, beside its line."""
+    if run["waits"]:
+        print(f"{run['run']} waits {run['waits']}")
+    if run["state"] == "failed" and not named:  # else its attempts say so
+        print(f"{run['run']} failed: {run['reason']}")
+    if run["unknown"]:
+        print(f"{run['run']}: {run['unknown']}", file=sys.stderr)
+    if run["wandb"]:
+        print(f"{run['run']}: W&B does not have all of it: {run['wandb']}")
 
 
 def _describe_broken(run: Run) -> dict[str, Any]:
@@ -75,6 +115,8 @@ def _describe_broken(run: Run) -> dict[str, Any]:
         "state": "unknown",
         "state_in_words": "unknown",
         "latest": {},
+        "steps_per_s": None,
+        "left_s": None,
         "jobs": [],
         "waits": "",
         "unknown": "",
@@ -84,7 +126,8 @@ def _describe_broken(run: Run) -> dict[str, Any]:
     }
 
 
-def _describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
+def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
+    """All that is known of a run, as `--json` prints it."""
     from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome
 
     status, latest = current_progress(run)
@@ -96,6 +139,8 @@ def _describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
         described["attempts"][-1]["last_step"] = status.step
     described["state_in_words"] = state_in_words(status)
     described["latest"] = latest
+    described["steps_per_s"] = steps_per_s(status)
+    described["left_s"] = time_left_s(status)
     described["jobs"] = run.submissions()
     described["waits"] = finding.why if isinstance(finding, Waits) else ""
     described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
@@ -108,7 +153,8 @@ def _describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     return described
 
 
-def _print_attempts(run: dict[str, Any]) -> None:
+def print_attempts(run: dict[str, Any]) -> None:
+    """Print a line an attempt of a run that `describe` has described."""
     from rich.console import Console
 
     console = Console(soft_wrap=not sys.stdout.isatty())
@@ -129,7 +175,6 @@ def _print_attempts(run: dict[str, Any]) -> None:
             f" for {_duration(attempt)}, {where} on {job['host']}, {steps}, {ended}"
         )
         console.print(line.rstrip(), markup=False, highlight=False)
-    print(f"folder {run['folder']}\nweights {run['checkpoints']}")
 
 
 def _local_time(text: str) -> str:

@@ -11,7 +11,9 @@ from rich.text import Text
 
 # A name is not cut shorter than to these; columns go first, from the one that says least.
 NAME_AT_LEAST = 16
-DISPENSABLE = ("step", "job", "best", "epoch")
+# Columns that are left out where they say nothing.
+SELDOM = ("left", "tries")
+DISPENSABLE = ("tries", "step", "job", "left", "best", "epoch")
 
 
 class MiddleCut:
@@ -35,7 +37,8 @@ def print_table(runs: Sequence[Mapping[str, Any]]) -> None:
     """Print a line a run; whole names where another program reads them."""
     console = Console(width=None if sys.stdout.isatty() else 1000)
     unbound = console.options.update(max_width=1000)
-    dropped: set[str] = set()
+    every = [_cells(run) for run in runs]
+    dropped = {title for title in SELDOM if all(cells[title] in ("", "0", "1") for cells in every)}
     table = _table(runs, dropped)
     for column in DISPENSABLE:
         if Measurement.get(console, unbound, table).minimum <= console.width:
@@ -64,6 +67,23 @@ def _cells(run: Mapping[str, Any]) -> dict[str, Any]:
         "epoch": f"{run['epoch']}/{run['epochs'] or '?'}",
         "step": f"{run['step']}/{run['total_steps'] or '?'}",
         "val/loss": "" if latest is None else f"{latest:.4f}",
+        "left": duration_words(run["left_s"]),
+        "tries": str(len(run["attempts"])),
         "best": "" if best is None else f"{best:.4f}",
         "job": run["jobs"][-1]["job_id"] if run["jobs"] else "",
     }
+
+
+def duration_words(seconds: float | None) -> str:
+    """A duration in two units at most ("2 h 10 min"); empty for None."""
+    if seconds is None:
+        return ""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

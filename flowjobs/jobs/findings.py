@@ -4,13 +4,14 @@
 """
 
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs import exit_cause
-from flowjobs.jobs.origin import identity_of
+from flowjobs.jobs.origin import identity_among
 from flowjobs.runs.lock import process_lives
 from flowjobs.runs.pack import is_left, pack_of
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
@@ -25,7 +26,10 @@ from flowjobs.runs.status import (
     RunStatus,
     same_host,
 )
-from flowjobs.slurm import Gone, JobAnswer, Known, Unknown, ask, why_it_waits
+from flowjobs.slurm import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, why_it_waits
+
+# A line of jobs.jsonl.
+Entry = Mapping[str, Any]
 
 # How many attempts there are, whether the newest one has ended, and why.
 Seen = tuple[int, bool, str]
@@ -93,18 +97,17 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
     """
     found: dict[Run, Finding] = {}
     suspects: dict[Run, tuple[RunStatus, JobInfo]] = {}
+    jobs: dict[Run, JobIdentity] = {}
     for run in runs:
         try:
-            status = run.status() or RunStatus()
-            if _awaits_an_end(run, status):
-                suspects[run] = status, _newest_job(run, status)
+            status, entries = run.status() or RunStatus(), run.submissions()
+            if _awaits_an_end(run, status, entries):
+                job = _newest_job(status, entries)
+                suspects[run] = status, job
+                if job.cluster == "slurm":
+                    jobs[run] = identity_among(entries, job.job_id, job.log)
         except FlowjobsError as error:
             found[run] = Unclear(str(error))
-    jobs = {
-        run: identity_of(run, job.job_id, job.log)
-        for run, (_, job) in suspects.items()
-        if job.cluster == "slurm"
-    }
     answers = ask(set(jobs.values()), at_most_twice=at_most_twice)
     for run, (status, job) in suspects.items():
         finding: Finding | None
@@ -146,11 +149,10 @@ def seen_of(status: RunStatus) -> Seen:
     return len(status.attempts), status.open_attempt is None, status.reason
 
 
-def _awaits_an_end(run: Run, status: RunStatus) -> bool:
-    entries = run.submissions()
+def _awaits_an_end(run: Run, status: RunStatus, entries: Sequence[Entry]) -> bool:
     if status.open_attempt is not None:
         return True
-    if not entries or run.finished():
+    if not entries or (status.state == "finished" and run.finished()):
         return False
     if any(attempt.job.job_id == entries[-1]["job_id"] for attempt in status.attempts):
         return status.state == "preempted" and entries[-1]["cluster"] == "slurm"
@@ -160,10 +162,10 @@ def _awaits_an_end(run: Run, status: RunStatus) -> bool:
     return ended is None or entries[-1]["submitted"] >= ended
 
 
-def _newest_job(run: Run, status: RunStatus) -> JobInfo:
+def _newest_job(status: RunStatus, entries: Sequence[Entry]) -> JobInfo:
     if status.open_attempt:
         return status.open_attempt.job
-    entry = run.submissions()[-1]
+    entry = entries[-1]
     host = entry.get("host", "its node")
     return JobInfo(entry["cluster"], entry["job_id"], entry["log"], host, pid=0)
 

@@ -8,9 +8,10 @@ import json
 import os
 import pwd
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
@@ -115,5 +116,12 @@ def _user_name(uid: int) -> str:
 
 def identity_of(run: Submittable, job_id: str, log: str | None = None) -> JobIdentity:
     """The identity of a Slurm job of the run, as it was noted; else what its attempt says of it."""
-    entry = run.submission(job_id)
-    return JobIdentity.of(entry) if entry else JobIdentity(job_id, log=log or "")
+    return identity_among(run.submissions(), job_id, log)
+
+
+def identity_among(
+    entries: Sequence[Mapping[str, Any]], job_id: str, log: str | None = None
+) -> JobIdentity:
+    """The same, from the run's submissions."""
+    noted = [entry for entry in entries if entry["job_id"] == job_id]
+    return JobIdentity.of(noted[-1]) if noted else JobIdentity(job_id, log=log or "")

@@ -117,6 +117,7 @@ class Attempt:
         """Note the step that this attempt starts at, before it trains, and how it was extended."""
         self._status.extensions = [*extensions]
         self._record.first_step = self._record.last_step = step
+        self._record.trains = now()
         self._status.step = step
         self._lock.check_held()
         self._check_progress()

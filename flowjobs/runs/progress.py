@@ -1,6 +1,7 @@
 """How far a run is, as seen from outside: its status with what its newest rows add to it."""
 
 from dataclasses import replace
+from datetime import datetime
 
 from flowjobs.runs.metrics import Row, latest_values
 from flowjobs.runs.run import Run
@@ -25,6 +26,25 @@ def current_progress(run: Run) -> tuple[RunStatus, Row]:
         epoch=max(status.epoch, latest.get("epoch", 0)),
         best_val_loss=min((loss for loss in losses if loss is not None), default=None),
     ), latest
+
+
+def steps_per_s(status: RunStatus) -> float | None:
+    """How fast the newest attempt trains, its start included; None if that cannot be told yet."""
+    if not status.attempts or status.attempts[-1].first_step is None:
+        return None
+    newest = status.attempts[-1]
+    end = datetime.fromisoformat(newest.ended or status.updated)
+    took_s = (end - datetime.fromisoformat(newest.started)).total_seconds()
+    done = (newest.last_step or 0) - (newest.first_step or 0)
+    return done / took_s if done > 0 and took_s >= 1 else None
+
+
+def time_left_s(status: RunStatus) -> float | None:
+    """How long a run that trains will take at most; None if that cannot be told, or it does not."""
+    speed = steps_per_s(status)
+    if status.state != "running" or speed is None or status.total_steps is None:
+        return None
+    return max(0, status.total_steps - status.step) / speed
 
 
 def state_in_words(status: RunStatus) -> str:

@@ -139,7 +139,11 @@ def same_host(one: str, other: str) -> bool:
 
 @dataclass
 class AttemptRecord:
-    """One start of the run, as `status.json` lists it. Times are UTC, in ISO 8601."""
+    """One start of the run, as `status.json` lists it. Times are UTC, in ISO 8601.
+
+    Attributes:
+        trains: When it was about to do its first step.
+    """
 
     number: int
     job: JobInfo
@@ -150,6 +154,7 @@ class AttemptRecord:
     state: State = "running"
     kind: str = ""
     reason: str = ""
+    trains: str | None = None
 
     def close(self, outcome: Outcome) -> None:
         """Note how the attempt ended."""
@@ -236,7 +241,11 @@ def read_sound_status(path: Path) -> RunStatus | None:
             AttemptRecord(**_known(AttemptRecord, record | {"job": read_job(record["job"])}))
             for record in found.pop("attempts")
         ]
-        for time in (time for attempt in attempts for time in (attempt.started, attempt.ended)):
+        for time in (
+            time
+            for attempt in attempts
+            for time in (attempt.started, attempt.ended, attempt.trains)
+        ):
             datetime.fromisoformat(time or now())  # or a ValueError
         return RunStatus(**_known(RunStatus, found | {"attempts": attempts}))
     except FileNotFoundError:

@@ -1,0 +1,46 @@
+"""What completes commands, flags and run names in a shell."""
+
+import contextlib
+import io
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from flowjobs.cli.parser import read_command_line
+
+# bash's own way, which zsh has too. Run names are those of the study that is the default there.
+SCRIPT = """\
+{begin}_flowjobs() {{
+    local word=${{COMP_WORDS[COMP_CWORD]}} words
+    case "$COMP_CWORD:$word:${{COMP_WORDS[1]}}" in
+        1:*) words="{commands}" ;;
+{cases}
+        *) words=$(ls "${{FLOWJOBS_STUDY:-study}}/runs" 2>/dev/null) ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _flowjobs flowjobs
+"""
+BEGIN = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
+
+
+def completion_script(shell: Literal["bash", "zsh"], commands: Mapping[str, type]) -> str:
+    """The script that completes these commands, their flags, and the names of runs."""
+    cases = "\n".join(
+        f'        *:-*:{name}) words="{" ".join(flags)}" ;;'
+        for name, flags in flags_of(commands).items()
+    )
+    return SCRIPT.format(begin=BEGIN[shell], commands=" ".join(commands), cases=cases)
+
+
+def flags_of(commands: Mapping[str, type]) -> dict[str, list[str]]:
+    """The flags of each command, as its help lists them."""
+    flags = {}
+    for name, command in commands.items():
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+            read_command_line(command, f"flowjobs {name}", ["--help"])
+        # At the beginning of a line, or after another flag: not those that a text speaks of.
+        rows = re.findall(r"^[^\w-]*((?:--?[a-z-]+[ ,]*)+)", shown.getvalue(), re.MULTILINE)
+        found = [flag for row in rows for flag in re.findall(r"--[a-z-]+", row)]
+        flags[name] = sorted({flag for flag in found if not flag.startswith("--no-")})
+    return flags

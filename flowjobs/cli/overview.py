@@ -1,0 +1,94 @@
+"""The lines of `status` for many runs: one a sweep or group, and those that need a person."""
+
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, get_args
+
+if TYPE_CHECKING:
+    from flowjobs.jobs.overview import Group, Standing
+
+BAR_WIDTH = 20
+WATCH_EVERY_S = 10.0
+# More runs of one kind are counted, not listed.
+LISTED = 5
+
+
+def print_overview(groups: "Sequence[Group]") -> bool:
+    """Print the groups, and what needs a person. Returns whether that may change by itself."""
+    print_groups(groups)
+    trouble: dict[tuple[str, str], list[Standing]] = {}
+    for group in groups:
+        for standing in group.standings:
+            if standing.needs_a_person:
+                kind = standing.glance.kind or standing.why
+                trouble.setdefault((standing.stand, kind), []).append(standing)
+    for (stand, kind), some in sorted(trouble.items()):
+        for standing in some[:LISTED]:
+            print(f"{standing.glance.name} {stand}: {standing.why}")
+        if len(some) > LISTED:
+            print(f"and {len(some) - LISTED} more {stand}: {kind}")
+    return any(group.counts["running"] or group.counts["waiting"] for group in groups)
+
+
+def print_groups(groups: "Sequence[Group]") -> None:
+    """Print a line a group: a bar, how many runs stand how, and the time that is left."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from flowjobs.cli.table import MiddleCut, duration_words
+    from flowjobs.jobs.overview import Stand
+
+    stands = [
+        stand
+        for stand in get_args(Stand)
+        if stand in ("finished", "running", "waiting", "failed")
+        or any(group.counts[stand] for group in groups)
+    ]
+    missing = any(group.missing for group in groups)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("group", no_wrap=False)
+    for title in ("", "of", *stands, *(["not made"] if missing else []), "left"):
+        table.add_column(title, no_wrap=True, justify="left" if title in ("", "left") else "right")
+    for group in groups:
+        counts = [str(group.counts[stand] or "") for stand in stands]
+        if missing:
+            counts.append(str(group.missing or ""))
+        full = int(group.progress * BAR_WIDTH)
+        left = duration_words(group.left_s)
+        table.add_row(
+            MiddleCut(group.name),
+            Text("━" * full + "─" * (BAR_WIDTH - full)),
+            str(group.total),
+            *counts,
+            f"about {left}" if left else "",
+        )
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+
+
+def watch(show: Callable[[], bool]) -> None:
+    """Show again and again, until nothing changes by itself any more, or Ctrl-C.
+
+    Args:
+        show: Prints, and says whether that may change.
+    """
+    before: set[str] = set()
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            if sys.stdout.isatty():
+                print("\x1b[H\x1b[J", end="")
+                goes_on = show()
+            else:
+                with contextlib.redirect_stdout(io.StringIO()) as shown:
+                    goes_on = show()
+                lines = shown.getvalue().splitlines()
+                for line in lines:
+                    if line not in before:
+                        print(line, flush=True)
+                before = set(lines)
+            if not goes_on:
+                return
+            time.sleep(WATCH_EVERY_S)

@@ -1,0 +1,91 @@
+"""flowjobs show."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare import RunName, existing_run
+from flowjobs.config import RunConfig, flag
+from flowjobs.runs.goodput import TimeSpent, time_spent
+from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.status import RunStatus
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show one run: its config where that is not the default, its attempts, its time, its files."""
+
+    name: RunName
+    """Name of the run, or anything that means one run alone."""
+
+    json: bool = False
+    """Print JSON."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Print. Returns the exit code."""
+        from flowjobs.cli.status import describe, print_attempts
+        from flowjobs.jobs.findings import find
+
+        run = existing_run(self.study, self.name)
+        described = describe(run, find([run], at_most_twice=True).get(run))
+        spent = time_spent(run.status() or RunStatus(), run.submissions())
+        changed = differences_from_defaults(run.config())
+        files = {name: str(path) for name, path in _files(run).items() if path.exists()}
+        if self.json:
+            time = {**dataclasses.asdict(spent), "goodput": spent.goodput}
+            print(json.dumps({**described, "config": changed, "time": time, "files": files}))
+            return 0
+        why = described["waits"] or described["unknown"] or described["reason"]
+        print(f"{run.name}: {described['state_in_words']}{f', {why}' if why else ''}")
+        for name, value in changed.items():
+            print(f"  {flag(name)} {value}")
+        if not changed:
+            print("  every option is the default")
+        print_attempts(described)
+        if spent.held_s:
+            print(_in_words(spent))
+        for name, path in files.items():
+            print(f"{name:<10} {path}")
+        return 0
+
+
+def differences_from_defaults(config: RunConfig) -> dict[str, Any]:
+    """The options that are not the default, by their names."""
+    changed = {}
+    for part in dataclasses.fields(RunConfig):
+        given, default = getattr(config, part.name), type(getattr(config, part.name))()
+        for option in dataclasses.fields(given):
+            if (value := getattr(given, option.name)) != getattr(default, option.name):
+                changed[option.name] = value
+    return changed
+
+
+def _in_words(spent: TimeSpent) -> str:
+    from flowjobs.cli.table import duration_words
+
+    parts = {
+        "waiting": spent.waiting_s,
+        "starting": spent.starting_s,
+        "steps that were lost and repeated": spent.repeated_s,
+        "progress": spent.progress_s,
+    }
+    words = ", ".join(f"{name} {duration_words(value)}" for name, value in parts.items())
+    return f"time: {words}; goodput {spent.goodput:.0%} of the time that it held its GPUs"
+
+
+def _files(run: Run) -> dict[str, Path]:
+    return {
+        "folder": run.folder,
+        "weights": run.checkpoints,
+        "config": run.config_file,
+        "metrics": run.metrics_file,
+        "samples": run.samples_picture,
+        "evaluation": run.evaluation_file,
+        "logs": run.logs,
+    }

@@ -1,0 +1,155 @@
+"""How the runs of a study stand, by sweep or group, and which need a person. Only looks."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome
+from flowjobs.runs.listing import Glance
+from flowjobs.runs.run import Run
+from flowjobs.runs.selection import runs_of_sweep, sweep_names
+from flowjobs.runs.status import RunStatus
+
+# In the order in which they are shown. "stopped" is a run that was interrupted, and of which no
+# job is left.
+Stand = Literal["finished", "running", "waiting", "stopped", "cancelled", "failed", "unknown"]
+NEEDS_A_PERSON = ("failed", "unknown")
+# What Slurm will never start as it is; see slurm/waiting.py.
+IN_VAIN = ("in vain", "held", "for jobs that can never end")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands.
+
+    Attributes:
+        glance: The run.
+        stand: In a word.
+        why: Why it waits or failed, or why nothing is known of it.
+    """
+
+    glance: Glance
+    stand: Stand
+    why: str = ""
+
+    @property
+    def needs_a_person(self) -> bool:
+        """Whether nothing more happens to it by itself."""
+        return self.stand in NEEDS_A_PERSON or (
+            self.stand == "waiting" and self.why.startswith(IN_VAIN)
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of a sweep, or of a group in W&B outside of any sweep.
+
+    Attributes:
+        name: Its name.
+        standings: Its runs.
+        missing: Runs of the sweep that were never made.
+    """
+
+    name: str
+    standings: Sequence[Standing] = field(default_factory=list)
+    missing: int = 0
+
+    @property
+    def counts(self) -> Counter[Stand]:
+        """How many runs stand how."""
+        return Counter(standing.stand for standing in self.standings)
+
+    @property
+    def total(self) -> int:
+        """How many runs there are to be."""
+        return len(self.standings) + self.missing
+
+    @property
+    def progress(self) -> float:
+        """The share of the epochs that is done; a run that has finished early counts as whole."""
+        done = sum(
+            1.0
+            if standing.stand == "finished"
+            else min(1.0, standing.glance.epoch / max(1, standing.glance.epochs))
+            for standing in self.standings
+        )
+        return done / max(1, self.total)
+
+    @property
+    def left_s(self) -> float | None:
+        """How long it takes with as many runs at a time as now; None if none runs, or no speed is
+        known."""
+        glances = [standing.glance for standing in self.standings]
+        epochs = sum(glance.epoch for glance in glances)
+        running = self.counts["running"]
+        if not (epochs and running):
+            return None
+        to_do = [
+            standing.glance
+            for standing in self.standings
+            if standing.stand in ("running", "waiting")
+        ]
+        left = sum(max(0, glance.epochs - glance.epoch) for glance in to_do)
+        return sum(glance.trained_s for glance in glances) / epochs * left / running
+
+
+def unsettled(study: Path, some: Sequence[Glance]) -> list[Run]:
+    """The runs of which a job may wait or run, or have ended unnoticed: those to `find`."""
+    return [Run(study, glance.name) for glance in some if glance.unsettled]
+
+
+def overview(study: Path, some: Sequence[Glance], findings: Mapping[Run, Finding]) -> list[Group]:
+    """The groups of a study, its sweeps first, by name; those of no run are left out.
+
+    Args:
+        study: Its root.
+        some: Its runs.
+        findings: What was found of those that are `unsettled`.
+    """
+    standings = {
+        glance.name: _standing(study, glance, findings.get(Run(study, glance.name)))
+        for glance in some
+    }
+    groups = []
+    outside = dict(standings)
+    for name in sweep_names(study):
+        names = runs_of_sweep(study, name)
+        there = [standings[run] for run in names if run in standings]
+        groups.append(Group(name, there, missing=len(names) - len(there)))
+        for run in names:
+            outside.pop(run, None)
+    by_group: dict[str, list[Standing]] = {}
+    for standing in outside.values():
+        by_group.setdefault(standing.glance.group, []).append(standing)
+    return groups + [Group(name, by_group[name]) for name in sorted(by_group)]
+
+
+def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
+    match finding:
+        case Waits(why):
+            return Standing(glance, "waiting", why)
+        case Unclear(why):
+            return Standing(glance, "unknown", why)
+        case Dead():
+            run = Run(study, glance.name)
+            outcome = final_outcome(run, run.status() or RunStatus(), finding)
+            if outcome.state == "preempted":  # its job, or `reconcile`, starts it again
+                return Standing(glance, "waiting", outcome.reason)
+            return _settled(
+                replace(glance, state=outcome.state, reason=outcome.reason, kind=outcome.kind)
+            )
+    if glance.unsettled and glance.state in ("submitted", "preempted"):
+        return Standing(glance, "waiting", "for its job to start")
+    return _settled(glance)
+
+
+def _settled(glance: Glance) -> Standing:
+    match glance.state:
+        case "finished" | "running" | "cancelled" | "failed" as stand:
+            return Standing(glance, stand, glance.reason)
+        case "preempted" | "submitted":
+            why = glance.reason or "it was never submitted"
+            return Standing(glance, "stopped", f"{why}; no job of it is left")
+    return Standing(glance, "unknown", glance.reason)

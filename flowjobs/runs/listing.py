@@ -1,0 +1,196 @@
+"""All runs of a study at a glance: two files a run are read, or none where an index knows them.
+
+The index is a cache in the user's cache folder: it is used for what has not changed since, as the
+times and sizes of the files say, and deleting it changes nothing. A study of few runs has none.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, get_args
+
+from flowjobs.config import TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.runs.files import replaced_whole
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import State
+
+VERSION = 1
+# Fewer are read in no time.
+INDEX_FROM = 200
+# A file that is written again within this time may keep its time and size.
+SETTLED_AFTER_NS = 2_000_000_000
+# The clock of a file server and that of a node.
+CLOCKS_S = 60.0
+FILES = ("config.json", "status.json", "jobs.jsonl")
+
+# Time and size of each of FILES; 0 where there is none.
+Stamp = list[int]
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A run, as far as a line of an overview needs it.
+
+    Attributes:
+        name: Its name.
+        group: Its group in W&B.
+        state: As `status.json` says; "unknown" if that cannot be read.
+        reason: Why, or what is wrong with its files.
+        kind: The reason in a word or two.
+        epoch: Epochs that are done.
+        epochs: How many it is to have, at most.
+        attempts: How often it was started.
+        trained_s: How long its attempts took together, as far as they have ended, and the last one
+            until it was heard of.
+        unsettled: Whether a job of it may wait or run, or have ended unnoticed.
+    """
+
+    name: str
+    group: str
+    state: str
+    reason: str = ""
+    kind: str = ""
+    epoch: int = 0
+    epochs: int = 0
+    attempts: int = 0
+    trained_s: float = 0.0
+    unsettled: bool = False
+
+
+def glances(study: Path, names: Sequence[str] | None = None) -> list[Glance]:
+    """The runs of a study, by their names.
+
+    Args:
+        study: Its root.
+        names: Those to look at; None: all.
+    """
+    if names is None:
+        names = _folders(study / "runs")
+    index = _Index(study) if len(names) >= INDEX_FROM else None
+    known = index.entries if index else {}
+    found, news = [], {}
+    for name in names:
+        stamp = _stamp(study / "runs" / name)
+        if not (stamp[0] or stamp[2]):
+            continue  # a folder that is no run
+        before = known.get(name)
+        if before and before[0] == stamp:
+            glance = Glance(name, *before[1])
+        else:
+            glance = _look(Run(study, name), stamp)
+            if max(stamp[0::2]) < time.time_ns() - SETTLED_AFTER_NS:
+                news[name] = (stamp, list(dataclasses.astuple(glance)[1:]))
+        found.append(glance)
+    if index and news:
+        index.write(news, names)
+    return found
+
+
+def _folders(runs: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(runs) if not entry.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _stamp(folder: Path) -> Stamp:
+    stamp = []
+    for name in FILES:
+        try:
+            found = os.stat(f"{folder}/{name}")
+            stamp += [found.st_mtime_ns, found.st_size ^ found.st_ino << 40]
+        except OSError:
+            stamp += [0, 0]
+    return stamp
+
+
+def _look(run: Run, stamp: Stamp) -> Glance:
+    group, epochs, patience = "", 0, 0
+    try:
+        training = run.read_config_file()["training"]
+        default = TrainingConfig()
+        group = str(training.get("group", default.group))
+        epochs = int(training.get("epochs", default.epochs))
+        patience = int(training.get("patience", default.patience))
+        if not stamp[2]:
+            return Glance(run.name, group, "submitted", epochs=epochs, unsettled=bool(stamp[4]))
+        status: dict[str, Any] = json.loads(run.status_file.read_bytes())
+        attempts = status["attempts"]
+        state, newest = status["state"], attempts[-1] if attempts else {}
+        if state not in get_args(State):
+            raise ConfigError(f"{run.status_file} is damaged (found state {state!r})")
+        ended = newest.get("ended")
+        done = state == "finished" and (
+            status["epoch"] >= epochs
+            or ((status.get("epochs") or 0) >= epochs and (status.get("patience") or 0) >= patience)
+        )
+        submitted_since = stamp[4] / 1e9 > (_seconds(ended) if ended else 0.0) - CLOCKS_S
+        return Glance(
+            run.name,
+            group,
+            state,
+            str(status.get("reason", "")),
+            str(newest.get("kind", "")),
+            int(status["epoch"]),
+            epochs,
+            len(attempts),
+            sum(_duration_s(attempt, status["updated"]) for attempt in attempts),
+            # A preempted one waits for its job; of the others a newer job may be on its way.
+            bool(attempts and not ended)
+            or (bool(stamp[4]) and not done and (state == "preempted" or submitted_since)),
+        )
+    except Exception as error:  # whatever is wrong with one, the others are shown
+        words = str(error) or type(error).__name__
+        if not isinstance(error, OSError) and str(run.folder) not in words:
+            words = f"{run.folder}: {type(error).__name__}: {words}"
+        return Glance(run.name, group, "unknown", words, epochs=epochs)
+
+
+def _duration_s(attempt: Mapping[str, Any], updated: str) -> float:
+    end = attempt.get("ended") or updated
+    return max(0.0, _seconds(end) - _seconds(attempt["started"]))
+
+
+def _seconds(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+class _Index:
+    """What was seen of the runs of a study before, with the stamps of their files."""
+
+    def __init__(self, study: Path) -> None:
+        digest = hashlib.sha256(os.path.realpath(study).encode(errors="replace")).hexdigest()[:16]
+        self._file = cache_folder() / f"index-{digest}.json"
+        self.entries: dict[str, tuple[Stamp, list[Any]]] = {}
+        try:
+            found = json.loads(self._file.read_bytes())
+            width = len(dataclasses.fields(Glance)) - 1
+            if found["version"] == VERSION and found["width"] == width:
+                self.entries = found["runs"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # there is none, or one of another version
+
+    def write(self, news: Mapping[str, tuple[Stamp, list[Any]]], names: Sequence[str]) -> None:
+        """Add what is new, and forget the runs that are gone. Failing to changes nothing."""
+        there = set(names)
+        entries = {name: old for name, old in self.entries.items() if name in there} | {**news}
+        content = {"version": VERSION, "width": len(dataclasses.fields(Glance)) - 1}
+        text = json.dumps({**content, "runs": entries}, separators=(",", ":"))
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_whole(self._file, flush=False, mode=0o600) as file:
+                file.write(text.encode())
+
+
+def cache_folder() -> Path:
+    """Where this user's caches of flowjobs are: `$XDG_CACHE_HOME/flowjobs`, else in `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "flowjobs"

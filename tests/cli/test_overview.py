@@ -1,0 +1,239 @@
+"""`status` over many runs, `show` and `logs`: what is seen of a study, which stays as it is."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flowjobs.jobs.overview import overview
+from flowjobs.runs.goodput import time_spent
+from flowjobs.runs.listing import cache_folder, glances
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus
+from tests.conftest import Command
+from tests.report.made_up import made_run
+
+
+def many(study: Path, count: int = 210) -> None:
+    """Finished runs of two groups, two that failed, one damaged, one that was never submitted."""
+    for number in range(count):
+        group = "widths" if number % 3 else "flows"
+        made_run(study, [1.0] * 3, name=f"{group}-{number:03}", group=group)
+    for number in range(2):
+        made_run(study, [1.0], "failed", name=f"bad-{number}", group="flows")
+    made_run(study, [1.0] * 3, name="torn", group="flows").status_file.write_text("{")
+    made_run(study, name="new", group="widths")
+
+
+def here(run: Run, pid: int) -> None:
+    """Have a process of this machine train the run."""
+    status = json.loads(run.status_file.read_text())
+    job = {"cluster": "local", "job_id": str(pid), "host": socket.gethostname(), "pid": pid}
+    status["attempts"][0]["job"] |= job
+    status["updated"] = "2025-01-01T00:02:00+00:00"
+    run.status_file.write_text(json.dumps(status))
+
+
+def test_a_dead_run_is_shown_as_dead_and_a_living_one_with_its_time_left(
+    flowjobs: Command, study: Path
+) -> None:
+    for number in range(20):
+        made_run(study, [1.0] * 3, name=f"done-{number}", group="old")
+    here(made_run(study, [1.0], "running", name="alive", epochs=2), os.getpid())
+    here(made_run(study, [1.0], "running", name="dead"), 2**22 - 1)
+    before = tree(study)
+    head, ablation, old, *trouble = flowjobs("status").stdout.splitlines()
+    assert head.split()[2:] == ["finished", "running", "waiting", "failed", "left"]
+    # Two epochs took four minutes, and one is left to do.
+    assert ablation.split() == ["ablation", "━" * 8 + "─" * 12, "2", "1", "1", "about", "2", "min"]
+    assert old.split()[2:] == ["20", "20"]
+    assert len(trouble) == 1
+    assert trouble[0].startswith("dead failed: ")
+    assert tree(study) == before
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_many_runs_are_a_line_a_group_and_what_needs_a_person(
+    flowjobs: Command, study: Path
+) -> None:
+    many(study)
+    before = tree(study)
+    done = flowjobs("status")
+    head, flows, widths, *trouble = done.stdout.splitlines()
+    assert head.split() == [
+        "group",
+        "of",
+        "finished",
+        "running",
+        "waiting",
+        "stopped",
+        *head.split()[6:],
+    ]
+    assert head.split()[6:] == ["failed", "unknown", "left"]
+    assert flows.split() == ["flows", "━" * 19 + "─", "73", "70", "2", "1"]
+    assert widths.split()[2:] == ["141", "140", "1"]
+    reason = "failed: out of memory: 1.5 of 1.5 GiB"
+    assert trouble[:2] == [f"bad-0 {reason}", f"bad-1 {reason}"]
+    assert trouble[2].startswith("torn unknown: ")
+    assert str(study / "runs/torn") in trouble[2]
+    assert done.returncode == 0
+    assert tree(study) == before  # looking changes nothing
+    assert len(flowjobs("status", "--runs").stdout.splitlines()) > 210
+    few = flowjobs("status", "group=flows").stdout.splitlines()
+    assert few[0].startswith("run ")
+
+
+def test_a_sweep_has_a_line_with_what_is_not_made_yet(study: Path) -> None:
+    many(study, count=3)
+    (study / "sweeps").mkdir()
+    (study / "sweeps/first.runs").write_text("widths-001\nbad-1\nlater\n")
+    groups = {group.name: group for group in overview(study, glances(study), {})}
+    first = groups["first"]
+    assert (first.total, first.missing) == (3, 1)
+    assert dict(first.counts) == {"finished": 1, "failed": 1}
+    assert first.progress == pytest.approx((1 + 1 / 3) / 3)
+    assert [len(groups[name].standings) for name in ("flows", "widths")] == [3, 2]
+
+
+def test_the_index_is_a_cache(study: Path, tmp_path: Path) -> None:
+    many(study)
+    for file in study.glob("runs/*/*.json*"):
+        os.utime(file, (1_700_000_000, 1_700_000_000))  # else they are too new to be trusted
+    first = glances(study)
+    [index] = cache_folder().glob("index-*.json")
+    assert str(cache_folder()).startswith(str(tmp_path))
+    assert glances(study) == first
+    # It is used: what it says of an unchanged run is what is seen.
+    index.write_text(index.read_text().replace("1.5 of 1.5 GiB", "told by the index"))
+    assert next(glance.reason for glance in glances(study)) == "out of memory: told by the index"
+    # A run that has changed is read again, one that is gone is forgotten.
+    run = Run(study, "bad-0")
+    status = json.loads(run.status_file.read_text())
+    run.status_file.write_text(json.dumps({**status, "state": "finished", "epoch": 3}))
+    assert {g.name: g.state for g in glances(study)}["bad-0"] == "finished"
+    for content in ("{", '{"version": 0}', "[]", "null"):
+        index.write_text(content)
+        assert len(glances(study)) == len(first)
+    index.unlink()
+    cache_folder().rmdir()
+    cache_folder().touch()  # no folder can be made there
+    assert len(glances(study)) == len(first)
+
+
+def test_watching_ends_with_the_runs_and_repeats_no_line(flowjobs: Command, study: Path) -> None:
+    made_run(study, [1.0] * 3, name="a")
+    made_run(study, [1.0], "failed", name="b")
+    assert flowjobs("status", "--watch").stdout == flowjobs("status").stdout
+    done = flowjobs("status", "--watch", "--json")
+    assert (done.returncode, "expected one of them" in done.stderr) == (2, True)
+
+
+def test_the_keys_of_json_are_kept(flowjobs: Command, study: Path) -> None:
+    made_run(study, [1.0, 0.5], name="a", lr=0.1)
+    keys = (
+        "run state reason step total_steps epoch epochs patience best_val_loss exit_code traceback "
+        "extensions updated attempts state_in_words latest steps_per_s left_s jobs waits unknown "
+        "wandb folder checkpoints"
+    )
+    assert list(json.loads(flowjobs("status", "--json").stdout)[0]) == keys.split()
+    shown = json.loads(flowjobs("show", "a", "--json").stdout)
+    assert list(shown) == [*keys.split(), "config", "time", "files"]
+    assert shown["config"] == {"lr": 0.1, "epochs": 3}
+    assert shown["time"]["goodput"] == 1.0
+
+
+def test_show_says_what_is_not_the_default_and_where_the_time_went(
+    flowjobs: Command, study: Path
+) -> None:
+    run = made_run(study, [1.0], name="a", lr=0.1)
+    job = JobInfo("slurm", "7", None, "n1", 1)
+
+    def attempt(number: int, times: str, steps: tuple[int, int], state: str) -> AttemptRecord:
+        started, trains, ended = (f"2025-01-01T{time}:00+00:00" for time in times.split())
+        record = AttemptRecord(number, job, started, *steps, ended, "failed")
+        record.trains, record.state, record.reason = trains, state, ""  # type: ignore[assignment]
+        return record
+
+    status = RunStatus("finished", step=200, total_steps=200, epoch=3, epochs=3)
+    status.attempts = [
+        attempt(1, "01:00 01:06 02:00", (0, 108), "preempted"),  # 27 of its 108 steps are lost
+        attempt(2, "02:30 02:33 03:33", (81, 200), "finished"),
+    ]
+    status.write(run.status_file)
+    run.add_submission("7", "slurm", None)
+    entry = json.loads(run.jobs_file.read_text()) | {"submitted": "2025-01-01T00:50:00+00:00"}
+    run.jobs_file.write_text(json.dumps(entry) + "\n")
+    spent = time_spent(status, run.submissions())
+    minutes = [spent.waiting_s / 60, spent.starting_s / 60, spent.repeated_s / 60]
+    assert minutes == pytest.approx([10 + 30, 6 + 3, 54 / 4])
+    assert spent.goodput == pytest.approx((54 * 3 / 4 + 60) / (60 + 63))
+    shown = flowjobs("show", "a").stdout
+    assert shown.startswith("a: finished\n  --epochs 3\n  --lr 0.1\n")
+    assert "waiting 40 min, starting 9 min, steps that were lost and repeated 14 min" in shown
+    assert "goodput 82% of the time that it held its GPUs" in shown
+    assert f"metrics    {run.metrics_file}" in shown
+
+
+def test_logs_of_the_newest_failure_an_attempt_and_a_rank(flowjobs: Command, study: Path) -> None:
+    for name, updated in (("old", "2025-01-01"), ("newest", "2025-02-01"), ("fine", "2025-03-01")):
+        run = made_run(study, [1.0], "finished" if name == "fine" else "failed", name=name)
+        status = json.loads(run.status_file.read_text())
+        logs = []
+        for job in (1, 2):
+            log = run.logs / f"{job}_0_log.out"
+            log.write_text(f"{name} {job}\n")
+            logs.append(status["attempts"][0] | {"number": job})
+            logs[-1]["job"] = logs[-1]["job"] | {"log": str(log)}
+        (run.logs / "2_1_log.out").write_text(f"{name} rank 1\n")
+        status |= {"updated": f"{updated}T00:00:00+00:00", "attempts": logs}
+        run.status_file.write_text(json.dumps(status))
+    done = flowjobs("logs", "--failed")
+    assert (done.stdout, done.stderr.split()[0]) == ("newest 2\n", "newest")
+    assert flowjobs("logs", "--failed", "o*").stdout == "old 2\n"
+    assert flowjobs("logs", "old", "--attempt", "1").stdout == "old 1\n"
+    assert flowjobs("logs", "old", "--rank", "1").stdout == "old rank 1\n"
+    for words, said in (
+        (["--failed", "fine"], "no run of 1"),
+        (["old", "--attempt", "3"], "--attempt: found 3, and old has 2"),
+        (["old", "--rank", "7"], "no such log"),
+        ([], "found 0 names, expected one, or --failed"),
+    ):
+        done = flowjobs("logs", *words)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+def test_a_shell_completes_commands_flags_and_runs(flowjobs: Command, study: Path) -> None:
+    made_run(study, [1.0], name="wide-one")
+    made_run(study, [1.0], name="wide-two")
+    Path("script").write_text(flowjobs("completion", "bash").stdout)
+
+    def completed(*words: str) -> list[str]:
+        line = " ".join(f"'{word}'" for word in words)
+        code = (
+            f"source ./script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _flowjobs; "
+            'echo "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("flowjobs", "re") == ["resume", "report", "reconcile"]
+    assert completed("flowjobs", "status", "wide-t") == ["wide-two"]
+    assert completed("flowjobs", "report", "--la") == ["--latex"]
+    assert completed("flowjobs", "submit", "--weight") == ["--weight-decay"]
+    assert "--study" in completed("flowjobs", "logs", "-")
+
+
+def test_every_command_leaves_a_study_as_it_is(flowjobs: Command, study: Path) -> None:
+    made_run(study, [1.0], "failed", name="a")
+    before = tree(study)
+    for words in (["status"], ["status", "a"], ["show", "a"], ["report"], ["status", "lr=0.001"]):
+        assert flowjobs(*words).returncode == 0
+    assert re.search("a +failed", flowjobs("status").stdout)
+    assert tree(study) == before
