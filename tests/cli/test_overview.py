@@ -223,7 +223,7 @@ def test_a_shell_completes_commands_flags_and_runs(flowjobs: Command, study: Pat
         done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
         return done.stdout.split()
 
-    assert completed("flowjobs", "re") == ["resume", "report", "reconcile"]
+    assert completed("flowjobs", "re") == ["resume", "report", "retry", "reconcile"]
     assert completed("flowjobs", "status", "wide-t") == ["wide-two"]
     assert completed("flowjobs", "report", "--la") == ["--latex"]
     assert completed("flowjobs", "submit", "--weight") == ["--weight-decay"]
