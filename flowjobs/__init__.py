@@ -8,6 +8,7 @@ to W&B → `jobs/restart.py` restarts an interrupted run, `jobs/reconcile.py` cl
 
 The rooms, each of which imports only those behind it:
     cli         one file a command; the only place that prints or exits
+    sweeps      grids, plans, arrays, runs of this machine     report      tables and pages
     drill       proves the promises on its user's cluster
     jobs        executors, submit, entry, signals, stop and exit causes, restart, reconcile
     training    trainer, state, checkpoints, ranks          tracking    W&B

@@ -127,4 +127,4 @@ def list_of(runs: Sequence[Run]) -> str:
     """How many runs these are, and the names of the first."""
     names = ", ".join(run.name for run in runs[:LIST_AT_MOST])
     more = f", … {runs[-1].name}" if len(runs) > LIST_AT_MOST else ""
-    return f"{len(runs)} runs: {names}{more}"
+    return f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {names}{more}"

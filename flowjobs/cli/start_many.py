@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.hint import hint
-from flowjobs.runs.status import EXIT_FAILED
+from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
@@ -86,7 +86,7 @@ def train_many_here(
                 continue
             status = event.status
             if event.what != "ended" or status is None:
-                ends["unknown"] += event.what != "started"
+                ends["not started"] += event.what != "started"
                 print(f"{'':9}  {event.run.name} {event.what}", flush=True)
                 continue
             ends[status.state] += 1
@@ -96,6 +96,8 @@ def train_many_here(
     except KeyboardInterrupt:
         print(f"\nno more runs are started; those that train go on; {again} starts the others")
         return 0
+    if ends["not started"] and not ends["failed"]:
+        return EXIT_BAD_INPUT
     return 0 if ends.total() == ends["finished"] else EXIT_FAILED
 
 

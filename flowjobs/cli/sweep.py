@@ -258,7 +258,7 @@ class Sweep(CodeOptions, CommandOptions):
         # The scheduler's side is slow to load, and --help does without.
         from flowjobs.jobs.array import submitting
         from flowjobs.jobs.executors import choose_cluster
-        from flowjobs.sweeps.plan import TO_START, look_at
+        from flowjobs.sweeps.plan import TO_START, look_at, with_other_code
 
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
@@ -276,6 +276,8 @@ class Sweep(CodeOptions, CommandOptions):
             code = plan_code_of(starting, self.code_choice())
             self._print_plan(study, name, sweep, members, starting, f"{cluster} ({why})")
             print_notes(plan.note for plan in code)
+            if others := with_other_code(members, code):
+                print(f"with other code than the new ones: {some(others)}")
             if self.dry_run:
                 return 0
             if lost := left_out(study, name, names):

@@ -14,6 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -134,8 +135,7 @@ class RunLock:
     def _try(self) -> Verdict:
         """Take the lock if its holder is gone; the answer says what is known of the holder."""
         file = self._folder / ".lock"
-        # Those who come to take the run do so one after another.
-        with locked(self._folder / ".lock-gate", GATE_WAIT_S, f"to take {self._folder.name}"):
+        with held_off(self._folder):
             lock, free = _look_at_lock(file)
             verdict = self._judge_holder(free)
             if verdict != "gone":
@@ -157,6 +157,11 @@ class RunLock:
             # Nobody is named, but the lock is taken: by one who leaves, or who only looks.
             return "leaving" if free is False else "gone"
         return _judged(found, free, self._judge)
+
+
+def held_off(folder: Path) -> AbstractContextManager[None]:
+    """Keeps others from taking the run in `folder`: they do so one after another."""
+    return locked(folder / ".lock-gate", GATE_WAIT_S, f"to take {folder.name}")
 
 
 def lock_holder(folder: Path, judge: Judge = system_lock_decides) -> str | None:

@@ -2,13 +2,14 @@
 
 import os
 import shutil
-import socket
 import uuid
 from pathlib import Path
 
-from flowjobs.runs.lock import RECONCILE, RunLock
+from flowjobs.errors import RunBusyError
+from flowjobs.runs.lock import held_off, lock_holder
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo
+
+REMOVED = ".removed-"
 
 
 def size_of(run: Run) -> int:
@@ -24,21 +25,21 @@ def size_of(run: Run) -> int:
 def remove(run: Run) -> None:
     """Remove a run. Look first whether a job of it waits.
 
-    Moved out of the study's sight first: whoever is killed here leaves no half of a run.
+    Moved out of sight first: whoever is killed here leaves no half of a run, and the next call
+    removes the rest. Writes nothing, so that it works on a full disk.
 
     Raises:
         RunBusyError: An attempt trains it.
         OSError: It cannot be removed.
     """
-    away = run.study / ".removed" / f"{run.name}-{uuid.uuid4().hex}"
-    me = JobInfo(RECONCILE, str(os.getpid()), None, socket.gethostname(), os.getpid())
-    with RunLock(run.folder, me):
-        away.mkdir(parents=True)
-        _remove_weights(run.checkpoints, away)
-        os.rename(run.folder, away / "run")
-    shutil.rmtree(away)
-    if not any(away.parent.iterdir()):
-        away.parent.rmdir()
+    away = run.study / f"{REMOVED}{run.name}-{uuid.uuid4().hex[:8]}"
+    with held_off(run.folder):
+        if holder := lock_holder(run.folder):
+            raise RunBusyError(f"{run.name} is held by {holder}: cancel it first")
+        os.rename(run.folder, away)
+    _remove_weights(run.checkpoints, away)
+    for rest in run.study.glob(f"{REMOVED}*"):
+        shutil.rmtree(rest)
 
 
 def _remove_weights(folder: Path, away: Path) -> None:

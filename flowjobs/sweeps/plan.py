@@ -14,7 +14,9 @@ from typing import Any, Literal
 from flowjobs.config import RunConfig, SlurmConfig, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome, find
+from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.jobs.submit import running_jobs
+from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import same_file
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.status import RunStatus
@@ -225,6 +227,17 @@ def _mismatch(differing: Mapping[Run, Sequence[str]]) -> str:
         "own, or remove those runs (flowjobs rm)"
     ]
     return "\n".join(text)
+
+
+def with_other_code(members: Iterable[Member], plans: Iterable[CodePlan]) -> list[str]:
+    """The names of runs that keep other code than those that are begun now, which may matter."""
+    digests = {plan.code.digest for plan in plans if plan.code}
+    names = []
+    for member in members if digests else ():
+        kept = code_of(member.run) if member.config.training.user_modules else None
+        if kept and member.stage not in TO_START and kept.digest not in digests:
+            names.append(member.run.name)
+    return names
 
 
 def resource_sets(members: Iterable[Member]) -> list[list[Member]]:

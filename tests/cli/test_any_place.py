@@ -38,6 +38,11 @@ COMMANDS: dict[str, Sequence[str]] = {
     "train on": ["train", "--name", "a", *QUICK, "--epochs", "2"],
     "split": ["data", "split", "x.npy", "--sizes", "20"],
     "inspect": ["checkpoint", "inspect", "study/checkpoints/a/best.pt"],
+    "plan": ["sweep", "--seed", "0", "1", "--cluster", "local", "--dry-run", *QUICK],
+    "sweep": ["sweep", "--seed", "0", "--name", "s", "--cluster", "local", *QUICK],
+    "retry": ["retry", "a", "--cluster", "local"],
+    "wait": ["wait", "a"],
+    "rm": ["rm", "a", "--yes"],
     "drill": ["drill", "--cluster", "local", "--steps", "0"],
 }
 # Each command in a process of its own, forked from one that has loaded torch.
@@ -84,6 +89,9 @@ READS = (
     "logs",
     "dry run",
     "inspect",
+    "plan",
+    "retry",
+    "wait",
 )
 
 
@@ -127,8 +135,9 @@ def test_no_command_ends_in_a_traceback(workplace: Path, template: Path, place: 
     codes = codes_of(PLACES[place], COMMANDS)
     assert codes.keys() == COMMANDS.keys()
     assert {name: codes[name] for name in READS} == dict.fromkeys(READS, 0)
-    writes = ("submit", "train", "train on", "split")
+    writes = ("submit", "train", "train on", "split", "sweep")
     usable = place.startswith("a container")
+    assert codes["rm"] == (0 if usable or place == "a full disk" else 2)
     assert {name: codes[name] for name in writes} == dict.fromkeys(writes, 0 if usable else 2)
 
 

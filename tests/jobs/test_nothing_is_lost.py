@@ -467,6 +467,33 @@ def test_a_task_of_an_array_goes_on_like_a_job_of_its_own(
     assert_equal_to(whole, job.run)
 
 
+def test_a_task_of_a_sweep_continues_as_a_job_of_its_own_where_requeuing_is_forbidden(
+    slurm: SlurmCluster,
+    study: Path,
+    flowjobs: Command,
+    whole: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    Path("control").write_text("await 10")
+    where = ("--partition", "preempt", "--sbatch", "no-requeue=True", "nodelist=n1")
+    done = flowjobs("sweep", *OPTIONS, "--seed", "0", "--name", "one", *where)
+    assert done.returncode == 0, done.stderr
+    run = Run(study, "SlowModel-icfm-digits-none")
+    job = Disturbed(run, run.submissions()[0]["job_id"], slurm)
+    job.wait_for_step(10)
+    preempt_and_wait(job)
+    job.wait_for_state("finished")
+    assert job.steps_lost() == 0
+    assert_equal_to(whole, run)
+    task, new = run.submissions()
+    assert task["job_id"].endswith("_0")
+    assert new["continues"] == task["job_id"]
+    record = slurm.job(new["job_id"])
+    assert (record["JobName"], record["Partition"]) == (run.name, "preempt")
+    assert "finished   1\n" in flowjobs("sweep", "one").stdout
+
+
 def test_two_nodes_of_two_ranks_leave_at_one_step_and_lose_nothing(
     start: Start, flowjobs: Command, study: Path
 ) -> None:

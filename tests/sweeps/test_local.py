@@ -1,0 +1,59 @@
+"""A sweep on this machine."""
+
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import SlurmConfig
+from flowjobs.errors import ConfigError
+from flowjobs.sweeps.local import gpus_of_slot, slots_here
+from tests.conftest import Command
+
+
+def test_each_run_has_gpus_of_its_own_while_there_are_as_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-11,GPU-12,3,4")
+    two = SlurmConfig(gpus_per_node=2)
+    assert slots_here(two) == 2
+    assert [gpus_of_slot(two, slot) for slot in range(3)] == [
+        *(["0", "GPU-11"], ["GPU-12", "3"], ["0", "GPU-11"])
+    ]
+    assert slots_here(SlurmConfig()) == 5
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert (slots_here(SlurmConfig()), gpus_of_slot(SlurmConfig(), 1)) == (1, [])
+    with pytest.raises(ConfigError, match="--gpus-per-node: found 2, this machine has 0"):
+        slots_here(two)
+
+
+def test_what_fails_here_is_said_and_the_others_are_trained(
+    flowjobs: Command, workplace: Path
+) -> None:
+    (workplace / "nets.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, dim, fails):\n"
+        "        super().__init__()\n"
+        "        self.fails, self.layer = fails, torch.nn.Linear(dim, dim)\n"
+        "    def forward(self, x, t):\n"
+        "        if self.fails:\n"
+        "            raise ValueError('as it was told')\n"
+        "        return self.layer(x)\n"
+    )
+    sweep = ("sweep", "--arch", "nets:Net", "--arch-args", "fails=True", "fails=False")
+    sweep += ("--epochs", "1", "--wandb-mode", "disabled", "--cluster", "local", "--parallel", "2")
+    done = flowjobs(*sweep)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Net-icfm-digits-none-failsFalse finished" in done.stdout
+    assert "Net-icfm-digits-none-failsTrue failed: ValueError (nets.py, line 8" in done.stdout
+    planned = flowjobs("sweep", "ablation", "--cluster", "local")
+    assert planned.returncode == 0
+    assert "failed     1: 1 exception (Net-icfm-digits-none-failsTrue);" in planned.stdout
+
+    # It had not trained a step, so it is begun with the code as it is now; the other one keeps its.
+    net = workplace / "nets.py"
+    net.write_text(net.read_text().replace("if self.fails", "if False"))
+    assert flowjobs("retry", "ablation", "--cluster", "local").returncode == 0
+    grown = flowjobs(*sweep, "--seed", "0", "1", "--dry-run")
+    assert "finished   2\nnew        2\n" in grown.stdout, grown.stdout + grown.stderr
+    assert "other code than the new ones: Net-icfm-digits-none-failsFalse\n" in grown.stdout
