@@ -49,7 +49,7 @@ def made(study: Path, name: str, retries: int = 0, **slurm: object) -> Run:
         arch_args=KeyValues(control=f"control-{name}"),
     )
     run = Run(study, name)
-    tracking = TrackingConfig(wandb_mode="offline")
+    tracking = TrackingConfig(wandb_mode="disabled")
     run.create(RunConfig(training, SlurmConfig(**slurm), tracking, RestartConfig(retries=retries)))
     return run
 
