@@ -23,8 +23,10 @@ from flowjobs.errors import ConfigError
 from flowjobs.nearest import did_you_mean
 
 BUILT_IN_ARCHS = ("mlp",)
-Flow = Literal["icfm", "otcfm"]
-Augmentation = Literal["none"]
+BUILT_IN_FLOWS = ("icfm", "otcfm", "fm", "sbcfm", "vpcfm", "reflow")
+Augmentation = Literal["none", "noise", "mixup", "dropout"]
+TimeSampling = Literal["uniform", "logit-normal"]
+Normalization = Literal["columns", "none"]
 Precision = Literal["fp32", "bf16"]
 DataPlacement = Literal["auto", "device", "loader"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -68,7 +70,23 @@ NOT_IN_SIGNATURE = frozenset(
 )
 
 
-# Between the path of a file and the digest of its content, in `init_from`.
+# Those that came later, and change nothing at their defaults: runs from before keep their own
+# signature.
+LATER = frozenset(
+    {
+        "init_from",
+        "aug_strength",
+        "source",
+        "normalize",
+        "ot_batch",
+        "reflow_from",
+        "time_sampling",
+        "time_mean",
+        "time_std",
+    }
+)
+
+# Between the path of a file and the digest of its content, in `init_from` and `reflow_from`.
 PINNED = "@sha256:"
 
 
@@ -104,16 +122,28 @@ class TrainingConfig:
     """Model: mlp, or your own nn.Module as package.module:Name (x: (batch, dim), t: (batch,) ->
     (batch, dim)); LABEL=package.module:Name gives it a short name."""
 
-    flow: Flow = "icfm"
-    """Flow, by torchcfm's names: icfm (independent coupling) or otcfm (minibatch optimal
-    transport)."""
+    flow: str = "icfm"
+    """Flow, by torchcfm's names: icfm (independent coupling), otcfm (exact optimal transport of a
+    batch), fm (Lipman et al.), sbcfm (Schrödinger bridge), vpcfm (variance preserving), reflow
+    (pairs of a finished run), or your own as package.module:name."""
 
     dataset: str = "digits"
     """Data: digits (embedded), the NAME of splits in STUDY/datasets/splits, or the path of a .pt
     or .npy file of shape (n, dim)."""
 
     aug: Augmentation = "none"
-    """Augmentation of the data: none."""
+    """Augmentation of the training data: noise, mixup or dropout (of entries). Validation and
+    measures are of clean data."""
+
+    aug_strength: OptionalFloat = None
+    """noise: its deviation in units of the data's; mixup: a of Beta(a, a); dropout: share of
+    entries; default: 0.1, 0.2 and 0.1."""
+
+    source: str = "normal"
+    """Where paths start: normal (noise), or data, named as for --dataset."""
+
+    normalize: Normalization = "columns"
+    """columns: each by its own mean and deviation; none: train on the data as they are."""
 
     group: str = "ablation"
     """Group of the run in W&B."""
@@ -154,6 +184,24 @@ class TrainingConfig:
     sigma: float = 0.0
     """Standard deviation of the noise around the path from x_0 to x_1."""
 
+    ot_batch: OptionalInt = None
+    """Rows that otcfm and sbcfm pair at once, over all ranks; a multiple of the batch size;
+    default: the batch size."""
+
+    reflow_from: OptionalStr = None
+    """Run whose pairs of noise and sample --flow reflow straightens; a finished one of this
+    study."""
+
+    time_sampling: TimeSampling = "uniform"
+    """Times of the training: uniform, or logit-normal (the sigmoid of a normal variable).
+    Validation takes uniform ones."""
+
+    time_mean: float = 0.0
+    """Mean of the normal variable of logit-normal."""
+
+    time_std: float = 1.0
+    """Standard deviation of the normal variable of logit-normal."""
+
     seed: int = 0
     """Seed of weights, order, noise and times."""
 
@@ -184,18 +232,34 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
             _require(self, name, minimum=1)
+        if self.ot_batch is not None and (self.ot_batch < 1 or self.ot_batch % self.batch_size):
+            raise ConfigError(
+                f"--ot-batch: found {self.ot_batch}, expected a multiple of --batch-size "
+                f"({self.batch_size})"
+            )
         for name in ("warmup_steps", "num_workers", "weight_decay", "sigma"):
             _require(self, name, minimum=0)
-        for name in ("lr", "grad_clip"):
+        for name in ("lr", "grad_clip", "time_std"):
             _require(self, name, above=0)
+        _require(self, "time_mean")
+        if self.aug_strength is not None:
+            _require(self, "aug_strength", above=0, below=1 if self.aug == "dropout" else None)
+            if self.aug == "none":
+                raise ConfigError(f"--aug-strength: found {self.aug_strength} without --aug")
         if self.checkpoint_every_s is not None:
             _require(self, "checkpoint_every_s", minimum=0)
         _require(self, "ema_decay", minimum=0, below=1)
         _require(self, "seed", minimum=0, below=MAX_SEED)
-        _require_choice("flow", self.flow, Flow)
         _require_choice("aug", self.aug, Augmentation)
         _require_choice("precision", self.precision, Precision)
         _require_choice("data_placement", self.data_placement, DataPlacement)
+        _require_choice("normalize", self.normalize, Normalization)
+        _require_choice("time_sampling", self.time_sampling, TimeSampling)
+        if ":" not in self.flow and self.flow not in BUILT_IN_FLOWS:
+            raise ConfigError(
+                f"--flow: found {self.flow!r}, expected one of {', '.join(BUILT_IN_FLOWS)}, or "
+                f"your own as package.module:name{did_you_mean(self.flow, BUILT_IN_FLOWS)}"
+            )
         for key in self.arch_args:
             if not key.isidentifier():
                 raise ConfigError(f"--arch-args: found {key!r}, expected an argument's name")
@@ -204,14 +268,13 @@ class TrainingConfig:
     def run_name(self) -> str:
         """`{arch}-{flow}-{dataset}-{aug}`: the name of the run's folder where none is given."""
         dataset = Path(self.dataset).stem if is_data_file(self.dataset) else self.dataset
-        parts = (self.arch_label, self.flow, dataset, self.aug)
+        parts = (self.arch_label, self.flow_label, dataset, self.aug)
         return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))
 
     @property
     def arch_label(self) -> str:
         """What a run name calls the model: the label, or the class's own name."""
-        label, _, path = self.arch.rpartition("=")
-        return label or path.rpartition(":")[2]
+        return _label(self.arch)
 
     @property
     def arch_path(self) -> str:
@@ -219,9 +282,19 @@ class TrainingConfig:
         return self.arch.rpartition("=")[2]
 
     @property
+    def flow_label(self) -> str:
+        """What a run name calls the flow."""
+        return _label(self.flow)
+
+    @property
+    def flow_path(self) -> str:
+        """The built-in's name or `package.module:name`, without the label."""
+        return self.flow.rpartition("=")[2]
+
+    @property
     def user_modules(self) -> tuple[str, ...]:
         """The modules that the import paths among the fields name; none of them is imported."""
-        paths = (self.arch_path, self.flow.rpartition("=")[2])
+        paths = (self.arch_path, self.flow_path)
         return tuple(dict.fromkeys(path.partition(":")[0] for path in paths if ":" in path))
 
     @property
@@ -374,27 +447,54 @@ def check_arch(config: TrainingConfig, labels: Iterable[str] = ()) -> None:
         config: What is asked for.
         labels: The user's own names for models, which may have been meant.
     """
-    known = {*BUILT_IN_ARCHS, *labels}
-    module, colon, name = config.arch_path.partition(":")
     if config.arch_path in BUILT_IN_ARCHS:
         return
-    if not (colon and module and name.isidentifier()):
+    if not _is_import_path(config.arch_path):
         raise ConfigError(
             f"--arch: found {config.arch!r}, expected one of {', '.join(BUILT_IN_ARCHS)}, or your "
-            f"own nn.Module as package.module:Name{did_you_mean(config.arch, known)}"
+            f"own nn.Module as package.module:Name"
+            f"{did_you_mean(config.arch, {*BUILT_IN_ARCHS, *labels})}"
         )
-    package = module.partition(".")[0]
+    check_module("--arch", config.arch)
+
+
+def check_module(option: str, value: str) -> None:
+    """Raise a ConfigError unless there is the package of an import path; it is not imported.
+
+    Args:
+        option: For the error's text.
+        value: `package.module:name`, maybe with a label.
+    """
+    path = value.rpartition("=")[2]
+    if not _is_import_path(path):
+        raise ConfigError(f"{option}: found {value!r}, expected package.module:name")
+    package = path.partition(":")[0].partition(".")[0]
     if importlib.util.find_spec(package) is None:
         beside = {file.stem for file in Path.cwd().glob("*.py")}
         raise ConfigError(
-            f"--arch {config.arch}: no module {package} in {Path.cwd()} or on PYTHONPATH"
+            f"{option} {value}: no module {package} in {Path.cwd()} or on PYTHONPATH"
             f"{did_you_mean(package, beside)}"
         )
 
 
+def _is_import_path(path: str) -> bool:
+    module, _, name = path.partition(":")
+    return bool(module) and name.isidentifier()
+
+
+def _label(value: str) -> str:
+    label, _, path = value.rpartition("=")
+    return label or path.rpartition(":")[2]
+
+
 def signature_of(training: Mapping[str, Any]) -> str:
     """The signature of a training config as JSON has it."""
-    canonical = json.dumps(_relevant(training), sort_keys=True, separators=(",", ":"))
+    relevant = {
+        key: value
+        for key, value in _relevant(training).items()
+        if key not in LATER or value != _default(key)
+    }
+    canonical = json.dumps(relevant, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -405,20 +505,24 @@ def signature_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> 
     """
     old, new = _relevant(there), _relevant(here)
     return [
-        f"  {flag(key)}: {there[key]} there, {here[key]} asked for"
+        f"  {flag(key)}: {there.get(key, _default(key))} there, {here[key]} asked for"
         for key in here
         if key in old and key in new and old[key] != new[key]
     ]
 
 
 def _relevant(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a training config that decide the result, weights by their content alone."""
-    found = {key: value for key, value in training.items() if key not in NOT_IN_SIGNATURE}
-    if found.get("init_from"):
-        found["init_from"] = found["init_from"].rpartition(PINNED)[2]
-    else:
-        found.pop("init_from", None)  # as if the field were not there: older runs keep their own
+    """The fields of a training config that decide the result, files by their content alone."""
+    whole = {key: _default(key) for key in LATER} | dict(training)
+    found = {key: value for key, value in whole.items() if key not in NOT_IN_SIGNATURE}
+    for key in ("init_from", "reflow_from"):
+        found[key] = found[key] and found[key].rpartition(PINNED)[2]
     return found
+
+
+def _default(key: str) -> Any:
+    """Of a field with a default that is no object of its own."""
+    return getattr(TrainingConfig, key)
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -516,7 +620,9 @@ def typed_value(
             return KeyValues(value)
         if option is Path and isinstance(value, str):
             return absolute(folder / os.path.expanduser(value))
-        is_path = name == "init_from" or (name == "dataset" and is_data_file(str(value)))
+        is_path = name == "init_from" or (
+            name in ("dataset", "source") and is_data_file(str(value))
+        )
         if isinstance(value, str) and is_path:
             return str(absolute(folder / os.path.expanduser(value)))
         if option is float and type(value) is int:

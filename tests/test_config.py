@@ -64,7 +64,7 @@ def test_signature_changes_with_what_changes_the_result_only() -> None:
         ("lr", 0.0, "--lr: found 0.0, expected more than 0"),
         ("lr", float("nan"), "--lr: found nan, expected a finite number"),
         ("ema_decay", 1.0, "--ema-decay: found 1.0, expected less than 1"),
-        ("flow", "sbcfm", "--flow: found 'sbcfm', expected one of icfm, otcfm"),
+        ("flow", "icmf", "--flow: found 'icmf', expected one of icfm, otcfm, .* did you mean icfm"),
     ],
 )
 def test_a_bad_value_is_refused_by_its_flag(field: str, value: object, said: str) -> None:

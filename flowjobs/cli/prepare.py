@@ -16,10 +16,12 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
     check_arch,
+    check_module,
     flag,
     is_data_file,
 )
 from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.flows.flow import check_flow
 from flowjobs.models.source import check_model
 from flowjobs.nearest import LIST_AT_MOST
 from flowjobs.runs.code import import_from_snapshot
@@ -27,7 +29,7 @@ from flowjobs.runs.datasets import check_data
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run, absolute, check_run_name
 from flowjobs.runs.selection import select
-from flowjobs.training.initial_weights import with_pinned_weights
+from flowjobs.training.pinned import with_pinned_files
 
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunNames = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -62,18 +64,14 @@ def prepare_run(
     training = defaults.resolve_arch(training)
     # The job may start in another folder than this one.
     study = absolute(study)
-    if is_data_file(training.dataset):
-        path = absolute(Path(training.dataset))
-        training = dataclasses.replace(training, dataset=str(path))
+    training = with_absolute_paths(training)
     run = Run(study, name or training.run_name)
     check_run_name(run.name)
     if own_code:
         import_from_snapshot(run)
-    check_arch(training, defaults.archs)
-    check_model(training)
-    check_data(training.dataset, study)
+    check_parts(training, study, defaults)
     before = run.config().training if run.exists() else None
-    training = with_pinned_weights(training, before)
+    training = with_pinned_files(training, study, before)
     if before is not None and before.signature == training.signature:
         # Only a flag changes how long a run is: a bare command goes on with it as it is.
         own = {key: getattr(before, key) for key in ("epochs", "patience")}
@@ -84,6 +82,28 @@ def prepare_run(
     else:
         slurm = run.config().slurm if run.exists() else SlurmConfig()
     return run, RunConfig(training, slurm, tracking, restarts)
+
+
+def check_parts(training: TrainingConfig, study: Path, defaults: Defaults) -> None:
+    """Raise a FlowjobsError where the model, the flow or the data can surely not be used."""
+    check_arch(training, defaults.archs)
+    check_model(training)
+    if ":" in training.flow:
+        check_module("--flow", training.flow)
+    check_flow(training)
+    check_data(training.dataset, study)
+    if training.source != "normal":
+        check_data(training.source, study, "--source")
+
+
+def with_absolute_paths(training: TrainingConfig) -> TrainingConfig:
+    """The config with the paths of data from the root."""
+
+    def from_root(value: str) -> str:
+        return str(absolute(Path(value))) if is_data_file(value) else value
+
+    dataset, source = from_root(training.dataset), from_root(training.source)
+    return dataclasses.replace(training, dataset=dataset, source=source)
 
 
 def existing_run(study: Path, name: str) -> Run:

@@ -14,6 +14,7 @@ import tyro
 from flowjobs.cli.code_options import CodeOptions, Flag
 from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
 from flowjobs.cli.hint import hint
+from flowjobs.cli.prepare import check_parts, with_absolute_paths
 from flowjobs.cli.start_many import (
     counted,
     plan_code_of,
@@ -33,13 +34,10 @@ from flowjobs.config import (
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
-    check_arch,
     flag,
     is_data_file,
 )
 from flowjobs.errors import ConfigError
-from flowjobs.models.source import check_model
-from flowjobs.runs.datasets import check_data
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import Run, absolute, check_run_name
 from flowjobs.sweeps import grid
@@ -53,7 +51,7 @@ from flowjobs.sweeps.kept import (
     read_kept,
 )
 from flowjobs.tracking.mode import resolve_mode
-from flowjobs.training.initial_weights import with_pinned_weights
+from flowjobs.training.pinned import with_pinned_files
 
 if TYPE_CHECKING:
     from flowjobs.sweeps.plan import Member
@@ -200,8 +198,8 @@ class Sweep(CodeOptions, CommandOptions):
                 for item in given:
                     (key, value), *_ = KeyValues.parse([item]).items()
                     values.setdefault(f"{ARGUMENT}{key}", []).append(value)
-            elif known.name == "dataset":
-                values["dataset"] = [
+            elif known.name in ("dataset", "source"):
+                values[known.name] = [
                     str(absolute(Path(each))) if is_data_file(each) else each for each in given
                 ]
             elif given or known.type is bool:
@@ -229,16 +227,16 @@ class Sweep(CodeOptions, CommandOptions):
         base, points = defaults.fill(TrainingConfig), sweep.points()
         if not points:
             raise ConfigError(f"the sweep {name} has no runs: all are excluded")
-        configs = [_absolute(defaults.resolve_arch(training_of(p, base))) for p in points]
+        configs = [with_absolute_paths(defaults.resolve_arch(training_of(p, base))) for p in points]
         _check(configs, study, defaults)
         names = names_kept(study, name, configs, run_names_of(configs))
         runs: dict[Run, RunConfig] = {}
         for point, config, run_name in zip(points, configs, names, strict=True):
             check_run_name(run_name)
             run, training = Run(study, run_name), config
-            if training.init_from:
+            if training.init_from or training.reflow_from:
                 before = run.config().training if run.exists() else None
-                training = with_pinned_weights(training, before)
+                training = with_pinned_files(training, study, before)
             slurm = slurm_of(point, parts["slurm"])
             check_shared(sweep.runs_per_gpu, slurm)
             runs[run] = RunConfig(training, slurm, parts["tracking"], parts["restarts"])
@@ -358,19 +356,12 @@ def _why(stage: str, members: Sequence["Member"], name: str, study: Path) -> str
     return ""
 
 
-def _absolute(config: TrainingConfig) -> TrainingConfig:
-    if not is_data_file(config.dataset):
-        return config
-    return dataclasses.replace(config, dataset=str(absolute(Path(config.dataset))))
-
-
 def _check(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -> None:
-    """Raise if one of the runs cannot be meant; each model and each dataset is looked at once."""
-    models: dict[str, TrainingConfig] = {}
+    """Raise if one of the runs cannot be meant; runs that differ in numbers alone are one."""
+    different: dict[tuple[object, ...], TrainingConfig] = {}
     for config in configs:
-        models.setdefault(f"{config.arch} {config.arch_args}", config)
-    for config in models.values():
-        check_arch(config, defaults.archs)
-        check_model(config)
-    for dataset in {config.dataset for config in configs}:
-        check_data(dataset, study)
+        names = (config.arch, config.flow, config.dataset, config.source, config.reflow_from)
+        numbers = (config.arch_args, config.sigma == 0, config.ot_batch)
+        different.setdefault((*names, *map(str, numbers)), config)
+    for config in different.values():
+        check_parts(config, study, defaults)

@@ -29,7 +29,7 @@ class Batches(Protocol):
     steps_per_epoch: int
 
     def rows(self, step: int) -> Tensor:
-        """This rank's rows of the step (0 is the first), on the device, shape (n, dim)."""
+        """This rank's rows of the step (0 is the first), on the device, shape (n, *shape)."""
         ...
 
 
@@ -83,7 +83,7 @@ class ResidentBatches:
 
     def __init__(self, dataset: FlowDataset, order: Order, mean: Tensor, std: Tensor) -> None:
         self.steps_per_epoch = order.steps_per_epoch
-        shape = (len(dataset), dataset.dim)
+        shape = (len(dataset), *dataset.shape)
         self._data = torch.empty(shape, device=mean.device, dtype=torch.float32)
         for indices, rows in dataset.in_order_of_file():
             self._data[indices.to(mean.device)] = normalized(rows, mean, std)
@@ -111,7 +111,7 @@ class LoadedBatches:
         self._mean, self._std = mean, std
         self._num_workers = num_workers
         self._next_step = -1
-        self._coming: ReadAhead | None = None
+        self._coming: ReadAhead[Tensor] | None = None
 
     def rows(self, step: int) -> Tensor:
         """See `Batches`. Steps that follow one another are read ahead."""
@@ -130,7 +130,7 @@ class LoadedBatches:
 
 
 def normalized(rows: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """A copy of the rows, shape (n, dim), on the device of `mean`: centred, in units of std.
+    """A copy of the rows, shape (n, *shape), on the device of `mean`: centred, in units of std.
 
     Computed in the type of `mean`, and then float32.
     """

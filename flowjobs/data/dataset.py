@@ -15,9 +15,17 @@ from flowjobs.config import is_data_file
 from flowjobs.data.memory import free_memory_bytes
 from flowjobs.data.row_reader import RowReader
 from flowjobs.data.tensor_file import write_tensor
+from flowjobs.data.toy import toy_set
 from flowjobs.errors import DataError
 from flowjobs.runs.data_file import DataContent, check_shape, content_of, read_layout
-from flowjobs.runs.datasets import EMBEDDED, check_dataset, check_rows, check_widths, split_files
+from flowjobs.runs.datasets import (
+    DIGITS,
+    EMBEDDED,
+    check_dataset,
+    check_rows,
+    check_shapes,
+    split_files,
+)
 
 # What is looked at at once where a pass over all rows is needed, in float64.
 CHUNK_BYTES = 8 * 1024**2
@@ -29,12 +37,12 @@ RARE_DEVIATIONS = 16
 
 
 class FlowDataset(Dataset[Tensor]):
-    """Vectors of one width, as they are in the file; the trainer normalizes them.
+    """Rows of one shape, as they are in the file; the trainer normalizes them.
 
     Args:
         source: A `.pt` file that holds one tensor, a `.npy` file, a tensor or an array: of floats,
-            of shape (n, dim). A small file is read into memory; of a large one rows are read when
-            they are asked for, which ends in a DataError if it has changed since.
+            of shape (n, dim) or (n, *shape). A small file is read into memory; of a large one rows
+            are read when they are asked for, which ends in a DataError if it has changed since.
 
     Raises:
         DataError: The file is missing, unreadable, of another shape or type, empty, or holds a
@@ -74,9 +82,14 @@ class FlowDataset(Dataset[Tensor]):
         return self._source is other._source
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a row."""
+        return tuple(self._source.shape[1:])
+
+    @property
     def dim(self) -> int:
-        """Width of a row."""
-        return self._source.shape[1]
+        """Numbers of a row."""
+        return math.prod(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +98,7 @@ class FlowDataset(Dataset[Tensor]):
 
     @property
     def data(self) -> Tensor:
-        """All rows, shape (n, dim); of a part or a large file, a copy."""
+        """All rows, shape (n, *shape); of a part or a large file, a copy."""
         if self._index is None and isinstance(self._source, Tensor):
             return self._source
         return self._rows(slice(None))
@@ -94,7 +107,7 @@ class FlowDataset(Dataset[Tensor]):
         return self._source.shape[0] if self._index is None else len(self._index)
 
     def __getitem__(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
-        """A row of shape (dim,), or the rows of a list of indices or a slice.
+        """A row, or the rows of a list of indices or a slice.
 
         Of float32, or float64 where the file is: its digits may be needed until it is centred.
         """
@@ -102,7 +115,7 @@ class FlowDataset(Dataset[Tensor]):
         return rows if rows.dtype == torch.float64 else rows.float()
 
     def in_order(self) -> Iterator[Tensor]:
-        """All rows once, (m, dim) at a time, of the file's type."""
+        """All rows once, (m, *shape) at a time, of the file's type."""
         n = rows_of_chunk(self.dim)
         for start in range(0, len(self), n):
             yield self._rows(slice(start, start + n))
@@ -112,7 +125,7 @@ class FlowDataset(Dataset[Tensor]):
 
         Yields:
             The indices of some rows in this dataset, int64 of shape (m,), and the rows, of shape
-            (m, dim) and the file's type.
+            (m, *shape) and the file's type.
         """
         order = torch.arange(len(self)) if self._index is None else self._index.argsort()
         for indices in torch.split(order, rows_of_chunk(self.dim)):
@@ -127,7 +140,7 @@ class FlowDataset(Dataset[Tensor]):
 
     def _check_finite(self) -> None:
         for indices, rows in self.in_order_of_file():
-            finite = torch.isfinite(rows).all(dim=1)
+            finite = torch.isfinite(rows).flatten(1).all(dim=1)
             if not bool(finite.all()):
                 row = int(indices[~finite][0])
                 raise DataError(f"{self.name}: row {row} has a value that is NaN or infinite")
@@ -139,7 +152,7 @@ def rows_of_chunk(dim: int) -> int:
 
 
 def normalization_stats(dataset: FlowDataset) -> dict[str, Tensor]:
-    """Mean and standard deviation of each column, of shape (dim,).
+    """Mean and standard deviation of each column, of the shape of a row.
 
     Each column has a scale of its own, however far from the others'. One that varies in hardly any
     row (a pixel that is nearly always black) gets a larger standard deviation than it has, so that
@@ -152,7 +165,7 @@ def normalization_stats(dataset: FlowDataset) -> dict[str, Tensor]:
     """
     columns = _Columns(dataset.dim)
     for _, rows in dataset.in_order_of_file():
-        columns.add(rows.double())
+        columns.add(rows.double().flatten(1))
     std = (columns.squares / columns.n).sqrt()
     if not bool(torch.isfinite(std).all()):
         raise DataError(f"{dataset.name}: column {int(std.argmax())} has values that are too large")
@@ -167,12 +180,21 @@ def normalization_stats(dataset: FlowDataset) -> dict[str, Tensor]:
     own = torch.where(constant, torch.where(mean == 0, 1.0, mean.abs()), reach / 2)
     rare = constant | (reach > RARE_DEVIATIONS * std)
     std = torch.where(rare, torch.maximum(std, floor.minimum(own)), std)
-    stats = {"mean": mean, "std": std}
+    stats = {"mean": mean.view(dataset.shape), "std": std.view(dataset.shape)}
     if dataset.dtype == torch.float64:
         return stats
     rounded = {key: value.float() for key, value in stats.items()}
     moved = [(rounded[key].double() - stats[key]).abs() for key in stats]
-    return rounded if bool((moved[0] + moved[1] <= 1e-4 * std).all()) else stats
+    return rounded if bool((moved[0] + moved[1] <= 1e-4 * stats["std"]).all()) else stats
+
+
+def no_normalization(dataset: FlowDataset) -> dict[str, Tensor]:
+    """The `mean` and `std` that leave the data as they are."""
+    dtype = torch.float64 if dataset.dtype == torch.float64 else torch.float32
+    return {
+        "mean": torch.zeros(dataset.shape, dtype=dtype),
+        "std": torch.ones(dataset.shape, dtype=dtype),
+    }
 
 
 class _Columns:
@@ -201,25 +223,37 @@ class _Columns:
         self.n += len(rows)
 
 
-def load_datasets(dataset: str, study: Path) -> tuple[FlowDataset, FlowDataset]:
+def load_datasets(
+    dataset: str, study: Path, option: str = "--dataset"
+) -> tuple[FlowDataset, FlowDataset]:
     """The training and the validation part of `--dataset`.
 
     Args:
-        dataset: `digits`, the name of splits under the study, or the path of a .pt or .npy file
-            (whose last 15 % after a fixed shuffle are the validation part).
+        dataset: An embedded one (digits, toy sets), the name of splits under the study, or the path
+            of a .pt or .npy file (whose last 15 % after a fixed shuffle are the validation part).
         study: The root of the study.
+        option: What asks for it, for an error's text.
     """
-    check_dataset(dataset, study)
+    check_dataset(dataset, study, option)
     if is_data_file(dataset):
         whole = FlowDataset(dataset)
         check_rows(dataset, len(whole))
         return split(whole)
     train_file, val_file = split_files(study, dataset)
-    if dataset == EMBEDDED and not train_file.exists():
-        write_splits(FlowDataset(load_digits()), study, {EMBEDDED: None})
+    if dataset in EMBEDDED and not train_file.exists():
+        _write_embedded(dataset, study)
     train, val = FlowDataset(train_file), FlowDataset(val_file)
-    check_widths(train_file, train.dim, val_file, val.dim)
+    check_shapes(train_file, train.shape, val_file, val.shape)
     return train, val
+
+
+def _write_embedded(dataset: str, study: Path) -> None:
+    if dataset == DIGITS:
+        write_splits(FlowDataset(load_digits()), study, {DIGITS: None})
+        return
+    whole = FlowDataset(toy_set(dataset))
+    train, val = (whole.part(part, dataset) for part in torch.arange(len(whole)).chunk(2))
+    _write_split(study, dataset, train, val)
 
 
 def content_by_part(train: FlowDataset, val: FlowDataset) -> dict[str, DataContent]:
@@ -280,17 +314,21 @@ def write_splits(
         if there.exists() and not overwrite and not same_rows(FlowDataset(there), parts[name]):
             raise DataError(f"{there} holds other rows: remove it, or add --overwrite")
     for name, part in parts.items():
-        train_file, val_file = split_files(study, name)
-        train_file.parent.mkdir(parents=True, exist_ok=True)
-        # The validation part first: where train.pt is, the split is complete.
-        for rows, file in ((val, val_file), (part, train_file)):
-            write_tensor(file, (len(rows), rows.dim), rows.dtype, rows.in_order())
+        _write_split(study, name, part, val)
     return {name: len(part) for name, part in parts.items()}
+
+
+def _write_split(study: Path, name: str, train: FlowDataset, val: FlowDataset) -> None:
+    train_file, val_file = split_files(study, name)
+    train_file.parent.mkdir(parents=True, exist_ok=True)
+    # The validation part first: where train.pt is, the split is complete.
+    for rows, file in ((val, val_file), (train, train_file)):
+        write_tensor(file, (len(rows), *rows.shape), rows.dtype, rows.in_order())
 
 
 def same_rows(first: FlowDataset, second: FlowDataset) -> bool:
     """Whether both hold the same numbers in the same order."""
-    if (len(first), first.dim, first.dtype) != (len(second), second.dim, second.dtype):
+    if (len(first), first.shape, first.dtype) != (len(second), second.shape, second.dtype):
         return False
     pairs = zip(first.in_order(), second.in_order(), strict=True)
     return all(torch.equal(one, other) for one, other in pairs)
@@ -324,7 +362,7 @@ def _load(path: Path) -> Tensor | RowReader:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} cannot be read as a {path.suffix} file: {reason}") from error
     if not isinstance(loaded, Tensor):
-        raise DataError(f"{path} holds a {type(loaded).__name__}, expected one tensor (n, dim)")
+        raise DataError(f"{path} holds a {type(loaded).__name__}, expected one tensor")
     if loaded.layout is not torch.strided:
         raise DataError(f"{path} holds a tensor of layout {loaded.layout}, expected a dense one")
     return loaded.detach()  # saved from a graph, it would ask for gradients
@@ -344,10 +382,8 @@ def _check_room(path: Path) -> None:
 def _content_of_tensor(data: Tensor) -> DataContent:
     rows = data.detach().cpu().contiguous()
     content = memoryview(rows.view(torch.uint8).numpy().data).cast("B")
-    shape = (rows.shape[0], rows.shape[1])
-    return content_of(
-        shape, _word(rows.dtype), len(content), lambda start, size: content[start : start + size]
-    )
+    shape, dtype = tuple(rows.shape), _word(rows.dtype)
+    return content_of(shape, dtype, len(content), lambda start, size: content[start : start + size])
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -13,8 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-
-from torch import Tensor
+from typing import Generic, TypeVar
 
 from flowjobs.errors import DataError
 
@@ -26,10 +25,11 @@ WAIT_S = 600.0
 # A read that is under way when the training ends.
 END_S = 2.0
 
-_Asked = tuple[Callable[[], Tensor], "Future[Tensor]"]
+T = TypeVar("T")
+_Asked = tuple[Callable[[], T], "Future[T]"]
 
 
-class ReadAhead:
+class ReadAhead(Generic[T]):
     """Results of reads in the order in which they were asked for, each begun before it is needed.
 
     Args:
@@ -38,11 +38,11 @@ class ReadAhead:
         name: Of what is read, for the texts.
     """
 
-    def __init__(self, reads: Iterator[Callable[[], Tensor]], n_threads: int, name: str) -> None:
+    def __init__(self, reads: Iterator[Callable[[], T]], n_threads: int, name: str) -> None:
         self._reads = reads
         self._name = name
-        self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
-        self._coming: deque[Future[Tensor]] = deque()
+        self._asked: queue.SimpleQueue[_Asked[T] | None] = queue.SimpleQueue()
+        self._coming: deque[Future[T]] = deque()
         # Daemons: one that hangs in a dead file system must not keep the process from its end.
         threads = [
             threading.Thread(target=_serve, args=(self._asked,), name="reader", daemon=True)
@@ -54,7 +54,7 @@ class ReadAhead:
         # One that comes back from a read while the interpreter is being torn down could abort it.
         weakref.finalize(self, _end, self._asked, threads)
 
-    def next(self) -> Tensor:
+    def next(self) -> T:
         """What the next read gives.
 
         Raises:
@@ -63,12 +63,12 @@ class ReadAhead:
         if not self._n_ahead:
             return next(self._reads)()
         while len(self._coming) < self._n_ahead:
-            future: Future[Tensor] = Future()
+            future: Future[T] = Future()
             self._asked.put((next(self._reads), future))
             self._coming.append(future)
         return self._wait_for(self._coming.popleft())
 
-    def _wait_for(self, future: "Future[Tensor]") -> Tensor:
+    def _wait_for(self, future: "Future[T]") -> T:
         if not wait([future], SAY_AFTER_S).done:
             logger.warning("%s has given no rows for %g s; waiting", self._name, SAY_AFTER_S)
             if not wait([future], WAIT_S - SAY_AFTER_S).done:
@@ -79,7 +79,7 @@ class ReadAhead:
         return future.result()
 
 
-def _serve(asked: "queue.SimpleQueue[_Asked | None]") -> None:
+def _serve(asked: "queue.SimpleQueue[_Asked[T] | None]") -> None:
     while (item := asked.get()) is not None:
         read, future = item
         try:
@@ -89,7 +89,7 @@ def _serve(asked: "queue.SimpleQueue[_Asked | None]") -> None:
         del item, read, future  # or the rows would be held until the next ones are asked for
 
 
-def _end(asked: "queue.SimpleQueue[_Asked | None]", threads: list[threading.Thread]) -> None:
+def _end(asked: "queue.SimpleQueue[_Asked[T] | None]", threads: list[threading.Thread]) -> None:
     while not asked.empty():  # what is not begun need not be
         try:
             asked.get_nowait()

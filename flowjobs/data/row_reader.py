@@ -5,6 +5,7 @@ up to the whole file, and a scheduler that polls may end a job for them; and whe
 short, a process that touches what is gone dies of a signal.
 """
 
+import math
 import os
 import weakref
 from collections.abc import Sequence
@@ -23,10 +24,10 @@ class RowReader:
 
     Args:
         path: The file.
-        layout: Where its numbers are; of shape (n, dim), row after row.
+        layout: Where its numbers are; of shape (n, *shape), row after row.
 
     Attributes:
-        shape: (n, dim).
+        shape: (n, *shape).
         dtype: Type of the numbers.
         content: What the rows are.
     """
@@ -34,9 +35,10 @@ class RowReader:
     def __init__(self, path: Path, layout: Layout) -> None:
         self._path = path
         self._layout = layout
-        self.shape = self._n, self._dim = layout.shape[0], layout.shape[1]
+        self.shape = layout.shape
+        self._n = layout.shape[0]
         self.dtype: torch.dtype = getattr(torch, layout.dtype)
-        self._row_bytes = self._dim * self.dtype.itemsize
+        self._row_bytes = math.prod(layout.shape[1:]) * self.dtype.itemsize
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self._version = self._version_of_file()
@@ -58,7 +60,7 @@ class RowReader:
         places = np.where(places < 0, places + self._n, places)
         if ((places < 0) | (places >= self._n)).any():
             raise IndexError(f"an index is out of range for {self._n} rows")
-        rows = torch.empty((len(places), self._dim), dtype=self.dtype)
+        rows = torch.empty((len(places), *self.shape[1:]), dtype=self.dtype)
         if not len(places):
             return rows
         memory = memoryview(rows.view(torch.uint8).numpy().data).cast("B")

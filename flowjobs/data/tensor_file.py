@@ -1,5 +1,6 @@
 """Writing a tensor that is larger than memory as a `.pt` file."""
 
+import math
 import struct
 import tempfile
 import zipfile
@@ -22,15 +23,15 @@ DESCRIPTOR_CRC_AT = 4
 
 
 def write_tensor(
-    path: Path, shape: tuple[int, int], dtype: torch.dtype, rows: Iterable[Tensor]
+    path: Path, shape: tuple[int, ...], dtype: torch.dtype, rows: Iterable[Tensor]
 ) -> None:
     """Write what torch.save would of a tensor that comes some rows at a time.
 
     Args:
         path: The file, replaced whole.
-        shape: (n, dim).
+        shape: (n, *shape).
         dtype: Type of the numbers.
-        rows: In order, (m, dim) at a time, n in all.
+        rows: In order, (m, *shape) at a time, n in all.
     """
     with replaced_whole(path) as out:
         # torch.save lays the file out and leaves the tensor's bytes to be filled in; the tensor is
@@ -39,7 +40,7 @@ def write_tensor(
             tempfile.NamedTemporaryFile(dir=path.parent) as hole,
             torch.serialization.skip_data(),
         ):
-            n = shape[0] * shape[1]
+            n = math.prod(shape)
             try:
                 empty = torch.from_file(hole.name, shared=True, size=n, dtype=dtype).view(shape)
             except RuntimeError as error:  # torch's word for a full disk

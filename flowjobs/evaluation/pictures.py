@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from flowjobs.runs.datasets import EMBEDDED
+from flowjobs.runs.datasets import DIGITS
 from flowjobs.runs.files import replaced_whole
 
 # Side of a picture of points, in pixels.
@@ -31,7 +31,7 @@ def draw_samples(
         samples: Shape (n, dim).
         reference: Gives the data to compare with, shape (m, dim), where they are needed.
     """
-    if dataset == EMBEDDED:
+    if dataset == DIGITS:
         draw_grid(path, samples[:MOST_TILES].reshape(-1, 8, 8) / 16)
     else:
         draw_projection(path, samples, reference())

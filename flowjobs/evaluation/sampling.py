@@ -1,4 +1,4 @@
-"""Samples of a trained model: noise that follows the model's velocity from t = 0 to t = 1."""
+"""Samples of a trained model: points of the source that follow its velocity from t = 0 to t = 1."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowjobs.data.randomness import generator_for
+from flowjobs.data.source import NormalSource, Source
 from flowjobs.errors import SamplingError
 from flowjobs.evaluation.solver import Solver
 from flowjobs.models.velocity import Velocity, checked_velocity, input_dtype
@@ -42,7 +42,7 @@ class Samples:
     """Some samples, on the CPU.
 
     Attributes:
-        x_0: The noise that they come from, of the shape of `x_1`, float32.
+        x_0: The points of the source that they come from, of the shape of `x_1`, float32.
         x_1: The samples in the data's own units, shape (n, dim), of the type of the stats.
         nfe: Network calls that each of them took; with dopri5 a mean over the chunks.
         path_energy: See `Solution`; in the model's units, where the data are normalized.
@@ -122,6 +122,7 @@ def sample(
     seed: int = 0,
     solver: Solver = Solver(),  # noqa: B008, it is frozen
     *,
+    source: Source | None = None,
     with_energy: bool = False,
 ) -> Samples:
     """Draw n samples of a model. The arguments are those of `sample_chunks`.
@@ -129,7 +130,11 @@ def sample(
     A sample depends on the seed and its index alone, to the last bit on the same hardware: not on
     n, nor on the others.
     """
-    return joined(list(sample_chunks(model, n, stats, device, seed, solver, with_energy)))
+    source = source or NormalSource(tuple(stats["mean"].shape))
+    chunks = sample_chunks(
+        model, n, stats, device, seed, solver, source=source, with_energy=with_energy
+    )
+    return joined(list(chunks))
 
 
 def sample_chunks(
@@ -139,6 +144,8 @@ def sample_chunks(
     device: torch.device,
     seed: int,
     solver: Solver,
+    *,
+    source: Source,
     with_energy: bool = False,
 ) -> Iterator[Samples]:
     """Draw n samples of a model, at most CHUNK at a time.
@@ -146,10 +153,11 @@ def sample_chunks(
     Args:
         model: The velocity, on `device`.
         n: How many samples.
-        stats: Normalization of the data, which is undone: `mean` and `std` of shape (dim,).
+        stats: Normalization of the data, which is undone: `mean` and `std` of a row's shape.
         device: Where to compute.
-        seed: Seed of the noise, which is drawn on the CPU: it is the same on any device.
+        seed: Seed of the source, which is drawn on the CPU: it is the same on any device.
         solver: How to integrate.
+        source: Where the paths start, in normalized units.
         with_energy: Integrate the squared velocity along the paths too.
 
     Raises:
@@ -158,8 +166,7 @@ def sample_chunks(
     mean, std = stats["mean"].to(device), stats["std"].to(device)
     velocity = checked_velocity(model, input_dtype(model), type(model).__name__)
     for chunk, start in enumerate(range(0, n, CHUNK)):
-        generator = generator_for(torch.device("cpu"), seed, "samples", chunk)
-        x_0 = torch.randn((CHUNK, *mean.shape), generator=generator, dtype=torch.float32)
+        x_0 = source.starts(seed, chunk, CHUNK)
         found = integrate(velocity, x_0.to(device), solver, with_energy=with_energy)
         asked = slice(min(CHUNK, n - start))
         x_1 = (found.x_1 * std + mean)[asked].cpu()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowjobs.config import TrainingConfig
+from flowjobs.data.source import Source
 from flowjobs.evaluation.sampling import Samples, joined, sample_chunks
 from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
 
@@ -19,10 +20,11 @@ class TrainedModel:
         name: Of the run.
         model: The velocity at (x, t), with the averaged weights (EMA), in evaluation mode; of
             normalized data.
-        stats: Normalization of the data: `mean` and `std`, each of shape (dim,).
+        stats: Normalization of the data: `mean` and `std`, each of the shape of a row.
         config: What was trained.
         step: Optimizer steps that it is the best of.
         device: Where the model is.
+        source: Where its paths start.
     """
 
     name: str
@@ -31,6 +33,7 @@ class TrainedModel:
     config: TrainingConfig
     step: int
     device: torch.device
+    source: Source
 
     def sample(
         self,
@@ -45,13 +48,13 @@ class TrainedModel:
 
         Args:
             n: How many.
-            seed: Seed of the noise. A sample follows from it and its index, whatever n is.
+            seed: Seed of the source. A sample follows from it and its index, whatever n is.
             solver: euler, midpoint, heun, rk4, or dopri5, which chooses its steps.
-            steps: Steps from noise to data; of no effect with dopri5.
+            steps: Steps from source to data; of no effect with dopri5.
             tolerance: Error that dopri5 allows in each step.
 
         Returns:
-            The samples in the data's own units, on the CPU, shape (n, dim).
+            The samples in the data's own units, on the CPU, shape (n, *shape).
 
         Raises:
             SamplingError: A sample is not finite, or dopri5 does not get to the end.
@@ -64,5 +67,12 @@ class TrainedModel:
     ) -> Iterator[Samples]:
         """The samples of `sample`, as they are computed; see `sample_chunks`."""
         return sample_chunks(
-            self.model, n, self.stats, self.device, seed, solver, with_energy=with_energy
+            self.model,
+            n,
+            self.stats,
+            self.device,
+            seed,
+            solver,
+            source=self.source,
+            with_energy=with_energy,
         )

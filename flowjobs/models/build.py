@@ -1,4 +1,4 @@
-"""Models that predict a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim)."""
+"""Models that predict a velocity: (x: (batch, *shape), t: (batch,)) -> (batch, *shape)."""
 
 import importlib
 import inspect
@@ -6,27 +6,38 @@ import inspect
 import torch
 from torch import nn
 
-from flowjobs.config import TrainingConfig, check_arch
+from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig, check_arch
 from flowjobs.data.randomness import seed_python_and_numpy
 from flowjobs.errors import ConfigError
 from flowjobs.models.mlp import MLP
 from flowjobs.models.source import check_arguments
 
 
-def build_model(config: TrainingConfig, dim: int) -> nn.Module:
-    """The model of `--arch` for data of width `dim`, with its weights drawn from the seed.
+def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Module:
+    """The model of `--arch`, with its weights drawn from the seed.
+
+    Args:
+        config: Names the model, its arguments and the seed.
+        shape: Of a row of the data; of a vector also its width. A model of the user's own gets the
+            width of vectors, and the shape of other data.
 
     Raises:
-        ConfigError: There is no such model, or it does not take these arguments.
+        ConfigError: There is no such model, or it takes other arguments, or no such data.
     """
     check_arch(config)
+    shape = (shape,) if isinstance(shape, int) else shape
+    if config.arch_path in BUILT_IN_ARCHS and len(shape) > 1:
+        raise ConfigError(
+            f"--arch {config.arch} is for vectors, and the rows of {config.dataset} are of shape "
+            f"{shape}: flatten them, or give a model of your own"
+        )
     cls = _model_class(config.arch_path)
     check_arguments(inspect.signature(cls), cls.__name__, config.arch_args)
     torch.manual_seed(config.seed)
     # What a model draws and does not keep in its state must come out the same at each start.
     seed_python_and_numpy(config.seed)
     try:
-        return cls(dim, **config.arch_args)
+        return cls(shape[0] if len(shape) == 1 else shape, **config.arch_args)
     except (TypeError, ValueError, RuntimeError) as error:
         if cls is not MLP:
             raise  # a bug in the user's own model wants its traceback

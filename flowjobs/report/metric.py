@@ -15,7 +15,7 @@ AtStep = int | Literal["end"] | None
 LIVE = ("running", "preempted", "submitted")
 # A validation loss is the variance of the target (its floor) and what the model adds: another
 # coupling, noise or set of data has another floor. Samples are measured against data alone.
-FLOOR_OF_LOSS = ("dataset", "flow", "sigma")
+FLOOR_OF_LOSS = ("dataset", "source", "normalize", "flow", "sigma", "ot_batch", "reflow_from")
 FLOOR_OF_MEASURE = ("dataset",)
 
 

@@ -76,7 +76,7 @@ def _words(name: str, value: Any) -> list[str]:
         return [flag(name) if value else f"--no-{flag(name)[2:]}"]
     if isinstance(value, dict):
         return [flag(name), *(f"{key}={_literal(given)}" for key, given in value.items())]
-    if name == "init_from":
+    if name in ("init_from", "reflow_from"):
         value = str(value).partition(PINNED)[0]
     return [flag(name), str(value)]
 

@@ -107,7 +107,7 @@ class DataContent:
 
     Attributes:
         rows: How many.
-        dim: Width of a row.
+        dim: Numbers of a row.
         dtype: Type of the numbers.
         digest: Of the numbers, in the order of the rows.
     """
@@ -125,7 +125,7 @@ def content_of(shape: tuple[int, ...], dtype: str, n_bytes: int, read: Read) -> 
     """The content of rows that lie one after another.
 
     Args:
-        shape: (n, dim).
+        shape: (n, *shape).
         dtype: Type of the numbers.
         n_bytes: Size of all of them.
         read: Gives so many bytes (second) from a place on (first, from 0).
@@ -133,7 +133,7 @@ def content_of(shape: tuple[int, ...], dtype: str, n_bytes: int, read: Read) -> 
     digest = hashlib.sha256(f"{shape} {dtype}\n".encode())
     for start, size in _blocks(n_bytes, WHOLE_DIGEST_BYTES):
         digest.update(read(start, size))
-    return DataContent(shape[0], shape[1], dtype, digest.hexdigest()[:16])
+    return DataContent(shape[0], math.prod(shape[1:]), dtype, digest.hexdigest()[:16])
 
 
 def content_of_file(path: Path) -> DataContent | None:
@@ -172,9 +172,12 @@ def check_file(path: Path) -> Layout | None:
 
 
 def check_shape(shape: tuple[int, ...], dtype: str, name: str) -> None:
-    """Raise a DataError unless these are vectors of floats; `name` is for the error's text."""
-    if len(shape) != 2 or 0 in shape:
-        raise DataError(f"{name} has shape {shape}, expected (n, dim) with at least one row")
+    """Raise a DataError unless these are rows of floats; `name` is for the error's text."""
+    if len(shape) < 2 or 0 in shape:
+        raise DataError(
+            f"{name} has shape {shape}, expected (n, dim), or (n, *shape) for a model of your own, "
+            "with at least one row"
+        )
     if dtype not in FLOATS:
         raise DataError(f"{name} is of type {dtype}, expected floats ({', '.join(FLOATS)})")
 
@@ -193,7 +196,7 @@ def read_layout(file: BinaryIO, path: Path) -> Layout | None:
         reason = str(error) or type(error).__name__
         raise DataError(f"{path} cannot be read as a {path.suffix} file: {reason}") from error
     except _NoTensorError as error:
-        raise DataError(f"{path} holds a {error}, expected one tensor (n, dim)") from None
+        raise DataError(f"{path} holds a {error}, expected one tensor") from None
     if layout is not None and layout.row_major and layout.offset + layout.n_bytes > size:
         raise DataError(
             f"{path} has {size} bytes, expected {layout.offset + layout.n_bytes} for shape "
@@ -308,7 +311,11 @@ def _pt_layout(file: BinaryIO) -> Layout | None:
         dtype = TORCH_STORAGES[storage]
         offset = start_of_entry(file, entry) + found.offset * BYTES_OF_TYPE[dtype]
     shape = tuple(found.shape)
-    row_major = len(shape) == 2 and (shape[0] < 2 or tuple(found.stride) == (shape[1], 1))
+    strides = [math.prod(shape[number + 1 :]) for number in range(len(shape))]
+    row_major = all(
+        length == 1 or stride == expected  # of one row, the stride says nothing
+        for length, stride, expected in zip(shape, found.stride, strides, strict=True)
+    )
     return Layout(shape, dtype, offset, row_major)
 
 

@@ -5,17 +5,29 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flowjobs.config import is_data_file
+from flowjobs.config import PINNED, TrainingConfig, is_data_file
 from flowjobs.errors import DataError
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.data_file import DataContent, check_file, content_of_file
 
-EMBEDDED = "digits"
+DIGITS = "digits"
+TOY_SETS = (
+    *("8gaussians", "moons", "scurve"),
+    *("8gaussians-tong", "moons-tong", "8gaussians-c2ot", "moons-c2ot"),
+)
+# They need no file: their splits are written where they are first trained on.
+EMBEDDED = (DIGITS, *TOY_SETS)
 
 
 def split_files(study: Path, dataset: str) -> tuple[Path, Path]:
     """`STUDY/datasets/splits/NAME/train.pt` and `val.pt`."""
     folder = study / "datasets" / "splits" / dataset
+    return folder / "train.pt", folder / "val.pt"
+
+
+def pair_files(study: Path, reflow_from: str) -> tuple[Path, Path]:
+    """Where the pairs of noise and sample of a run's best.pt are kept, known by its digest."""
+    folder = study / "datasets" / "pairs" / reflow_from.rpartition(PINNED)[2][:16]
     return folder / "train.pt", folder / "val.pt"
 
 
@@ -27,49 +39,50 @@ def same_file(one: str, other: str) -> bool:
         return False
 
 
-def check_dataset(dataset: str, study: Path) -> None:
+def check_dataset(dataset: str, study: Path, option: str = "--dataset") -> None:
     """Raise a DataError, which lists what there is, unless the dataset's files exist."""
     if is_data_file(dataset):
         path = Path(dataset)
         if not path.is_file():
             beside = {file.name for file in path.parent.glob("*.*") if is_data_file(file.name)}
-            raise DataError(f"--dataset: no file {dataset}{did_you_mean(path.name, beside)}")
+            raise DataError(f"{option}: no file {dataset}{did_you_mean(path.name, beside)}")
         return
     train_file, val_file = split_files(study, dataset)
-    if dataset == EMBEDDED and not train_file.exists():
+    if dataset in EMBEDDED and not train_file.exists():
         return
     missing = [str(file) for file in (train_file, val_file) if not file.is_file()]
     if missing and Path(dataset).is_file():
-        raise DataError(f"--dataset: found {dataset}, expected a .pt or .npy file")
+        raise DataError(f"{option}: found {dataset}, expected a .pt or .npy file")
     if missing:
-        there = {EMBEDDED, *(file.parent.name for file in train_file.parent.parent.glob("*/*.pt"))}
+        there = {*EMBEDDED, *(file.parent.name for file in train_file.parent.parent.glob("*/*.pt"))}
         raise DataError(
-            f"--dataset {dataset}: no {' and no '.join(missing)}; "
+            f"{option} {dataset}: no {' and no '.join(missing)}; "
             f"{meant(dataset, there, 'datasets')}, or give the path of a .pt or .npy file"
         )
 
 
 def dataset_files(dataset: str, study: Path) -> dict[str, Path]:
-    """The files of a dataset, `data` or `train` and `val`; none if the embedded one is not made."""
+    """The files of a dataset, `data` or `train` and `val`; none of an embedded one not yet made."""
     if is_data_file(dataset):
         return {"data": Path(dataset)}
     train_file, val_file = split_files(study, dataset)
     return {"train": train_file, "val": val_file} if train_file.exists() else {}
 
 
-def check_data(dataset: str, study: Path) -> None:
+def check_data(dataset: str, study: Path, option: str = "--dataset") -> None:
     """Raise a DataError for data that can surely not be trained on. Takes a second at most.
 
     What cannot be known without torch, or is in a part of a large file that is not looked at, is
     found where the run starts.
     """
-    check_dataset(dataset, study)
+    check_dataset(dataset, study, option)
     files = dataset_files(dataset, study)
     found = {part: layout for part, file in files.items() if (layout := check_file(file))}
     if "data" in found:
         check_rows(dataset, found["data"].shape[0])
     if found.keys() >= {"train", "val"}:
-        check_widths(files["train"], found["train"].shape[1], files["val"], found["val"].shape[1])
+        shapes = {part: layout.shape[1:] for part, layout in found.items()}
+        check_shapes(files["train"], shapes["train"], files["val"], shapes["val"])
 
 
 def check_rows(dataset: str, n: int) -> None:
@@ -78,23 +91,43 @@ def check_rows(dataset: str, n: int) -> None:
         raise DataError(f"{dataset} has one row, expected at least 2: some are for validation")
 
 
-def check_widths(train_file: Path, train_dim: int, val_file: Path, val_dim: int) -> None:
-    """Raise a DataError unless both parts of a dataset are of one width."""
-    if train_dim != val_dim:
+def check_shapes(
+    train_file: Path, train_shape: tuple[int, ...], val_file: Path, val_shape: tuple[int, ...]
+) -> None:
+    """Raise a DataError unless the rows of both parts of a dataset are of one shape."""
+    if train_shape != val_shape:
         raise DataError(
-            f"{train_file} has width {train_dim}, {val_file} has width {val_dim}: "
-            "both must be of one width"
+            f"{train_file} has rows of shape {train_shape}, {val_file} of shape {val_shape}: "
+            "both must be of one shape"
         )
 
 
 def content_of_dataset(dataset: str, study: Path) -> dict[str, DataContent | None]:
     """The content of each file of a dataset; None of one that cannot be read without torch."""
-    found: dict[str, DataContent | None] = {}
-    for part, path in dataset_files(dataset, study).items():
-        found[part] = None
-        with contextlib.suppress(DataError):  # said where it is trained on
-            found[part] = content_of_file(path)
+    return {part: _content(path) for part, path in dataset_files(dataset, study).items()}
+
+
+def content_of_data(training: TrainingConfig, study: Path) -> dict[str, DataContent | None]:
+    """The content of each file that a run trains on, as far as it is known without torch.
+
+    Empty where its dataset is an embedded one that is not made yet.
+    """
+    found = content_of_dataset(training.dataset, study)
+    if not found:
+        return {}
+    if training.source != "normal":
+        of_source = content_of_dataset(training.source, study) or {"train": None, "val": None}
+        found |= {f"source {part}": content for part, content in of_source.items()}
+    if training.reflow_from:
+        files = zip(("train", "val"), pair_files(study, training.reflow_from), strict=True)
+        found |= {f"pairs {part}": _content(file) for part, file in files}
     return found
+
+
+def _content(path: Path) -> DataContent | None:
+    with contextlib.suppress(DataError):  # said where it is trained on
+        return content_of_file(path)
+    return None
 
 
 def differences(

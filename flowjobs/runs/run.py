@@ -32,7 +32,7 @@ from flowjobs.errors import (
 )
 from flowjobs.nearest import meant
 from flowjobs.runs.data_file import DataContent
-from flowjobs.runs.datasets import content_of_dataset, differences, same_file
+from flowjobs.runs.datasets import content_of_data, differences, same_file
 from flowjobs.runs.extending import explain_extension
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import write_json
@@ -355,11 +355,9 @@ class Run(Submittable):
             raise RunMismatchError(self._differences(found, asked))
         notes = []
         if moved:
-            self._check_same_content(found.training.dataset, asked.training.dataset)
+            self._check_same_content(found.training.dataset, asked.training)
             notes.append(f"the data of {self.name} are at {asked.training.dataset} now")
-        elif not self.finished() and (
-            data := content_of_dataset(asked.training.dataset, self.study)
-        ):
+        elif not self.finished() and (data := content_of_data(asked.training, self.study)):
             self.check_data(data)  # data without files are known to the trainer alone
         length = replace(
             asked.training,
@@ -429,13 +427,13 @@ class Run(Submittable):
                 "data are taken as they are"
             ) from error
 
-    def _check_same_content(self, there: str, asked: str) -> None:
-        noted, now = self.data(), content_of_dataset(asked, self.study)
+    def _check_same_content(self, there: str, asked: TrainingConfig) -> None:
+        noted, now = self.data(), content_of_data(asked, self.study)
         changed = differences(noted, now)
         unknown = not noted or None in now.values()
         if changed or unknown:
             text = [f"a run named {self.name} exists on another dataset:"]
-            text += [f"  --dataset: {there} there, {asked} asked for", *changed]
+            text += [f"  --dataset: {there} there, {asked.dataset} asked for", *changed]
             if unknown and not changed:
                 text += ["  whether it holds the same rows cannot be told"]
             text += [f"give this one a name of its own, as --name {self.name}-2"]

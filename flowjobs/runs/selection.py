@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import SlurmConfig, TrackingConfig, TrainingConfig, is_data_file
+from flowjobs.config import PINNED, SlurmConfig, TrackingConfig, TrainingConfig, is_data_file
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.run import Run, absolute, run_names
@@ -247,10 +247,12 @@ def fields_of(run: Run) -> dict[str, Any]:
 
 def displayed(field: str, value: Any) -> str:
     """A value of a config in the words that a run's name has for it."""
-    if field == "arch":
+    if field in ("arch", "flow"):
         label, _, path = str(value).rpartition("=")
         return label or path.rpartition(":")[2]
-    if field == "dataset" and is_data_file(str(value)):
+    if field in ("init_from", "reflow_from"):
+        return Path(str(value).partition(PINNED)[0]).name
+    if field in ("dataset", "source") and is_data_file(str(value)):
         return Path(str(value)).stem
     return str(value)
 

@@ -47,7 +47,7 @@ def run_training(
     atexit.register(gc.freeze)
     config = run.config().training
     train_dataset, val_dataset = load_datasets(config.dataset, run.study)
-    model = build_model(config, train_dataset.dim)
+    model = build_model(config, train_dataset.shape)
     trainer = FlowTrainer(
         model,
         config,

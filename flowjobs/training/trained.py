@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from flowjobs.data.source import sources_of
 from flowjobs.errors import CheckpointGoneError, CheckpointMismatchError, ConfigError
 from flowjobs.evaluation.trained import TrainedModel
 from flowjobs.models.build import build_model
@@ -30,6 +31,7 @@ def load_trained(
         RunNotFoundError: There is no such run.
         CheckpointError: It has no best.pt, or not one of this model.
         ConfigError: There is no such model or device.
+        DataError: The data that its paths start from are gone.
     """
     config = run.config().training
     if not run.best.exists():
@@ -42,7 +44,7 @@ def load_trained(
     stats = best["normalization_stats"]
     if model is None:
         with _random_numbers_kept():
-            model = build_model(config, len(stats["mean"]))
+            model = build_model(config, tuple(stats["mean"].shape))
     try:
         model.load_state_dict(best["ema_shadow"])
     except RuntimeError as error:
@@ -52,7 +54,8 @@ def load_trained(
             "restore the code that it was trained with, or give flowjobs.load the model: model=…"
         ) from error
     model = model.to(device).requires_grad_(False).eval()
-    return TrainedModel(run.name, model, stats, config, best["step"], device)
+    source = sources_of(config, run.study, stats["mean"], stats["std"]).held_out
+    return TrainedModel(run.name, model, stats, config, best["step"], device, source)
 
 
 def _device(asked: torch.device | str) -> torch.device:

@@ -16,8 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.batches import make_batches
-from flowjobs.data.dataset import FlowDataset, content_by_part, normalization_stats
+from flowjobs.data.dataset import (
+    FlowDataset,
+    content_by_part,
+    no_normalization,
+    normalization_stats,
+)
 from flowjobs.data.randomness import seed_python_and_numpy, seed_step
+from flowjobs.data.source import sources_of
 from flowjobs.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -28,7 +34,8 @@ from flowjobs.errors import (
     RunTakenOverError,
     TrainingDivergedError,
 )
-from flowjobs.flows.path import sample_path
+from flowjobs.flows.flow import flow_of
+from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
 from flowjobs.models.mlp import MLP
 from flowjobs.models.velocity import Velocity, check_weights, checked_velocity, input_dtype
 from flowjobs.runs.recorder import Recorder, Tracker, recording, untracked
@@ -43,9 +50,10 @@ from flowjobs.training.checkpoint import (
 )
 from flowjobs.training.compute import computing, computing_as_before
 from flowjobs.training.determinism import deterministic_algorithms
-from flowjobs.training.initial_weights import initial_weights_file, with_pinned_weights
 from flowjobs.training.leaving import Leave, Leaving
+from flowjobs.training.pinned import initial_weights_file, with_pinned_files
 from flowjobs.training.ranks import Ranks, single_process
+from flowjobs.training.reflow import pairs_of
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
@@ -108,7 +116,10 @@ class FlowTrainer:
         stop_reason: Callable[[], str | None] = lambda: None,
     ) -> None:
         device = torch.device(device)
-        config = self._config = with_pinned_weights(config, before=None)
+        study = default_study().absolute() if run is None else run.study
+        there = run or Run(study, name or config.run_name)
+        before = there.config().training if there.exists() else None
+        config = self._config = with_pinned_files(config, study, before)
         self._device = device
         self._name = name or config.run_name
         self._wandb_project = wandb_project
@@ -122,14 +133,29 @@ class FlowTrainer:
         self._built_in = isinstance(model, MLP)
 
         check_weights(model)
-        self._data = content_by_part(train_dataset, val_dataset)
-        stats = normalization_stats(train_dataset)
+        self._flow = flow_of(config)
+        columns = config.normalize == "columns"
+        stats = (normalization_stats if columns else no_normalization)(train_dataset)
         mean, std = stats["mean"].to(device), stats["std"].to(device)
-        self._batches = make_batches(
-            train_dataset, config, self._ranks.rank, self._ranks.world_size, mean, std
+        sources = sources_of(config, study, mean, std)
+        self._data = content_by_part(train_dataset, val_dataset) | sources.content
+        if self._flow.given_pairs:
+            sizes = (len(train_dataset), len(val_dataset))
+            with self._ranks.first_goes_first():
+                train_dataset, val_dataset = pairs_of(
+                    config, study, sizes, stats, device, self._stop_reason
+                )
+            made = content_by_part(train_dataset, val_dataset)
+            self._data |= {f"pairs {part}": content for part, content in made.items()}
+            given = {k: v.to(device) for k, v in no_normalization(train_dataset).items()}
+            mean, std = given["mean"], given["std"]
+        rank = self._ranks.rank
+        batches = make_batches(train_dataset, config, rank, self._ranks.world_size, mean, std)
+        self._pairs = make_pairs(batches, self._flow, sources.training, config, rank)
+        self._validation = Validation(
+            val_dataset, self._flow, sources.held_out, config, mean, std, self._ranks
         )
-        self._validation = Validation(val_dataset, config, mean, std, self._ranks)
-        self._steps_per_epoch = self._batches.steps_per_epoch
+        self._steps_per_epoch = batches.steps_per_epoch
         self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats, self._data)
         rows = min(config.batch_size, len(train_dataset)) // self._ranks.world_size
         self._work = rows * sum(parameter.numel() for parameter in model.parameters())
@@ -289,15 +315,15 @@ class FlowTrainer:
             seed_python_and_numpy(config.seed, state.step, self._ranks.rank)
         learning_rate = state.optimizer.param_groups[0]["lr"]
 
-        x_1 = self._batches.rows(state.step)
-        x_0 = torch.randn_like(x_1)
-        t = torch.rand(len(x_1), device=self._device, dtype=x_1.dtype)
-        noise = torch.randn_like(x_1) if config.sigma > 0 else None
-        path = sample_path(config.flow, x_0, x_1, t, config.sigma, noise)
+        pair = x_0, _ = self._pairs.at(state.step)
+        t = sample_times(len(x_0), config, self._device)
+        takes_noise = self._flow.takes_noise and config.sigma > 0
+        noise = torch.randn_like(x_0) if takes_noise else None
+        x_t, dx_t = sample_path(self._flow, pair, t, config.sigma, noise)
 
         with self._arithmetic():
-            velocity = self._velocity(path.x_t, path.t)
-        loss = functional.mse_loss(velocity, path.dx_t)
+            velocity = self._velocity(x_t, t)
+        loss = functional.mse_loss(velocity, dx_t)
         for parameter in self._parameters:
             parameter.grad = None  # what zero_grad does, without its profiling hooks
         loss.backward()  # type: ignore[no-untyped-call]

@@ -6,8 +6,10 @@ from torch import Tensor
 from flowjobs.config import TrainingConfig
 from flowjobs.data.batches import normalized
 from flowjobs.data.dataset import FlowDataset
-from flowjobs.data.randomness import generator_for
-from flowjobs.flows.path import sample_path
+from flowjobs.data.randomness import derive_seed, generator_for
+from flowjobs.data.source import Source
+from flowjobs.flows.flow import Flow
+from flowjobs.flows.pairs import Pair, sample_path
 from flowjobs.models.velocity import Velocity
 from flowjobs.training.ranks import Ranks
 
@@ -19,32 +21,39 @@ class Validation:
     """Computes the flow-matching loss of a model on the validation part.
 
     The noise and times of a batch follow from its place alone, not from the run's seed: losses of
-    two runs differ by the models, not by the draw.
+    two runs differ by the models, not by the draw. Times are uniform and rows as they are, however
+    the training takes them.
 
     Args:
-        dataset: The validation part.
-        config: Gives the flow; one that couples a batch validates in batches of the training's
-            size, since the loss depends on it.
-        mean: Mean of each column, shape (dim,), on the device to compute on.
-        std: Standard deviation of each column, shape (dim,).
+        dataset: The validation part; of a flow that is given its pairs, of these.
+        flow: The flow; one that couples a batch validates in batches of the training's size, since
+            the loss depends on it.
+        source: What x_0 is drawn from.
+        config: Gives the size of a batch, and sigma.
+        mean: Mean of each column, of the shape of a row, on the device to compute on.
+        std: Standard deviation of each column.
         ranks: The processes that share the work.
     """
 
     def __init__(
         self,
         dataset: FlowDataset,
+        flow: Flow,
+        source: Source,
         config: TrainingConfig,
         mean: Tensor,
         std: Tensor,
         ranks: Ranks,
     ) -> None:
         self._dataset = dataset
-        self._config = config
+        self._flow, self._source, self._sigma = flow, source, config.sigma
         self._mean, self._std = mean, std
         self._ranks = ranks
-        rows = config.batch_size if config.flow == "otcfm" else ROWS_AT_ONCE
+        rows = (config.ot_batch or config.batch_size) if flow.couple else ROWS_AT_ONCE
         starts = range(0, len(dataset), rows)
         self._slices = [slice(start, min(start + rows, len(dataset))) for start in starts]
+        # The plans of the batches, which are the same in each epoch.
+        self._plans: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def loss(self, velocity: Velocity) -> float:
@@ -52,14 +61,30 @@ class Validation:
         device = self._mean.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for index in range(self._ranks.rank, len(self._slices), self._ranks.world_size):
-            x_1 = normalized(self._dataset[self._slices[index]], self._mean, self._std)
             generator = generator_for(device, "validation", index)
-            x_0 = torch.randn(x_1.shape, generator=generator, device=device, dtype=x_1.dtype)
-            t = torch.rand(len(x_1), generator=generator, device=device, dtype=x_1.dtype)
+            x_0, x_1 = self._pair(index, generator)
+            t = torch.rand(len(x_1), generator=generator, device=device)
             noise = None
-            if self._config.sigma > 0:
-                noise = torch.randn(x_1.shape, generator=generator, device=device, dtype=x_1.dtype)
-            path = sample_path(self._config.flow, x_0, x_1, t, self._config.sigma, noise)
-            error = velocity(path.x_t, path.t) - path.dx_t
-            total += error.square().sum(dtype=torch.float64)
-        return float(self._ranks.sum(total)) / (len(self._dataset) * self._dataset.dim)
+            if self._flow.takes_noise and self._sigma > 0:
+                noise = torch.randn(x_1.shape, generator=generator, device=device)
+            x_t, dx_t = sample_path(self._flow, (x_0, x_1), t, self._sigma, noise)
+            total += (velocity(x_t, t) - dx_t).square().sum(dtype=torch.float64)
+        numbers = len(self._dataset) * self._dataset.dim
+        if self._flow.given_pairs:
+            numbers //= 2  # of a pair's two halves, one is predicted
+        return float(self._ranks.sum(total)) / numbers
+
+    def _pair(self, index: int, generator: torch.Generator) -> Pair:
+        rows = normalized(self._dataset[self._slices[index]], self._mean, self._std)
+        if self._flow.given_pairs:
+            x_0, x_1 = rows.unbind(1)
+            return x_0, x_1
+        x_0 = self._source.draw(len(rows), generator, rows.device)
+        if self._flow.couple:
+            if index not in self._plans:
+                seed = derive_seed("validation", index, "plan")
+                self._plans[index] = self._flow.couple(
+                    x_0.flatten(1), rows.flatten(1), self._sigma, seed
+                )
+            x_0 = x_0[self._plans[index]]
+        return x_0, rows

@@ -87,7 +87,10 @@ def a_late_nan(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "widths": (widths_that_differ, r"train\.pt has width 3, .*val\.pt has width 2"),
+    "widths": (
+        widths_that_differ,
+        r"train\.pt has rows of shape \(3,\), .*val\.pt of shape \(2,\)",
+    ),
     "bfloat16": (a_late_nan, "mine.pt: row 250 has a value"),
     "one row": (lambda at: torch.save(torch.zeros(1, 3), at / "mine.pt"), "one row, expected at"),
     "no matrix": (lambda at: np.save(at / "mine.npy", np.zeros(3)), r"has shape \(3,\), expected"),

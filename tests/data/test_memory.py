@@ -156,7 +156,7 @@ def train(path):
     model = build_model(config, parts[0].dim)
     trainer = FlowTrainer(model, config, *parts, torch.device("cpu"))
     trainer.train()
-    return type(trainer._batches).__name__
+    return type(trainer._pairs._batches).__name__
 
 def split_file(path):
     return write_splits(FlowDataset(path), Path("study"), {"all": None})

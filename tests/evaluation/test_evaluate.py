@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from flowjobs.config import TrainingConfig
 from flowjobs.data.dataset import FlowDataset
+from flowjobs.data.source import NormalSource
 from flowjobs.errors import ConfigError, DataError, RunInterrupted
 from flowjobs.evaluation import evaluate as evaluation
 from flowjobs.evaluation import sampling
 from flowjobs.evaluation.evaluate import QUICK, Scope, evaluate
 from flowjobs.evaluation.solver import Solver
 from flowjobs.evaluation.trained import TrainedModel
-
-STATS = {"mean": torch.zeros(2), "std": torch.ones(2)}
 
 
 class Still(nn.Module):
@@ -40,8 +39,10 @@ class ToNearest(nn.Module):
         return 20 * (self.rows[torch.cdist(x, self.rows).argmin(1)] - x)
 
 
-def trained(model: nn.Module) -> TrainedModel:
-    return TrainedModel("a", model, STATS, TrainingConfig(), 7, torch.device("cpu"))
+def trained(model: nn.Module, dim: int = 2) -> TrainedModel:
+    stats = {"mean": torch.zeros(dim), "std": torch.ones(dim)}
+    source = NormalSource((dim,))
+    return TrainedModel("a", model, stats, TrainingConfig(), 7, torch.device("cpu"), source)
 
 
 def normal_data(n: int, seed: int, dim: int = 2) -> FlowDataset:
@@ -92,13 +93,11 @@ class Detour(nn.Module):
 
 def test_a_model_that_memorizes_is_found_out() -> None:
     train, val = normal_data(60, 1, 16), normal_data(60, 2, 16)
-    stats = {"mean": torch.zeros(16), "std": torch.ones(16)}
-    memorized = dataclasses.replace(trained(ToNearest(train.data)), stats=stats)
+    memorized = trained(ToNearest(train.data), dim=16)
     found = evaluate(memorized, train, val, FEW)["measures"]
     assert found["memorization"]["value"] == 1
     assert found["nn_train"]["value"] < 0.01 * found["nn_train"]["floor"]
-    fresh = dataclasses.replace(trained(Still()), stats=stats)
-    found = evaluate(fresh, train, val, FEW)["measures"]
+    found = evaluate(trained(Still(), dim=16), train, val, FEW)["measures"]
     assert found["memorization"]["value"] == pytest.approx(0.5, abs=0.15)
     assert "wasserstein2" not in found  # 16 dimensions are too many for 50 points
     assert "npe" not in found

@@ -17,7 +17,6 @@ PRELOADED = [
     "flowjobs.jobs.task",
     "flowjobs.runs.recorder",
     "flowjobs.training.run_training",
-    "tests.training.warm_process",
 ]
 
 

@@ -1,0 +1,167 @@
+"""The pairs of source and data that a step trains on, normalized and on the device."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flowjobs.config import TrainingConfig
+from flowjobs.data.augmentation import augmented
+from flowjobs.data.batches import Batches
+from flowjobs.data.randomness import derive_seed, generator_for
+from flowjobs.data.read_ahead import ReadAhead
+from flowjobs.data.source import Source
+from flowjobs.errors import ConfigError
+from flowjobs.flows.flow import Coupling, Flow
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Pairs(Protocol):
+    """Pairs by step."""
+
+    def at(self, step: int) -> Pair:
+        """This rank's x_0 and x_1 of a step (0 is the first), each of shape (n, *shape)."""
+        ...
+
+
+class IndependentPairs:
+    """Rows of the data, each with a draw from the source by the default generator."""
+
+    def __init__(self, batches: Batches, source: Source, config: TrainingConfig, rank: int) -> None:
+        self._batches, self._source = batches, source
+        self._config, self._rank = config, rank
+
+    def at(self, step: int) -> Pair:
+        """See `Pairs`."""
+        x_1 = augmented(self._batches.rows(step), self._config, step, self._rank)
+        return self._source.draw(len(x_1), None, x_1.device), x_1
+
+
+class GivenPairs:
+    """Pairs that a model made, as rows of shape (2, *shape)."""
+
+    def __init__(self, batches: Batches, config: TrainingConfig, rank: int) -> None:
+        self._batches = batches
+        self._config, self._rank = config, rank
+
+    def at(self, step: int) -> Pair:
+        """See `Pairs`."""
+        x_0, x_1 = self._batches.rows(step).unbind(1)
+        return x_0, augmented(x_1, self._config, step, self._rank)
+
+
+class CoupledPairs:
+    """The rows of some steps, paired at once with as many draws from the source.
+
+    A thread of its own solves the plans of the coming steps meanwhile: the solvers let go of the
+    interpreter. The draws and the plan follow from the seed and the place of these steps, so that
+    a run that resumes within them solves them again.
+
+    Args:
+        batches: The data. They are read in the thread, and nowhere else.
+        source: What x_0 is drawn from.
+        couple: Solves for the plan.
+        config: Gives the seed, sigma, and how many rows are paired at once.
+        rank: This process among those that share a batch; each pairs its own rows.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        source: Source,
+        couple: Coupling,
+        config: TrainingConfig,
+        rank: int,
+    ) -> None:
+        self._batches, self._source = batches, source
+        self._couple, self._config, self._rank = couple, config, rank
+        self._steps = max(1, (config.ot_batch or config.batch_size) // config.batch_size)
+        self._group = -1
+        self._pairs: Pair | None = None
+        self._coming: ReadAhead[Pair] | None = None
+
+    def at(self, step: int) -> Pair:
+        """See `Pairs`. Steps that follow one another are solved ahead."""
+        group, place = divmod(step, self._steps)
+        if group != self._group or self._pairs is None:
+            if self._coming is None or group != self._group + 1:
+                n_threads = min(1, self._config.num_workers)
+                self._coming = ReadAhead(
+                    self._solves_from(group), n_threads, f"the plan of {self._config.flow}"
+                )
+            self._group, self._pairs = group, self._coming.next()
+        x_0, x_1 = (part.chunk(self._steps)[place] for part in self._pairs)
+        return x_0, x_1
+
+    def _solves_from(self, group: int) -> Iterator[Callable[[], Pair]]:
+        for coming in itertools.count(group):
+            yield partial(self._solve, coming)
+
+    def _solve(self, group: int) -> Pair:
+        steps = range(group * self._steps, (group + 1) * self._steps)
+        x_1 = torch.cat(
+            [augmented(self._batches.rows(s), self._config, s, self._rank) for s in steps]
+        )
+        place = (self._config.seed, "pairs", group, self._rank)
+        x_0 = self._source.draw(len(x_1), generator_for(x_1.device, *place), x_1.device)
+        plan = self._couple(
+            x_0.flatten(1), x_1.flatten(1), self._config.sigma, derive_seed(*place, "plan")
+        )
+        return x_0[plan], x_1
+
+
+def make_pairs(
+    batches: Batches, flow: Flow, source: Source, config: TrainingConfig, rank: int
+) -> Pairs:
+    """The pairs that a flow asks for.
+
+    Args:
+        batches: Of the data; of a flow that is given its pairs, of these.
+        flow: The flow.
+        source: What x_0 is drawn from.
+        config: Of the run.
+        rank: This process among those that share a batch.
+    """
+    if flow.given_pairs:
+        return GivenPairs(batches, config, rank)
+    if flow.couple:
+        return CoupledPairs(batches, source, flow.couple, config, rank)
+    return IndependentPairs(batches, source, config, rank)
+
+
+def sample_times(n: int, config: TrainingConfig, device: torch.device) -> Tensor:
+    """Times of a training step by the default generator, in [0, 1], shape (n,).
+
+    logit-normal: the sigmoid of a normal variable (Esser et al., https://arxiv.org/abs/2403.03206,
+    eq. 19).
+    """
+    match config.time_sampling:
+        case "uniform":
+            return torch.rand(n, device=device)
+        case "logit-normal":
+            drawn = torch.randn(n, device=device)
+            return torch.sigmoid(config.time_mean + config.time_std * drawn)
+
+
+def sample_path(flow: Flow, pair: Pair, t: Tensor, sigma: float, noise: Tensor | None) -> Pair:
+    """The points x_t at times of shape (batch,) on the paths of a pair, and the velocities there.
+
+    Args:
+        flow: Which paths.
+        pair: x_0 and x_1, each of shape (batch, *shape).
+        t: Times in [0, 1], shape (batch,).
+        sigma: Standard deviation around the paths.
+        noise: Standard normal, of the shape of x_0; None where sigma is 0.
+    """
+    x_0, x_1 = pair
+    x_t, dx_t = flow.path(x_0, x_1, t.view(-1, *[1] * (x_0.dim() - 1)), sigma, noise)
+    if x_t.shape != x_0.shape or dx_t.shape != x_0.shape:
+        raise ConfigError(
+            f"--flow: for x_0 of shape {tuple(x_0.shape)} the path returns x_t of "
+            f"{tuple(x_t.shape)} and dx_t of {tuple(dx_t.shape)}, expected the same shape"
+        )
+    return x_t, dx_t

@@ -1,0 +1,218 @@
+"""Each flow's points and velocities against other sources, and what it refuses."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowjobs.config import BUILT_IN_FLOWS, TrainingConfig
+from flowjobs.data.randomness import generator_for
+from flowjobs.errors import ConfigError
+from flowjobs.flows.flow import FLOWS, LEAST_VARIANCE, Flow, flow_of
+from flowjobs.flows.pairs import sample_path, sample_times
+
+SIGMA = 0.3
+CPU = torch.device("cpu")
+
+
+def draws(n: int = 256, dim: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_0, x_1, t and noise, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x_0, x_1, noise = torch.randn((3, n, dim), generator=generator, dtype=torch.float64)
+    return x_0, 2 * x_1 + 1, torch.rand(n, generator=generator, dtype=torch.float64), noise
+
+
+def test_every_flow_that_the_config_knows_is_there() -> None:
+    assert tuple(FLOWS) == BUILT_IN_FLOWS
+
+
+@pytest.mark.parametrize("name", ["icfm", "otcfm", "fm", "sbcfm", "vpcfm", "reflow"])
+def test_paths_and_velocities_are_those_of_torchcfm(name: str) -> None:
+    cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
+    matcher = {
+        "icfm": cfm.ConditionalFlowMatcher,
+        "otcfm": cfm.ConditionalFlowMatcher,  # of pairs that are coupled already
+        "fm": cfm.TargetConditionalFlowMatcher,
+        "sbcfm": cfm.SchrodingerBridgeConditionalFlowMatcher,
+        "vpcfm": cfm.VariancePreservingConditionalFlowMatcher,
+        "reflow": cfm.ConditionalFlowMatcher,
+    }[name](sigma=SIGMA)
+    x_0, x_1, t, noise = draws()
+    t = 0.01 + 0.98 * t  # near the ends theirs divides small by small
+    # Its fm takes the noise where ours has the source.
+    theirs = matcher.sample_xt(x_0, x_1, t, x_0 if name == "fm" else noise)
+    x_t, dx_t = sample_path(FLOWS[name], (x_0, x_1), t, SIGMA, noise)
+    torch.testing.assert_close(x_t, theirs, atol=1e-12, rtol=0)
+    expected = matcher.compute_conditional_flow(x_0, x_1, t, theirs)
+    torch.testing.assert_close(dx_t, expected, atol=1e-5, rtol=1e-6)
+    prediction = torch.zeros_like(x_0)
+    ours, others = (torch.nn.functional.mse_loss(prediction, u) for u in (dx_t, expected))
+    assert float(ours) == pytest.approx(float(others), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [("icfm", "CondOTScheduler"), ("vpcfm", "CosineScheduler")]
+)
+def test_paths_without_noise_are_those_of_flow_matching(name: str, scheduler: str) -> None:
+    path = pytest.importorskip("flow_matching.path")
+    schedulers = pytest.importorskip("flow_matching.path.scheduler")
+    x_0, x_1, t, _ = draws()
+    theirs = path.AffineProbPath(getattr(schedulers, scheduler)()).sample(x_0=x_0, x_1=x_1, t=t)
+    x_t, dx_t = sample_path(FLOWS[name], (x_0, x_1), t, 0.0, None)
+    torch.testing.assert_close(x_t, theirs.x_t)
+    torch.testing.assert_close(dx_t, theirs.dx_t)
+
+
+@pytest.mark.parametrize("name", BUILT_IN_FLOWS)
+def test_the_velocity_is_the_derivative_of_the_path(name: str) -> None:
+    x_0, x_1, t, noise = draws()
+    t = 0.1 + 0.8 * t
+
+    def at(times: Tensor) -> Tensor:
+        return sample_path(FLOWS[name], (x_0, x_1), times, SIGMA, noise)[0]
+
+    _, dx_t = sample_path(FLOWS[name], (x_0, x_1), t, SIGMA, noise)
+    torch.testing.assert_close(dx_t, (at(t + 1e-6) - at(t - 1e-6)) / 2e-6, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", BUILT_IN_FLOWS)
+def test_a_path_begins_at_the_source_and_ends_at_the_data(name: str) -> None:
+    x_0, x_1, _, noise = (part.float() for part in draws())
+    around = {"sbcfm": 0.0, "fm": 0.0}.get(name, SIGMA)
+    for sigma, spread in ((SIGMA, noise), (0.0, None)):
+        if name == "sbcfm" and spread is None:
+            continue
+        first, _ = sample_path(FLOWS[name], (x_0, x_1), torch.zeros(256), sigma, spread)
+        last, _ = sample_path(FLOWS[name], (x_0, x_1), torch.ones(256), sigma, spread)
+        beside = around * noise if spread is not None else 0.0
+        at_end = SIGMA * x_0 if name == "fm" and spread is not None else beside
+        torch.testing.assert_close(first, x_0 + beside, atol=1e-6, rtol=0)
+        torch.testing.assert_close(last, x_1 + at_end, atol=1e-6, rtol=0)
+
+
+def test_paths_of_pictures_are_those_of_their_pixels() -> None:
+    x_0, x_1, t, noise = draws(dim=12)
+    for flow in FLOWS.values():
+        flat = sample_path(flow, (x_0, x_1), t, SIGMA, noise)
+        shaped = sample_path(
+            flow, (x_0.view(-1, 3, 2, 2), x_1.view(-1, 3, 2, 2)), t, SIGMA, noise.view(-1, 3, 2, 2)
+        )
+        for one, other in zip(flat, shaped, strict=True):
+            assert torch.equal(one, other.flatten(1))
+
+
+def test_the_loss_of_a_bridge_is_finite_over_a_million_times() -> None:
+    n = 10**6
+    generator = torch.Generator().manual_seed(0)
+    t = torch.rand(n, generator=generator)
+    t[:4] = torch.tensor([0.0, 1.0, torch.finfo(torch.float32).tiny, 1 - 2**-24])
+    noise = torch.randn((n, 1), generator=generator)
+    zero = torch.zeros(n, 1)
+    _, dx_t = sample_path(FLOWS["sbcfm"], (zero, zero), t, 1.0, noise)
+    assert bool(dx_t.isfinite().all())
+    assert float((dx_t / noise).abs().max()) <= 0.5 / math.sqrt(LEAST_VARIANCE) + 1e-3
+    # What predicting zero scores: ∫ (1 - 2t)² / (4 max(t(1 - t), v)) dt, with s = 1 - 2t.
+    root = math.sqrt(1 - 4 * LEAST_VARIANCE)
+    expected = math.atanh(root) - root + (1 - root**3) / (12 * LEAST_VARIANCE)
+    evenly = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    _, dx_t = sample_path(
+        FLOWS["sbcfm"], (zero.double(), zero.double()), evenly, 1.0, 1 + zero.double()
+    )
+    assert float(dx_t.square().mean()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_targets_lose_no_digits_where_a_quotient_would() -> None:
+    x_0, x_1, _, noise = draws()
+    t = torch.full((256,), 1 - 1e-6, dtype=torch.float64)
+    for name in ("fm", "sbcfm", "vpcfm"):
+        exact = sample_path(FLOWS[name], (x_0, x_1), t, 1e-4, noise)[1]
+        single = [part.float() for part in (x_0, x_1, t, noise)]
+        _, dx_t = sample_path(FLOWS[name], (single[0], single[1]), single[2], 1e-4, single[3])
+        assert float((dx_t.double() - exact).abs().max()) < 1e-4, name
+
+
+@pytest.mark.parametrize("name", BUILT_IN_FLOWS)
+def test_gradients_are_finite_in_bfloat16(name: str) -> None:
+    x_0, x_1, t, noise = (part.float() for part in draws())
+    t[:2] = torch.tensor([0.0, 1.0])
+    model = torch.nn.Linear(4, 3)
+    x_t, dx_t = sample_path(FLOWS[name], (x_0, x_1), t, SIGMA, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(torch.cat([x_t, t[:, None]], dim=1))
+    torch.nn.functional.mse_loss(found.float(), dx_t).backward()
+    assert all(bool(p.grad is not None and p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"flow": "fm", "source": "moons"},
+            "--source: found moons, expected normal with --flow fm",
+        ),
+        ({"flow": "sbcfm"}, "--sigma: found 0.0, expected more than 0 with --flow sbcfm"),
+        ({"flow": "reflow"}, "--reflow-from: found None, expected a finished run"),
+        ({"flow": "icfm", "reflow_from": "a"}, "--reflow-from: found a, expected None with"),
+        ({"flow": "vpcfm", "ot_batch": 128}, "--ot-batch: found 128, and --flow vpcfm pairs no"),
+        ({"flow": "math:nothing"}, "the module math has no nothing"),
+        ({"flow": "nowhere.flows:mine"}, "no module nowhere on PYTHONPATH"),
+        ({"flow": "math:pi"}, "found a float, expected a path, as a function of"),
+    ],
+)
+def test_what_a_flow_cannot_be_used_with_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        flow_of(TrainingConfig(**options))
+
+
+def my_path(
+    x_0: Tensor, x_1: Tensor, t: Tensor, sigma: float, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x_0 + t**2 * (x_1 - x_0), 2 * t * (x_1 - x_0)
+
+
+MINE = Flow(my_path, any_source=False)
+TOO_WIDE = Flow(lambda x_0, x_1, t, sigma, noise: (torch.cat([x_0, x_1]), x_1))
+
+
+def test_a_flow_of_the_users_own_is_found_by_its_import_path() -> None:
+    assert flow_of(TrainingConfig(flow=f"{__name__}:my_path")).path is my_path
+    config = TrainingConfig(flow=f"squared={__name__}:MINE")
+    assert flow_of(config) is MINE
+    assert config.run_name == "mlp-squared-digits-none"
+    assert config.user_modules == (__name__,)
+    x_0, x_1, t, _ = draws()
+    with pytest.raises(ConfigError, match=r"returns x_t of \(512, 3\) .* expected the same shape"):
+        sample_path(TOO_WIDE, (x_0, x_1), t, 0.0, None)
+
+
+def test_times_follow_the_distribution_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    uniform = sample_times(100_000, TrainingConfig(), CPU)
+    assert float(uniform.mean()) == pytest.approx(0.5, abs=0.01)
+    config = TrainingConfig(time_sampling="logit-normal", time_mean=-0.5, time_std=2.0)
+    logits = torch.logit(sample_times(100_000, config, CPU).double())
+    assert float(logits.mean()) == pytest.approx(-0.5, abs=0.02)
+    assert float(logits.std()) == pytest.approx(2.0, abs=0.02)
+
+
+def test_what_changes_nothing_leaves_the_signature_of_older_runs() -> None:
+    plain = TrainingConfig()
+    older = {k: v for k, v in plain.to_dict().items() if k not in ("source", "ot_batch")}
+    from flowjobs.config import signature_differences, signature_of
+
+    assert signature_of(older) == plain.signature
+    changed = TrainingConfig(source="moons", ot_batch=128)
+    assert signature_of(changed.to_dict()) != plain.signature
+    assert signature_differences(older, changed.to_dict()) == [
+        "  --source: normal there, moons asked for",
+        "  --ot-batch: None there, 128 asked for",
+    ]
+
+
+def test_generators_of_one_step_are_not_those_of_another() -> None:
+    seeds = itertools.product(range(3), range(3))
+    firsts = {float(torch.rand(1, generator=generator_for(CPU, *each))) for each in seeds}
+    assert len(firsts) == 9

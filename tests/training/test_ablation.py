@@ -1,0 +1,105 @@
+"""Every flow, model and augmentation: a run that is interrupted ends with the same bits."""
+
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowjobs.config import BUILT_IN_ARCHS, BUILT_IN_FLOWS, KeyValues
+from flowjobs.data.dataset import FlowDataset
+from flowjobs.errors import ConfigError, RunInterrupted
+from flowjobs.models.build import build_model
+from flowjobs.runs.run import Run
+from flowjobs.training import FlowTrainer
+from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.pinned import with_pinned_files
+from tests.training.test_exactness import CONFIG, CPU, STEPS_PER_EPOCH, interrupt_everywhere, train
+
+AUGS = ("none", "noise", "mixup", "dropout")
+BASE = replace(CONFIG, epochs=3, arch_args=KeyValues(width=16, depth=1))
+OF_FLOW: dict[str, dict[str, Any]] = {
+    # A start within what is paired at once, which then is paired again.
+    "otcfm": {"ot_batch": 32, "sigma": 0.1},
+    "sbcfm": {"ot_batch": 16, "sigma": 0.2},
+    "fm": {"sigma": 0.1},
+    "reflow": {"reflow_from": "teacher"},
+}
+PRODUCT = list(itertools.product(BUILT_IN_FLOWS, BUILT_IN_ARCHS, AUGS))
+# Each flow once, with another model and augmentation each time.
+DIAGONAL = [
+    (flow, BUILT_IN_ARCHS[n % len(BUILT_IN_ARCHS)], AUGS[n % len(AUGS)])
+    for n, flow in enumerate(BUILT_IN_FLOWS)
+]
+
+
+def interrupt(study: Path, flow: str, arch: str, aug: Any, **options: Any) -> None:
+    config = replace(BASE, flow=flow, arch=arch, aug=aug, **OF_FLOW.get(flow, {}), **options)
+    if flow == "reflow":
+        train(Run(study, "teacher"), replace(BASE, epochs=1))
+        config = with_pinned_files(config, study, before=None)  # as a submission does
+    interrupt_everywhere(study, config, every=3)
+
+
+@pytest.mark.parametrize(("flow", "arch", "aug"), DIAGONAL)
+def test_interrupted_equals_uninterrupted(study: Path, flow: str, arch: str, aug: str) -> None:
+    interrupt(study, flow, arch, aug)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("flow", "arch", "aug"), PRODUCT)
+def test_so_it_is_with_each_combination(study: Path, flow: str, arch: str, aug: str) -> None:
+    interrupt(study, flow, arch, aug)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"time_sampling": "logit-normal", "time_mean": 0.5, "precision": "bf16"},
+        {"flow": "otcfm", "source": "source.pt", "data_placement": "loader", "ot_batch": 16},
+    ],
+)
+def test_so_it_is_with_other_times_and_sources(
+    study: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.rand(50, 6, generator=torch.Generator().manual_seed(3)), "source.pt")
+    interrupt_everywhere(study, replace(BASE, **options), every=3)
+    losses = {read_checkpoint(Run(study, name).best)["best_loss"] for name in ("whole", "parts")}
+    assert len(losses) == 1
+
+
+def test_pairs_are_made_once_and_kept(study: Path) -> None:
+    interrupt(study, "reflow", "mlp", "none")
+    (folder,) = (study / "datasets/pairs").iterdir()
+    made = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.pt")}
+    assert sorted(made) == ["train.pt", "val.pt"]
+    pairs = FlowDataset(folder / "train.pt")
+    assert (len(pairs), pairs.shape) == (43, (2, 6))
+    Run(study, "teacher").best.unlink()
+    parts = Run(study, "parts")
+    before = parts.config().training
+    asked = replace(before, epochs=4, reflow_from="teacher")
+    train(parts, with_pinned_files(asked, study, before))
+    assert read_checkpoint(parts.last)["step"] == 4 * STEPS_PER_EPOCH
+    assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*.pt")} == made
+
+
+def test_pairs_of_other_data_or_another_source_are_refused(study: Path) -> None:
+    interrupt(study, "reflow", "mlp", "none")
+    asked = replace(BASE, flow="reflow", reflow_from="teacher")
+    with pytest.raises(ConfigError, match="--normalize: found none, expected columns, as teacher"):
+        with_pinned_files(replace(asked, normalize="none"), study, None)
+    with pytest.raises(ConfigError, match=r"no run nobody .*teacher"):
+        with_pinned_files(replace(asked, reflow_from="nobody"), study, None)
+    shutil.rmtree(study / "datasets/pairs")
+    other = FlowDataset(torch.rand(40, 6)), FlowDataset(torch.rand(20, 6))
+    with pytest.raises(ConfigError, match="it was trained on other data"):
+        FlowTrainer(build_model(asked, 6), asked, *other, CPU, name="other")
+    with pytest.raises(RunInterrupted):
+        train(Run(study, "unfinished"), replace(BASE, epochs=2), steps=3)
+    with pytest.raises(ConfigError, match="not finished, expected one that is: flowjobs resume"):
+        with_pinned_files(replace(asked, reflow_from="unfinished"), study, None)
