@@ -22,7 +22,7 @@ from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import did_you_mean
 
-BUILT_IN_ARCHS = ("mlp",)
+BUILT_IN_ARCHS = ("mlp", "unet", "dit")
 BUILT_IN_FLOWS = ("icfm", "otcfm", "fm", "sbcfm", "vpcfm", "reflow")
 Augmentation = Literal["none", "noise", "mixup", "dropout"]
 TimeSampling = Literal["uniform", "logit-normal"]
@@ -119,8 +119,9 @@ class TrainingConfig:
     """What is trained, on what, and how."""
 
     arch: str = "mlp"
-    """Model: mlp, or your own nn.Module as package.module:Name (x: (batch, dim), t: (batch,) ->
-    (batch, dim)); LABEL=package.module:Name gives it a short name."""
+    """Model: mlp (residual blocks), unet (down and up, with skips), dit (transformer over chunks),
+    or your own nn.Module as package.module:Name (x: (batch, dim), t: (batch,) -> (batch, dim));
+    LABEL=package.module:Name gives it a short name."""
 
     flow: str = "icfm"
     """Flow, by torchcfm's names: icfm (independent coupling), otcfm (exact optimal transport of a

@@ -9,8 +9,7 @@ from torch import nn
 from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig, check_arch
 from flowjobs.data.randomness import seed_python_and_numpy
 from flowjobs.errors import ConfigError
-from flowjobs.models.mlp import MLP
-from flowjobs.models.source import check_arguments
+from flowjobs.models.source import BUILT_IN_SOURCES, check_arguments
 
 
 def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Module:
@@ -39,16 +38,18 @@ def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Modu
     try:
         return cls(shape[0] if len(shape) == 1 else shape, **config.arch_args)
     except (TypeError, ValueError, RuntimeError) as error:
-        if cls is not MLP:
+        if config.arch_path not in BUILT_IN_ARCHS:
             raise  # a bug in the user's own model wants its traceback
         raise ConfigError(f"--arch-args {dict(config.arch_args)}: {error}") from error
 
 
+def is_built_in(model: nn.Module) -> bool:
+    """Whether a model is one of flowjobs' own, which draw random numbers from torch alone."""
+    return type(model).__module__ in {of.partition(":")[0] for of in BUILT_IN_SOURCES.values()}
+
+
 def _model_class(arch: str) -> type[nn.Module]:
-    match arch:
-        case "mlp":
-            return MLP
-    module, _, name = arch.partition(":")
+    module, _, name = BUILT_IN_SOURCES.get(arch, arch).partition(":")
     try:
         cls = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:

@@ -17,7 +17,11 @@ from typing import Any
 from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig
 from flowjobs.errors import ConfigError
 
-BUILT_IN_SOURCES = {"mlp": "flowjobs.models.mlp:MLP"}
+BUILT_IN_SOURCES = {
+    "mlp": "flowjobs.models.mlp:MLP",
+    "unet": "flowjobs.models.unet:UNet",
+    "dit": "flowjobs.models.dit:DiT",
+}
 # From one module to the next that it imports the class from.
 FOLLOW_AT_MOST = 5
 # With these a module may make names that its source does not show.
@@ -95,7 +99,7 @@ _POSITIONAL = {
 
 def _check_types(signature: inspect.Signature, arguments: Mapping[str, Any]) -> None:
     """Of a built-in model, whose annotations hold."""
-    accepted = {"int": (int,), "float": (int, float)}
+    accepted = {"int": (int,), "int | None": (int,), "float": (int, float)}
     for key, value in arguments.items():
         expected = str(signature.parameters[key].annotation)
         if expected in accepted and type(value) not in accepted[expected]:

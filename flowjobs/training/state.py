@@ -156,7 +156,8 @@ class TrainState:
         if difference := _difference(_shapes(weights), self._shapes_as_built):
             raise CheckpointMismatchError(
                 f"{path} is of another model than the config asks for ({difference}): give the "
-                "run another --name, or restore the arguments it was started with"
+                "run another --name, or restore the arguments and the code (flowjobs' too) that it "
+                "was started with"
             )
 
     def check_before_save(self, payload: Payload) -> None:

@@ -36,7 +36,7 @@ from flowjobs.errors import (
 )
 from flowjobs.flows.flow import flow_of
 from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
-from flowjobs.models.mlp import MLP
+from flowjobs.models.build import is_built_in
 from flowjobs.models.velocity import Velocity, check_weights, checked_velocity, input_dtype
 from flowjobs.runs.recorder import Recorder, Tracker, recording, untracked
 from flowjobs.runs.run import Run, default_study
@@ -130,7 +130,7 @@ class FlowTrainer:
         self._stop_reason = stop_reason
         self._leaving = Leaving(self._ranks)
         self._taken_over: RunTakenOverError | None = None
-        self._built_in = isinstance(model, MLP)
+        self._built_in = is_built_in(model)
 
         check_weights(model)
         self._flow = flow_of(config)

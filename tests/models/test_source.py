@@ -76,7 +76,7 @@ def check(arch: str, **arguments: object) -> None:
 @pytest.mark.parametrize(
     ("arch", "arguments", "said"),
     [
-        ("mlp", {"widht": 64}, "'widht'; did you mean width. MLP takes .*width: int = 256, depth"),
+        ("mlp", {"widht": 64}, "'widht'; did you mean width. MLP takes .*width: int .* None, dep"),
         ("mlp", {"width": "big"}, "--arch-args width: found 'big', expected int"),
         ("mlp", {"dim": 3}, "multiple values for argument 'dim'"),
         ("my_models.nets:WidNet", {}, "nets.py has no WidNet; did you mean WideNet?"),

@@ -72,18 +72,6 @@ def test_an_epochs_order_follows_from_seed_and_epoch() -> None:
     assert torch.equal(epoch_order(50, 1, 2).sort().values, torch.arange(50))
 
 
-def test_an_untrained_mlp_predicts_no_velocity() -> None:
-    model = MLP(6, width=16, depth=2)
-    assert torch.equal(model(torch.randn(3, 6), torch.rand(3)), torch.zeros(3, 6))
-
-
-def test_the_mlp_sees_the_time() -> None:
-    model = MLP(2, width=16, depth=1)
-    nn.init.normal_(model.linear_out.weight)
-    x = torch.randn(1, 2)
-    assert not torch.equal(model(x, torch.tensor([0.1])), model(x, torch.tensor([0.9])))
-
-
 def test_weights_follow_from_the_seed() -> None:
     config = TrainingConfig(arch_args=KeyValues(width=16), seed=5)
     first, second = build_model(config, 4), build_model(config, 4)
