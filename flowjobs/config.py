@@ -616,6 +616,8 @@ def typed_value(
         TypeError: It is of another type.
     """
     options = get_args(hint) if get_origin(hint) is typing.Union else (hint,)
+    if value == "None" and types.NoneType in options:
+        return None  # TOML has no word for it; the command line takes this one
     for option in options:
         if option is KeyValues and isinstance(value, dict):
             return KeyValues(value)

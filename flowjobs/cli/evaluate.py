@@ -5,30 +5,44 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.evaluation_table import print_evaluation
-from flowjobs.cli.prepare import RunName, existing_run
+from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.sample import SAY_EVERY_S, best_of
 from flowjobs.config import OptionalInt
-from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
+from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.evaluation.solver import (
+    DEFAULT_STEPS,
+    DEFAULT_TOLERANCE,
+    EULER_STEPS,
+    Method,
+    Solver,
+)
+from flowjobs.runs.datasets import content_of_data
 from flowjobs.runs.files import write_json
-from flowjobs.runs.run import default_study
+from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.selection import names_one_run
+from flowjobs.runs.status import EXIT_BAD_INPUT
+
+if TYPE_CHECKING:
+    from flowjobs.evaluation.evaluate import Floors
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure samples of a run's best checkpoint against its data, each figure with its floor.
+    """Measure samples of runs' best checkpoints against their data, each figure with its floor.
 
     Every run does this at its end with at most 256 samples; here with more, and with a classifier
-    (c2st). The result replaces the run's evaluation.json.
+    (c2st). The result replaces the run's evaluation.json. All runs of one dataset are measured by
+    the same rows and noise.
     """
 
-    name: RunName
-    """Name of the run."""
+    names: RunNames
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm)."""
 
     n: Annotated[OptionalInt, tyro.conf.arg(aliases=["-n"])] = None
     """How many samples, and rows to compare with; default: as many as the validation part has, at
@@ -46,6 +60,10 @@ class Evaluate:
     tolerance: float = DEFAULT_TOLERANCE
     """Error that dopri5 allows in each step, relative and absolute."""
 
+    nfe: tuple[int, ...] = EULER_STEPS
+    """Steps of Euler's for the curve over network calls, beside dopri5; none after --nfe: no
+    curve."""
+
     seed: int = 0
     """Seed of the noise."""
 
@@ -53,38 +71,68 @@ class Evaluate:
     """Where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one."""
 
     json: bool = False
-    """Print JSON."""
+    """Print JSON: of a run that is named an object, of a selection a list of them."""
 
     study: Path = field(default_factory=default_study)
     """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Evaluate, print and write. Returns the exit code."""
+        if not self.names:
+            raise ConfigError("evaluate: found no run, expected names, a sweep, or FIELD=VALUE")
         solver = Solver(self.solver, self.steps, self.tolerance)
-        run = existing_run(self.study, self.name)
+        one = names_one_run(self.study, self.names)
+        runs, broken = each_of(self.study, self.names)
+        evaluations: list[dict[str, Any]] = []
+        floors: dict[tuple[str, ...], Floors] = {}
+        for run in runs:
+            try:
+                found = self._evaluated(run, solver, floors)
+            except FlowjobsError as error:
+                if one:
+                    raise
+                print(f"error: {run.name}: {error}", file=sys.stderr)
+                broken.append(run)
+                continue
+            write_json(run.evaluation_file, found)
+            evaluations.append(found)
+            if not self.json:
+                print_evaluation(found)
+        if self.json:
+            print(json.dumps(evaluations[0] if one else evaluations, indent=2))
+        return EXIT_BAD_INPUT if broken else 0
+
+    def _evaluated(
+        self, run: Run, solver: Solver, floors: dict[tuple[str, ...], "Floors"]
+    ) -> dict[str, Any]:
         with best_of(run, self.device) as trained:
             from flowjobs.data.dataset import load_datasets
             from flowjobs.evaluation.evaluate import Scope, evaluate
 
-            scope = Scope(self.n, repeats=self.repeats, solver=solver, seed=self.seed)
-            data = load_datasets(trained.config.dataset, run.study)
-            found = evaluate(trained, *data, scope, _Voice())
-        if self.json:
-            print(json.dumps(found, indent=2))
-        else:
-            print_evaluation(found)
-        write_json(run.evaluation_file, found)
-        return 0
+            scope = Scope(
+                self.n,
+                repeats=self.repeats,
+                solver=solver,
+                euler_steps=self.nfe,
+                seed=self.seed,
+            )
+            config = trained.config
+            if content := content_of_data(config, run.study):
+                run.check_data(content)
+            data = load_datasets(config.dataset, run.study)
+            key = (config.dataset, config.source, config.normalize)
+            return evaluate(trained, *data, scope, _Voice(run.name), floors.setdefault(key, {}))
 
 
 class _Voice:
     """Says now and then that it is still measuring."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._started = self._said = time.monotonic()
 
     def __call__(self) -> None:
         now = time.monotonic()
         if now - self._said > SAY_EVERY_S:
             self._said = now
-            print(f"measuring for {now - self._started:.0f} s", file=sys.stderr)
+            print(f"{self._name}: measuring for {now - self._started:.0f} s", file=sys.stderr)

@@ -28,6 +28,7 @@ smaller than the floor's own deviation means nothing. Values of another n are no
                      0.5 for a model that has memorized none
 """
 
+import functools
 import logging
 import statistics
 from collections.abc import Callable, Iterator
@@ -43,14 +44,13 @@ from flowjobs.data.randomness import generator_for
 from flowjobs.errors import ConfigError, DataError, SamplingError
 from flowjobs.evaluation import measures
 from flowjobs.evaluation.sampling import CHUNK, Samples, joined
-from flowjobs.evaluation.solver import Solver
+from flowjobs.evaluation.solver import EULER_STEPS, Solver
 from flowjobs.evaluation.trained import TrainedModel
 
 logger = logging.getLogger(__name__)
 
 # Up to here n points tell the exact transport cost well enough: its bias falls as n^(-2/dim).
 SMALL_DIM = 4
-EULER_STEPS = (1, 2, 4, 8, 16, 32, 64)
 FEWEST = measures.K_NEAREST + 1
 
 HIGHER_IS_BETTER = frozenset({"precision", "recall", "density", "coverage"})
@@ -58,6 +58,10 @@ NEITHER_IS_BETTER = frozenset({"nn_train"})
 
 # Value and floor by name.
 _Pairs = dict[str, tuple[float, float]]
+
+# What the data alone score, by the name of the measure and the repeat. Models of the same data,
+# source and normalization that are evaluated with one of these compute it once.
+Floors = dict[tuple[str, int], Any]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Scope:
         with_c2st: Train a classifier, which takes longer than all else.
         nearest_among: Training rows that the nearest one is looked for among, at most.
         solver: Of all but the curve over NFE.
+        euler_steps: Of the curve, beside dopri5; none: no curve.
         seed: Of the noise.
     """
 
@@ -80,6 +85,7 @@ class Scope:
     with_c2st: bool = True
     nearest_among: int = 100_000
     solver: Solver = Solver()  # noqa: RUF009, it is frozen
+    euler_steps: tuple[int, ...] = EULER_STEPS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +93,8 @@ class Scope:
             raise ConfigError(f"-n: found {self.n}, expected at least {FEWEST}")
         if self.repeats < 1:
             raise ConfigError(f"--repeats: found {self.repeats}, expected at least 1")
+        if min(self.euler_steps, default=1) < 1:
+            raise ConfigError(f"--nfe: found {min(self.euler_steps)}, expected at least 1")
 
     def rows(self, train: FlowDataset, val: FlowDataset) -> int:
         """The n that the data allow.
@@ -124,6 +132,7 @@ def evaluate(
     val: FlowDataset,
     scope: Scope,
     check: Callable[[], None] = lambda: None,
+    floors: Floors | None = None,
 ) -> dict[str, Any]:
     """Sample a model and measure the samples.
 
@@ -133,6 +142,7 @@ def evaluate(
         val: The validation part.
         scope: How much to compute.
         check: Called between measures, every second or so; what it raises ends the evaluation.
+        floors: From another model of the same data, source, normalization and scope; is added to.
 
     Returns:
         What `evaluation.json` holds.
@@ -141,7 +151,7 @@ def evaluate(
         SamplingError: The model cannot be sampled.
         ConfigError, DataError: There are too few rows.
     """
-    work = _Evaluation(trained, train, val, scope, check)
+    work = _Evaluation(trained, train, val, scope, check, {} if floors is None else floors)
     repeats = [work.repeat(number) for number in range(scope.repeats)]
     by_nfe, nfe_of_dopri5 = work.by_nfe()
     pairs = [found for found, _ in repeats]
@@ -179,8 +189,10 @@ class _Evaluation:
         val: FlowDataset,
         scope: Scope,
         check: Callable[[], None],
+        floors: Floors,
     ) -> None:
         self.n = scope.rows(train, val)
+        self._floors = floors
         self._trained, self._scope, self._check = trained, scope, check
         self._train, self._val = train, val
         self._is_small = val.dim <= SMALL_DIM
@@ -192,9 +204,11 @@ class _Evaluation:
         found: _Pairs = {}
         for name, measure in self._distances(with_c2st=self._scope.with_c2st):
             self._check()
-            found[name] = measure(x, y), measure(held, y)
+            floor = self._known(name, number, functools.partial(measure, held, y))
+            found[name] = measure(x, y), floor
         self._check()
-        of_samples, of_data = measures.prdc(x, y), measures.prdc(held, y)
+        of_samples = measures.prdc(x, y)
+        of_data = self._known("prdc", number, functools.partial(measures.prdc, held, y))
         found |= {name: (of_samples[name], of_data[name]) for name in of_samples}
         if samples.path_energy is not None:
             found |= self._energies(samples, number)
@@ -202,10 +216,12 @@ class _Evaluation:
 
     def by_nfe(self) -> tuple[dict[str, dict[str, float]], float | None]:
         """Values by network calls, for the first repeat's noise and rows; the calls of dopri5."""
-        solvers = {str(steps): Solver("euler", steps) for steps in EULER_STEPS}
+        solvers = {str(steps): Solver("euler", steps) for steps in self._scope.euler_steps}
+        if solvers:
+            solvers["dopri5"] = Solver("dopri5")
         y = self._reference(0)
         found, nfe = {}, {}
-        for key, solver in (solvers | {"dopri5": Solver("dopri5")}).items():
+        for key, solver in solvers.items():
             try:
                 samples = self._sample(self._scope.seed, solver)
             except SamplingError as error:
@@ -235,9 +251,18 @@ class _Evaluation:
         x_0 = samples.x_0.flatten(1).double()
         stats = self._trained.stats
         mean, std = stats["mean"].double().cpu(), stats["std"].double().cpu()
+
+        def squared_distance(points: Tensor) -> float:
+            """Of the noise to these rows."""
+            self._check()
+            return measures.squared_wasserstein2(x_0, normalized(points.cpu(), mean, std).double())
+
         least, other = (
-            measures.squared_wasserstein2(x_0, normalized(points.cpu(), mean, std).double())
-            for points in (self._reference(number), self._held(number))
+            self._known(name, number, functools.partial(squared_distance, points))
+            for name, points in (
+                ("to validation", self._reference(number)),
+                ("to training", self._held(number)),
+            )
         )
         return {
             "path_energy": (energy, least),
@@ -246,16 +271,20 @@ class _Evaluation:
 
     def _neighbours(self, x: Tensor, y: Tensor, number: int) -> _Pairs:
         """How near the samples are to the rows that the model has seen."""
-        to_seen, unseen_to_seen = (
-            self._nearest(points, self._train, "nearest", self._scope.nearest_among)
-            for points in (x, y)
-        )
+
+        def to_seen(points: Tensor) -> float:
+            among = self._scope.nearest_among
+            return float(self._nearest(points, self._train, "nearest", among).mean())
+
         m = min(self._scope.nearest_among, len(self._train), len(self._val))
         to_train, to_val = (
             self._nearest(x, part, f"memorization {number}", m) for part in (self._train, self._val)
         )
         return {
-            "nn_train": (float(to_seen.mean()), float(unseen_to_seen.mean())),
+            "nn_train": (
+                to_seen(x),
+                self._known("nn_train", number, functools.partial(to_seen, y)),
+            ),
             "memorization": (float((to_train < to_val).double().mean()), 0.5),
         }
 
@@ -276,6 +305,12 @@ class _Evaluation:
             self._check()
             parts.append(part)
         return joined(parts)
+
+    def _known(self, name: str, number: int, compute: Callable[[], Any]) -> Any:
+        """What only the data decide, from another model's evaluation if that has it."""
+        if (name, number) not in self._floors:
+            self._floors[name, number] = compute()
+        return self._floors[name, number]
 
     def _reference(self, number: int) -> Tensor:
         return self._rows(self._val, f"reference {number}", self.n)

@@ -24,8 +24,9 @@
     [slurm]
     mem_gb = 16
 
-Of the options of `[slurm]` each run may have its own: in `[grid]`, `[[zip]]` and `[[include]]` they
-stand beside the fields of the training. Knows no run, and none of what is on disk but that file.
+"None" stands for no value (`ot_batch = ["None", 1024]`). Of the options of `[slurm]` each run may
+have its own: in `[grid]`, `[[zip]]` and `[[include]]` they stand beside the fields of the training.
+Knows no run, and none of what is on disk but that file.
 """
 
 import hashlib
@@ -443,8 +444,8 @@ def _toml(value: Any) -> str:
         case float():
             # TOML wants digits on both sides of a point, or an exponent.
             return repr(value)
-        case str():
-            return _quoted(value)
+        case str() | None:
+            return _quoted(str(value))  # TOML has no word for None
     return json.dumps(value)
 
 

@@ -55,7 +55,9 @@ def test_a_run_is_evaluated_at_its_end_and_when_asked(
     before = run.evaluation_file.read_bytes()
     for arguments, said in (
         (("a", "-n", "271"), "-n: found 271, expected at most 270"),
+        (("a", "--nfe", "0"), "--nfe: found 0, expected at least 1"),
         (("b",), "no run b in"),
+        ((), "found no run"),
     ):
         refused = flowjobs("evaluate", *arguments)
         assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
@@ -64,6 +66,24 @@ def test_a_run_is_evaluated_at_its_end_and_when_asked(
     gone = flowjobs("evaluate", "a")
     assert (gone.returncode, f"a has no {run.best}" in gone.stderr) == (2, True)
     assert run.evaluation_file.read_bytes() == before
+
+
+def test_runs_of_one_dataset_are_measured_by_the_same_rows(flowjobs: Command, study: Path) -> None:
+    sweep = ("--seed", "0", "1", "--parallel", "1", "--cluster", "local", "--evaluate", "False")
+    assert flowjobs("sweep", *QUICK, *sweep).returncode == 0
+    names = [f"mlp-icfm-digits-none-seed{seed}" for seed in (0, 1)]
+    Run(study, "never").create(RunConfig(TrainingConfig()))
+    options = ("-n", "60", "--repeats", "1", "--steps", "5", "--nfe", "--json")
+    done = flowjobs("evaluate", "ablation", "never", *options)
+    assert done.returncode == 2
+    assert "error: never: " in done.stderr
+    found = json.loads(done.stdout)
+    assert [of["name"] for of in found] == names
+    assert (found[0]["by_nfe"], found[0]["nfe_of_dopri5"]) == ({}, None)
+    floors = [{name: m["floor"] for name, m in of["measures"].items()} for of in found]
+    assert floors[0] == floors[1]
+    alone = flowjobs("evaluate", names[1], *options)
+    assert json.loads(alone.stdout) == found[1]
 
 
 def trained(run: Run, config: TrainingConfig, stop_reason: Callable[[], str | None]) -> None:

@@ -92,13 +92,22 @@ def test_a_file_is_read_written_and_read_again(tmp_path: Path) -> None:
     assert read_sweep(file, absolute) == sweep
 
 
+def test_a_field_may_have_no_value_in_some_runs(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("[[zip]]\nflow = ['icfm', 'otcfm']\not_batch = ['None', 128]\n")
+    sweep = read_sweep(file, absolute)
+    assert [point["ot_batch"] for point in sweep.points()] == [None, 128]
+    file.write_text(to_toml(sweep))
+    assert read_sweep(file, absolute) == sweep
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("[grid]\nsede = [0]", r"\[grid\] sede: found no field; .*did you mean seed"),
         ("[grid]\nseed = 0", r"\[grid\] seed: found 0, expected a list"),
         ("[grid]\nseed = ['x']", r"\[grid\] seed: found 'x', expected int"),
-        ("[base]\nflow = 'icmf'", r"\[base\] flow: found 'icmf', expected icfm, otcfm"),
+        ("[base]\naug = 'nois'", r"\[base\] aug: found 'nois', expected none, noise"),
         ("[base]\nmem_gb = 3", r"\[base\] mem_gb: found no field"),
         ("[bas]\nseed = 0", "bas: found no part of a sweep.*did you mean base"),
         ("[[zip]]\nlr=[1]\nseed=[0,1]", "found 1 of lr, 2 of seed, expected equally many"),
