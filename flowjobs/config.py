@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 
+from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import did_you_mean
 
@@ -75,6 +76,9 @@ NOT_IN_SIGNATURE = frozenset(
 LATER = frozenset(
     {
         "init_from",
+        "width",
+        "depth",
+        "params",
         "aug_strength",
         "source",
         "normalize",
@@ -85,6 +89,9 @@ LATER = frozenset(
         "time_std",
     }
 )
+
+# Arguments of the model that are fields as well: comparing models of one size needs them.
+SIZE_FIELDS = ("width", "depth")
 
 # Between the path of a file and the digest of its content, in `init_from` and `reflow_from`.
 PINNED = "@sha256:"
@@ -150,7 +157,18 @@ class TrainingConfig:
     """Group of the run in W&B."""
 
     arch_args: KeyValues = field(default_factory=KeyValues)
-    """Arguments of the model: width=512 depth=4."""
+    """Other arguments of the model: dropout=0.1."""
+
+    width: OptionalInt = None
+    """Width of the model, its argument of that name; default: 256 (dit: 128), or the data's width
+    (dit: a chunk's) where that is larger."""
+
+    depth: OptionalInt = None
+    """Blocks of the model (unet: how often the width is halved), its argument of that name;
+    default: 3 (unet: 2)."""
+
+    params: OptionalStr = None
+    """Choose the width so that the model has so many parameters (500k, 2M), within 5 %."""
 
     init_from: OptionalStr = None
     """Start from the weights (EMA) of this checkpoint of another run, with everything else new:
@@ -261,9 +279,26 @@ class TrainingConfig:
                 f"--flow: found {self.flow!r}, expected one of {', '.join(BUILT_IN_FLOWS)}, or "
                 f"your own as package.module:name{did_you_mean(self.flow, BUILT_IN_FLOWS)}"
             )
+        self._check_model_args()
+
+    def _check_model_args(self) -> None:
         for key in self.arch_args:
             if not key.isidentifier():
                 raise ConfigError(f"--arch-args: found {key!r}, expected an argument's name")
+        for name in SIZE_FIELDS:
+            if (value := getattr(self, name)) is None:
+                continue
+            _require(self, name, minimum=1)
+            if name in self.arch_args:
+                raise ConfigError(
+                    f"--{name}: found {value}, and {name}={self.arch_args[name]} in --arch-args: "
+                    "give one of them"
+                )
+        if self.params is not None and not parse_count(self.params):
+            raise ConfigError(
+                f"--params: found {self.params!r}, expected a number of parameters (500k, 2M, "
+                "1_000_000)"
+            )
 
     @property
     def run_name(self) -> str:
@@ -291,6 +326,11 @@ class TrainingConfig:
     def flow_path(self) -> str:
         """The built-in's name or `package.module:name`, without the label."""
         return self.flow.rpartition("=")[2]
+
+    @property
+    def model_args(self) -> KeyValues:
+        """All arguments of the model but the data's width."""
+        return KeyValues(_model_args(vars(self)))
 
     @property
     def user_modules(self) -> tuple[str, ...]:
@@ -505,11 +545,18 @@ def signature_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> 
     A field that one of them lacks, by its age, is unknown there and no difference.
     """
     old, new = _relevant(there), _relevant(here)
-    return [
+    lines = [
         f"  {flag(key)}: {there.get(key, _default(key))} there, {here[key]} asked for"
         for key in here
-        if key in old and key in new and old[key] != new[key]
+        if key in old and key in new and old[key] != new[key] and key != "arch_args"
     ]
+    arguments = [found.get("arch_args") or {} for found in (old, new)]
+    for key in dict.fromkeys(key for of in arguments for key in of):
+        values = [of.get(key, "the default") for of in arguments]
+        if values[0] != values[1]:
+            name = flag(key) if key in SIZE_FIELDS else f"--arch-args {key}"
+            lines.append(f"  {name}: {values[0]} there, {values[1]} asked for")
+    return lines
 
 
 def _relevant(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -518,7 +565,17 @@ def _relevant(training: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in whole.items() if key not in NOT_IN_SIGNATURE}
     for key in ("init_from", "reflow_from"):
         found[key] = found[key] and found[key].rpartition(PINNED)[2]
-    return found
+    # By whichever option it was given.
+    if arguments := _model_args(found):
+        found["arch_args"] = arguments
+    if "width" in arguments:
+        found["params"] = None  # what it was chosen for decides nothing more
+    return {key: value for key, value in found.items() if key not in SIZE_FIELDS}
+
+
+def _model_args(training: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: training[name] for name in SIZE_FIELDS if training[name] is not None}
+    return {**(training.get("arch_args") or {}), **fields}
 
 
 def _default(key: str) -> Any:

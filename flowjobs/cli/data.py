@@ -1,6 +1,5 @@
 """flowjobs data."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +8,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.config import OptionalStr
+from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.runs.datasets import split_files
 from flowjobs.runs.run import absolute, check_run_name, default_study
@@ -57,9 +57,8 @@ def _rows(size: str) -> int | None:
     """`1k` -> 1000; None for `all`."""
     if size == "all":
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", size.lower())
-    if not found:
+    if (rows := parse_count(size)) is None:
         raise ConfigError(
             f"--sizes: found {size!r}, expected a number of rows (500, 5k, 1m) or all"
         )
-    return round(float(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2]])
+    return rows

@@ -22,10 +22,11 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.flows.flow import check_flow
+from flowjobs.models.size import with_fixed_width
 from flowjobs.models.source import check_model
 from flowjobs.nearest import LIST_AT_MOST
 from flowjobs.runs.code import import_from_snapshot
-from flowjobs.runs.datasets import check_data
+from flowjobs.runs.datasets import check_data, row_shape
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run, absolute, check_run_name
 from flowjobs.runs.selection import select
@@ -72,6 +73,7 @@ def prepare_run(
     check_parts(training, study, defaults)
     before = run.config().training if run.exists() else None
     training = with_pinned_files(training, study, before)
+    training = with_fixed_width(training, row_shape(training.dataset, study))
     if before is not None and before.signature == training.signature:
         # Only a flag changes how long a run is: a bare command goes on with it as it is.
         own = {key: getattr(before, key) for key in ("epochs", "patience")}

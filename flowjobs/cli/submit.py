@@ -22,6 +22,7 @@ from flowjobs.config import (
     flag,
 )
 from flowjobs.errors import ConfigError
+from flowjobs.models.size import size_words
 from flowjobs.runs.run import Run
 from flowjobs.slurm.options import DECIDED, environment_for_sbatch
 from flowjobs.tracking.mode import resolve_mode
@@ -112,9 +113,11 @@ class HandOver(CodeOptions, CommandOptions):
         for said in filter(None, (code.note, note_on_ranks(run, ranks))):
             print(said)
         mode, mode_reason = resolve_mode(config.tracking)
+        size = size_words([config.training])
         _print_rows(
             run=run.name,
             folder=str(run.folder),
+            **({"size": size} if size else {}),
             cluster=f"{cluster} ({why})",
             **({"ranks": str(ranks)} if ranks > 1 else {}),
             tracking=f"W&B {mode} ({mode_reason})",
@@ -172,7 +175,9 @@ class Submit(HandOver):
     def _print_plan(self, defaults: Defaults, run: Run, config: RunConfig, cluster: str) -> None:
         from flowjobs.jobs.executors import slurm_executor
 
-        _print_rows(run=run.name, folder=str(run.folder), cluster=cluster)
+        size = size_words([config.training])
+        rows = {"size": size} if size else {}
+        _print_rows(run=run.name, folder=str(run.folder), **rows, cluster=cluster)
         print("\n# where the values come from")
         # As they were given, not as `config` has them: paths are absolute there.
         used = set()

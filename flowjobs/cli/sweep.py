@@ -38,6 +38,8 @@ from flowjobs.config import (
     is_data_file,
 )
 from flowjobs.errors import ConfigError
+from flowjobs.models.size import size_words, with_fixed_width
+from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import Run, absolute, check_run_name
 from flowjobs.sweeps import grid
@@ -229,7 +231,10 @@ class Sweep(CodeOptions, CommandOptions):
             raise ConfigError(f"the sweep {name} has no runs: all are excluded")
         configs = [with_absolute_paths(defaults.resolve_arch(training_of(p, base))) for p in points]
         _check(configs, study, defaults)
-        names = names_kept(study, name, configs, run_names_of(configs))
+        names = run_names_of(configs)
+        shapes = {data: row_shape(data, study) for data in {c.dataset for c in configs if c.params}}
+        configs = [with_fixed_width(c, shapes.get(c.dataset)) for c in configs]
+        names = names_kept(study, name, configs, names)
         runs: dict[Run, RunConfig] = {}
         for point, config, run_name in zip(points, configs, names, strict=True):
             check_run_name(run_name)
@@ -319,6 +324,8 @@ class Sweep(CodeOptions, CommandOptions):
 
         how = f" = {sweep.words}" if sweep.words else ""
         print_rows(sweep=f"{name}: {counted(len(members))}{how}", cluster=cluster)
+        if sizes := size_words(member.config.training for member in members):
+            print_rows(size=sizes)
         by_stage: dict[str, list[Member]] = {}
         for member in members:
             by_stage.setdefault(member.stage, []).append(member)
@@ -361,7 +368,7 @@ def _check(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -
     different: dict[tuple[object, ...], TrainingConfig] = {}
     for config in configs:
         names = (config.arch, config.flow, config.dataset, config.source, config.reflow_from)
-        numbers = (config.arch_args, config.sigma == 0, config.ot_batch)
+        numbers = (config.model_args, config.params, config.sigma == 0, config.ot_batch)
         different.setdefault((*names, *map(str, numbers)), config)
     for config in different.values():
         check_parts(config, study, defaults)

@@ -1,7 +1,9 @@
 """Models that predict a velocity: (x: (batch, *shape), t: (batch,)) -> (batch, *shape)."""
 
+import functools
 import importlib
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig, check_arch
 from flowjobs.data.randomness import seed_python_and_numpy
 from flowjobs.errors import ConfigError
+from flowjobs.models.size import check_count, search_width, width_of
 from flowjobs.models.source import BUILT_IN_SOURCES, check_arguments
 
 
@@ -31,16 +34,40 @@ def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Modu
             f"{shape}: flatten them, or give a model of your own"
         )
     cls = _model_class(config.arch_path)
-    check_arguments(inspect.signature(cls), cls.__name__, config.arch_args)
+    check_arguments(inspect.signature(cls), cls.__name__, config)
+    given = shape[0] if len(shape) == 1 else shape
+    arguments = dict(config.model_args)
+    if config.params is not None:
+        arguments["width"] = _chosen_width(config, cls, given)
     torch.manual_seed(config.seed)
     # What a model draws and does not keep in its state must come out the same at each start.
     seed_python_and_numpy(config.seed)
     try:
-        return cls(shape[0] if len(shape) == 1 else shape, **config.arch_args)
+        return cls(given, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         if config.arch_path not in BUILT_IN_ARCHS:
             raise  # a bug in the user's own model wants its traceback
-        raise ConfigError(f"--arch-args {dict(config.arch_args)}: {error}") from error
+        raise ConfigError(f"--arch-args {arguments}: {error}") from error
+
+
+def _chosen_width(config: TrainingConfig, cls: type[nn.Module], shape: Any) -> int:
+    """The width that `--params` means; of a model of the user's own it is found by building it."""
+    if config.arch_path in BUILT_IN_ARCHS:
+        return width_of(config, shape)
+    arguments = dict(config.model_args)
+    given = arguments.pop("width", None)
+
+    @functools.cache
+    def count(width: int) -> int:
+        with torch.device("meta"):  # without numbers, so that trying wide ones costs nothing
+            model = cls(shape, width=width, **arguments)
+        return sum(weights.numel() for weights in model.parameters())
+
+    what = f"{config.arch_label} on data of shape {shape}"
+    if given is not None:
+        check_count(config, count(given), f"--width {given}", what)
+        return int(given)
+    return search_width(config, count, 1, what)
 
 
 def is_built_in(model: nn.Module) -> bool:

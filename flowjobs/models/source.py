@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig
+from flowjobs.config import BUILT_IN_ARCHS, SIZE_FIELDS, TrainingConfig, flag
 from flowjobs.errors import ConfigError
 
 BUILT_IN_SOURCES = {
@@ -55,19 +55,25 @@ def check_model(config: TrainingConfig) -> None:
     signature = _constructor(found) if found else None
     if signature is None:
         return
-    check_arguments(signature, name, config.arch_args)
+    check_arguments(signature, name, config)
     if config.arch_path in BUILT_IN_ARCHS:
-        _check_types(signature, config.arch_args)
+        _check_types(signature, config.model_args)
 
 
-def check_arguments(signature: inspect.Signature, name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise a ConfigError unless a constructor takes the data's width and these arguments.
+def check_arguments(signature: inspect.Signature, name: str, config: TrainingConfig) -> None:
+    """Raise a ConfigError unless a constructor takes the data's width and the model's arguments.
 
     Args:
         signature: Of the class `name`, without `self`.
         name: For the error's text.
-        arguments: `--arch-args`.
+        config: Has the arguments.
     """
+    arguments = config.model_args
+    accepted = list(signature.parameters.values())[1:]
+    takes = f"{name} takes the data's width and ({', '.join(str(p) for p in accepted)})"
+    names = {"width", *(p.name for p in accepted if p.kind is p.VAR_KEYWORD)}
+    if config.params is not None and not names & {p.name for p in accepted}:
+        raise ConfigError(f"--params: there is no argument width that it could choose; {takes}")
     positional = [p for p in signature.parameters.values() if p.kind in _POSITIONAL]
     if not positional:
         raise ConfigError(
@@ -77,16 +83,17 @@ def check_arguments(signature: inspect.Signature, name: str, arguments: Mapping[
     try:
         signature.bind(0, **arguments)
     except TypeError as error:
-        accepted = list(signature.parameters.values())[1:]
+        unknown = [key for key in arguments if key not in signature.parameters]
+        fields = [
+            flag(key) for key in unknown if key in SIZE_FIELDS and key not in config.arch_args
+        ]
         near = [
             f"did you mean {match[0]}? "
-            for key in arguments
-            if key not in signature.parameters
-            and (match := difflib.get_close_matches(key, [p.name for p in accepted], n=1))
+            for key in unknown
+            if (match := difflib.get_close_matches(key, [p.name for p in accepted], n=1))
         ]
         raise ConfigError(
-            f"--arch-args: {error}; {''.join(near)}{name} takes the data's width and "
-            f"({', '.join(str(p) for p in accepted)})"
+            f"{(fields or ['--arch-args'])[0]}: {error}; {''.join(near)}{takes}"
         ) from error
 
 
@@ -98,12 +105,19 @@ _POSITIONAL = {
 
 
 def _check_types(signature: inspect.Signature, arguments: Mapping[str, Any]) -> None:
-    """Of a built-in model, whose annotations hold."""
+    """Of a built-in model, whose annotations hold, and whose numbers count something."""
     accepted = {"int": (int,), "int | None": (int,), "float": (int, float)}
     for key, value in arguments.items():
         expected = str(signature.parameters[key].annotation)
         if expected in accepted and type(value) not in accepted[expected]:
             raise ConfigError(f"--arch-args {key}: found {value!r}, expected {expected}")
+        if expected.startswith("int") and value < 1:
+            raise ConfigError(f"--arch-args {key}: found {value}, expected at least 1")
+    heads = arguments.get("heads", 4)
+    if "heads" in signature.parameters and arguments.get("width", heads) % heads:
+        raise ConfigError(
+            f"--width: found {arguments['width']}, expected a multiple of heads ({heads})"
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from flowjobs.config import NOT_IN_SIGNATURE, TrainingConfig
+from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import did_you_mean
 from flowjobs.report.metric import AtStep, Metric, choose_metric
@@ -164,7 +165,13 @@ def varying_fields(results: Sequence[Result]) -> list[str]:
         key for result in results for key in result.fields.get("arch_args") or ()
     )
     candidates = [name for name in [*known, *arguments] if name not in LEFT_OUT]
-    return [name for name in candidates if len({result.shown(name) for result in results}) > 1]
+
+    def varies(name: str) -> bool:
+        # A width that --params has chosen differs between models of one size.
+        some = [r for r in results if name != "width" or r.fields.get("params") is None]
+        return len({result.shown(name) for result in some}) > 1
+
+    return [name for name in dict.fromkeys(candidates) if varies(name)]
 
 
 def _layout(
@@ -209,6 +216,8 @@ def _in_order(results: Sequence[Result], names: Sequence[str]) -> list[Key]:
 def _rank(value: Any) -> tuple[int, float, str]:
     if isinstance(value, int | float):
         return 0, float(value), ""
+    if (count := parse_count(str(value))) is not None:
+        return 0, float(count), ""  # --params 500k, a dataset 10k
     return 1, 0.0, str(value)
 
 

@@ -40,8 +40,9 @@ class Result:
     evaluation: Mapping[str, Any]
 
     def shown(self, field: str) -> str:
-        """A field's value, as a run's name has it; "-" where the run has no such field."""
-        return displayed(field, self.fields[field]) if field in self.fields else "-"
+        """A field's value, as a run's name has it; "-" where the run has none."""
+        value = self.fields.get(field)
+        return "-" if value is None else displayed(field, value)
 
     @property
     def state(self) -> str:

@@ -171,6 +171,17 @@ def check_file(path: Path) -> Layout | None:
     return layout
 
 
+def shape_of_file(path: Path) -> tuple[int, ...] | None:
+    """(n, *shape) of a file; None where it is not known without torch.
+
+    Raises:
+        DataError: It can surely not be used; the text names the file.
+    """
+    with _opened(path) as file:
+        layout = _known_layout(file, path)
+    return layout.shape if layout else None
+
+
 def check_shape(shape: tuple[int, ...], dtype: str, name: str) -> None:
     """Raise a DataError unless these are rows of floats; `name` is for the error's text."""
     if len(shape) < 2 or 0 in shape:

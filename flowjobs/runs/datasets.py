@@ -8,7 +8,7 @@ from pathlib import Path
 from flowjobs.config import PINNED, TrainingConfig, is_data_file
 from flowjobs.errors import DataError
 from flowjobs.nearest import did_you_mean, meant
-from flowjobs.runs.data_file import DataContent, check_file, content_of_file
+from flowjobs.runs.data_file import DataContent, check_file, content_of_file, shape_of_file
 
 DIGITS = "digits"
 TOY_SETS = (
@@ -67,6 +67,19 @@ def dataset_files(dataset: str, study: Path) -> dict[str, Path]:
         return {"data": Path(dataset)}
     train_file, val_file = split_files(study, dataset)
     return {"train": train_file, "val": val_file} if train_file.exists() else {}
+
+
+def row_shape(dataset: str, study: Path) -> tuple[int, ...] | None:
+    """The shape of a row; None where it is not known without torch.
+
+    Raises:
+        DataError: A file of it can surely not be used.
+    """
+    files = dataset_files(dataset, study)
+    if not files:
+        return (64,) if dataset == DIGITS else (2,)
+    shape = shape_of_file(next(iter(files.values())))
+    return shape[1:] if shape else None
 
 
 def check_data(dataset: str, study: Path, option: str = "--dataset") -> None:

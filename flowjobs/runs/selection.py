@@ -12,7 +12,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import PINNED, SlurmConfig, TrackingConfig, TrainingConfig, is_data_file
+from flowjobs.config import (
+    PINNED,
+    SIZE_FIELDS,
+    SlurmConfig,
+    TrackingConfig,
+    TrainingConfig,
+    is_data_file,
+)
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.run import Run, absolute, run_names
@@ -242,7 +249,10 @@ def fields_of(run: Run) -> dict[str, Any]:
             raise ConfigError(f"{run.config_file}: {part}: expected an object of fields")
         flat |= _defaults(part) | given
     arguments = flat.get("arch_args")
-    return {**(arguments if isinstance(arguments, dict) else {}), **flat}
+    arguments = arguments if isinstance(arguments, dict) else {}
+    # By whichever option it was given.
+    sizes = {name: arguments[name] for name in SIZE_FIELDS if name in arguments}
+    return {**arguments, **flat, **sizes}
 
 
 def displayed(field: str, value: Any) -> str:

@@ -313,4 +313,4 @@ def checkpoint_bytes(
 
 def _model(member: Member) -> str:
     training = member.config.training
-    return json.dumps([training.arch_path, training.arch_args], sort_keys=True)
+    return json.dumps([training.arch_path, training.model_args], sort_keys=True)

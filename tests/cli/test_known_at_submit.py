@@ -44,6 +44,8 @@ def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (("--arch-args", "widht=64"), "unexpected keyword argument 'widht'; did you mean width"),
         (("--arch", "my_models:WidNet"), r"my_models\.py has no WidNet; did you mean WideNet\?"),
+        (("--arch", "my_models:WideNet", "--params", "2M"), "no argument width .*WideNet takes"),
+        (("--arch", "dit", "--params", "17k"), r"the nearest are .*k \(--width 4\) and "),
         (("--dataset", "nan.npy"), r"nan\.npy: row 7 has a value that is NaN or infinite"),
     ],
 )

@@ -53,6 +53,14 @@ def test_arguments_of_a_model_are_fields_and_sort_by_size(study: Path) -> None:
     assert compared(study).rows == [("8",), ("64",), ("128",), ("-",)]
 
 
+def test_models_of_one_size_are_compared_by_it_and_not_by_their_widths(study: Path) -> None:
+    for arch, params, width in (("mlp", "500k", 224), ("mlp", "2M", 510), ("dit", "500k", 100)):
+        made_run(study, [1.0], name=f"{arch}{params}", arch=arch, params=params, width=width)
+    found = compared(study)
+    assert (found.row_fields, found.rows) == (("params",), [("500k",), ("2M",)])
+    assert compared(study, rows=["dataset", "width"]).rows[0] == ("digits", "100")
+
+
 def test_what_is_missing_fails_or_runs_is_said(study: Path) -> None:
     for seed in range(3):
         made_run(study, [1.0, 1.0, 1.0], seed=seed)

@@ -23,7 +23,7 @@ def grid(study: Path) -> Path:
         compile=True,
         group="widths",
         dataset="/data/5k.npy",
-        arch_args=KeyValues(width=512),
+        arch_args=KeyValues(width=512, heads=2),
     )
     Run(study, "wide").create(RunConfig(wide, SlurmConfig(partition="gpu")))
     (study / "sweeps").mkdir()
@@ -84,7 +84,7 @@ def test_no_word_means_all(grid: Path) -> None:
         (["compile=1"], RunNotFoundError, "no run has compile=1"),
         (["flow=otcfm", "width=512"], RunNotFoundError, "has flow=otcfm and width=512 together"),
         (["flwo=icfm"], ConfigError, "flwo=: found no such field.*did you mean flow"),
-        (["widht=512"], ConfigError, "of a model: width; did you mean width"),
+        (["haeds=2"], ConfigError, "of a model: heads; did you mean heads"),
         (["wide", "no-run"], RunNotFoundError, "no run no-run"),
     ],
 )

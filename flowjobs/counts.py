@@ -1,0 +1,19 @@
+"""Large numbers as people write them: 500k, 2M, 1_000_000."""
+
+import re
+
+FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
+
+
+def parse_count(text: str) -> int | None:
+    """`"1.5k"` -> 1500; None for what is no such number."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([km]?)", text.lower())
+    return round(float(found[1]) * FACTORS[found[2]]) if found else None
+
+
+def count_words(number: int) -> str:
+    """`1994752` -> `"1.99M"`."""
+    for suffix, factor in (("M", 1_000_000), ("k", 1_000)):
+        if number >= 0.9995 * factor:
+            return f"{number / factor:.3g}{suffix}" if number < 1000 * factor else f"{number:.3g}"
+    return str(number)
