@@ -170,6 +170,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     """The command that is meant, and the defaults that it was filled with."""
+    if arguments[:1] == ["sweep"]:
+        arguments = Sweep.spelled_out(arguments)
     defaults = load_defaults(arguments=arguments)
     if "study" in defaults.values:
         # Every command looks there for the study, and a flag wins over it.

@@ -35,11 +35,7 @@ def print_overview(groups: "Sequence[Group]") -> bool:
 
 def print_groups(groups: "Sequence[Group]") -> None:
     """Print a line a group: a bar, how many runs stand how, and the time that is left."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from flowjobs.cli.table import MiddleCut, duration_words
+    from flowjobs.cli.table import MiddleCut, duration_words, print_fitting
     from flowjobs.jobs.overview import Stand
 
     stands = [
@@ -48,25 +44,27 @@ def print_groups(groups: "Sequence[Group]") -> None:
         if stand in ("finished", "running", "waiting", "failed")
         or any(group.counts[stand] for group in groups)
     ]
-    missing = any(group.missing for group in groups)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("group", no_wrap=False)
-    for title in ("", "of", *stands, *(["not made"] if missing else []), "left"):
-        table.add_column(title, no_wrap=True, justify="left" if title in ("", "left") else "right")
+    rows = []
     for group in groups:
-        counts = [str(group.counts[stand] or "") for stand in stands]
-        if missing:
-            counts.append(str(group.missing or ""))
         full = int(group.progress * BAR_WIDTH)
         left = duration_words(group.left_s)
-        table.add_row(
-            MiddleCut(group.name),
-            Text("━" * full + "─" * (BAR_WIDTH - full)),
-            str(group.total),
-            *counts,
-            f"about {left}" if left else "",
+        rows.append(
+            {
+                "group": MiddleCut(group.name),
+                "": "━" * full + "─" * (BAR_WIDTH - full),
+                "of": str(group.total),
+                **{stand: str(group.counts[stand] or "") for stand in stands},
+                "not made": str(group.missing or ""),
+                "left": f"about {left}" if left else "",
+            }
         )
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    # What no group has goes first where there is little room, and what can be told from the rest.
+    none = [title for title in rows[0] if title and not any(row[title] for row in rows)]
+    for row in rows:
+        for title in {"not made", "left"} & {*none}:
+            del row[title]
+    dispensable = ("", *none, "not made", "waiting", "left", "running", "cancelled", "stopped")
+    print_fitting(rows, dispensable, right=("of", "not made", *stands))
 
 
 def watch(show: Callable[[], bool]) -> None:

@@ -29,7 +29,7 @@ from flowjobs.runs.code import import_from_snapshot
 from flowjobs.runs.datasets import check_data, row_shape
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run, absolute, check_run_name
-from flowjobs.runs.selection import select
+from flowjobs.runs.selection import select, sweep_names
 from flowjobs.training.pinned import with_pinned_files
 
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -68,6 +68,8 @@ def prepare_run(
     training = with_absolute_paths(training)
     run = Run(study, name or training.run_name)
     check_run_name(run.name)
+    if name and not run.exists() and name in sweep_names(study):
+        raise ConfigError(f"--name: found {name}, which a sweep in {study} is called; give another")
     if own_code:
         import_from_snapshot(run)
     check_parts(training, study, defaults)

@@ -7,7 +7,7 @@ from pathlib import Path
 from flowjobs.cli.code_options import Flag
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import RunNames, each_of, list_of
-from flowjobs.cli.start_many import counted
+from flowjobs.cli.start_many import counted, is_wanted
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.runs.run import default_study
 from flowjobs.runs.status import EXIT_BAD_INPUT
@@ -63,4 +63,4 @@ class Rm:
             return True
         if not sys.stdin.isatty():
             raise ConfigError("rm: there is no one to ask: --yes removes them")
-        return input(f"remove {counted(runs)} for good? [y/N] ").strip().lower() in ("y", "yes")
+        return is_wanted(f"remove {counted(runs)} for good?")

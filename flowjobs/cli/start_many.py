@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.hint import hint
-from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED
+from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
@@ -86,8 +86,9 @@ def train_many_here(
                 continue
             status = event.status
             if event.what != "ended" or status is None:
-                ends["not started"] += event.what != "started"
-                print(f"{'':9}  {event.run.name} {event.what}", flush=True)
+                ends[event.what] += event.what != "started"
+                why = f"{': ' if event.why else ''}{event.why}"
+                print(f"{'':9}  {event.run.name} {event.what}{why}", flush=True)
                 continue
             ends[status.state] += 1
             reason = "" if status.state == "finished" else f": {status.reason}"
@@ -95,10 +96,10 @@ def train_many_here(
             print(f"{count:>9}  {event.run.name} {status.state}{reason}", flush=True)
     except KeyboardInterrupt:
         print(f"\nno more runs are started; those that train go on; {again} starts the others")
-        return 0
+        return EXIT_PREEMPTED
     if ends["not started"] and not ends["failed"]:
         return EXIT_BAD_INPUT
-    return 0 if ends.total() == ends["finished"] else EXIT_FAILED
+    return 0 if ends.total() == ends["finished"] + ends["left alone"] else EXIT_FAILED
 
 
 def print_resources(members: Sequence["Member"], parallel: int | None, slots: int) -> None:
@@ -123,6 +124,15 @@ def print_rows(**rows: str) -> None:
     """Print titles with their texts, one below the other."""
     for title, text in rows.items():
         print(f"{title:10} {text}", flush=True)
+
+
+def is_wanted(question: str) -> bool:
+    """Ask a person at a terminal. Ctrl-D is a no."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
 
 
 def counted(runs: int) -> str:

@@ -14,6 +14,7 @@ import tyro
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.overview import print_groups, print_overview, watch
 from flowjobs.cli.prepare import RunNames, each_of
+from flowjobs.cli.start_many import some
 from flowjobs.errors import ConfigError
 from flowjobs.runs.listing import glances
 from flowjobs.runs.progress import current_progress, state_in_words, steps_per_s, time_left_s
@@ -65,10 +66,10 @@ class Status:
         from flowjobs.jobs.overview import overview, unsettled
 
         study = absolute(self.study)
-        some = [] if self.names else glances(study)
-        if len(some) > FEW and not (self.runs or self.json):
-            findings = find(unsettled(study, some), at_most_twice=True)
-            return print_overview(overview(study, some, findings))
+        seen = [] if self.names else glances(study)
+        if len(seen) > FEW and not (self.runs or self.json):
+            findings = find(unsettled(study, seen), at_most_twice=True)
+            return print_overview(overview(study, seen, findings))
         named = names_one_run(self.study, self.names)
         runs, broken = each_of(self.study, self.names)
         findings = find(runs, at_most_twice=True)
@@ -80,13 +81,14 @@ class Status:
         if self.json:
             print(json.dumps(found[0] if named else found, indent=2))
             return False
-        if len(some) > 1:
-            print_groups(overview(study, some, findings))
+        if len(seen) > 1:
+            print_groups(overview(study, seen, findings))
             print()
         if found:
             from flowjobs.cli.table import print_table
 
             print_table(found)
+        _print_waits(found)
         for run in found:
             _print_notes(run, named=named)
         if named:
@@ -95,10 +97,18 @@ class Status:
         return any(run["state"] in ("running", "submitted", "preempted") for run in found)
 
 
+def _print_waits(runs: list[dict[str, Any]]) -> None:
+    """Why runs wait, each reason once."""
+    waiting: dict[str, list[str]] = {}
+    for run in runs:
+        waiting.setdefault(run["waits"], []).append(run["run"])
+    for why, names in waiting.items():
+        if why:
+            print(f"{some(names)} wait{'s' if len(names) == 1 else ''} {why}")
+
+
 def _print_notes(run: dict[str, Any], *, named: bool) -> None:
     """What a person should know of a run, beside its line."""
-    if run["waits"]:
-        print(f"{run['run']} waits {run['waits']}")
     if run["state"] == "failed" and not named:  # else its attempts say so
         print(f"{run['run']} failed: {run['reason']}")
     if run["unknown"]:
@@ -137,6 +147,8 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described = {"run": run.name, **dataclasses.asdict(status)}
     if status.attempts:  # a row may be newer than the attempt's own last word
         described["attempts"][-1]["last_step"] = status.step
+    if not status.epochs:  # its job has not begun
+        described["epochs"] = run.config().training.epochs
     described["state_in_words"] = state_in_words(status)
     described["latest"] = latest
     described["steps_per_s"] = steps_per_s(status)

@@ -17,6 +17,7 @@ from flowjobs.cli.hint import hint
 from flowjobs.cli.prepare import check_parts, with_absolute_paths
 from flowjobs.cli.start_many import (
     counted,
+    is_wanted,
     plan_code_of,
     print_notes,
     print_resources,
@@ -149,6 +150,16 @@ class Sweep(CodeOptions, CommandOptions):
         options = {part: defaults.fill(PARTS[part]) for part in OPTIONS}
         return cls(training=TrainingValues(**values), **options, **own)
 
+    @staticmethod
+    def spelled_out(arguments: Sequence[str]) -> list[str]:
+        """The command line with `--no-evaluate`, as `submit` has it, as `--evaluate False`."""
+        negated = {
+            f"--no-{flag(known.name)[2:]}": [flag(known.name), "False"]
+            for known in dataclasses.fields(TrainingConfig)
+            if known.type is bool
+        }
+        return [word for given in arguments for word in negated.get(given, [given])]
+
     def run(self, defaults: Defaults) -> int:
         """Submit. Returns the exit code."""
         for name in ("parallel", "first", "runs_per_gpu"):
@@ -156,7 +167,7 @@ class Sweep(CodeOptions, CommandOptions):
                 raise ConfigError(f"{flag(name)}: found {value}, expected at least 1")
         study = absolute(self.study)
         name, sweep = self._asked(study, defaults)
-        check_sweep_name(name)
+        check_sweep_name(study, name)
         runs, length_given = self._runs(study, name, sweep, defaults)
         return self._carry_out(study, name, sweep, runs, length_given, defaults)
 
@@ -164,12 +175,12 @@ class Sweep(CodeOptions, CommandOptions):
         """The sweep that is meant, and its name."""
         values = self._values(defaults)
         group = values.get("group", [defaults.fill(TrainingConfig).group])[0]
-        name = self.name or str(group)
+        name = str(group) if self.name is None else self.name
         if self.sweep is None and values:
             sweep = grid.Sweep()
         elif self.sweep and (self.sweep.endswith(".toml") or "/" in self.sweep):
             file = absolute(Path(self.sweep))
-            name = self.name or file.stem
+            name = file.stem if self.name is None else self.name
             sweep = read_sweep(file, absolute)
         else:
             name = self.sweep or name
@@ -229,12 +240,16 @@ class Sweep(CodeOptions, CommandOptions):
         base, points = defaults.fill(TrainingConfig), sweep.points()
         if not points:
             raise ConfigError(f"the sweep {name} has no runs: all are excluded")
+        if unused := sweep.unused_exclusions():
+            print(f"note: no run has what [[exclude]] {', '.join(unused)} says: none is left out")
         configs = [with_absolute_paths(defaults.resolve_arch(training_of(p, base))) for p in points]
         _check(configs, study, defaults)
         names = run_names_of(configs)
         shapes = {data: row_shape(data, study) for data in {c.dataset for c in configs if c.params}}
         configs = [with_fixed_width(c, shapes.get(c.dataset)) for c in configs]
         names = names_kept(study, name, configs, names)
+        if name in names:
+            raise ConfigError(f"the sweep's name: found {name}, one of its runs; give another")
         runs: dict[Run, RunConfig] = {}
         for point, config, run_name in zip(points, configs, names, strict=True):
             check_run_name(run_name)
@@ -281,17 +296,17 @@ class Sweep(CodeOptions, CommandOptions):
             print_notes(plan.note for plan in code)
             if others := with_other_code(members, code):
                 print(f"with other code than the new ones: {some(others)}")
-            if self.dry_run:
-                return 0
             if lost := left_out(study, name, names):
                 print(f"no longer of the sweep, and left as they are: {some(lost)}")
+            if self.dry_run:
+                return 0
             if not self._is_wanted(starting):
                 return 0
             keep(study, name, sweep, names)
             slots = sweep.runs_per_gpu
             if cluster == "slurm":
-                self._set_parallel(members)
-                return submit_many(starting, code, name, sweep.parallel, slots, again, [name])
+                parallel = self._share_parallel(members, len(starting), sweep.parallel)
+                return submit_many(starting, code, name, parallel, slots, again, [name])
         return train_many_here(starting, code, sweep.parallel, slots, again)
 
     def _is_wanted(self, starting: Sequence["Member"]) -> bool:
@@ -302,14 +317,23 @@ class Sweep(CodeOptions, CommandOptions):
                 f"{len(starting)} runs would be submitted, and there is no one to ask: --yes "
                 "submits them, --first N some"
             )
-        return input(f"submit {len(starting)} runs? [y/N] ").strip().lower() in ("y", "yes")
+        return is_wanted(f"submit {len(starting)} runs?")
 
-    def _set_parallel(self, members: Sequence["Member"]) -> None:
-        from flowjobs.sweeps.arrays import set_parallel
+    def _share_parallel(
+        self, members: Sequence["Member"], starting: int, parallel: int | None
+    ) -> int | None:
+        """Divide `--parallel` among what is submitted already and what will be; see there."""
+        from flowjobs.sweeps.arrays import share_parallel
 
-        if self.parallel is not None:
-            for job_id in set_parallel(members, self.parallel):
-                print(f"job {job_id} runs {self.parallel} at a time from now on")
+        if parallel is None or not (starting or self.parallel):
+            return parallel
+        changed, left = share_parallel(members, starting, parallel)
+        for job_id, at_once in changed.items():
+            if isinstance(at_once, int):
+                print(f"job {job_id} runs {at_once} at a time from now on")
+            else:
+                print(f"error: {at_once}", file=sys.stderr)
+        return left
 
     def _print_plan(
         self,
@@ -337,7 +361,8 @@ class Sweep(CodeOptions, CommandOptions):
             return
         mode, reason = resolve_mode(starting[0].config.tracking)
         print_rows(tracking=f"W&B {mode} ({reason})")
-        print_resources(starting, sweep.parallel, sweep.runs_per_gpu)
+        if not cluster.startswith("local"):
+            print_resources(starting, sweep.parallel, sweep.runs_per_gpu)
         if left:
             print(f"{'':10} {left} more of them are left for later (--first {self.first})")
         if sweep.parallel:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
@@ -12,8 +12,8 @@ from rich.text import Text
 # A name is not cut shorter than to these; columns go first, from the one that says least.
 NAME_AT_LEAST = 16
 # Columns that are left out where they say nothing.
-SELDOM = ("left", "tries")
-DISPENSABLE = ("tries", "step", "job", "left", "best", "epoch")
+SELDOM = ("speed", "left", "tries")
+DISPENSABLE = ("tries", "step", "job", "speed", "left", "best", "epoch")
 
 
 class MiddleCut:
@@ -35,27 +35,44 @@ class MiddleCut:
 
 def print_table(runs: Sequence[Mapping[str, Any]]) -> None:
     """Print a line a run; whole names where another program reads them."""
+    rows = [_cells(run) for run in runs]
+    seldom = [title for title in SELDOM if all(row[title] in ("", "0", "1") for row in rows)]
+    for row in rows:
+        for title in seldom:
+            del row[title]
+    print_fitting(rows, DISPENSABLE)
+
+
+def print_fitting(
+    rows: Sequence[Mapping[str, Any]], dispensable: Sequence[str], right: Sequence[str] = ()
+) -> None:
+    """Print rows of cells by their titles, of which the first is a name.
+
+    Args:
+        rows: At least one.
+        dispensable: Columns that are left out, in this order, until the others have room.
+        right: Columns of numbers.
+    """
     console = Console(width=None if sys.stdout.isatty() else 1000)
     unbound = console.options.update(max_width=1000)
-    every = [_cells(run) for run in runs]
-    dropped = {title for title in SELDOM if all(cells[title] in ("", "0", "1") for cells in every)}
-    table = _table(runs, dropped)
-    for column in DISPENSABLE:
+    shown = [*rows[0]]
+    table = _table(rows, shown, right)
+    for title in dispensable:
         if Measurement.get(console, unbound, table).minimum <= console.width:
             break
-        dropped.add(column)
-        table = _table(runs, dropped)
+        shown = [other for other in shown if other != title]
+        table = _table(rows, shown, right)
     console.print(table)
 
 
-def _table(runs: Sequence[Mapping[str, Any]], dropped: set[str]) -> Table:
-    rows = [_cells(run) for run in runs]
-    shown = [title for title in rows[0] if title not in dropped]
+def _table(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], right: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in shown:
-        table.add_column(title, no_wrap=title != "run", overflow="ellipsis")
-    for cells in rows:
-        table.add_row(*(cells[title] for title in shown))
+        justify: Literal["left", "right"] = "right" if title in right else "left"
+        named = title == shown[0]
+        table.add_column(title, no_wrap=not named, overflow="ellipsis", justify=justify)
+    for row in rows:
+        table.add_row(*(row[title] for title in shown))
     return table
 
 
@@ -67,11 +84,19 @@ def _cells(run: Mapping[str, Any]) -> dict[str, Any]:
         "epoch": f"{run['epoch']}/{run['epochs'] or '?'}",
         "step": f"{run['step']}/{run['total_steps'] or '?'}",
         "val/loss": "" if latest is None else f"{latest:.4f}",
+        "speed": _speed(run["steps_per_s"] if run["state"] == "running" else None),
         "left": duration_words(run["left_s"]),
         "tries": str(len(run["attempts"])),
         "best": "" if best is None else f"{best:.4f}",
         "job": run["jobs"][-1]["job_id"] if run["jobs"] else "",
     }
+
+
+def _speed(steps_per_s: float | None) -> str:
+    """ "12 /s", "3.5 s/step"."""
+    if not steps_per_s:
+        return ""
+    return f"{steps_per_s:.3g} /s" if steps_per_s >= 1 else f"{1 / steps_per_s:.3g} s/step"
 
 
 def duration_words(seconds: float | None) -> str:

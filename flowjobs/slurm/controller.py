@@ -1,5 +1,6 @@
 """What Slurm's controller knows of jobs, and what it can be asked to do with one."""
 
+import re
 import signal
 import time
 from collections.abc import Collection, Mapping
@@ -29,6 +30,9 @@ ENDED = frozenset(
 # What fits on a command line.
 CANCELLED_AT_ONCE = 1000
 CANCELLED_SHOWN = 3
+
+# "7_0,4-9: No error", "7: No error".
+OF_TASKS_CHANGED = re.compile(r"\d+(_\S+)?: No error")
 
 # Several "Key=value" on a line: a value may hold spaces, so it ends where the next key begins.
 # These have a line of their own, and may hold anything.
@@ -284,7 +288,10 @@ def set_parallel(job_id: str, tasks: int) -> None:
         SubmissionError: Slurm does not answer, or refuses.
     """
     answer = run("scontrol", "update", f"jobid={job_id}", f"ArrayTaskThrottle={tasks}")
-    if answer.returncode != 0:
+    # Once a task has ended there is a line for each kind of task, "7_1: Job has already finished"
+    # and "7_4-9: No error", and the exit code is that of the former.
+    changed = any(OF_TASKS_CHANGED.fullmatch(line) for line in answer.stderr.splitlines())
+    if answer.returncode != 0 and not changed:
         raise SubmissionError(f"job {job_id} keeps its number of tasks: {first_line(answer)}")
 
 

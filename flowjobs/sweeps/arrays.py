@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -175,17 +176,42 @@ def make_runs(members: Sequence[Member], code: Sequence[CodePlan]) -> list[str]:
     return notes
 
 
-def set_parallel(members: Sequence[Member], parallel: int) -> list[str]:
-    """Have the arrays that still wait or run train so many at a time. Returns their ids."""
+def share_parallel(
+    members: Sequence[Member], starting: int, parallel: int
+) -> tuple[dict[str, int | SubmissionError], int]:
+    """Have arrays that wait or run, and those to come, train so many at a time together.
+
+    Each gets its part by the runs that it has left.
+
+    Args:
+        members: The runs of the sweep.
+        starting: How many will be submitted.
+        parallel: How many are to run at a time.
+
+    Returns:
+        How many runs each array trains at a time from now on, by its id, or why it does not; and
+        how many those that will be submitted may.
+    """
+    left: Counter[str] = Counter()
     slots_of: dict[str, int] = {}
     for member in members:
-        if member.stage in ("waiting", "running"):
-            for entry in member.run.submissions()[-1:]:
+        if member.stage not in ("waiting", "running"):
+            continue
+        for entry in member.run.submissions()[-1:]:
+            if "array" in entry:
                 array_id = entry["job_id"].partition("_")[0]
-                if "array" in entry and array_id not in slots_of:
+                left[array_id] += 1
+                if array_id not in slots_of:
                     shared = PACK in entry
-                    pack = Pack(member.run.study, entry[PACK]) if shared else None
-                    slots_of[array_id] = pack.slots if pack else 1
-    for job_id, slots in sorted(slots_of.items()):
-        slurm.set_parallel(job_id, max(1, parallel // len(slots_of) // slots))
-    return sorted(slots_of)
+                    slots_of[array_id] = Pack(member.run.study, entry[PACK]).slots if shared else 1
+    total = left.total() + starting
+    changed: dict[str, int | SubmissionError] = {}
+    for job_id, runs in sorted(left.items()):
+        tasks = max(1, parallel * runs // total // slots_of[job_id])
+        try:
+            slurm.set_parallel(job_id, tasks)
+        except SubmissionError as error:  # the others are started all the same
+            changed[job_id] = error
+        else:
+            changed[job_id] = tasks * slots_of[job_id]
+    return changed, max(1, parallel * starting // total) if total else parallel

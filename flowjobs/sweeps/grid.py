@@ -113,7 +113,7 @@ class Sweep:
     @property
     def words(self) -> str:
         """How the runs come about: "2 arch x 3 seed"."""
-        axes = [f"{len(values)} {_shown(name)}" for name, values in self.grid.items()]
+        axes = [f"{_distinct(values)} {_shown(name)}" for name, values in self.grid.items()]
         for group in self.zips:
             axes.append(f"{_length(group)} ({', '.join(map(_shown, group))})")
         words = (" + " if self.one_at_a_time else " x ").join(axes)
@@ -124,6 +124,15 @@ class Sweep:
         if self.exclude:
             words += ", without what is excluded"
         return words
+
+    def unused_exclusions(self) -> list[str]:
+        """Those that leave out none of the runs, in words: one value may be mistyped."""
+        points = replace(self, exclude=()).points()
+        return [
+            " ".join(f"{_shown(name)}={'|'.join(map(str, of))}" for name, of in values.items())
+            for values in self.exclude
+            if not any(_has(point, values) for point in points)
+        ]
 
     def with_values(self, values: Mapping[str, Sequence[Any]]) -> "Sweep":
         """With these values of fields in place of those that there are, also of included runs."""
@@ -264,6 +273,10 @@ def _shown(name: str) -> str:
     return name.removeprefix(ARGUMENT)
 
 
+def _distinct(values: Sequence[Any]) -> int:
+    return len({json.dumps(value, sort_keys=True) for value in values})
+
+
 def _length(group: Mapping[str, Sequence[Any]]) -> int:
     return len(next(iter(group.values())))
 
@@ -304,22 +317,33 @@ class _Reader:
             number = found.get(name, 1)
             if type(number) is not int or number < 1:
                 raise self._error(name, f"{number!r}, expected a number of runs")
-        return Sweep(
+        sweep = Sweep(
             base=self._one_of_each("base", self._table("base", found.get("base", {}))),
             grid=self._several("grid", self._table("grid", found.get("grid", {}))),
             zips=tuple(self._zip(group) for group in self._tables("zip", found)),
             include=tuple(
                 self._one_of_each("include", group) for group in self._tables("include", found)
             ),
-            exclude=tuple(
-                self._several("exclude", group, scalars=True)
-                for group in self._tables("exclude", found)
-            ),
+            exclude=tuple(self._exclusion(group) for group in self._tables("exclude", found)),
             one_at_a_time=one_at_a_time,
             parallel=parallel,
             runs_per_gpu=found.get("runs_per_gpu", 1),
             **{name: self._options(name, found.get(name, {})) for name in TABLES},
         )
+        places = [("base", sweep.base), ("grid", sweep.grid)]
+        seen: dict[str, str] = {}
+        for where, table in places + [("zip", group) for group in sweep.zips]:
+            for name in table:
+                if name in seen:
+                    words = f"{_shown(name)} in [{seen[name]}] too, expected it in one of them"
+                    raise self._error(f"[{where}]", words)
+                seen[name] = where
+        return sweep
+
+    def _exclusion(self, group: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
+        if not group:
+            raise self._error("[[exclude]]", "no field, and all runs would be left out")
+        return self._several("exclude", group, scalars=True)
 
     def _zip(self, group: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
         values = self._several("zip", group)

@@ -17,12 +17,17 @@ def kept_file(study: Path, name: str) -> Path:
     return study / "sweeps" / f"{name}.toml"
 
 
-def check_sweep_name(name: str) -> None:
-    """Raise a ConfigError unless `name` can be a file and the name of a job."""
+def check_sweep_name(study: Path, name: str) -> None:
+    """Raise a ConfigError unless `name` can be a file, the name of a job, and no run's."""
     try:
         check_run_name(name)
     except ConfigError as error:
         raise ConfigError(f"the sweep's name: {error}") from error
+    if Run(study, name).exists() and name not in sweep_names(study):
+        raise ConfigError(
+            f"the sweep's name: found {name}, which a run in {study} is called, and is meant by it "
+            "in each command; give the sweep another --name"
+        )
 
 
 def read_kept(study: Path, name: str) -> Sweep:

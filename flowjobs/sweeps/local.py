@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import FlowjobsError
@@ -26,12 +27,14 @@ class Event:
 
     Attributes:
         run: The run.
-        what: What it did: "started", "ended", or why it could not start.
+        what: What it did.
+        why: Why it was left alone or could not start.
         status: Its status, when it has ended.
     """
 
     run: Run
-    what: str
+    what: Literal["started", "ended", "left alone", "not started"]
+    why: str = ""
     status: RunStatus | None = None
 
 
@@ -61,14 +64,14 @@ def run_here(
             # A job that is started again often gets a new id.
             if not process_lives(int(run.submissions()[-1]["job_id"])):
                 del running[slot]
-                yield Event(run, "ended", run.status())
+                yield Event(run, "ended", status=run.status())
 
 
 def _start(member: Member, code: CodePlan, slot: int) -> Event:
     run = member.run
-    if busy := running_job(run):
-        return Event(run, f"has {busy} by now")
     try:
+        if busy := running_job(run):  # started from another terminal since the plan was made
+            return Event(run, "left alone", f"it has {busy} by now")
         with run.undone_if_refused():
             make_runs([member], [code])
             origin = Origin.here(member.config.slurm)
@@ -78,7 +81,7 @@ def _start(member: Member, code: CodePlan, slot: int) -> Event:
                 origin = replace(origin, environment={**origin.environment, **devices})
             submit(run, "local", task_of(run), origin=origin)
     except FlowjobsError as error:
-        return Event(run, str(error))
+        return Event(run, "not started", str(error))
     return Event(run, "started")
 
 

@@ -76,7 +76,7 @@ def test_many_runs_are_a_line_a_group_and_what_needs_a_person(
         "stopped",
         *head.split()[6:],
     ]
-    assert head.split()[6:] == ["failed", "unknown", "left"]
+    assert head.split()[6:] == ["failed", "unknown"]
     assert flows.split() == ["flows", "━" * 19 + "─", "73", "70", "2", "1"]
     assert widths.split()[2:] == ["141", "140", "1"]
     reason = "failed: out of memory: 1.5 of 1.5 GiB"

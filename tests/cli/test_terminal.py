@@ -23,6 +23,7 @@ from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from tests.conftest import Command
+from tests.report.made_up import made_run
 
 QUICK = ("--cluster", "local", "--wandb-mode", "disabled", "--arch-args", "width=8", "depth=1")
 
@@ -109,6 +110,17 @@ def test_status_breaks_no_word(workplace: Path, study: Path, columns: int) -> No
     known = {"state": "running", "step": "46/4600", "val/loss": "1.4008", "best": "1.4008"}
     assert {key: values[key] for key in known if key in values}.items() <= known.items()
     assert "val/loss" in values
+
+
+def test_groups_keep_their_names_and_whole_words(workplace: Path, study: Path) -> None:
+    for number in range(3):
+        made_run(study, [1.0] * (3 - number), name=f"run-{number}", group="learning-rates")
+    shown = shown_in_terminal(40, "status").splitlines()
+    assert max(map(len, shown)) <= 40
+    head, row, *_, last = shown
+    assert head.split()[:4] == ["group", "of", "finished", "waiting"]
+    assert row.split() == ["learning-rates", "3", "3"]
+    assert "run-2" in last
 
 
 def test_another_program_reads_whole_names(flowjobs: Command, study: Path) -> None:

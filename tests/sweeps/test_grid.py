@@ -113,6 +113,9 @@ def test_a_field_may_have_no_value_in_some_runs(tmp_path: Path) -> None:
         ("[[zip]]\nlr=[1]\nseed=[0,1]", "found 1 of lr, 2 of seed, expected equally many"),
         ("[slurm]\npartion='x'", r"\[slurm\] partion: found no option; .*partition"),
         ("[zip]\nlr=[1]", r"expected \[\[zip\]\]"),
+        ("[grid]\nseed = [0]\n[[zip]]\nseed = [1]\nlr = [1]", r"seed in \[grid\] too"),
+        ("[base]\narch_args.width = 1\n[grid]\narch_args.width = [2]", r"width in \[base\] too"),
+        ("[grid]\nseed = [0]\n[[exclude]]", "found no field, and all runs would be left out"),
         ("parallel = 0", "parallel: found 0, expected a number"),
         ("seed = ", "Invalid value"),
     ],
@@ -146,6 +149,13 @@ def test_names_fit_a_folder_and_differ_when_they_are_cut() -> None:
     found = names(sweep)
     assert len(set(found)) == 4
     assert all(len(name) == 100 for name in found)
+
+
+def test_what_is_given_twice_or_excludes_nothing_is_counted_as_it_is() -> None:
+    sweep = Sweep(grid={"seed": [0, 1, 1]}, exclude=({"seed": [7]}, {"seed": [1], "lr": [1.0]}))
+    assert len(sweep.points()) == 2
+    assert sweep.words.startswith("2 seed")
+    assert sweep.unused_exclusions() == ["seed=7", "seed=1 lr=1.0"]
 
 
 def test_flags_win_over_a_file() -> None:

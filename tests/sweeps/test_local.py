@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import SlurmConfig
+from flowjobs.config import RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError
+from flowjobs.runs.run import Run
+from flowjobs.sweeps.grid import Sweep
+from flowjobs.sweeps.kept import keep
 from flowjobs.sweeps.local import gpus_of_slot, slots_here
 from tests.conftest import Command
 
@@ -57,3 +60,19 @@ def test_what_fails_here_is_said_and_the_others_are_trained(
     grown = flowjobs(*sweep, "--seed", "0", "1", "--dry-run")
     assert "finished   2\nnew        2\n" in grown.stdout, grown.stdout + grown.stderr
     assert "other code than the new ones: Net-icfm-digits-none-failsFalse\n" in grown.stdout
+
+
+def test_a_name_means_a_sweep_or_a_run_and_not_both(flowjobs: Command, study: Path) -> None:
+    options = ("--cluster", "local", "--wandb-mode", "disabled", "--dry-run")
+    Run(study, "mine").create(RunConfig())
+    keep(study, "ablation", Sweep(), ["mine"])
+    for words, said in (
+        (["sweep", "--seed", "0", "--name", "mine"], "found mine, which a run in"),
+        (["sweep", "--seed", "0", "--name", "mlp-icfm-digits-none"], "one of its runs"),
+        (["sweep", "--seed", "0", "1", "--name", ""], "the sweep's name: --name: found ''"),
+        (["submit", "--name", "ablation"], "found ablation, which a sweep in"),
+    ):
+        done = flowjobs(*words, *options)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    done = flowjobs("sweep", "--seed", "0", "1", "--no-evaluate", "--name", "other", *options)
+    assert "new        2\n" in done.stdout, done.stderr
