@@ -22,16 +22,31 @@ SINKHORN_STEPS = 500
 # POT absorbs scalings above this into the potentials. They are about n from the first step on: with
 # its default of 1000, of 1,000 points each step would be lost.
 ABSORB_ABOVE = 1e9
-# More than POT's exact solver ever takes.
+# Where POT's exact solver is faster than SciPy's.
+POT_UP_TO_DIM = 4
+POT_FROM_ROWS = 256
+# More than it ever takes.
 SIMPLEX_STEPS = 100_000_000
 
 
 def exact(x_0: Tensor, x_1: Tensor, sigma: float, seed: int) -> Tensor:
-    """The exact plan of least squared distance, which is a permutation. Knows no chance."""
-    from scipy.optimize import linear_sum_assignment  # not at the start of runs without it
+    """The exact plan of least squared distance, which is a permutation. Knows no chance.
 
-    _, partners = linear_sum_assignment(_cost(x_0, x_1))
-    return _indices(partners, x_0)
+    SciPy is fastest with the rows of x_0 in order, and POT where the dimension is small: of 512
+    rows SciPy takes 40 ms in 2 dimensions and 12 in 64, POT 22 and 23.
+    """
+    import numpy as np
+
+    cost = _cost(x_0, x_1)
+    if x_0.shape[1] <= POT_UP_TO_DIM and len(cost) >= POT_FROM_ROWS:
+        import ot  # not at the start of runs without it
+
+        plan = ot.emd([], [], cost, numItermax=SIMPLEX_STEPS)
+        return _indices(plan.argmax(axis=1), x_0)
+    from scipy.optimize import linear_sum_assignment
+
+    _, partners = linear_sum_assignment(np.ascontiguousarray(cost.T))
+    return _indices(np.argsort(partners), x_0)
 
 
 def entropic(x_0: Tensor, x_1: Tensor, sigma: float, seed: int) -> Tensor:

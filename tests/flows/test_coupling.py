@@ -27,7 +27,7 @@ def test_the_exact_plan_costs_the_least_of_all_permutations() -> None:
     assert cost_of(x_0[exact(x_0, x_1, 0.0, 0)], x_1) == pytest.approx(least, rel=1e-12)
 
 
-@pytest.mark.parametrize(("n", "dim"), [(64, 2), (256, 64)])
+@pytest.mark.parametrize(("n", "dim"), [(64, 2), (300, 2), (256, 64)])
 def test_the_exact_plan_is_a_permutation_of_the_cost_that_pot_finds(n: int, dim: int) -> None:
     x_0, x_1 = clouds(n, dim)
     plan = exact(x_0, x_1, 0.0, 0)
