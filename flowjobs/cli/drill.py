@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.prepare import check_parts
 from flowjobs.config import (
+    BUILT_IN_ARCHS,
+    Augmentation,
     KeyValues,
     OptionalInt,
     RunConfig,
     SlurmConfig,
     TrainingConfig,
-    check_arch,
 )
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.models.source import check_model
 from flowjobs.runs.run import absolute, default_study
 from flowjobs.runs.status import EXIT_CANCELLED, EXIT_FAILED
 
@@ -39,6 +40,8 @@ STEPS_PER_EPOCH = 23
 STEPS = 40_000
 # Enough for more than the least time limit, a minute.
 STEPS_TIME_LIMIT = 200_000
+# Noise around the paths is drawn too, and sbcfm has none without.
+SIGMA = 0.1
 # A short job finds its place sooner.
 TIMEOUT_MIN = 30
 
@@ -62,10 +65,16 @@ class Drill:
     """Let one run meet a time limit too, which takes minutes."""
 
     arch: str = "mlp"
-    """Model: a tiny mlp, or your own as package.module:Name."""
+    """Model: a tiny mlp, unet or dit, or your own as package.module:Name."""
 
     arch_args: KeyValues = field(default_factory=KeyValues)
-    """Arguments of the model; default for mlp: width=16 depth=1 dropout=0.1."""
+    """Arguments of the model; default for those that are built in: width=16 depth=1 dropout=0.1."""
+
+    flow: str = "icfm"
+    """Flow, as for submit; not reflow, which needs a finished run."""
+
+    aug: Augmentation = "none"
+    """Augmentation of the training data."""
 
     deterministic: Flag = False
     """Drill runs as --deterministic trains them: on a GPU exact bits need it, on a CPU nothing
@@ -141,12 +150,15 @@ class Drill:
         if steps < 1:
             raise ConfigError(f"--steps: found {steps}, expected at least 1")
         arguments = self.arch_args
-        if self.arch == "mlp" and not arguments:
+        if self.arch in BUILT_IN_ARCHS and not arguments:
             arguments = KeyValues(width=16, depth=1, dropout=0.1)
         epochs = -(-steps // STEPS_PER_EPOCH)
         training = TrainingConfig(
             arch=self.arch,
             arch_args=arguments,
+            flow=self.flow,
+            sigma=SIGMA,
+            aug=self.aug,
             epochs=epochs,
             patience=epochs,
             checkpoint_every_s=1.0,
@@ -154,8 +166,7 @@ class Drill:
             evaluate=False,
         )
         training = defaults.resolve_arch(training)
-        check_arch(training, defaults.archs)
-        check_model(training)
+        check_parts(training, absolute(self.study), defaults)
         return training
 
 

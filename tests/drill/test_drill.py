@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from flowjobs.cli.defaults import load_defaults
 from flowjobs.cli.drill import Drill
+from flowjobs.config import BUILT_IN_ARCHS, BUILT_IN_FLOWS, Augmentation
 from flowjobs.drill.facts import ClusterFacts, shortfalls
 from flowjobs.drill.probe import NodeAnswer
 from flowjobs.training.same_bits import equal_to_the_bit
@@ -42,7 +43,8 @@ def drill(flowjobs: Command, *options: str) -> tuple[int, dict[str, Any]]:
 def test_on_slurm_every_interruption_ends_in_the_same_bits(
     slurm: SlurmCluster, flowjobs: Command, study: Path
 ) -> None:
-    code, found = drill(flowjobs, "--partition", "preempt", *STEPS)
+    what = ("--flow", "vpcfm", "--arch", "dit", "--aug", "noise")
+    code, found = drill(flowjobs, "--partition", "preempt", *what, *STEPS)
     assert code == 0, found
     rows = {row["way"]: row for row in found["rows"]}
     assert {way: (row["signal"], row["went_on"]) for way, row in rows.items()} == {
@@ -68,8 +70,8 @@ def test_on_slurm_every_interruption_ends_in_the_same_bits(
 def test_where_requeuing_is_forbidden_it_says_that_runs_get_new_jobs(
     slurm: SlurmCluster, flowjobs: Command
 ) -> None:
-    no_requeue = ("--sbatch", "no-requeue=True")
-    code, found = drill(flowjobs, "--partition", "preempt-nograce", *no_requeue, *STEPS)
+    options = ("--sbatch", "no-requeue=True", "--flow", "fm", "--aug", "dropout")
+    code, found = drill(flowjobs, "--partition", "preempt-nograce", *options, *STEPS)
     assert code == 0, found
     assert [row["way"] for row in found["rows"]] == ["user signal", "TERM", "SIGKILL"]
     assert all(row["went_on"].startswith("new job ") for row in found["rows"])
@@ -80,7 +82,8 @@ def test_where_requeuing_is_forbidden_it_says_that_runs_get_new_jobs(
 
 
 def test_on_this_machine_it_drills_the_local_executor(flowjobs: Command, study: Path) -> None:
-    done = flowjobs("drill", *LOCAL, *STEPS, timeout_s=280)
+    what = ("--flow", "otcfm", "--arch", "unet", "--aug", "mixup")
+    done = flowjobs("drill", *LOCAL, *what, *STEPS, timeout_s=280)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(
         r"^ (.*?)  +(SIG\w+)  +(.*?)  +\d+ .* yes +$", done.stdout, flags=re.MULTILINE
@@ -92,6 +95,33 @@ def test_on_this_machine_it_drills_the_local_executor(flowjobs: Command, study: 
     ]
     assert done.stdout.endswith("as promised\n")
     assert list(study.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flow", [name for name in BUILT_IN_FLOWS if name != "reflow"])
+@pytest.mark.parametrize("arch", BUILT_IN_ARCHS)
+@pytest.mark.parametrize("aug", get_args(Augmentation))
+def test_each_combination_ends_in_the_same_bits(
+    flowjobs: Command, flow: str, arch: str, aug: str
+) -> None:
+    what = ("--flow", flow, "--arch", arch, "--aug", aug)
+    code, found = drill(flowjobs, *LOCAL, *what, "--steps", "700")
+    assert code == 0, found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("flow", "arch", "aug"),
+    [("sbcfm", "mlp", "mixup"), ("otcfm", "unet", "dropout"), ("fm", "dit", "noise")],
+)
+def test_on_slurm_a_time_limit_too(
+    slurm: SlurmCluster, flowjobs: Command, flow: str, arch: str, aug: str
+) -> None:
+    what = ("--flow", flow, "--arch", arch, "--aug", aug)
+    options = ("--partition", "preempt", "--timeout-min", "1", "--time-limit", "--steps", "8000")
+    code, found = drill(flowjobs, *options, *what)
+    assert code == 0, found
+    assert "time limit" in {row["way"] for row in found["rows"]}
 
 
 def test_a_run_that_ends_with_other_bits_fails_the_drill(flowjobs: Command) -> None:
