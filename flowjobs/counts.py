@@ -13,7 +13,7 @@ def parse_count(text: str) -> int | None:
 
 def count_words(number: int) -> str:
     """`1994752` -> `"1.99M"`."""
-    for suffix, factor in (("M", 1_000_000), ("k", 1_000)):
+    for suffix, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * factor:
-            return f"{number / factor:.3g}{suffix}" if number < 1000 * factor else f"{number:.3g}"
+            return f"{number / factor:.3g}{suffix}"
     return str(number)

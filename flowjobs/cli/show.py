@@ -9,6 +9,7 @@ from typing import Any
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import RunName, existing_run
 from flowjobs.config import RunConfig, flag
+from flowjobs.counts import count_words
 from flowjobs.runs.goodput import TimeSpent, time_spent
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import RunStatus
@@ -34,7 +35,8 @@ class Show:
 
         run = existing_run(self.study, self.name)
         described = describe(run, find([run], at_most_twice=True).get(run))
-        spent = time_spent(run.status() or RunStatus(), run.submissions())
+        status = run.status() or RunStatus()
+        spent = time_spent(status, run.submissions())
         changed = differences_from_defaults(run.config())
         files = {name: str(path) for name, path in _files(run).items() if path.exists()}
         if self.json:
@@ -47,6 +49,8 @@ class Show:
             print(f"  {flag(name)} {value}")
         if not changed:
             print("  every option is the default")
+        if status.parameters:
+            print(_size_in_words(status))
         print_attempts(described)
         if spent.held_s:
             print(_in_words(spent))
@@ -64,6 +68,12 @@ def differences_from_defaults(config: RunConfig) -> dict[str, Any]:
             if (value := getattr(given, option.name)) != getattr(default, option.name):
                 changed[option.name] = value
     return changed
+
+
+def _size_in_words(status: RunStatus) -> str:
+    flops = status.flops_per_sample
+    a_sample = f", {count_words(flops)} FLOPs a sample (forward)" if flops is not None else ""
+    return f"model: {count_words(status.parameters or 0)} parameters{a_sample}"
 
 
 def _in_words(spent: TimeSpent) -> str:

@@ -6,6 +6,8 @@ The order of an epoch follows from (seed, epoch), the noise, times and dropout o
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -47,3 +49,19 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """The order in which an epoch visits the n rows: a permutation, int64 of shape (n,)."""
     generator = generator_for(torch.device("cpu"), seed, "order", epoch)
     return torch.randperm(n, generator=generator)
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Leave the default generators as they are, whatever the block draws from them or seeds."""
+    python, numpy_state, torch_state = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+    )
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)

@@ -11,6 +11,7 @@ from torch import nn
 from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig, check_arch
 from flowjobs.data.randomness import seed_python_and_numpy
 from flowjobs.errors import ConfigError
+from flowjobs.models.flops import parameters_in
 from flowjobs.models.size import check_count, search_width, width_of
 from flowjobs.models.source import BUILT_IN_SOURCES, check_arguments
 
@@ -61,7 +62,7 @@ def _chosen_width(config: TrainingConfig, cls: type[nn.Module], shape: Any) -> i
     def count(width: int) -> int:
         with torch.device("meta"):  # without numbers, so that trying wide ones costs nothing
             model = cls(shape, width=width, **arguments)
-        return sum(weights.numel() for weights in model.parameters())
+        return parameters_in(model)
 
     what = f"{config.arch_label} on data of shape {shape}"
     if given is not None:

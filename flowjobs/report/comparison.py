@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from flowjobs.config import NOT_IN_SIGNATURE, TrainingConfig
-from flowjobs.counts import parse_count
+from flowjobs.config import NOT_IN_SIGNATURE, SIZE_FIELDS, TrainingConfig
+from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import did_you_mean
 from flowjobs.report.metric import AtStep, Metric, choose_metric
@@ -21,6 +21,8 @@ from flowjobs.report.results import Result
 SEED = "seed"
 # Fields that say nothing of what is compared.
 LEFT_OUT = {SEED, "arch_args"} | (NOT_IN_SIGNATURE - {"dataset", "epochs", "patience"})
+# The rest is in JSON and CSV.
+MODELS_AT_MOST = 12
 # What papers have as columns, if it varies.
 AS_COLUMNS = ("dataset", "flow", "arch")
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, the last one is less
@@ -61,6 +63,16 @@ class Cell:
     def mean(self) -> float | None:
         """Over the seeds that there are; None without any."""
         return statistics.fmean(self.values.values()) if self.values else None
+
+    @property
+    def parameters(self) -> int | None:
+        """Of the model; None where its runs have several, or it is not known."""
+        return _common({result.status.parameters for result in self.results})
+
+    @property
+    def flops_per_sample(self) -> int | None:
+        """Operations of a sample's forward pass; None as for `parameters`."""
+        return _common({result.status.flops_per_sample for result in self.results})
 
     @property
     def deviation(self) -> float | None:
@@ -314,6 +326,8 @@ def _incomparable(results: Sequence[Result], metric: Metric) -> str:
 
 def _notes(results: Sequence[Result], metric: Metric, averaged: Sequence[str]) -> list[str]:
     notes = []
+    if sizes := _sizes(results):
+        notes.append(f"models (parameters, FLOPs of a sample's forward pass): {sizes}")
     if averaged:
         what = ", ".join(averaged)
         notes.append(f"each cell averages over {what} too: give it to --rows or --columns")
@@ -329,6 +343,30 @@ def _notes(results: Sequence[Result], metric: Metric, averaged: Sequence[str]) -
     if metric.is_measure and (floors := _floors(results, metric)):
         notes.append(f"floor: what real data score in the samples' place: {floors}")
     return notes
+
+
+def _sizes(results: Sequence[Result]) -> str:
+    """How large each model is: "mlp 500k 501k, 0.99M; dit 500k 507k, 7.1M"."""
+    varying = varying_fields(results)
+    arguments = {key for result in results for key in result.fields.get("arch_args") or ()}
+    names = [name for name in varying if name in {"arch", "params", *SIZE_FIELDS, *arguments}]
+    found: dict[str, str] = {}
+    for result in results:
+        if result.status.parameters is None:
+            continue
+        sizes = (result.status.parameters, result.status.flops_per_sample)
+        words = ", ".join(count_words(size) for size in sizes if size is not None)
+        label = " ".join(result.shown(name) for name in names or ["arch"])
+        found.setdefault(f"{label}: {words}", label)
+    shown = sorted(found, key=lambda text: (found[text], text))
+    more = f"; and {len(shown) - MODELS_AT_MOST} more" if len(shown) > MODELS_AT_MOST else ""
+    return "; ".join(shown[:MODELS_AT_MOST]) + more
+
+
+def _common(values: set[int | None]) -> int | None:
+    """The one value that all have."""
+    known = values - {None}
+    return known.pop() if len(known) == 1 else None
 
 
 def _floors(results: Sequence[Result], metric: Metric) -> str:

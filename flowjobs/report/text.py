@@ -119,7 +119,10 @@ def as_csv(found: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     fields = [*found.row_fields, *found.column_fields]
     writer.writerow(
-        [*fields, "metric", "step", "mean", "std", "n", "expected", "best", "others", "runs"]
+        [
+            *(*fields, "metric", "step", "mean", "std", "n", "expected", "best", "others"),
+            *("parameters", "flops_per_sample", "runs"),
+        ]
     )
     for cell in to_dict(found)["cells"]:
         writer.writerow(
@@ -130,6 +133,7 @@ def as_csv(found: Comparison) -> str:
                 *(cell[key] for key in ("mean", "std", "n", "expected")),
                 int(cell["best"]),
                 " ".join(f"{state}:{many}" for state, many in cell["others"].items()),
+                *(cell[key] for key in ("parameters", "flops_per_sample")),
                 " ".join(cell["runs"]),
             ]
         )
@@ -184,6 +188,8 @@ def to_dict(found: Comparison) -> dict[str, Any]:
                 "expected": cell.expected,
                 "best": cell.marked,
                 "floor": cell.floor,
+                "parameters": cell.parameters,
+                "flops_per_sample": cell.flops_per_sample,
                 "others": dict(cell.states),
                 "runs": [result.run.name for result in cell.results],
             }

@@ -113,6 +113,10 @@ class Attempt:
         """Raise a RunTakenOverError if another attempt has taken the run over."""
         self._lock.check_held()
 
+    def note_size(self, parameters: int, flops_per_sample: int | None) -> None:
+        """Note how large the model is; reaches the disk with what is noted next."""
+        self._status.parameters, self._status.flops_per_sample = parameters, flops_per_sample
+
     def goes_on_from(self, step: int, extensions: Sequence[Extension] = ()) -> None:
         """Note the step that this attempt starts at, before it trains, and how it was extended."""
         self._status.extensions = [*extensions]

@@ -70,6 +70,12 @@ class Recorder:
         self._tracker = tracker
         self._metrics: MetricsFile | None = None
 
+    def note_size(self, parameters: int, flops_per_sample: int | None) -> None:
+        """Say how large the model is, before `go_on_after`."""
+        self.attempt.note_size(parameters, flops_per_sample)
+        sizes = {"parameters": parameters, "flops_per_sample": flops_per_sample}
+        self._tracker.summarize({key: size for key, size in sizes.items() if size is not None})
+
     def go_on_after(self, step: int, extensions: Sequence[Mapping[str, Any]] = ()) -> None:
         """Say from which step the rows come; rows on disk past it are dropped.
 

@@ -168,6 +168,8 @@ class RunStatus:
 
     Attributes:
         extensions: When it was given more epochs or patience: {"step": 69, "epochs": [3, 6]}.
+        parameters: Of its model; None before it has been built.
+        flops_per_sample: Operations of the forward pass of one row; None if they are not known.
     """
 
     state: State = "submitted"
@@ -181,6 +183,8 @@ class RunStatus:
     exit_code: int | None = None
     traceback: str = ""
     extensions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    parameters: int | None = None
+    flops_per_sample: int | None = None
     updated: str = ""
     attempts: list[AttemptRecord] = dataclasses.field(default_factory=list)
 

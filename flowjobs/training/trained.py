@@ -1,14 +1,11 @@
 """From a run's best.pt to a model that can be sampled. Writes nothing."""
 
-import random
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
+from flowjobs.data.randomness import random_numbers_kept
 from flowjobs.data.source import sources_of
 from flowjobs.errors import CheckpointGoneError, CheckpointMismatchError, ConfigError
 from flowjobs.evaluation.trained import TrainedModel
@@ -43,7 +40,7 @@ def load_trained(
     best = read_checkpoint(run.best, device)
     stats = best["normalization_stats"]
     if model is None:
-        with _random_numbers_kept():
+        with random_numbers_kept():
             model = build_model(config, tuple(stats["mean"].shape))
     try:
         model.load_state_dict(best["ema_shadow"])
@@ -71,19 +68,3 @@ def _device(asked: torch.device | str) -> torch.device:
             "or a GPU that there is (cuda, cuda:1)"
         ) from error
     return device
-
-
-@contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Leave the default generators, which building a model seeds, as a notebook has them."""
-    python, numpy_state, torch_state = (
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-    )
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)

@@ -37,6 +37,7 @@ from flowjobs.errors import (
 from flowjobs.flows.flow import flow_of
 from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
 from flowjobs.models.build import is_built_in
+from flowjobs.models.flops import flops_per_sample, parameters_in
 from flowjobs.models.velocity import Velocity, check_weights, checked_velocity, input_dtype
 from flowjobs.runs.recorder import Recorder, Tracker, recording, untracked
 from flowjobs.runs.run import Run, default_study
@@ -157,8 +158,9 @@ class FlowTrainer:
         )
         self._steps_per_epoch = batches.steps_per_epoch
         self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats, self._data)
+        self._row_shape = tuple(stats["mean"].shape)
         rows = min(config.batch_size, len(train_dataset)) // self._ranks.world_size
-        self._work = rows * sum(parameter.numel() for parameter in model.parameters())
+        self._work = rows * parameters_in(model)
         self._velocity = self._prepare(self.state.model)
         ema_model = self.state.ema.model
         self._ema_velocity = self._as_velocity(ema_model)
@@ -237,6 +239,9 @@ class FlowTrainer:
             self._adopt(saver)
         first_step = self.state.step
         if recorder:
+            model = self.state.model
+            flops = flops_per_sample(model, self._row_shape)
+            recorder.note_size(parameters_in(model), flops)
             recorder.go_on_after(first_step, self.state.extensions)
             self._tell_progress(recorder)
         try:

@@ -139,8 +139,8 @@ def test_the_keys_of_json_are_kept(flowjobs: Command, study: Path) -> None:
     made_run(study, [1.0, 0.5], name="a", lr=0.1)
     keys = (
         "run state reason step total_steps epoch epochs patience best_val_loss exit_code traceback "
-        "extensions updated attempts state_in_words latest steps_per_s left_s jobs waits unknown "
-        "wandb folder checkpoints"
+        "extensions parameters flops_per_sample updated attempts state_in_words latest steps_per_s "
+        "left_s jobs waits unknown wandb folder checkpoints"
     )
     assert list(json.loads(flowjobs("status", "--json").stdout)[0]) == keys.split()
     shown = json.loads(flowjobs("show", "a", "--json").stdout)
@@ -162,6 +162,7 @@ def test_show_says_what_is_not_the_default_and_where_the_time_went(
         return record
 
     status = RunStatus("finished", step=200, total_steps=200, epoch=3, epochs=3)
+    status.parameters, status.flops_per_sample = 619_200, 1_228_800
     status.attempts = [
         attempt(1, "01:00 01:06 02:00", (0, 108), "preempted"),  # 27 of its 108 steps are lost
         attempt(2, "02:30 02:33 03:33", (81, 200), "finished"),
@@ -176,6 +177,7 @@ def test_show_says_what_is_not_the_default_and_where_the_time_went(
     assert spent.goodput == pytest.approx((54 * 3 / 4 + 60) / (60 + 63))
     shown = flowjobs("show", "a").stdout
     assert shown.startswith("a: finished\n  --epochs 3\n  --lr 0.1\n")
+    assert "model: 619k parameters, 1.23M FLOPs a sample (forward)" in shown
     assert "waiting 40 min, starting 9 min, steps that were lost and repeated 14 min" in shown
     assert "goodput 82% of the time that it held its GPUs" in shown
     assert f"metrics    {run.metrics_file}" in shown

@@ -124,7 +124,12 @@ def test_a_size_is_one_thing_by_whichever_option(study: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number", "words"),
-    [("500k", 500_000, "500k"), ("1_994_752", 1_994_752, "1.99M"), ("1.5m", 1_500_000, "1.5M")],
+    [
+        ("500k", 500_000, "500k"),
+        ("1_994_752", 1_994_752, "1.99M"),
+        ("1.5m", 1_500_000, "1.5M"),
+        ("0", 0, "0"),
+    ],
 )
 def test_counts(text: str, number: int, words: str) -> None:
     assert (parse_count(text), count_words(number)) == (number, words)

@@ -58,6 +58,17 @@ def test_models_of_one_size_are_compared_by_it_and_not_by_their_widths(study: Pa
         made_run(study, [1.0], name=f"{arch}{params}", arch=arch, params=params, width=width)
     found = compared(study)
     assert (found.row_fields, found.rows) == (("params",), [("500k",), ("2M",)])
+    assert not found.notes
+    for run, parameters in (("mlp500k", 501_000), ("mlp2M", 2_010_000)):
+        status = Run(study, run).status()
+        assert status is not None
+        status.parameters, status.flops_per_sample = parameters, 2 * parameters
+        status.write(Run(study, run).status_file)
+    found = compared(study)
+    large = found.cells[("2M",), ("mlp",)]
+    assert (large.parameters, large.flops_per_sample) == (2_010_000, 4_020_000)
+    assert found.cells[("500k",), ("dit",)].parameters is None
+    assert found.notes[0].endswith(": mlp 2M: 2.01M, 4.02M; mlp 500k: 501k, 1M")
     assert compared(study, rows=["dataset", "width"]).rows[0] == ("digits", "100")
 
 

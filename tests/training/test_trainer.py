@@ -21,6 +21,7 @@ from flowjobs.errors import (
 )
 from flowjobs.evaluation.sampling import sample
 from flowjobs.models.build import build_model
+from flowjobs.models.flops import flops_per_sample, parameters_in
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer
@@ -63,6 +64,11 @@ def test_training_learns_and_leaves_what_the_seed_lists(study: Path) -> None:
     assert result["best_val_loss"] < 0.75 * mean_velocity
     assert read_checkpoint(run.best)["best_loss"] == result["best_val_loss"]
     assert read_checkpoint(run.last)["step"] == result["steps"] == 20 * (len(train) // 64)
+    status = run.status()
+    assert status is not None
+    sizes = (status.parameters, status.flops_per_sample)
+    model = build_model(config, 64)
+    assert sizes == (parameters_in(model), flops_per_sample(model, (64,)))
 
 
 def test_rows_have_the_seeds_keys_at_the_seeds_steps(study: Path) -> None:
@@ -232,7 +238,7 @@ def test_a_full_disk_in_the_middle_of_a_save_is_tried_again(
         saver._collect()
         assert "could not be written" in caplog.text
         assert list(tmp_path.glob("*.pt")) == []
-        with pytest.raises(CheckpointWriteError, match=r"File too large; it needs 4\.50 MB"):
+        with pytest.raises(CheckpointWriteError, match=r"File too large; it needs 4\.95 MB"):
             saver.save_and_wait(state.payload())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
