@@ -6,7 +6,7 @@ A cell is marked only where chance does not explain that it is better: see `_mar
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -135,17 +135,18 @@ def compare(
     varying = varying_fields(results)
     row_fields, column_fields = _layout(results, varying, rows, columns)
     chosen = choose_metric(results, metric, at_step)
-    averaged = [name for name in varying if name not in (*row_fields, *column_fields)]
+    members: dict[tuple[Key, Key], list[Result]] = {}
+    for result in results:
+        place = (_key(result, row_fields), _key(result, column_fields))
+        members.setdefault(place, []).append(result)
+    # A field that only differs between cells (the source of each dataset) is averaged by none.
+    averaged = [name for name in varying if any(map(_varies(name), members.values()))]
     if mixed := [name for name in averaged if name in chosen.floors]:
         raise ConfigError(
             f"{chosen.name} has another scale for each {' and '.join(mixed)}, and a cell would "
             f"average over {_values_of(results, mixed[0])}: add {mixed[0]} to --rows or --columns, "
             f"or select one ({mixed[0]}=…)"
         )
-    members: dict[tuple[Key, Key], list[Result]] = {}
-    for result in results:
-        place = (_key(result, row_fields), _key(result, column_fields))
-        members.setdefault(place, []).append(result)
     pairing = (SEED, *averaged)
     expected = len({_key(result, pairing) for result in results})
     cells = {
@@ -178,12 +179,18 @@ def varying_fields(results: Sequence[Result]) -> list[str]:
     )
     candidates = [name for name in [*known, *arguments] if name not in LEFT_OUT]
 
-    def varies(name: str) -> bool:
+    return [name for name in dict.fromkeys(candidates) if _varies(name)(results)]
+
+
+def _varies(name: str) -> Callable[[Sequence[Result]], bool]:
+    """Whether a field differs between runs."""
+
+    def varies(results: Sequence[Result]) -> bool:
         # A width that --params has chosen differs between models of one size.
         some = [r for r in results if name != "width" or r.fields.get("params") is None]
         return len({result.shown(name) for result in some}) > 1
 
-    return [name for name in dict.fromkeys(candidates) if varies(name)]
+    return varies
 
 
 def _layout(

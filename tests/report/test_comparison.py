@@ -44,6 +44,19 @@ def test_what_varies_is_rows_and_columns(study: Path) -> None:
     assert found.row_fields == ("flow",)
 
 
+def test_a_field_that_only_differs_between_cells_is_averaged_by_none(study: Path) -> None:
+    for seed in range(3):
+        for flow, ot_batch in (("icfm", None), ("otcfm", 128)):
+            made_run(study, [1.0], name=f"{flow}{seed}", flow=flow, ot_batch=ot_batch, seed=seed)
+    found = compared(study, rows=["flow"], columns=[])
+    of = cell(found, ["otcfm"])
+    assert (len(of.values), of.expected) == (3, 3)
+    assert of.values.keys() == cell(found, ["icfm"]).values.keys()  # seeds are paired
+    made_run(study, [1.0], name="other", flow="otcfm", ot_batch=64)
+    with pytest.raises(ConfigError, match="another scale for each ot_batch"):
+        compared(study, rows=["flow"], columns=[])
+
+
 def test_arguments_of_a_model_are_fields_and_sort_by_size(study: Path) -> None:
     from flowjobs.config import KeyValues
 
