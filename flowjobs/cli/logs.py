@@ -85,7 +85,7 @@ class Logs:
                 raise ConfigError(
                     f"--attempt: found {self.attempt}, and {run.name} has {len(attempts)}"
                 )
-            log = Path(attempts[self.attempt - 1].job.log or "")
+            log = run.log_at(attempts[self.attempt - 1].job.log or "")
         if log is not None and self.rank:
             # As submitit names them: JOB_RANK_log.out.
             log = log.with_name(re.sub(r"_0_log\.out$", f"_{self.rank}_log.out", log.name))
@@ -141,5 +141,5 @@ def _newest_log(run: Run) -> Path | None:
     names = [entry["log"] for entry in run.submissions()]
     if status and status.log:
         names.append(status.log)
-    existing = [Path(name) for name in names if name and Path(name).exists()]
+    existing = [path for name in names if name and (path := run.log_at(name)).exists()]
     return max(existing, key=lambda path: path.stat().st_mtime, default=None)

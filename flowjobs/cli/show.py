@@ -82,6 +82,7 @@ def _in_words(spent: TimeSpent) -> str:
     parts = {
         "waiting": spent.waiting_s,
         "starting": spent.starting_s,
+        "saving": spent.saving_s,
         "steps that were lost and repeated": spent.repeated_s,
         "progress": spent.progress_s,
     }

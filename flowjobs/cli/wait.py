@@ -1,5 +1,6 @@
 """flowjobs wait."""
 
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.start_many import some
 from flowjobs.errors import ConfigError
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.run import Run, absolute, default_study
+from flowjobs.runs.selection import never_made
 from flowjobs.runs.status import (
     EXIT_BAD_INPUT,
     EXIT_CANCELLED,
@@ -32,7 +34,7 @@ class Wait:
     """Wait until runs have ended.
 
     Exit codes: 0 all are finished; 1 one failed; 75 the time is over, or one was interrupted and
-    nothing will resume it; 130 one was cancelled; 2 of one it is unknown.
+    nothing will resume it; 130 one was cancelled; 2 one is unknown, or was never submitted.
     """
 
     names: RunNames
@@ -52,7 +54,9 @@ class Wait:
             raise ConfigError("wait: found no name, expected those of the runs to wait for")
         if not self.hours > 0:
             raise ConfigError(f"--hours: found {self.hours}, expected more than 0")
-        runs = each_of(self.study, self.names)[0]  # those that cannot be read are said there
+        runs, broken = each_of(self.study, self.names)
+        if missing := never_made(absolute(self.study), self.names):
+            print(f"error: of the sweep, never submitted: {some(missing)}", file=sys.stderr)
         found: dict[Run, Member] = {}
         end = time.monotonic() + 3600 * self.hours
         said, said_at, pause_s, unknown = "", 0.0, FIRST_ASK_S, 0
@@ -69,7 +73,8 @@ class Wait:
             unknown = unknown + 1 if counts["unknown"] else 0
             alive = counts["waiting"] + counts["running"]
             if not alive and unknown in (0, UNKNOWN_AT_MOST):
-                return _end([found[run] for run in runs])
+                code = _end([found[run] for run in runs])
+                return code or (EXIT_BAD_INPUT if broken or missing else 0)
             if time.monotonic() > end:
                 print(f"{self.hours:g} hours are over; the same command waits on")
                 return EXIT_PREEMPTED

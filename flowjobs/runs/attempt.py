@@ -139,6 +139,10 @@ class Attempt:
             self._status.write(self.run.status_file, flush=False)
             self._written_at = time.monotonic()
 
+    def saved(self, seconds: float) -> None:
+        """Note how long a checkpoint has held up the training."""
+        self._record.saving_s = round(self._record.saving_s + seconds, 3)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

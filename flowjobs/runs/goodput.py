@@ -17,18 +17,20 @@ class TimeSpent:
         waiting_s: In the queue: before its first attempt, and between attempts.
         starting_s: From the start of an attempt until its first step.
         repeated_s: On steps that a death lost, and that were done again.
-        progress_s: On steps that count, with validating and saving.
+        saving_s: On checkpoints, as far as training stood still for them.
+        progress_s: On steps that count, with validating.
     """
 
     waiting_s: float = 0.0
     starting_s: float = 0.0
     repeated_s: float = 0.0
+    saving_s: float = 0.0
     progress_s: float = 0.0
 
     @property
     def held_s(self) -> float:
         """How long it held its GPUs."""
-        return self.starting_s + self.repeated_s + self.progress_s
+        return self.starting_s + self.repeated_s + self.saving_s + self.progress_s
 
     @property
     def goodput(self) -> float | None:
@@ -52,18 +54,21 @@ def time_spent(status: RunStatus, submissions: Sequence[Mapping[str, Any]]) -> T
     waiting = max(0.0, (first - submitted).total_seconds()) if submitted else 0.0
     for one, other in pairwise(attempts):
         waiting += max(0.0, (_time(other.started) - _end_of(one)).total_seconds())
-    starting = repeated = progress = 0.0
+    starting = repeated = saving = progress = 0.0
     for attempt, following in zip(attempts, [*attempts[1:], None], strict=True):
         begin, end = _time(attempt.started), _end_of(attempt)
         trains = min(_time(attempt.trains), end) if attempt.trains else begin
         if attempt.first_step is None:  # it did not come so far
             trains = end
         starting += (trains - begin).total_seconds()
-        trained = (end - trains).total_seconds()
+        training_s = (end - trains).total_seconds()
+        saved = min(attempt.saving_s, training_s)
+        saving += saved
+        trained = training_s - saved
         lost = _lost_share(attempt, following)
         repeated += lost * trained
         progress += (1 - lost) * trained
-    return TimeSpent(waiting, starting, repeated, progress)
+    return TimeSpent(waiting, starting, repeated, saving, progress)
 
 
 def _lost_share(attempt: AttemptRecord, following: AttemptRecord | None) -> float:

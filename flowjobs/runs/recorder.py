@@ -103,6 +103,10 @@ class Recorder:
         """Say how far the run is."""
         self.attempt.progress(step, total_steps, epoch, best_val_loss)
 
+    def saved(self, seconds: float) -> None:
+        """Say how long a checkpoint has held up the training."""
+        self.attempt.saved(seconds)
+
     def check_held(self) -> None:
         """Raise a RunTakenOverError if another attempt has taken the run over."""
         self.attempt.check_held()

@@ -106,12 +106,20 @@ def runs_of_sweep(study: Path, name: str) -> list[str]:
     return text.split()
 
 
+def never_made(study: Path, words: Sequence[str]) -> list[str]:
+    """The runs of the sweeps among the words that were never made: the cluster had no room, say."""
+    there, sweeps = {*run_names(study)}, {*sweep_names(study)} - {*run_names(study)}
+    named = [word for word in words if word in sweeps]
+    return [run for name in named for run in runs_of_sweep(study, name) if run not in there]
+
+
 class _Lookup:
     """What is known of the runs of a study; of a config only what a word asks for is read."""
 
     def __init__(self, study: Path) -> None:
         self._study = study
         self.unreadable: dict[Run, str] = {}
+        self._sweeps: dict[str, set[str]] = {}
         self._configs: dict[Run, dict[str, Any] | None] = {}
 
     @functools.cached_property
@@ -175,7 +183,9 @@ class _Lookup:
 
     def _has(self, run: Run, field: str, value: str) -> bool:
         if field == SWEEP:
-            return run.name in runs_of_sweep(self._study, value)
+            if value not in self._sweeps:
+                self._sweeps[value] = {*runs_of_sweep(self._study, value)}
+            return run.name in self._sweeps[value]
         config = self._config(run)
         if config is None or field not in config:
             return False

@@ -143,6 +143,7 @@ class AttemptRecord:
 
     Attributes:
         trains: When it was about to do its first step.
+        saving_s: How long its training stood still for checkpoints.
     """
 
     number: int
@@ -155,6 +156,7 @@ class AttemptRecord:
     kind: str = ""
     reason: str = ""
     trains: str | None = None
+    saving_s: float = 0.0
 
     def close(self, outcome: Outcome) -> None:
         """Note how the attempt ended."""

@@ -54,6 +54,12 @@ class Submittable(ABC):
         """Batch files and output of the jobs."""
         return self.folder / "logs"
 
+    def log_at(self, path: str) -> Path:
+        """A log by the path that it had when it was written: the study may have been moved since,
+        with `logs/` in it."""
+        there = Path(path)
+        return there if there.exists() else self.logs / there.name
+
     def origin_file(self, job_id: str) -> Path:
         """What a job was submitted from, readable by its user alone."""
         return self.logs / f"{job_id}_origin.json"

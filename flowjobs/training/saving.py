@@ -43,6 +43,7 @@ class CheckpointSaver:
             RunTakenOverError from it ends all writing.
         check: Called in the writing thread with a state before it is written; what it raises
             keeps the state from the disk, and reaches the training when it next looks.
+        saved: Called in the training's thread with the seconds that it was held up.
 
     Attributes:
         taken_over: What `before_replace` raised in the background, if it did.
@@ -56,6 +57,7 @@ class CheckpointSaver:
         every_s: float | None = None,
         before_replace: Callable[[], None] = lambda: None,
         check: Callable[[Payload], None] = lambda payload: None,
+        saved: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._best = best
         self._last = last
@@ -63,6 +65,7 @@ class CheckpointSaver:
         self._longest_interval_s = LONGEST_INTERVAL_S if every_s is None else every_s
         self._before_replace = before_replace
         self._check = check
+        self._saved = saved
         self.taken_over: RunTakenOverError | None = None
         self._pending_best: Payload | None = None
         self._best_in_write: Payload | None = None
@@ -80,7 +83,7 @@ class CheckpointSaver:
         started = time.monotonic()
         self._pending_best = snapshot(payload, reuse=self._pending_best or self._spare)
         self._spare = None
-        self._stall_s += time.monotonic() - started
+        self._note_stall(started)
 
     def due(self, *, epoch_finished: bool) -> bool:
         """Whether a save is worth its time now."""
@@ -103,7 +106,7 @@ class CheckpointSaver:
         started = time.monotonic()
         state = snapshot(payload)
         self._best_in_write, self._pending_best = self._pending_best, None
-        self._stall_s += time.monotonic() - started
+        self._note_stall(started)
         self._saved_at = time.monotonic()
         self._write = self._thread.submit(self._write_both, self._best_in_write, state)
 
@@ -120,16 +123,23 @@ class CheckpointSaver:
             CheckpointWriteError: It could not be written; the text names the path and the reason.
             RunTakenOverError: Another attempt holds the run; nothing was written.
         """
+        started = time.monotonic()
         self._collect()
         if self.taken_over:
             raise self.taken_over
         self._write_both(self._pending_best, payload, prove)
         self._pending_best = None
+        self._saved(time.monotonic() - started)
 
     def close(self) -> None:
         """Wait for the write under way and end the thread."""
         self._collect()
         self._thread.shutdown()
+
+    def _note_stall(self, since: float) -> None:
+        seconds = time.monotonic() - since
+        self._stall_s += seconds
+        self._saved(seconds)
 
     def _write_both(
         self,

@@ -267,7 +267,13 @@ class FlowTrainer:
         if recorder is None:
             return CheckpointSaver(run.best, run.last, every_s=every_s, check=check)
         return CheckpointSaver(
-            run.best, run.last, recorder.flush_rows, every_s, recorder.check_held, check
+            run.best,
+            run.last,
+            recorder.flush_rows,
+            every_s,
+            recorder.check_held,
+            check,
+            recorder.saved,
         )
 
     def _run_steps(self, saver: CheckpointSaver | None, recorder: Recorder | None) -> str | None:

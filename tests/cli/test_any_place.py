@@ -129,16 +129,87 @@ def codes_of(prefix: Sequence[str], commands: dict[str, Sequence[str]]) -> dict[
 def test_no_command_ends_in_a_traceback(workplace: Path, template: Path, place: str) -> None:
     shutil.copytree(template, workplace, dirs_exist_ok=True)
     if place == "another's study":
-        for path in (workplace / "study").rglob("*"):
+        for path in (workplace / "study", *(workplace / "study").rglob("*")):
             os.chown(path, 12345, 12345)
     Path("codes.json").touch()
+    before = tree(workplace / "study")
     codes = codes_of(PLACES[place], COMMANDS)
+    if place in ("a read-only disk", "another's study"):
+        assert tree(workplace / "study") == before
     assert codes.keys() == COMMANDS.keys()
     assert {name: codes[name] for name in READS} == dict.fromkeys(READS, 0)
     writes = ("submit", "train", "train on", "split", "sweep")
     usable = place.startswith("a container")
     assert codes["rm"] == (0 if usable or place == "a full disk" else 2)
     assert {name: codes[name] for name in writes} == dict.fromkeys(writes, 0 if usable else 2)
+
+
+def half_copied(study: Path) -> dict[str, Path]:
+    """A study in which each run lacks another part, as where a copy was broken off."""
+    whole, weights = study / "runs/a", study / "checkpoints/a"
+    lacks = {
+        "config": (whole / "config.json", 300),
+        "status": (whole / "status.json", 100),
+        "no-status": (whole / "status.json", None),
+        "jobs": (whole / "jobs.jsonl", 20),
+        "rows": (whole / "metrics.jsonl", 200),
+        "identity": (whole / "run.json", 10),
+        "measures": (whole / "evaluation.json", 50),
+        "weights": (weights / "best.pt", 1000),
+        "no-weights": (weights / "best.pt", None),
+    }
+    for name, (file, kept) in lacks.items():
+        shutil.copytree(whole, study / "runs" / name)
+        shutil.copytree(weights, study / "checkpoints" / name)
+        copy = study / file.parents[1].name / name / file.name
+        content = copy.read_bytes()[:kept] if copy.exists() else b"{"
+        copy.unlink(missing_ok=True)
+        if kept is not None:
+            copy.write_bytes(content)
+    return {name: study / "runs" / name for name in lacks}
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_who_looks_at_a_half_copied_study_gets_an_answer_and_changes_nothing(
+    workplace: Path, template: Path, study: Path
+) -> None:
+    shutil.copytree(template, workplace, dirs_exist_ok=True)
+    runs = half_copied(study)
+    (study / "sweeps").mkdir()
+    (study / "sweeps/all.toml").write_text("[base]\narch_args.width = 8\n[grid]\nseed = [0]\n")
+    (study / "sweeps/all.runs").write_text("\n".join([*runs, "never"]))
+    before = tree(study)
+    local = ("--cluster", "local")
+    looks: dict[str, Sequence[str]] = {
+        "status": ["status"],
+        "json": ["status", "all", "--json"],
+        "fields": ["status", "seed=0"],
+        "report": ["report"],
+        "csv": ["report", "all", "--csv"],
+        "plan": ["sweep", "all", *local, "--dry-run"],
+        "retry": ["retry", "all", *local, "--dry-run"],
+        "wait": ["wait", "all"],
+        "failed": ["logs", "--failed"],
+        "rm": ["rm", "all"],  # nobody is there to ask
+        **{f"show {name}": ["show", name] for name in runs},
+        "logs identity": ["logs", "identity"],
+        "report measures": ["report", "measures"],
+        "report no-weights": ["report", "no-weights"],
+    }
+    codes = codes_of([], looks)
+    assert set(codes.values()) <= {0, 1, 2}
+    assert tree(study) == before
+    assert codes["wait"] == codes["rm"] == 2
+    assert (codes["status"], codes["json"], codes["plan"]) == (0, 0, 0)
+    assert codes["show config"] == codes["show status"] == codes["report measures"] == 2
+    assert codes["show rows"] == codes["logs identity"] == codes["report no-weights"] == 0
 
 
 def test_one_broken_run_does_not_hide_the_others(

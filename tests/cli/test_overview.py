@@ -164,9 +164,10 @@ def test_show_says_what_is_not_the_default_and_where_the_time_went(
     status = RunStatus("finished", step=200, total_steps=200, epoch=3, epochs=3)
     status.parameters, status.flops_per_sample = 619_200, 1_228_800
     status.attempts = [
-        attempt(1, "01:00 01:06 02:00", (0, 108), "preempted"),  # 27 of its 108 steps are lost
-        attempt(2, "02:30 02:33 03:33", (81, 200), "finished"),
+        attempt(1, "01:00 01:06 02:06", (0, 108), "preempted"),  # 27 of its 108 steps are lost
+        attempt(2, "02:36 02:39 03:39", (81, 200), "finished"),
     ]
+    status.attempts[0].saving_s = 360.0
     status.write(run.status_file)
     run.add_submission("7", "slurm", None)
     entry = json.loads(run.jobs_file.read_text()) | {"submitted": "2025-01-01T00:50:00+00:00"}
@@ -174,12 +175,13 @@ def test_show_says_what_is_not_the_default_and_where_the_time_went(
     spent = time_spent(status, run.submissions())
     minutes = [spent.waiting_s / 60, spent.starting_s / 60, spent.repeated_s / 60]
     assert minutes == pytest.approx([10 + 30, 6 + 3, 54 / 4])
-    assert spent.goodput == pytest.approx((54 * 3 / 4 + 60) / (60 + 63))
+    assert spent.saving_s == 360
+    assert spent.goodput == pytest.approx((54 * 3 / 4 + 60) / (66 + 63))
     shown = flowjobs("show", "a").stdout
     assert shown.startswith("a: finished\n  --epochs 3\n  --lr 0.1\n")
     assert "model: 619k parameters, 1.23M FLOPs a sample (forward)" in shown
-    assert "waiting 40 min, starting 9 min, steps that were lost and repeated 14 min" in shown
-    assert "goodput 82% of the time that it held its GPUs" in shown
+    assert "starting 9 min, saving 6 min, steps that were lost and repeated 14 min" in shown
+    assert "goodput 78% of the time that it held its GPUs" in shown
     assert f"metrics    {run.metrics_file}" in shown
 
 
