@@ -34,7 +34,7 @@ class Wait:
     """Wait until runs have ended.
 
     Exit codes: 0 all are finished; 1 one failed; 75 the time is over, or one was interrupted and
-    nothing will resume it; 130 one was cancelled; 2 one is unknown, or was never submitted.
+    nothing will resume it; 130 one was cancelled; 2 one is unknown or was never submitted.
     """
 
     names: RunNames

@@ -194,7 +194,8 @@ def test_logs_of_the_newest_failure_an_attempt_and_a_rank(flowjobs: Command, stu
             log = run.logs / f"{job}_0_log.out"
             log.write_text(f"{name} {job}\n")
             logs.append(status["attempts"][0] | {"number": job})
-            logs[-1]["job"] = logs[-1]["job"] | {"log": str(log)}
+            # As the study was called before it was moved.
+            logs[-1]["job"] = logs[-1]["job"] | {"log": f"/old/runs/{name}/logs/{log.name}"}
         (run.logs / "2_1_log.out").write_text(f"{name} rank 1\n")
         status |= {"updated": f"{updated}T00:00:00+00:00", "attempts": logs}
         run.status_file.write_text(json.dumps(status))
