@@ -28,8 +28,8 @@ def draw_samples(
     Args:
         path: The .png file.
         dataset: `--dataset` of the run.
-        samples: Shape (n, dim).
-        reference: Gives the data to compare with, shape (m, dim), where they are needed.
+        samples: Shape (n, *shape).
+        reference: Gives the data to compare with, shape (m, *shape), where they are needed.
     """
     if dataset == DIGITS:
         draw_grid(path, samples[:MOST_TILES].reshape(-1, 8, 8) / 16)
@@ -63,10 +63,10 @@ def draw_projection(path: Path, samples: Tensor, reference: Tensor) -> None:
 
     Args:
         path: The .png file.
-        samples: Shape (n, dim).
-        reference: Data to compare with, shape (m, dim).
+        samples: Shape (n, *shape).
+        reference: Data to compare with, shape (m, *shape).
     """
-    reference, samples = reference.double(), samples.double()
+    reference, samples = reference.double().flatten(1), samples.double().flatten(1)
     centre = reference.mean(0)
     directions = torch.linalg.svd(reference - centre, full_matrices=False).Vh[:2]
     data, drawn = (reference - centre) @ directions.T, (samples - centre) @ directions.T

@@ -13,7 +13,7 @@ from flowjobs.data.randomness import seed_python_and_numpy
 from flowjobs.errors import ConfigError
 from flowjobs.models.flops import parameters_in
 from flowjobs.models.size import check_count, search_width, width_of
-from flowjobs.models.source import BUILT_IN_SOURCES, check_arguments
+from flowjobs.models.source import BUILT_IN_SOURCES, check_arguments, check_rows
 
 
 def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Module:
@@ -29,11 +29,7 @@ def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Modu
     """
     check_arch(config)
     shape = (shape,) if isinstance(shape, int) else shape
-    if config.arch_path in BUILT_IN_ARCHS and len(shape) > 1:
-        raise ConfigError(
-            f"--arch {config.arch} is for vectors, and the rows of {config.dataset} are of shape "
-            f"{shape}: flatten them, or give a model of your own"
-        )
+    check_rows(config, shape)
     cls = _model_class(config.arch_path)
     check_arguments(inspect.signature(cls), cls.__name__, config)
     given = shape[0] if len(shape) == 1 else shape

@@ -60,6 +60,20 @@ def check_model(config: TrainingConfig) -> None:
         _check_types(signature, config.model_args)
 
 
+def check_rows(config: TrainingConfig, shape: tuple[int, ...] | None) -> None:
+    """Raise a ConfigError where a built-in model is given other data than vectors.
+
+    Args:
+        config: Names the model.
+        shape: Of a row of the data; None if that is not known.
+    """
+    if config.arch_path in BUILT_IN_ARCHS and shape is not None and len(shape) > 1:
+        raise ConfigError(
+            f"--arch {config.arch} is for vectors, and the rows of {config.dataset} are of shape "
+            f"{shape}: flatten them, or give a model of your own"
+        )
+
+
 def check_arguments(signature: inspect.Signature, name: str, config: TrainingConfig) -> None:
     """Raise a ConfigError unless a constructor takes the data's width and the model's arguments.
 

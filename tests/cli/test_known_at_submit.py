@@ -46,6 +46,7 @@ def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("--arch", "my_models:WidNet"), r"my_models\.py has no WidNet; did you mean WideNet\?"),
         (("--arch", "my_models:WideNet", "--params", "2M"), "no argument width .*WideNet takes"),
         (("--arch", "dit", "--params", "17k"), r"the nearest are .*k \(--width 4\) and "),
+        (("--dataset", "pictures.npy"), r"mlp is for vectors, .*pictures.npy .*\(3, 2, 2\)"),
         (("--dataset", "nan.npy"), r"nan\.npy: row 7 has a value that is NaN or infinite"),
     ],
 )
@@ -58,6 +59,7 @@ def test_a_mistake_submits_nothing(workplace: Path, arguments: tuple[str, ...], 
     data = np.zeros((20, 3), dtype=np.float32)
     data[7, 1] = np.nan
     np.save("nan.npy", data)
+    np.save("pictures.npy", np.zeros((20, 3, 2, 2), dtype=np.float32))
     done = submit(*arguments)
     assert done.returncode == 2, done.stderr
     assert re.search(said, done.stderr), done.stderr
