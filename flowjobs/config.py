@@ -388,6 +388,10 @@ class SlurmConfig:
     signal_delay_s: int = 90
     """Seconds before the time limit at which the job is told to save; at most half the limit."""
 
+    mps: bool = False
+    """Runs that share a job's GPU (sweep --runs-per-gpu) compute at once by CUDA's MPS; a fault of
+    one on the GPU ends the others too."""
+
     comment: OptionalStr = None
     """Comment of the job."""
 

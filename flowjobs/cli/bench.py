@@ -32,6 +32,9 @@ class Bench:
     runs_per_gpu: Annotated[tuple[int, ...], tyro.conf.arg(metavar="K...")] = (1, 2, 4, 8)
     """How many runs at once, in turn."""
 
+    mps: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Have them share the GPU by CUDA's MPS, as with `sweep --mps`."""
+
     seconds: float = 20.0
     """How long each is measured, once all of them train."""
 
@@ -55,7 +58,9 @@ class Bench:
         )
         measured: list[SideBySide] = []
         for count in counts:
-            measured.append(measure(config.training, run.study, count, self.seconds, _say))
+            measured.append(
+                measure(config.training, run.study, count, self.seconds, _say, mps=self.mps)
+            )
             if measured[-1].why:
                 break  # more of them cannot either
         best = advised(measured)

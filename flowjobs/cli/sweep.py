@@ -259,6 +259,8 @@ class Sweep(CodeOptions, CommandOptions):
                 training = with_pinned_files(training, study, before)
             slurm = slurm_of(point, parts["slurm"])
             check_shared(sweep.runs_per_gpu, slurm)
+            if slurm.mps and sweep.runs_per_gpu == 1:
+                raise ConfigError("--mps: expected --runs-per-gpu 2 or more, which share a GPU")
             runs[run] = RunConfig(training, slurm, parts["tracking"], parts["restarts"])
         defaults.check_variables(parts["slurm"])
         given = {"epochs", "patience"} & {field for point in points for field in point}

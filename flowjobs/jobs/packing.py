@@ -12,17 +12,19 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowjobs.cgroups import memory_kills
-from flowjobs.errors import FlowjobsError, SubmissionError
+from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
 from flowjobs.jobs.closing import close_attempt, close_in_slot
 from flowjobs.jobs.entry import exit_with
 from flowjobs.jobs.environment import this_process
 from flowjobs.jobs.exit_cause import cancelled_while_requeued
 from flowjobs.jobs.findings import Dead, seen_of
+from flowjobs.jobs.mps import mps_daemon
 from flowjobs.jobs.restart import restart
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.jobs.stop_cause import notice_of, seconds_left
@@ -80,12 +82,26 @@ def train_pack(pack: Pack) -> int:
         if job.restart and cancelled_while_requeued(job):
             slots.cancel_all()
         else:
-            slots.train(signals.received)
+            with _clients_of_mps(pack) as variables:
+                slots.train(signals.received, variables)
         signals.stand_down()  # all have ended
         if signals.received() and pack.left(job.job_id):
             return slots.restart(signals.received())
     slots.tell_wandb()
     return slots.exit_code()
+
+
+@contextmanager
+def _clients_of_mps(pack: Pack) -> Iterator[Mapping[str, str]]:
+    """The variables of runs that share the GPU by CUDA's MPS; none where it is not asked for."""
+    with ExitStack() as stack:
+        variables: Mapping[str, str] = {}
+        if pack.asked().mps:
+            try:
+                variables = stack.enter_context(mps_daemon())
+            except ConfigError as error:  # they train all the same, to the same bits
+                logger.error("%s: the runs take turns on the GPU", error)
+        yield variables
 
 
 def _note(pack: Pack, job: JobInfo) -> None:
@@ -123,13 +139,18 @@ class _Slots:
         self._in_vain: Counter[Run] = Counter()
         self._memory_kills = memory_kills()
         self._looked_at = 0.0
+        self._variables: Mapping[str, str] = {}
 
-    def train(self, told: Callable[[], signal.Signals | None]) -> None:
+    def train(
+        self, told: Callable[[], signal.Signals | None], variables: Mapping[str, str]
+    ) -> None:
         """Give each slot the next run until none is left, or all have left on a signal.
 
         Args:
             told: The signal that asks the job to leave; None if none has come.
+            variables: What the runs' processes have in their environment.
         """
+        self._variables = variables
         passed_on = False
         self._waiting.extend(self._pack.left(self._job.job_id))
         try:
@@ -152,7 +173,7 @@ class _Slots:
         run = self._waiting.popleft()
         if not is_left(run, self._job.job_id):
             return  # cancelled meanwhile, say
-        environment = {**os.environ, SLOTS: str(self._pack.slots)}
+        environment = {**os.environ, **self._variables, SLOTS: str(self._pack.slots)}
         if self._has_begun(run):
             environment.setdefault(CONTINUES, self._job.job_id)
         else:

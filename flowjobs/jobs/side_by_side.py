@@ -10,14 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs.exit_cause import last_error, log_tail
+from flowjobs.jobs.mps import mps_daemon
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.slots import SLOTS
@@ -47,7 +48,13 @@ class SideBySide:
 
 
 def measure(
-    training: TrainingConfig, study: Path, runs: int, seconds: float, say: Callable[[str], None]
+    training: TrainingConfig,
+    study: Path,
+    runs: int,
+    seconds: float,
+    say: Callable[[str], None],
+    *,
+    mps: bool = False,
 ) -> SideBySide:
     """Train so many runs of a config at once for a while.
 
@@ -57,12 +64,17 @@ def measure(
         runs: How many.
         seconds: For how long, once all of them train.
         say: Told what is waited for.
+        mps: Whether they share the GPU by CUDA's MPS.
+
+    Raises:
+        ConfigError: There is no MPS here.
     """
     with tempfile.TemporaryDirectory(prefix="flowjobs-bench-") as folder:
         if (datasets := study / "datasets").is_dir():
             (Path(folder) / "datasets").symlink_to(datasets)
         made = [_make(training, Path(folder), number) for number in range(runs)]
-        with _trained(made) as processes:
+        daemon: AbstractContextManager[dict[str, str]] = mps_daemon() if mps else nullcontext({})
+        with daemon as variables, _trained(made, variables) as processes:
             try:
                 say(f"{runs} at once: starting")
                 _wait(made, processes, lambda run, step: step > 0)
@@ -96,9 +108,11 @@ def _make(training: TrainingConfig, study: Path, number: int) -> Run:
 
 
 @contextmanager
-def _trained(runs: Sequence[Run]) -> "Iterator[list[subprocess.Popen[bytes]]]":
+def _trained(
+    runs: Sequence[Run], variables: Mapping[str, str]
+) -> "Iterator[list[subprocess.Popen[bytes]]]":
     """Trains runs for as long as the block lasts."""
-    environment = {**os.environ, SLOTS: str(len(runs)), "WANDB_MODE": "disabled"}
+    environment = {**os.environ, **variables, SLOTS: str(len(runs)), "WANDB_MODE": "disabled"}
     processes = []
     try:
         for run in runs:

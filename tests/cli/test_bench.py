@@ -33,4 +33,6 @@ def test_what_runs_train_together_is_measured_until_they_cannot(
     assert one["samples_per_s"] > 0
     assert two["samples_per_s"] == 0
     assert two["why"].endswith("no room for two")
+    none = flowjobs("bench", *model, "--mps")
+    assert (none.returncode, "nvidia-cuda-mps-control is not on PATH" in none.stderr) == (2, True)
     assert not study.exists()

@@ -1,6 +1,7 @@
 """Several runs in one job: each keeps the promises of a run, whatever happens beside it."""
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -93,9 +94,18 @@ def wait_for_end(pack: Pack, job: SubmittedJob) -> None:
 
 
 def test_a_death_leaves_the_others_alone_and_its_slot_is_filled(
-    study: Path, whole: Run, flowjobs: Command
+    study: Path, whole: Run, flowjobs: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = [made(study, name, retries) for name, retries in zip("abcd", (0, 1, 0, 0), strict=True)]
+    # In place of NVIDIA's: it notes what it is asked, and of which folder.
+    control = tmp_path / "bin/nvidia-cuda-mps-control"
+    control.parent.mkdir()
+    control.write_text('#!/bin/sh\necho "$1$(cat)" "$CUDA_MPS_PIPE_DIRECTORY" >> "$0.calls"\n')
+    control.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{control.parent}:{os.environ['PATH']}")
+    runs = [
+        made(study, name, retries, mps=True)
+        for name, retries in zip("abcd", (0, 1, 0, 0), strict=True)
+    ]
     killed, retried, *_ = runs
     for run in (killed, retried):
         tell(run, "await 12")
@@ -106,7 +116,10 @@ def test_a_death_leaves_the_others_alone_and_its_slot_is_filled(
     shown = flowjobs("status", "c").stdout
     assert f"c waits for a slot of job {job.job_id}" in shown
     for run in (killed, retried):
-        os.kill(status_of(run).attempts[-1].job.pid, signal.SIGKILL)
+        pid = status_of(run).attempts[-1].job.pid
+        variables = Path(f"/proc/{pid}/environ").read_text()
+        mps = re.search(r"CUDA_MPS_PIPE_DIRECTORY=([^\0]+)", variables)
+        os.kill(pid, signal.SIGKILL)
         tell(run, "")
     wait_for_end(pack, job)
     assert attempts_of(killed) == [("failed", "killed")], explain(pack)()
@@ -117,6 +130,10 @@ def test_a_death_leaves_the_others_alone_and_its_slot_is_filled(
     assert [attempts_of(run) for run in runs[2:]] == [[("finished", "")]] * 2
     assert pack.left(job.job_id) == [broken]  # a person restores its config, and submits it
     assert status_of(broken).attempts == []
+    assert mps
+    calls = Path(f"{control}.calls").read_text().split()
+    assert calls == ["-d", mps[1], "quit", mps[1]]
+    assert not Path(mps[1]).exists()
 
 
 def test_a_sweep_whose_runs_share_a_job_is_requeued_once_and_each_run_ends_in_its_own_way(

@@ -70,6 +70,7 @@ def test_a_name_means_a_sweep_or_a_run_and_not_both(flowjobs: Command, study: Pa
         (["sweep", "--seed", "0", "--name", "mine"], "found mine, which a run in"),
         (["sweep", "--seed", "0", "--name", "mlp-icfm-digits-none"], "one of its runs"),
         (["sweep", "--seed", "0", "1", "--name", ""], "the sweep's name: --name: found ''"),
+        (["sweep", "--seed", "0", "1", "--mps"], "--mps: expected --runs-per-gpu 2 or more"),
         (["submit", "--name", "ablation"], "found ablation, which a sweep in"),
     ):
         done = flowjobs(*words, *options)
