@@ -715,16 +715,18 @@ def _require(
     above: float | None = None,
     below: float | None = None,
 ) -> None:
-    value = getattr(config, name)
-    bounds = [
-        (not math.isfinite(value), "a finite number"),
-        (minimum is not None and not value >= minimum, f"at least {minimum}"),
-        (above is not None and not value > above, f"more than {above}"),
-        (below is not None and not value < below, f"less than {below}"),
-    ]
-    for broken, expected in bounds:
-        if broken:
-            raise ConfigError(f"{flag(name)}: found {value}, expected {expected}")
+    value, expected = getattr(config, name), ""
+    # No text is made of what is as it should be: a sweep has thousands of configs.
+    if not math.isfinite(value):
+        expected = "a finite number"
+    elif minimum is not None and not value >= minimum:
+        expected = f"at least {minimum}"
+    elif above is not None and not value > above:
+        expected = f"more than {above}"
+    elif below is not None and not value < below:
+        expected = f"less than {below}"
+    if expected:
+        raise ConfigError(f"{flag(name)}: found {value}, expected {expected}")
 
 
 def _require_choice(name: str, value: str, literal: Any) -> None:

@@ -108,6 +108,8 @@ def with_absolute_paths(training: TrainingConfig) -> TrainingConfig:
         return str(absolute(Path(value))) if is_data_file(value) else value
 
     dataset, source = from_root(training.dataset), from_root(training.source)
+    if (dataset, source) == (training.dataset, training.source):
+        return training  # as of most runs of a sweep, and they are many
     return dataclasses.replace(training, dataset=dataset, source=source)
 
 

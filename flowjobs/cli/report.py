@@ -1,5 +1,6 @@
 """flowjobs report."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -11,9 +12,11 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import RunNames, each_of
+from flowjobs.cli.start_many import some
 from flowjobs.config import OptionalPath, OptionalStr
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
 from flowjobs.runs.run import absolute, default_study
+from flowjobs.runs.selection import never_made
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
 if TYPE_CHECKING:
@@ -77,6 +80,9 @@ class Report:
             raise ConfigError(f"found --{' and --'.join(asked)}, expected one of them")
         results, broken = self._results()
         found = compare(results, self.rows, self.columns, self.metric, self.at_step)
+        if missing := never_made(absolute(self.study), self.names):
+            note = f"of the sweep, {some(missing)} never submitted: run it again"
+            found = dataclasses.replace(found, notes=[*found.notes, note])
         if self.html is not None:
             self._write_page(found, self.html)
         match asked:
@@ -118,6 +124,8 @@ class Report:
         selection = " ".join(self.names)
         title = f"{selection or absolute(self.study).name}: {found.metric.title}"
         file = absolute(file)
+        if file.is_dir():
+            raise ConfigError(f"--html {file}: found a folder, expected the path of a file")
         if not file.parent.is_dir():
             raise ConfigError(f"--html {file}: found no folder {file.parent}")
         page = html_page(found, title, shlex.join(["flowjobs", *sys.argv[1:]]))

@@ -127,7 +127,7 @@ class Sweep:
 
     def unused_exclusions(self) -> list[str]:
         """Those that leave out none of the runs, in words: one value may be mistyped."""
-        points = replace(self, exclude=()).points()
+        points = replace(self, exclude=()).points() if self.exclude else []
         return [
             " ".join(f"{_shown(name)}={'|'.join(map(str, of))}" for name, of in values.items())
             for values in self.exclude
