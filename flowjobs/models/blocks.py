@@ -55,20 +55,18 @@ class ResidualBlock(nn.Module):
         return torch.addcmul(x, gate, self.linear_out(self.dropout(hidden)))
 
 
-class Output(nn.Module):
-    """A linear layer over the modulated norm; zero at first, so that the velocity is too."""
+class FinalNorm(nn.Module):
+    """The modulated norm before the last layer, which itself is to start at zero."""
 
-    def __init__(self, width: int, dim: int, time_width: int) -> None:
+    def __init__(self, width: int, time_width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = zero_linear(time_width, 2 * width)
-        self.linear = zero_linear(width, dim)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Shapes (batch, …, width) and (batch, …, time_width) to (batch, …, dim)."""
+        """Shapes (batch, …, width) and (batch, …, time_width) to (batch, …, width)."""
         shift, scale = self.modulation(time).chunk(2, dim=-1)
-        velocity: Tensor = self.linear(modulated(self.norm(x), shift, scale))
-        return velocity
+        return modulated(self.norm(x), shift, scale)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -6,7 +6,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flowjobs.models.blocks import Output, TimeEmbedding, modulated, zero_linear
+from flowjobs.models.blocks import FinalNorm, TimeEmbedding, modulated, zero_linear
+
+
+class LinearByToken(nn.Module):
+    """A linear layer of its own for each token, whose bias says which token it is.
+
+    The patches of a picture share one. The columns of a vector mean something else in each place:
+    with one for all, a mixture in 256 dimensions is learned hardly at all (a loss of 1.56 after 390
+    steps and 1.52 after 1,480, where it is 1.27 after 390 so).
+    """
+
+    def __init__(self, tokens: int, n_in: int, n_out: int) -> None:
+        super().__init__()
+        reach = n_in**-0.5  # as nn.Linear begins
+        self.weight = nn.Parameter(torch.empty(tokens, n_in, n_out).uniform_(-reach, reach))
+        self.bias = nn.Parameter(torch.empty(tokens, n_out).uniform_(-reach, reach))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (batch, tokens, n_in) to (batch, tokens, n_out)."""
+        return torch.einsum("bti,tio->bto", x, self.weight) + self.bias
 
 
 class Attention(nn.Module):
@@ -53,8 +72,8 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Predicts the velocity at (x, t) with a transformer over chunks of x.
 
-    Source: Peebles and Xie, DiT (https://arxiv.org/abs/2212.09748), with chunks for patches and
-    learned positions. A last chunk that is too short is filled up with zeros.
+    Source: Peebles and Xie, DiT (https://arxiv.org/abs/2212.09748), with chunks for patches. A last
+    chunk that is too short is filled up with zeros.
 
     Args:
         dim: Width of the data.
@@ -87,19 +106,21 @@ class DiT(nn.Module):
         self.chunk = chunk
         self.padding = tokens * chunk - dim
         self.time = TimeEmbedding(time_width)
-        self.linear_in = nn.Linear(chunk, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.linear_in = LinearByToken(tokens, chunk, width)
         self.blocks = nn.ModuleList(
             DiTBlock(width, heads, time_width, dropout) for _ in range(depth)
         )
-        self.out = Output(width, chunk, time_width)
+        self.norm = FinalNorm(width, time_width)
+        self.linear_out = LinearByToken(tokens, width, chunk)
+        for weights in self.linear_out.parameters():
+            nn.init.zeros_(weights)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Points of shape (batch, dim) at times (batch,) in [0, 1] to velocities (batch, dim)."""
         time = self.time(t).unsqueeze(1)
         chunks = functional.pad(x, (0, self.padding)).view(len(x), -1, self.chunk)
-        hidden = self.linear_in(chunks) + self.positions
+        hidden = self.linear_in(chunks)
         for block in self.blocks:
             hidden = block(hidden, time)
-        velocity: Tensor = self.out(hidden, time).flatten(1)
+        velocity: Tensor = self.linear_out(self.norm(hidden, time)).flatten(1)
         return velocity[:, : x.shape[1]]

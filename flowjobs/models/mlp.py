@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from flowjobs.models.blocks import Output, ResidualBlock, TimeEmbedding
+from flowjobs.models.blocks import FinalNorm, ResidualBlock, TimeEmbedding, zero_linear
 
 
 class MLP(nn.Module):
@@ -31,7 +31,8 @@ class MLP(nn.Module):
         self.time = TimeEmbedding(time_width)
         self.linear_in = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(ResidualBlock(width, time_width, dropout) for _ in range(depth))
-        self.out = Output(width, dim, time_width)
+        self.norm = FinalNorm(width, time_width)
+        self.linear_out = zero_linear(width, dim)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Points of shape (batch, dim) at times (batch,) in [0, 1] to velocities (batch, dim)."""
@@ -39,5 +40,5 @@ class MLP(nn.Module):
         hidden = self.linear_in(x)
         for block in self.blocks:
             hidden = block(hidden, time)
-        velocity: Tensor = self.out(hidden, time)
+        velocity: Tensor = self.linear_out(self.norm(hidden, time))
         return velocity

@@ -145,25 +145,21 @@ def _linear(n_in: int, n_out: int) -> int:
     return (n_in + 1) * n_out
 
 
-def _embedding(time_width: int) -> int:
-    return 2 * _linear(time_width, time_width)
-
-
 def _block(width: int, time_width: int) -> int:
     return _linear(time_width, 3 * width) + 2 * _linear(width, width)
 
 
-def _output(width: int, dim: int, time_width: int) -> int:
-    return _linear(time_width, 2 * width) + _linear(width, dim)
+def _ends(dim: int, width: int, time_width: int) -> int:
+    into_and_out_of = _linear(dim, width) + _linear(width, dim)
+    return into_and_out_of + 2 * _linear(time_width, time_width) + _linear(time_width, 2 * width)
 
 
 def _mlp(dim: int, width: int, depth: int = 3, time_width: int = 64) -> int:
-    ends = _embedding(time_width) + _linear(dim, width) + _output(width, dim, time_width)
-    return ends + depth * _block(width, time_width)
+    return _ends(dim, width, time_width) + depth * _block(width, time_width)
 
 
 def _unet(dim: int, width: int, depth: int = 2, time_width: int = 64) -> int:
-    found = _embedding(time_width) + _linear(dim, width) + _output(width, dim, time_width)
+    found = _ends(dim, width, time_width)
     for level in range(depth):
         wider, narrower = (max(1, width >> at) for at in (level, level + 1))
         found += 2 * _block(wider, time_width)
@@ -182,8 +178,8 @@ def _dit(
     del heads  # they share the width
     chunk = math.isqrt(dim) if chunk is None else chunk
     tokens = -(-dim // chunk)
-    ends = _embedding(time_width) + _linear(chunk, width) + _output(width, chunk, time_width)
+    by_token = (tokens - 1) * (_linear(chunk, width) + _linear(width, chunk))
     attention = _linear(width, 3 * width) + _linear(width, width)
     feed_forward = _linear(width, 4 * width) + _linear(4 * width, width)
     block = _linear(time_width, 6 * width) + attention + feed_forward
-    return ends + tokens * width + depth * block
+    return _ends(chunk, width, time_width) + by_token + depth * block

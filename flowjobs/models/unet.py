@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flowjobs.models.blocks import Output, ResidualBlock, TimeEmbedding
+from flowjobs.models.blocks import FinalNorm, ResidualBlock, TimeEmbedding, zero_linear
 
 
 class UNet(nn.Module):
@@ -46,7 +46,8 @@ class UNet(nn.Module):
             for wider, narrower in zip(wide, widths[1:], strict=True)
         )
         self.blocks_up = blocks(wide)
-        self.out = Output(width, dim, time_width)
+        self.norm = FinalNorm(width, time_width)
+        self.linear_out = zero_linear(width, dim)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Points of shape (batch, dim) at times (batch,) in [0, 1] to velocities (batch, dim)."""
@@ -58,5 +59,5 @@ class UNet(nn.Module):
         hidden = self.middle(hidden, time)
         for block, up in zip(reversed(self.blocks_up), reversed(self.up), strict=True):
             hidden = block(up(torch.cat([hidden, skips.pop()], dim=-1)), time)
-        velocity: Tensor = self.out(hidden, time)
+        velocity: Tensor = self.linear_out(self.norm(hidden, time))
         return velocity
