@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 class Retry(CodeOptions, CommandOptions):
     """Start failed and cancelled runs again, from their newest checkpoint, as one Slurm array.
 
-    All others are left alone. What failed for memory or time is started with more of it alone.
+    All others are left alone. What failed for memory or time is started with more of it alone, and
+    what diverged with other code.
     """
 
     names: RunNames
@@ -91,7 +92,7 @@ class Retry(CodeOptions, CommandOptions):
         self, members: Sequence["Member"], changes: dict[str, Any], slots: int
     ) -> "list[Member]":
         """Print what there is by its cause. Returns the runs to start."""
-        from flowjobs.sweeps.retry import causes, with_changes
+        from flowjobs.sweeps.retry import NEW_CODE, causes, with_changes
 
         found = causes(members)
         others = Counter(member.stage for member in members) - Counter(
@@ -105,8 +106,9 @@ class Retry(CodeOptions, CommandOptions):
             check_shared(slots, with_changes(member.config, changes).slurm)
         for cause in found:
             names = some([member.run.name for member in cause.members])
-            held = bool(cause.needs) and not changes.keys() & {*cause.needs}
-            advice = f"; not started, it would fail again: --with {cause.advice}" if held else ""
+            helps = {*changes, *([NEW_CODE] if self.new_code else [])}
+            held = bool(cause.needs) and not helps & {*cause.needs}
+            advice = f"; not started, it would fail again: {cause.advice}" if held else ""
             print(f"{len(cause.members):10} {cause.words}: {names}{advice}")
             if not held:
                 starting += [

@@ -17,6 +17,7 @@ from flowjobs.errors import (
     NoProgressError,
     RankFailedError,
     RunInterrupted,
+    TrainingDivergedError,
 )
 from flowjobs.runs.files import warn_once, write_json
 from flowjobs.user_code import user_place
@@ -66,6 +67,8 @@ def outcome_of(error: BaseException | None) -> Outcome:
             return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
         case NoProgressError():
             return Outcome("failed", error.exit_code, str(error), kind="no progress")
+        case TrainingDivergedError():
+            return Outcome("failed", error.exit_code, str(error), kind="diverged")
         case RankFailedError():
             code, text = error.exit_code, error.traceback
             return Outcome("failed", code, str(error), text, kind=error.kind)

@@ -19,6 +19,8 @@ from flowjobs.sweeps.plan import GPU_MEMORY, Member
 
 # No option of one run's: how many share a job.
 RUNS_PER_GPU = "runs_per_gpu"
+# Nor one of the cluster: the code as it is now, where it has changed.
+NEW_CODE = "new_code"
 # They decide how many ranks compute a step, and so its bits.
 RANKS = ("nodes", "gpus_per_node")
 # "out of memory: 1.02 of 1 GiB".
@@ -33,7 +35,7 @@ class Cause:
         words: In a word or two; "cancelled" for those that a person has ended.
         members: The runs.
         needs: Options of which they need more: without, they would fail again.
-        advice: What to say of that: "mem_gb=64".
+        advice: What to say of that: "--with mem_gb=64".
     """
 
     words: str
@@ -58,15 +60,18 @@ def _cause(words: str, members: Sequence[Member]) -> Cause:
             known = [size for size in asked if size]
             size = f"{_next_size(max(known)):g}" if known else "..."
             advice = _fewer_at_once(members) or f"mem_gb={size}"
-            return Cause(words, members, ("mem_gb", RUNS_PER_GPU), advice)
+            return Cause(words, members, ("mem_gb", RUNS_PER_GPU), f"--with {advice}")
         case "time limit":
             minutes = [member.config.slurm.timeout_min or 0 for member in members]
             size = f"{2 * max(minutes)}" if max(minutes) else "..."
-            return Cause(words, members, ("timeout_min",), f"timeout_min={size}")
+            return Cause(words, members, ("timeout_min",), f"--with timeout_min={size}")
         case _ if words == GPU_MEMORY:
             options = ("gpu_type", "constraint", "partition", RUNS_PER_GPU)
             advice = _fewer_at_once(members) or "gpu_type=... (one of more memory)"
-            return Cause(words, members, options, advice)
+            return Cause(words, members, options, f"--with {advice}")
+        case "diverged":  # its steps are the same ones again
+            advice = "another --lr is another run; --new-code, if you have changed the model"
+            return Cause(words, members, (NEW_CODE,), advice)
     return Cause(words, members)
 
 

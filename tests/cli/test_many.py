@@ -47,16 +47,17 @@ def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjob
     failed(study, "c-memory", "out of memory", "out of memory: 1.02 of 1 GiB on n1")
     failed(study, "d-time", "no progress", "…, the last one: time limit (USR2)", timeout_min=30)
     failed(study, "e-cuda", "exception", "OutOfMemoryError (net.py, line 3): CUDA out of memory")
+    failed(study, "h-nan", "diverged", "train/loss is nan at step 10")
     ended(study, "f-whole", Outcome("finished", 0))
     ended(study, "g-ended", Outcome("cancelled", 130, "cancelled", kind="cancelled"))
     done = flowjobs("retry", "*", "--cluster", "local", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert [line.split(";")[0].strip() for line in done.stdout.splitlines()[1:7]] == [
+    assert [line.split(";")[0].strip() for line in done.stdout.splitlines()[1:8]] == [
         *("alone      1 finished: left as they are", "1 GPU out of memory: e-cuda"),
-        *("1 cancelled: g-ended", "1 killed: a-killed"),
+        *("1 cancelled: g-ended", "1 diverged: h-nan", "1 killed: a-killed"),
         *("2 out of memory: b-memory, c-memory", "1 time limit: d-time"),
     ]
-    assert done.stdout.count("not started, it would fail again") == 3
+    assert done.stdout.count("not started, it would fail again") == 4
     assert "--with mem_gb=32\n" in done.stdout
     assert "--with timeout_min=60\n" in done.stdout
     assert "--with gpu_type=" in done.stdout
