@@ -17,8 +17,9 @@ from tests.jobs.disturbed import OPTIONS, REPOSITORY, assert_equal_to, assert_in
 
 @pytest.fixture
 def run(flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """A run that trains as a local job."""
+    """A run that trains as a local job, and does not end before it is told to leave or killed."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    Path("control").write_text("await 25")
     submit(flowjobs)
     run = Run(study, "local")
     wait_until(lambda: len(list(read_rows(run.metrics_file))) > 1, "the run to train", 120)
@@ -33,6 +34,11 @@ def submit(flowjobs: Command, *options: str) -> str:
     return done.stdout
 
 
+def let_go() -> None:
+    """The next start is on its own; this one has been told to leave, or may have been already."""
+    Path("control").unlink(missing_ok=True)
+
+
 def status_of(run: Run) -> RunStatus:
     return run.status() or RunStatus()
 
@@ -43,6 +49,7 @@ def wait_for(run: Run, state: str) -> None:
 
 def test_a_time_limit_starts_the_job_again_at_once(run: Run, whole: Run) -> None:
     os.kill(status_of(run).attempts[-1].job.pid, signal.SIGUSR2)
+    let_go()
     wait_for(run, "finished")
     first, second = status_of(run).attempts
     assert (first.state, first.kind) == ("preempted", "time limit")
@@ -56,6 +63,7 @@ def test_cancel_ends_the_job_until_it_is_submitted_again(
 ) -> None:
     done = flowjobs("cancel", "local")
     assert done.returncode == 0, done.stderr
+    let_go()
     wait_for(run, "cancelled")
     assert "nothing to cancel" not in flowjobs("cancel", "local").stdout
     submit(flowjobs)
@@ -70,6 +78,7 @@ def test_a_killed_job_is_shown_as_dead_is_closed_and_goes_on_when_submitted(
 ) -> None:
     pid = status_of(run).attempts[-1].job.pid
     os.kill(pid, signal.SIGKILL)
+    let_go()
     wait_until(lambda: "failed" in flowjobs("status", "local").stdout, "status to notice", 120)
     assert status_of(run).state == "running"  # looking has changed nothing
     assert "local: failed: ended without a word" in flowjobs("reconcile").stdout
