@@ -8,14 +8,15 @@ from typing import Literal
 
 from flowjobs.cli.parser import read_command_line
 
-# bash's own way, which zsh has too. Run names are those of the study that is the default there.
+# bash's own way, which zsh has too. Runs and sweeps are those of the default study there.
 SCRIPT = """\
 {begin}_flowjobs() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} words
     case "$COMP_CWORD:$word:${{COMP_WORDS[1]}}" in
         1:*) words="{commands}" ;;
 {cases}
-        *) words=$(ls "${{FLOWJOBS_STUDY:-study}}/runs" 2>/dev/null) ;;
+        *) words=$(cd "${{FLOWJOBS_STUDY:-study}}" 2>/dev/null && {{
+                ls runs; ls sweeps | sed -n 's/[.]runs$//p'; }} 2>/dev/null) ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }}

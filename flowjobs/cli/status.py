@@ -137,7 +137,17 @@ def _describe_broken(run: Run) -> dict[str, Any]:
 
 
 def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
-    """All that is known of a run, as `--json` prints it."""
+    """All that is known of a run, as `--json` prints it.
+
+    Returns:
+        By name: `run`; all of `RunStatus` (state, reason, step, epoch, best_val_loss, …) with
+        `attempts` as a list of `AttemptRecord`, both in runs/status.py; `state_in_words`;
+        `latest`, the newest value of each key of metrics.jsonl; `steps_per_s` and `left_s`, null
+        where they cannot be told; `jobs`, the lines of jobs.jsonl; `waits`, `unknown` and `wandb`,
+        why it waits, why its state is unknown, and what W&B lacks, each empty where it is not so;
+        `folder` and `checkpoints`. `show` adds `config`, what is not the default; `time`, in
+        seconds, as in runs/goodput.py; and `files`.
+    """
     from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome
 
     status, latest = current_progress(run)

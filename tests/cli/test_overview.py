@@ -217,6 +217,9 @@ def test_logs_of_the_newest_failure_an_attempt_and_a_rank(flowjobs: Command, stu
 def test_a_shell_completes_commands_flags_and_runs(flowjobs: Command, study: Path) -> None:
     made_run(study, [1.0], name="wide-one")
     made_run(study, [1.0], name="wide-two")
+    (study / "sweeps").mkdir()
+    (study / "sweeps/wider.runs").touch()
+    (study / "sweeps/wider.toml").touch()
     Path("script").write_text(flowjobs("completion", "bash").stdout)
 
     def completed(*words: str) -> list[str]:
@@ -230,6 +233,7 @@ def test_a_shell_completes_commands_flags_and_runs(flowjobs: Command, study: Pat
 
     assert completed("flowjobs", "re") == ["resume", "report", "retry", "reconcile"]
     assert completed("flowjobs", "status", "wide-t") == ["wide-two"]
+    assert completed("flowjobs", "sweep", "wider") == ["wider"]
     assert completed("flowjobs", "report", "--la") == ["--latex"]
     assert completed("flowjobs", "submit", "--weight") == ["--weight-decay"]
     assert "--study" in completed("flowjobs", "logs", "-")
