@@ -49,7 +49,8 @@ class Data:
         written = write_splits(whole, study, sizes, overwrite=self.overwrite)
         for name, rows in written.items():
             print(f"{split_files(study, name)[0]}: {rows} training rows of width {whole.dim}")
-        print(f"{len(split(whole)[1])} of all {len(whole)} rows are for validation, in each val.pt")
+        kept = f"{len(split(whole)[1])} of all {len(whole)} rows, of width {whole.dim},"
+        print(f"{kept} are for validation, in each val.pt")
         return 0
 
 

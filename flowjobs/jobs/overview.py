@@ -15,7 +15,7 @@ from flowjobs.runs.status import RunStatus
 # In the order in which they are shown. "stopped" is a run that was interrupted, and of which no
 # job is left.
 Stand = Literal["finished", "running", "waiting", "stopped", "cancelled", "failed", "unknown"]
-NEEDS_A_PERSON = ("failed", "unknown")
+NEEDS_A_PERSON = ("failed", "stopped", "unknown")
 # What Slurm will never start as it is; see slurm/waiting.py.
 IN_VAIN = ("in vain", "held", "for jobs that can never end")
 
@@ -150,6 +150,6 @@ def _settled(glance: Glance) -> Standing:
         case "finished" | "running" | "cancelled" | "failed" as stand:
             return Standing(glance, stand, glance.reason)
         case "preempted" | "submitted":
-            why = glance.reason or "it was never submitted"
-            return Standing(glance, "stopped", f"{why}; no job of it is left")
+            left = f"{glance.reason}; no job of it is left: submit it again"
+            return Standing(glance, "stopped", left if glance.reason else "never submitted")
     return Standing(glance, "unknown", glance.reason)

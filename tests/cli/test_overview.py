@@ -81,8 +81,9 @@ def test_many_runs_are_a_line_a_group_and_what_needs_a_person(
     assert widths.split()[2:] == ["141", "140", "1"]
     reason = "failed: out of memory: 1.5 of 1.5 GiB"
     assert trouble[:2] == [f"bad-0 {reason}", f"bad-1 {reason}"]
-    assert trouble[2].startswith("torn unknown: ")
-    assert str(study / "runs/torn") in trouble[2]
+    assert trouble[2] == "new stopped: never submitted"
+    assert trouble[3].startswith("torn unknown: ")
+    assert str(study / "runs/torn") in trouble[3]
     assert done.returncode == 0
     assert tree(study) == before  # looking changes nothing
     assert len(flowjobs("status", "--runs").stdout.splitlines()) > 210
