@@ -1,10 +1,14 @@
-"""Where in a person's own code an error arose: the file and line that they can open."""
+"""A person's own code: what an import path names, and the file and line where an error arose."""
 
+import importlib
 import re
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from flowjobs.errors import ConfigError
 
 OURS = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -67,3 +71,24 @@ def _in_words(file: str, line: int | None, function: str | None) -> str:
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     place = f"{shown}, line {line}"
     return place if function in (None, "<module>") else f"{place}, in {function}"
+
+
+def imported(option: str, path: str) -> Any:
+    """What `package.module:name` stands for; the module is imported.
+
+    Args:
+        option: That it was given to, for the error's text.
+        path: The import path.
+
+    Raises:
+        ConfigError: There is no such module, or it has no such name.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the user's module exists; what it imports does not
+        raise ConfigError(f"{option} {path}: no module {error.name} on PYTHONPATH") from error
+    except AttributeError as error:
+        raise ConfigError(f"{option} {path}: the module {module} has no {name}") from error

@@ -14,7 +14,6 @@ Names as in torchcfm. Sources:
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.flows.coupling import entropic, exact
+from flowjobs.user_code import imported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,10 +146,15 @@ def _check_with(flow: Flow, config: TrainingConfig) -> None:
             f"--source: found {config.source}, expected normal with --flow {name}, whose source is "
             "noise by definition; icfm, otcfm, sbcfm and vpcfm take any"
         )
-    if flow.given_pairs != (config.reflow_from is not None):
-        expected = "a finished run whose pairs are to be straightened" if flow.given_pairs else None
+    if flow.given_pairs and config.reflow_from is None:
         raise ConfigError(
-            f"--reflow-from: found {config.reflow_from}, expected {expected} with --flow {name}"
+            f"--reflow-from: found none, expected a finished run with --flow {name}, which "
+            "straightens its pairs of noise and sample"
+        )
+    if config.reflow_from is not None and not flow.given_pairs:
+        raise ConfigError(
+            f"--reflow-from: found {config.reflow_from}, and --flow {name} makes its own pairs: "
+            "leave it out"
         )
     if config.ot_batch is not None and flow.couple is None:
         raise ConfigError(
@@ -158,15 +163,7 @@ def _check_with(flow: Flow, config: TrainingConfig) -> None:
 
 
 def _own_flow(config: TrainingConfig) -> Flow:
-    module, _, name = config.flow_path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the user's module exists; what it imports does not
-        raise ConfigError(f"--flow {config.flow}: no module {error.name} on PYTHONPATH") from error
-    except AttributeError as error:
-        raise ConfigError(f"--flow {config.flow}: the module {module} has no {name}") from error
+    found = imported("--flow", config.flow_path)
     if isinstance(found, Flow):
         return found
     if inspect.isfunction(found):

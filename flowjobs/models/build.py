@@ -1,7 +1,6 @@
 """Models that predict a velocity: (x: (batch, *shape), t: (batch,)) -> (batch, *shape)."""
 
 import functools
-import importlib
 import inspect
 from typing import Any
 
@@ -14,6 +13,7 @@ from flowjobs.errors import ConfigError
 from flowjobs.models.flops import parameters_in
 from flowjobs.models.size import check_count, search_width, width_of
 from flowjobs.models.source import BUILT_IN_SOURCES, check_arguments, check_rows
+from flowjobs.user_code import imported
 
 
 def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Module:
@@ -73,15 +73,9 @@ def is_built_in(model: nn.Module) -> bool:
 
 
 def _model_class(arch: str) -> type[nn.Module]:
-    module, _, name = BUILT_IN_SOURCES.get(arch, arch).partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the user's module exists; what it imports does not
-        raise ConfigError(f"--arch {arch}: no module {error.name} on PYTHONPATH") from error
-    except AttributeError as error:
-        raise ConfigError(f"--arch {arch}: the module {module} has no {name}") from error
+    cls = imported("--arch", BUILT_IN_SOURCES.get(arch, arch))
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
-        raise ConfigError(f"--arch {arch}: {name} is not a subclass of torch.nn.Module")
+        raise ConfigError(
+            f"--arch {arch}: {arch.rpartition(':')[2]} is not a subclass of torch.nn.Module"
+        )
     return cls

@@ -154,8 +154,11 @@ def test_gradients_are_finite_in_bfloat16(name: str) -> None:
             "--source: found moons, expected normal with --flow fm",
         ),
         ({"flow": "sbcfm"}, "--sigma: found 0.0, expected more than 0 with --flow sbcfm"),
-        ({"flow": "reflow"}, "--reflow-from: found None, expected a finished run"),
-        ({"flow": "icfm", "reflow_from": "a"}, "--reflow-from: found a, expected None with"),
+        ({"flow": "reflow"}, "--reflow-from: found none, expected a finished run"),
+        (
+            {"flow": "icfm", "reflow_from": "a"},
+            "--reflow-from: found a, and --flow icfm makes its own",
+        ),
         ({"flow": "vpcfm", "ot_batch": 128}, "--ot-batch: found 128, and --flow vpcfm pairs no"),
         ({"flow": "math:nothing"}, "the module math has no nothing"),
         ({"flow": "nowhere.flows:mine"}, "no module nowhere on PYTHONPATH"),
