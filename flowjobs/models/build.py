@@ -56,7 +56,10 @@ def _chosen_width(config: TrainingConfig, cls: type[nn.Module], shape: Any) -> i
 
     @functools.cache
     def count(width: int) -> int:
-        with torch.device("meta"):  # without numbers, so that trying wide ones costs nothing
+        try:
+            with torch.device("meta"):  # without numbers, so that trying wide ones costs nothing
+                model = cls(shape, width=width, **arguments)
+        except Exception:  # it looks at its numbers as it is built
             model = cls(shape, width=width, **arguments)
         return parameters_in(model)
 

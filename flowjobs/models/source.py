@@ -88,6 +88,8 @@ def check_arguments(signature: inspect.Signature, name: str, config: TrainingCon
     names = {"width", *(p.name for p in accepted if p.kind is p.VAR_KEYWORD)}
     if config.params is not None and not names & {p.name for p in accepted}:
         raise ConfigError(f"--params: there is no argument width that it could choose; {takes}")
+    if config.params is not None:
+        arguments.setdefault("width", 1)  # any: it is chosen later
     positional = [p for p in signature.parameters.values() if p.kind in _POSITIONAL]
     if not positional:
         raise ConfigError(

@@ -16,6 +16,7 @@ from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.models.build import build_model
 from flowjobs.models.size import parameters_of, with_fixed_width
+from flowjobs.models.source import check_model
 from flowjobs.runs.selection import fields_of
 from tests.report.made_up import made_run
 
@@ -75,10 +76,11 @@ def test_what_cannot_be_is_refused_with_the_nearest(options: dict[str, Any], sai
 
 
 class Own(nn.Module):
-    """Takes data of any shape."""
+    """Takes data of any shape, and looks at a number as it is built, unless it is deep."""
 
-    def __init__(self, shape: int | tuple[int, ...], width: int = 8, depth: int = 2) -> None:
+    def __init__(self, shape: int | tuple[int, ...], width: int, depth: int = 2) -> None:
         super().__init__()
+        self.scale = torch.ones(1).item() if depth < 3 else 1.0
         channels = shape if isinstance(shape, int) else shape[0]
         sizes = [channels, *[width] * depth, channels]
         self.layers = nn.Sequential(*(nn.Conv1d(*pair, 3) for pair in itertools.pairwise(sizes)))
@@ -86,9 +88,11 @@ class Own(nn.Module):
 
 def test_the_width_of_ones_own_model_is_found_by_building_it() -> None:
     config = TrainingConfig(arch=f"{__name__}:Own", params="50k", depth=3)
-    for shape in (6, (3, 8)):
-        model = build_model(config, shape)
-        assert (abs(count(model) / 50_000 - 1) < 0.05, len(model.layers)) == (True, 4)
+    check_model(config)
+    for shape, depth in ((6, 3), ((3, 8), 2)):
+        model = build_model(replace(config, depth=depth), shape)
+        assert abs(count(model) / 50_000 - 1) < 0.05
+        assert len(model.layers) == depth + 1
     assert with_fixed_width(config, (6,)) == config
     with pytest.raises(ConfigError, match=r"--width 4: Own .* give one of the two"):
         build_model(replace(config, width=4), 6)
