@@ -31,8 +31,9 @@ ENDED = frozenset(
 CANCELLED_AT_ONCE = 1000
 CANCELLED_SHOWN = 3
 
-# "7_0,4-9: No error", "7: No error".
-OF_TASKS_CHANGED = re.compile(r"\d+(_\S+)?: No error")
+# "7_0,4-9: No error", and of tasks that have ended "7_1-3: Job has already finished".
+OF_TASKS = re.compile(r"\d+(?:_\S+)?: (.+)")
+CHANGED_OR_ENDED = ("No error", "Job has already finished")
 
 # Several "Key=value" on a line: a value may hold spaces, so it ends where the next key begins.
 # These have a line of their own, and may hold anything.
@@ -288,10 +289,10 @@ def set_parallel(job_id: str, tasks: int) -> None:
         SubmissionError: Slurm does not answer, or refuses.
     """
     answer = run("scontrol", "update", f"jobid={job_id}", f"ArrayTaskThrottle={tasks}")
-    # Once a task has ended there is a line for each kind of task, "7_1: Job has already finished"
-    # and "7_4-9: No error", and the exit code is that of the former.
-    changed = any(OF_TASKS_CHANGED.fullmatch(line) for line in answer.stderr.splitlines())
-    if answer.returncode != 0 and not changed:
+    # Once a task has ended there is a line for each kind of task, and an exit code of 1.
+    lines = [OF_TASKS.fullmatch(line) for line in answer.stderr.splitlines()]
+    said = [line[1] for line in lines if line]
+    if answer.returncode != 0 and not (said and {*said} <= {*CHANGED_OR_ENDED}):
         raise SubmissionError(f"job {job_id} keeps its number of tasks: {first_line(answer)}")
 
 
