@@ -23,7 +23,7 @@ from flowjobs.training.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 # What a step must have for each thread, in parameters times rows. Below that the threads wait for
-# one another for longer than they compute: the default model on 64 rows has 36 million and takes
+# one another for longer than they compute: the default model on 64 rows has 40 million and takes
 # 2.4 s with one thread, 2.0 with two, 5.9 with two where others want the cores too; one of 2.5
 # million parameters on 512 rows takes 2.5 with one and 1.7 with two.
 WORK_PER_THREAD = 500_000_000

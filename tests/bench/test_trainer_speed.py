@@ -48,9 +48,9 @@ def test_the_trainer_is_as_fast_as_a_tuned_loop(study: Path) -> None:
     assert ratios["Lightning"] >= 1.6
 
 
-# As many epochs as take some ten seconds each.
+# As many epochs as make the start, which takes 0.4 s more with its first checkpoint, a small part.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("arch", "epochs"), [("unet", 50), ("dit", 8)])
+@pytest.mark.parametrize(("arch", "epochs"), [("unet", 100), ("dit", 60)])
 def test_so_it_is_with_each_architecture(study: Path, arch: str, epochs: int) -> None:
     config = TrainingConfig(arch=arch, epochs=epochs, patience=1000)
     ratios = paired_ratios(
