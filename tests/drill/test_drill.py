@@ -24,7 +24,7 @@ from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = ("--steps", "1500")
+STEPS = ("--steps", "1000")
 LOCAL = ("--cluster", "local", "--gpus-per-node", "0")
 
 
@@ -67,6 +67,7 @@ def test_on_slurm_every_interruption_ends_in_the_same_bits(
     assert list(study.iterdir()) == []
 
 
+@pytest.mark.long
 def test_where_requeuing_is_forbidden_it_says_that_runs_get_new_jobs(
     slurm: SlurmCluster, flowjobs: Command
 ) -> None:
