@@ -133,6 +133,7 @@ def test_a_run_that_ends_with_other_bits_fails_the_drill(flowjobs: Command) -> N
     assert Path(found["folder"]).is_dir()
 
 
+@pytest.mark.long
 def test_a_run_that_ends_before_it_is_interrupted_fails_the_drill(flowjobs: Command) -> None:
     done = flowjobs("drill", *LOCAL, "--steps", "20")
     assert done.returncode == 1

@@ -92,6 +92,7 @@ def test_requeued_by_hand(start: Start, whole: Run) -> None:
     job.is_row("is requeued (`scontrol requeue`)")
 
 
+@pytest.mark.long
 def test_a_signal_by_hand_is_not_taken_for_a_time_limit(start: Start, whole: Run) -> None:
     job = start()
     job.slurm.run("scancel", "--signal=USR2", f"{job.job_id}.0")
@@ -323,7 +324,7 @@ def test_cancelled_while_it_waits_to_start_again_it_does_not(
     job.is_row("is cancelled while it waits")
 
 
-@pytest.mark.parametrize("moment", ["imports", "first step"])
+@pytest.mark.parametrize("moment", [pytest.param("imports", marks=pytest.mark.long), "first step"])
 @pytest.mark.parametrize(
     "how", ["flowjobs cancel", pytest.param("scancel", marks=pytest.mark.long)]
 )
@@ -418,6 +419,7 @@ def hand_made(start: Start, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     return (*OPTIONS, "--name", "disturbed")
 
 
+@pytest.mark.long
 def test_a_job_by_hand_goes_on_as_a_new_job_where_requeuing_is_forbidden(
     hand_made: tuple[str, ...], study: Path, slurm: SlurmCluster, whole: Run
 ) -> None:
@@ -467,6 +469,7 @@ def test_a_task_of_an_array_goes_on_like_a_job_of_its_own(
     assert_equal_to(whole, job.run)
 
 
+@pytest.mark.long
 def test_a_task_of_a_sweep_continues_as_a_job_of_its_own_where_requeuing_is_forbidden(
     slurm: SlurmCluster,
     study: Path,

@@ -2,6 +2,8 @@
 
 import signal
 
+import pytest
+
 from flowjobs.runs.metrics import read_rows
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -77,6 +79,7 @@ def test_a_cancelled_run_has_not_failed(start: Start, backend: Backend) -> None:
     assert "cancelled by scancel" in found.notes
 
 
+@pytest.mark.long
 def test_a_run_whose_process_was_requeued_without_a_word_is_one_run(
     start: Start, backend: Backend
 ) -> None:

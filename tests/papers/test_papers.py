@@ -105,7 +105,7 @@ def compare(title: str, ours: Cells, theirs: Cells, floor: dict[str, float]) -> 
 
 
 def test_straight_paths_by_optimal_transport_in_short(flowjobs: Command, study: Path) -> None:
-    short = ("--flow", "icfm", "otcfm", "--seed", "42", "--epochs", "20", "--parallel", "2")
+    short = ("--flow", "icfm", "otcfm", "--seed", "42", "--epochs", "12", "--parallel", "2")
     only = ("--dataset", "moons", "--source", "normal")
     done = flowjobs("sweep", str(HERE / "tong.toml"), *only, *short, *ON_THIS_MACHINE)
     assert done.returncode == 0, done.stdout + done.stderr

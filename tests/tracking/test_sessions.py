@@ -177,7 +177,7 @@ def test_the_last_row_of_a_run_that_is_killed_at_its_picture_is_there(
     assert offline_rows(run) == list(read_rows(run.metrics_file))
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("mode", [pytest.param("online", marks=pytest.mark.long), "offline"])
 def test_where_repeated_rows_differ_wandb_says_from_which_step_on(
     tracked_run: MakeRun, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

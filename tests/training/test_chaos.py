@@ -86,7 +86,7 @@ def finish(options: list[str], log: Path) -> None:
 @pytest.mark.parametrize(
     "chaos",
     [
-        Chaos(kills=8, cold_kills=2, epochs=400),
+        Chaos(kills=6, cold_kills=1, epochs=400),
         pytest.param(Chaos(120, 10, 3500), marks=[pytest.mark.long, pytest.mark.timeout(900)]),
     ],
 )
