@@ -80,17 +80,30 @@ def import_from_snapshot(run: Run) -> None:
     """Have this process import the user's modules from the run's snapshot, if it has one.
 
     What is not in it (installed packages, files that git ignores) is imported from where it was.
+    What another run's snapshot has been imported for is forgotten: one process may look at several.
 
     Raises:
         ConfigError: The snapshot is gone or was changed.
     """
     code = code_of(run)
+    _forget_snapshots(run.study / "code", code.snapshot(run.study) if code else None)
     if code is None:
         return
     read_snapshot(run.study, code.digest)
     for root in reversed(code.import_roots(run.study)):
         sys.path.insert(0, str(root))
     importlib.invalidate_caches()
+
+
+def _forget_snapshots(snapshots: Path, but: Path | None) -> None:
+    def is_other(file: str | None) -> bool:
+        path = Path(file or "")
+        return path.is_relative_to(snapshots) and not (but and path.is_relative_to(but))
+
+    sys.path[:] = [folder for folder in sys.path if not is_other(folder)]
+    for name, module in [*sys.modules.items()]:
+        if is_other(getattr(module, "__file__", None)):
+            del sys.modules[name]
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:

@@ -86,6 +86,22 @@ def test_runs_of_one_dataset_are_measured_by_the_same_rows(flowjobs: Command, st
     assert json.loads(alone.stdout) == found[1]
 
 
+def test_each_run_is_measured_with_its_own_code(
+    flowjobs: Command, study: Path, workplace: Path
+) -> None:
+    net = "import torch\nclass Net(torch.nn.Linear):\n"
+    net += "    def __init__(self, dim):\n        super().__init__(dim, dim)\n"
+    net += "    def forward(self, x, t):\n        return {} * super().forward(x)\n"
+    options = ("--arch", "nets:Net", "--epochs", "1", "--wandb-mode", "disabled", "--no-evaluate")
+    for name, factor in (("one", 1), ("hundred", 100)):
+        (workplace / "nets.py").write_text(net.format(factor))
+        done = flowjobs("submit", *options, "--name", name, "--cluster", "local")
+        assert done.returncode == 0, done.stderr
+    quick = ("-n", "20", "--repeats", "1", "--steps", "2", "--nfe", "--json")
+    together = json.loads(flowjobs("evaluate", "one", "hundred", *quick).stdout)
+    assert together[1] == json.loads(flowjobs("evaluate", "hundred", *quick).stdout)
+
+
 def trained(run: Run, config: TrainingConfig, stop_reason: Callable[[], str | None]) -> None:
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
     with recording(run, JobInfo.in_foreground()) as recorder:
