@@ -178,7 +178,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         case Known() if not answer.over:
             if attempt and answer.restarted_since(job.restart):
                 return _find_dead_life(run, status, attempt, answer, waits=True)
-            if answer.newest.state == "PENDING":
+            if answer.newest.waits:
                 return Waits(why_it_waits(answer.newest))
             return _find_slot(run, status, job)
         case Known() if answer.newest.state == "CANCELLED" and (

@@ -73,9 +73,9 @@ class SubmittedJob:
                 raise SubmissionError(why)
 
     def waits(self, run: Submittable) -> str:
-        """Why the job is pending; empty if it is not, or if Slurm does not say."""
+        """Why the job waits; empty if it does not, or if Slurm does not say."""
         answer = ask_one(identity_of(run, self.job_id)) if self.cluster == "slurm" else None
-        if isinstance(answer, Known) and answer.newest.state == "PENDING":
+        if isinstance(answer, Known) and answer.newest.waits:
             return why_it_waits(answer.newest)
         return ""
 
@@ -122,6 +122,8 @@ def submit(
                 for pattern in (".submission_file_*.sh", "[0-9a-f]" * 32 + ".pkl"):
                     for leftover in run.logs.glob(pattern):
                         leftover.unlink()
+                if isinstance(error, SubmissionUnknownError):
+                    raise
                 raise SubmissionError(_explain(str(error), asked)) from error
         submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
         identity = None

@@ -54,7 +54,9 @@ def timestamp(text: str | None) -> float | None:
 
 
 def run(
-    *command: str, environment: Mapping[str, str] = os.environ
+    *command: str,
+    environment: Mapping[str, str] = os.environ,
+    timeout_s: float = CLIENT_TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands. Failing to start it, or its silence, is a failure of its own."""
     # Slurm signals every process of a step, and this one may be started as the job is told to
@@ -74,7 +76,7 @@ def run(
             encoding="utf-8",
             errors="replace",
             check=False,
-            timeout=CLIENT_TIMEOUT_S,
+            timeout=timeout_s,
             env=kept,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -27,6 +27,15 @@ ENDED = frozenset(
     }
 )
 
+# States of a job that has no process now, and may get one again: it waits, is held as it was
+# requeued, or stands still for another job or an administrator.
+WAITS = frozenset(
+    {
+        *("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"),
+        *("SUSPENDED", "STOPPED"),
+    }
+)
+
 # What fits on a command line.
 CANCELLED_AT_ONCE = 1000
 CANCELLED_SHOWN = 3
@@ -80,6 +89,11 @@ class JobRow:
     reason: str = ""
     starts: float | None = None
     dependency: str = ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for something before it computes (on)."""
+        return self.state in WAITS
 
 
 def queue(uids: Collection[int]) -> list[JobRow]:

@@ -1,24 +1,37 @@
 """Submitting with sbatch: the job is known by a mark of ours, not by what is printed."""
 
 import contextlib
+import logging
 import os
 import re
 import secrets
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flowjobs.errors import SubmissionError, SubmissionUnknownError
 from flowjobs.slurm.client import first_line, run
 from flowjobs.slurm.cluster import cluster_name
-from flowjobs.slurm.controller import ENDED, cancel, queue
+from flowjobs.slurm.controller import ENDED, JobRow, cancel, queue
+
+logger = logging.getLogger(__name__)
 
 # What sbatch prints with --parsable, with the cluster if one was asked for; and what it prints
 # without, where a wrapper drops that option.
 _SAID_ID = re.compile(r"(\d+)(?:;([\w.-]+))?")
 
 _SUBMITTED = re.compile(r"Submitted batch job (\d+)(?: on cluster [\w.-]+)?")
+
+# sbatch itself tries again for two minutes where the controller is too busy to take a job.
+SBATCH_TIMEOUT_S = 180.0
+SAY_AFTER_S = 5.0
+
+# An answer that did not come: a busy controller may take the job all the same, and later.
+_UNANSWERED = re.compile(r"timed out|Message (send|receive) failure|Zero Bytes", re.IGNORECASE)
+TAKEN_WITHIN_S = 20.0
+ASK_EVERY_S = 1.0
 
 # How far the clocks of two machines may differ.
 CLOCKS_S = 300.0
@@ -102,35 +115,77 @@ def sbatch(
     # On the command line: there accounting keeps it too (SubmitLine), and it wins over the script.
     rest = [word for word in rest if word not in comments]
     asked_at = time.time()
-    answer = run(*(program, "--parsable", f"--comment={marked}", *rest), environment=environment)
+    with _said_if_slow():
+        answer = run(
+            *(program, "--parsable", f"--comment={marked}", *rest),
+            environment=environment,
+            timeout_s=SBATCH_TIMEOUT_S,
+        )
     lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     if answer.returncode == 0 and len(lines) == 1 and (found := _SAID_ID.fullmatch(lines[0])):
         return HandedOver(found[1], found[2] or cluster_name(), mark)
     said = {found[1]: found[2] or "" for line in lines if (found := _SAID_ID.fullmatch(line))}
     said |= {found[1]: "" for line in lines if (found := _SUBMITTED.fullmatch(line))}
-    try:
-        rows = [row for row in queue({os.getuid()}) if row.submitted >= asked_at - CLOCKS_S]
-    except SubmissionError as error:
-        raise SubmissionUnknownError(
-            f"{_refusal(answer)}; whether the job was taken is unknown ({error}): one with the "
-            f"comment flowjobs:{mark} would be it (squeue --me -o '%i %k')"
-        ) from None
-    # Where the site drops comments, an id that sbatch has said is one if it is that of a new job.
-    ours = [row for row in rows if mark in row.marks] or [
-        row for row in rows if not row.marks and row.job_id.partition("_")[0] in said
-    ]
-    # A job that was refused stays with the controller for minutes, as one that failed on no node.
-    ours = [row for row in ours if row.nodes or row.state not in ENDED]
+    unanswered = answer.returncode != 0 and bool(_UNANSWERED.search(answer.stderr))
+    ours, silent = _taken(mark, said, asked_at, wait_s=TAKEN_WITHIN_S if unanswered else 0.0)
     if ours:
         return HandedOver(ours[0].job_id.partition("_")[0], ours[0].cluster, mark)
+    if silent or unanswered:
+        why = silent or f"none was in the queue {TAKEN_WITHIN_S:.0f} s later"
+        raise SubmissionUnknownError(
+            f"{_words_of(answer)}; whether the job was taken is unknown ({why}): one with the "
+            f"comment flowjobs:{mark} would be it (squeue --me -o '%i %k'): cancel that, then "
+            "submit again"
+        )
     elsewhere = [(job_id, cluster) for job_id, cluster in said.items() if cluster]
     if answer.returncode == 0 and elsewhere:
         return HandedOver(*elsewhere[0], mark)
     raise SubmissionError(_refusal(answer))
 
 
+def _taken(
+    mark: str, said: Collection[str], asked_at: float, wait_s: float
+) -> tuple[list[JobRow], str]:
+    """The job that has the mark, looked for in the queue; and why nothing is known of it."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        ours, silent = [], ""
+        try:
+            rows = [row for row in queue({os.getuid()}) if row.submitted >= asked_at - CLOCKS_S]
+        except SubmissionError as error:
+            silent = str(error)
+        else:
+            # Where the site drops comments, an id that sbatch has said is one if it is that of a
+            # new job.
+            ours = [row for row in rows if mark in row.marks] or [
+                row for row in rows if not row.marks and row.job_id.partition("_")[0] in said
+            ]
+            # A job that was refused stays with the controller for minutes, as one that failed on
+            # no node.
+            ours = [row for row in ours if row.nodes or row.state not in ENDED]
+        if ours or time.monotonic() >= deadline:
+            return ours, silent
+        time.sleep(ASK_EVERY_S)
+
+
+@contextlib.contextmanager
+def _said_if_slow() -> Iterator[None]:
+    text = "sbatch has not answered yet; waiting up to %.0f s (Ctrl-C counts after that)"
+    timer = threading.Timer(SAY_AFTER_S, logger.warning, (text, SBATCH_TIMEOUT_S))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _refusal(answer: subprocess.CompletedProcess[str]) -> str:
     if answer.returncode == 0:
         return f"sbatch printed no job id, and no new job is in the queue: {first_line(answer)}"
+    return f"sbatch refused the job: {_words_of(answer)}"
+
+
+def _words_of(answer: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in answer.stderr.splitlines() if "error" in line.lower()]
-    return f"sbatch refused the job: {'; '.join(lines) or first_line(answer)}"
+    return "; ".join(lines) or first_line(answer)

@@ -5,6 +5,7 @@ import time
 from flowjobs.slurm.controller import JobRow
 
 # By the beginning of Slurm's word, the longer before the shorter; `squeue -o %r` has about 200.
+# Some are sentences, which scontrol prints with underscores.
 WORDS = (
     ("JobHeldUser", "held by its user: `scontrol release {job}` lets it start"),
     ("JobHeldAdmin", "held by an administrator, who must release it"),
@@ -13,12 +14,18 @@ WORDS = (
         "launch_failed_requeued_held",
         "held, for a node could not start it: `scontrol release {job}`",
     ),
+    ("job_requeued_in_held_state", "held as it was requeued: `scontrol release {job}`"),
+    (
+        "user_env_retrieval_failed",
+        "held, for its environment was not found: `scontrol release {job}`",
+    ),
     ("BeginTime", "for its start time{start}"),
     ("Resources", "for nodes or GPUs to become free{start}"),
     ("Priority", "behind jobs of higher priority{start}"),
     ("DependencyNeverSatisfied", "for jobs that can never end as it was told to wait: cancel it"),
     ("Dependency", "for other jobs to end{dependency}"),
     ("ReqNodeNotAvail", "for nodes that are down, drained or reserved{start}"),
+    ("Nodes_required", "for nodes that are down, drained or reserved{start}"),
     ("NodeDown", "for a node that is down"),
     ("PartitionDown", "for its partition, which is down"),
     ("PartitionInactive", "for its partition, which is inactive"),
@@ -49,10 +56,12 @@ WORDS = (
 
 
 def why_it_waits(row: JobRow) -> str:
-    """Why a pending job waits, to be read after "waits"; with Slurm's own word."""
+    """Why a job waits, to be read after "waits"; with Slurm's own word."""
+    if row.state in ("SUSPENDED", "STOPPED"):
+        return f"{row.state.lower()}, for another job or by an administrator ({row.state})"
     reason = row.reason.strip("()")
     for word, words in WORDS:
-        if reason.startswith(word):
+        if reason.replace(" ", "_").startswith(word):
             start = f", about {_clock(row.starts)}" if row.starts else ""
             dependency = f" ({row.dependency})" if row.dependency else ""
             text = words.format(job=row.job_id, start=start, dependency=dependency)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from flowjobs import slurm as slurm_commands
+from flowjobs.errors import SubmissionUnknownError
 from flowjobs.runs.run import Run
+from flowjobs.slurm import submission
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -60,6 +62,8 @@ def note_instead(run: Run, **values: object) -> None:
         'printf "Gr\\xfc\\xdfe\\n"; $real "$@"; exit 1',  # not UTF-8; it fails afterwards
         # The site drops comments, and the option that asks for the id alone.
         'shift 2; echo "job 1 of 2"; $real "$@"',
+        # The controller is busy: no answer comes, and it takes the job a moment later.
+        '(sleep 2; $real "$@") >/dev/null 2>&1 & echo "error: Socket timed out" >&2; exit 1',
     ],
 )
 def test_the_id_that_is_noted_is_that_of_the_job(
@@ -96,6 +100,17 @@ def test_a_refused_submission_leaves_nothing_behind(
     assert "Traceback" not in done.stderr
     assert not Run(study, "new").folder.exists()
     assert not Run(study, "new").checkpoints.exists()
+
+
+def test_a_job_that_sbatch_got_no_answer_for_is_not_said_to_be_refused(
+    slurm: SlurmCluster, flowjobs: Command, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site("sbatch", "echo 'sbatch: error: Socket timed out on send/recv' >&2; exit 1")
+    monkeypatch.setattr(submission, "TAKEN_WITHIN_S", 0.0)
+    with pytest.raises(SubmissionUnknownError, match="whether the job was taken is unknown"):
+        submission.sbatch(["sbatch", "x.sh"], os.environ)
+    site("squeue", "exit 1")
+    assert flowjobs("submit", *HELD).returncode == 75
 
 
 def test_a_refused_submission_leaves_a_run_as_it_was(

@@ -28,6 +28,7 @@ ROW = JobRow("12", "PENDING", 0, "test", "a", 0.0)
         ("QOSMaxWallDurationPerJobLimit", "in vain: its time limit"),
         ("AssocGrpGRESMinutes", "a limit of your account"),
         ("PartitionDown", "which is down"),
+        ("launch failed requeued held", "could not start it: `scontrol release 12`"),
         ("SomethingNew", "Slurm's reason SomethingNew"),
     ],
 )
@@ -70,3 +71,22 @@ def test_status_and_follow_say_why_a_job_waits(
         os.kill(process.pid, signal.SIGINT)
         process.wait(120)
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "state", "said"),
+    [
+        ("suspend", "SUSPENDED", "waits suspended, for another job or by an administrator"),
+        ("requeuehold State=SpecialExit", "SPECIAL_EXIT", "waits held as it was requeued"),
+    ],
+)
+def test_a_job_that_stands_still_is_not_said_to_run(
+    slurm: SlurmCluster, flowjobs: Command, study: Path, command: str, state: str, said: str
+) -> None:
+    assert flowjobs("submit", "--name", "a").returncode == 0
+    job = Run(study, "a").submissions()[0]["job_id"]
+    slurm.wait_state(job, {"RUNNING"})
+    verb, *options = command.split()
+    slurm.run("scontrol", verb, *options, job)
+    slurm.wait_state(job, {state})
+    assert said in flowjobs("status").stdout
