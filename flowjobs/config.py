@@ -144,8 +144,8 @@ class TrainingConfig:
     measures are of clean data."""
 
     aug_strength: OptionalFloat = None
-    """noise: its deviation in units of the data's; mixup: a of Beta(a, a); dropout: share of
-    entries; default: 0.1, 0.2 and 0.1."""
+    """noise: its deviation, in units of the data's where they are normalized; mixup: a of
+    Beta(a, a); dropout: share of entries; default: 0.1, 0.2 and 0.1."""
 
     source: str = "normal"
     """Where paths start: normal (noise), or data, named as for --dataset."""

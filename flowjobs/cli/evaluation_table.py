@@ -39,8 +39,13 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
     for name, of in found["measures"].items():
         spread = "" if of["std"] is None else f" ± {of['std']:.2g}"
         better = {True: "lower", False: "higher", None: "near the floor"}[of["lower_is_better"]]
+        if of["best"] is not None:
+            better = f"near {of['best']:g}"
         table.add_row(name, f"{of['value']:.4g}{spread}", f"{of['floor']:.4g}", better)
     console.print(table, highlight=False)
+    for name, of in found["measures"].items():
+        if of["note"]:
+            console.print(f"{name}: {of['note']}", highlight=False)
     curve = found["by_nfe"]
     names = list(next(iter(curve.values()), {}))
     table = Table("network calls", *names, box=None)

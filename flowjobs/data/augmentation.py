@@ -31,7 +31,7 @@ def augmented(x_1: Tensor, config: TrainingConfig, step: int, rank: int) -> Tens
         case "noise":
             return x_1 + strength * torch.randn(x_1.shape, generator=generator, device=device)
         case "dropout":
-            # An entry that is left out is its column's mean, which is 0 here.
+            # An entry that is left out is its column's mean, which is 0 where they are normalized.
             return x_1 * (torch.rand(x_1.shape, generator=generator, device=device) >= strength)
         case "mixup":
             # Zhang et al., eq. 1 (https://arxiv.org/abs/1710.09412), with λ of each row its own.

@@ -6,9 +6,11 @@ Written as a run's `evaluation.json`:
     n, repeats       samples of each repeat, and how many repeats: other noise and other rows
     seed             of the first repeat's noise; the rows are the same for all models
     solver, nfe      in words, and network calls a sample
-    measures         by name: {"value", "std", "floor", "lower_is_better"}; the mean and standard
-                     deviation over the repeats (null for one repeat); `lower_is_better` is null
-                     where neither is better
+    measures         by name: {"value", "std", "floor", "lower_is_better", "best", "note"}; the mean
+                     and standard deviation over the repeats (null for one repeat);
+                     `lower_is_better` is null where neither is better; `best` is what a perfect
+                     model scores where values beyond it are worse again, else null; `note` is what
+                     to beware of, or null
     by_nfe           by network calls ("1", "2", … "64": Euler's steps; "dopri5"): values by name,
                      of the first repeat; what could not be sampled is left out
     nfe_of_dopri5    network calls that it took, or null
@@ -24,8 +26,9 @@ smaller than the floor's own deviation means nothing. Values of another n are no
                      and the validation rows. Floors: W2², and how far W2² itself is known
     nn_train         mean distance of a sample to the nearest row of the training part; its floor
                      is that of validation rows. Far below it: training rows are reproduced
-    memorization     share of samples that are nearer to training than to as many validation rows:
-                     0.5 for a model that has memorized none
+    memorization     share of samples that are nearer to training than to as many validation rows,
+                     those that are as near to both (of rows that both have) counting half: 0.5 for
+                     a model that has memorized none
 """
 
 import functools
@@ -55,6 +58,10 @@ FEWEST = measures.K_NEAREST + 1
 
 HIGHER_IS_BETTER = frozenset({"precision", "recall", "density", "coverage"})
 NEITHER_IS_BETTER = frozenset({"nn_train"})
+# Chance: a classifier that is wrong more often than not tells samples from data as well.
+BEST = {"c2st": 0.5, "memorization": 0.5}
+# Two distances are the same if they differ by less than this part of the data's deviation.
+TIE = 1e-6
 
 # Value and floor by name.
 _Pairs = dict[str, tuple[float, float]]
@@ -163,19 +170,29 @@ def evaluate(
         "seed": scope.seed,
         "solver": str(scope.solver),
         "nfe": statistics.fmean(nfe for _, nfe in repeats),
-        "measures": {name: _summary(name, [found[name] for found in pairs]) for name in pairs[0]},
+        "measures": {
+            name: _summary(name, [found[name] for found in pairs], work.n, val.dim)
+            for name in pairs[0]
+        },
         "by_nfe": by_nfe,
         "nfe_of_dopri5": nfe_of_dopri5,
     }
 
 
-def _summary(name: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+def _summary(name: str, pairs: list[tuple[float, float]], n: int, dim: int) -> dict[str, Any]:
     values, floors = zip(*pairs, strict=True)
     return {
         "value": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "floor": statistics.fmean(floors),
         "lower_is_better": None if name in NEITHER_IS_BETTER else name not in HIGHER_IS_BETTER,
+        "best": BEST.get(name),
+        "note": (
+            f"{n} points are no more than the {dim} dimensions, so that their covariances are "
+            "singular: most of the value is the floor's; give more (-n)"
+            if name == "frechet" and n <= dim
+            else None
+        ),
     }
 
 
@@ -280,12 +297,15 @@ class _Evaluation:
         to_train, to_val = (
             self._nearest(x, part, f"memorization {number}", m) for part in (self._train, self._val)
         )
+        apart = to_train - to_val
+        tied = apart.abs() < TIE * y.std()
+        nearer = torch.where(tied, 0.5, (apart < 0).double())
         return {
             "nn_train": (
                 to_seen(x),
                 self._known("nn_train", number, functools.partial(to_seen, y)),
             ),
-            "memorization": (float((to_train < to_val).double().mean()), 0.5),
+            "memorization": (float(nearer.mean()), BEST["memorization"]),
         }
 
     def _nearest(self, points: Tensor, dataset: FlowDataset, purpose: str, n: int) -> Tensor:

@@ -72,9 +72,11 @@ def mmd(samples: Tensor, reference: Tensor) -> float:
     """The squared maximum mean discrepancy with a Gaussian kernel, unbiased: it can be negative.
 
     The bandwidth is the median distance within the reference, so that all models are measured by
-    one kernel (Gretton et al., https://jmlr.org/papers/v13/gretton12a.html, eq. 3).
+    one kernel (Gretton et al., https://jmlr.org/papers/v13/gretton12a.html, eq. 3); the mean
+    distance where most rows are the same, and the median is 0.
     """
-    scale = 2 * float(torch.pdist(reference[:BANDWIDTH_ROWS]).median()) ** 2
+    apart = torch.pdist(reference[:BANDWIDTH_ROWS])
+    scale = 2 * (float(apart.median()) or float(apart.mean()) or 1.0) ** 2
 
     def kernel(first: Tensor, second: Tensor) -> Tensor:
         return (-_distances(first, second).square() / scale).exp()

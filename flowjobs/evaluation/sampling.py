@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def integrate(
         return dx_t, dx_t.flatten(1).square().sum(1)
 
     grid = torch.linspace(0.0, 1.0, solver.steps + 1, device=x_0.device, dtype=x_0.dtype)
-    options = (
+    options: dict[str, Any] = (
         {"max_num_steps": MAX_ADAPTIVE_STEPS}
         if solver.adaptive
         # Not `step_size`, of which rounding makes a step too many.
@@ -101,6 +102,8 @@ def integrate(
     }
     try:
         if with_energy:
+            if solver.adaptive:  # its steps are those that it takes without
+                options["norm"] = lambda state: state[0].abs().square().mean().sqrt()
             x, energy = odeint(with_power, (x_0, torch.zeros_like(x_0[:, 0])), **arguments)
             return Solution(x[-1], nfe, energy[-1])
         return Solution(odeint(counted, x_0, **arguments)[-1], nfe)

@@ -128,6 +128,12 @@ def flow_of(config: TrainingConfig) -> Flow:
     return flow
 
 
+def may_couple(flow: str) -> bool:
+    """Whether a flow pairs the rows of a batch, as far as its name says: one's own may."""
+    found = FLOWS.get(flow.rpartition("=")[2])
+    return found is None or found.couple is not None
+
+
 def check_flow(config: TrainingConfig) -> None:
     """Raise a ConfigError where a flow that is built in cannot be used with this config."""
     if flow := FLOWS.get(config.flow_path):

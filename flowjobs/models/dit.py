@@ -77,8 +77,8 @@ class DiT(nn.Module):
 
     Args:
         dim: Width of the data.
-        width: Width of a token, a multiple of `heads`; None: 128, or that of a chunk if that is
-            larger.
+        width: Width of a token, a multiple of `heads`; None: the first one from 128 on, or from the
+            width of a chunk if that is larger.
         depth: Blocks.
         chunk: Numbers that make a token; None: the square root of `dim`, so that there are as many
             tokens.
@@ -99,7 +99,7 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         chunk = math.isqrt(dim) if chunk is None else chunk
-        width = max(128, -(-chunk // heads) * heads) if width is None else width
+        width = -(-max(128, chunk) // heads) * heads if width is None else width
         if width % heads:
             raise ValueError(f"width: found {width}, expected a multiple of heads ({heads})")
         tokens = -(-dim // chunk)

@@ -129,6 +129,10 @@ def _check_types(signature: inspect.Signature, arguments: Mapping[str, Any]) -> 
             raise ConfigError(f"--arch-args {key}: found {value!r}, expected {expected}")
         if expected.startswith("int") and value < 1:
             raise ConfigError(f"--arch-args {key}: found {value}, expected at least 1")
+    if not 0 <= (dropout := arguments.get("dropout", 0)) < 1:
+        raise ConfigError(f"--arch-args dropout: found {dropout}, expected at least 0, less than 1")
+    if (time_width := arguments.get("time_width", 2)) % 2:
+        raise ConfigError(f"--arch-args time_width: found {time_width}, expected an even number")
     heads = arguments.get("heads", 4)
     if "heads" in signature.parameters and arguments.get("width", heads) % heads:
         raise ConfigError(

@@ -25,13 +25,12 @@ LEFT_OUT = {SEED, "arch_args"} | (NOT_IN_SIGNATURE - {"dataset", "epochs", "pati
 MODELS_AT_MOST = 12
 # What papers have as columns, if it varies.
 AS_COLUMNS = ("dataset", "flow", "arch")
-# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, the last one is less
-# than 2 % too large.
+# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, the last one is at most
+# 4 % too large.
 T_QUANTILES = (
     *(12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-    2.0,
 )
 
 # The values of some fields, in the order of these.
@@ -253,7 +252,8 @@ def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str], expect
             states["not evaluated" if metric.is_measure else "finished"] += 1
         elif not result.finished:
             states[result.state] += 1
-    floors = [floor for result in some if (floor := result.measure(metric.name, "floor"))]
+    found = [result.measure(metric.name, "floor") for result in some]
+    floors = [floor for floor in found if floor is not None]
     floor = statistics.fmean(floors) if metric.is_measure and floors else None
     return Cell(tuple(some), values, expected, states, floor=floor)
 
@@ -269,37 +269,37 @@ def _with_marks(
     best = {
         place
         for places in groups.values()
-        for place in _marked({place: cells[place].values for place in places}, metric)
+        for place in _marked(
+            {
+                place: {key: metric.badness(value) for key, value in cells[place].values.items()}
+                for place in places
+            }
+        )
     }
     return {place: replace(cell, marked=place in best) for place, cell in cells.items()}
 
 
-def _marked(
-    values: Mapping[tuple[Key, Key], Mapping[Key, float]], metric: Metric
-) -> list[tuple[Key, Key]]:
+def _marked(values: Mapping[tuple[Key, Key], Mapping[Key, float]]) -> list[tuple[Key, Key]]:
     """The best cell and those that cannot be told from it; none where nothing can be told.
+
+    Of values of which less is better.
 
     Two cells are told apart by a paired t-test (two-sided, 95 %) over the seeds that both have. One
     seed alone tells nothing of chance: a cell with one is neither best nor compared.
     """
-    sign = 1.0 if metric.lower_is_better else -1.0
-    means = {
-        place: sign * statistics.fmean(of.values()) for place, of in values.items() if len(of) > 1
-    }
+    means = {place: statistics.fmean(of.values()) for place, of in values.items() if len(of) > 1}
     if len(means) < 2:
         return []
     best = min(means, key=lambda place: means[place])
     within = [
-        place
-        for place in means
-        if place == best or not _is_better(values[best], values[place], sign)
+        place for place in means if place == best or not _is_better(values[best], values[place])
     ]
     return within
 
 
-def _is_better(one: Mapping[Key, float], other: Mapping[Key, float], sign: float) -> bool:
+def _is_better(one: Mapping[Key, float], other: Mapping[Key, float]) -> bool:
     """Whether `one` is better than chance over the common seeds explains."""
-    differences = [sign * (other[key] - one[key]) for key in one if key in other]
+    differences = [other[key] - one[key] for key in one if key in other]
     if len(differences) < 2:
         return False
     error = statistics.stdev(differences) / math.sqrt(len(differences))
@@ -344,6 +344,7 @@ def _notes(results: Sequence[Result], metric: Metric, averaged: Sequence[str]) -
             f"{unfinished} of {len(results)} runs are not finished: all are compared at step "
             f"{metric.step}"
         )
+    notes += dict.fromkeys(note for result in results if (note := result.note_of(metric.name)))
     missing = sum(result.finished and not result.measures for result in results)
     if missing and (metric.is_measure or any(result.measures for result in results)):
         notes.append(f"{missing} finished runs are not evaluated: `flowjobs evaluate` them")

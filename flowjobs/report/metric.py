@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from flowjobs.errors import ConfigError
+from flowjobs.flows.flow import may_couple
 from flowjobs.nearest import did_you_mean
 from flowjobs.report.results import AT_CALLS, BEST_LOSS, Result
 
@@ -14,9 +15,14 @@ AtStep = int | Literal["end"] | None
 # Runs that will get further by themselves, or when they are resumed.
 LIVE = ("running", "preempted", "submitted")
 # A validation loss is the variance of the target (its floor) and what the model adds: another
-# coupling, noise or set of data has another floor. Samples are measured against data alone.
+# coupling, noise or set of data has another floor. Samples are measured against data alone, their
+# paths from the source on, in normalized units.
 FLOOR_OF_LOSS = ("dataset", "source", "normalize", "flow", "sigma", "ot_batch", "reflow_from")
 FLOOR_OF_MEASURE = ("dataset",)
+FLOOR_OF_PATHS = ("dataset", "source", "normalize")
+PATHS = ("path_energy", "npe")
+# Rows and times of the training, which validation takes as they are and uniform.
+ONLY_IN_TRAINING = ("aug", "aug_strength", "time_sampling", "time_mean", "time_std")
 
 
 @dataclass(frozen=True)
@@ -29,17 +35,23 @@ class Metric:
         is_measure: Whether it is of `evaluation.json`.
         lower_is_better: None where neither is.
         step: Where the runs are compared; None: at the end of those that are finished.
+        floors: The fields of a config that must be the same where two values are compared.
+        best: The value that none is better than, where it lies between others (chance, of a
+            classifier); None: there is no end.
     """
 
     name: str
     is_measure: bool
     lower_is_better: bool | None = True
     step: int | None = None
+    floors: Sequence[str] = FLOOR_OF_MEASURE
+    best: float | None = None
 
-    @property
-    def floors(self) -> Sequence[str]:
-        """The fields of a config that must be the same where two values are compared."""
-        return FLOOR_OF_MEASURE if self.is_measure else FLOOR_OF_LOSS
+    def badness(self, value: float) -> float:
+        """By what values are ranked, less being better."""
+        if self.best is not None:
+            return abs(value - self.best)
+        return value if self.lower_is_better else -value
 
     @property
     def title(self) -> str:
@@ -78,7 +90,14 @@ def choose_metric(results: Sequence[Result], name: str | None, at_step: AtStep) 
                 f"--at-step: {name} is measured at the end of a run; --metric {BEST_LOSS} is known "
                 "at each step"
             )
-        metric = Metric(name, True, _lower_is_better(results, name.partition(AT_CALLS)[0]))
+        of = name.partition(AT_CALLS)[0]
+        metric = Metric(
+            name,
+            True,
+            _said(results, of, "lower_is_better"),
+            floors=FLOOR_OF_PATHS if of in PATHS else FLOOR_OF_MEASURE,
+            best=_said(results, of, "best"),
+        )
         if AT_CALLS in name and not any(result.measure(name) is not None for result in results):
             raise ConfigError(f"--metric: no run has {name}; see by_nfe in its evaluation.json")
         return metric
@@ -91,7 +110,18 @@ def choose_metric(results: Sequence[Result], name: str | None, at_step: AtStep) 
                 f"{did_you_mean(name, known)}"
             )
     step = None if at_step == "end" else at_step or _common_step(results)
-    return Metric(name, False, True if name.endswith("loss") else None, step)
+    floors = _floors_of_loss(results, in_training=name.startswith("train/"))
+    return Metric(name, False, True if name.endswith("loss") else None, step, floors)
+
+
+def _floors_of_loss(results: Iterable[Result], *, in_training: bool) -> tuple[str, ...]:
+    """Of a flow that pairs as many rows as a batch has, the batch size is one."""
+    paired = any(
+        result.fields.get("ot_batch") is None and may_couple(result.fields["flow"])
+        for result in results
+    )
+    batch = ("batch_size",) if paired else ()
+    return (*FLOOR_OF_LOSS, *batch, *(ONLY_IN_TRAINING if in_training else ()))
 
 
 def _measure_of_all(results: Sequence[Result]) -> str | None:
@@ -100,18 +130,19 @@ def _measure_of_all(results: Sequence[Result]) -> str | None:
     if not finished:
         return None
     for name in finished[0].measures:
-        if _lower_is_better(finished, name) is None:
+        if _said(finished, name, "lower_is_better") is None:
             continue
         if all(result.measure(name) is not None for result in finished):
             return name
     return None
 
 
-def _lower_is_better(results: Iterable[Result], name: str) -> bool | None:
+def _said(results: Iterable[Result], name: str, key: str) -> Any:
+    """What the first evaluation that has this measure says of it."""
     for result in results:
         if name in result.measures:
             found = result.evaluation["measures"][name]
-            return found.get("lower_is_better") if isinstance(found, dict) else None
+            return found.get(key) if isinstance(found, dict) else None
     return None
 
 

@@ -84,6 +84,14 @@ class Result:
         except (KeyError, TypeError):
             return None
 
+    def note_of(self, name: str) -> str | None:
+        """What its evaluation warns of at a measure."""
+        try:
+            note = self.evaluation["measures"][name.partition(AT_CALLS)[0]]["note"]
+        except (KeyError, TypeError):
+            return None
+        return f"{name}: {note}" if note else None
+
     @property
     def measures(self) -> list[str]:
         """The names of its measures, the one that says most first."""

@@ -68,7 +68,10 @@ def explanation(found: Comparison) -> str:
     """What stands in the cells, as a sentence."""
     text = f"{found.metric.title}: mean ± standard deviation over n seeds"
     better = {True: "lower is better", False: "higher is better", None: ""}
-    if words := better[found.metric.lower_is_better]:
+    words = better[found.metric.lower_is_better]
+    if found.metric.best is not None:
+        words = f"the nearer to {found.metric.best:g} the better"
+    if words:
         text += f"; {words}"
     if found.has_marks:
         text += (

@@ -103,6 +103,22 @@ def test_a_model_that_memorizes_is_found_out() -> None:
     assert "npe" not in found
 
 
+def test_rows_that_both_parts_have_are_not_memorized() -> None:
+    rows = normal_data(60, 1, 4).data
+    train, val = FlowDataset(rows), FlowDataset(rows.flip(0))
+    for model in (ToNearest(rows), Still()):
+        found = evaluate(trained(model, dim=4), train, val, FEW)["measures"]
+        assert found["memorization"]["value"] == 0.5
+
+
+def test_too_few_points_for_a_covariance_are_said() -> None:
+    parts = normal_data(60, 1, 50), normal_data(60, 2, 50)
+    for n, noted in ((50, True), (51, False)):
+        scope = dataclasses.replace(FEW, n=n, repeats=1, euler_steps=())
+        found = evaluate(trained(Still(), dim=50), *parts, scope)["measures"]
+        assert bool(found["frechet"]["note"]) is noted
+
+
 def test_it_is_the_same_each_time_and_can_be_stopped_between_measures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

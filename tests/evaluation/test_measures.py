@@ -59,6 +59,13 @@ def test_mmd_of_two_gaussians_is_the_closed_form() -> None:
     assert measures.mmd(x, y) == pytest.approx(closed, rel=0.05)
 
 
+def test_mmd_of_data_that_are_mostly_one_point_is_a_number() -> None:
+    data = torch.zeros(100, 3, dtype=torch.float64)
+    assert math.isfinite(measures.mmd(cloud(100, 3, 1), data))
+    data[:20] = cloud(20, 3, 2)
+    assert measures.mmd(cloud(100, 3, 1), data) > measures.mmd(data.flip(0), data)
+
+
 @pytest.mark.parametrize("measure", [measures.mmd, measures.energy_distance])
 def test_unbiased_measures_are_zero_on_the_mean_for_the_same_distribution(measure: object) -> None:
     assert callable(measure)

@@ -49,6 +49,19 @@ def test_dopri5_keeps_to_its_tolerance() -> None:
     assert fine < 1e-8 < coarse < 1e-2
 
 
+def test_dopri5_takes_the_same_steps_where_the_energy_is_asked_for() -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:  # turns ever faster
+        angle = 10 * (1 + t.unsqueeze(1)) * (8 * t.unsqueeze(1)).sin()
+        return angle * x.flip(1) * torch.tensor([-1.0, 1.0])
+
+    x_0 = torch.randn((50, 2), generator=torch.Generator().manual_seed(0))
+    alone, both = (
+        integrate(velocity, x_0, Solver("dopri5"), with_energy=asked) for asked in (False, True)
+    )
+    assert both.nfe == alone.nfe
+    assert torch.equal(both.x_1, alone.x_1)
+
+
 def test_the_energy_of_a_path_is_the_integral_of_its_squared_speed() -> None:
     # The speed is (1 + t) |x|, and |x| stays: the integral is |x|² 7/3.
     x_0 = torch.tensor([[1.0, 0.0], [0.0, -2.0]], dtype=torch.float64)

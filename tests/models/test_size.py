@@ -46,6 +46,14 @@ def test_the_sum_is_the_model(arch: str, arguments: Mapping[str, Any], dim: int)
         assert parameters_of(arch, dim, width, arguments) == count(on_meta(config, dim))
 
 
+def test_heads_without_a_width_get_one_that_they_divide() -> None:
+    for heads in (3, 4, 7, 256):
+        config = TrainingConfig(arch="dit", arch_args=KeyValues(heads=heads))
+        check_model(config)
+        x = torch.randn(2, 9)
+        assert build_model(config, 9)(x, torch.rand(2)).shape == x.shape
+
+
 @pytest.mark.parametrize("arch", BUILT_IN_ARCHS)
 @pytest.mark.parametrize("dim", [64, 256, 1024])
 def test_models_of_so_many_parameters_are_of_one_size(arch: str, dim: int) -> None:

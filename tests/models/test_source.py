@@ -78,6 +78,11 @@ def check(arch: str, **arguments: object) -> None:
     [
         ("mlp", {"widht": 64}, "'widht'; did you mean width. MLP takes .*width: int .* None, dep"),
         ("mlp", {"width": "big"}, "--arch-args width: found 'big', expected int"),
+        ("unet", {"width": -3}, "--arch-args width: found -3, expected at least 1"),
+        ("mlp", {"dropout": 1}, "--arch-args dropout: found 1, expected at least 0, less than 1"),
+        ("dit", {"dropout": -0.5}, "--arch-args dropout: found -0.5"),
+        ("mlp", {"time_width": 7}, "--arch-args time_width: found 7, expected an even number"),
+        ("dit", {"heads": 3, "width": 64}, r"--width: found 64, expected a multiple of heads \(3"),
         ("mlp", {"dim": 3}, "multiple values for argument 'dim'"),
         ("my_models.nets:WidNet", {}, "nets.py has no WidNet; did you mean WideNet?"),
         ("my_models.blocks:Net", {}, "blocks.py has no Net; its classes: Block, Base"),

@@ -65,6 +65,8 @@ def evaluation(measures: Mapping[str, float], n: int = 256) -> dict[str, Any]:
                 "std": 0.01,
                 "floor": 0.05,
                 "lower_is_better": {"coverage": False, "nn_train": None}.get(name, True),
+                "best": {"c2st": 0.5}.get(name),
+                "note": "n is small" if name == "frechet" else None,
             }
             for name, value in measures.items()
         },

@@ -1,6 +1,7 @@
 """What stands in the cells of a report, and which of them is marked."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from flowjobs.errors import ConfigError
 from flowjobs.report.comparison import Cell, Comparison, compare
 from flowjobs.report.results import read_result
-from flowjobs.report.text import cell_words, count_words, decimals_of
+from flowjobs.report.text import cell_words, count_words, decimals_of, explanation
 from flowjobs.runs.run import Run, run_names
 from tests.report.made_up import evaluation, made_run
 
@@ -211,6 +212,57 @@ def test_higher_may_be_better(study: Path) -> None:
         for lr in (0.1, 0.2):
             made_run(study, [1.0], measures={"coverage": lr + seed / 100}, lr=lr, seed=seed)
     assert marked(compared(study)) == {"0.2"}
+
+
+def test_what_is_best_at_chance_is_ranked_by_the_distance_from_it(study: Path) -> None:
+    for seed in range(3):
+        for lr, value in ((0.1, 0.2), (0.2, 0.52), (0.3, 0.9)):
+            made_run(study, [1.0], measures={"c2st": value + seed / 100}, lr=lr, seed=seed)
+    found = compared(study)
+    assert marked(found) == {"0.2"}
+    assert "the nearer to 0.5 the better" in explanation(found)
+    assert "lower is better" not in explanation(found)
+
+
+def test_the_loss_of_a_coupled_flow_depends_on_the_batch_size(study: Path) -> None:
+    for seed in range(3):
+        for size in (64, 128):
+            name = f"{size}-{seed}"
+            made_run(study, [size + seed], name=name, flow="otcfm", batch_size=size, seed=seed)
+    found = compared(study)
+    assert (marked(found), "losses of another batch_size" in found.notes[0]) == (set(), True)
+    for flow, ot_batch in (("otcfm", 128), ("icfm", None)):
+        for run in (Run(study, name) for name in run_names(study)):
+            shutil.rmtree(run.folder)
+        for seed in range(3):
+            for size in (64, 128):
+                options = {"flow": flow, "ot_batch": ot_batch, "batch_size": size}
+                made_run(study, [size + seed], name=f"{size}-{seed}", seed=seed, **options)
+        assert marked(compared(study)) == {"64"}
+
+
+def test_a_training_loss_depends_on_the_times_and_the_augmentation(study: Path) -> None:
+    for seed in range(3):
+        for aug in ("none", "noise"):
+            run = made_run(study, [1.0], aug=aug, seed=seed)
+            row = {"step": 10, "epoch": 1, "train/loss": seed + (aug == "noise"), "val/loss": 1}
+            run.metrics_file.write_text(json.dumps(row) + "\n")
+    assert marked(compared(study, metric="train/loss")) == set()
+
+
+def test_the_energy_of_paths_is_compared_from_one_source_alone(study: Path) -> None:
+    for seed in range(3):
+        for lr in (0.1, 0.2):
+            for source in ("normal", "moons"):
+                measures = {"npe": lr + (source == "moons") + seed / 100, "frechet": 1.0}
+                name = f"{source}{lr}{seed}"
+                options = {"lr": lr, "source": source, "seed": seed}
+                made_run(study, [1.0], measures=measures, name=name, **options)
+    found = compared(study, metric="npe")
+    assert len(marked(found)) == 2
+    with pytest.raises(ConfigError, match="add source to"):
+        compared(study, metric="npe", rows=["lr"], columns=[])
+    assert "frechet: n is small" in compared(study, metric="frechet").notes
 
 
 @pytest.mark.parametrize(
