@@ -106,6 +106,7 @@ def best_of(run: Run, device: str) -> Iterator["TrainedModel"]:
     # Read when torch is loaded: a thread that waits leaves its core to the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from flowjobs.evaluation.sampling import CHUNK
+    from flowjobs.models.flops import flops_of_batch, flops_per_sample
     from flowjobs.runs.code import import_from_snapshot
     from flowjobs.training.compute import computing
     from flowjobs.training.ranks import single_process
@@ -113,8 +114,9 @@ def best_of(run: Run, device: str) -> Iterator["TrainedModel"]:
 
     import_from_snapshot(run)
     trained = load_trained(run, device)
-    work = CHUNK * sum(weights.numel() for weights in trained.model.parameters())
-    with computing(single_process(trained.device), work):
+    model = trained.model
+    flops = flops_of_batch(model, CHUNK, flops_per_sample(model, trained.stats["mean"].shape))
+    with computing(single_process(trained.device), flops):
         yield trained
 
 

@@ -75,3 +75,14 @@ def flops_per_sample(model: nn.Module, shape: Iterable[int]) -> int | None:
     except Exception:
         return None  # it may want more than one row; what is wrong is said when it trains
     return counter.flops
+
+
+def flops_of_batch(model: nn.Module, rows: int, a_row: int | None) -> int:
+    """Operations of the forward pass of a batch.
+
+    Args:
+        model: Where a row cannot be counted, each of its parameters is used once.
+        rows: Of the batch.
+        a_row: `flops_per_sample`.
+    """
+    return rows * (a_row or 2 * parameters_in(model))

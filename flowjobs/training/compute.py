@@ -22,11 +22,11 @@ from flowjobs.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-# What a step must have for each thread, in parameters times rows. Below that the threads wait for
-# one another for longer than they compute: the default model on 64 rows has 40 million and takes
-# 2.4 s with one thread, 2.0 with two, 5.9 with two where others want the cores too; one of 2.5
-# million parameters on 512 rows takes 2.5 with one and 1.7 with two.
-WORK_PER_THREAD = 500_000_000
+# What the forward pass of a step must have for each thread, in FLOPs. Below that the threads wait
+# for one another for longer than they compute: the default model on 64 rows has 80 million and
+# takes 2.4 s with one thread, 2.0 with two, 5.9 with two where others want the cores too; one of
+# 2.5 million parameters on 512 rows (2.6 billion) takes 2.5 with one and 1.7 with two.
+FLOPS_PER_THREAD = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ WHAT_TO_DO = {
 
 @contextmanager
 def computing(
-    ranks: Ranks, work: int, environment: Mapping[str, str] = os.environ
+    ranks: Ranks, flops: int, environment: Mapping[str, str] = os.environ
 ) -> Iterator[Compute]:
     """Compute with as many threads as help and may be used, while the block lasts.
 
     Args:
         ranks: The processes that train together.
-        work: Parameters times rows of this rank's part of a step.
+        flops: Of the forward pass of this rank's part of a step (`flops_of_batch`).
         environment: OMP_NUM_THREADS is obeyed; Slurm says how many cores the process has.
     """
     before = torch.get_num_threads()
@@ -75,7 +75,7 @@ def computing(
     if threads is None:
         threads = usable_cores(ranks.world_size, environment=environment)
         if ranks.device.type == "cpu":
-            threads = min(threads, max(1, work // WORK_PER_THREAD))
+            threads = min(threads, max(1, flops // FLOPS_PER_THREAD))
     torch.set_num_threads(threads)
     try:
         yield Compute(ranks.world_size, threads, _name_of(ranks.device), str(torch.__version__))

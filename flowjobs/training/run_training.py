@@ -15,6 +15,7 @@ from flowjobs.evaluation.evaluate import QUICK, evaluate
 from flowjobs.evaluation.pictures import draw_samples
 from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.models.build import build_model
+from flowjobs.models.flops import flops_of_batch, flops_per_sample
 from flowjobs.runs.files import write_json
 from flowjobs.runs.recorder import Recorder
 from flowjobs.runs.run import Run
@@ -63,7 +64,8 @@ def run_training(
     result = trainer.train()
     if not ranks.is_first:
         return
-    with computing(ranks, CHUNK * sum(weights.numel() for weights in model.parameters())):
+    flops = flops_of_batch(model, CHUNK, flops_per_sample(model, train_dataset.shape))
+    with computing(ranks, flops):
         ema = trainer.state.ema.model
         judge(run, ema, (train_dataset, val_dataset), ranks.device, recorder, stop_reason)
     logger.info(

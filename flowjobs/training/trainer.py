@@ -37,7 +37,7 @@ from flowjobs.errors import (
 from flowjobs.flows.flow import flow_of
 from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
 from flowjobs.models.build import is_built_in
-from flowjobs.models.flops import flops_per_sample, parameters_in
+from flowjobs.models.flops import flops_of_batch, flops_per_sample, parameters_in
 from flowjobs.models.velocity import Velocity, check_weights, checked_velocity, input_dtype
 from flowjobs.runs.recorder import Recorder, Tracker, recording, untracked
 from flowjobs.runs.run import Run, default_study
@@ -160,7 +160,8 @@ class FlowTrainer:
         self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats, self._data)
         self._row_shape = tuple(stats["mean"].shape)
         rows = min(config.batch_size, len(train_dataset)) // self._ranks.world_size
-        self._work = rows * parameters_in(model)
+        self._flops_per_sample = flops_per_sample(self.state.model, self._row_shape)
+        self._flops = flops_of_batch(model, rows, self._flops_per_sample)
         self._velocity = self._prepare(self.state.model)
         ema_model = self.state.ema.model
         self._ema_velocity = self._as_velocity(ema_model)
@@ -180,7 +181,7 @@ class FlowTrainer:
         """
         with (
             deterministic_algorithms(self._config.deterministic),
-            computing(self._ranks, self._work) as self._compute,
+            computing(self._ranks, self._flops) as self._compute,
         ):
             if self._run is not None:
                 return self._train(self._run, self._recorder)
@@ -239,9 +240,7 @@ class FlowTrainer:
             self._adopt(saver)
         first_step = self.state.step
         if recorder:
-            model = self.state.model
-            flops = flops_per_sample(model, self._row_shape)
-            recorder.note_size(parameters_in(model), flops)
+            recorder.note_size(parameters_in(self.state.model), self._flops_per_sample)
             recorder.go_on_after(first_step, self.state.extensions)
             self._tell_progress(recorder)
         try:

@@ -2,7 +2,6 @@
 what of ten thousand there is already.
 """
 
-import resource
 import shutil
 import statistics
 import subprocess
@@ -16,6 +15,7 @@ from flowjobs.config import RunConfig, TrainingConfig, config_to_dict
 from flowjobs.runs.files import write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
+from tests.bench.usage import usage_of
 from tests.cluster.slurm import SlurmCluster
 from tests.conftest import Command
 
@@ -60,7 +60,7 @@ def test_a_thousand_runs_are_submitted_as_fast_as_an_array_by_hand_and_two_secon
 
 
 def test_what_there_is_of_ten_thousand_runs_is_decided_in_a_second(
-    study: Path, flowjobs: Command
+    study: Path,
 ) -> None:
     count = 10_000
     status = RunStatus(state="finished", epoch=200, epochs=200, patience=50)
@@ -73,13 +73,9 @@ def test_what_there_is_of_ten_thousand_runs_is_decided_in_a_second(
         status.write(run.status_file, flush=False)
     (study / "sweeps").mkdir()
     (study / "sweeps/all.toml").write_text(f"[grid]\nseed = {[*range(count)]}\n")
-    command = ("sweep", "all", "--cluster", "local", "--dry-run")
     for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = flowjobs(*command)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert f"finished   {count}" in done.stdout, done.stdout + done.stderr
-        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        print(f"\n{count} runs: {cpu_s:.2f} s of CPU, {after.ru_maxrss / 1e3:.0f} MB at most")
-    assert cpu_s < 3
-    assert after.ru_maxrss < 300_000
+        used = usage_of("sweep", "all", "--cluster", "local", "--dry-run")
+        assert f"finished   {count}" in used.stdout
+        print(f"\n{count} runs: {used.cpu_s:.2f} s of CPU, {used.peak_mb:.0f} MB")
+    assert used.cpu_s < 3
+    assert used.peak_mb < 300

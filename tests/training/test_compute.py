@@ -74,20 +74,20 @@ def test_a_rank_uses_the_cores_that_it_has(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "environment", "expected"),
+    ("flops", "environment", "expected"),
     [
-        (36_000_000, {}, 1),  # the default model
-        (1_264_000_000, {}, 2),
+        (80_000_000, {}, 1),  # the default model
+        (2_560_000_000, {}, 2),
         (LARGE, {"SLURM_CPUS_PER_TASK": "5"}, 5),
-        (36_000_000, {"OMP_NUM_THREADS": "3"}, 3),
+        (80_000_000, {"OMP_NUM_THREADS": "3"}, 3),
         (LARGE, {"OMP_NUM_THREADS": "2,1"}, 2),
     ],
 )
 def test_threads_are_as_many_as_help_or_as_are_asked_for(
-    work: int, environment: dict[str, str], expected: int
+    flops: int, environment: dict[str, str], expected: int
 ) -> None:
     before = torch.get_num_threads()
-    with computing(single_process(CPU), work, environment) as now:
+    with computing(single_process(CPU), flops, environment) as now:
         assert now.threads == torch.get_num_threads() == expected
     assert torch.get_num_threads() == before
 

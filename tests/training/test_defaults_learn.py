@@ -1,44 +1,21 @@
 """Each built-in model trains at the default learning rate, on vectors as narrow and wide as ours.
 
-None diverges, and each predicts better than the mean velocity soon. The wide data stand in for
-embeddings: a mixture whose parts have few directions, and a random network's output.
+None diverges, and each predicts better than the mean velocity soon. Of the wide data,
+stand_ins.py says what they are.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig
 from flowjobs.data.dataset import FlowDataset, load_datasets, split
 from flowjobs.models.build import build_model
 from flowjobs.training import FlowTrainer
+from tests.data.stand_ins import mixture, pushed
 
 BATCH = 16
-
-
-def mixture(dim: int, n: int = 2000, parts: int = 10, directions: int = 16) -> Tensor:
-    """Gaussians of low rank, and a little of all other directions."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    part = torch.randint(parts, (n,), generator=generator)
-    means, factors = normal(parts, dim), normal(parts, directions, dim) / directions**0.5
-    along = torch.einsum("nd,ndw->nw", normal(n, directions), factors[part])
-    return means[part] + along + 0.05 * normal(n, dim)
-
-
-def pushed(dim: int, n: int = 2000, inner: int = 32) -> Tensor:
-    """Noise of few dimensions through a random network."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(n, inner, generator=generator)
-    for width in (256, dim):
-        weights = torch.randn(x.shape[1], width, generator=generator) / x.shape[1] ** 0.5
-        x = torch.tanh(2 * x @ weights)
-    return x + 0.05 * torch.randn(n, dim, generator=generator)
 
 
 def loss_against_mean_velocity(
