@@ -95,6 +95,14 @@ def check_parts(training: TrainingConfig, study: Path, defaults: Defaults) -> No
     if ":" in training.flow:
         check_module("--flow", training.flow)
     check_flow(training)
+    for field in ("time_mean", "time_std"):
+        if training.time_sampling == "uniform" and (
+            (value := getattr(training, field)) != getattr(TrainingConfig, field)
+        ):
+            raise ConfigError(
+                f"{flag(field)}: found {value} with --time-sampling uniform, which has no use for "
+                "it: leave it out, or give --time-sampling logit-normal"
+            )
     check_data(training.dataset, study)
     check_rows(training, row_shape(training.dataset, study))
     if training.source != "normal":

@@ -44,7 +44,8 @@ from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import Run, absolute, check_run_name
 from flowjobs.sweeps import grid
-from flowjobs.sweeps.grid import ARGUMENT, read_sweep, run_names_of, slurm_of, training_of
+from flowjobs.sweeps.applying import ARGUMENT, applying
+from flowjobs.sweeps.grid import read_sweep, run_names_of, slurm_of, training_of
 from flowjobs.sweeps.kept import (
     check_same,
     check_sweep_name,
@@ -94,7 +95,8 @@ TrainingValues: Any = _values_of_fields()
 class Sweep(CodeOptions, CommandOptions):
     """Submit many runs. Every field of the training takes several values, and their product is run.
 
-    The same command again, or `sweep NAME`, submits what is missing.
+    An option that only some of them have a use for (--ot-batch, of otcfm) is left out of the
+    others. The same command again, or `sweep NAME`, submits what is missing.
     """
 
     training: TrainingValues = field(default_factory=TrainingValues)
@@ -237,11 +239,15 @@ class Sweep(CodeOptions, CommandOptions):
             part: dataclasses.replace(defaults.fill(PARTS[part]), **getattr(sweep, part))
             for part in OPTIONS
         }
-        base, points = defaults.fill(TrainingConfig), sweep.points()
+        base = defaults.fill(TrainingConfig)
+        points, left_out_of = applying(sweep.points(), base)
         if not points:
             raise ConfigError(f"the sweep {name} has no runs: all are excluded")
         if unused := sweep.unused_exclusions():
             print(f"note: no run has what [[exclude]] {', '.join(unused)} says: none is left out")
+        for varied, n in left_out_of.items():
+            option = flag(varied.removeprefix(ARGUMENT))
+            print(f"note: {option} is left out of {counted(n)} without a use for it")
         configs = [with_absolute_paths(defaults.resolve_arch(training_of(p, base))) for p in points]
         _check(configs, study, defaults)
         names = run_names_of(configs)
@@ -396,6 +402,7 @@ def _check(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -
     for config in configs:
         names = (config.arch, config.flow, config.dataset, config.source, config.reflow_from)
         numbers = (config.model_args, config.params, config.sigma == 0, config.ot_batch)
-        different.setdefault((*names, *map(str, numbers)), config)
+        times = (config.time_sampling, config.time_mean, config.time_std)
+        different.setdefault((*names, *times, *map(str, numbers)), config)
     for config in different.values():
         check_parts(config, study, defaults)

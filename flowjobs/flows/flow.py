@@ -134,6 +134,12 @@ def may_couple(flow: str) -> bool:
     return found is None or found.couple is not None
 
 
+def may_be_given_pairs(flow: str) -> bool:
+    """Whether a flow trains on the pairs of a finished run; see `may_couple`."""
+    found = FLOWS.get(flow.rpartition("=")[2])
+    return found is None or found.given_pairs
+
+
 def check_flow(config: TrainingConfig) -> None:
     """Raise a ConfigError where a flow that is built in cannot be used with this config."""
     if flow := FLOWS.get(config.flow_path):

@@ -60,6 +60,23 @@ def check_model(config: TrainingConfig) -> None:
         _check_types(signature, config.model_args)
 
 
+def may_take(arch: str, argument: str) -> bool:
+    """Whether a model takes an argument of this name; yes where its source does not say."""
+    path = arch.rpartition("=")[2]
+    module, _, name = BUILT_IN_SOURCES.get(path, path).partition(":")
+    try:
+        file = _file_of(module) if name else None
+    except ModuleNotFoundError:
+        return True  # which is said elsewhere
+    source = _Source.read(file, module) if file else None
+    found = _definition(source, name) if isinstance(source, _Source) else None
+    signature = _constructor(found) if isinstance(found, _Found) else None
+    if signature is None:
+        return True
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    return argument in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
 def check_rows(config: TrainingConfig, shape: tuple[int, ...] | None) -> None:
     """Raise a ConfigError where a built-in model is given other data than vectors.
 

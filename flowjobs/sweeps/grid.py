@@ -24,11 +24,14 @@
     [slurm]
     mem_gb = 16
 
-"None" stands for no value (`ot_batch = ["None", 1024]`). Of the options of `[slurm]` each run may
-have its own: in `[grid]`, `[[zip]]` and `[[include]]` they stand beside the fields of the training.
+"None" stands for no value (`init_from = ["None", "a/best.pt"]`). What only some runs have a use for
+(ot_batch, of otcfm and not of icfm) is theirs alone: see `applying`. Of the options of `[slurm]`
+each run may have its own: in `[grid]`, `[[zip]]` and `[[include]]` they stand beside the fields of
+the training.
 Knows no run, and none of what is on disk but that file.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -51,11 +54,11 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
+from flowjobs.sweeps.applying import ARGUMENT, has_use
 
 # Values by field; an argument of the model is `arch_args.width`.
 Point = dict[str, Any]
 
-ARGUMENT = "arch_args."
 # What a run's name says already.
 IN_NAME = ("arch", "flow", "dataset", "aug")
 LONGEST_NAME = 100
@@ -206,7 +209,8 @@ def run_names_of(configs: Sequence[TrainingConfig]) -> list[str]:
 
 
 def _flat(config: TrainingConfig) -> Point:
-    values = {name: getattr(config, name) for name in _TRAINING if name != "arch_args"}
+    of = functools.partial(getattr, config)
+    values = {name: of(name) for name in _TRAINING if name != "arch_args" and has_use(name, of)}
     return values | {f"{ARGUMENT}{name}": value for name, value in config.arch_args.items()}
 
 
@@ -216,7 +220,8 @@ def _varied(found: Sequence[Point]) -> list[str]:
     return [
         name
         for name in names
-        if any(name not in values for values in found) or _differ(values[name] for values in found)
+        if (name.startswith(ARGUMENT) and any(name not in values for values in found))
+        or _differ(values[name] for values in found if name in values)
     ]
 
 

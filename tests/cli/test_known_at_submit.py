@@ -46,6 +46,8 @@ def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("--arch", "my_models:WidNet"), r"my_models\.py has no WidNet; did you mean WideNet\?"),
         (("--arch", "my_models:WideNet", "--params", "2M"), "no argument width .*WideNet takes"),
         (("--arch", "dit", "--params", "17k"), r"the nearest are .*k \(--width 4\) and "),
+        (("--arch-args", "dropout=1.5"), "--arch-args dropout: found 1.5, expected at least 0"),
+        (("--time-mean", "0.5"), "--time-mean: found 0.5 with --time-sampling uniform, .* no use"),
         (("--dataset", "pictures.npy"), r"mlp is for vectors, .*pictures.npy .*\(3, 2, 2\)"),
         (("--dataset", "nan.npy"), r"nan\.npy: row 7 has a value that is NaN or infinite"),
     ],

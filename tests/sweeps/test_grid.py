@@ -8,6 +8,7 @@ import pytest
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import absolute
+from flowjobs.sweeps.applying import applying
 from flowjobs.sweeps.grid import Sweep, read_sweep, run_names_of, to_toml, training_of
 
 EVERYTHING = """
@@ -99,6 +100,46 @@ def test_a_field_may_have_no_value_in_some_runs(tmp_path: Path) -> None:
     assert [point["ot_batch"] for point in sweep.points()] == [None, 128]
     file.write_text(to_toml(sweep))
     assert read_sweep(file, absolute) == sweep
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        (
+            {"flow": ["icfm", "otcfm"], "ot_batch": [128, 256]},
+            ["mlp-icfm-digits-none", *(f"mlp-otcfm-digits-none-ot_batch{n}" for n in (128, 256))],
+        ),
+        (
+            {"flow": ["otcfm", "reflow"], "ot_batch": [128], "reflow_from": ["a"]},
+            ["mlp-otcfm-digits-none", "mlp-reflow-digits-none"],
+        ),
+        (
+            {"aug": ["none", "noise"], "aug_strength": [0.1, 0.2]},
+            ["mlp-icfm-digits-none", *(f"mlp-icfm-digits-noise-aug_strength0.{n}" for n in (1, 2))],
+        ),
+        (
+            {"time_sampling": ["uniform", "logit-normal"], "time_mean": [0.0, 1.0]},
+            [
+                "mlp-icfm-digits-none-time_samplinguniform",
+                "mlp-icfm-digits-none-time_samplinglogit-normal-time_mean0.0",
+                "mlp-icfm-digits-none-time_samplinglogit-normal-time_mean1.0",
+            ],
+        ),
+        (
+            {"arch": ["mlp", "dit"], "arch_args.heads": [2, 8]},
+            ["mlp-icfm-digits-none", *(f"dit-icfm-digits-none-heads{n}" for n in (2, 8))],
+        ),
+    ],
+)
+def test_an_option_is_of_the_runs_that_have_a_use_for_it(
+    grid: dict[str, Any], expected: list[str]
+) -> None:
+    points, left_out = applying(Sweep(grid=grid).points(), TrainingConfig())
+    assert run_names_of([training_of(point, TrainingConfig()) for point in points]) == expected
+    assert left_out.keys() < grid.keys()
+    # Alone, a value of no use stays, and is refused as that of a single run.
+    one = [{"flow": "icfm", "ot_batch": 128}]
+    assert applying(one, TrainingConfig()) == (one, {})
 
 
 @pytest.mark.parametrize(
