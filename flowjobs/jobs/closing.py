@@ -1,7 +1,6 @@
 """Writes down how an attempt ended that could not: under the run's lock, and once."""
 
-import os
-import socket
+from dataclasses import replace
 
 from flowjobs.errors import RunBusyError
 from flowjobs.jobs import exit_cause
@@ -33,7 +32,7 @@ def close_attempt(run: Run, dead: Dead) -> Outcome | None:
         same = (holder.job_id, holder.restart) == (dead.job.job_id, dead.job.restart)
         return "gone" if same else system_lock_decides(holder, lock_is_free)
 
-    me = JobInfo(RECONCILE, str(os.getpid()), None, socket.gethostname(), os.getpid())
+    me = replace(JobInfo.in_foreground(), cluster=RECONCILE)
     try:
         with RunLock(run.folder, me, judge) as lock:
             status = run.status() or RunStatus()

@@ -15,6 +15,7 @@ from flowjobs import slurm
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.array import array_at
+from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.runs.submittable import Submittable
@@ -96,6 +97,7 @@ def _job_of(environment: JobEnvironment, run: Submittable) -> JobInfo:
         restart=_restarts(environment, run),
         continues=CONTINUES in os.environ,
         packed=SLOTS in os.environ,
+        process=process_mark(os.getpid()),
     )
 
 

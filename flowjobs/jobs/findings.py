@@ -12,8 +12,8 @@ from typing import Any
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.origin import identity_among
-from flowjobs.runs.lock import process_lives
 from flowjobs.runs.pack import is_left, pack_of
+from flowjobs.runs.process import process_lives
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -228,7 +228,7 @@ def _find_dead_life(
 
 def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding | None:
     pid = job.pid or int(job.job_id)
-    if not same_host(job.host, socket.gethostname()) or process_lives(pid):
+    if not same_host(job.host, socket.gethostname()) or process_lives(pid, job.process):
         return _find_slot(run, status, job)
     if status.open_attempt:
         return Dead(job, exit_cause.cause_of(run, status.open_attempt), seen_of(status))

@@ -232,7 +232,8 @@ def _busy_with(
             ):
                 return f"{job.words} ({row.state.lower()})"
     newest = answers[jobs[-1]] if jobs else None
-    if isinstance(newest, Unknown) and entries[-1]["cluster"] == "slurm":
+    in_slurm = entries[-1:] and entries[-1]["cluster"] == "slurm"
+    if isinstance(newest, Unknown) and in_slurm and not _ended_for_good(run, jobs[-1].job_id):
         return SubmissionError(
             f"what became of {jobs[-1].words} of {run.name} is unknown, so nothing is submitted: "
             f"{newest.why}; if you know that it is gone, `flowjobs cancel {run.name}` and submit "
@@ -244,6 +245,13 @@ def _busy_with(
         return "gone" if verdict == "leaving" else verdict  # as above
 
     return lock_holder(run.folder, judge)
+
+
+def _ended_for_good(run: Run, job_id: str) -> bool:
+    """Whether it is on record how the job's attempt ended, and that nobody was to restart it."""
+    status = run.status()
+    ended = [known for known in status.attempts if known.job.job_id == job_id] if status else []
+    return bool(ended) and ended[-1].state in ("finished", "failed", "cancelled")
 
 
 def _comes_back(run: Run, job: Known) -> bool:

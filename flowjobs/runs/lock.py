@@ -9,7 +9,6 @@ any more has lost the run and must write nothing.
 
 import json
 import logging
-import os
 import socket
 import time
 import uuid
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flowjobs.errors import RunBusyError, RunHolderUnknownError, RunTakenOverError
 from flowjobs.runs.file_lock import SAY_AFTER_S, NoLocksError, locked, try_lock
 from flowjobs.runs.files import write_json
+from flowjobs.runs.process import process_lives
 from flowjobs.runs.status import JobInfo, read_job, same_host
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def system_lock_decides(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
     if lock_is_free is None:
         if not same_host(holder.host, socket.gethostname()):
             return "unknown"
-        lock_is_free = not process_lives(holder.pid)
+        lock_is_free = not process_lives(holder.pid, holder.process)
     if lock_is_free:
         return "gone"
     return "leaving" if holder.cluster == RECONCILE else "alive"
@@ -191,19 +191,6 @@ def _judged(found: dict[str, Any], free: bool | None, judge: Judge) -> Verdict:
         if free is None:
             return "unknown"
         return "gone" if free else "alive"
-
-
-def process_lives(pid: int) -> bool:
-    """Whether there is a process of this id on this host."""
-    try:
-        os.kill(pid, 0)
-        # One that has ended stays until its parent asks how.
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except (OSError, IndexError):
-        return True
-    return state not in ("Z", "X")
 
 
 def _holder_file(folder: Path) -> Path:

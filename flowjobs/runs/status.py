@@ -20,6 +20,7 @@ from flowjobs.errors import (
     TrainingDivergedError,
 )
 from flowjobs.runs.files import warn_once, write_json
+from flowjobs.runs.process import process_mark
 from flowjobs.user_code import user_place
 
 State = Literal["submitted", "running", "preempted", "finished", "failed", "cancelled"]
@@ -98,6 +99,7 @@ class JobInfo:
         ranks: Processes that train together; None if that was not noted.
         packed: Whether other runs share the job: this one may start in its second life, or start
             again in its first, and `continues` alone says which.
+        process: Tells the process from a later one of its id; see `process_mark`.
     """
 
     cluster: str
@@ -110,6 +112,7 @@ class JobInfo:
     continues: bool = False
     ranks: int | None = None
     packed: bool = False
+    process: str | None = None
 
     @property
     def life(self) -> str:
@@ -132,7 +135,8 @@ class JobInfo:
     def in_foreground(cls, log: Path | None = None) -> "JobInfo":
         """This process, under no scheduler."""
         pid = os.getpid()
-        return cls("none", str(pid), str(log) if log else None, socket.gethostname(), pid)
+        log_file, host = str(log) if log else None, socket.gethostname()
+        return cls("none", str(pid), log_file, host, pid, process=process_mark(pid))
 
 
 def same_host(one: str, other: str) -> bool:

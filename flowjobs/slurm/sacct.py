@@ -1,5 +1,6 @@
 """How jobs ended, by Slurm's accounting."""
 
+import shutil
 import subprocess
 from collections.abc import Collection, Sequence
 
@@ -19,13 +20,15 @@ def accounting(job_ids: Collection[str]) -> list[JobRow] | None:
     One call for all of them. Accounting is some seconds behind the controller.
 
     Returns:
-        None where the cluster has no accounting.
+        None where the cluster has no accounting, or none that can be asked from here.
 
     Raises:
         SubmissionError: Accounting does not answer.
     """
     if not job_ids:
         return []
+    if shutil.which("sacct") is None:
+        return None
     fields: tuple[str, ...] = (
         *("JobID", "State", "UID", "Cluster", "Submit", "End", "ExitCode", "NodeList"),
         *("DerivedExitCode", "JobName", "Comment", "SubmitLine"),

@@ -12,7 +12,7 @@ from flowjobs.jobs.executors import check_local, visible_gpus
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.jobs.submit import running_job, submit
-from flowjobs.runs.lock import process_lives
+from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from flowjobs.sweeps.arrays import make_runs

@@ -42,14 +42,15 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
 
 def has_login() -> bool:
     """Whether wandb would find credentials: in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    names = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if any(os.environ.get(name, "").strip() for name in names):
         return True
     host = urlsplit(server_url()).netloc
     # A login at the one name of W&B's own server is good for the other.
     hosts = DEFAULT_HOSTS if host in DEFAULT_HOSTS else [host]
     home = Path(os.path.expanduser("~"))
     for file in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
-        with suppress(OSError, netrc.NetrcParseError):
+        with suppress(OSError, ValueError, netrc.NetrcParseError):  # of bytes that are no text
             # Not authenticators(): it takes the file's default entry for any host.
             if any(netrc.netrc(file).hosts.get(each) for each in hosts):
                 return True
@@ -64,7 +65,10 @@ def check_login() -> None:
         LoginError: There is no key.
     """
     url = urlsplit(server_url())
-    if url.scheme not in ("http", "https") or not url.hostname:
+    is_address = False
+    with suppress(ValueError):  # the port is no number
+        is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    if not is_address:
         raise ConfigError(
             f"WANDB_BASE_URL: found {server_url()!r}, expected an address as https://{DEFAULT_HOSTS[0]}"
         )
@@ -97,11 +101,11 @@ def check_server_answers() -> None:
 
 def server_url() -> str:
     """The server's address: the environment's, or the one of `wandb login --host`."""
-    if url := os.environ.get("WANDB_BASE_URL"):
+    if url := os.environ.get("WANDB_BASE_URL", "").strip():
         return url.rstrip("/")
     folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
     settings = configparser.ConfigParser(interpolation=None)
-    with suppress(OSError, configparser.Error):
+    with suppress(OSError, ValueError, configparser.Error):
         settings.read(Path(folder) / "settings")
     default = f"https://{DEFAULT_HOSTS[0]}"
     return settings.get("default", "base_url", fallback=default).rstrip("/")

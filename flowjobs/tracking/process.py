@@ -101,8 +101,11 @@ def _environment(mode: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name in WANDB_VARIABLES or not name.lstrip("_").startswith("WANDB")
+        if not name.lstrip("_").startswith("WANDB")
     }
+    # A key out of a file ends with its newline, which wandb refuses; an empty one is none.
+    told = {name: os.environ.get(name, "").strip() for name in WANDB_VARIABLES}
+    kept |= {name: value for name, value in told.items() if value}
     package_root = str(Path(flowjobs.__file__).parent.parent)
     python_path = filter(None, [package_root, os.environ.get("PYTHONPATH")])
     return {

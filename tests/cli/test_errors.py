@@ -75,13 +75,14 @@ def test_bad_input_leaves_nothing_behind(flowjobs: Command, workplace: Path) -> 
     assert list(workplace.iterdir()) == []
 
 
+@pytest.mark.parametrize("url", ["nonsense", "http://host:port"])
 def test_what_is_wrong_with_wandbs_own_settings_is_said(
-    flowjobs: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    flowjobs: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
+    monkeypatch.setenv("WANDB_BASE_URL", url)
     done = flowjobs("sync")
     assert done.returncode == 2
-    assert "error: WANDB_BASE_URL: found 'nonsense', expected an address as https://" in done.stderr
+    assert f"error: WANDB_BASE_URL: found '{url}', expected an address as https://" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_nothing_is_closed_once_another_attempt_has_begun(run: Run) -> None:
         status = run.status()
         assert status is not None
         assert status.state == "running"
+
+
+def test_a_process_that_has_got_the_id_of_a_dead_one_is_not_the_runs(run: Run) -> None:
+    before = replace(JobInfo.in_foreground(), process="an earlier boot:7")
+    attempt = Attempt(run, before)
+    attempt.__enter__()
+    attempt._stack.close()  # as a kill would leave it
+    (closed,) = reconcile([run])
+    assert closed.outcome is not None
+    assert closed.outcome.state == "failed"
 
 
 def test_a_run_that_was_cancelled_before_its_first_start_does_not_start(run: Run) -> None:

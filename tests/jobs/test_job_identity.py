@@ -5,6 +5,7 @@ On the real Slurm; what a site varies is a script on PATH around the real comman
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -272,12 +273,25 @@ def test_what_is_unknown_is_said_and_nothing_is_done(
     assert entry["job_id"] in jobs
 
 
+@pytest.mark.parametrize("installed", [True, False])
 def test_where_there_is_no_accounting_the_cluster_itself_says_what_is_gone(
-    slurm: SlurmCluster, submitted: Submit, flowjobs: Command, site: Site
+    slurm: SlurmCluster,
+    submitted: Submit,
+    flowjobs: Command,
+    site: Site,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: bool,
 ) -> None:
     run = submitted()
     slurm.run("scancel", job_of(run))
-    site("sacct", 'echo "Slurm accounting storage is disabled" >&2; exit 1')
+    if installed:
+        site("sacct", 'echo "Slurm accounting storage is disabled" >&2; exit 1')
+    else:
+        (tmp_path / "bin").mkdir()
+        for command in ("bash", "sbatch", "squeue", "scontrol", "scancel", "sinfo", "git"):
+            (tmp_path / "bin" / command).symlink_to(shutil.which(command) or "")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'site'}:{tmp_path / 'bin'}")
     site("squeue", "exit 0")  # the controller has forgotten it
     done = flowjobs("reconcile")
     # Cancelled or failed, nobody knows: it is not started again without a person.
@@ -285,6 +299,19 @@ def test_where_there_is_no_accounting_the_cluster_itself_says_what_is_gone(
     assert run.status() is None
     assert flowjobs("submit", *HELD, "--name", "a").returncode == 0
     assert len(run.submissions()) == 2
+
+
+def test_what_is_on_record_of_an_end_needs_no_word_of_slurm(
+    slurm: SlurmCluster, submitted: Submit, flowjobs: Command, site: Site
+) -> None:
+    run = submitted()
+    slurm.run("scancel", job_of(run))
+    assert "a: cancelled" in flowjobs("reconcile").stdout
+    site("squeue", "exit 0")
+    site("sacct", "echo 'sacct: error: the database is down' >&2; exit 1")
+    assert flowjobs("submit", *HELD, "--name", "a").returncode == 0
+    # Of the job that waits now nothing is on record.
+    assert "what became of job" in flowjobs("submit", *HELD, "--name", "a").stderr
 
 
 def queue_of(slurm: SlurmCluster) -> list[str]:

@@ -18,6 +18,7 @@ __all__ = ["no_flock"]
 
 PRELUDE = """
 import logging, sys
+from dataclasses import replace
 from pathlib import Path
 from flowjobs.config import RunConfig
 from flowjobs.errors import LockHeldError, RunBusyError
@@ -91,8 +92,12 @@ def test_without_locks_a_living_process_holds_the_run_and_a_killed_one_does_not(
             with RunLock(run.folder, JobInfo.in_foreground()) as mine, outcome.upload_lock(run):
                 print(mine.is_held())
             run.create(RunConfig())
+            # Its id may come again: after a reboot, or in the next container.
+            before = replace(JobInfo.in_foreground(), process="an earlier boot:7")
+            RunLock(run.folder, before).__enter__()
+            print("held by", lock_holder(run.folder))
         """)
-        assert said == "held by None\nTrue\n"
+        assert said == "held by None\nTrue\nheld by None\n"
     options = ("--epochs", "1", "--arch-args", "width=8", "depth=1", "--wandb-mode", "offline")
     done = flowjobs("train", *options, "--name", "b")
     assert done.returncode == 0, done.stderr

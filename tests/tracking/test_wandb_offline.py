@@ -172,6 +172,9 @@ def test_a_login_in_the_netrc_file_counts(tmp_path: Path, monkeypatch: pytest.Mo
     settings.parent.mkdir(parents=True)
     settings.write_text("[default]\nbase_url = https://wandb.example.org\n")  # wandb login --host
     assert resolve_mode(TrackingConfig())[0] == "online"
+    for file in (netrc, settings):
+        file.write_bytes(b"# Gr\xfc\xdfe\n" + file.read_bytes())  # no UTF-8
+    assert resolve_mode(TrackingConfig())[0] == "offline"
 
 
 def test_a_login_from_before_the_server_had_another_name_counts(

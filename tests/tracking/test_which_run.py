@@ -51,6 +51,8 @@ def test_what_another_run_left_in_the_environment_leads_nowhere(
     run, backend = tracked_run(mode)
     for name, text in LEFT_OVER.items():
         monkeypatch.setenv(name, text)
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):  # as they come out of files
+        monkeypatch.setenv(name, f"{os.environ.get(name, '')} \n")
     run_to_the_end(run, 300)
     assert_history_is_exact(run, backend)
     assert len(list(run.folder.glob(f"wandb/*run-*/run-{run.tracking_id()}.wandb"))) == 1

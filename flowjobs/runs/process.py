@@ -1,0 +1,45 @@
+"""A process of this host, told from another one that has got its id since.
+
+Ids come again after a reboot, and in a container the first process has the same one each time.
+"""
+
+import os
+from pathlib import Path
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def process_mark(pid: int) -> str | None:
+    """When a process was started, counted from which boot: no other one of its id has the same.
+
+    By the kernel's own count, which no change of the clock moves. None if it is not there, or
+    where there is no /proc.
+    """
+    try:
+        return f"{BOOT_ID.read_text().strip()}:{_fields_of(pid)[19]}"
+    except (OSError, IndexError):
+        return None
+
+
+def process_lives(pid: int, mark: str | None = None) -> bool:
+    """Whether a process is there.
+
+    Args:
+        pid: Its id on this host.
+        mark: Its `process_mark`, if that was noted: else any process of the id is taken for it.
+    """
+    try:
+        os.kill(pid, 0)
+        # One that has ended stays until its parent asks how.
+        state = _fields_of(pid)[0]
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X") and (mark is None or process_mark(pid) in (None, mark))
+
+
+def _fields_of(pid: int) -> list[str]:
+    """What the kernel says of a process after its name, which may hold anything: its state first,
+    its start as the 20th."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
