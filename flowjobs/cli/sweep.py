@@ -95,8 +95,7 @@ TrainingValues: Any = _values_of_fields()
 class Sweep(CodeOptions, CommandOptions):
     """Submit many runs. Every field of the training takes several values, and their product is run.
 
-    An option that only some of them have a use for (--ot-batch, of otcfm) is left out of the
-    others. The same command again, or `sweep NAME`, submits what is missing.
+    The same command again, or `sweep NAME`, submits what is missing.
     """
 
     training: TrainingValues = field(default_factory=TrainingValues)
