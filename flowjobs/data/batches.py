@@ -53,6 +53,7 @@ class Order:
     def __init__(
         self, n: int, config: TrainingConfig, rank: int, world_size: int, device: torch.device
     ) -> None:
+        # Of fewer rows than a batch, an epoch would have no step.
         self.batch_size = min(config.batch_size, n)
         if self.batch_size % world_size:
             raise ConfigError(
@@ -71,6 +72,7 @@ class Order:
     def indices(self, step: int) -> Tensor:
         """The rows that this rank takes at `step`, int64 of shape (batch_size / world_size,)."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        # Made anew from the seed, never carried over: a restart at any step gets the same order.
         if epoch != self._epoch:
             self._epoch = epoch
             self._permutation = epoch_order(self._n, self._seed, epoch).to(self._device)
@@ -84,6 +86,7 @@ class ResidentBatches:
     def __init__(self, dataset: FlowDataset, order: Order, mean: Tensor, std: Tensor) -> None:
         self.steps_per_epoch = order.steps_per_epoch
         shape = (len(dataset), *dataset.shape)
+        # Filled part by part, so that no second copy of all rows has to fit beside it.
         self._data = torch.empty(shape, device=mean.device, dtype=torch.float32)
         for indices, rows in dataset.in_order_of_file():
             self._data[indices.to(mean.device)] = normalized(rows, mean, std)
@@ -126,6 +129,7 @@ class LoadedBatches:
 
     def _read(self, indices: Tensor) -> Tensor:
         rows = self._dataset[indices]
+        # Only from pinned memory does the copy below run beside the step that is under way.
         return rows.pin_memory() if self._mean.is_cuda else rows
 
 
@@ -134,6 +138,7 @@ def normalized(rows: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     Computed in the type of `mean`, and then float32.
     """
+    # copy=True: on the CPU `to` may give the dataset's own memory, which the next line changes.
     copied = rows.to(mean.device, mean.dtype, non_blocking=True, copy=True)
     return copied.sub_(mean).div_(std).float()
 
@@ -153,10 +158,12 @@ def make_batches(
         case "loader":
             resident = False
         case "auto":
+            # 4 bytes a float32, which is what stays, whatever the file's type.
             resident = 4 * len(dataset) * dataset.dim <= RESIDENT_SHARE * _free_bytes(mean.device)
     if resident:
         order = Order(len(dataset), config, rank, world_size, mean.device)
         return ResidentBatches(dataset, order, mean, std)
+    # The host reads the rows: indices on the GPU would have to come back for each step.
     order = Order(len(dataset), config, rank, world_size, torch.device("cpu"))
     return LoadedBatches(dataset, order, mean, std, config.num_workers)
 

@@ -84,6 +84,7 @@ def _end_process(run: Run) -> list[str]:
     if not (attempt and attempt.job.cluster in ("local", "none") and lock_holder(run.folder)):
         return []
     job = attempt.job
+    # A process id means another process, or none, on another host.
     if not same_host(job.host, socket.gethostname()):
         raise SubmissionError(
             f"{run.name} runs as process {job.pid} on {job.host}: cancel it from there; "

@@ -40,6 +40,7 @@ NOT_BY_THE_USER = re.compile(
 # "srun: error: n2: task 1: Killed"; of several nodes at once it gives a list, n[1-2].
 FAILED_TASK = re.compile(r"^srun: error: ([\w.-]+): tasks? (\d+): (.+)$", re.MULTILINE)
 
+# What a disk or server says that is full, away or hung; others are mistakes, and come again.
 FILE_SYSTEM = frozenset(
     {
         errno.EIO,
@@ -137,6 +138,7 @@ def _code_of(ending: str) -> int | None:
         return int(found[1])
     if ending.startswith("Out Of Memory"):
         return 128 + signal.SIGKILL
+    # Those two reach every task of a job that is told to leave: none of them has failed.
     for number in signal.valid_signals() - {signal.SIGTERM, signal.SIGUSR2}:
         if ending.removesuffix(" (core dumped)") == signal.strsignal(number):
             return 128 + number
@@ -174,6 +176,7 @@ def cause_of_no_start(
     if isinstance(answer, Known):
         row = answer.newest
         exit_code = 128 + row.signal if row.signal else row.exit_code
+    # While python starts there is no handler yet, and these end it by default.
     if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, EXIT_PREEMPTED):
         reason = f"job {job.job_id} was told to leave before it could listen"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
@@ -215,6 +218,7 @@ def passing_kind(error: BaseException) -> str | None:
 
 
 def _own_passing_kind(error: BaseException) -> str | None:
+    # torch's error by its name: this room does not load torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory"
     if isinstance(error, CheckpointWriteError):
@@ -222,6 +226,7 @@ def _own_passing_kind(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
         return "file system"
     text = str(error)
+    # A device-side assert is the model's mistake (an index out of range), on any GPU.
     if isinstance(error, RuntimeError) and LOST_GPU.search(text) and "assert" not in text:
         return "lost GPU"
     return None
@@ -247,6 +252,7 @@ def _told_by_slurm(life: JobRow | None, log: str, restarted: bool) -> Told | Non
     match life.state if life else "":
         case "NODE_FAIL" | "BOOT_FAIL":
             return "node failure", "node failure", "preempted", EXIT_PREEMPTED
+        # REQUEUED also where the job was preempted and had itself requeued before Slurm did.
         case "PREEMPTED" | "REQUEUED":
             return "killed while it was preempted", "preempted", "preempted", EXIT_PREEMPTED
         case "TIMEOUT" | "DEADLINE":
@@ -255,6 +261,7 @@ def _told_by_slurm(life: JobRow | None, log: str, restarted: bool) -> Told | Non
             return "cancelled", "cancelled", "cancelled", EXIT_CANCELLED
         case "OUT_OF_MEMORY":
             return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
+    # Accounting is seconds behind the rerun, or is not there; the rerun itself is proof enough.
     if restarted and life is None:
         return "lost, and started again by Slurm", "preempted", "preempted", EXIT_PREEMPTED
     return None
@@ -265,6 +272,7 @@ def _told_by_exit_code(life: JobRow | None, log: str, exit_code: int | None) -> 
     code = exit_code
     if code is None and life is not None:
         code = 128 + life.signal if life.signal else life.exit_code
+    # Before the code: without cgroups Slurm shows such a kill as FAILED by signal 9.
     if OVER_LIMIT.search(log) or OOM_KILL.search(log):
         return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
     if code is None:

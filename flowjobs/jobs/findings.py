@@ -113,6 +113,7 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
         finding: Finding | None
         if run in jobs:
             finding = _find_in_slurm(run, status, job, answers[jobs[run]])
+            # Restarted from here, it would become this user's job.
             if isinstance(finding, Dead) and not jobs[run].is_mine():
                 words = f"{jobs[run].words} has ended ({finding.outcome.reason})"
                 finding = Unclear(f"{words}: it is that user's to reconcile")
@@ -219,6 +220,7 @@ def _find_dead_life(
     run: Run, status: RunStatus, attempt: AttemptRecord, answer: JobAnswer, *, waits: bool = False
 ) -> Dead | None:
     known = isinstance(answer, Known) and answer.life(attempt.job.restart) is not None
+    # Guessed now, it would end for good: on an unknown cause nothing is restarted.
     age = datetime.now(UTC) - datetime.fromisoformat(status.updated)
     if not known and isinstance(answer, Known) and age < CAUSE_KNOWN_AFTER:
         return None  # accounting will know soon
@@ -240,6 +242,7 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding 
 def _should_start_again(run: Run, status: RunStatus, dead: Dead) -> bool:
     """Whether the run is to be started again, if the scheduler does not do it."""
     outcome = dead.outcome
+    # Unknown starts nothing: the end may have been a scancel.
     if outcome.state == "cancelled" or not dead.cause_known:
         return False
     if dead.job.cluster != "slurm" and not dead.slot_lives:

@@ -79,6 +79,7 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconcile
             # Once, however many share the job.
             avoid = _node_to_avoid(run, found)
             again[pack_of(run, found.job.job_id) or run] = found, avoid
+    # After all are written down: a new job of a pack trains what their status leaves open.
     for ended, (found, avoid) in again.items():
         try:
             new = resubmit(ended, found.job, task_of(ended), avoid)
@@ -133,6 +134,7 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
             if outcome := close_attempt(run, dead):
                 closed[run] = outcome
     left = pack.left(job.job_id)
+    # Killed, and it had begun: another try may do. One that never began would end so again.
     if left and begun and exit_code > 128:
         restart(pack, job, "killed", task_of(pack), job.host)
     else:

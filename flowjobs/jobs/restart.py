@@ -60,6 +60,7 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
     if record is None or record.fields.get("BatchFlag") in (None, "0"):
         logger.info("%s is no batch job: run the same command again to resume", job.job_id)
         return
+    # Its count grows while this life still has its grace; a second requeue would fail.
     if record.restarts > job.restart:
         logger.info("Slurm starts job %s again by itself", job.job_id)
         return
@@ -110,6 +111,7 @@ def resubmit(run: Submittable, job: JobInfo, task: Task, exclude: str | None = N
     if job.cluster == "local":
         return submit(run, "local", task, continues=job.job_id).job_id
     entries = [entry for entry in run.submissions() if entry["job_id"] == job.job_id]
+    # Submitted by sbatch, with a script of its user's: by that script again.
     if entries and "again" in entries[-1]:
         return plain_sbatch.resubmit(run, entries[-1], exclude)
     origin = origin_of(run, job.job_id)

@@ -108,6 +108,7 @@ def submit(
     if exclude:
         nodes = f"{asked.exclude},{exclude}" if asked.exclude else exclude
         asked = dataclasses.replace(asked, exclude=nodes)
+    # A restart begins where the first submission did, not where whoever restarts it stands.
     if continues:
         asked = dataclasses.replace(
             asked, sbatch=KeyValues({"chdir": origin.folder, **asked.sbatch})
@@ -119,6 +120,7 @@ def submit(
             try:
                 job: Job[None] = executor.submit(task)
             except SubmissionError as error:
+                # submitit has written both before sbatch could refuse.
                 for pattern in (".submission_file_*.sh", "[0-9a-f]" * 32 + ".pkl"):
                     for leftover in run.logs.glob(pattern):
                         leftover.unlink()
@@ -128,11 +130,13 @@ def submit(
         submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
         identity = None
         if taken := handed_over(executor):
+            # Before the job is listed: whoever finds it there may restart it from this.
             origin.note(run, job.job_id)
             identity = taken.identity(run.name)
         run.add_submission(
             submitted.job_id, cluster, submitted.log, continues=continues, identity=identity
         )
+    # submitit's debug job runs only as it is asked for results: up there, Ctrl-C would wait for it.
     if isinstance(job, DebugJob):
         job.results()
     return submitted
@@ -167,12 +171,14 @@ def submit_array(
     with _noted_in_any_case("slurm"), _environment_of("slurm", origin, asked, None):
         executor = array_executor(array, name, asked, origin.python)
         try:
+            # Before sbatch: the first task may start before that has returned.
             array.write(submitted, name, origin)
         except BaseException:
             array.remove()
             raise
         try:
             executor.hand_over(task, len(submitted), parallel)
+        # Its tasks may start yet, and find their runs by what was written.
         except SubmissionUnknownError:
             raise
         except SubmissionError as error:
@@ -232,6 +238,7 @@ def _busy_with(
             ):
                 return f"{job.words} ({row.state.lower()})"
     newest = answers[jobs[-1]] if jobs else None
+    # Unknown is not gone: beside a job that lives, a second one would train the same run.
     in_slurm = entries[-1:] and entries[-1]["cluster"] == "slurm"
     if isinstance(newest, Unknown) and in_slurm and not _ended_for_good(run, jobs[-1].job_id):
         return SubmissionError(
@@ -277,8 +284,10 @@ def told_to_end_waits(*numbers: signal.Signals) -> Iterator[None]:
     """
     before: dict[signal.Signals, Any] = {}
     came: list[int] = []
+    # Python lets no other thread set a handler.
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in numbers or TOLD_TO_END}
+    # None is a handler that Python has not set, and could not put back.
     kept = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in kept:
         signal.signal(number, lambda number, frame: came.append(number))
@@ -313,6 +322,7 @@ def _environment_of(
     inherited.pop(CONTINUES, None)
     if continues:
         inherited[CONTINUES] = continues
+    # An origin keeps no token, which is a login and expires: the one of now.
     if token := saved.get("SLURM_JWT"):
         inherited["SLURM_JWT"] = token
     _replace_environment(inherited)
@@ -344,9 +354,11 @@ def _detached_children() -> Iterator[None]:
     submitit starts a local job as a plain child: Ctrl-C and the terminal's end would kill it, and
     a pipe that this process writes to (`| tee`) would stay open as long as the job lives.
     """
+    # What is ignored stays so in a child; a handler would not.
     handlers = {
         number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)
     }
+    # What waits in a buffer would come out in the block, and go nowhere.
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()

@@ -89,9 +89,11 @@ def import_from_snapshot(run: Run) -> None:
     _forget_snapshots(run.study / "code", code.snapshot(run.study) if code else None)
     if code is None:
         return
+    # All of it is read: code that was edited in there must not train under the old digest.
     read_snapshot(run.study, code.digest)
     for root in reversed(code.import_roots(run.study)):
         sys.path.insert(0, str(root))
+    # Python remembers what a folder held when it last looked into it.
     importlib.invalidate_caches()
 
 
@@ -101,6 +103,7 @@ def _forget_snapshots(snapshots: Path, but: Path | None) -> None:
         return path.is_relative_to(snapshots) and not (but and path.is_relative_to(but))
 
     sys.path[:] = [folder for folder in sys.path if not is_other(folder)]
+    # Runs' modules have the same names: one that was imported would win over the search path.
     for name, module in [*sys.modules.items()]:
         if is_other(getattr(module, "__file__", None)):
             del sys.modules[name]
@@ -110,6 +113,7 @@ def digest_of(files: Mapping[str, bytes]) -> str:
     """The digest of files by their paths."""
     whole = hashlib.sha256()
     for path in sorted(files):
+        # With the length: no byte can move from one file to the next unseen.
         whole.update(os.fsencode(path) + b"\0%d\0" % len(files[path]))
         whole.update(files[path])
     return whole.hexdigest()[:DIGEST_DIGITS]
@@ -157,6 +161,7 @@ def write_snapshot(study: Path, files: Mapping[str, bytes]) -> None:
         with ThreadPoolExecutor(WRITERS) as writers:
             list(writers.map(lambda path: _write(temporary / path, files[path]), files))
         try:
+            # By a rename, so that a snapshot is there whole or not at all.
             os.rename(temporary, folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):

@@ -70,6 +70,7 @@ def locked(path: Path, wait_s: float, purpose: str) -> Iterator[None]:
     while True:
         left_s = max(0.0, deadline - time.monotonic())
         try:
+            # In two parts, to say in between who is waited for.
             _acquire(lock, left_s if said else min(SAY_AFTER_S, left_s))
             break
         except NoLocksError:
@@ -83,6 +84,7 @@ def locked(path: Path, wait_s: float, purpose: str) -> Iterator[None]:
             logger.warning("waiting %s: %s is held by %s", purpose, path.name, _holder(path))
             said = True
     try:
+        # Into the locked file itself: a new one under its name would be a new lock.
         with suppress(OSError):  # for those who wait; a full disk is no reason not to hold it
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield

@@ -31,6 +31,8 @@ def replaced_whole(path: Path, *, flush: bool = True, mode: int = 0o666) -> Iter
     """
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
+        # The mode from the first byte on: after a chmod it would have been readable for a moment.
+        # And "+": a checkpoint is read back before it takes its name.
         with open(temporary, "w+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
@@ -70,6 +72,7 @@ def write_json(
 
 def flush_files(paths: Iterable[Path]) -> None:
     """Return when files that are written are on the disk; many in the time of a few."""
+    # Each waits for the disk or a file server; side by side they wait together.
     with ThreadPoolExecutor(FLUSH_AT_ONCE) as threads:
         list(threads.map(_flush, paths))
 
@@ -90,6 +93,7 @@ def warn_once(text: str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add one line in one write, so that lines of several processes do not mix."""
+    # O_APPEND: the end of the file is looked up in the same step as the write.
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, (line + "\n").encode())

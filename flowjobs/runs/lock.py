@@ -135,6 +135,7 @@ class RunLock:
     def _try(self) -> Verdict:
         """Take the lock if its holder is gone; the answer says what is known of the holder."""
         file = self._folder / ".lock"
+        # To look and to take are two steps: two attempts could both find the holder gone.
         with held_off(self._folder):
             lock, free = _look_at_lock(file)
             verdict = self._judge_holder(free)
@@ -147,6 +148,7 @@ class RunLock:
                 file.unlink()
                 lock = try_lock(file)
             holder = {**asdict(self._job), "token": self._token}
+            # Last: a kill before this leaves a lock that names nobody and ends with its process.
             write_json(_holder_file(self._folder), holder)
             self._lock = lock
         return "gone"

@@ -116,6 +116,7 @@ class Known:
 
     def life(self, restart: int) -> JobRow | None:
         """How that start of the job ended (0 is the first); None if that is not known (yet)."""
+        # The controller knows how a job ended some seconds before accounting does.
         if self.newest.restarts == restart and self.over:
             return self.newest
         rows = [row for row in self.lives[restart : restart + 1] if row.ended is not None]
@@ -161,18 +162,22 @@ def ask(
     if not jobs:
         return {}
     try:
+        # By user: a study's runs may have been submitted by several.
         rows = queue({os.getuid(), *(job.uid for job in jobs if job.uid is not None)})
     except SubmissionError as error:
         return {job: Unknown(str(error)) for job in jobs}
     by_id = _by_id(rows)
     known = {job: row for job in jobs for row in _rows_of(job, by_id)}
+    # Of one that was started again only accounting has the earlier lives.
     told = {job for job, row in known.items() if row.state not in ENDED and not row.restarts}
     try:
+        # By the array: tasks that ended before they were told apart are on one row of it.
         books = accounting({job.job_id.partition("_")[0] for job in jobs if job not in told})
         silent = ""
     except SubmissionError as error:
         books, silent = [], str(error)
     answers: dict[JobIdentity, JobAnswer] = {}
+    # The queue names the cluster in each row: one question less where it has any.
     here = {row.cluster for row in rows if row.cluster}
     by_id = _by_id(books or ())
     arrays = {row.job_id.partition("_")[0]: row for row in books or () if "_" in row.job_id}

@@ -74,6 +74,7 @@ def submit_arrays(
     code_of = dict(zip((member.run for member in members), code, strict=True))
     done = Submitted()
     largest = _largest_array()
+    # One array has one set of options: sbatch takes no other for a single task.
     for of_set in resource_sets(members):
         waiting = tasks_of(of_set, parallel, slots)
         size = min(largest, len(waiting))
@@ -145,6 +146,7 @@ def _submit_one(
 
 @contextlib.contextmanager
 def _put_back_if_refused(runs: Sequence[Run]) -> Iterator[None]:
+    # Of all, before any is changed: sbatch takes or refuses an array as a whole.
     before: list[Before] = [run.before_submission() for run in runs]
     try:
         yield

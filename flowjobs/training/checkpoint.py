@@ -209,6 +209,7 @@ def write_checkpoint(
         CheckpointWriteError: The file cannot be written, or does not hold what was written.
         CheckpointUnloadableError: Some of the payload could not be loaded again.
     """
+    # Before the disk is touched: what no restart could load must not replace what one can.
     _check_loadable(payload)
     try:
         return _write(path, payload, before_replace, prove)
@@ -234,12 +235,14 @@ def _write(
             raise sealed.failed_with or error from error
         size = sealed.seal()
         file.flush()
+        # A file server may say only now that its disk is full: the old file has its name yet.
         os.fsync(file.fileno())
         file.seek(0)
         # Before the rename: the good file there is only given up for one that reads back.
         verify_seal(file, path)
         if prove is not None:
             prove(_load(file, path, "cpu"), path)
+        # As late as can be: another attempt may have taken the run over while this one wrote.
         before_replace()
         _keep_previous(path)
     return size
@@ -334,6 +337,8 @@ def read_newest_good(
     refused: list[tuple[Path, CheckpointMismatchError]] = []
     payload = None
     for candidate in (path, previous_of(path)):
+        # A link counts as a file even if its target is away, as scratch may be: that is said, and
+        # not taken for "never saved".
         if payload is not None or not os.path.lexists(candidate):
             continue
         try:
@@ -348,6 +353,7 @@ def read_newest_good(
             refused.append((candidate, error))
     if payload is None and refused:
         raise refused[0][1]
+    # Only now: where no file serves, all stay in place until their user decides.
     for file, reason in refused:
         logger.warning("%s; set aside as %s", reason, _set_aside(file, "mismatched").name)
     return payload
@@ -367,6 +373,7 @@ def _keep_previous(path: Path) -> None:
         # previous one under its own name.
         os.replace(path, previous)
         return
+    # os.link refuses a name that is taken; a rename replaces it in one step.
     os.replace(link, previous)
 
 
@@ -395,6 +402,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
             verify_seal(file, path)
             payload = _load(file, path, device)
     except OSError as error:
+        # A loop of links stays one; any other error may pass, and the file behind it be sound.
         kind = CheckpointDamagedError if error.errno == errno.ELOOP else CheckpointError
         raise kind(f"{path} cannot be read: {error.strerror}") from error
     found = payload.get("format") if isinstance(payload, dict) else None

@@ -70,6 +70,7 @@ class CheckpointSaver:
         self._pending_best: Payload | None = None
         self._best_in_write: Payload | None = None
         self._spare: Payload | None = None
+        # One thread: files are written in the order in which they were asked for.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write: Future[float] | None = None
         self._stall_s = 0.0
@@ -88,6 +89,7 @@ class CheckpointSaver:
     def due(self, *, epoch_finished: bool) -> bool:
         """Whether a save is worth its time now."""
         if self._write is not None:
+            # On a slow disk saves are left out: each in a queue would hold a copy of the state.
             if not self._write.done():
                 return False
             self._collect()
@@ -104,6 +106,7 @@ class CheckpointSaver:
         """
         self._collect()
         started = time.monotonic()
+        # A copy: the next step changes the tensors while the thread writes.
         state = snapshot(payload)
         self._best_in_write, self._pending_best = self._pending_best, None
         self._note_stall(started)
@@ -127,6 +130,7 @@ class CheckpointSaver:
         self._collect()
         if self.taken_over:
             raise self.taken_over
+        # No copy: nothing trains while this waits.
         self._write_both(self._pending_best, payload, prove)
         self._pending_best = None
         self._saved(time.monotonic() - started)
@@ -147,6 +151,7 @@ class CheckpointSaver:
         state: Payload,
         prove: Callable[[Payload, Path], None] | None = None,
     ) -> float:
+        # The thread's CPU time: while it waits for the disk the training has its core.
         started = time.thread_time()
         for payload in (best, state):
             if payload is not None:
@@ -158,6 +163,7 @@ class CheckpointSaver:
                 f"{self._last} is not written before the rows of its steps, and the record of "
                 f"these could not be: {error.strerror}"
             ) from error
+        # Before last.pt: killed in between, the run repeats steps and loses no best.
         if best is not None:
             write_checkpoint(self._best, best, self._before_replace)
         size = write_checkpoint(self._last, state, self._before_replace, prove)
@@ -174,6 +180,7 @@ class CheckpointSaver:
             self._warned_of = None
         except CheckpointWriteError as error:
             self._warn(error)
+            # A newer best may have come while the write that failed was under way.
             self._pending_best = self._pending_best or self._best_in_write
         except RunTakenOverError as error:
             self.taken_over = error
@@ -209,6 +216,7 @@ def snapshot(payload: Payload, reuse: Payload | None = None) -> Payload:
                 targets.append(target)
                 sources.append(value.detach())
                 return target
+            # By the very type: a class of the user's may hold more than its items.
             case dict() if type(value) in (dict, OrderedDict):
                 before = old if isinstance(old, dict) else {}
                 return {key: visit(item, before.get(key)) for key, item in value.items()}
