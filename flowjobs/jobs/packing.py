@@ -175,6 +175,7 @@ class _Slots:
             return  # cancelled meanwhile, say
         environment = {**os.environ, **self._variables, SLOTS: str(self._pack.slots)}
         if self._has_begun(run):
+            # Not a start by its user, which would let fruitless attempts count from zero again.
             environment.setdefault(CONTINUES, self._job.job_id)
         else:
             environment.pop(CONTINUES, None)  # its user has submitted it, and this is its start
@@ -184,6 +185,7 @@ class _Slots:
         try:
             with self._log_of(run).open("ab") as log:
                 popen = subprocess.Popen(
+                    # -u: what it printed last is in its log when it is killed.
                     [sys.executable, "-u", "-m", "flowjobs.jobs", str(run.folder)],
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -226,6 +228,7 @@ class _Slots:
                 continue
             del self._running[run]
             try:
+                # Popen has a signal as -n, and everything here as the shell does, 128 + n.
                 self._close(run, process.popen.pid, code if code >= 0 else 128 - code)
             except (FlowjobsError, OSError) as error:
                 logger.error("%s: how it ended could not be written down: %s", run.name, error)

@@ -123,6 +123,7 @@ class Attempt:
         self._record.first_step = self._record.last_step = step
         self._record.trains = now()
         self._status.step = step
+        # Once more, for loading may have taken long; and again now that the first step is known.
         self._lock.check_held()
         self._check_progress()
         self._status.write(self.run.status_file)
@@ -135,6 +136,7 @@ class Attempt:
         self._status.step, self._status.total_steps = step, total_steps
         self._status.epoch, self._status.best_val_loss = epoch, best_val_loss
         if time.monotonic() - self._written_at > STATUS_EVERY_S:
+            # One that has lost the run would put its own word over the newer attempt's.
             self._lock.check_held()
             self._status.write(self.run.status_file, flush=False)
             self._written_at = time.monotonic()

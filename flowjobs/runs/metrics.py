@@ -139,6 +139,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _rows_of(text: bytes) -> Iterator[Row]:
+    # What follows the last newline is a line that is being written, or was when a kill came.
     for line in text.split(b"\n")[:-1]:
         try:
             row = json.loads(line)

@@ -18,6 +18,7 @@ def partitions() -> list[str]:
 def kill_wait_s() -> float:
     """Seconds that Slurm waits between telling a job to end and killing it; its default if it
     does not say."""
+    # scontrol says "30 sec".
     found = settings().get("KillWait", "").partition(" ")[0]
     return float(found) if found.isdigit() else 30.0
 

@@ -378,6 +378,7 @@ def _keep_previous(path: Path) -> None:
 
 
 def _set_aside(path: Path, why: str) -> Path:
+    # Renamed and not removed: its user may still get something out of it.
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
     aside = path.with_name(f"{path.stem}.{why}-{stamp}{path.suffix}")
     path.rename(aside)
@@ -408,6 +409,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
     found = payload.get("format") if isinstance(payload, dict) else None
     if not isinstance(found, int):
         raise CheckpointMismatchError(f"{path} is not a checkpoint of a run")
+    # What a newer version keeps beside would be lost at the next save.
     if found > FORMAT:
         raise CheckpointMismatchError(
             f"{path} has format {found}, this flowjobs reads up to {FORMAT}: update flowjobs"
