@@ -80,6 +80,8 @@ def integrate(
     def counted(t: Tensor, x: Tensor) -> Tensor:
         nonlocal nfe
         nfe += 1
+        # dopri5 looks ahead to choose its first step, and a model knows no time after 1.
+        t = t.clamp(max=1.0)
         return velocity(x, t.repeat(len(x)))  # its own memory, which a model may change
 
     def with_power(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,8 @@ def integrate(
 
     grid = torch.linspace(0.0, 1.0, solver.steps + 1, device=x_0.device, dtype=x_0.dtype)
     options: dict[str, Any] = (
-        {"max_num_steps": MAX_ADAPTIVE_STEPS}
+        # It would step beyond t = 1, where nothing was trained, and interpolate backwards.
+        {"max_num_steps": MAX_ADAPTIVE_STEPS, "step_t": grid[-1:]}
         if solver.adaptive
         # Not `step_size`, of which rounding makes a step too many.
         else {"grid_constructor": lambda func, y0, t: grid}

@@ -49,6 +49,24 @@ def test_dopri5_keeps_to_its_tolerance() -> None:
     assert fine < 1e-8 < coarse < 1e-2
 
 
+@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("speed", [1e-3, 1.0])
+def test_no_solver_asks_a_model_for_times_that_it_was_not_trained_on(
+    method: Method, speed: float
+) -> None:
+    times: list[float] = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        times.append(float(t[0]))
+        return speed * rotating(x, t)
+
+    x_0 = torch.tensor([[1.0, 0.0], [0.0, -2.0]])
+    found = integrate(velocity, x_0, Solver(method, 7))
+    assert len(times) == found.nfe
+    assert min(times) == 0
+    assert max(times) <= 1
+
+
 def test_dopri5_takes_the_same_steps_where_the_energy_is_asked_for() -> None:
     def velocity(x: Tensor, t: Tensor) -> Tensor:  # turns ever faster
         angle = 10 * (1 + t.unsqueeze(1)) * (8 * t.unsqueeze(1)).sin()
