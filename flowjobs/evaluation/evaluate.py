@@ -310,9 +310,9 @@ class _Evaluation:
 
     def _nearest(self, points: Tensor, dataset: FlowDataset, purpose: str, n: int) -> Tensor:
         """The distance of each point to the nearest of n rows, of which few are held at once."""
-        parts = torch.split(
-            self._order(dataset, purpose, n).sort().values, rows_of_chunk(dataset.dim)
-        )
+        # Their distances to all points are held too.
+        at_once = rows_of_chunk(max(dataset.dim, len(points)))
+        parts = torch.split(self._order(dataset, purpose, n).sort().values, at_once)
         found = []
         for part in parts:
             self._check()

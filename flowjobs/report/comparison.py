@@ -13,6 +13,7 @@ from typing import Any
 from flowjobs.config import NOT_IN_SIGNATURE, SIZE_FIELDS, TrainingConfig
 from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
+from flowjobs.flows.uses import has_use
 from flowjobs.nearest import did_you_mean
 from flowjobs.report.metric import AtStep, Metric, choose_metric
 from flowjobs.report.results import Result
@@ -185,8 +186,13 @@ def _varies(name: str) -> Callable[[Sequence[Result]], bool]:
     """Whether a field differs between runs."""
 
     def varies(results: Sequence[Result]) -> bool:
-        # A width that --params has chosen differs between models of one size.
-        some = [r for r in results if name != "width" or r.fields.get("params") is None]
+        # A width that --params has chosen differs between models of one size; and what a run has no
+        # use for (ot_batch, beside icfm) it lacks.
+        some = [
+            r
+            for r in results
+            if (name != "width" or r.fields.get("params") is None) and has_use(name, r.fields.get)
+        ]
         return len({result.shown(name) for result in some}) > 1
 
     return varies

@@ -7,35 +7,14 @@ signature and name. Where no run has a use for it, it stays, and is refused as t
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowjobs.config import SIZE_FIELDS, TrainingConfig
-from flowjobs.flows.flow import may_be_given_pairs, may_couple
+from flowjobs.flows.uses import has_use
 from flowjobs.models.source import may_take
 
-# The value of a field by its name.
-Values = Callable[[str], Any]
-
 ARGUMENT = "arch_args."
-
-
-def _is_logit_normal(of: Values) -> bool:
-    return bool(of("time_sampling") == "logit-normal")
-
-
-_USED: Mapping[str, Callable[[Values], bool]] = {
-    "ot_batch": lambda of: may_couple(of("flow")),
-    "reflow_from": lambda of: may_be_given_pairs(of("flow")),
-    "aug_strength": lambda of: bool(of("aug") != "none"),
-    "time_mean": _is_logit_normal,
-    "time_std": _is_logit_normal,
-}
-
-
-def has_use(field: str, of: Values) -> bool:
-    """Whether a run has a use for a field beside arch, as far as its other values say."""
-    return field not in _USED or _USED[field](of)
 
 
 def applying(

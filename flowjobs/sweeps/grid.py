@@ -53,8 +53,9 @@ from flowjobs.config import (
     typed_value,
 )
 from flowjobs.errors import ConfigError
+from flowjobs.flows.uses import has_use
 from flowjobs.nearest import meant
-from flowjobs.sweeps.applying import ARGUMENT, has_use
+from flowjobs.sweeps.applying import ARGUMENT
 
 # Values by field; an argument of the model is `arch_args.width`.
 Point = dict[str, Any]

@@ -53,6 +53,7 @@ def test_a_field_that_only_differs_between_cells_is_averaged_by_none(study: Path
     of = cell(found, ["otcfm"])
     assert (len(of.values), of.expected) == (3, 3)
     assert of.values.keys() == cell(found, ["icfm"]).values.keys()  # seeds are paired
+    assert compared(study).row_fields == ("flow",)  # icfm has no use for ot_batch
     made_run(study, [1.0], name="other", flow="otcfm", ot_batch=64)
     with pytest.raises(ConfigError, match="another scale for each ot_batch"):
         compared(study, rows=["flow"], columns=[])
