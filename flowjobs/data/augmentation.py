@@ -29,10 +29,11 @@ def augmented(x_1: Tensor, config: TrainingConfig, step: int, rank: int) -> Tens
     device, generator = x_1.device, generator_for(x_1.device, *place)
     match config.aug:
         case "noise":
-            return x_1 + strength * torch.randn(x_1.shape, generator=generator, device=device)
+            noise = torch.empty_like(x_1).normal_(generator=generator)
+            return x_1 + strength * noise
         case "dropout":
             # An entry that is left out is its column's mean, which is 0 where they are normalized.
-            return x_1 * (torch.rand(x_1.shape, generator=generator, device=device) >= strength)
+            return x_1 * (torch.empty_like(x_1).uniform_(generator=generator) >= strength)
         case "mixup":
             # Zhang et al., eq. 1 (https://arxiv.org/abs/1710.09412), with λ of each row its own.
             # torch draws none of Beta from a generator of one's own.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from flowjobs.data.row_reader import RowReader
 from flowjobs.data.tensor_file import write_tensor
 from flowjobs.data.toy import toy_set
 from flowjobs.errors import DataError
-from flowjobs.runs.data_file import DataContent, check_shape, content_of, read_layout
+from flowjobs.runs.data_file import (
+    ONE_TENSOR,
+    DataContent,
+    check_shape,
+    content_of,
+    read_layout,
+)
 from flowjobs.runs.datasets import (
     DIGITS,
     EMBEDDED,
@@ -357,12 +364,21 @@ def _load(path: Path) -> Tensor | RowReader:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except DataError:
         raise
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} holds more than one tensor, and is not loaded, since that would run code from "
+            f"the file: {ONE_TENSOR}"
+        ) from error
     except Exception as error:
         # torch and numpy raise a dozen types for a bad file, none of which names it.
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} cannot be read as a {path.suffix} file: {reason}") from error
     if not isinstance(loaded, Tensor):
-        raise DataError(f"{path} holds a {type(loaded).__name__}, expected one tensor")
+        raise DataError(
+            f"{path} holds a {type(loaded).__name__}, expected one tensor: {ONE_TENSOR}"
+        )
+    if loaded.is_meta:
+        raise DataError(f"{path} holds a tensor of the device meta, which has no numbers")
     if loaded.layout is not torch.strided:
         raise DataError(f"{path} holds a tensor of layout {loaded.layout}, expected a dense one")
     return loaded.detach()  # saved from a graph, it would ask for gradients

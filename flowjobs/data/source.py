@@ -47,7 +47,9 @@ class NormalSource:
 
     def draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """See `Source`."""
-        return torch.randn((n, *self._shape), generator=generator, device=device)
+        return torch.randn(
+            (n, *self._shape), generator=generator, device=device, dtype=torch.float32
+        )
 
     def starts(self, seed: int, chunk: int, size: int) -> Tensor:
         """See `Source`."""

@@ -38,7 +38,8 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, seed: int = 0) -> flo
     has it. For equally many samples and points.
     """
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn((N_PROJECTIONS, samples.shape[1]), generator=generator)
+    size = (N_PROJECTIONS, samples.shape[1])
+    directions = torch.randn(size, generator=generator, dtype=torch.float32)
     directions = functional.normalize(directions.to(samples))
     # NumPy's sort is five times as fast on a CPU as torch's, which sorts indices too.
     first, second = (

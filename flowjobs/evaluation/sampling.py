@@ -82,7 +82,8 @@ def integrate(
         nfe += 1
         # dopri5 looks ahead to choose its first step, and a model knows no time after 1.
         t = t.clamp(max=1.0)
-        return velocity(x, t.repeat(len(x)))  # its own memory, which a model may change
+        # In memory of their own, which a model may change: the solver keeps x.
+        return velocity(x.clone(), t.repeat(len(x)))
 
     def with_power(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         dx_t = counted(t, state[0])

@@ -141,9 +141,9 @@ def sample_times(n: int, config: TrainingConfig, device: torch.device) -> Tensor
     """
     match config.time_sampling:
         case "uniform":
-            return torch.rand(n, device=device)
+            return torch.rand(n, device=device, dtype=torch.float32)
         case "logit-normal":
-            drawn = torch.randn(n, device=device)
+            drawn = torch.randn(n, device=device, dtype=torch.float32)
             return torch.sigmoid(config.time_mean + config.time_std * drawn)
 
 

@@ -67,6 +67,7 @@ class StopSignals:
             if signal.getsignal(number) is signal.SIG_IGN:
                 continue  # a job on this machine is started so, to outlive Ctrl-C at the terminal
             self._previous[number] = signal.signal(number, self._note)
+        self._armed_after_imports = False
         # A batch script may start the process with these blocked, so that none is lost, or kills
         # it, before there is a handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
@@ -87,6 +88,12 @@ class StopSignals:
 
     def reason(self) -> str | None:
         """Why the run should stop; None if it should not."""
+        if not self._armed_after_imports:
+            # Asked after the first step: a person's module, or what it imports, may have set
+            # handlers of its own (SIG_DFL so that Ctrl-C ends a plot, say).
+            self._armed_after_imports = True
+            for number in self._previous:
+                signal.signal(number, self._note)
         return None if self._signal is None else REASONS[self._signal]
 
     def received(self) -> signal.Signals | None:

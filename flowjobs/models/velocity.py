@@ -54,6 +54,19 @@ def check_weights(model: nn.Module) -> None:
                 f"--arch {name}: {key} has no shape before the first call (a Lazy module); give "
                 "the module its width, or call the model once in its constructor"
             )
+        # AdamW's fused kernel would write past the end of such memory.
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(size > 1 and step == 0 for size, step in sizes):
+            raise ConfigError(
+                f"--arch {name}: several values of {key} share their memory (expand), so that "
+                "they cannot be set; make it of its own memory (clone)"
+            )
+    for key, part in model.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise ConfigError(
+                f"--arch {name}: {key} has sparse gradients, which AdamW does not take: build it "
+                "without sparse=True"
+            )
     trained = [(key, weights) for key, weights in model.named_parameters() if weights.requires_grad]
     if not trained:
         raise ConfigError(f"--arch {name}: found no parameter that requires a gradient")
@@ -70,6 +83,21 @@ def check_weights(model: nn.Module) -> None:
                 "small updates are lost in rounding, expected float32 or float64; --precision "
                 "bf16 computes in bfloat16 with weights in float32"
             )
+
+
+def check_gradient(velocity: Tensor, name: str) -> None:
+    """Raise a ConfigError for the velocity of a training step from which no weight can learn."""
+    if velocity.requires_grad:
+        return
+    found = (
+        "gradients are switched off (torch.set_grad_enabled), so that it has none"
+        if not torch.is_grad_enabled()
+        else "it depends on no parameter that requires a gradient"
+    )
+    raise ConfigError(
+        f"--arch {name}: forward returns a velocity that cannot be trained: {found}; look for "
+        "torch.no_grad, detach, numpy, and parameters that forward does not use"
+    )
 
 
 def _unexpected(name: str, x: Tensor, t: Tensor, found: str) -> str:

@@ -41,6 +41,7 @@ BYTES_OF_TYPE = {
     "complex64": 8,
     "complex128": 16,
 }
+ONE_TENSOR = "save that alone, torch.save(torch.as_tensor(rows), path), or use numpy.save"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 # Of the zip format, which .pt files are of.
@@ -207,7 +208,7 @@ def read_layout(file: BinaryIO, path: Path) -> Layout | None:
         reason = str(error) or type(error).__name__
         raise DataError(f"{path} cannot be read as a {path.suffix} file: {reason}") from error
     except _NoTensorError as error:
-        raise DataError(f"{path} holds a {error}, expected one tensor") from None
+        raise DataError(f"{path} holds a {error}, expected one tensor: {ONE_TENSOR}") from None
     if layout is not None and layout.row_major and layout.offset + layout.n_bytes > size:
         raise DataError(
             f"{path} has {size} bytes, expected {layout.offset + layout.n_bytes} for shape "
@@ -364,7 +365,9 @@ class _TensorUnpickler(pickle.Unpickler):
                 return name
             case "collections", "OrderedDict":
                 return OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        if module.partition(".")[0] in ("torch", "collections"):
+            raise pickle.UnpicklingError(f"{module}.{name}")  # a tensor of some kind, maybe
+        raise _NoTensorError("numpy array" if module.startswith("numpy") else f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         return pid

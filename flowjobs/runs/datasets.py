@@ -45,7 +45,9 @@ def check_dataset(dataset: str, study: Path, option: str = "--dataset") -> None:
         path = Path(dataset)
         if not path.is_file():
             beside = {file.name for file in path.parent.glob("*.*") if is_data_file(file.name)}
-            raise DataError(f"{option}: no file {dataset}{did_you_mean(path.name, beside)}")
+            raise DataError(
+                f"{option}: {_what_is_no_file(path)}{did_you_mean(path.name, beside - {path.name})}"
+            )
         return
     train_file, val_file = split_files(study, dataset)
     if dataset in EMBEDDED and not train_file.exists():
@@ -59,6 +61,14 @@ def check_dataset(dataset: str, study: Path, option: str = "--dataset") -> None:
             f"{option} {dataset}: no {' and no '.join(missing)}; "
             f"{meant(dataset, there, 'datasets')}, or give the path of a .pt or .npy file"
         )
+
+
+def _what_is_no_file(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a folder, expected a file"
+    if path.is_symlink():
+        return f"{path} is a link to {path.readlink()}, which is not there"
+    return f"no file {path}"
 
 
 def dataset_files(dataset: str, study: Path) -> dict[str, Path]:
@@ -100,8 +110,11 @@ def check_data(dataset: str, study: Path, option: str = "--dataset") -> None:
 
 def check_rows(dataset: str, n: int) -> None:
     """Raise a DataError unless a file has rows for a training and a validation part."""
-    if n < 2:
-        raise DataError(f"{dataset} has one row, expected at least 2: some are for validation")
+    if n < 3:
+        raise DataError(
+            f"{dataset} has {n} row{'s' * (n > 1)}, expected at least 3: one is for validation, "
+            "and a single one has nothing to learn from"
+        )
 
 
 def check_shapes(

@@ -51,7 +51,7 @@ class EMAModel:
         # One fused kernel over all weights; a loop over them takes several times longer.
         torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
         if self._copied:
-            torch._foreach_copy_(_at(self._copied), _at(self._buffers))
+            self._copy_buffers()
         if self._unaveraged:
             torch._foreach_copy_(self._unaveraged, self._unaveraged_weights)
 
@@ -61,6 +61,13 @@ class EMAModel:
         self._weights, self._unaveraged_weights = _parameters(model)
         # Their places, since a model may put a new tensor there (`self.mean = 0.9 * self.mean`).
         self._buffers = _buffer_places(model)
+
+    def _copy_buffers(self) -> None:
+        copies, buffers = _at(self._copied), _at(self._buffers)
+        for (there, name), copied, buffer in zip(self._copied, copies, buffers, strict=True):
+            if copied.shape != buffer.shape:  # what is kept of a batch, and both models see others
+                there[name] = torch.empty_like(buffer)
+        torch._foreach_copy_(_at(self._copied), buffers)
 
     def load_shadow(self, shadow: dict[str, Tensor], updates: int) -> None:
         """Restore what `shadow` and `updates` were."""

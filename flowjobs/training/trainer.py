@@ -38,7 +38,13 @@ from flowjobs.flows.flow import flow_of
 from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
 from flowjobs.models.build import is_built_in
 from flowjobs.models.flops import flops_of_batch, flops_per_sample, parameters_in
-from flowjobs.models.velocity import Velocity, check_weights, checked_velocity, input_dtype
+from flowjobs.models.velocity import (
+    Velocity,
+    check_gradient,
+    check_weights,
+    checked_velocity,
+    input_dtype,
+)
 from flowjobs.runs.recorder import Recorder, Tracker, recording, untracked
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
@@ -333,6 +339,7 @@ class FlowTrainer:
 
         with self._arithmetic():
             velocity = self._velocity(x_t, t)
+        check_gradient(velocity, config.arch_label)
         loss = functional.mse_loss(velocity, dx_t)
         for parameter in self._parameters:
             parameter.grad = None  # what zero_grad does, without its profiling hooks

@@ -63,10 +63,12 @@ class Validation:
         for index in range(self._ranks.rank, len(self._slices), self._ranks.world_size):
             generator = generator_for(device, "validation", index)
             x_0, x_1 = self._pair(index, generator)
-            t = torch.rand(len(x_1), generator=generator, device=device)
+            t = torch.rand(len(x_1), generator=generator, device=device, dtype=torch.float32)
             noise = None
             if self._flow.takes_noise and self._sigma > 0:
-                noise = torch.randn(x_1.shape, generator=generator, device=device)
+                noise = torch.randn(
+                    x_1.shape, generator=generator, device=device, dtype=torch.float32
+                )
             x_t, dx_t = sample_path(self._flow, (x_0, x_1), t, self._sigma, noise)
             total += (velocity(x_t, t) - dx_t).square().sum(dtype=torch.float64)
         numbers = len(self._dataset) * self._dataset.dim

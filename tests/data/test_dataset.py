@@ -118,6 +118,9 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"data": torch.zeros(2, 2)}, tmp_path / "dict.pt")
     with pytest.raises(DataError, match="holds a dict, expected one tensor"):
         FlowDataset(tmp_path / "dict.pt")
+    torch.save(torch.utils.data.TensorDataset(torch.zeros(2, 2)), tmp_path / "set.pt")
+    with pytest.raises(DataError, match=r"holds more than one tensor.*save that alone"):
+        FlowDataset(tmp_path / "set.pt")
 
 
 def test_two_widths_are_refused(study: Path) -> None:

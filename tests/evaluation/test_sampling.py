@@ -111,6 +111,18 @@ def test_a_sample_is_the_same_alone_and_among_others(method: Method) -> None:
     assert len(torch.unique(many.x_0, dim=0)) == CHUNK + 50
 
 
+def test_a_model_may_change_what_it_is_given() -> None:
+    class InPlace(Net):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            x, t = x.mul_(2), t.mul_(1000)
+            return super().forward(x / 2, t / 1000)
+
+    for solver in (Solver("rk4", 3), Solver("dopri5", tolerance=1e-2)):
+        found, expected = (sample(m, 7, STATS, CPU, solver=solver) for m in (InPlace(), Net()))
+        assert torch.allclose(found.x_1, expected.x_1, atol=1e-5)
+        assert torch.equal(found.x_0, expected.x_0)
+
+
 class Explodes(nn.Module):
     """A velocity that no step size follows to t = 1."""
 

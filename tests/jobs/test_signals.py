@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowjobs.jobs.signals import StopSignals
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
@@ -79,6 +80,14 @@ def test_a_signal_to_all_processes_loses_no_step(
     status = run.status()
     assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [0, saved]
+
+
+def test_handlers_that_a_persons_module_sets_lose_no_signal() -> None:
+    with StopSignals() as signals:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as the model is imported
+        assert signals.reason() is None  # after the first step
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.reason() == "told to leave (SIGTERM)"
 
 
 def test_a_signal_in_any_phase_loses_no_step_and_never_kills(study: Path) -> None:

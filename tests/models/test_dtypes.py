@@ -51,9 +51,10 @@ def constant(name: str, tensor: Tensor) -> Any:
     return lambda model: model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
-def train(model: nn.Module) -> float:
+def train(model: nn.Module, name: str | None = None) -> float:
     data = torch.randn(100, 3, generator=torch.Generator().manual_seed(1)) * 3 + 1
-    return FlowTrainer(model, CONFIG, *split(FlowDataset(data)), CPU).train()["best_val_loss"]
+    trainer = FlowTrainer(model, CONFIG, *split(FlowDataset(data)), CPU, name=name)
+    return trainer.train()["best_val_loss"]
 
 
 TRAINED = {
@@ -99,6 +100,14 @@ REFUSED = {
         lambda model: setattr(model, "second", nn.LazyLinear(3)),
         "second.weight has no shape before the first call",
     ),
+    "values that share their memory": (
+        constant("scale", torch.ones(1).expand(3)),
+        r"several values of scale share their memory \(expand\)",
+    ),
+    "sparse gradients": (
+        lambda model: setattr(model, "table", nn.Embedding(9, 3, sparse=True)),
+        "table has sparse gradients.*without sparse=True",
+    ),
     "what cannot be copied": (
         lambda model: setattr(model, "lock", threading.Lock()),
         r"--arch Net: the model cannot be copied.*cannot pickle '_thread.lock'",
@@ -128,6 +137,54 @@ def test_what_is_no_velocity_ends_the_first_step(study: Path, returned: Any, fou
     expected = rf"forward returns {found}, expected a velocity of shape \(16, 3\)"
     with pytest.raises(ConfigError, match=expected):
         train(model)
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (lambda model, x: model.first(x).detach()[:, :3], "depends on no parameter"),
+        (lambda model, x: -x, "parameters that forward does not use"),
+        (
+            lambda model, x: (torch.set_grad_enabled(False), model.first(x)[:, :3])[1],
+            "gradients are switched off",
+        ),
+    ],
+)
+def test_a_velocity_that_cannot_be_trained_is_refused(study: Path, forward: Any, said: str) -> None:
+    model = net()
+    model.forward = lambda x, t: forward(model, x)  # type: ignore[method-assign]
+    try:
+        with pytest.raises(ConfigError, match=f"a velocity that cannot be trained.*{said}"):
+            train(model)
+    finally:
+        torch.set_grad_enabled(True)
+
+
+class KeepsABatch(Net):
+    """Keeps a tensor of the batch's size, which differs between training and validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(1, 3), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.cache = torch.zeros_like(x)
+        return super().forward(x + self.cache, t)
+
+
+def test_a_buffer_of_the_batchs_size_is_no_harm(study: Path) -> None:
+    torch.manual_seed(0)
+    assert train(KeepsABatch(), "keeps") == train(net(), "none")
+
+
+def test_another_default_type_trains_as_well(study: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = net()
+        assert train(model) < 2
+        assert model.first.weight.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class FromFirstBatch(Net):
