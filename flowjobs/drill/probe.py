@@ -62,7 +62,7 @@ class NodeProbe:
         folder = Path(self.folder)
         sees = _is_locked(_our_lock(folder))
         commands, why = slurm.controller_answers()
-        answer = NodeAnswer(socket.gethostname(), commands, why, sees)
+        answer = NodeAnswer(socket.gethostname(), bool(commands), why, sees)
         lock = _hold(_node_lock(folder))
         write_json(_answer_file(folder), asdict(answer))
         end = time.monotonic() + LOOK_S

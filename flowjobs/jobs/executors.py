@@ -48,7 +48,8 @@ def choose_cluster(asked: Literal["auto", "slurm", "local", "debug"]) -> tuple[C
     """The cluster to submit to, and why.
 
     Raises:
-        SubmissionError: Slurm was asked for and does not answer.
+        SubmissionError: Slurm was asked for and does not answer; or there is a cluster, whose
+            controller is away: a run that is meant for it is not trained on its login node.
     """
     if asked in ("local", "debug"):
         return asked, f"--cluster {asked}"
@@ -56,6 +57,11 @@ def choose_cluster(asked: Literal["auto", "slurm", "local", "debug"]) -> tuple[C
     if asked == "slurm" and not answers:
         raise SubmissionError(
             f"--cluster slurm: {why}; submit from a login node, or use --cluster local"
+        )
+    if answers is None:
+        raise SubmissionError(
+            f"{why}; nothing was submitted: try again when it is back, or train on this machine "
+            "with --cluster local"
         )
     return ("slurm", why) if answers else ("local", why)
 

@@ -27,14 +27,18 @@ def is_here() -> bool:
     return shutil.which("scontrol") is not None
 
 
-def controller_answers() -> tuple[bool, str]:
-    """Whether jobs can be submitted to Slurm from here, and why not."""
+def controller_answers() -> tuple[bool | None, str]:
+    """Whether jobs can be submitted to Slurm from here, and why not; None: not now, for there is
+    a cluster, but its controller is away."""
     if shutil.which("sbatch") is None:
         return False, "sbatch is not on PATH"
     answer = run("scontrol", "ping")
-    if answer.returncode != 0 or "UP" not in answer.stdout:
-        return False, f"sbatch is there, but no controller answers: {first_line(answer)}"
-    return True, "sbatch is there and the controller answers"
+    if answer.returncode == 0 and "is UP" in answer.stdout:
+        return True, "sbatch is there and the controller answers"
+    # Without a cluster's settings scontrol finds nothing to ask.
+    away = "is DOWN" in answer.stdout or "timed out" in answer.stderr
+    why = f"sbatch is there, but no controller answers: {first_line(answer)}"
+    return None if away else False, why
 
 
 def cells_of(printed: str, count: int) -> list[list[str]]:

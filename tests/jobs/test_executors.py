@@ -77,6 +77,29 @@ def test_without_sbatch_auto_is_this_machine(monkeypatch: pytest.MonkeyPatch) ->
         executors.choose_cluster("slurm")
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Slurmctld(primary) at a is DOWN; Slurmctld(backup) at b is UP", "slurm"),
+        ("GROUP: Slurmctld(primary) at a is DOWN", "--cluster local"),
+        ("fatal: Could not establish a configuration source", "local"),
+    ],
+)
+def test_a_run_for_a_cluster_is_not_trained_here_while_the_controller_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, expected: str
+) -> None:
+    for command in ("sbatch", "scontrol"):
+        code = 0 if "is UP" in said else 1
+        (tmp_path / command).write_text(f"#!/bin/sh\necho '{said}'; exit {code}\n")
+        (tmp_path / command).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    if expected in ("slurm", "local"):
+        assert executors.choose_cluster("auto")[0] == expected
+    else:
+        with pytest.raises(SubmissionError, match=expected):
+            executors.choose_cluster("auto")
+
+
 def test_this_machine_has_one_node_and_so_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert executors.check_local(SlurmConfig(gpus_per_node=2)) == ["2", "3"]
