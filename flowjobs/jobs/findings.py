@@ -101,8 +101,11 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
     for run in runs:
         try:
             status, entries = run.status() or RunStatus(), run.submissions()
-            if _awaits_an_end(run, status, entries):
-                job = _newest_job(status, entries)
+            if (attempt := status.open_attempt) and run.is_anothers(attempt) and not entries:
+                why = f"{attempt.job.words} trains the run that {run.name} is a copy of"
+                found[run] = Unclear(f"{why}: submit it to have it trained here as well")
+            elif _awaits_an_end(run, status, entries):
+                job = _newest_job(run, status, entries)
                 suspects[run] = status, job
                 if job.cluster == "slurm":
                     jobs[run] = identity_among(entries, job.job_id, job.log)
@@ -163,9 +166,9 @@ def _awaits_an_end(run: Run, status: RunStatus, entries: Sequence[Entry]) -> boo
     return ended is None or entries[-1]["submitted"] >= ended
 
 
-def _newest_job(status: RunStatus, entries: Sequence[Entry]) -> JobInfo:
-    if status.open_attempt:
-        return status.open_attempt.job
+def _newest_job(run: Run, status: RunStatus, entries: Sequence[Entry]) -> JobInfo:
+    if (attempt := status.open_attempt) and not (entries and run.is_anothers(attempt)):
+        return attempt.job
     entry = entries[-1]
     host = entry.get("host", "its node")
     return JobInfo(entry["cluster"], entry["job_id"], entry["log"], host, pid=0)

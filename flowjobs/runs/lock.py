@@ -9,6 +9,7 @@ any more has lost the run and must write nothing.
 
 import json
 import logging
+import os
 import socket
 import time
 import uuid
@@ -127,6 +128,11 @@ class RunLock:
     def check_held(self) -> None:
         """Raise a RunTakenOverError if another attempt has taken the run over."""
         if not self.is_held():
+            if not self._folder.exists():
+                raise RunTakenOverError(
+                    f"{self._folder} is gone, moved or deleted; this attempt writes nothing more: "
+                    "submit the run again from where it is now"
+                )
             raise RunTakenOverError(
                 f"the run in {self._folder} was taken over by "
                 f"{_describe(_read_holder(self._folder))}; this attempt writes nothing more"
@@ -147,9 +153,9 @@ class RunLock:
                 # Held by a process that does not count any more. A new file is a new lock.
                 file.unlink()
                 lock = try_lock(file)
-            holder = {**asdict(self._job), "token": self._token}
+            own = {"token": self._token, "folder": os.path.realpath(self._folder)}
             # Last: a kill before this leaves a lock that names nobody and ends with its process.
-            write_json(_holder_file(self._folder), holder)
+            write_json(_holder_file(self._folder), {**asdict(self._job), **own})
             self._lock = lock
         return "gone"
 
@@ -204,7 +210,17 @@ def _read_holder(folder: Path) -> dict[str, Any] | None:
         found = json.loads(_holder_file(folder).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    # A copy of a run that is trained: its holder holds the original.
+    return None if _is_elsewhere(str(found.get("folder", folder)), folder) else found
+
+
+def _is_elsewhere(recorded: str, folder: Path) -> bool:
+    try:
+        return not os.path.samefile(recorded, folder)
+    except OSError:
+        return False  # it was moved
 
 
 def _describe(holder: dict[str, Any] | None) -> str:

@@ -37,8 +37,8 @@ from flowjobs.runs.extending import explain_extension
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import write_json
 from flowjobs.runs.metrics import latest_values
-from flowjobs.runs.run_id import give_identity, read_identity, settled_identity
-from flowjobs.runs.status import RunStatus, now, read_status
+from flowjobs.runs.run_id import give_identity, own_since, read_identity, settled_identity
+from flowjobs.runs.status import AttemptRecord, RunStatus, now, read_status
 from flowjobs.runs.submittable import Submittable
 
 CONFIG_WAIT_S = 60.0
@@ -173,6 +173,17 @@ class Run(Submittable):
         ended = [attempt for attempt in attempts if attempt.ended is not None]
         return sum(attempt.job.job_id == job_id for attempt in ended)
 
+    def submissions(self) -> list[dict[str, Any]]:
+        """See `Submittable`; a copy leaves out the original's jobs, which are not its to cancel."""
+        entries = super().submissions()
+        if entries and (since := own_since(self.folder)):
+            return [entry for entry in entries if entry["submitted"] >= since]
+        return entries
+
+    def is_anothers(self, attempt: AttemptRecord) -> bool:
+        """Whether an attempt is that of the run that this one is a copy of."""
+        return attempt.started < (own_since(self.folder) or "")
+
     def tracking_id(self) -> str:
         """The id of the run in W&B, the same for all its attempts. Writes nothing.
 
@@ -200,7 +211,8 @@ class Run(Submittable):
     def renew_tracking_id(self) -> None:
         """Be another run in W&B from now on."""
         with self._config_lock():
-            give_identity(self.folder)
+            identity = read_identity(self.folder)
+            give_identity(self.folder, copied=identity.copied if identity else "")
 
     def status(self) -> RunStatus | None:
         """The status on disk, or None before the first attempt."""
@@ -309,7 +321,7 @@ class Run(Submittable):
         # Ranks and sweeps create the same run at once.
         with self._config_lock():
             merged, note = self.merge(config, in_use=in_use)
-            if not read_identity(self.folder):
+            if not settled_identity(self.folder):
                 give_identity(self.folder, self._earlier_id(), flush=flush)
             content = config_to_dict(merged)
             about = {"name": self.name, "signature": signature_of(content["training"])}

@@ -19,6 +19,9 @@ from flowjobs.runs.status import now
 
 logger = logging.getLogger(__name__)
 
+# Later than any time in ISO 8601.
+AFTER_ALL = "9999"
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -28,11 +31,14 @@ class Identity:
         id: Its id, in W&B too.
         born: When it got it: UTC, in ISO 8601.
         folder: Where its folder is, links resolved.
+        copied: If it is a copy, since when it is a run of its own: what its folder has of jobs
+            before that are the original's.
     """
 
     id: str
     born: str
     folder: str
+    copied: str = ""
 
 
 def read_identity(folder: Path) -> Identity | None:
@@ -45,7 +51,8 @@ def read_identity(folder: Path) -> Identity | None:
     file = _file(folder)
     try:
         found = json.loads(file.read_text())
-        return Identity(str(found["id"]), str(found["born"]), str(found["folder"]))
+        run_id, born, at = (str(found[name]) for name in ("id", "born", "folder"))
+        return Identity(run_id, born, at, str(found.get("copied", "")))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -54,9 +61,12 @@ def read_identity(folder: Path) -> Identity | None:
         ) from error
 
 
-def give_identity(folder: Path, run_id: str | None = None, *, flush: bool = True) -> Identity:
+def give_identity(
+    folder: Path, run_id: str | None = None, *, copied: str = "", flush: bool = True
+) -> Identity:
     """Give the run in `folder` an id: `run_id`, or a new one."""
-    identity = Identity(run_id or secrets.token_hex(6), now(), os.path.realpath(folder))
+    new = run_id or secrets.token_hex(6)
+    identity = Identity(new, now(), os.path.realpath(folder), copied)
     write_json(_file(folder), asdict(identity), flush=flush)
     return identity
 
@@ -71,18 +81,40 @@ def settled_identity(folder: Path) -> Identity | None:
     if found is None or _is_at(found.folder, folder):
         return found
     try:
-        there = read_identity(Path(found.folder))
+        copy = _is_copy(found)
     except (ConfigError, OSError) as error:
         # Not known whether it is a copy: an id is kept rather than replaced.
         logger.warning("is %s a copy of %s? It keeps its id (%s)", folder, found.folder, error)
         return found
-    if there is None or there.id != found.id:
-        return give_identity(folder, found.id)  # it was moved here
-    new = give_identity(folder)
+    if not copy:
+        return give_identity(folder, found.id, copied=found.copied)  # it was moved here
+    new = give_identity(folder, copied=now())
     logger.warning(
         "%s is a copy of %s: W&B gets it as a run of its own, %s", folder, found.folder, new.id
     )
     return new
+
+
+def own_since(folder: Path) -> str | None:
+    """Since when what the folder has of jobs are its own; None: always have been. Writes nothing.
+
+    Of a copy that has no id of its own yet none are, and the answer is after all times.
+    """
+    try:
+        found = read_identity(folder)
+        if found is None:
+            return None
+        if not _is_at(found.folder, folder) and _is_copy(found):
+            return AFTER_ALL
+    except (ConfigError, OSError):
+        return None  # not known to be a copy
+    return found.copied or None
+
+
+def _is_copy(found: Identity) -> bool:
+    """Whether a run that was found elsewhere than it says still is where it says, too."""
+    there = read_identity(Path(found.folder))
+    return there is not None and there.id == found.id
 
 
 def _is_at(recorded: str, folder: Path) -> bool:

@@ -152,6 +152,24 @@ def test_a_strangers_job_is_not_cancelled(
         assert "cancelled job" not in done.stdout
 
 
+def test_the_job_of_an_original_is_not_that_of_its_copy(
+    slurm: SlurmCluster, submitted: Submit, flowjobs: Command, study: Path
+) -> None:
+    job = job_of(submitted())
+    copy = Run(study.with_name("copy"), "a")
+    shutil.copytree(study, copy.study)
+    there = ("--study", str(copy.study))
+    assert "no job of it waits or runs" in flowjobs("cancel", "a", *there).stdout
+    assert queue(slurm) == [job]
+    assert flowjobs("submit", *HELD, "--name", "a", *there).returncode == 0
+    own = job_of(copy)
+    assert sorted(queue(slurm)) == sorted([job, own])
+    assert f"cancelled job {own}" in flowjobs("cancel", "a", *there).stdout
+    # One that was moved keeps its own.
+    moved = Run(study.rename(study.with_name("moved")), "a")
+    assert f"cancelled job {job}" in flowjobs("cancel", "a", "--study", str(moved.study)).stdout
+
+
 def test_what_accounting_has_of_an_older_job_of_the_id_is_not_believed(
     slurm: SlurmCluster, submitted: Submit, flowjobs: Command, site: Site
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,22 @@ def test_who_lost_the_run_finds_out_and_frees_nothing(tmp_path: Path) -> None:
             pass
     with RunLock(tmp_path, JOB):
         pass
+
+
+def test_who_holds_a_run_does_not_hold_its_copy_and_a_run_that_is_gone_is_said_to_be(
+    tmp_path: Path,
+) -> None:
+    there, copy = tmp_path / "there", tmp_path / "copy"
+    there.mkdir()
+    with RunLock(there, JOB) as lock:
+        shutil.copytree(there, copy)
+        assert lock_holder(there) is not None
+        assert lock_holder(copy) is None
+        with RunLock(copy, JOB, judge_that_says("alive")):
+            pass
+        there.rename(tmp_path / "moved")
+        with pytest.raises(RunTakenOverError, match="is gone, moved or deleted"):
+            lock.check_held()
 
 
 def test_a_holder_whose_lock_is_not_seen_from_here_is_believed_to_live(tmp_path: Path) -> None:
