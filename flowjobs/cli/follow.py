@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from flowjobs.cli.evaluation_table import in_a_line
 from flowjobs.cli.hint import hint
-from flowjobs.errors import SubmissionError
+from flowjobs.errors import ConfigError, SubmissionError
+from flowjobs.runs.metrics import Row
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_FAILED, RunStatus
@@ -87,7 +88,7 @@ def _watch(
                 with contextlib.suppress(SubmissionError):  # Slurm does not answer: no news
                     gone_at = None if alive() else asked_at
                 why = waits()
-            status, latest = current_progress(run)
+            status, latest = _progress(run)
             begun = len(status.attempts) > attempts_before
             if begun:
                 line.show(status, latest)
@@ -98,6 +99,13 @@ def _watch(
             if gone_at is not None and time.monotonic() - gone_at > LAST_WORDS_S:
                 return None
             time.sleep(POLL_S)
+
+
+def _progress(run: Run) -> tuple[RunStatus, Row]:
+    try:
+        return current_progress(run)
+    except ConfigError:  # damaged before the job: its attempt writes it anew
+        return RunStatus(), {}
 
 
 def _ended(status: RunStatus, *, waits_for_requeue: bool) -> bool:

@@ -115,6 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def exit_with(command: Callable[[], int]) -> NoReturn:
     """Exit with a command's exit code, or with that of the error that it raises, in words."""
+    # Python has none where it was started with one closed (>&-, some daemons).
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, until the process ends
     for stream in (sys.stdout, sys.stderr):
         # Where the locale is C, or a file's name is no text, a print must not fail.
         if isinstance(stream, io.TextIOWrapper):

@@ -368,7 +368,7 @@ class _Reader:
             if not isinstance(listed, list) or not listed:
                 raise self._error(
                     f"[{where}] {name}",
-                    f"{values!r}, expected a list (one value for all: [base])",
+                    f"{values!r}, expected a list of one or more (one value for all: [base])",
                 )
             found[name] = [self._typed(where, name, value) for value in listed]
         return found

@@ -32,10 +32,14 @@ def load_trained(
     """
     config = run.config().training
     if not run.best.exists():
-        raise CheckpointGoneError(
-            f"{run.name} has no {run.best}: it is written after the first epoch, with the next "
-            f"save; the run has trained {run.steps_trained()} steps"
+        status = run.status()
+        why = (
+            "the run is finished, so that it was moved or deleted; restore it"
+            if status is not None and status.state == "finished"
+            else "it is written after the first epoch, with the next save; the run has trained "
+            f"{run.steps_trained()} steps"
         )
+        raise CheckpointGoneError(f"{run.name} has no {run.best}: {why}")
     device = _device(device)
     best = read_checkpoint(run.best, device)
     stats = best["normalization_stats"]

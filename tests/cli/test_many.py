@@ -41,6 +41,14 @@ def failed(study: Path, name: str, kind: str, reason: str = "", **options: objec
     return ended(study, name, Outcome("failed", 1, reason or kind, kind=kind), slurm)
 
 
+def test_a_command_whose_output_is_closed_does_its_work(study: Path) -> None:
+    ended(study, "a", Outcome("finished", 0))
+    closed = 'exec "$0" -m flowjobs "$@" >&- 2>&-'
+    for command in ("status", "show", "cancel"):
+        done = subprocess.run(["sh", "-c", closed, sys.executable, command, "a"], check=False)
+        assert done.returncode == 0
+
+
 def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjobs: Command) -> None:
     failed(study, "a-killed", "killed")
     failed(study, "b-memory", "out of memory", mem_gb=24.0)

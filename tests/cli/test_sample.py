@@ -61,7 +61,7 @@ def test_samples_are_written_and_the_same_from_python(flowjobs: Command, study: 
     run.best.rename(run.best.with_name("elsewhere.pt"))
     gone = flowjobs("sample", "a", "--out", "x.npy")
     assert (gone.returncode, "Traceback" in gone.stderr) == (2, False)
-    assert f"a has no {run.best}: it is written after the first epoch" in gone.stderr
+    assert f"a has no {run.best}: the run is finished, so that it was moved" in gone.stderr
     assert np.array_equal(np.load("x.npy"), drawn)
 
 

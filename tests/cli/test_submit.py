@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flowjobs.cli.follow import follow
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import Outcome
 from flowjobs.tracking.identity import config_for_wandb
 from flowjobs.training.checkpoint import read_checkpoint
+from tests.cli.test_many import ended
 from tests.conftest import Command
 
 QUICK = ("--cluster", "local", "--wandb-mode", "disabled", "--arch-args", "width=32", "depth=1")
@@ -92,6 +95,20 @@ def test_a_larger_number_of_epochs_goes_on(flowjobs: Command, study: Path) -> No
     assert read_checkpoint(run.last)["extensions"] == status.extensions
     assert config_for_wandb(run)["extensions"] == status.extensions
     assert "Resumed from epoch 1, step 23" in flowjobs("logs", run.name).stdout
+
+
+def test_a_status_that_is_damaged_does_not_end_the_watching(study: Path) -> None:
+    run = ended(study, "run", Outcome("cancelled", 130, "cancelled"))
+    sound = run.status_file.read_bytes()
+    run.status_file.write_text("{")
+    asked = iter([True, True])
+
+    def alive() -> bool:
+        if not next(asked, False):
+            run.status_file.write_bytes(sound)  # the job's attempt has begun
+        return True
+
+    assert follow(run, 0, alive, requeues=False) == 130
 
 
 def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> None:

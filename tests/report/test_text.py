@@ -90,10 +90,11 @@ def test_what_cannot_be_read_is_said_and_the_rest_reported(
     flowjobs: Command, ablation: Path
 ) -> None:
     run = next(ablation.glob("runs/*lr0.001-seed0"))
-    (run / "evaluation.json").write_text("{")
-    done = flowjobs("report", "--csv")
-    assert (done.returncode, f"error: {run.name}: " in done.stderr) == (2, True)
-    assert len(done.stdout.splitlines()) == 4
+    for damage in (lambda file: file.write_text("{"), lambda file: (file.unlink(), file.mkdir())):
+        damage(run / "evaluation.json")
+        done = flowjobs("report", "--csv")
+        assert (done.returncode, f"error: {run.name}: " in done.stderr) == (2, True)
+        assert len(done.stdout.splitlines()) == 4
 
 
 @pytest.mark.parametrize(
