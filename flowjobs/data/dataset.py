@@ -59,8 +59,11 @@ class FlowDataset(Dataset[Tensor]):
     def __init__(self, source: str | Path | Tensor | np.ndarray[Any, Any]) -> None:
         if isinstance(source, np.ndarray):
             # A copy where torch could not use the memory, or would warn that it is read-only.
-            source = torch.from_numpy(np.require(source, requirements=["C", "W"]))
+            native = source.astype(source.dtype.newbyteorder("="), copy=False)
+            source = torch.from_numpy(np.require(native, requirements=["C", "W"]))
         self.name = "tensor" if isinstance(source, Tensor) else str(source)
+        if isinstance(source, Tensor) and source.requires_grad:
+            source = source.detach()  # each step's loss would reach back into its graph
         self._source = source if isinstance(source, Tensor) else _load(Path(source))
         if isinstance(self._source, Tensor):
             check_shape(tuple(self._source.shape), _word(self._source.dtype), self.name)

@@ -70,6 +70,14 @@ def test_a_file_of_ones_own(tmp_path: Path, study: Path, suffix: str) -> None:
     assert torch.equal(val.data, data[order[:6]])
 
 
+def test_an_array_or_a_tensor_of_any_origin() -> None:
+    data = torch.randn(40, 3)
+    for source in (data.numpy().astype(">f4"), data.clone().requires_grad_() * 1):
+        dataset = FlowDataset(source)
+        assert torch.equal(dataset.data, data)
+        assert not dataset.data.requires_grad
+
+
 def test_stats_normalize_the_training_part(study: Path) -> None:
     train, _ = load_datasets("digits", study)
     stats = normalization_stats(train)
