@@ -16,7 +16,7 @@ from flowjobs.config import (
 from flowjobs.errors import FlowjobsError
 from flowjobs.runs.code import code_of
 from flowjobs.runs.run import Run
-from flowjobs.tracking.identity import surroundings_of
+from flowjobs.runs.surroundings import surroundings_of
 
 # What the command says of a run's config: where it ran is not of the result.
 PARTS: dict[str, Any] = {

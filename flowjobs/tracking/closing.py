@@ -2,18 +2,20 @@
 
 import dataclasses
 import logging
+import subprocess
 
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, RunStatus
 from flowjobs.tracking.mode import resolve_mode
 from flowjobs.tracking.outcome import (
+    Mode,
     Session,
     current_refusal,
     new_session,
     read_session,
     write_session,
 )
-from flowjobs.tracking.process import start_mirror, upload_limit_s, wait_for_mirror
+from flowjobs.tracking.process import start_mirror, upload_limit_s
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +45,8 @@ def close_session(run: Run, outcome: Outcome, *, wait: bool = True) -> bool:
     try:
         write_session(run, session)
         mirror = start_mirror(run, session, "closes")
-        closed = not wait or wait_for_mirror(mirror, upload_limit_s(run))
-        newest = read_session(run)
-        if not closed and newest and newest.token == session.token:  # else somebody else tells
-            warn_untold(run, outcome)
+        if wait:
+            wait_for_mirror(run, session, mirror, upload_limit_s(run))
     except OSError as error:
         logger.warning("W&B could not be told that %s is %s: %s", run.name, outcome.state, error)
     return True
@@ -58,31 +58,42 @@ def pending_outcome(run: Run) -> Outcome | None:
     None where W&B refuses the run: `sync`, which its user asks for, tries again. The session says
     it; where its process was killed before it could, `status.json` does.
     """
-    session = read_session(run)
     if current_refusal(run):
         return None
+    session, status = read_session(run), run.status()
     if session and session.outcome and not session.closed:
         return session.outcome
-    status = run.status()
-    mode, _ = resolve_mode(run.config().tracking)
-    if status is None or mode == "disabled" or _has_trained_untracked(run, session):
+    if status is None or not _mode_of(run, session):
         return None
     if session and session.closed and session.attempt >= len(status.attempts):
         return None
     return status.outcome
 
 
-def warn_untold(run: Run, outcome: Outcome) -> None:
-    """Warn that W&B does not know how a run ended."""
+def wait_for_mirror(
+    run: Run, session: Session, mirror: subprocess.Popen[bytes], timeout_s: float
+) -> None:
+    """Wait until W&B knows how a session ended; end the mirror, and warn, if that takes longer."""
+    assert session.outcome is not None, "there is something to tell"
+    try:
+        code = mirror.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        mirror.kill()  # wandb's own process sees that and goes too
+        code = mirror.wait()
+    if mirror.stdin is not None:
+        mirror.stdin.close()
+    newest = read_session(run)
+    if code == 0 or newest is None or newest.token != session.token:
+        return  # told, or a later session tells
     refusal = current_refusal(run)
     what_to_do = refusal.text if refusal else f"`flowjobs sync {run.name}` tries again"
-    logger.warning("W&B does not know that %s is %s: %s", run.name, outcome.state, what_to_do)
+    state = session.outcome.state
+    logger.warning("W&B does not know that %s is %s: %s", run.name, state, what_to_do)
 
 
 def _session_to_close(run: Run, outcome: Outcome) -> Session | None:
     found = read_session(run)
-    mode, _ = resolve_mode(run.config().tracking)
-    if mode == "disabled" or _has_trained_untracked(run, found):
+    if not (mode := _mode_of(run, found)):
         return None
     newest = new_session(run, mode)
     if found is None or found.attempt < newest.attempt:
@@ -97,7 +108,10 @@ def _session_to_close(run: Run, outcome: Outcome) -> Session | None:
     return dataclasses.replace(found, token=newest.token, outcome=outcome, closed=False)
 
 
-def _has_trained_untracked(run: Run, session: Session | None) -> bool:
-    """Whether WANDB_MODE kept W&B out where the run trained: a session is noted before it does."""
+def _mode_of(run: Run, session: Session | None) -> Mode | None:
+    """Where to W&B is told of the run; None if it is not."""
+    mode, _ = resolve_mode(run.config().tracking)
     status = run.status() or RunStatus()
-    return session is None and any(a.first_step is not None for a in status.attempts)
+    # A session is noted before a run trains: without one, WANDB_MODE kept W&B out there.
+    untracked = session is None and any(a.first_step is not None for a in status.attempts)
+    return None if mode == "disabled" or untracked else mode

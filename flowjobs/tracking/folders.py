@@ -9,6 +9,7 @@ by a kill, online, of the run that this one was copied from) is left out, and it
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flowjobs.runs.files import write_json
 from flowjobs.runs.run import Run
@@ -22,11 +23,13 @@ class OnRecord:
         run_id: The run's id in W&B.
         step: The last step of it all; -1 without rows.
         folders: Names of the folders that hold it, as far as no server does.
+        told: What the last sync told the server, to see that there is nothing new.
     """
 
     run_id: str
     step: int = -1
     folders: tuple[str, ...] = ()
+    told: dict[str, Any] | None = None
 
     def with_session(self, folder: Path, step: int) -> "OnRecord":
         """The same and another closed session."""
@@ -37,7 +40,9 @@ def read_on_record(run: Run, run_id: str) -> OnRecord:
     """What is on record of a run under an id; nothing if that is not noted."""
     try:
         found = json.loads(_file(run).read_text())
-        noted = OnRecord(str(found["run_id"]), int(found["step"]), tuple(found["folders"]))
+        noted = OnRecord(
+            str(found["run_id"]), int(found["step"]), tuple(found["folders"]), found.get("told")
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return OnRecord(run_id)
     return noted if noted.run_id == run_id else OnRecord(run_id)

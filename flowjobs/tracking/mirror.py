@@ -1,8 +1,6 @@
 """The process that mirrors a run to W&B: logs those rows of `metrics.jsonl` that W&B lacks.
 
-`python -m flowjobs.tracking.mirror FOLDER TOKEN PARENT trains|closes|syncs`: started by the process
-that trains the run, by one that tells how it ended, or by `flowjobs sync`, which brings the server
-up to date with a run that nobody trains.
+`python -m flowjobs.tracking.mirror FOLDER TOKEN PARENT ROLE`, as `tracking.process` starts it.
 
 A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
 server, hangs, dies, prints) reaches the training, and so that what was logged gets on record when
@@ -32,8 +30,8 @@ from flowjobs.runs.files import append_line
 from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_PREEMPTED, Outcome, RunStatus
+from flowjobs.runs.surroundings import note_surroundings
 from flowjobs.tracking.folders import session_files
-from flowjobs.tracking.identity import note_surroundings
 from flowjobs.tracking.outcome import (
     Session,
     current_refusal,
@@ -176,7 +174,8 @@ class Mirror:
                 return False
             self._tell_outcome()
             # A preempted job has no time for it, and its next session logs what the server lacks.
-            if self._session.mode == "online" and not (self._role == "trains" and self._leaves()):
+            leaves = outcome is not None and outcome.state in ("preempted", "cancelled")
+            if self._session.mode == "online" and not (self._role == "trains" and leaves):
                 self._see_that_server_has_all()
         except Exception as error:
             # A signal to all processes of the job has killed wandb's own, or that gave up on a
@@ -186,17 +185,12 @@ class Mirror:
             return retry and self._finish(retry=False)
         return not self._superseded()
 
-    def _leaves(self) -> bool:
-        outcome = self._session.outcome
-        return outcome is not None and outcome.state in ("preempted", "cancelled")
-
     def _tell_outcome(self) -> None:
         outcome = self._session.outcome
         assert outcome is not None, "the outcome is on disk before the command comes"
-        picture: Path | None = self._run.samples_picture
-        if outcome.state != "finished" or not self._run.samples_picture.exists():
-            picture = None
         assert self._wandb is not None, "opened before"
+        drawn = outcome.state == "finished" and self._run.samples_picture.exists()
+        picture = self._run.samples_picture if drawn else None
         if self._held is not None:
             self._log_held_row(picture)
             picture = None
@@ -396,9 +390,8 @@ def main() -> None:
         sys.exit(EXIT_NOT_CLOSED)
     mirror = Mirror(run, session, role, parent, commands, events)
     # One at a time, offline too: what W&B has on record is found out first, then added to.
-    held_by_parent = role == "syncs"
     try:
-        with nullcontext() if held_by_parent else upload_lock(run):
+        with nullcontext() if role == "syncs" else upload_lock(run):  # a sync holds it itself
             if role == "trains":
                 note_surroundings(run, Path.cwd())
             if role == "syncs":

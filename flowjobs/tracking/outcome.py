@@ -101,6 +101,7 @@ def read_session(run: Run) -> Session | None:
 
 def write_session(run: Run, session: Session) -> None:
     """Make this the run's newest session, or note what became of it."""
+    # Not waited for: where a power loss takes it, the outcome is found in status.json.
     write_json(run.tracking_file, asdict(session), flush=False)
 
 

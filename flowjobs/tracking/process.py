@@ -84,18 +84,6 @@ def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[byt
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def wait_for_mirror(mirror: subprocess.Popen[bytes], timeout_s: float) -> bool:
-    """Wait until a mirror ends, or end it. Returns whether W&B knows the outcome."""
-    try:
-        code = mirror.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        mirror.kill()  # wandb's own process sees that and goes too
-        code = mirror.wait()
-    if mirror.stdin is not None:
-        mirror.stdin.close()
-    return code == 0
-
-
 def _environment(mode: str) -> dict[str, str]:
     """This process's environment, without what could lead wandb to another run."""
     kept = {

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,12 @@ LOWEST = ("train/loss", "val/loss")
 PICTURE = "samples"
 
 
-class NotWrittenError(OSError):
-    """The offline file is not complete on disk."""
-
-
 class NotTakenError(Exception):
     """The server does not have what it was sent."""
 
 
-class RunDeletedError(Exception):
-    """W&B does not have the run any more."""
+class RetryUselessError(Exception):
+    """Another session would end so too: the disk is full, or the run was deleted in W&B."""
 
 
 class WandbSession:
@@ -122,9 +118,7 @@ class WandbSession:
         self._logged_bytes = 0
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
-        self._is_open = False
-        self._label(None)
-        self._is_open = True
+        self._label(None, self._run.tags or (), self._run.notes or "")
 
     def log(self, row: Mapping[str, Any], timestamp: float, picture: Path | None = None) -> None:
         """Put one row of `metrics.jsonl` on record, with the picture in it if there is one.
@@ -156,15 +150,23 @@ class WandbSession:
 
         Raises:
             TimeoutError: The server does not take it.
-            NotWrittenError: The disk does not.
-            RunDeletedError: The run was deleted in the web page.
+            RetryUselessError: The disk does not, or the run was deleted in the web page.
         """
         self._session = session
         if summary:
             self._run.summary.update(dict(summary))
         if picture is not None and PICTURE not in dict(self._run.summary):
             self._run.summary[PICTURE] = wandb.Image(str(picture))
-        self._label(outcome)
+        tags, notes = self._run.tags or (), self._run.notes or ""
+        # Since the session began its user may have written there, or have deleted the run.
+        if self._online:
+            with suppress(wandb.Error):  # no answer
+                there = run_on_server(self._tracked)
+                if there is None:
+                    # wandb says nothing of that: it sends rows to nobody, and "succeeds".
+                    raise RetryUselessError(f"run {self._run.id} was {DELETED}")
+                tags, notes = there.tags, there.notes or ""
+        self._label(outcome, tags, notes)
         # A cancelled run is neither finished nor failed; like a preempted one it may be resumed.
         if outcome.state in ("preempted", "cancelled"):
             self._run.mark_preempting()
@@ -177,20 +179,11 @@ class WandbSession:
             wandb.teardown()  # `finish` may return before the end is on the disk
             # wandb says nothing of a full disk, and writes nothing more once a write has failed.
             if not file.stat().st_size > max(size, self._logged_bytes):
-                raise NotWrittenError(f"{file} is not complete: is the disk full?")
+                raise RetryUselessError(f"{file} is not complete: is the disk full?")
             on_record = self._on_record.with_session(file.parent, self.last_step)
         write_on_record(self._tracked, on_record)
 
-    def _label(self, outcome: Outcome | None) -> None:
-        tags, notes = self._run.tags or (), self._run.notes or ""
-        # Since the session began its user may have written there, or have deleted the run.
-        if self._online and self._is_open:
-            with suppress(wandb.Error):  # no answer
-                there = run_on_server(self._tracked)
-                if there is None:
-                    # wandb says nothing of that: it sends rows to nobody, and "succeeds".
-                    raise RunDeletedError(f"run {self._run.id} was {DELETED}")
-                tags, notes = there.tags, there.notes or ""
+    def _label(self, outcome: Outcome | None, tags: Sequence[str], notes: str) -> None:
         self._run.tags = tags_for(outcome, tags)
         status, diverged_after = self._tracked.status(), self._session.diverged_after
         self._run.notes = notes_for(outcome, status, notes, diverged_after)
@@ -245,9 +238,7 @@ def tear_down_wandb() -> None:
 
 def may_pass_at_once(error: Exception) -> bool:
     """Whether a new session may do: wandb's own process died, and not a server that refuses."""
-    return not isinstance(
-        error, wandb.Error | TrackingError | TimeoutError | NotWrittenError | RunDeletedError
-    )
+    return not isinstance(error, wandb.Error | TrackingError | TimeoutError | RetryUselessError)
 
 
 def _wait_for_cut_session(run: Run) -> None:

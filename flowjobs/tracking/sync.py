@@ -1,10 +1,9 @@
 """Brings a run to the W&B server from a node that has internet, each logged step exactly once.
 
-The mirror in its third role: run online over a run that nobody trains, it logs the rows of
-`metrics.jsonl` past the last step that the server has, each with the time of when it was written,
-says the outcome that `status.json` gives, and asks the server whether it has all. So it does not
-matter what W&B's own files hold, or where an upload was cut: the next one asks the server again and
-continues from there.
+The mirror, run online over a run that nobody trains, logs the rows of `metrics.jsonl` past the last
+step that the server has, each with its own time, says the outcome that `status.json` gives, and
+asks the server whether it has all. So it does not matter what W&B's own files hold, or where an
+upload was cut: the next one asks the server again and continues from there.
 
 A run that trains now is left for later as a whole: an upload ends with a state, and "running" is
 none that it can end with. A run that waits for its next job is uploaded and shown as preempted,
@@ -16,16 +15,19 @@ import socket
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from flowjobs.errors import LoginError, ServerError, TrackingError
-from flowjobs.runs.files import write_json
 from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
-from flowjobs.tracking.folders import leave_out_others, read_on_record, write_on_record
+from flowjobs.tracking.folders import (
+    OnRecord,
+    leave_out_others,
+    read_on_record,
+    write_on_record,
+)
 from flowjobs.tracking.mode import check_server_answers, server_url
 from flowjobs.tracking.outcome import (
     Session,
@@ -79,15 +81,16 @@ def sync_run(
     """
     if run.config().tracking.wandb_mode == "disabled" or not run.tracking_file.exists():
         return Synced(run.name, "untracked")
-    if holder := lock_holder(run.folder, judge) or _trains_elsewhere(run):
-        return Synced(run.name, "trains", note=holder)
+    if trainer := _trainer_of(run, judge):
+        return Synced(run.name, "trains", note=trainer)
     refusal = current_refusal(run)
     if refusal and refusal.kind == "deleted":
         raise TrackingError(refusal.text)
     with upload_lock(run):
-        run.settle_tracking_id()
+        # Under the lock: another sync may have told it a moment ago.
+        before = read_on_record(run, run.settle_tracking_id())
         told = _to_tell(run)
-        if _read_told(run) == told:
+        if before.told == told:
             return Synced(run.name, "unchanged")
         session = read_session(run)
         if session is None:  # damaged
@@ -95,12 +98,10 @@ def sync_run(
             write_session(run, session)
         rows = _upload(run, session, limit_s or upload_limit_s(run))
         # A plain `wandb sync` has nothing to do any more.
-        before = read_on_record(run, run.tracking_id())
         last_step = int(latest_values(run.metrics_file).get("step", -1))
-        on_record = replace(before, step=max(before.step, last_step), folders=())
+        on_record = OnRecord(before.run_id, max(before.step, last_step), told=told)
         write_on_record(run, on_record)
         leave_out_others(run, on_record)
-        write_json(_told_file(run), told)
         note_closed(run, session.token)
     return Synced(run.name, "unchanged" if rows is None else "uploaded", rows or 0)
 
@@ -111,15 +112,18 @@ def upload_as_new(run: Run, judge: Judge = system_lock_decides) -> None:
     Raises:
         TrackingError: It trains now.
     """
-    if holder := lock_holder(run.folder, judge) or _trains_elsewhere(run):
-        raise TrackingError(f"{run.name} trains now ({holder}): cancel it first")
+    if trainer := _trainer_of(run, judge):
+        raise TrackingError(f"{run.name} trains now ({trainer}): cancel it first")
     run.renew_tracking_id()
+    # Another token: what W&B refused was the run's earlier id.
     if session := read_session(run):
         write_session(run, replace(session, token=new_session(run, session.mode).token))
 
 
-def _trains_elsewhere(run: Run) -> str | None:
-    """Where the run trains, if it seems to: not everywhere are locks of another node seen."""
+def _trainer_of(run: Run, judge: Judge) -> str | None:
+    """Who trains the run, or seems to: not everywhere are locks of another node seen."""
+    if holder := lock_holder(run.folder, judge):
+        return holder
     status = run.status()
     attempt = status.open_attempt if status else None
     if attempt is None or same_host(attempt.job.host, socket.gethostname()):
@@ -135,6 +139,7 @@ def _upload(run: Run, session: Session, limit_s: float) -> int | None:
     Raises:
         TrackingError: It could not; see `sync_run`.
     """
+    # Here, before a second is spent on loading wandb for each of a hundred runs.
     check_server_answers()
     with start_mirror(run, session, "syncs") as mirror:
         try:
@@ -158,25 +163,12 @@ def _upload(run: Run, session: Session, limit_s: float) -> int | None:
     )
 
 
-def _to_tell(run: Run) -> dict[str, object]:
+def _to_tell(run: Run) -> dict[str, Any]:
     """Differs when there is something to say to the server; asks no server."""
     status = run.status()
     rows = run.metrics_file.stat() if run.metrics_file.exists() else None
     return {
         "server": server_url(),
-        "run_id": run.tracking_id(),
         "outcome": asdict(status.outcome) if status and status.outcome else None,
         "rows": [rows.st_size, rows.st_mtime_ns] if rows else None,
     }
-
-
-def _read_told(run: Run) -> object:
-    try:
-        return json.loads(_told_file(run).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _told_file(run: Run) -> Path:
-    """What the server was told by a sync that went well."""
-    return run.folder / "wandb" / "synced.json"

@@ -5,7 +5,7 @@ import json
 import logging
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,11 @@ from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.recorder import Tracker, Untracked
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, outcome_of
-from flowjobs.tracking.closing import warn_untold
+from flowjobs.tracking.closing import wait_for_mirror
 from flowjobs.tracking.folders import read_on_record
 from flowjobs.tracking.mode import resolve_mode
 from flowjobs.tracking.outcome import Mode, new_session, read_session, write_session
-from flowjobs.tracking.process import start_mirror, wait_for_mirror
+from flowjobs.tracking.process import start_mirror
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +61,27 @@ class WandbTracker:
         self._connected = False
         self._warned = False
         self._mirror: subprocess.Popen[bytes] | None = None
-        self._try(self._start)
+        with self._never_stopping():
+            self._start()
 
     def follow(self) -> None:
         """See `Tracker`."""
-        self._try(lambda: self._send("follow"))
+        self._send("follow")
 
     def last_row_comes(self) -> None:
         """See `Tracker`."""
-        self._try(lambda: self._send("last"))
+        self._send("last")
 
     def rows_diverged_after(self, step: int) -> None:
         """See `Tracker`."""
-        self._try(lambda: self._note_diverged(step))
+        with self._never_stopping():
+            offline = self._session.mode == "offline"
+            if offline and read_on_record(self._run, self._run.tracking_id()).step <= step:
+                return  # what was lost never came so far
+            before = self._session.diverged_after
+            step = step if before is None else min(before, step)
+            self._session = dataclasses.replace(self._session, diverged_after=step)
+            write_session(self._run, self._session)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
@@ -82,7 +90,20 @@ class WandbTracker:
 
     def finish(self, outcome: Outcome) -> None:
         """Close the attempt, and say how it ended; waits for a few seconds at most."""
-        self._try(lambda: self._finish(outcome))
+        with self._never_stopping():
+            newest = read_session(self._run)
+            if newest is not None and newest.token != self._session.token:
+                return  # another attempt has taken the run over; the mirror sees it too, and stops
+            self._session = dataclasses.replace(self._session, outcome=outcome)
+            if self._mirror is None or self._mirror.poll() is not None:
+                self._start()  # it was killed; a new one catches up and finds the outcome on disk
+            else:
+                write_session(self._run, self._session)
+                self._send("finish")
+            assert self._mirror is not None
+            patient = self._connected and outcome.state in ("finished", "failed")
+            limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
+            wait_for_mirror(self._run, self._session, self._mirror, limit_s)
 
     def _start(self) -> None:
         write_session(self._run, self._session)
@@ -92,34 +113,11 @@ class WandbTracker:
         # Not a thread to wait for: it ends when the mirror does.
         threading.Thread(target=self._pass_on, args=(self._mirror,), daemon=True).start()
 
-    def _note_diverged(self, step: int) -> None:
-        offline = self._session.mode == "offline"
-        if offline and read_on_record(self._run, self._run.tracking_id()).step <= step:
-            return  # what was lost never came so far
-        before = self._session.diverged_after
-        step = step if before is None else min(before, step)
-        self._session = dataclasses.replace(self._session, diverged_after=step)
-        write_session(self._run, self._session)
-
-    def _finish(self, outcome: Outcome) -> None:
-        newest = read_session(self._run)
-        if newest is not None and newest.token != self._session.token:
-            return  # another attempt has taken the run over; the mirror sees it too, and stops
-        self._session = dataclasses.replace(self._session, outcome=outcome)
-        if self._mirror is None or self._mirror.poll() is not None:
-            self._start()  # it was killed; a new one catches up and finds the outcome on disk
-        else:
-            write_session(self._run, self._session)
-            self._send("finish")
-        assert self._mirror is not None
-        patient = self._connected and outcome.state in ("finished", "failed")
-        if not wait_for_mirror(self._mirror, LONG_FINISH_S if patient else SHORT_FINISH_S):
-            warn_untold(self._run, outcome)
-
     def _send(self, command: str) -> None:
-        if self._mirror is not None and self._mirror.stdin is not None:
-            self._mirror.stdin.write(f"{command}\n".encode())
-            self._mirror.stdin.flush()
+        with self._never_stopping():  # also a pipe that nobody reads any more
+            if self._mirror is not None and self._mirror.stdin is not None:
+                self._mirror.stdin.write(f"{command}\n".encode())
+                self._mirror.stdin.flush()
 
     def _pass_on(self, mirror: subprocess.Popen[bytes]) -> None:
         """Log what the mirror has to say."""
@@ -133,9 +131,10 @@ class WandbTracker:
                 if "info" in news:
                     logger.info("%s", news["info"])
 
-    def _try(self, action: Callable[[], None]) -> None:
+    @contextmanager
+    def _never_stopping(self) -> Iterator[None]:
         try:
-            action()
+            yield
         except Exception as error:  # of any kind: tracking never stops training
             if not self._warned:
                 self._warned = True

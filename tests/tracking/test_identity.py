@@ -5,12 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.tracking.identity import (
-    config_for_wandb,
-    git_commit,
-    gpu_names,
-    note_surroundings,
-)
+from flowjobs.runs.surroundings import git_commit, gpu_names, note_surroundings
+from flowjobs.tracking.identity import config_for_wandb
 from tests.tracking.attempts import make_run
 
 

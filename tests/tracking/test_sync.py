@@ -117,7 +117,7 @@ def test_a_second_sync_sends_nothing(run: Run, backend: Backend) -> None:
 def test_a_sync_elsewhere_that_finds_all_there_sends_nothing(run: Run, backend: Backend) -> None:
     attempt(run, 50)
     sync(run, backend)
-    (run.folder / "wandb" / "synced.json").unlink()
+    (run.folder / "wandb" / "on_record.json").unlink()
     backend.requests.clear()
     assert sync_run(run).state == "unchanged"
     assert "UpsertBucket" not in backend.requests
