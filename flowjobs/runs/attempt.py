@@ -123,7 +123,7 @@ class Attempt:
         self._record.first_step = self._record.last_step = step
         self._record.trains = now()
         self._status.step = step
-        # Once more, for loading may have taken long; and again now that the first step is known.
+        # Again: loading may have taken long, and only now is it known where this attempt starts.
         self._lock.check_held()
         self._check_progress()
         self._status.write(self.run.status_file)
