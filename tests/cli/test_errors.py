@@ -157,14 +157,25 @@ def test_the_same_name_with_another_config(flowjobs: Command, study: Path) -> No
     assert "--name mlp-icfm-digits-none-lr0.5" in done.stderr
 
 
-def test_a_mistyped_flag_does_not_take_the_name(flowjobs: Command, study: Path) -> None:
-    quick = ("--epochs", "1", "--wandb-mode", "disabled")
-    assert flowjobs("train", *quick, "--arch-args", "dropout=2").returncode == 2
-    done = flowjobs("train", *quick, "--arch-args", "width=8")
+def test_a_mistyped_flag_does_not_take_the_name(
+    flowjobs: Command, study: Path, workplace: Path
+) -> None:
+    (workplace / "picky.py").write_text(
+        "from flowjobs.models.mlp import MLP\n"
+        "class Net(MLP):\n"
+        "    def __init__(self, dim: int, width: int = 64) -> None:\n"
+        "        if width % 8:\n"
+        "            raise ValueError('not a multiple of 8')\n"
+        "        super().__init__(dim, width)\n"
+    )
+    quick = ("--arch", "picky:Net", "--name", "picky", "--epochs", "1")
+    untracked = ("--wandb-mode", "disabled")
+    mistyped = flowjobs("train", *quick, *untracked, "--arch-args", "width=7")
+    assert "not a multiple of 8" in mistyped.stderr
+    done = flowjobs("train", *quick, *untracked, "--arch-args", "width=8")
     assert done.returncode == 0, done.stderr
     assert "had not trained a step" in done.stdout
-    config = Run(study, "mlp-icfm-digits-none").config()
-    assert config.training.arch_args == {"width": 8}
+    assert Run(study, "picky").config().training.arch_args == {"width": 8}
 
 
 def test_a_model_of_another_shape_is_refused_before_training(
