@@ -176,6 +176,12 @@ def _read_file(path: Path, defaults: Defaults) -> None:
         raise ConfigError(f"{path}: {error}") from error
     archs = found.pop("arch", {})
     if isinstance(archs, dict):
+        for name, place in archs.items():
+            if not isinstance(place, str):
+                raise ConfigError(
+                    f"{path}: [arch] {name} = {place!r}, expected an import path such as "
+                    '"my_models:WideNet"'
+                )
         defaults.archs.update(archs)
     else:
         found["arch"] = archs

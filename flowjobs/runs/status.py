@@ -53,6 +53,9 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_CANCELLED = 130
 
+# Of the text of an error, in lists of runs.
+REASON_CHARACTERS = 500
+
 
 def outcome_of(error: BaseException | None) -> Outcome:
     """The outcome of an attempt that ended with `error`, or with none."""
@@ -79,8 +82,15 @@ def outcome_of(error: BaseException | None) -> Outcome:
     place = user_place(error)
     # Before the text, which may be long: W&B and a terminal show the begin.
     where = f" ({place})" if place else ""
-    reason = f"{type(error).__name__}{where}: {error}"
+    reason = f"{type(error).__name__}{where}: {_on_one_line(str(error))}"
     return Outcome("failed", EXIT_FAILED, reason, text, kind="exception")
+
+
+def _on_one_line(text: str) -> str:
+    """A text of anybody's, as a table and a terminal can show it; whole, it is in the traceback."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    line = " ".join(printable.split())
+    return line if len(line) <= REASON_CHARACTERS else f"{line[:REASON_CHARACTERS]} …"
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def test_a_file_may_set_what_submit_takes(tmp_path: Path) -> None:
         ("nodes = 'two'", "nodes = 'two', expected int"),
         ("partition = 3", "partition = 3, expected str"),
         ("cluster = 'cloud'", "cluster = 'cloud', expected auto, slurm, local, debug"),
+        ("[arch]\nwide = 3", r"\[arch\] wide = 3, expected an import path"),
         ("batch_size = 0", "--batch-size: found 0, expected at least 1 .from .*flowjobs.toml"),
     ],
 )

@@ -51,13 +51,15 @@ def output_of(run: Run) -> str:
 def test_submit_runs_on_slurm_to_the_end(
     slurm: SlurmCluster, flowjobs: Command, study: Path
 ) -> None:
-    done = flowjobs("submit", *MODEL, *QUICK)
+    # Held, or it may have finished before the second submit asks.
+    done = flowjobs("submit", *MODEL, *QUICK, "--sbatch", "hold=True")
     job_id = submitted(done)
     assert "slurm (sbatch is there and the controller answers)" in done.stdout
     assert "flowjobs cancel mlp-icfm-digits-none" in done.stdout
     run = Run(study, "mlp-icfm-digits-none")
     again = flowjobs("submit", *MODEL, *QUICK)
     assert f"already has job {job_id}" in again.stdout
+    slurm.run("scontrol", "release", job_id)
 
     assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED", output_of(run)
     # Accounting follows within seconds.

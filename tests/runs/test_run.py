@@ -18,7 +18,7 @@ from flowjobs.errors import (
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.metrics import MetricsFile, latest_values, read_rows
 from flowjobs.runs.run import Run, run_names
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import JobInfo, outcome_of
 
 JOB = JobInfo.in_foreground()
 
@@ -239,3 +239,11 @@ def test_rows_that_a_full_disk_does_not_take_come_later_and_whole(
 def test_metrics_that_are_not_there_are_empty(tmp_path: Path) -> None:
     assert list(read_rows(tmp_path / "none.jsonl")) == []
     assert latest_values(tmp_path / "none.jsonl") == {}
+
+
+def test_the_reason_of_an_error_is_one_line_that_a_terminal_can_show() -> None:
+    outcome = outcome_of(RuntimeError("in loading:\n\tsize \x1b[31mmismatch" + " x" * 1000))
+    assert outcome.reason.startswith("RuntimeError: in loading: size [31mmismatch x x")
+    assert outcome.reason.isprintable()
+    assert len(outcome.reason) < 600
+    assert "in loading:\n\tsize" in outcome.traceback
