@@ -37,7 +37,14 @@ from flowjobs.runs.extending import explain_extension
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import write_json
 from flowjobs.runs.metrics import latest_values
-from flowjobs.runs.run_id import give_identity, own_since, read_identity, settled_identity
+from flowjobs.runs.run_id import (
+    NOTHING,
+    Inherited,
+    give_identity,
+    inherited,
+    read_identity,
+    settled_identity,
+)
 from flowjobs.runs.status import AttemptRecord, RunStatus, now, read_status
 from flowjobs.runs.submittable import Submittable
 
@@ -176,13 +183,11 @@ class Run(Submittable):
     def submissions(self) -> list[dict[str, Any]]:
         """See `Submittable`; a copy leaves out the original's jobs, which are not its to cancel."""
         entries = super().submissions()
-        if entries and (since := own_since(self.folder)):
-            return [entry for entry in entries if entry["submitted"] >= since]
-        return entries
+        return entries[inherited(self.folder).jobs :] if entries else entries
 
     def is_anothers(self, attempt: AttemptRecord) -> bool:
         """Whether an attempt is that of the run that this one is a copy of."""
-        return attempt.started < (own_since(self.folder) or "")
+        return attempt.number <= inherited(self.folder).attempts
 
     def tracking_id(self) -> str:
         """The id of the run in W&B, the same for all its attempts. Writes nothing.
@@ -205,14 +210,19 @@ class Run(Submittable):
             ConfigError: `run.json` is damaged.
         """
         with self._config_lock():
-            identity = settled_identity(self.folder)
+            identity = settled_identity(self.folder, self._there)
             return (identity or give_identity(self.folder, self._earlier_id())).id
 
     def renew_tracking_id(self) -> None:
         """Be another run in W&B from now on."""
         with self._config_lock():
             identity = read_identity(self.folder)
-            give_identity(self.folder, copied=identity.copied if identity else "")
+            give_identity(self.folder, inherited=identity.inherited if identity else NOTHING)
+
+    def _there(self) -> Inherited:
+        """All jobs and attempts in the run's folder, whosever they are."""
+        status = self.status()
+        return Inherited(len(super().submissions()), len(status.attempts) if status else 0)
 
     def status(self) -> RunStatus | None:
         """The status on disk, or None before the first attempt."""
@@ -321,7 +331,7 @@ class Run(Submittable):
         # Ranks and sweeps create the same run at once.
         with self._config_lock():
             merged, note = self.merge(config, in_use=in_use)
-            if not settled_identity(self.folder):
+            if not settled_identity(self.folder, self._there):
                 give_identity(self.folder, self._earlier_id(), flush=flush)
             content = config_to_dict(merged)
             about = {"name": self.name, "signature": signature_of(content["training"])}

@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import secrets
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,8 +21,23 @@ from flowjobs.runs.status import now
 
 logger = logging.getLogger(__name__)
 
-# Later than any time in ISO 8601.
-AFTER_ALL = "9999"
+
+@dataclass(frozen=True)
+class Inherited:
+    """What the folder of a copy has of the original's, first in its files. Counted, for the clocks
+    of the machines that wrote there need not agree.
+
+    Attributes:
+        jobs: How many of the jobs that were submitted.
+        attempts: How many of the attempts.
+    """
+
+    jobs: int = 0
+    attempts: int = 0
+
+
+NOTHING = Inherited()
+ALL = Inherited(sys.maxsize, sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -31,14 +48,13 @@ class Identity:
         id: Its id, in W&B too.
         born: When it got it: UTC, in ISO 8601.
         folder: Where its folder is, links resolved.
-        copied: If it is a copy, since when it is a run of its own: what its folder has of jobs
-            before that are the original's.
+        inherited: If it is a copy, what its folder has of the original's.
     """
 
     id: str
     born: str
     folder: str
-    copied: str = ""
+    inherited: Inherited = NOTHING
 
 
 def read_identity(folder: Path) -> Identity | None:
@@ -52,7 +68,7 @@ def read_identity(folder: Path) -> Identity | None:
     try:
         found = json.loads(file.read_text())
         run_id, born, at = (str(found[name]) for name in ("id", "born", "folder"))
-        return Identity(run_id, born, at, str(found.get("copied", "")))
+        return Identity(run_id, born, at, Inherited(**found.get("inherited", {})))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -62,20 +78,28 @@ def read_identity(folder: Path) -> Identity | None:
 
 
 def give_identity(
-    folder: Path, run_id: str | None = None, *, copied: str = "", flush: bool = True
+    folder: Path,
+    run_id: str | None = None,
+    *,
+    inherited: Inherited = NOTHING,
+    flush: bool = True,
 ) -> Identity:
     """Give the run in `folder` an id: `run_id`, or a new one."""
     new = run_id or secrets.token_hex(6)
-    identity = Identity(new, now(), os.path.realpath(folder), copied)
+    identity = Identity(new, now(), os.path.realpath(folder), inherited)
     write_json(_file(folder), asdict(identity), flush=flush)
     return identity
 
 
-def settled_identity(folder: Path) -> Identity | None:
+def settled_identity(folder: Path, there: Callable[[], Inherited]) -> Identity | None:
     """The identity of the run in `folder`, which a copy of another run gets here.
 
     The caller keeps others from doing the same at once. None and the errors are those of
     `read_identity`.
+
+    Args:
+        folder: The run's.
+        there: Finds what is in the folder: the original's, if it is a copy that had no id yet.
     """
     found = read_identity(folder)
     if found is None or _is_at(found.folder, folder):
@@ -87,28 +111,28 @@ def settled_identity(folder: Path) -> Identity | None:
         logger.warning("is %s a copy of %s? It keeps its id (%s)", folder, found.folder, error)
         return found
     if not copy:
-        return give_identity(folder, found.id, copied=found.copied)  # it was moved here
-    new = give_identity(folder, copied=now())
+        return give_identity(folder, found.id, inherited=found.inherited)  # it was moved here
+    new = give_identity(folder, inherited=there())
     logger.warning(
         "%s is a copy of %s: W&B gets it as a run of its own, %s", folder, found.folder, new.id
     )
     return new
 
 
-def own_since(folder: Path) -> str | None:
-    """Since when what the folder has of jobs are its own; None: always have been. Writes nothing.
+def inherited(folder: Path) -> Inherited:
+    """What the folder has of the original's, if it is a copy; all, before it has an id of its own.
 
-    Of a copy that has no id of its own yet none are, and the answer is after all times.
+    Writes nothing.
     """
     try:
         found = read_identity(folder)
         if found is None:
-            return None
+            return NOTHING
         if not _is_at(found.folder, folder) and _is_copy(found):
-            return AFTER_ALL
+            return ALL
     except (ConfigError, OSError):
-        return None  # not known to be a copy
-    return found.copied or None
+        return NOTHING  # not known to be a copy
+    return found.inherited
 
 
 def _is_copy(found: Identity) -> bool:
