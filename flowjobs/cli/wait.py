@@ -57,21 +57,23 @@ class Wait:
         runs, broken = each_of(self.study, self.names)
         if missing := never_made(absolute(self.study), self.names):
             print(f"error: of the sweep, never submitted: {some(missing)}", file=sys.stderr)
+        # Once: of one that is removed, or cannot be read, meanwhile, `stages` says so.
+        configs = {run: run.config() for run in runs}
         found: dict[Run, Member] = {}
         end = time.monotonic() + 3600 * self.hours
         said, said_at, pause_s, unknown = "", 0.0, FIRST_ASK_S, 0
         while True:
             # What is finished is not looked at again.
             open_runs = [run for run in runs if run not in found or found[run].stage != "finished"]
-            found |= stages({run: run.config() for run in open_runs})
+            found |= stages({run: configs[run] for run in open_runs})
             counts = Counter(member.stage for member in found.values())
             words = ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))
             if words != said or time.monotonic() - said_at > SAY_EVERY_S:
                 said, said_at = words, time.monotonic()
                 print(f"{time.strftime('%H:%M:%S')} {words}", flush=True)
-            # A job that has just ended is unknown until accounting knows how.
-            unknown = unknown + 1 if counts["unknown"] else 0
             alive = counts["waiting"] + counts["running"]
+            # A job that has just ended is unknown until accounting knows how.
+            unknown = unknown + 1 if counts["unknown"] and not alive else 0
             if not alive and unknown in (0, UNKNOWN_AT_MOST):
                 code = _end([found[run] for run in runs])
                 return code or (EXIT_BAD_INPUT if broken or missing else 0)

@@ -109,7 +109,7 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
                 suspects[run] = status, job
                 if job.cluster == "slurm":
                     jobs[run] = identity_among(entries, job.job_id, job.log)
-        except FlowjobsError as error:
+        except (FlowjobsError, OSError) as error:
             found[run] = Unclear(str(error))
     answers = ask(set(jobs.values()), at_most_twice=at_most_twice)
     for run, (status, job) in suspects.items():

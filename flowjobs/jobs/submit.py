@@ -219,7 +219,11 @@ def running_jobs(runs: Sequence[Run]) -> dict[Run, str | SubmissionError]:
     answers = ask([job for of_run in jobs.values() for job in of_run])
     found: dict[Run, str | SubmissionError] = {}
     for run in runs:
-        if busy := _busy_with(run, entries[run], jobs[run], answers):
+        try:
+            busy = _busy_with(run, entries[run], jobs[run], answers)
+        except OSError as error:
+            busy = SubmissionError(f"whether a job of {run.name} runs is unknown: {error}")
+        if busy:
             found[run] = busy
     return found
 
@@ -237,13 +241,17 @@ def _busy_with(
                 row.state != "COMPLETING" or _comes_back(run, known)
             ):
                 return f"{job.words} ({row.state.lower()})"
-    newest = answers[jobs[-1]] if jobs else None
+    # Of older ones it does not matter: the newest was submitted when they were gone.
+    newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1]["job_id"] else None
     # Unknown is not gone: beside a job that lives, a second one would train the same run.
-    in_slurm = entries[-1:] and entries[-1]["cluster"] == "slurm"
-    if isinstance(newest, Unknown) and in_slurm and not _ended_for_good(run, jobs[-1].job_id):
+    if (
+        newest
+        and isinstance(answer := answers[newest], Unknown)
+        and not _ended_for_good(run, newest.job_id)
+    ):
         return SubmissionError(
-            f"what became of {jobs[-1].words} of {run.name} is unknown, so nothing is submitted: "
-            f"{newest.why}; if you know that it is gone, `flowjobs cancel {run.name}` and submit "
+            f"what became of {newest.words} of {run.name} is unknown, so nothing is submitted: "
+            f"{answer.why}; if you know that it is gone, `flowjobs cancel {run.name}` and submit "
             "again"
         )
 

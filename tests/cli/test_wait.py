@@ -1,0 +1,55 @@
+"""`flowjobs wait` beside runs of which nothing can be said."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from flowjobs.cli import wait
+from flowjobs.cli.defaults import Defaults
+from flowjobs.runs.lock import RunLock
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo, Outcome
+from tests.cli.test_many import ended, failed
+
+
+def without_checkpoints(study: Path, name: str) -> Run:
+    """A run whose steps are on record, and of which nothing is left to resume from: unknown."""
+    run = ended(study, name, Outcome("preempted", 75, "left", kind="preempted"))
+    run.metrics_file.write_text('{"step": 5}\n')
+    return run
+
+
+def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_ends(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lives = failed(study, "lives", "killed")
+    unknown, removed = without_checkpoints(study, "unknown"), without_checkpoints(study, "removed")
+    damaged = without_checkpoints(study, "damaged")
+    config, lock = damaged.config_file.read_text(), unknown.folder / ".lock-holder.json"
+    looks: list[float] = []
+
+    def look_again(pause_s: float) -> None:
+        looks.append(pause_s)
+        assert len(looks) < 30, capsys.readouterr().out
+        match len(looks):
+            case 2:
+                shutil.rmtree(removed.folder)
+                damaged.config_file.write_text("")  # as a file server that is away for a moment
+                lock.symlink_to(lock)
+            case 3:
+                lock.unlink()
+                damaged.config_file.write_text(config)
+            case 10:
+                holder.__exit__(None, None, None)
+
+    monkeypatch.setattr(time, "sleep", look_again)
+    holder = RunLock(lives.folder, JobInfo.in_foreground())
+    holder.__enter__()
+    assert wait.Wait(names=("*",), study=study).run(Defaults()) == 1
+    assert len(looks) == 10 + wait.UNKNOWN_AT_MOST - 1
+    said = capsys.readouterr().out
+    assert "failed: lives (killed)" in said
+    assert f"no run removed in {study}" in said
+    assert f"unknown: damaged, removed, {unknown.name}" in said
