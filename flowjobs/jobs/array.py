@@ -98,7 +98,10 @@ class Array:
         found = self._content()
         identity = self._identity(found["name"], job)
         for task, folder in enumerate(found["tasks"]):
-            self._note(str(task), submittable_at(self.study, Path(folder)), job.job_id, identity)
+            # A run that was removed meanwhile has a task that finds nothing to do.
+            with contextlib.suppress(FileNotFoundError):
+                submitted = submittable_at(self.study, Path(folder))
+                self._note(str(task), submitted, job.job_id, identity)
         write_json(self.job_file, {"job_id": job.job_id, "tasks": len(found["tasks"]), **identity})
 
     def note_task(self, run: Submittable, job_id: str) -> None:

@@ -17,7 +17,7 @@ from submitit.local.debug import DebugJob
 
 from flowjobs import slurm
 from flowjobs.config import KeyValues, SlurmConfig
-from flowjobs.errors import SubmissionError, SubmissionUnknownError
+from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.array import Array
 from flowjobs.jobs.executors import Cluster, array_executor, handed_over, make_executor
 from flowjobs.jobs.lock_judge import judge_for
@@ -165,7 +165,8 @@ def submit_array(
 
     Raises:
         SubmissionError: sbatch refused; nothing is left of the array.
-        SubmissionUnknownError: Whether it has taken the job is unknown: `submitting` finds it out.
+        SubmissionUnknownError: Whether it has taken the job is unknown, or it has and not all runs
+            could note it: `submitting` finds it out.
     """
     origin = Origin.here(asked)
     with _noted_in_any_case("slurm"), _environment_of("slurm", origin, asked, None):
@@ -186,7 +187,14 @@ def submit_array(
             raise SubmissionError(_explain(str(error), asked)) from error
         job = executor.handed_over
         assert job is not None
-        array.note(job)
+        try:
+            array.note(job)
+        # Not cancelled: its tasks note themselves.
+        except (FlowjobsError, OSError) as error:
+            raise SubmissionUnknownError(
+                f"job {job.job_id} was submitted, and not all of its runs could note it ({error}): "
+                "mend that, and the same command completes it"
+            ) from error
     return job.job_id
 
 

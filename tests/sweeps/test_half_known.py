@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable
@@ -52,6 +53,24 @@ def test_an_array_whose_submitter_dies_before_it_is_noted_is_found_by_its_mark(
     assert noted(study) == tasks(slurm)
     assert flowjobs("cancel", "ablation").returncode == 0
     wait_until(lambda: tasks(slurm) == [], "the tasks to be cancelled", 30)
+
+
+def test_an_array_that_not_all_of_its_runs_could_note_is_told_of_and_kept(
+    slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command
+) -> None:
+    in_the_way = study / "runs/mlp-icfm-digits-none-seed2/jobs.jsonl"
+    # As a full quota would: what is to be written after the submission cannot be.
+    site("sbatch", f'$real "$@"; mkdir -p {in_the_way}')
+    told = flowjobs(*HELD)
+    assert told.returncode == 75, told.stderr
+    array_id = tasks(slurm)[0].partition("_")[0]
+    assert f"job {array_id} was submitted, and not all of its runs could note it" in told.stderr
+    assert len(list((study / "runs").iterdir())) == len(tasks(slurm)) == 6
+    in_the_way.rmdir()
+    shutil.rmtree(study / "runs/mlp-otcfm-digits-none-seed0")  # its user has had enough of it
+    site("sbatch", "exit 1")
+    assert flowjobs("sweep", "ablation").returncode == 2  # the one that is new
+    assert noted(study) == [f"{array_id}_{task}" for task in (0, 1, 2, 4, 5)]
 
 
 def test_an_array_that_comes_late_finds_no_runs(
