@@ -4,21 +4,22 @@
         0, 1, …         links to the logs of each task's run, or of the pack of runs that it trains:
                         Slurm writes the task's output there
         task.pkl        what a task does; the same for all
-        tasks.json      the folders of these, and the array's name
+        tasks.json      the folders of these, the array's name, and the cluster that it is for
         origin.json     from where and how it was submitted
         submission.sh   the batch file
         job.json        the job that it became; there once every run has noted its task
 
 All but the last is there before sbatch is called, and the mark is in the job's comment and in the
 names of its logs. Whoever dies in between leaves an array without `job.json`: a task of it that
-starts notes itself, `settle` finds the job by its mark and notes the rest. Where there is no such
-job, `settle` removes the folder, and a job that should come of it all the same finds no runs.
+starts notes itself, `settle` finds the job by its mark and notes the rest. Where its cluster has no
+such job, `settle` removes the folder, and a job that should come of it all the same finds no runs.
 """
 
 import contextlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs import slurm
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.jobs.origin import Origin, arrays_folder
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import flush_folder, write_json
@@ -65,6 +66,11 @@ class Array:
         """What a task does, pickled."""
         return self.folder / "task.pkl"
 
+    @property
+    def tasks_file(self) -> Path:
+        """What its tasks are, and which cluster it is for."""
+        return self.folder / "tasks.json"
+
     def task_folder(self, task: str) -> Path:
         """The logs of a task's run or pack, by way of the array."""
         return self.folder / task
@@ -88,8 +94,9 @@ class Array:
         folders = [each.folder.relative_to(self.study) for each in submitted]
         for task, folder in enumerate(folders):
             self.task_folder(str(task)).symlink_to(Path("../..", folder, "logs"))
-        content = {"name": name, "tasks": [str(folder) for folder in folders]}
-        write_json(self.folder / "tasks.json", content, flush=False)
+        tasks = [str(folder) for folder in folders]
+        content = {"name": name, "cluster": slurm.cluster_name(), "tasks": tasks}
+        write_json(self.tasks_file, content, flush=False)
         write_json(self.origin_file, asdict(origin), flush=False, mode=0o600)
         flush_folder(self.folder)
 
@@ -122,10 +129,23 @@ class Array:
 
     def _content(self) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads((self.folder / "tasks.json").read_text())
+            found: dict[str, Any] = json.loads(self.tasks_file.read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.folder / 'tasks.json'} cannot be read: {error}") from error
+            raise ConfigError(f"{self.tasks_file} cannot be read: {error}") from error
         return found
+
+    def check_cluster(self, here: str) -> None:
+        """Raise a SubmissionError if another cluster may have a job of it than the one `here`."""
+        if not self.tasks_file.exists():
+            return  # whoever prepared it never came to sbatch
+        cluster = self._content().get("cluster", "")
+        if cluster != here:
+            raise SubmissionError(
+                f"an array of the cluster {cluster or '(unknown)'} was prepared and not noted, and "
+                f"{here or 'none'} answers here: whether its tasks wait there is unknown, so "
+                "nothing is submitted; repeat the command there, or, if you know that it has no "
+                f"such job, rm -r {shlex.quote(str(self.folder))}"
+            )
 
     def remove(self) -> None:
         """Remove what was prepared: a job that comes of it nevertheless finds no runs."""
@@ -164,7 +184,7 @@ def submitting(study: Path) -> Iterator[list[str]]:
         What became of that, a line each.
 
     Raises:
-        SubmissionError: That is unknown: Slurm does not answer.
+        SubmissionError: That is unknown: Slurm does not answer, or another cluster would know.
         LockHeldError: Another process submits.
     """
     arrays_folder(study).mkdir(parents=True, exist_ok=True)
@@ -177,10 +197,12 @@ def _settle(study: Path) -> list[str]:
     arrays = [array for array in arrays_of(study) if not array.job_file.exists()]
     arrays = [array for array in arrays if array.folder.stat().st_uid == mine]
     rows = slurm.queue({mine}) if arrays else []
+    here = slurm.cluster_name() if arrays else ""
     said = []
     for array in arrays:
         found = [row for row in rows if array.mark in row.marks]
         if not found:
+            array.check_cluster(here)
             array.remove()
             continue
         job_id = found[0].job_id.partition("_")[0]

@@ -47,6 +47,14 @@ def test_an_array_whose_submitter_dies_before_it_is_noted_is_found_by_its_mark(
     assert len(tasks(slurm)) == 6
     assert noted(study) == []
     site("sbatch", "exit 1")
+    # From another cluster on the same home: its queue says nothing of it.
+    site("squeue", "exit 0")
+    site("scontrol", '$real "$@" | sed "s/^ClusterName.*/ClusterName = other/"')
+    elsewhere = flowjobs("sweep", "ablation")
+    assert elsewhere.returncode == 2
+    assert "an array of the cluster flowjobs" in elsewhere.stderr
+    site("squeue", '$real "$@"')
+    site("scontrol", '$real "$@"')
     again = flowjobs("sweep", "ablation")
     assert counts(again) == {"waiting": 6}
     assert "had been submitted and not noted: it is now" in again.stdout
