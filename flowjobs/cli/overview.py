@@ -4,20 +4,22 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING:
-    from flowjobs.jobs.overview import Group, Standing
+    from flowjobs.jobs.overview import Group, Stand, Standing
 
 BAR_WIDTH = 20
 WATCH_EVERY_S = 10.0
+# So often in a row.
+UNKNOWN_AT_MOST = 6
 # More runs of one kind are counted, not listed.
 LISTED = 5
 
 
-def print_overview(groups: "Sequence[Group]") -> bool:
-    """Print the groups, and what needs a person. Returns whether that may change by itself."""
+def print_overview(groups: "Sequence[Group]") -> None:
+    """Print the groups, and what needs a person."""
     print_groups(groups)
     trouble: dict[tuple[str, str], list[Standing]] = {}
     for group in groups:
@@ -30,7 +32,6 @@ def print_overview(groups: "Sequence[Group]") -> bool:
             print(f"{standing.glance.name} {stand}: {standing.why}")
         if len(some) > LISTED:
             print(f"and {len(some) - LISTED} more {stand}: {kind}")
-    return any(group.counts["running"] or group.counts["waiting"] for group in groups)
 
 
 def print_groups(groups: "Sequence[Group]") -> None:
@@ -67,26 +68,30 @@ def print_groups(groups: "Sequence[Group]") -> None:
     print_fitting(rows, dispensable, right=("of", "not made", *stands))
 
 
-def watch(show: Callable[[], bool]) -> None:
-    """Show again and again, until nothing changes by itself any more, or Ctrl-C.
+def watch(show: "Callable[[], Collection[Stand]]") -> None:
+    """Show again and again, until nothing runs or waits any more, or Ctrl-C.
 
     Args:
-        show: Prints, and says whether that may change.
+        show: Prints, and says how the runs stand.
     """
     before: set[str] = set()
+    unknown = 0
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             if sys.stdout.isatty():
                 print("\x1b[H\x1b[J", end="")
-                goes_on = show()
+                stands = show()
             else:
                 with contextlib.redirect_stdout(io.StringIO()) as shown:
-                    goes_on = show()
+                    stands = show()
                 lines = shown.getvalue().splitlines()
                 for line in lines:
                     if line not in before:
                         print(line, flush=True)
                 before = set(lines)
-            if not goes_on:
-                return
+            if "running" not in stands and "waiting" not in stands:
+                # Slurm may just not answer: what is unknown now may run.
+                unknown = unknown + 1 if "unknown" in stands else 0
+                if unknown in (0, UNKNOWN_AT_MOST):
+                    return
             time.sleep(WATCH_EVERY_S)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import itemgetter
@@ -24,6 +25,7 @@ from flowjobs.runs.status import RunStatus
 
 if TYPE_CHECKING:
     from flowjobs.jobs.findings import Finding
+    from flowjobs.jobs.overview import Stand
 
 # So many runs have a line each on one screen.
 FEW = 20
@@ -59,17 +61,19 @@ class Status:
             self._show()
         return 0
 
-    def _show(self) -> bool:
-        """Print once. Returns whether that may change by itself."""
+    def _show(self) -> "Collection[Stand]":
+        """Print once. Returns how the runs stand."""
         # Slow to load, and --help does without.
         from flowjobs.jobs.findings import find
-        from flowjobs.jobs.overview import overview, unsettled
+        from flowjobs.jobs.overview import overview, stands_of, unsettled
 
         study = absolute(self.study)
         seen = [] if self.names else glances(study)
         if len(seen) > FEW and not (self.runs or self.json):
             findings = find(unsettled(study, seen), at_most_twice=True)
-            return print_overview(overview(study, seen, findings))
+            groups = overview(study, seen, findings)
+            print_overview(groups)
+            return {stand for group in groups for stand in group.counts}
         named = names_one_run(self.study, self.names)
         runs, broken = each_of(self.study, self.names)
         findings = find(runs, at_most_twice=True)
@@ -80,7 +84,7 @@ class Status:
             print(f"there are no runs in {study}", file=sys.stderr)
         if self.json:
             print(json.dumps(found[0] if named else found, indent=2))
-            return False
+            return ()
         if len(seen) > 1:
             print_groups(overview(study, seen, findings))
             print()
@@ -94,7 +98,7 @@ class Status:
         if named:
             print_attempts(found[0])
             print(f"folder {found[0]['folder']}\nweights {found[0]['checkpoints']}")
-        return any(run["state"] in ("running", "submitted", "preempted") for run in found)
+        return stands_of([*runs, *broken], findings)
 
 
 def _print_waits(runs: list[dict[str, Any]]) -> None:

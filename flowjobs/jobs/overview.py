@@ -1,13 +1,13 @@
 """How the runs of a study stand, by sweep or group, and which need a person. Only looks."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome
-from flowjobs.runs.listing import Glance
+from flowjobs.runs.listing import Glance, glances
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.runs.status import RunStatus
@@ -124,6 +124,15 @@ def overview(study: Path, some: Sequence[Glance], findings: Mapping[Run, Finding
     for standing in outside.values():
         by_group.setdefault(standing.glance.group, []).append(standing)
     return groups + [Group(name, by_group[name]) for name in sorted(by_group)]
+
+
+def stands_of(runs: Iterable[Run], findings: Mapping[Run, Finding]) -> set[Stand]:
+    """How runs stand; see `overview`."""
+    return {
+        _standing(run.study, glance, findings.get(run)).stand
+        for run in runs
+        for glance in glances(run.study, [run.name])
+    }
 
 
 def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:

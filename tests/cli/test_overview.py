@@ -132,6 +132,11 @@ def test_watching_ends_with_the_runs_and_repeats_no_line(flowjobs: Command, stud
     made_run(study, [1.0] * 3, name="a")
     made_run(study, [1.0], "failed", name="b")
     assert flowjobs("status", "--watch").stdout == flowjobs("status").stdout
+    # Nothing starts these by itself: the first was interrupted, the second never submitted.
+    made_run(study, [1.0], "preempted", name="stopped")
+    made_run(study, name="new")
+    assert flowjobs("status", "--watch", timeout_s=60).stdout == flowjobs("status").stdout
+    assert flowjobs("status", "stopped", "--watch", timeout_s=60).returncode == 0
     done = flowjobs("status", "--watch", "--json")
     assert (done.returncode, "expected one of them" in done.stderr) == (2, True)
 
