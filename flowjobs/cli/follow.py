@@ -12,7 +12,7 @@ from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.runs.metrics import Row
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import EXIT_FAILED, RunStatus
+from flowjobs.runs.status import CANCELLED, EXIT_FAILED, RunStatus
 
 POLL_S = 0.3
 # Time for the last words of a process that has ended to be seen over a shared file system.
@@ -97,7 +97,10 @@ def _watch(
             if begun and _ended(status, waits_for_requeue=requeues and gone_at is None):
                 return status
             if gone_at is not None and time.monotonic() - gone_at > LAST_WORDS_S:
-                return None
+                if begun or not run.cancel_requested():
+                    return None
+                status.close(CANCELLED)  # before it began, so that no attempt says it
+                return status
             time.sleep(POLL_S)
 
 

@@ -127,8 +127,10 @@ def _print_from(log: Path, offset: int) -> int:
 
 def _has_ended(run: Run) -> bool:
     """Whether nothing more is to come: the run is at an end and no new job of it waits."""
-    status = run.status()
-    if status is None or status.state not in FINAL_STATES:
+    status = run.status() or RunStatus()
+    if run.cancel_requested():  # nothing starts it again, and a job that waited is gone
+        return status.open_attempt is None
+    if status.state not in FINAL_STATES or not status.attempts:
         return False
     last = status.attempts[-1]
     jobs = run.submissions()

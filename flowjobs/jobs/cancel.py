@@ -13,7 +13,7 @@ from flowjobs.runs.files import flush_files
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import pack_of
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import EXIT_CANCELLED, Outcome, RunStatus, same_host
+from flowjobs.runs.status import CANCELLED, RunStatus, same_host
 from flowjobs.slurm import JobAnswer, JobIdentity, Known, Unknown, ask
 from flowjobs.tracking.closing import close_session
 
@@ -66,12 +66,10 @@ def _end_and_note(run: Run, in_slurm: list[str] | SubmissionError) -> str:
     # A process that trains says itself how it ends; of a job that only waits, nobody else would.
     nobody_trains = status.open_attempt is None and lock_holder(run.folder) is None
     if nobody_trains and status.state != "cancelled":
-        reason = "cancelled by flowjobs cancel"
-        outcome = Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
-        status.close(outcome)
+        status.close(CANCELLED)
         status.write(run.status_file)
         if status.attempts:  # else W&B has never heard of it
-            close_session(run, outcome)
+            close_session(run, CANCELLED)
     if ended:
         return f"{run.name}: cancelled {', '.join(ended)}; submit it again to resume"
     return f"{run.name}: no job of it waits or runs; nothing will start it again"

@@ -35,6 +35,7 @@ from flowjobs.runs.rank_failures import RankFailure, note_failure, noted_failure
 from flowjobs.runs.restarts import may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
+    CANCELLED,
     EXIT_CANCELLED,
     EXIT_FAILED,
     EXIT_PREEMPTED,
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from flowjobs.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
-
-CANCELLED = "cancelled by flowjobs cancel"
 
 # When the other ranks are gone since Slurm has ended them, it says why.
 ENDED_BY_SLURM = ("node failure", "preempted", "time limit", "requeued", "cancelled")
@@ -288,8 +287,8 @@ class TrainingJob:
             signals.stand_down()
             if self._run.cancel_requested():
                 # What a process runs into as others of its job are told to end.
-                logger.exception("%s", CANCELLED)
-                raise RunInterrupted(CANCELLED, kind="cancelled") from error
+                logger.exception("%s", CANCELLED.reason)
+                raise RunInterrupted(CANCELLED.reason, kind=CANCELLED.kind) from error
             self._explain_failure(error)
             raise
         signals.stand_down()

@@ -45,13 +45,14 @@ class Outcome:
     kind: str = ""
 
 
-FINISHED = Outcome("finished", exit_code=0)
-
 # EX_TEMPFAIL of sysexits.h: not a failure, the same command resumes from here.
 EXIT_PREEMPTED = 75
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_CANCELLED = 130
+
+FINISHED = Outcome("finished", exit_code=0)
+CANCELLED = Outcome("cancelled", EXIT_CANCELLED, "cancelled by flowjobs cancel", kind="cancelled")
 
 # Of the text of an error, in lists of runs.
 REASON_CHARACTERS = 500

@@ -10,6 +10,7 @@ import pytest
 
 from flowjobs.config import RunConfig
 from flowjobs.errors import RunInterrupted
+from flowjobs.jobs.cancel import cancel
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -96,6 +97,24 @@ def test_goes_on_with_the_log_of_the_next_attempt(run: Run, following: Following
         following.wait_for("three\n")
     assert following.process.wait(timeout=120) == 0
     assert following.printed() == "one\ntwo\none more\nthree\n"
+
+
+def test_ends_with_a_job_that_is_cancelled_before_it_begins(
+    run: Run, following: Following, tmp_path: Path
+) -> None:
+    submit_job(run, "1")
+    cancel(run)
+    assert following.process.wait(timeout=120) == 0
+    run.clear_cancel()
+    job, log = submit_job(run, "2")
+    add(log, "one")
+    with pytest.raises(KeyboardInterrupt), Attempt(run, job):
+        raise KeyboardInterrupt
+    submit_job(run, "3")
+    cancel(run)
+    again = Following(run.name, tmp_path / "again")
+    assert again.process.wait(timeout=120) == 0
+    assert again.printed() == "one\n"
 
 
 def test_waits_for_a_job_that_was_submitted_after_the_end(run: Run, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from flowjobs.cli.follow import follow
 from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.jobs.cancel import cancel
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
@@ -110,6 +111,16 @@ def test_a_status_that_is_damaged_does_not_end_the_watching(study: Path) -> None
         return True
 
     assert follow(run, 0, alive, requeues=False) == 130
+
+
+def test_a_job_that_is_cancelled_before_it_begins_ends_the_watching(study: Path) -> None:
+    run = Run(study, "run")
+    run.create(RunConfig())
+
+    def alive() -> bool:
+        return "nothing will start it again" not in cancel(run)
+
+    assert follow(run, 0, alive, requeues=True) == 130
 
 
 def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> None:
