@@ -9,6 +9,7 @@ from typing import Any
 from flowjobs import slurm
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs.origin import Origin, origin_of
+from flowjobs.jobs.submit import noted_in_any_case
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
 
@@ -94,13 +95,14 @@ def resubmit(run: Submittable, entry: dict[str, Any], exclude: str | None) -> st
     environment = environment_for_sbatch(origin.environment, run.asked())
     if token := os.environ.get("SLURM_JWT"):
         environment["SLURM_JWT"] = token
-    taken = slurm.sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
-    new = taken.job_id
-    if any(option.startswith("--array=") for option in command):
-        new = f"{new}_{old.partition('_')[2]}"
     log = Path(entry["log"]) if entry["log"] else None
-    identity = taken.identity(entry.get("job_name", ""))
-    with slurm.cancelled_unless_noted(lambda: taken):
+    taken: slurm.HandedOver | None = None
+    with noted_in_any_case("slurm"), slurm.cancelled_unless_noted(lambda: taken):
+        taken = slurm.sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
+        new = taken.job_id
+        if any(option.startswith("--array=") for option in command):
+            new = f"{new}_{old.partition('_')[2]}"
+        identity = taken.identity(entry.get("job_name", ""))
         origin.note(run, new)
         run.add_submission(
             new, "slurm", log, continues=old, again=entry["again"], identity=identity

@@ -114,7 +114,7 @@ def submit(
             asked, sbatch=KeyValues({"chdir": origin.folder, **asked.sbatch})
         )
     executor: Executor | None = None
-    with _noted_in_any_case(cluster), slurm.cancelled_unless_noted(lambda: handed_over(executor)):
+    with noted_in_any_case(cluster), slurm.cancelled_unless_noted(lambda: handed_over(executor)):
         with _environment_of(cluster, origin, asked, continues):
             executor = make_executor(cluster, run, asked, origin.python)
             try:
@@ -169,7 +169,7 @@ def submit_array(
             could note it: `submitting` finds it out.
     """
     origin = Origin.here(asked)
-    with _noted_in_any_case("slurm"), _environment_of("slurm", origin, asked, None):
+    with noted_in_any_case("slurm"), _environment_of("slurm", origin, asked, None):
         executor = array_executor(array, name, asked, origin.python)
         try:
             # Before sbatch: the first task may start before that has returned.
@@ -317,7 +317,8 @@ def told_to_end_waits(*numbers: signal.Signals) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _noted_in_any_case(cluster: Cluster) -> Iterator[None]:
+def noted_in_any_case(cluster: Cluster) -> Iterator[None]:
+    """Keep signals that end a command waiting, from handing a job over until it is noted."""
     # sbatch gets Ctrl-C at a terminal too, and inherits the mask; so would a job on this machine.
     shielded = set(TOLD_TO_END) if cluster == "slurm" else set()
     with told_to_end_waits():
