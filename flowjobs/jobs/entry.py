@@ -349,11 +349,7 @@ class TrainingJob:
         """Have the run started again, that left for `kind`. Returns this process's exit code."""
         if self._job.packed:
             return EXIT_PREEMPTED  # who holds the slots restarts the job
-        try:
-            return restart(self._run, self._job, kind, task_of(self._run), self._exclude)
-        except SubmissionError as error:
-            logger.error("%s is not started again: %s", self._run.name, error)
-            return EXIT_PREEMPTED  # `reconcile` tries again, or a person
+        return restart(self._run, self._job, kind, task_of(self._run), self._exclude)
 
     def seconds_left(self, number: signal.Signals) -> float | None:
         """How long this process may live after a signal."""

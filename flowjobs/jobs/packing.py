@@ -296,11 +296,7 @@ class _Slots:
             why = notice_of(self._pack, self._job, number).why
         except SubmissionError as error:  # Slurm is away: the signal's name must do
             logger.warning("%s", error)
-        try:
-            return restart(self._pack, self._job, why, PackTask(str(self._pack.folder)))
-        except SubmissionError as error:
-            logger.error("the job is not started again: %s", error)
-            return EXIT_PREEMPTED  # `reconcile` tries again, or a person
+        return restart(self._pack, self._job, why, PackTask(str(self._pack.folder)))
 
     def seconds_left(self, number: signal.Signals) -> float | None:
         """How long this process may live after a signal, with what it gives to the runs'."""

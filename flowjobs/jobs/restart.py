@@ -7,7 +7,7 @@ from collections.abc import Callable
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from flowjobs import slurm
-from flowjobs.errors import SubmissionError
+from flowjobs.errors import FlowjobsError, SubmissionError
 from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.origin import origin_of
 from flowjobs.jobs.submit import submit
@@ -30,7 +30,9 @@ def restart(
 ) -> int:
     """Have a run whose job has saved its state and leaves started again, where that can be done.
 
-    Never if its user has cancelled it: `scontrol requeue` would bring it back.
+    Never if its user has cancelled it: `scontrol requeue` would bring it back. Where it cannot be
+    started, that is logged, and not raised: its callers have still to tell W&B how it ended, and
+    `reconcile` tries again, or a person.
 
     Args:
         run: The run; nobody holds it any more.
@@ -42,16 +44,19 @@ def restart(
     Returns:
         The exit code with which this process should end.
     """
-    if run.cancel_requested():
-        return EXIT_PREEMPTED
-    match job.cluster:
-        case "slurm":
-            _restart_in_slurm(run, job, task, exclude)
-        case "local" if kind != "told to leave":  # that was the user, by `kill`
-            if job.restart + 1 < LOCAL_STARTS:
-                logger.info("%s starts again at once", run.name)
-                return LOCAL_REQUEUE_RETURN_CODE
-            logger.info("%s continues as local job %s", run.name, resubmit(run, job, task))
+    try:
+        if run.cancel_requested():
+            return EXIT_PREEMPTED
+        match job.cluster:
+            case "slurm":
+                _restart_in_slurm(run, job, task, exclude)
+            case "local" if kind != "told to leave":  # that was the user, by `kill`
+                if job.restart + 1 < LOCAL_STARTS:
+                    logger.info("%s starts again at once", run.name)
+                    return LOCAL_REQUEUE_RETURN_CODE
+                logger.info("%s continues as local job %s", run.name, resubmit(run, job, task))
+    except (FlowjobsError, OSError) as error:
+        logger.error("%s is not started again: %s", run.name, error)
     return EXIT_PREEMPTED
 
 

@@ -9,11 +9,16 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
+from flowjobs.jobs.reconcile import close_ended_job, close_ended_pack
+from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -24,6 +29,7 @@ from tests.jobs.disturbed import (
     Start,
     assert_in_wandb,
     by_hand,
+    in_wandb,
 )
 
 
@@ -162,6 +168,28 @@ def test_a_lost_job_by_hand_keeps_its_arguments_and_its_environment(
     assert (record["ExcNodeList"], record["MinMemoryNode"]) == ("n1", "1G")
     job.wait_for_state("finished")
     assert job.run.config().training.arch_args == {"control": "con 'trol"}
+
+
+def test_where_it_cannot_be_started_again_wandb_is_told_all_the_same(
+    slurm: SlurmCluster, site: Callable[[str, str], None], study: Path
+) -> None:
+    runs = alone, killed, waiting = [Run(study, name) for name in ("alone", "killed", "waiting")]
+    for run in runs:
+        tracking = TrackingConfig(wandb_mode="offline" if run == alone else "disabled")
+        run.create(RunConfig(TrainingConfig(), tracking=tracking, restarts=RestartConfig(1)))
+    pack = new_pack(study, "shared", [killed, waiting], 2, SlurmConfig())
+    jobs = []
+    for run, submitted in ((alone, alone), (killed, pack)):
+        job_id = slurm.submit("--hold", "--output=job.out", "--wrap", "true")
+        submitted.add_submission(job_id, "slurm", None)
+        job = JobInfo("slurm", job_id, None, "n1", 1)
+        RunStatus("running", attempts=[AttemptRecord(1, job, now())]).write(run.status_file)
+        jobs.append(job)
+    # Nor as a new job: nobody knows what these were submitted from.
+    site("scontrol", '[ "$1" = requeue ] && exit 1; $real "$@"')
+    assert close_ended_job(alone, jobs[0], 137) is not None
+    assert in_wandb(alone).state == "preempted"
+    assert [*close_ended_pack(pack, jobs[1], 137)] == [killed]
 
 
 def test_a_job_whose_import_fails_is_failed_with_the_reason(

@@ -15,8 +15,8 @@ from flowjobs.jobs.submit import running_job, told_to_end_waits
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, State
-from tests.cluster.slurm import SlurmCluster
 from tests.cli.test_many import ended
+from tests.cluster.slurm import SlurmCluster
 
 
 def test_ctrl_c_waits_whichever_thread_it_reaches() -> None:
