@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import shlex
@@ -35,7 +36,7 @@ from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import content_of_data, differences, same_file
 from flowjobs.runs.extending import explain_extension
 from flowjobs.runs.file_lock import locked
-from flowjobs.runs.files import write_json
+from flowjobs.runs.files import replaced_whole, write_json
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run_id import (
     NOTHING,
@@ -47,6 +48,8 @@ from flowjobs.runs.run_id import (
 )
 from flowjobs.runs.status import AttemptRecord, RunStatus, now, read_status
 from flowjobs.runs.submittable import Submittable
+
+logger = logging.getLogger(__name__)
 
 CONFIG_WAIT_S = 60.0
 
@@ -345,8 +348,7 @@ class Run(Submittable):
         try:
             yield
         except BaseException:
-            with contextlib.suppress(OSError):  # why it failed is what a person must hear
-                before.put_back()
+            before.put_back()
             raise
 
     def before_submission(self) -> "Before":
@@ -544,16 +546,24 @@ class Before:
     jobs: int
 
     def put_back(self) -> None:
-        """Make it so again, unless a job has been handed over meanwhile."""
-        if len(self.run.submissions()) != self.jobs:
-            return
-        for file, content in self.files.items():
-            if content is None:
-                file.unlink(missing_ok=True)
-            else:
-                file.write_bytes(content)
-        for folder in self.folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Make it so again, unless a job has been handed over meanwhile.
+
+        Raises nothing where the disk is full, say: why the submission failed is what a person
+        must hear. Each file is then whole, as it was or as it was submitted.
+        """
+        try:
+            if len(self.run.submissions()) != self.jobs:
+                return
+            for folder in self.folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            for file, content in self.files.items():
+                if content is None:
+                    file.unlink(missing_ok=True)
+                elif content != _bytes_of(file):
+                    with replaced_whole(file) as written:
+                        written.write(content)
+        except OSError as error:
+            logger.warning("%s is not put back as it was: %s", self.run.name, error)
 
 
 def _bytes_of(file: Path) -> bytes | None:

@@ -154,8 +154,7 @@ def _put_back_if_refused(runs: Sequence[Run]) -> Iterator[None]:
         raise  # a task of theirs may start
     except BaseException:
         for each in before:
-            with contextlib.suppress(OSError):  # why it failed is what a person must hear
-                each.put_back()
+            each.put_back()
         raise
 
 
