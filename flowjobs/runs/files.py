@@ -92,11 +92,20 @@ def warn_once(text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line in one write, so that lines of several processes do not mix."""
+    """Add one line in one write, so that lines of several processes do not mix.
+
+    Raises:
+        OSError: It is not there whole; what is there of it damages no other line.
+    """
     # O_APPEND: the end of the file is looked up in the same step as the write.
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, (line + "\n").encode())
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        data = (("\n" if torn else "") + line + "\n").encode()
+        # On a nearly full disk a write is short without an error: the next one says why.
+        while data:
+            data = data[os.write(descriptor, data) :]
     except OSError as error:
         error.filename = str(path)
         raise

@@ -1,8 +1,10 @@
+import contextlib
 import dataclasses
 import json
 import re
 import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,19 @@ from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.status import JobInfo, outcome_of
 
 JOB = JobInfo.in_foreground()
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """What a full disk does to a write, here: it is short, and the next one fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def created(study: Path, **training: object) -> Run:
@@ -217,19 +232,13 @@ def test_rows_that_a_full_disk_does_not_take_come_later_and_whole(
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, after_step=0)
     metrics.append({"step": 10})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, limits[1]))
-    try:
+    with no_file_larger_than(path.stat().st_size + 7):
         metrics.append({"step": 20})
         metrics.append({"step": 30})
         assert len(caplog.records) == 1
         assert [row["step"] for row in read_rows(path)] == [10]
         with pytest.raises(OSError, match="File too large"):
             metrics.flush()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     metrics.append({"step": 40})
     metrics.flush()
     metrics.close()
@@ -247,3 +256,37 @@ def test_the_reason_of_an_error_is_one_line_that_a_terminal_can_show() -> None:
     assert outcome.reason.isprintable()
     assert len(outcome.reason) < 600
     assert "in loading:\n\tsize" in outcome.traceback
+
+
+def test_a_submission_that_a_full_disk_refuses_leaves_the_run_as_it_was_or_whole(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = created(study)
+    run.request_cancel()
+    files = (run.config_file, run.cancel_file)
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    more = RunConfig(slurm=SlurmConfig(partition="other"))
+    refused = pytest.raises(OSError, match="File too large")
+    with refused, no_file_larger_than(0), run.undone_if_refused():
+        run.create(more)
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files} == before
+    assert caplog.records == []
+    # Full only when the config has been written already: it cannot be put back, and is whole.
+    refused = pytest.raises(OSError, match="File too large")
+    with contextlib.ExitStack() as full, refused, run.undone_if_refused():
+        run.create(more)
+        full.enter_context(no_file_larger_than(0))
+        run.request_cancel()
+    assert run.config() == more
+    assert run.cancel_requested()
+    assert "a is not put back as it was" in caplog.text
+
+
+def test_a_job_that_a_full_disk_does_not_note_damages_no_other(study: Path) -> None:
+    run = created(study)
+    run.add_submission("1", "slurm", None)
+    refused = pytest.raises(OSError, match=r"File too large: .*jobs\.jsonl")
+    with refused, no_file_larger_than(run.jobs_file.stat().st_size + 20):
+        run.add_submission("2", "slurm", None)
+    run.add_submission("3", "slurm", None)
+    assert [entry["job_id"] for entry in run.submissions()] == ["1", "3"]
