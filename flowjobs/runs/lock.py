@@ -7,6 +7,7 @@ none between nodes), the scheduler's word on that attempt's job decides. Whoever
 any more has lost the run and must write nothing.
 """
 
+import errno
 import json
 import logging
 import os
@@ -42,6 +43,8 @@ LEAVING_WAIT_S = 90.0
 GLANCE_S = 1.0
 GATE_WAIT_S = 60.0
 POLL_S = 0.25
+# Another's run, or a read-only disk: whether it is locked cannot be seen.
+NOT_OURS_TO_LOCK = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 # The `cluster` of a holder that does not train: it writes down how a dead attempt ended.
@@ -177,7 +180,12 @@ def lock_holder(folder: Path, judge: Judge = system_lock_decides) -> str | None:
     found = _read_holder(folder)
     if found is None:
         return None
-    lock, free = _look_at_lock(folder / ".lock")
+    try:
+        lock, free = _look_at_lock(folder / ".lock")
+    except OSError as error:
+        if error.errno not in NOT_OURS_TO_LOCK:
+            raise
+        lock, free = None, None
     if lock is not None:
         lock.release()
     return None if _judged(found, free, judge) == "gone" else _describe(found)

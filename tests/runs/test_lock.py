@@ -4,8 +4,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +104,42 @@ def test_a_holder_that_leaves_is_waited_for(
 
     with RunLock(tmp_path, JOB, judge) as lock:
         lock.check_held()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting and other users need root")
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        ["unshare", "--user", "--map-user=64123", "--map-group=64123"],
+        [
+            *("unshare", "--mount", "sh", "-c"),
+            'mount --bind . . && mount -o remount,ro,bind . && cd "$PWD" && exec "$@"',
+            "sh",
+        ],
+    ],
+    ids=["another's run", "a read-only disk"],
+)
+def test_who_may_only_look_at_a_run_is_told_whether_it_is_held(
+    workplace: Path, prefix: Sequence[str]
+) -> None:
+    look = "from flowjobs.runs.lock import *; print(lock_holder(Path()))"
+
+    def holder() -> str:
+        for path in (workplace, *workplace.iterdir()):
+            os.chown(path, 12345, 12345)
+        command = [*prefix, sys.executable, "-c", look]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    me = JobInfo.in_foreground()
+    with RunLock(workplace, me):
+        assert holder() == me.words
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    file = workplace / ".lock-holder.json"
+    file.write_text(json.dumps(asdict(replace(me, pid=dead.pid, process=None))))
+    assert holder() == "None"
+    file.write_text(json.dumps(asdict(replace(me, host="another"))))
+    assert holder() == f"process {me.pid} on another"
 
 
 def test_a_holder_file_of_another_version_is_no_obstacle(tmp_path: Path) -> None:
