@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import RunNames, each_of, list_of
-from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.runs.run import default_study
 from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import EXIT_BAD_INPUT
@@ -33,7 +33,7 @@ class Cancel:
             print(f"cancels {list_of(runs)}", flush=True)
         failed = bool(broken)
         for _, said in cancel_together(runs):
-            if isinstance(said, FlowjobsError):  # the others are cancelled all the same
+            if isinstance(said, SubmissionError):  # the others are cancelled all the same
                 print(f"error: {said}", file=sys.stderr)
                 failed = True
             else:

@@ -1,22 +1,23 @@
 """Ends the jobs of runs because their user wants no more of them."""
 
-import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from flowjobs import slurm
-from flowjobs.errors import FlowjobsError, SubmissionError
-from flowjobs.runs.files import flush_files
+from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
 from flowjobs.runs.lock import lock_holder
-from flowjobs.runs.pack import pack_of
-from flowjobs.runs.run import Run
+from flowjobs.runs.pack import Pack, is_left, pack_of
+from flowjobs.runs.process import process_lives
+from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.status import CANCELLED, RunStatus, same_host
 from flowjobs.slurm import JobAnswer, JobIdentity, Known, Unknown, ask
 from flowjobs.tracking.closing import close_session
 
+# Each waits for the disk, or a file server; side by side they wait together.
+NOTED_AT_ONCE = 16
 # W&B is told by a process for each run, which takes a second of CPU.
 TOLD_AT_ONCE = 4
 
@@ -25,16 +26,16 @@ def cancel(run: Run) -> str:
     """Cancel a run and every job of it. Returns what was done.
 
     Raises:
-        SubmissionError: Slurm does not answer. The run is noted as cancelled all the same: a job
-            of it that starts again sees that and ends.
+        SubmissionError: A job of it may live on, or the run could not be noted as cancelled; the
+            text says which. Of a run that is noted, a job that starts sees that and ends.
     """
     ((_, said),) = cancel_together([run])
-    if isinstance(said, FlowjobsError):
+    if isinstance(said, SubmissionError):
         raise said
     return said
 
 
-def cancel_together(runs: Sequence[Run]) -> Iterator[tuple[Run, str | FlowjobsError]]:
+def cancel_together(runs: Sequence[Run]) -> Iterator[tuple[Run, str | SubmissionError]]:
     """Cancel runs and every job of them; Slurm is asked once and told once.
 
     Yields:
@@ -42,26 +43,52 @@ def cancel_together(runs: Sequence[Run]) -> Iterator[tuple[Run, str | FlowjobsEr
     """
     done = {run for run in runs if run.finished()}
     wanted = [run for run in runs if run not in done]
-    for run in wanted:  # first: a job that is just being requeued must see it
-        run.request_cancel(flush=False)
-    flush_files(run.cancel_file for run in wanted)
-    ended = _end_slurm_jobs(wanted)
+    # First: a job that is just being requeued must see it.
+    with ThreadPoolExecutor(NOTED_AT_ONCE) as threads:
+        unnoted = dict(zip(wanted, threads.map(_mark, wanted), strict=True))
+    ended = _end_slurm_jobs(wanted, unnoted)
     with ThreadPoolExecutor(TOLD_AT_ONCE) as threads:
-        told = {run: threads.submit(_end_and_note, run, ended[run]) for run in wanted}
+        told = {run: threads.submit(_end_and_note, run, ended[run], unnoted[run]) for run in wanted}
         for run in runs:
             if run in done:
                 yield run, f"{run.name} is finished; there is nothing to cancel"
                 continue
             try:
                 yield run, told[run].result()
-            except FlowjobsError as error:
+            except SubmissionError as error:
                 yield run, error
 
 
-def _end_and_note(run: Run, in_slurm: list[str] | SubmissionError) -> str:
-    if isinstance(in_slurm, SubmissionError):
-        raise in_slurm
-    ended = in_slurm + _end_process(run)
+def _mark(run: Run) -> OSError | None:
+    """Note a run as cancelled. Returns why that could not be: its jobs are ended all the same."""
+    try:
+        run.request_cancel()
+    except OSError as error:
+        return error
+    return None
+
+
+def _end_and_note(run: Run, in_slurm: list[str] | SubmissionError, unnoted: OSError | None) -> str:
+    noted = "it is noted as cancelled: a job of it that starts sees that, and ends"
+    if unnoted:
+        noted = f"it could not be noted as cancelled ({unnoted}): a requeue would bring it back"
+    try:
+        if isinstance(in_slurm, SubmissionError):
+            raise in_slurm
+        ended = in_slurm + _end_process(run)
+        if not unnoted:  # else the disk refuses this as well
+            _note_end(run)
+    except (FlowjobsError, OSError) as error:
+        raise SubmissionError(f"{run.name}: {error}; {noted}") from error
+    if unnoted:
+        done = f"cancelled {', '.join(ended)}" if ended else "no job of it was cancelled"
+        raise SubmissionError(f"{run.name}: {done}; {noted}; mend that, and cancel it again")
+    if ended:
+        return f"{run.name}: cancelled {', '.join(ended)}; submit it again to resume"
+    return f"{run.name}: no job of it waits or runs; nothing will start it again"
+
+
+def _note_end(run: Run) -> None:
     status = run.status() or RunStatus()
     # A process that trains says itself how it ends; of a job that only waits, nobody else would.
     nobody_trains = status.open_attempt is None and lock_holder(run.folder) is None
@@ -70,9 +97,6 @@ def _end_and_note(run: Run, in_slurm: list[str] | SubmissionError) -> str:
         status.write(run.status_file)
         if status.attempts:  # else W&B has never heard of it
             close_session(run, CANCELLED)
-    if ended:
-        return f"{run.name}: cancelled {', '.join(ended)}; submit it again to resume"
-    return f"{run.name}: no job of it waits or runs; nothing will start it again"
 
 
 def _end_process(run: Run) -> list[str]:
@@ -84,23 +108,32 @@ def _end_process(run: Run) -> list[str]:
     job = attempt.job
     # A process id means another process, or none, on another host.
     if not same_host(job.host, socket.gethostname()):
-        raise SubmissionError(
-            f"{run.name} runs as process {job.pid} on {job.host}: cancel it from there; "
-            "it is noted as cancelled and will not be started again"
-        )
-    with contextlib.suppress(ProcessLookupError):
+        raise SubmissionError(f"process {job.pid} runs on {job.host}: cancel it from there")
+    if not process_lives(job.pid, job.process):
+        return []  # its id may be another process's by now
+    try:
         # The process that trains: submitit's controller starts nothing more when that ends.
         os.kill(job.pid, signal.SIGTERM)
-        return [f"process {job.pid}"]
-    return []
+    except ProcessLookupError:
+        return []
+    except PermissionError:
+        raise SubmissionError(f"process {job.pid} is another user's to end") from None
+    return [f"process {job.pid}"]
 
 
-def _end_slurm_jobs(runs: Sequence[Run]) -> dict[Run, list[str] | SubmissionError]:
+def _end_slurm_jobs(
+    runs: Sequence[Run], unnoted: Mapping[Run, OSError | None]
+) -> dict[Run, list[str] | SubmissionError]:
     """End every job of the runs. Returns the jobs of each, as text, or what went wrong."""
-    jobs = {
-        run: [JobIdentity.of(e) for e in run.submissions() if e["cluster"] == "slurm"]
-        for run in runs
-    }
+    jobs: dict[Run, list[JobIdentity]] = {}
+    ended: dict[Run, list[str] | SubmissionError] = {}
+    for run in runs:
+        try:
+            entries = run.submissions()
+        except OSError as error:  # the others are cancelled all the same
+            ended[run] = SubmissionError(f"its jobs are unknown ({error})")
+            continue
+        jobs[run] = [JobIdentity.of(e) for e in entries if e["cluster"] == "slurm"]
     answers = ask([job for of_run in jobs.values() for job in of_run])
     alive = {
         run: [job for job in of_run if _lives(answers[job]) and job.is_mine()]
@@ -113,15 +146,15 @@ def _end_slurm_jobs(runs: Sequence[Run]) -> dict[Run, list[str] | SubmissionErro
         slurm.cancel(*dict.fromkeys(job.job_id for of_run in to_end.values() for job in of_run))
     except SubmissionError as error:
         refused = error
-    ended: dict[Run, list[str] | SubmissionError] = {}
-    for run in runs:
+    for run, of_run in jobs.items():
         if refused and to_end[run]:
             ended[run] = refused
-        elif unknown := _not_ended(run, jobs[run], answers):
+        elif unknown := _not_ended(of_run, answers):
             ended[run] = unknown
         else:
             # A job that lives on looks at the mark, and ends this run's process alone.
-            places = [f"its place in {job.words}" for job in jobs[run][-1:] if job in lives_on]
+            shared = [job for job in of_run[-1:] if job in lives_on and not unnoted[run]]
+            places = [f"its place in {job.words}" for job in shared]
             ended[run] = places + [job.words for job in to_end[run]]
     return ended
 
@@ -134,7 +167,18 @@ def _shared_with_others(alive: Mapping[Run, Sequence[JobIdentity]]) -> set[JobId
         for job in of_run
         if (pack := pack_of(run, job.job_id))
     }
-    return {job for job, pack in packs.items() if pack.left(job.job_id)}
+    return {job for job, pack in packs.items() if _trains_others(pack, job.job_id, alive.keys())}
+
+
+def _trains_others(pack: Pack, job_id: str, cancelled: Collection[Run]) -> bool:
+    try:
+        runs = pack.runs
+    except ConfigError:  # its folder is gone; the runs know their job
+        runs = [Run(pack.study, name) for name in run_names(pack.study)]
+    try:
+        return any(is_left(run, job_id) for run in runs if run not in cancelled)
+    except OSError:
+        return True  # unknown is not none: it ends by itself once nothing of it is left
 
 
 def _lives(answer: JobAnswer) -> bool:
@@ -142,7 +186,7 @@ def _lives(answer: JobAnswer) -> bool:
 
 
 def _not_ended(
-    run: Run, jobs: Sequence[JobIdentity], answers: Mapping[JobIdentity, JobAnswer]
+    jobs: Sequence[JobIdentity], answers: Mapping[JobIdentity, JobAnswer]
 ) -> SubmissionError | None:
     why = ""
     for job in jobs:
@@ -152,9 +196,4 @@ def _not_ended(
         elif isinstance(answer, Unknown) and job == jobs[-1]:
             # Of older ones it does not matter: the newest was submitted when they were gone.
             why = f"{job.words} was not cancelled: {answer.why}"
-    if not why:
-        return None
-    return SubmissionError(
-        f"{run.name}: {why}; the run is noted as cancelled: a job of it that starts sees that, "
-        "and ends"
-    )
+    return SubmissionError(why) if why else None

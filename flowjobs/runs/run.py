@@ -297,9 +297,9 @@ class Run(Submittable):
             return None
         return self.cancel_file.stat().st_mtime
 
-    def request_cancel(self, *, flush: bool = True) -> None:
-        """Note that the run must not be restarted by itself; `flush` as of `create`."""
-        write_json(self.cancel_file, {"time": now()}, flush=flush)
+    def request_cancel(self) -> None:
+        """Note that the run must not be restarted by itself."""
+        write_json(self.cancel_file, {"time": now()})
 
     def clear_cancel(self) -> None:
         """Its user wants the run restarted after all."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flowjobs import slurm
-from flowjobs.errors import SubmissionError, SubmissionUnknownError
+from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.array import new_array
 from flowjobs.jobs.snapshot import CodePlan, carry_out_together
 from flowjobs.jobs.submit import submit_array, told_to_end_waits
@@ -179,7 +179,7 @@ def make_runs(members: Sequence[Member], code: Sequence[CodePlan]) -> list[str]:
 
 def share_parallel(
     members: Sequence[Member], starting: int, parallel: int
-) -> tuple[dict[str, int | SubmissionError], int]:
+) -> tuple[dict[str, int | FlowjobsError], int]:
     """Have arrays that wait or run, and those to come, train so many at a time together.
 
     Each gets its part by the runs that it has left.
@@ -194,7 +194,7 @@ def share_parallel(
         how many those that will be submitted may.
     """
     left: Counter[str] = Counter()
-    slots_of: dict[str, int] = {}
+    packs: dict[str, Pack] = {}
     for member in members:
         if member.stage not in ("waiting", "running"):
             continue
@@ -202,17 +202,17 @@ def share_parallel(
             if "array" in entry:
                 array_id = entry["job_id"].partition("_")[0]
                 left[array_id] += 1
-                if array_id not in slots_of:
-                    shared = PACK in entry
-                    slots_of[array_id] = Pack(member.run.study, entry[PACK]).slots if shared else 1
+                if PACK in entry:
+                    packs[array_id] = Pack(member.run.study, entry[PACK])
     total = left.total() + starting
-    changed: dict[str, int | SubmissionError] = {}
+    changed: dict[str, int | FlowjobsError] = {}
     for job_id, runs in sorted(left.items()):
-        tasks = max(1, parallel * runs // total // slots_of[job_id])
         try:
+            slots = packs[job_id].slots if job_id in packs else 1
+            tasks = max(1, parallel * runs // total // slots)
             slurm.set_parallel(job_id, tasks)
-        except SubmissionError as error:  # the others are started all the same
+        except FlowjobsError as error:  # the others are started all the same
             changed[job_id] = error
         else:
-            changed[job_id] = tasks * slots_of[job_id]
+            changed[job_id] = tasks * slots
     return changed, max(1, parallel * starting // total) if total else parallel

@@ -3,6 +3,7 @@
 What is changed are options of the cluster, and never what decides the result of a step.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,10 @@ def _fewer_at_once(members: Sequence[Member]) -> str:
     """What gives runs more of a job's memory that have shared one; empty if none has."""
     newest = ((member.run, member.run.submissions()[-1:]) for member in members)
     packs = [pack_of(run, jobs[0]["job_id"]) for run, jobs in newest if jobs]
-    slots = max((pack.slots for pack in packs if pack), default=1)
+    slots = 1
+    for pack in filter(None, packs):
+        with contextlib.suppress(ConfigError):  # its folder is gone: nobody knows how many shared
+            slots = max(slots, pack.slots)
     return f"{RUNS_PER_GPU}={slots // 2}" if slots > 1 else ""
 
 

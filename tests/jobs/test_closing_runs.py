@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.closing import close_attempt
 from flowjobs.jobs.findings import Dead
 from flowjobs.jobs.reconcile import reconcile
@@ -69,6 +70,28 @@ def test_a_process_that_has_got_the_id_of_a_dead_one_is_not_the_runs(run: Run) -
     (closed,) = reconcile([run])
     assert closed.outcome is not None
     assert closed.outcome.state == "failed"
+
+
+def test_cancel_ends_no_process_that_has_got_the_id_of_a_dead_one(run: Run) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as another:
+        before = replace(JobInfo.in_foreground(), pid=another.pid, process="an earlier boot:7")
+        with Attempt(run, before):
+            assert "no job of it waits or runs" in cancel(run)
+        assert another.poll() is None
+        another.kill()
+
+
+def test_one_bad_run_keeps_no_other_from_being_cancelled(run: Run, study: Path) -> None:
+    unread, unmarked, sound = run, Run(study, "b"), Run(study, "c")
+    for other in (unmarked, sound):
+        other.create(run.config())
+    unread.jobs_file.symlink_to(unread.jobs_file.name)
+    unmarked.cancel_file.mkdir()
+    said = {run: str(words) for run, words in cancel_together([unread, unmarked, sound])}
+    assert "its jobs are unknown" in said[unread]
+    assert "it is noted as cancelled" in said[unread]
+    assert "could not be noted as cancelled" in said[unmarked]
+    assert said[sound] == "c: no job of it waits or runs; nothing will start it again"
 
 
 def test_a_run_that_was_cancelled_before_its_first_start_does_not_start(run: Run) -> None:

@@ -2,7 +2,10 @@
 
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,15 +185,25 @@ def test_a_sweep_whose_runs_share_a_job_is_requeued_once_and_each_run_ends_in_it
 
 
 def test_a_job_that_waits_is_cancelled_with_the_last_of_its_runs(
-    slurm: SlurmCluster, flowjobs: Command
+    study: Path, slurm: SlurmCluster, flowjobs: Command
 ) -> None:
     options = ("--wandb-mode", "disabled", "--sbatch", "hold=True", "--name", "shared")
     done = flowjobs("sweep", "--seed", "0", "1", "2", "--runs-per-gpu", "3", *options)
     assert done.returncode == 0, done.stderr
     assert "waiting    3" in flowjobs("sweep", "shared", "--dry-run").stdout
     assert "cancelled its place in job" in flowjobs("cancel", "seed=0").stdout
+    # Without its folder the runs still know whose job it is, and that one of them wants it.
+    shutil.rmtree(study / "packs")
+    assert "pack.json cannot be read" in flowjobs("sweep", "shared", "--parallel", "1").stderr
+    assert "cancelled its place in job" in flowjobs("cancel", "seed=1").stdout
     assert "PENDING" in slurm.run("squeue", "-h", "-o", "%T")
-    assert flowjobs("cancel", "shared").stdout.count("cancelled job") == 3
+    # Where nothing can be written any more, the job is ended all the same.
+    full = 'ulimit -f 0; exec "$0" -m flowjobs cancel shared'
+    command = ["sh", "-c", full, sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("cancelled job") == 3, done.stdout + done.stderr
+    assert done.stderr.count("could not be noted as cancelled ([Errno 27] File too large") == 3
     plan = ("sweep", "shared", "--dry-run")
     wait_until(lambda: "cancelled  3" in flowjobs(*plan).stdout, "Slurm to know it", DEADLINE_S)
     assert slurm.run("squeue", "-h") == ""
