@@ -60,6 +60,7 @@ class Train(CodeOptions):
         from flowjobs.jobs.entry import log_to_stderr, train_run
         from flowjobs.jobs.environment import started_by_person, waited_while_cancelled
         from flowjobs.jobs.snapshot import plan_code
+        from flowjobs.jobs.submit import wait_until_left
 
         choice = self.code_choice()
         run, config = self.prepare(defaults)
@@ -72,6 +73,9 @@ class Train(CodeOptions):
         resume = self.resume if by_person or not begun else None
         if resume is not None and not resume.is_file():
             raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")
+        wanted = by_person and not waited_while_cancelled(run)
+        if wanted and run.cancel_requested():
+            wait_until_left(run)
         in_use = run.exists() and lock_holder(run.folder) is not None
         merged, _ = run.merge(config, in_use=in_use)
         code = plan_code(run, merged.training, choice, in_use=in_use)
@@ -84,7 +88,7 @@ class Train(CodeOptions):
             if code.note:
                 print(code.note)
         log_to_stderr()
-        if by_person and not waited_while_cancelled(run):
+        if wanted:
             run.clear_cancel()
         exit_code = train_run(run, resume)
         if exit_code == EXIT_PREEMPTED:

@@ -171,7 +171,8 @@ def _newest_job(run: Run, status: RunStatus, entries: Sequence[Entry]) -> JobInf
         return attempt.job
     entry = entries[-1]
     host = entry.get("host", "its node")
-    return JobInfo(entry["cluster"], entry["job_id"], entry["log"], host, pid=0)
+    process = entry.get("process")
+    return JobInfo(entry["cluster"], entry["job_id"], entry["log"], host, pid=0, process=process)
 
 
 def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer) -> Finding | None:

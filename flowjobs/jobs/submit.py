@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +20,28 @@ from submitit.local.debug import DebugJob
 
 from flowjobs import slurm
 from flowjobs.config import KeyValues, SlurmConfig
-from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
+from flowjobs.errors import (
+    FlowjobsError,
+    RunHolderUnknownError,
+    SubmissionError,
+    SubmissionUnknownError,
+)
 from flowjobs.jobs.array import Array
 from flowjobs.jobs.executors import Cluster, array_executor, handed_over, make_executor
 from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.origin import Origin, identity_of
-from flowjobs.runs.lock import Verdict, lock_holder
+from flowjobs.runs.file_lock import SAY_AFTER_S
+from flowjobs.runs.lock import (
+    LEAVING_WAIT_S,
+    POLL_S,
+    Verdict,
+    lock_holder,
+    system_lock_decides,
+)
 from flowjobs.runs.pack import PACK, is_left
+from flowjobs.runs.process import process_lives, process_mark
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import JobInfo, same_host
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm import (
     Gone,
@@ -38,6 +54,8 @@ from flowjobs.slurm import (
     why_it_waits,
 )
 from flowjobs.slurm.options import CONTINUES, environment_for_sbatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,9 @@ def submit(
                     raise
                 raise SubmissionError(_explain(str(error), asked)) from error
         submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
-        identity = None
+        identity: Mapping[str, Any] | None = None
+        if cluster == "local":
+            identity = {"process": process_mark(int(job.job_id))}
         if taken := handed_over(executor):
             # Before the job is listed: whoever finds it there may restart it from this.
             origin.note(run, job.job_id)
@@ -267,14 +287,58 @@ def _busy_with(
         verdict = judge_for(run, JobInfo.in_foreground())(holder, lock_is_free)
         return "gone" if verdict == "leaving" else verdict  # as above
 
-    return lock_holder(run.folder, judge)
+    return lock_holder(run.folder, judge) or _local_job(run, entries)
+
+
+def _local_job(run: Run, entries: Sequence[Mapping[str, Any]]) -> str | None:
+    """The run's newest job, as text, if it is one of this machine that starts, or starts again."""
+    if not entries or entries[-1]["cluster"] != "local":
+        return None
+    entry = entries[-1]
+    job_id, host, process = entry["job_id"], entry.get("host"), entry.get("process")
+    if not (host and process and same_host(host, socket.gethostname())):
+        return None  # the lock alone tells
+    if _ended_for_good(run, job_id) or not process_lives(int(job_id), process):
+        return None
+    return f"local job {job_id} on {host}"
+
+
+def wait_until_left(run: Run) -> None:
+    """Wait for a process of this run that was cancelled; those of Slurm's jobs are not waited for.
+
+    Once its mark is cleared, it would not know that it is to leave for good.
+
+    Raises:
+        RunHolderUnknownError: It has not ended in time.
+    """
+
+    def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
+        # The next job waits for a job of Slurm, and that knows what it was told.
+        return "gone" if holder.cluster == "slurm" else system_lock_decides(holder, lock_is_free)
+
+    started, said = time.monotonic(), False
+    while holder := lock_holder(run.folder, judge) or _local_job(run, run.submissions()):
+        waited_s = time.monotonic() - started
+        if waited_s > LEAVING_WAIT_S:
+            raise RunHolderUnknownError(
+                f"waited {waited_s:.0f} s for {holder}, which was cancelled and has not ended yet; "
+                "nothing was started. The same command resumes the run once it has"
+            )
+        if waited_s > SAY_AFTER_S and not said:
+            logger.warning("waiting for %s to end, up to %.0f s", holder, LEAVING_WAIT_S)
+            said = True
+        time.sleep(POLL_S)
 
 
 def _ended_for_good(run: Run, job_id: str) -> bool:
     """Whether it is on record how the job's attempt ended, and that nobody was to restart it."""
     status = run.status()
     ended = [known for known in status.attempts if known.job.job_id == job_id] if status else []
-    return bool(ended) and ended[-1].state in ("finished", "failed", "cancelled")
+    if not ended:
+        return False
+    # A local job that was told to leave was so by its user: see `restart`.
+    left = ended[-1].job.cluster == "local" and ended[-1].kind == "told to leave"
+    return left or ended[-1].state in ("finished", "failed", "cancelled")
 
 
 def _comes_back(run: Run, job: Known) -> bool:

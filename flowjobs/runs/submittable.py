@@ -107,7 +107,8 @@ class Submittable(ABC):
             log: The file that its output goes to.
             continues: The job that it continues, if flowjobs itself submitted it.
             again: The command that submits the same job again, if it was submitted by hand.
-            identity: What else tells a Slurm job from others; see JobIdentity.
+            identity: What else tells it from others: of a Slurm job see JobIdentity, of one on
+                this machine its `process`, as JobInfo has it.
         """
         entry: dict[str, Any] = {"job_id": job_id, "cluster": cluster, "submitted": now()}
         entry |= {"log": str(log or ""), "host": socket.gethostname(), "uid": os.getuid()}

@@ -2,17 +2,22 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from flowjobs.jobs.submit import running_job
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 from tests.jobs.disturbed import OPTIONS, REPOSITORY, assert_equal_to, assert_in_wandb
+
+LOCAL = ("--name", "local", "--cluster", "local", "--no-follow")
 
 
 @pytest.fixture
@@ -22,14 +27,14 @@ def run(flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     Path("control").write_text("await 25")
     submit(flowjobs)
     run = Run(study, "local")
+    assert "local job" in (running_job(run) or "")  # before it has the lock
     wait_until(lambda: len(list(read_rows(run.metrics_file))) > 1, "the run to train", 120)
     yield run
     Path("control").unlink(missing_ok=True)
 
 
 def submit(flowjobs: Command, *options: str) -> str:
-    local = ("--name", "local", "--cluster", "local", "--no-follow")
-    done = flowjobs("submit", *OPTIONS, *local, *options)
+    done = flowjobs("submit", *OPTIONS, *LOCAL, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -58,15 +63,20 @@ def test_a_time_limit_starts_the_job_again_at_once(run: Run, whole: Run) -> None
     assert_equal_to(whole, run)
 
 
-def test_cancel_ends_the_job_until_it_is_submitted_again(
+def test_cancel_ends_the_job_and_the_next_one_starts_once_it_has_left(
     run: Run, flowjobs: Command, whole: Run
 ) -> None:
+    Path("control").write_text("hold")  # in a step that takes long
     done = flowjobs("cancel", "local")
     assert done.returncode == 0, done.stderr
-    let_go()
-    wait_for(run, "cancelled")
     assert "nothing to cancel" not in flowjobs("cancel", "local").stdout
-    submit(flowjobs)
+    again = [sys.executable, "-m", "flowjobs", "submit", *OPTIONS, *LOCAL]
+    with subprocess.Popen(again, stderr=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline().startswith("waiting for local job")
+        assert run.cancel_requested()
+        let_go()
+        assert waiting.wait(60) == 0
     wait_for(run, "finished")
     assert [attempt.state for attempt in status_of(run).attempts] == ["cancelled", "finished"]
     assert_equal_to(whole, run)

@@ -1,6 +1,10 @@
 """Before a job is handed over, whether there is one; while it is, signals that end a command."""
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +16,12 @@ from flowjobs.errors import SubmissionError
 from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.submit import running_job, told_to_end_waits
+from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
+from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import Outcome, State
+from flowjobs.runs.status import JobInfo, Outcome, State
+from flowjobs.sweeps.plan import stages
 from tests.cli.test_many import ended
 from tests.cluster.slurm import SlurmCluster
 
@@ -65,3 +72,43 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
     with pytest.raises(KeyboardInterrupt):
         plain_sbatch.resubmit(run, run.submissions()[0], None)
     assert [run.submissions()[-1]["job_id"]] == slurm.run("squeue", "-h", "-o", "%i").split()
+
+
+@pytest.mark.parametrize(
+    ("kind", "noted", "busy"),
+    [
+        ("time limit", {}, True),  # between two starts
+        ("told to leave", {}, False),
+        ("time limit", {"process": "another boot:1"}, False),
+        ("time limit", {"host": "elsewhere"}, False),
+    ],
+)
+def test_a_local_job_without_the_lock_counts_as_long_as_it_lives(
+    study: Path, kind: str, noted: dict[str, str], busy: bool
+) -> None:
+    run = ended(study, "a", Outcome("preempted", 75, kind=kind))
+    status = run.status()
+    assert status is not None
+    pid = os.getpid()
+    status.attempts[-1].job = JobInfo("local", str(pid), None, socket.gethostname(), pid)
+    status.write(run.status_file)
+    run.add_submission(str(pid), "local", None, identity={"process": process_mark(pid), **noted})
+    assert (running_job(run) is not None) == busy
+    assert (stages({run: run.config()})[run].stage == "waiting") == busy
+
+
+def test_train_waits_for_a_process_that_was_cancelled_before_it_clears_the_mark(
+    study: Path,
+) -> None:
+    run = ended(study, "a", Outcome("preempted", 75, kind="preempted"))
+    run.request_cancel()
+    train = [sys.executable, "-m", "flowjobs", "train", "--name", "a", "--wandb-mode", "disabled"]
+    with (
+        RunLock(run.folder, JobInfo.in_foreground()),
+        subprocess.Popen([*train, "--epochs", "1"], stderr=subprocess.PIPE, text=True) as waiting,
+    ):
+        assert waiting.stderr is not None
+        said = waiting.stderr.readline()
+        waiting.kill()
+    assert "waiting for process" in said
+    assert run.cancel_requested()
