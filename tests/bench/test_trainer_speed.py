@@ -19,6 +19,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
 
+@pytest.fixture(autouse=True)
+def as_many_threads_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cores, as torch takes them by itself: left alone, a small run here takes fewer."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
 def silent(loop: Callable[..., None], config: TrainingConfig, study: Path) -> Callable[[], None]:
     def run() -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -79,6 +79,9 @@ def test_a_rank_uses_the_cores_that_it_has(tmp_path: Path, case: str) -> None:
         (80_000_000, {}, 1),  # the default model
         (2_560_000_000, {}, 2),
         (LARGE, {"SLURM_CPUS_PER_TASK": "5"}, 5),
+        (320_000_000, {}, 1),
+        (320_000_000, {"SLURM_CPUS_PER_TASK": "8"}, 6),  # they are its own
+        (320_000_000, {"SLURM_CPUS_ON_NODE": "8", "FLOWJOBS_SLOTS": "4"}, 2),
         (80_000_000, {"OMP_NUM_THREADS": "3"}, 3),
         (LARGE, {"OMP_NUM_THREADS": "2,1"}, 2),
     ],
