@@ -16,14 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.batches import make_batches
-from flowjobs.data.dataset import (
-    FlowDataset,
-    content_by_part,
-    no_normalization,
-    normalization_stats,
-)
+from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import seed_python_and_numpy, seed_step
-from flowjobs.data.source import sources_of
 from flowjobs.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -57,10 +51,10 @@ from flowjobs.training.checkpoint import (
 )
 from flowjobs.training.compute import computing, computing_as_before
 from flowjobs.training.determinism import deterministic_algorithms
+from flowjobs.training.inputs import inputs_of
 from flowjobs.training.leaving import Leave, Leaving
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
 from flowjobs.training.ranks import Ranks, single_process
-from flowjobs.training.reflow import pairs_of
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
@@ -86,9 +80,9 @@ class TrainingResult(TypedDict):
 class FlowTrainer:
     """Trains one model of one run.
 
-    A job passes the run's `recorder`; on its own (in a notebook) the trainer opens the run of
-    `config.run_name` itself, with the same lock, the same record and the same tracking, and says
-    how far it is through the `flowjobs` logger, on stderr where nobody has set up another place.
+    A job passes its `run` and `recorder`. On its own (in a notebook) the trainer opens the run
+    called `name` itself, with the same lock and the same record, and says how far it is through the
+    `flowjobs` logger, on stderr where no logging is set up.
 
     Args:
         model: Predicts a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim).
@@ -96,10 +90,10 @@ class FlowTrainer:
         train_dataset: The training part.
         val_dataset: The validation part, of the same width.
         device: Where to compute ("cpu", "cuda:1").
-        name: Name of the run, for a trainer on its own.
+        name: Name of the run, for a trainer on its own; by default `config.run_name`.
         wandb_project: Project in W&B, for a trainer on its own.
-        resume_path: Go on from this checkpoint, of the same config, instead of the run's last.pt.
-        run: The run's folder; by default the one of `config.run_name` in the default study.
+        resume_path: Resume from this checkpoint, of the same config, instead of the run's last.pt.
+        run: A run that its job has opened; by default the one called `name` in the default study.
         recorder: Where rows and progress go.
         ranks: The processes that train together; by default this one alone.
         stop_reason: Asked after each step, on every rank; a text from any of them makes all save
@@ -141,36 +135,32 @@ class FlowTrainer:
 
         check_weights(model)
         self._flow = flow_of(config)
-        columns = config.normalize == "columns"
-        stats = (normalization_stats if columns else no_normalization)(train_dataset)
-        mean, std = stats["mean"].to(device), stats["std"].to(device)
-        sources = sources_of(config, study, mean, std)
-        self._data = content_by_part(train_dataset, val_dataset) | sources.content
-        if self._flow.given_pairs:
-            sizes = (len(train_dataset), len(val_dataset))
-            with self._ranks.first_goes_first():
-                train_dataset, val_dataset = pairs_of(
-                    config, study, sizes, stats, device, self._stop_reason
-                )
-            made = content_by_part(train_dataset, val_dataset)
-            self._data |= {f"pairs {part}": content for part, content in made.items()}
-            given = {k: v.to(device) for k, v in no_normalization(train_dataset).items()}
-            mean, std = given["mean"], given["std"]
-        rank = self._ranks.rank
-        batches = make_batches(train_dataset, config, rank, self._ranks.world_size, mean, std)
-        self._pairs = make_pairs(batches, self._flow, sources.training, config, rank)
+        inputs = inputs_of(
+            config,
+            self._flow,
+            study,
+            (train_dataset, val_dataset),
+            device,
+            self._ranks,
+            self._stop_reason,
+        )
+        self._data = inputs.content
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        mean, std = inputs.mean, inputs.std
+        batches = make_batches(inputs.train, config, rank, world_size, mean, std)
+        self._pairs = make_pairs(batches, self._flow, inputs.sources.training, config, rank)
         self._validation = Validation(
-            val_dataset, self._flow, sources.held_out, config, mean, std, self._ranks
+            inputs.val, self._flow, inputs.sources.held_out, config, mean, std, self._ranks
         )
         self._steps_per_epoch = batches.steps_per_epoch
-        self.state = TrainState(model.to(device), config, self._steps_per_epoch, stats, self._data)
-        self._row_shape = tuple(stats["mean"].shape)
-        rows = min(config.batch_size, len(train_dataset)) // self._ranks.world_size
-        self._flops_per_sample = flops_per_sample(self.state.model, self._row_shape)
+        self.state = TrainState(
+            model.to(device), config, self._steps_per_epoch, inputs.stats, self._data
+        )
+        rows = min(config.batch_size, len(train_dataset)) // world_size
+        self._flops_per_sample = flops_per_sample(model, train_dataset.shape)
         self._flops = flops_of_batch(model, rows, self._flops_per_sample)
         self._velocity = self._prepare(self.state.model)
-        ema_model = self.state.ema.model
-        self._ema_velocity = self._as_velocity(ema_model)
+        self._ema_velocity = self._as_velocity(self.state.ema.model)
 
     def train(self) -> TrainingResult:
         """Train to the end, from the newest checkpoint if there is one.
@@ -191,7 +181,7 @@ class FlowTrainer:
         ):
             if self._run is not None:
                 return self._train(self._run, self._recorder)
-            with _heard_somewhere():
+            with _default_logging():
                 run = self._own_run()
                 with recording(run, JobInfo.in_foreground(), track=self.track) as recorder:
                     return self._train(run, recorder)
@@ -274,11 +264,11 @@ class FlowTrainer:
         return CheckpointSaver(
             run.best,
             run.last,
-            recorder.flush_rows,
-            every_s,
-            recorder.check_held,
-            check,
-            recorder.saved,
+            flush_rows=recorder.flush_rows,
+            every_s=every_s,
+            before_replace=recorder.check_held,
+            check=check,
+            saved=recorder.saved,
         )
 
     def _run_steps(self, saver: CheckpointSaver | None, recorder: Recorder | None) -> str | None:
@@ -421,8 +411,7 @@ class FlowTrainer:
         if payload:
             # As whole a state as any other. The steps that follow come again with the same bits.
             logger.warning(
-                "there is no last.pt to go on from: goes on from %s, of step %d; the run had "
-                "trained %d steps",
+                "there is no last.pt: resuming from %s, of step %d; the run had trained %d steps",
                 run.best,
                 payload["step"],
                 run.steps_trained(),
@@ -436,7 +425,7 @@ class FlowTrainer:
             self.state.check(payload, path)
         except CheckpointMismatchError as error:
             raise CheckpointMismatchError(
-                f"--resume goes on with a run, and {error}\nto start a run of its own from "
+                f"--resume resumes a run, and {error}\nto start a run of its own from "
                 f"these weights, with everything else new: --init-from {path}"
             ) from error
         payload["resumed_from"] = digest_of(path)
@@ -534,7 +523,7 @@ class FlowTrainer:
 
 
 @contextmanager
-def _heard_somewhere() -> Iterator[None]:
+def _default_logging() -> Iterator[None]:
     """Print what is logged, as long as the block lasts, where a script has set up no logging."""
     ours = logging.getLogger("flowjobs")
     if ours.hasHandlers():
