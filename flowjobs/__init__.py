@@ -16,6 +16,8 @@ The rooms, each of which imports only those behind it:
     flows  models  data
     runs        a run on disk; every other room reads and writes it only through this one
     slurm       asking Slurm; knows no run
+Beside them, for all: config, errors, user_code; notebook, the trainer that a script imports; and
+small ones (cgroups, counts, nearest, slots).
 """
 
 from pathlib import Path

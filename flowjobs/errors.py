@@ -24,7 +24,7 @@ FlowjobsError                 something a person can mend: printed without a tra
 ├── TrainingDivergedError     the loss is not a number any more: exit 1, for the run failed
 ├── NoProgressError           attempt after attempt ended without a new step: exit 1
 └── RankFailedError           another rank of the run failed: its exit code
-RunInterrupted                not an error: the run saved its state and left on request
+RunInterrupted                not an error: the run stopped before its end, and can be resumed
 RunTakenOverError             not an error: another attempt holds the run now
 """
 
@@ -159,11 +159,12 @@ class RankFailedError(FlowjobsError):
 
 
 class RunInterrupted(Exception):
-    """Not an error: the run stopped with its state saved, and can be resumed.
+    """Not an error: the run stopped before its end, and can be resumed.
 
     Args:
         reason: Why it stopped ("preempted (SIGUSR2)").
-        step: Optimizer steps done, all of them saved; None if that is not known.
+        step: Optimizer steps done, all of them saved; None if that is not known, or if it stopped
+            for an error that may be retried.
         kind: The reason in a word or two ("preempted", "time limit", "cancelled").
     """
 

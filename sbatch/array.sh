@@ -8,7 +8,7 @@
 #     --arch mlp --flow icfm --seed 0 --name mlp-icfm-seed0
 #     --arch mlp --flow icfm --seed 1 --name mlp-icfm-seed1
 #
-# Submit the same line again to go on with what is not finished. `--array=1-40%8` runs eight at a
+# Submit the same line again to resume what is not finished. `--array=1-40%8` runs eight at a
 # time. Python is taken from .venv here, else from PATH; PYTHON=/path/to/python decides otherwise.
 
 #SBATCH --job-name=flowjobs
@@ -32,6 +32,7 @@ fi
 
 export PATH  # bash may have made it up, where jobs start with an empty environment
 
-# Runs `flowjobs train` under srun, as the job's own: it is requeued when it is told to leave. Of a
-# death that could not speak it says what it was, and goes on if it may (train --retries N).
+# Runs `flowjobs train` under srun, as the job's own: it is requeued when it is told to leave. If
+# it dies without saying why, the cause is looked up, and the run restarted where that is allowed
+# (train --retries N).
 exec "$PYTHON" -u -m flowjobs.cli.batch_script --lines-of "$@"

@@ -4,7 +4,7 @@
 #     sbatch sbatch/train.sh --arch mlp --flow icfm
 #
 # What follows the script's name goes to `python -m flowjobs train` (see its --help). Submit the
-# same line again to go on with the run; it is the same run as `flowjobs submit` makes.
+# same line again to resume the run; it is the same run as `flowjobs submit` makes.
 # Options of sbatch come before the script's name: sbatch --partition=gpu sbatch/train.sh ...
 # Python is taken from .venv here, else from PATH; PYTHON=/path/to/python decides otherwise.
 
@@ -29,6 +29,7 @@ fi
 
 export PATH  # bash may have made it up, where jobs start with an empty environment
 
-# Runs `flowjobs train` under srun, as the job's own: it is requeued when it is told to leave. Of a
-# death that could not speak it says what it was, and goes on if it may (train --retries N).
+# Runs `flowjobs train` under srun, as the job's own: it is requeued when it is told to leave. If
+# it dies without saying why, the cause is looked up, and the run restarted where that is allowed
+# (train --retries N).
 exec "$PYTHON" -u -m flowjobs.cli.batch_script "$@"

@@ -184,7 +184,7 @@ def _print_report(report: "Report", folder: Path) -> None:
 
     for title, text in _facts_in_words(report.facts).items():
         print(f"{title:11} {text}")
-    table = Table("drill", "signal", "went on as", "steps lost", "saved in", "same bits", box=None)
+    table = Table("drill", "signal", "resumed as", "steps lost", "saved in", "same bits", box=None)
     for row in report.rows:
         table.add_row(*_cells(row, report.facts.notice_s))
     print()

@@ -103,8 +103,9 @@ OF_THE_MACHINE = {
 
 DESCRIPTION = """Flow-matching ablations on a preemptible Slurm cluster, or on this machine.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was trained; 75 preempted or Ctrl-C, \
-the same command resumes; 130 cancelled.
+Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was trained; 75 preempted, or \
+training stopped by Ctrl-C: the same command resumes; 130 cancelled, or another command stopped by \
+Ctrl-C.
 """
 
 

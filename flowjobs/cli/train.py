@@ -92,5 +92,5 @@ class Train(CodeOptions):
             run.clear_cancel()
         exit_code = train_run(run, resume)
         if exit_code == EXIT_PREEMPTED:
-            print("the same command goes on from there", file=sys.stderr)
+            print("the same command resumes it", file=sys.stderr)
         return exit_code

@@ -127,8 +127,8 @@ def shortfalls(facts: ClusterFacts) -> list[Shortfall]:
     if facts.requeue is False:
         found.append(
             Shortfall(
-                "requeuing is forbidden for the job: runs go on under new job ids; to keep the id, "
-                "submit without --sbatch no-requeue"
+                "requeuing is forbidden for the job: runs continue under new job ids; to keep the "
+                "id, submit without --sbatch no-requeue"
             )
         )
     if facts.accounting is False:
@@ -156,7 +156,7 @@ def _shortfalls_of_node(facts: ClusterFacts) -> list[Shortfall]:
         found.append(
             Shortfall(
                 f"Slurm cannot be asked from {node.host} ({node.why}): a run that Slurm does not "
-                "requeue by itself, at the time limit say, does not go on: ask the administrators "
+                "requeue by itself, at the time limit say, does not resume: ask the administrators "
                 "to let jobs use scontrol and sbatch, or submit it again",
                 breaks=True,
             )

@@ -26,11 +26,9 @@ class Interruption:
 
     Attributes:
         way: Its name.
-        stands_for: What else happens to a job so.
     """
 
     way: Way
-    stands_for: str
 
     @property
     def run_name(self) -> str:
@@ -78,12 +76,12 @@ def interruptions_for(
         time_limit: Whether to wait for a time limit, which takes minutes.
     """
     ways = [
-        Interruption("user signal", "preemption or time limit, announced by --signal"),
-        Interruption("TERM", "preemption without that, or scancel of the step"),
-        Interruption("SIGKILL", "a death without notice"),
+        Interruption("user signal"),  # preemption or time limit, announced by --signal
+        Interruption("TERM"),  # preemption without that, or scancel of the step
+        Interruption("SIGKILL"),  # a death without notice
     ]
     if cluster == "slurm" and requeue is not False:
-        ways.insert(2, Interruption("requeue", "scontrol requeue"))
+        ways.insert(2, Interruption("requeue"))
     if cluster == "slurm" and time_limit:
-        ways.append(Interruption("time limit", "--timeout-min"))
+        ways.append(Interruption("time limit"))
     return ways

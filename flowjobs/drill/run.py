@@ -232,7 +232,7 @@ class _Drill:
             watched.done = True
         elif self._cluster == "slurm":
             if still_s > GONE_S:
-                reconcile([watched.run])  # as `flowjobs status` would: says how it ended
+                reconcile([watched.run])  # writes down how it ended
         elif watched.told and watched.how and not watched.by_drill:
             # On this machine TERM is its user's, and nobody else notices that a job was killed.
             watched.by_drill = True

@@ -25,19 +25,20 @@ SIMPLEX_STEPS = 100_000_000
 BANDWIDTH_ROWS = 2000
 # Neighbours whose farthest makes a point's ball (Naeem et al.).
 K_NEAREST = 5
-# Of the classifier.
+# Of the directions and the classifier.
+SEED = 0
 FOLDS = 5
 TREES = 100
 
 
-def sliced_wasserstein(samples: Tensor, reference: Tensor, seed: int = 0) -> float:
+def sliced_wasserstein(samples: Tensor, reference: Tensor) -> float:
     """The sliced 2-Wasserstein distance over N_PROJECTIONS fixed directions.
 
     The root of the mean over directions of the squared 2-Wasserstein distance of the projections
     (Bonneel et al., https://doi.org/10.1007/s10851-014-0506-3), as `ot.sliced_wasserstein_distance`
     has it. For equally many samples and points.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     size = (N_PROJECTIONS, samples.shape[1])
     directions = torch.randn(size, generator=generator, dtype=torch.float32)
     directions = functional.normalize(directions.to(samples))
@@ -139,7 +140,7 @@ def nearest_distances(points: Tensor, others: Tensor) -> Tensor:
     return _distances(points, others).amin(1)
 
 
-def c2st(samples: Tensor, reference: Tensor, seed: int = 0) -> float:
+def c2st(samples: Tensor, reference: Tensor) -> float:
     """How often a classifier tells samples from data: 0.5 is chance, 1 is always.
 
     The accuracy over 5 folds of scikit-learn's extremely randomized trees (Lopez-Paz and Oquab,
@@ -150,8 +151,8 @@ def c2st(samples: Tensor, reference: Tensor, seed: int = 0) -> float:
 
     points = torch.cat([samples, reference]).cpu().numpy()
     labels = np.repeat([0, 1], [len(samples), len(reference)])
-    classifier = ExtraTreesClassifier(n_estimators=TREES, random_state=seed)
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    classifier = ExtraTreesClassifier(n_estimators=TREES, random_state=SEED)
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
     return float(cross_val_score(classifier, points, labels, cv=folds).mean())
 
 

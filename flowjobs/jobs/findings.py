@@ -93,7 +93,7 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
 
     Args:
         runs: Those to look at. Slurm is asked about all of them together.
-        at_most_twice: See `slurm_jobs.ask`.
+        at_most_twice: See `flowjobs.slurm.ask`.
     """
     found: dict[Run, Finding] = {}
     suspects: dict[Run, tuple[RunStatus, JobInfo]] = {}

@@ -1,6 +1,5 @@
 """Signals only set a flag; the training loop asks for it at each step boundary."""
 
-import logging
 import os
 import selectors
 import signal
@@ -8,8 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-
-logger = logging.getLogger(__name__)
 
 # What asks a run to save and leave: USR2 comes from --signal and from a scheduler that sends the
 # user signal on preemption, TERM from one that does not, INT from a person at a terminal, and HUP

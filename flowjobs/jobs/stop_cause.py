@@ -20,13 +20,11 @@ class Notice:
         why: In a word or two.
         reason: As a sentence for the log and the status.
         seconds_left: Until the process is killed; None: nobody will.
-        comes_back: Whether the scheduler will start the job again without being asked.
     """
 
     why: Why
     reason: str
     seconds_left: float | None = None
-    comes_back: bool = False
 
 
 def notice_of(run: Submittable, job: JobInfo, number: signal.Signals | None) -> Notice:
@@ -62,10 +60,9 @@ def _slurm_notice(run: Submittable, job: JobInfo, signal_name: str) -> Notice:
     # At the end of what it grants, Slurm says TERM and waits KillWait.
     seconds = max(0.0, record.seconds_left) + kill_wait_s
     ends_soon = record.seconds_left < run.asked().signal_delay_s + 60
-    comes_back = record.restarts > job.restart
-    if comes_back:
+    if record.restarts > job.restart:
         # The record is that of its next life already.
-        return Notice("requeued", f"requeued by Slurm ({signal_name})", kill_wait_s, True)
+        return Notice("requeued", f"requeued by Slurm ({signal_name})", kill_wait_s)
     if record.preempted:
         return Notice("preempted", f"preempted ({signal_name})", seconds)
     if record.over_limit or (record.state == "RUNNING" and ends_soon):

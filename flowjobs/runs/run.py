@@ -495,7 +495,7 @@ class Run(Submittable):
                 f"a run named {self.name} exists with another config:",
                 *lines,
                 f"give this one a name of its own (--name {self.name}-{suffix}), "
-                "or ask for the values there to go on with that run",
+                "or ask for the values there to resume that run",
             ]
         )
 

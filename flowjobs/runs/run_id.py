@@ -73,7 +73,7 @@ def read_identity(folder: Path) -> Identity | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{file} is damaged ({error}): restore it, or delete it to go on as a new W&B run"
+            f"{file} is damaged ({error}): restore it, or delete it to continue as a new W&B run"
         ) from error
 
 

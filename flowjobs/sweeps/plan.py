@@ -223,7 +223,7 @@ def _mismatch(differing: Mapping[Run, Sequence[str]]) -> str:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         text += [f"{', '.join(names[:3])}{more}:", lines]
     text += [
-        "ask for the values there to go on with those runs; or give the sweep a --study of its "
+        "ask for the values there to resume those runs; or give the sweep a --study of its "
         "own, or remove those runs (flowjobs rm)"
     ]
     return "\n".join(text)

@@ -191,7 +191,7 @@ class CheckpointSaver:
         cause = error.__cause__
         kind = cause.strerror if isinstance(cause, OSError) else type(cause).__name__
         level = logging.DEBUG if kind == self._warned_of else logging.WARNING
-        logger.log(level, "%s; training goes on, and the next save tries again", error)
+        logger.log(level, "%s; training continues, and the next save tries again", error)
         self._warned_of = kind
 
 

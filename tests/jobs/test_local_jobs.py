@@ -94,7 +94,7 @@ def test_a_killed_job_is_shown_as_dead_is_closed_and_goes_on_when_submitted(
     assert "local: failed: ended without a word" in flowjobs("reconcile").stdout
     status = status_of(run)
     assert (status.state, status.exit_code) == ("failed", 1)
-    assert status.reason.startswith("ended without a word (as after SIGKILL) on")
+    assert status.reason.startswith("ended without a word (as after SIGKILL or os._exit) on")
     assert_in_wandb(run, "failed", 1, status.reason)
     assert flowjobs("reconcile").stdout == ""  # nothing is left to close
     submit(flowjobs)

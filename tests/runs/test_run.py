@@ -69,7 +69,7 @@ def test_a_changed_config_under_the_same_name_lists_the_differences(study: Path)
         "  --lr: 0.001 there, 0.0003 asked for",
         "  --seed: 0 there, 2 asked for",
         "give this one a name of its own (--name a-lr0.0003-seed2), or ask for the values there to "
-        "go on with that run",
+        "resume that run",
     ]
 
 
