@@ -1,6 +1,7 @@
 """flowjobs rm."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import RunNames, each_of, list_of
 from flowjobs.cli.start_many import counted, is_wanted
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.runs.run import default_study
+from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
 
@@ -29,38 +30,50 @@ class Rm:
     def run(self, defaults: Defaults) -> int:
         """Remove them. Returns the exit code."""
         from flowjobs.runs.removal import remove, size_of
-        from flowjobs.sweeps.plan import stages
 
         if not self.names:
             raise ConfigError("rm: found no name, expected those of the runs to remove")
         runs, broken = each_of(self.study, self.names)
-        members = stages({run: run.config() for run in runs})
-        alive = [run for run in runs if members[run].stage in ("waiting", "running")]
-        if alive:
-            raise ConfigError(
-                f"{list_of(alive)} wait or run: cancel them first; nothing is removed"
-            )
-        for run in [run for run in runs if members[run].stage == "unknown"]:
-            print(f"error: {run.name} is left: {members[run].why}", file=sys.stderr)
-            broken.append(run)
-            runs.remove(run)
+        runs, unknown = _without_jobs(runs)
+        broken += unknown
         if not runs:
             return EXIT_BAD_INPUT
         size_gb = sum(size_of(run) for run in runs) / 1e9
         print(f"removes {list_of(runs)}; {size_gb:.3g} GB", flush=True)
-        if not self._is_wanted(len(runs)):
-            return 0
+        if not self.yes:
+            if not _is_wanted(len(runs)):
+                return 0
+            # Another terminal may have submitted one of them while the question stood.
+            runs, unknown = _without_jobs(runs)
+            broken += unknown
         for run in runs:
             try:
                 remove(run)
-            except FlowjobsError as error:
-                print(f"error: {error}", file=sys.stderr)
+            except (FlowjobsError, OSError) as error:
+                print(f"error: {run.name}: {error}", file=sys.stderr)
                 broken.append(run)
         return EXIT_BAD_INPUT if broken else 0
 
-    def _is_wanted(self, runs: int) -> bool:
-        if self.yes:
-            return True
-        if not sys.stdin.isatty():
-            raise ConfigError("rm: there is no one to ask: --yes removes them")
-        return is_wanted(f"remove {counted(runs)} for good?")
+
+def _without_jobs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Those of which no job waits or runs, and those of which that is unknown, which it says.
+
+    Raises:
+        ConfigError: A job of one of them does.
+    """
+    from flowjobs.sweeps.plan import stages
+
+    members = stages({run: run.config() for run in runs})
+    alive = [run for run in runs if members[run].stage in ("waiting", "running")]
+    if alive:
+        raise ConfigError(f"{list_of(alive)} wait or run: cancel them first; nothing is removed")
+    unknown = [run for run in runs if members[run].stage == "unknown"]
+    for run in unknown:
+        print(f"error: {run.name} is left: {members[run].why}", file=sys.stderr)
+    return [run for run in runs if run not in unknown], unknown
+
+
+def _is_wanted(runs: int) -> bool:
+    if not sys.stdin.isatty():
+        raise ConfigError("rm: there is no one to ask: --yes removes them")
+    return is_wanted(f"remove {counted(runs)} for good?")

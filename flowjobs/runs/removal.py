@@ -1,5 +1,7 @@
 """Removes a run from a study: its folder and its weights, whole or not at all."""
 
+import contextlib
+import logging
 import os
 import shutil
 import uuid
@@ -8,6 +10,8 @@ from pathlib import Path
 from flowjobs.errors import RunBusyError
 from flowjobs.runs.lock import held_off, lock_holder
 from flowjobs.runs.run import Run
+
+logger = logging.getLogger(__name__)
 
 REMOVED = ".removed-"
 
@@ -32,24 +36,39 @@ def remove(run: Run) -> None:
         RunBusyError: An attempt trains it.
         OSError: It cannot be removed.
     """
-    away = run.study / f"{REMOVED}{run.name}-{uuid.uuid4().hex[:8]}"
+    mark = f"{REMOVED}{run.name}-{uuid.uuid4().hex[:8]}"
+    # Beside where they are: the weights, or the records, of a study may be on another file system.
+    record, weights = run.folder.with_name(mark), run.checkpoints.with_name(mark)
     with held_off(run.folder):
         if holder := lock_holder(run.folder):
-            raise RunBusyError(f"{run.name} is held by {holder}: cancel it first")
-        os.rename(run.folder, away)
-    _remove_weights(run.checkpoints, away)
-    for rest in run.study.glob(f"{REMOVED}*"):
-        shutil.rmtree(rest)
+            raise RunBusyError(f"it is held by {holder}: cancel it first")
+        # Weights first: without a record nothing would tell of them, and a new run of the name
+        # would find them.
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(run.checkpoints, weights)
+        try:
+            os.rename(run.folder, record)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rename(weights, run.checkpoints)
+            raise
+    for parent in (record.parent, weights.parent):
+        for rest in parent.glob(f"{REMOVED}*"):  # also that of a call that was killed
+            _delete(rest)
+    for rest in (record, weights):
+        if os.path.lexists(rest):
+            logger.warning("%s is left of %s: the next rm tries again", rest, run.name)
 
 
-def _remove_weights(folder: Path, away: Path) -> None:
-    if folder.is_symlink():
+def _delete(folder: Path) -> None:
+    """Delete as much of a folder as can be: it may be another's, or be deleted by another now."""
+    if not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
         # On scratch: what is there beside checkpoints is not ours.
         for file in folder.glob("*.pt"):
-            file.unlink()
+            file.unlink(missing_ok=True)
         target = Path(os.path.realpath(folder))
         folder.unlink()
-        if target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
-    elif folder.exists():
-        os.rename(folder, away / "checkpoints")
+        target.rmdir()  # if that was all

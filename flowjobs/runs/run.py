@@ -571,8 +571,13 @@ def _bytes_of(file: Path) -> bytes | None:
 
 
 def run_names(study: Path) -> list[str]:
-    """The names of the runs in a study, sorted; also of those whose config.json is lost."""
-    files = (file for name in ("config", "status") for file in study.glob(f"runs/*/{name}.json"))
+    """The names of the runs in a study, sorted; also of those whose config.json is lost.
+
+    What begins with a dot is being removed.
+    """
+    files = (
+        file for name in ("config", "status") for file in study.glob(f"runs/[!.]*/{name}.json")
+    )
     return sorted({file.parent.name for file in files})
 
 

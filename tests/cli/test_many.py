@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,15 +112,21 @@ def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_wa
 ) -> None:
     for name in ("a", "b", "c"):
         failed(study, name, "out of memory", mem_gb=1.0, sbatch={"hold": True})
-    done = flowjobs("retry", "a", "b", "c", "--with", "mem_gb=2", "--parallel", "2")
-    assert done.returncode == 0, done.stderr
-    assert "a 3 out of memory" not in done.stdout
+    retry = ("retry", "a", "b", "c")
+
+    def retried() -> None:
+        done = flowjobs(*retry, "--with", "mem_gb=2", "--parallel", "2")
+        assert done.returncode == 0, done.stderr
+        assert "a 3 out of memory" not in done.stdout
+
+    # Submitted from another terminal while the question stands.
+    assert answer("y", retried) == 2
     runs = [Run(study, name) for name in ("a", "b", "c")]
     (array,) = {run.submissions()[0]["job_id"].partition("_")[0] for run in runs}
     assert slurm.job(f"{array}_0")["MinMemoryNode"] == "2G"
     assert runs[0].config().slurm.mem_gb == pytest.approx(2.0)
 
-    again = flowjobs("retry", "a", "b", "c")
+    again = flowjobs(*retry)
     assert "3 waiting: left as they are" in again.stdout
     living = flowjobs("rm", "a", "b", "--yes")
     assert living.returncode == 2
@@ -139,7 +147,7 @@ def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_wa
     assert waited.returncode == 0, waited.stdout + waited.stderr
     assert waited.stdout.splitlines()[-1].endswith(" 1 finished")
     assert flowjobs("wait", "a", "b", "c").returncode == 130
-    assert "2 cancelled: a, b" in flowjobs("retry", "a", "b", "c", "--dry-run").stdout
+    assert "2 cancelled: a, b" in flowjobs(*retry, "--dry-run").stdout
 
 
 def test_wait_ends_with_what_came_of_the_runs(study: Path, flowjobs: Command) -> None:
@@ -179,15 +187,51 @@ def test_rm_asks_and_leaves_no_half_of_a_run(
     assert [path.name for path in (study / "runs").iterdir()] == ["c"]
     assert [path.name for path in (study / "checkpoints").iterdir()] == ["c"]
     assert [path.name for path in scratch.iterdir()] == ["notes.txt"]
-    assert not (study / ".removed").exists()
     assert kept.exists()
 
 
-def answer(word: str) -> int:
-    """Asked at a terminal, a person answers."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_rm_takes_each_run_from_wherever_its_parts_are_or_leaves_it_whole(study: Path) -> None:
+    for name in ("record", "weights", "plain"):
+        ended(study, name, Outcome("finished", 0)).best.write_bytes(b"weights")
+    # What a rm that was killed has left is no run.
+    for part in ("runs", "checkpoints"):
+        shutil.copytree(study / part / "plain", study / part / ".removed-old-1")
+    # Records and weights on file systems of their own; a mount point cannot be moved at all.
+    script = """
+cp -a study copy
+for part in runs checkpoints; do
+    mount -t tmpfs none study/$part && cp -a copy/$part/. study/$part || exit 9
+done
+mount --bind study/runs/record study/runs/record || exit 9
+mount --bind study/checkpoints/weights study/checkpoints/weights || exit 9
+"$0" -m flowjobs rm '*' --yes
+code=$?
+find study -name config.json -o -name best.pt | sort
+exit $code
+"""
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script, sys.executable],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.findall(r"^error: (\w+): .*busy", done.stderr, re.M) == ["record", "weights"]
+    assert done.stdout.splitlines()[1:] == [
+        *(f"study/checkpoints/{name}/best.pt" for name in ("record", "weights")),
+        *(f"study/runs/{name}/config.json" for name in ("record", "weights")),
+    ]
+
+
+def answer(word: str, first: Callable[[], object] = lambda: None) -> int:
+    """Asked at a terminal, a person answers, after something else."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "flowjobs", "rm", "a", "b"]
     with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # what it removes: it asks now
+        first()
         os.write(ours, f"{word}\n".encode())
         code = process.wait(60)
     os.close(ours)
