@@ -16,7 +16,7 @@ from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
 
 if TYPE_CHECKING:
-    from flowjobs.tracking.sync import Synced
+    from flowjobs.tracking.telling import Synced
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Sync:
 
     def _start_anew(self, runs: Sequence[Run]) -> None:
         from flowjobs.jobs.lock_judge import judge_for
-        from flowjobs.tracking.sync import upload_as_new
+        from flowjobs.tracking.telling import upload_as_new
 
         if not self.names or self.watch:
             raise ConfigError("--as-new: name the runs that it is for, and leave --watch out")
@@ -112,7 +112,7 @@ def _sync_one(run: Run) -> "Synced":
     from rich.console import Console
 
     from flowjobs.jobs.lock_judge import judge_for
-    from flowjobs.tracking.sync import sync_run
+    from flowjobs.tracking.telling import sync_run
 
     # Where a file system has no locks, Slurm says whether the run still trains.
     judge = judge_for(run, JobInfo.in_foreground())

@@ -14,7 +14,7 @@ from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.status import CANCELLED, RunStatus, same_host
 from flowjobs.slurm import JobAnswer, JobIdentity, Known, Unknown, ask
-from flowjobs.tracking.closing import close_session
+from flowjobs.tracking.telling import close_session
 
 # Each waits for the disk, or a file server; side by side they wait together.
 NOTED_AT_ONCE = 16
@@ -95,8 +95,7 @@ def _note_end(run: Run) -> None:
     if nobody_trains and status.state != "cancelled":
         status.close(CANCELLED)
         status.write(run.status_file)
-        if status.attempts:  # else W&B has never heard of it
-            close_session(run, CANCELLED)
+        close_session(run, CANCELLED)
 
 
 def _end_process(run: Run) -> list[str]:

@@ -42,9 +42,8 @@ from flowjobs.tracking.outcome import (
     upload_lock,
     write_session,
 )
-from flowjobs.tracking.process import Role, upload_limit_s
+from flowjobs.tracking.process import Role
 from flowjobs.tracking.session import (
-    FINISH_TIMEOUT_S,
     FLUSH_INTERVAL_S,
     LOWEST,
     NotTakenError,
@@ -91,7 +90,10 @@ class Mirror:
         self._events = events
         self._following = False
         self._rows: MetricsReader | None = None
-        self._times = RowTimes(run)
+        # When each row was written, which `metrics.jsonl`, the same in all runs, cannot say. Noted
+        # beside it, so that what is told to W&B later has the times of then.
+        self._times_file = run.folder / "wandb" / "times.jsonl"
+        self._times = {row["step"]: row["time"] for row in read_rows(self._times_file)}
         # The run's last row waits for the picture that belongs into it.
         self._held: Row | None = None
         self._newest_is_last = False
@@ -161,7 +163,6 @@ class Mirror:
         self._following = True
         outcome = self._session.outcome
         self._newest_is_last = outcome is not None and outcome.state == "finished"
-        self._retry_at = 0.0
         if self._superseded():
             return False  # an attempt has begun, and says itself what comes of it
         if self._role != "syncs" and current_refusal(self._run):
@@ -207,7 +208,6 @@ class Mirror:
         last_step = last_step_of(self._run) if self._sent else -1
         give_up_at = time.monotonic() + SEEN_WITHIN_S[self._role]
         while lacks := lacking(self._run, last_step):
-            self._tell(lacks=lacks)
             if time.monotonic() > give_up_at:
                 raise NotTakenError(f"the server lacks {lacks}")
             time.sleep(ASK_EVERY_S)
@@ -232,7 +232,7 @@ class Mirror:
             # From the top: W&B may lack rows of this attempt and of those before it.
             self._rows = MetricsReader(self._run.metrics_file)
         rows = self._rows.new_rows()
-        self._times.note(rows, self._rows.written_at())
+        self._note_times(rows, self._rows.written_at())
         # "last" comes before the last row: where that has been read, it can be heard by now.
         self._take_commands()
         for row in rows:
@@ -242,21 +242,28 @@ class Mirror:
         if not self._newest_is_last:
             self._log_held_row()
 
+    def _note_times(self, rows: Iterable[Row], written_at: float) -> None:
+        """Note the time of rows that were written just now, or while nobody looked."""
+        # Steps that were lost and repeated keep their first time.
+        new = {row["step"]: written_at for row in rows if row["step"] not in self._times}
+        self._times |= new
+        if new:
+            lines = [json.dumps({"step": step, "time": time}) for step, time in new.items()]
+            with suppress(OSError):  # a full disk
+                append_line(self._times_file, "\n".join(lines))
+
     def _log_held_row(self, picture: Path | None = None) -> None:
         if self._held is None:
             return
         assert self._wandb is not None, "opened before"
-        self._wandb.log(self._held, self._times.of(self._held), picture)
+        self._wandb.log(self._held, self._times[self._held["step"]], picture)
         self._held = None
         self._sent += 1
 
     def _open(self) -> None:
         self._files_before = set(session_files(self._run))
-        patience_s = FINISH_TIMEOUT_S if self._role == "trains" else upload_limit_s(self._run)
         trains_here = self._role == "trains"
-        self._wandb = WandbSession(
-            self._run, self._session, trains_here=trains_here, finish_timeout_s=patience_s
-        )
+        self._wandb = WandbSession(self._run, self._session, trains_here=trains_here)
         self._tell(connected=True)
         if self._complained:
             self._tell(info="W&B answers again; it gets what it missed")
@@ -272,21 +279,19 @@ class Mirror:
         logger.warning("lost W&B: %s", error, exc_info=None if self._complained else error)
         self._retry_at = time.monotonic() + self._retry_after
         self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
+        why = f"W&B cannot be told now ({type(error).__name__}: {error})"
+        kind: str = "run" if opened else "server"
         if refusal := refusal_of(str(error), self._run):
             note_refusal(self._run, self._session.token, refusal)
             self._retry_at = math.inf
-            self._tell_failure(refusal.text, refusal.kind)
-        elif not (self._complained or silently):
-            why = f"W&B cannot be told now ({type(error).__name__}: {error})"
-            self._tell_failure(why, "run" if opened else "server")
+            why, kind = refusal.text, refusal.kind
+        if refusal or not (self._complained or silently):
+            self._complained = True
+            warning = f"{why}; training continues, and metrics.jsonl has every row"
+            self._tell(connected=False, warning=warning, failure=why, kind=kind)
         tear_down_wandb()
         if not opened:  # a server may be away for days, and each try leaves a folder with no row
             self._remove_new_folders()
-
-    def _tell_failure(self, why: str, kind: str) -> None:
-        self._complained = True
-        warning = f"{why}; training continues, and metrics.jsonl has every row"
-        self._tell(connected=False, warning=warning, failure=why, kind=kind)
 
     def _remove_new_folders(self) -> None:
         for path in set(session_files(self._run)) - self._files_before:
@@ -317,31 +322,6 @@ class Mirror:
     def _tell(self, **news: str | bool | int) -> None:
         with suppress(OSError):  # nobody listens any more
             os.write(self._events, (json.dumps(news) + "\n").encode())
-
-
-class RowTimes:
-    """When each row of a run was written, which `metrics.jsonl`, the same in all runs, cannot say.
-
-    Noted beside it, so that what is told to W&B later has the times of then. Steps that were lost
-    and repeated keep their first time.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._file = run.folder / "wandb" / "times.jsonl"
-        self._by_step = {row["step"]: float(row["time"]) for row in read_rows(self._file)}
-
-    def note(self, rows: Iterable[Row], written_at: float) -> None:
-        """Note the time of rows that were written just now, or while nobody looked."""
-        new = {row["step"]: written_at for row in rows if row["step"] not in self._by_step}
-        self._by_step |= new
-        if new:
-            lines = [json.dumps({"step": step, "time": time}) for step, time in new.items()]
-            with suppress(OSError):  # a full disk
-                append_line(self._file, "\n".join(lines))
-
-    def of(self, row: Row) -> float:
-        """The time of a row, in seconds of the epoch."""
-        return self._by_step[row["step"]]
 
 
 def last_step_of(run: Run) -> int:

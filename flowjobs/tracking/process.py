@@ -48,10 +48,8 @@ UPLOAD_BASE_S, UPLOAD_BYTES_PER_S = 60.0, 20_000
 
 def upload_limit_s(run: Run) -> float:
     """The longest that it may take to tell W&B all of a run, in seconds."""
-    try:
-        return UPLOAD_BASE_S + run.metrics_file.stat().st_size / UPLOAD_BYTES_PER_S
-    except OSError:
-        return UPLOAD_BASE_S
+    size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
+    return UPLOAD_BASE_S + size / UPLOAD_BYTES_PER_S
 
 
 def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[bytes]:

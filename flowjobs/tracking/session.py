@@ -31,11 +31,11 @@ from flowjobs.tracking.identity import config_for_wandb
 from flowjobs.tracking.labels import notes_for, tags_for
 from flowjobs.tracking.mode import check_server_answers
 from flowjobs.tracking.outcome import DELETED, Session
+from flowjobs.tracking.process import upload_limit_s
 
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 20
-FINISH_TIMEOUT_S = 15
 API_TIMEOUT_S = 10
 # A hard kill loses what wandb has not flushed to its file: by default 15 s of everything.
 FLUSH_INTERVAL_S = 0.25
@@ -63,15 +63,12 @@ class WandbSession:
         run: The run.
         session: What of it is tracked, and where to.
         trains_here: Whether the attempt runs on this machine; else only its end is told.
-        finish_timeout_s: How long an upload may take at the end.
 
     Attributes:
         last_step: The last step that W&B has; -1 if it has none.
     """
 
-    def __init__(
-        self, run: Run, session: Session, *, trains_here: bool, finish_timeout_s: float
-    ) -> None:
+    def __init__(self, run: Run, session: Session, *, trains_here: bool) -> None:
         self._tracked = run
         self._session = session
         self._online = session.mode == "online"
@@ -98,7 +95,7 @@ class WandbSession:
             settings=wandb.Settings(
                 x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
                 init_timeout=INIT_TIMEOUT_S,
-                finish_timeout=finish_timeout_s,
+                finish_timeout=upload_limit_s(run),
                 finish_timeout_raises=True,
                 x_stats_pid=os.getppid(),
                 # What wandb finds out of this machine says nothing of one that trained.

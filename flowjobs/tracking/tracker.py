@@ -13,11 +13,11 @@ from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.recorder import Tracker, Untracked
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, outcome_of
-from flowjobs.tracking.closing import wait_for_mirror
 from flowjobs.tracking.folders import read_on_record
 from flowjobs.tracking.mode import resolve_mode
 from flowjobs.tracking.outcome import Mode, new_session, read_session, write_session
 from flowjobs.tracking.process import start_mirror
+from flowjobs.tracking.telling import wait_for_mirror
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ class WandbTracker:
             offline = self._session.mode == "offline"
             if offline and read_on_record(self._run, self._run.tracking_id()).step <= step:
                 return  # what was lost never came so far
+            if self._taken_over():
+                return
             before = self._session.diverged_after
             step = step if before is None else min(before, step)
             self._session = dataclasses.replace(self._session, diverged_after=step)
@@ -91,9 +93,8 @@ class WandbTracker:
     def finish(self, outcome: Outcome) -> None:
         """Close the attempt, and say how it ended; waits for a few seconds at most."""
         with self._never_stopping():
-            newest = read_session(self._run)
-            if newest is not None and newest.token != self._session.token:
-                return  # another attempt has taken the run over; the mirror sees it too, and stops
+            if self._taken_over():
+                return
             self._session = dataclasses.replace(self._session, outcome=outcome)
             if self._mirror is None or self._mirror.poll() is not None:
                 self._start()  # it was killed; a new one catches up and finds the outcome on disk
@@ -104,6 +105,11 @@ class WandbTracker:
             patient = self._connected and outcome.state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
             wait_for_mirror(self._run, self._session, self._mirror, limit_s)
+
+    def _taken_over(self) -> bool:
+        """Whether another attempt has begun; the mirror sees it too, and stops."""
+        newest = read_session(self._run)
+        return newest is not None and newest.token != self._session.token
 
     def _start(self) -> None:
         write_session(self._run, self._session)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.jobs.cancel import cancel
+from flowjobs.jobs.reconcile import reconcile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
-from flowjobs.tracking.closing import close_session, pending_outcome
+from flowjobs.tracking.telling import close_session, pending_outcome
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -159,8 +161,30 @@ def test_a_run_without_tracking_has_nothing_to_close(tracked_run: MakeRun) -> No
     assert not run.tracking_file.exists()
 
 
+def test_a_run_that_is_cancelled_before_it_began_is_none_in_wandb(tracked_run: MakeRun) -> None:
+    run, backend = tracked_run("online")
+    cancel(run)
+    assert reconcile([run]) == []
+    assert backend is not None
+    assert backend.runs() == []
+
+
+def test_a_job_that_is_cancelled_before_it_reached_wandb_is_no_run_there(
+    tracked_run: MakeRun,
+) -> None:
+    run, _ = tracked_run("offline")
+    attempt_that_never_reached_wandb(run)
+    status = run.status()
+    assert status is not None
+    status.close(CANCELLED)
+    status.write(run.status_file)
+    assert pending_outcome(run) is None
+    assert not close_session(run, CANCELLED)
+    assert session_files(run) == []
+
+
 def test_closing_loads_neither_torch_nor_wandb(tmp_path: Path) -> None:
-    code = "import sys, flowjobs.tracking.closing\nprint({'torch', 'wandb'} & set(sys.modules))"
+    code = "import sys, flowjobs.tracking.telling\nprint({'torch', 'wandb'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

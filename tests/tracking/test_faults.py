@@ -8,8 +8,8 @@ import pytest
 
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.closing import close_session, pending_outcome
 from flowjobs.tracking.outcome import current_refusal, read_session
+from flowjobs.tracking.telling import close_session, pending_outcome
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun

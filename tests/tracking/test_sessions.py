@@ -12,7 +12,9 @@ import pytest
 
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.outcome import read_session
+from flowjobs.runs.status import outcome_of
+from flowjobs.tracking.outcome import new_session, read_session, write_session
+from flowjobs.tracking.tracker import WandbTracker
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -209,6 +211,18 @@ def test_where_repeated_rows_differ_wandb_says_from_which_step_on(
     session = read_session(run)
     assert session is not None
     assert session.diverged_after == 20
+
+
+def test_a_trainer_that_was_taken_over_does_not_take_the_run_back(tracked_run: MakeRun) -> None:
+    run, _ = tracked_run("online")
+    tracker = WandbTracker(run, "online")
+    assert tracker._mirror is not None
+    with tracker._mirror:
+        newest = new_session(run, "online")
+        write_session(run, newest)
+        tracker.rows_diverged_after(20)
+        tracker.finish(outcome_of(None))
+        assert read_session(run) == newest
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])

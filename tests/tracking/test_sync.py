@@ -22,7 +22,7 @@ from flowjobs.errors import RunInterrupted, TrackingError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.tracking.sync import sync_run
+from flowjobs.tracking.telling import sync_run
 from tests.conftest import Command
 from tests.tracking.backend import KEY, Backend, RunOnServer
 from tests.tracking.driver import drive, row_of
@@ -79,8 +79,8 @@ def killed_attempt(run: Run, steps: int, rows: int) -> None:
     kill(process)
 
 
-def sync(run: Run, backend: Backend, *, limit_s: float | None = None) -> RunOnServer:
-    sync_run(run, limit_s=limit_s)
+def sync(run: Run, backend: Backend) -> RunOnServer:
+    sync_run(run)
     return backend.run(run.tracking_id())
 
 
@@ -380,16 +380,16 @@ def test_a_server_that_fails_for_a_while_costs_no_row(
 
 @pytest.mark.parametrize("answer", [500, 200])
 def test_an_upload_that_does_not_arrive_is_given_up_and_continues_later(
-    run: Run, backend: Backend, answer: int
+    run: Run, backend: Backend, answer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt(run, 100)
     take = backend._file_stream
     # What a server says that takes none is no error to the client.
     backend._file_stream = lambda run_id, sent: (answer, {})  # type: ignore[method-assign]
-    with pytest.raises(
-        TrackingError, match=r"the server still lacks (an answer|rows to step -1 of 100)"
-    ):
-        sync(run, backend, limit_s=6)
+    with monkeypatch.context() as hurried:
+        hurried.setattr("flowjobs.tracking.process.UPLOAD_BASE_S", 6)
+        with pytest.raises(TrackingError, match="has not taken all of it in time; sync again"):
+            sync(run, backend)
     backend._file_stream = take  # type: ignore[method-assign]
     # The server may have some of its rows: a plain `wandb sync` would number those anew.
     assert session_files(run) == []
