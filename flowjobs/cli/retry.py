@@ -112,7 +112,7 @@ class Retry(CodeOptions, CommandOptions):
             print(f"{len(cause.members):10} {cause.words}: {names}{advice}")
             if not held:
                 starting += [
-                    replace(member, config=with_changes(member.config, changes), stage="to resume")
+                    replace(member, config=with_changes(member.config, changes))
                     for member in cause.members
                 ]
         if starting:

@@ -58,6 +58,7 @@ from flowjobs.tracking.mode import resolve_mode
 from flowjobs.training.pinned import with_pinned_files
 
 if TYPE_CHECKING:
+    from flowjobs.jobs.snapshot import CodePlan
     from flowjobs.sweeps.plan import Member
 
 EXAMPLES = """\
@@ -291,10 +292,10 @@ class Sweep(CodeOptions, CommandOptions):
         names, again = [run.name for run in runs], hint("sweep", name, study=study)
         if self.sweep is None and self.name is None:
             check_same(study, name, names)
+        locks = cluster == "slurm" and not self.dry_run
         with ExitStack() as stack:
-            if cluster == "slurm" and not self.dry_run:
-                for said in stack.enter_context(submitting(study)):
-                    print(said)
+            for said in stack.enter_context(submitting(study)) if locks else ():
+                print(said)
             members = look_at(runs, length_given)
             starting = [member for member in members if member.stage in TO_START]
             starting = starting[: self.first]
@@ -307,24 +308,20 @@ class Sweep(CodeOptions, CommandOptions):
                 print(f"no longer of the sweep, and left as they are: {some(lost)}")
             if self.dry_run:
                 return 0
-            if not self._is_wanted(starting):
-                return 0
+            if len(starting) > ASKS_ABOVE and not self.yes:
+                stack.close()  # nobody is to wait for an answer, and what there is may change
+                if not _is_wanted(starting):
+                    return 0
+                for said in stack.enter_context(submitting(study)) if locks else ():
+                    print(said)
+                members = look_at(runs, length_given)
+                starting, code = _still_to_start(starting, code, members)
             keep(study, name, sweep, names)
             slots = sweep.runs_per_gpu
             if cluster == "slurm":
                 parallel = self._share_parallel(members, len(starting), sweep.parallel)
                 return submit_many(starting, code, name, parallel, slots, again, [name])
         return train_many_here(starting, code, sweep.parallel, slots, again)
-
-    def _is_wanted(self, starting: Sequence["Member"]) -> bool:
-        if len(starting) <= ASKS_ABOVE or self.yes:
-            return True
-        if not sys.stdin.isatty():
-            raise ConfigError(
-                f"{len(starting)} runs would be submitted, and there is no one to ask: --yes "
-                "submits them, --first N some"
-            )
-        return is_wanted(f"submit {len(starting)} runs?")
 
     def _share_parallel(
         self, members: Sequence["Member"], starting: int, parallel: int | None
@@ -377,6 +374,31 @@ class Sweep(CodeOptions, CommandOptions):
         if disk := checkpoint_bytes(members, starting):
             wanted, free = (f"{size / 1e9:.3g} GB" for size in disk)
             print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
+
+
+def _is_wanted(starting: Sequence["Member"]) -> bool:
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"{len(starting)} runs would be submitted, and there is no one to ask: --yes "
+            "submits them, --first N some"
+        )
+    return is_wanted(f"submit {len(starting)} runs?")
+
+
+def _still_to_start(
+    starting: Sequence["Member"], code: Sequence["CodePlan"], members: Sequence["Member"]
+) -> "tuple[list[Member], list[CodePlan]]":
+    """What is left of runs that were to be started, as they are now; the others are told of."""
+    from flowjobs.sweeps.plan import TO_START
+
+    now = {member.run: member for member in members}
+    stages = Counter(now[member.run].stage for member in starting)
+    for stage, count in stages.items():
+        if stage not in TO_START:
+            print(f"{stage:10} {count} of them by now: left as they are")
+    both = zip(starting, code, strict=True)
+    left = [(now[m.run], plan) for m, plan in both if now[m.run].stage in TO_START]
+    return [member for member, _ in left], [plan for _, plan in left]
 
 
 def _why(stage: str, members: Sequence["Member"], name: str, study: Path) -> str:

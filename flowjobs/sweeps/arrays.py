@@ -171,7 +171,9 @@ def make_runs(members: Sequence[Member], code: Sequence[CodePlan]) -> list[str]:
         if note := run.create(member.config, flush=False):
             notes.append(note)
         files += [run.config_file, run.folder / "run.json"]
-        run.clear_cancel()
+        # Any other has been cancelled since the plan was made, and its job ends as it starts.
+        if member.stage == "cancelled":
+            run.clear_cancel()
     files += carry_out_together(code)
     flush_files(files)
     return notes

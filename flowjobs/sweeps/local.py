@@ -72,6 +72,8 @@ def _start(member: Member, code: CodePlan, slot: int) -> Event:
     try:
         if busy := running_job(run):  # started from another terminal since the plan was made
             return Event(run, "left alone", f"it has {busy} by now")
+        if member.stage != "cancelled" and run.cancel_requested():
+            return Event(run, "left alone", "it was cancelled meanwhile")
         with run.undone_if_refused():
             make_runs([member], [code])
             origin = Origin.here(member.config.slurm)

@@ -1,16 +1,20 @@
 """A submission that dies in the middle, or that the cluster takes a part of."""
 
 import json
+import os
+import pty
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flowjobs.jobs.array import arrays_of
+from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.jobs.array import arrays_of, submitting
 from flowjobs.runs.run import Run
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -170,6 +174,36 @@ def test_nothing_is_submitted_while_it_is_unknown_what_there_is(
     Path("asked").unlink()
     assert counts(flowjobs("sweep", "ablation")) == {"waiting": 6}
     assert noted(study) == tasks(slurm)
+
+
+def test_who_is_asked_keeps_nobody_waiting_and_starts_nothing_cancelled_meanwhile(
+    slurm: SlurmCluster, site: Site, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site("sbatch", 'grep -- --array "${@: -1}" > asked; exit 1')
+    run = Run(study, "mlp-icfm-digits-none-seed0")
+    run.create(RunConfig(TrainingConfig(seed=0)))
+    seeds = [str(seed) for seed in range(101)]
+    command = [sys.executable, "-m", "flowjobs", "sweep", "--seed", *seeds]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, text=True) as sweep:
+        os.close(theirs)
+        assert sweep.stdout is not None
+        try:
+            said = ""
+            while "submit 101 runs? [y/N] " not in said:
+                more = sweep.stdout.read(1)
+                assert more, said
+                said += more
+            monkeypatch.setattr("flowjobs.jobs.array.SUBMIT_WAIT_S", 5.0)
+            with submitting(study):
+                run.request_cancel()
+            os.write(ours, b"y\n")
+            said += sweep.communicate(timeout=120)[0]
+        finally:
+            os.close(ours)  # where nobody answers, it hears that
+    assert "cancelled  1 of them by now: left as they are" in said
+    assert "0-99" in Path("asked").read_text()
+    assert run.cancel_requested()
 
 
 def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(

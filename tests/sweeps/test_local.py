@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import RunConfig, SlurmConfig
+from flowjobs.config import RunConfig, SlurmConfig, TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.run import Run
 from flowjobs.sweeps.grid import Sweep
 from flowjobs.sweeps.kept import keep
-from flowjobs.sweeps.local import gpus_of_slot, slots_here
+from flowjobs.sweeps.local import Event, gpus_of_slot, run_here, slots_here
+from flowjobs.sweeps.plan import Member
 from tests.conftest import Command
 
 
@@ -27,6 +29,15 @@ def test_each_run_has_gpus_of_its_own_while_there_are_as_many(
     assert (slots_here(SlurmConfig()), gpus_of_slot(SlurmConfig(), 1)) == (1, [])
     with pytest.raises(ConfigError, match="--gpus-per-node: found 2, this machine has 0"):
         slots_here(two)
+
+
+def test_what_is_cancelled_while_it_waits_for_a_slot_is_left_alone(study: Path) -> None:
+    run, config = Run(study, "a"), RunConfig(TrainingConfig())
+    run.create(config)
+    run.request_cancel()
+    event = next(run_here([Member(run, config, "to resume")], [CodePlan(run)], 1))
+    assert event == Event(run, "left alone", "it was cancelled meanwhile")
+    assert run.cancel_requested()
 
 
 def test_what_fails_here_is_said_and_the_others_are_trained(
