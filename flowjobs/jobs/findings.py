@@ -233,6 +233,8 @@ def _find_dead_life(
 
 
 def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding | None:
+    if not (job.pid or job.job_id.isdecimal()):
+        return None  # of submitit's debug executor: the process that submitted it was its job
     pid = job.pid or int(job.job_id)
     if not same_host(job.host, socket.gethostname()) or process_lives(pid, job.process):
         return _find_slot(run, status, job)

@@ -1,6 +1,7 @@
 """`status.json`: what a run is doing, and each attempt at it; `outcome_of` names its end."""
 
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -265,12 +266,9 @@ def read_sound_status(path: Path) -> RunStatus | None:
             AttemptRecord(**_known(AttemptRecord, record | {"job": read_job(record["job"])}))
             for record in found.pop("attempts")
         ]
-        for time in (
-            time
-            for attempt in attempts
-            for time in (attempt.started, attempt.ended, attempt.trains)
-        ):
-            datetime.fromisoformat(time or now())  # or a ValueError
+        times = [(each.started, each.ended, each.trains) for each in attempts]
+        for time in (found["updated"], *itertools.chain(*times)):
+            _check_time(time)
         return RunStatus(**_known(RunStatus, found | {"attempts": attempts}))
     except FileNotFoundError:
         return None
@@ -278,6 +276,11 @@ def read_sound_status(path: Path) -> RunStatus | None:
         raise ConfigError(
             f"{path} is damaged ({error}): it counts for nothing until an attempt writes it anew"
         ) from error
+
+
+def _check_time(text: str | None) -> None:
+    if text is not None and datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(f"found the time {text!r}, expected one with its offset from UTC")
 
 
 def read_job(found: dict[str, Any]) -> JobInfo:

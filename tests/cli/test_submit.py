@@ -15,6 +15,7 @@ from PIL import Image
 from flowjobs.cli.follow import follow
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.jobs.cancel import cancel
+from flowjobs.jobs.findings import find
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
@@ -204,12 +205,15 @@ def test_debug_runs_in_the_process_and_stops_in_the_debugger(workplace: Path) ->
     )
     assert "(Pdb) 42" in done.stdout
     assert done.returncode == 1
-    status = Run(workplace / "study", "Net-icfm-digits-none").status()
+    run = Run(workplace / "study", "Net-icfm-digits-none")
+    status = run.status()
     assert status is not None
     assert (status.state, status.reason) == (
         "failed",
         "RuntimeError (broken.py, line 4, in forward): the bug",
     )
+    run.status_file.unlink()  # what is left names a job that is no process
+    assert find([run]) == {}
 
 
 @pytest.mark.parametrize("command", ["submit", "train"])

@@ -102,6 +102,11 @@ def test_a_damaged_status_is_written_anew(study: Path) -> None:
     with Attempt(run, JOB):
         pass
     found = json.loads(run.status_file.read_text())
+    for time in ("", "yesterday", "2026-11-25T10:00:00"):
+        of_attempt = {**found["attempts"][0], "started": time}
+        for damaged in ({"updated": time}, {"attempts": [of_attempt]}):
+            run.status_file.write_text(json.dumps(found | damaged))
+            assert run.status() is None
     run.status_file.write_text(json.dumps({**found, "of a newer version": 1}))
     status = run.status()
     assert status is not None
