@@ -12,6 +12,7 @@ from flowjobs.jobs.executors import check_local, visible_gpus
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.jobs.submit import running_job, submit
+from flowjobs.runs.files import warn_once
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
@@ -61,10 +62,18 @@ def run_here(
         time.sleep(POLL_S)
         yield None
         for slot, run in list(running.items()):
-            # A job that is started again often gets a new id.
-            if not process_lives(int(run.submissions()[-1]["job_id"])):
-                del running[slot]
-                yield Event(run, "ended", status=run.status())
+            try:
+                if not _job_lives(run):
+                    yield Event(run, "ended", status=run.status())
+                    del running[slot]
+            except OSError as error:  # a file system that is away for a moment
+                warn_once(f"{run.name}: {error}; its slot stays taken until that can be read")
+
+
+def _job_lives(run: Run) -> bool:
+    # A job that is started again often gets a new id.
+    newest = run.submissions()[-1:]
+    return any(process_lives(int(entry["job_id"]), entry.get("process")) for entry in newest)
 
 
 def _start(member: Member, code: CodePlan, slot: int) -> Event:
@@ -82,7 +91,7 @@ def _start(member: Member, code: CodePlan, slot: int) -> Event:
                 devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
                 origin = replace(origin, environment={**origin.environment, **devices})
             submit(run, "local", task_of(run), origin=origin)
-    except FlowjobsError as error:
+    except (FlowjobsError, OSError) as error:
         return Event(run, "not started", str(error))
     return Event(run, "started")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import RunConfig, SlurmConfig, TrainingConfig
+from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.run import Run
@@ -71,6 +71,34 @@ def test_what_fails_here_is_said_and_the_others_are_trained(
     grown = flowjobs(*sweep, "--seed", "0", "1", "--dry-run")
     assert "finished   2\nnew        2\n" in grown.stdout, grown.stdout + grown.stderr
     assert "other code than the new ones: Net-icfm-digits-none-failsFalse\n" in grown.stdout
+
+
+# submitit keeps no hold of the process that it starts: a job outlives who submits it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_error_of_the_file_system_at_one_run_ends_neither_the_sweep_nor_another_run(
+    study: Path, workplace: Path
+) -> None:
+    tracking = TrackingConfig(wandb_mode="disabled")
+    config = RunConfig(TrainingConfig(epochs=1), SlurmConfig(gpus_per_node=0), tracking)
+    runs = [Run(study, name) for name in ("a", "b")]
+    (runs[0].folder / ".config.lock").mkdir(parents=True)  # nobody can lock it
+    members = [Member(run, config, "new") for run in runs]
+    sweep = run_here(members, [CodePlan(run) for run in runs], parallel=1)
+    refused, started = next(sweep), next(sweep)
+    assert refused is not None
+    assert started is not None
+    assert (refused.run, refused.what) == (runs[0], "not started")
+    assert "Is a directory" in refused.why
+    assert (started.run, started.what) == (runs[1], "started")
+    jobs, away = runs[1].jobs_file, workplace / "away"
+    jobs.rename(away)
+    jobs.symlink_to(jobs)  # it cannot be read, as where a file server is away
+    assert [next(sweep), next(sweep)] == [None, None]
+    away.replace(jobs)
+    (ended,) = filter(None, sweep)
+    assert (ended.run, ended.what) == (runs[1], "ended")
+    assert ended.status is not None
+    assert ended.status.state == "finished"
 
 
 def test_a_name_means_a_sweep_or_a_run_and_not_both(flowjobs: Command, study: Path) -> None:
