@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import RunNames, each_of, list_of
+from flowjobs.cli.prepare import RunNames, by_words, list_of
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.runs.run import default_study
 from flowjobs.runs.selection import names_one_run
@@ -28,7 +28,8 @@ class Cancel:
 
         if not self.names:
             raise ConfigError("cancel: found no name, expected those of the runs to cancel")
-        runs, broken = each_of(self.study, self.names)
+        # One whose config is damaged has jobs all the same.
+        runs, broken = by_words(self.study, self.names)
         if len(runs) > 1 or not names_one_run(self.study, self.names):
             print(f"cancels {list_of(runs)}", flush=True)
         failed = bool(broken)

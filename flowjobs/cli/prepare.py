@@ -129,8 +129,16 @@ def existing_run(study: Path, name: str) -> Run:
     runs = select(study, [name]).runs
     if len(runs) > 1:
         raise ConfigError(f"found {name}, which are {list_of(runs)}; expected one run")
-    runs[0].config()
     return runs[0]
+
+
+def by_words(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
+    """The runs that are meant, all without a word, whether or not their records can be read; and
+    those of which it cannot be read whether they are meant, said on stderr."""
+    meant = select(study, words)
+    for run, why in meant.unreadable.items():
+        print(f"error: {run.name}: {why}", file=sys.stderr)
+    return meant.runs, [*meant.unreadable]
 
 
 def each_of(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
@@ -138,18 +146,16 @@ def each_of(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
 
     One that is broken is said on stderr, and does not hide the others, unless it is itself named.
     """
-    meant = select(study, words)
-    sound, broken = [], []
-    for run, why in meant.unreadable.items():
-        print(f"error: {run.name}: {why}", file=sys.stderr)
-        broken.append(run)
-    for run in meant.runs:
+    meant, broken = by_words(study, words)
+    sound = []
+    named = {Path(word).name for word in words}
+    for run in meant:
         try:
             run.config()
             current_progress(run)
             run.submissions()
         except (FlowjobsError, OSError) as error:
-            if run.name in words:
+            if run.name in named:
                 raise
             print(f"error: {run.name}: {error}", file=sys.stderr)
             broken.append(run)

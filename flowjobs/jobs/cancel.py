@@ -1,5 +1,6 @@
 """Ends the jobs of runs because their user wants no more of them."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -41,7 +42,7 @@ def cancel_together(runs: Sequence[Run]) -> Iterator[tuple[Run, str | Submission
     Yields:
         Each run with what was done, or why that could not be.
     """
-    done = {run for run in runs if run.finished()}
+    done = {run for run in runs if _is_finished(run)}
     wanted = [run for run in runs if run not in done]
     # First: a job that is just being requeued must see it.
     with ThreadPoolExecutor(NOTED_AT_ONCE) as threads:
@@ -57,6 +58,13 @@ def cancel_together(runs: Sequence[Run]) -> Iterator[tuple[Run, str | Submission
                 yield run, told[run].result()
             except SubmissionError as error:
                 yield run, error
+
+
+def _is_finished(run: Run) -> bool:
+    try:
+        return run.finished()
+    except (FlowjobsError, OSError):
+        return False  # unknown: a job of it may be there
 
 
 def _mark(run: Run) -> OSError | None:
@@ -92,10 +100,12 @@ def _note_end(run: Run) -> None:
     status = run.status() or RunStatus()
     # A process that trains says itself how it ends; of a job that only waits, nobody else would.
     nobody_trains = status.open_attempt is None and lock_holder(run.folder) is None
-    if nobody_trains and status.state != "cancelled":
+    if nobody_trains and status.state != "cancelled" and not run.finished():
         status.close(CANCELLED)
         status.write(run.status_file)
-        close_session(run, CANCELLED)
+        # Where W&B has it a damaged config does not say; mended, `reconcile` tells it.
+        with contextlib.suppress(ConfigError):
+            close_session(run, CANCELLED)
 
 
 def _end_process(run: Run) -> list[str]:

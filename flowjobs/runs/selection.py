@@ -84,7 +84,7 @@ def names_one_run(study: Path, words: Sequence[str]) -> bool:
     """Whether the words are one run's own name, rather than a selection that has one run."""
     if len(words) != 1 or is_condition(words[0]):
         return False
-    return _by_path(words[0]) is not None or Run(absolute(study), words[0]).exists()
+    return _by_path(words[0]) is not None or _is_there(Run(absolute(study), words[0]))
 
 
 def sweep_names(study: Path) -> list[str]:
@@ -133,10 +133,11 @@ class _Lookup:
             RunNotFoundError: There is none.
         """
         if (run := _by_path(word)) is not None:
-            run.config()  # or an error that says what is wrong with it
+            if not _is_there(run):
+                run.config()  # the error lists those that there are
             return [run]
         run = Run(self._study, word)
-        if "/" not in word and run.exists():
+        if "/" not in word and _is_there(run):
             return [run]
         if set(word) & set("*?["):
             found = [name for name in self.names if fnmatchcase(name, word)]
@@ -147,8 +148,6 @@ class _Lookup:
             return [Run(self._study, name) for name in found]
         if word in sweep_names(self._study):
             return self._of_sweep(word)
-        if word in self.names:  # its config.json is lost
-            run.config()
         every = [Run(self._study, name) for name in self.names]
         if runs := [run for run in every if self._has(run, "group", word)]:
             return runs
@@ -280,6 +279,11 @@ def displayed(field: str, value: Any) -> str:
 @functools.cache
 def _defaults(part: str) -> dict[str, Any]:
     return dataclasses.asdict(PARTS[part]())
+
+
+def _is_there(run: Run) -> bool:
+    """Whether there is such a run, if its config.json is lost as well."""
+    return run.exists() or run.status_file.exists()
 
 
 def _by_path(word: str) -> Run | None:

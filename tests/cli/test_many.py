@@ -162,6 +162,33 @@ def test_wait_ends_with_what_came_of_the_runs(study: Path, flowjobs: Command) ->
     assert "failed: killed (killed)" in done["*"].stdout
 
 
+def test_a_run_whose_config_is_damaged_or_lost_can_be_cancelled_and_its_log_read(
+    study: Path, flowjobs: Command
+) -> None:
+    interrupted = Outcome("preempted", 75, "interrupted by Ctrl-C", kind="preempted")
+    damaged, lost = (ended(study, name, interrupted) for name in ("damaged", "lost"))
+    whole = ended(study, "whole", Outcome("finished", 0))
+    for run in (damaged, whole):
+        run.config_file.write_text("{")
+    lost.config_file.unlink()
+    log = damaged.logs / "7.log"
+    log.write_text("its last words\n")
+    damaged.add_submission("7", "local", log)
+    assert flowjobs("logs", "damaged").stdout == "its last words\n"
+    done = flowjobs("cancel", "damaged", "study/runs/lost")
+    assert (done.returncode, done.stderr) == (0, "")
+    for run in (damaged, lost):
+        assert run.cancel_requested()
+        assert run.status().state == "cancelled"  # type: ignore[union-attr]
+    # Whether a finished one was given more epochs is unknown: its record stays.
+    unknown = flowjobs("cancel", "whole")
+    assert (unknown.returncode, "config.json is not JSON" in unknown.stderr) == (2, True)
+    assert whole.status().state == "finished"  # type: ignore[union-attr]
+    for name in ("damaged", "study/runs/damaged", "study/runs/lost"):
+        asked = flowjobs("wait", name)
+        assert (asked.returncode, "config.json is" in asked.stderr) == (2, True), asked.stderr
+
+
 def test_rm_asks_and_leaves_no_half_of_a_run(
     study: Path, flowjobs: Command, tmp_path: Path
 ) -> None:
@@ -245,8 +272,12 @@ def test_many_waiting_tasks_are_cancelled_by_one_command_of_slurm(
     site("scancel", 'echo "$@" >> asked; $real "$@"')  # type: ignore[operator]
     held = ("--sbatch", "hold=True", "--name", "many")
     assert flowjobs(*SWEEP, *held).returncode == 0
+    config = next(study.glob("runs/*/config.json"))
+    content = config.read_text()
+    config.write_text(content[:100])  # its job is cancelled all the same
     done = flowjobs("cancel", "many")
     assert done.returncode == 0, done.stderr
+    config.write_text(content)
     assert done.stdout.count("cancelled job") == 3
     assert len(Path("asked").read_text().splitlines()) == 1
     wait_until(lambda: slurm.run("squeue", "-h", "-t", "PD,R") == "", "an empty queue", 30)

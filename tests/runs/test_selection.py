@@ -102,5 +102,7 @@ def test_what_cannot_be_read_is_neither_meant_nor_forgotten(grid: Path) -> None:
     assert [run.name for run in found.runs] == ["mlp-icfm-s1", "mlp-icfm-s10"]
     assert list(found.unreadable) == [torn]
     assert select(grid, ["wide"]).unreadable == {}
-    with pytest.raises(ConfigError, match="not JSON"):
-        select(grid, [str(torn.folder)])
+    torn.status_file.touch()
+    for _ in ("damaged", "lost"):
+        assert select(grid, [torn.name]).runs == select(grid, [str(torn.folder)]).runs == [torn]
+        torn.config_file.unlink(missing_ok=True)
