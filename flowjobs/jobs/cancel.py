@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from flowjobs import slurm
 from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
+from flowjobs.jobs.origin import jobs_of
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import Pack, is_left, pack_of
 from flowjobs.runs.process import process_lives
@@ -138,7 +139,7 @@ def _end_slurm_jobs(
     ended: dict[Run, list[str] | SubmissionError] = {}
     for run in runs:
         try:
-            entries = run.submissions()
+            entries = jobs_of(run)
         except OSError as error:  # the others are cancelled all the same
             ended[run] = SubmissionError(f"its jobs are unknown ({error})")
             continue

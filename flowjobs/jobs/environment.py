@@ -1,5 +1,6 @@
 """Where this process runs: under which scheduler, as which rank of how many."""
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -166,9 +167,27 @@ def _log_file(environment: JobEnvironment, run: Submittable) -> str | None:
     if SLOTS in os.environ:
         return plain_sbatch.known_log(run, environment.job_id)
     if "SUBMITIT_FOLDER" in os.environ:
-        if environment.name() == "slurm" and ARRAY in os.environ and environment.global_rank == 0:
-            array_at(Path(os.environ[ARRAY])).note_task(run, environment.job_id)
-        return str(run.logs / environment.paths.stdout.name)
+        log = run.logs / environment.paths.stdout.name
+        if environment.name() == "slurm" and environment.global_rank == 0:
+            if ARRAY in os.environ:
+                array_at(Path(os.environ[ARRAY])).note_task(run, environment.job_id)
+            else:
+                _note_itself(run, environment.job_id, log)
+        return str(log)
     if environment.name() == "slurm":
         return plain_sbatch.note_job(run, environment.job_id)
     return None
+
+
+def _note_itself(run: Submittable, job_id: str, log: Path) -> None:
+    """Note the job that this process is in, if its submitter has not: it may be dead."""
+    if run.submission(job_id) is not None:
+        return
+    identity = {"slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME", "")}
+    with contextlib.suppress(SubmissionError):  # its mark, where nodes may ask for it
+        if record := slurm.job_record(job_id):
+            identity["job_name"] = record.fields.get("JobName", "")
+            if marks := slurm.MARK.findall(record.fields.get("Comment", "")):
+                identity["mark"] = marks[-1]  # after the user's own comment
+    continues = os.environ.get(CONTINUES)
+    run.add_submission(job_id, "slurm", log, continues=continues, identity=identity)

@@ -17,6 +17,7 @@ from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.runs.files import write_json
 from flowjobs.runs.pack import PACK, Pack
+from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slots import SLOTS
 from flowjobs.slurm import JobIdentity
@@ -112,6 +113,21 @@ def _user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"user {uid}"
+
+
+def jobs_of(run: Run) -> list[dict[str, Any]]:
+    """The run's submissions, and the Slurm job of its open attempt if that could not be noted.
+
+    Not without that job's log, which tells it from another one that has got its id since.
+    """
+    entries = run.submissions()
+    status = run.status()
+    attempt = status.open_attempt if status else None
+    if attempt and attempt.job.cluster == "slurm" and not run.is_anothers(attempt):
+        job_id, log = attempt.job.job_id, attempt.job.log
+        if log and all(entry["job_id"] != job_id for entry in entries):
+            entries.append({"job_id": job_id, "cluster": "slurm", "log": log})
+    return entries
 
 
 def identity_of(run: Submittable, job_id: str, log: str | None = None) -> JobIdentity:

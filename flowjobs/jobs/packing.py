@@ -78,7 +78,7 @@ def train_pack(pack: Pack) -> int:
     slots = _Slots(pack, job)
     # Before anything that takes a while: a job may be preempted as soon as it has begun.
     with StopSignals(slots.seconds_left, slots.too_late, process_ends=True) as signals:
-        _note(pack, job)
+        pack.note_start(job.job_id)
         if job.restart and cancelled_while_requeued(job):
             slots.cancel_all()
         else:
@@ -102,15 +102,6 @@ def _clients_of_mps(pack: Pack) -> Iterator[Mapping[str, str]]:
             except ConfigError as error:  # they train all the same, to the same bits
                 logger.error("%s: the runs take turns on the GPU", error)
         yield variables
-
-
-def _note(pack: Pack, job: JobInfo) -> None:
-    """Note that the job has started, and the job itself if that was quicker than its submission."""
-    pack.note_start(job.job_id)
-    if pack.submission(job.job_id) is None:
-        about = {"job_name": pack.name, "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME", "")}
-        log, continues = Path(job.log or ""), os.environ.get(CONTINUES)
-        pack.add_submission(job.job_id, job.cluster, log, continues=continues, identity=about)
 
 
 @dataclass

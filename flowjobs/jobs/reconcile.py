@@ -172,7 +172,8 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         dead = Dead(job, exit_cause.cause_of(run, attempt, exit_code), seen)
     elif attempt or life in lives or exit_code == EXIT_CANCELLED:
         # It has said so itself, or another job holds the run.
-        newest = lives[-1:] == [life] and run.submissions()[-1]["job_id"] == job.job_id
+        entries = run.submissions()  # none, if the disk did not take the line
+        newest = lives[-1:] == [life] and (not entries or entries[-1]["job_id"] == job.job_id)
         if newest and status.state == "preempted" and exit_code != EXIT_PREEMPTED:
             # Killed before it could have itself started again: another rank of it had died.
             restart(run, job, status.attempts[-1].kind, task_of(run))

@@ -29,7 +29,7 @@ from flowjobs.errors import (
 from flowjobs.jobs.array import Array
 from flowjobs.jobs.executors import Cluster, array_executor, handed_over, make_executor
 from flowjobs.jobs.lock_judge import judge_for
-from flowjobs.jobs.origin import Origin, identity_of
+from flowjobs.jobs.origin import Origin, identity_of, jobs_of
 from flowjobs.runs.file_lock import SAY_AFTER_S
 from flowjobs.runs.lock import (
     LEAVING_WAIT_S,
@@ -234,26 +234,34 @@ def running_jobs(runs: Sequence[Run]) -> dict[Run, str | SubmissionError]:
     """Those of the runs that have a job which is pending or running, as text; or of which that is
     unknown, and why. Slurm is asked about all of them together.
     """
-    entries = {run: run.submissions() for run in runs}
-    jobs = {
-        run: [
-            JobIdentity.of(entry)
-            for entry in noted
-            # A job that it shares may live on for others.
-            if entry["cluster"] == "slurm" and (PACK not in entry or is_left(run, entry["job_id"]))
-        ]
-        for run, noted in entries.items()
-    }
-    answers = ask([job for of_run in jobs.values() for job in of_run])
+    entries: dict[Run, list[dict[str, Any]]] = {}
+    jobs: dict[Run, list[JobIdentity]] = {}
     found: dict[Run, str | SubmissionError] = {}
     for run in runs:
         try:
-            busy = _busy_with(run, entries[run], jobs[run], answers)
+            entries[run] = jobs_of(run)
+            jobs[run] = [
+                JobIdentity.of(entry)
+                for entry in entries[run]
+                # A job that it shares may live on for others.
+                if entry["cluster"] == "slurm"
+                and (PACK not in entry or is_left(run, entry["job_id"]))
+            ]
         except OSError as error:
-            busy = SubmissionError(f"whether a job of {run.name} runs is unknown: {error}")
+            found[run] = _unreadable(run, error)
+    answers = ask([job for of_run in jobs.values() for job in of_run])
+    for run, of_run in jobs.items():
+        try:
+            busy = _busy_with(run, entries[run], of_run, answers)
+        except OSError as error:
+            busy = _unreadable(run, error)
         if busy:
             found[run] = busy
     return found
+
+
+def _unreadable(run: Run, error: OSError) -> SubmissionError:
+    return SubmissionError(f"whether a job of {run.name} runs is unknown: {error}")
 
 
 def _busy_with(

@@ -35,12 +35,18 @@ def start(
     """Submits the run and waits until it trains; it gets no further before it is disturbed."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
 
-    def start(*options: str, step: int = 10) -> Disturbed:
+    def start(*options: str, step: int = 10, noted: bool = True) -> Disturbed:
         Path("control").write_text(f"await {step}")
+        if not noted:  # held, until it is as if its submitter had died before it noted the job
+            options = (*options, "--sbatch", "hold=True")
         done = flowjobs("submit", *OPTIONS, "--name", "disturbed", *options)
         assert done.returncode == 0, done.stdout + done.stderr
         run = Run(study, "disturbed")
         disturbed = Disturbed(run, run.submissions()[-1]["job_id"], slurm)
+        if not noted:
+            run.jobs_file.unlink()
+            run.origin_file(disturbed.job_id).unlink()
+            slurm.run("scontrol", "release", disturbed.job_id)
         disturbed.wait_for_step(step)
         return disturbed
 

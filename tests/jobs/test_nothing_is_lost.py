@@ -285,10 +285,12 @@ def test_scancel_ends_the_run_until_it_is_submitted_again(
 def test_flowjobs_cancel_ends_the_run_until_it_is_submitted_again(
     start: Start, flowjobs: Command, whole: Run
 ) -> None:
-    job = start()
+    job = start(noted=False)
+    (entry,) = job.run.submissions()
+    assert job.slurm.job(job.job_id)["Comment"] == f"flowjobs:{entry['mark']}"
     done = flowjobs("cancel", "disturbed")
     assert done.returncode == 0, done.stderr
-    assert f"cancelled job {job.job_id}" in done.stdout
+    assert f"cancelled job {job.job_id};" in done.stdout
     job.wait_for_state("cancelled")
     # Not even if Slurm is told to start the job again.
     job.slurm.wait_state(job.job_id, "CANCELLED")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ import pytest
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import plain_sbatch
+from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.origin import Origin
-from flowjobs.jobs.submit import running_job, told_to_end_waits
+from flowjobs.jobs.submit import running_job, running_jobs, told_to_end_waits
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo, Outcome, State
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, State, now
 from flowjobs.sweeps.plan import stages
 from tests.cli.test_many import ended
 from tests.cluster.slurm import SlurmCluster
@@ -72,6 +74,19 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
     with pytest.raises(KeyboardInterrupt):
         plain_sbatch.resubmit(run, run.submissions()[0], None)
     assert [run.submissions()[-1]["job_id"]] == slurm.run("squeue", "-h", "-o", "%i").split()
+
+
+def test_the_job_of_an_open_attempt_counts_although_nobody_could_note_it(study: Path) -> None:
+    run = ended(study, "a", Outcome("failed", 1))
+    log = str(run.logs / "8_0_log.out")
+    status = run.status()
+    assert status is not None
+    for job_log, unknown in ((log, True), (None, False)):
+        status.attempts[-1] = AttemptRecord(1, JobInfo("slurm", "8", job_log, "n1", 1), now())
+        status.write(run.status_file)
+        assert isinstance(running_jobs([run]).get(run), SubmissionError) == unknown
+        with pytest.raises(SubmissionError, match="job 8 was not") if unknown else nullcontext():
+            cancel(run)
 
 
 @pytest.mark.parametrize(
