@@ -38,9 +38,17 @@ NOTHING = ("", "(null)", "N/A", "UNLIMITED")
 
 
 def known_log(run: Submittable, job_id: str) -> str | None:
-    """The output file of a job of the run, if the run has noted the job."""
-    logs = [entry["log"] for entry in run.submissions() if entry["job_id"] == job_id]
+    """The output file of the job that this process is in, if the run has noted the job."""
+    logs = [entry["log"] for entry in _noted(run, job_id)]
     return logs[-1] or None if logs else None
+
+
+def _noted(run: Submittable, job_id: str) -> list[dict[str, Any]]:
+    """What the run has noted of the job that this process is in."""
+    here = os.environ.get("SLURM_CLUSTER_NAME")
+    found = [entry for entry in run.submissions() if entry["job_id"] == job_id]
+    # Two clusters on one home use the same ids.
+    return [entry for entry in found if not here or entry.get("slurm_cluster") in (None, "", here)]
 
 
 def note_job(run: Submittable, job_id: str) -> str | None:
@@ -49,7 +57,7 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     Returns:
         Its output file; None if Slurm does not say.
     """
-    if any(entry["job_id"] == job_id for entry in run.submissions()):
+    if _noted(run, job_id):
         return known_log(run, job_id)
     try:
         record = slurm.job_record(job_id)

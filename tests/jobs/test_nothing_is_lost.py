@@ -449,10 +449,14 @@ def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
     wait_until(lambda: int(time.time()) > second, "the next second", 120)
     assert flowjobs("cancel", "disturbed").returncode == 0
     job.wait_for_state("cancelled")
+    # On this home there is another cluster, which has had a job of the same id.
+    job.run.add_submission(waiting, "slurm", None, identity={"slurm_cluster": "other"})
     slurm.run("scontrol", "release", waiting)
     slurm.wait_state(waiting, {"FAILED", "COMPLETED"}, 240)
     assert job.status().state == "cancelled"
     assert len(job.attempts()) == 1
+    first, _, noted = job.run.submissions()
+    assert (noted["job_id"], noted["slurm_cluster"]) == (waiting, first["slurm_cluster"])
 
 
 def test_a_task_of_an_array_goes_on_like_a_job_of_its_own(
