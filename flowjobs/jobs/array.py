@@ -21,17 +21,18 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flowjobs import slurm
-from flowjobs.errors import ConfigError, SubmissionError
+from flowjobs.errors import ConfigError
 from flowjobs.jobs.origin import Origin, arrays_folder
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import flush_folder, write_json
 from flowjobs.runs.pack import Pack, submittable_at
+from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm import HandedOver
 
@@ -134,18 +135,28 @@ class Array:
             raise ConfigError(f"{self.tasks_file} cannot be read: {error}") from error
         return found
 
-    def check_cluster(self, here: str) -> None:
-        """Raise a SubmissionError if another cluster may have a job of it than the one `here`."""
+    def unknown_from(self, here: str) -> str:
+        """Why it is unknown, where the cluster `here` has no job of it, whether there is one; empty
+        if there is none."""
         if not self.tasks_file.exists():
-            return  # whoever prepared it never came to sbatch
+            return ""  # whoever prepared it never came to sbatch
         cluster = self._content().get("cluster", "")
-        if cluster != here:
-            raise SubmissionError(
-                f"an array of the cluster {cluster or '(unknown)'} was prepared and not noted, and "
-                f"{here or 'none'} answers here: whether its tasks wait there is unknown, so "
-                "nothing is submitted; repeat the command there, or, if you know that it has no "
-                f"such job, rm -r {shlex.quote(str(self.folder))}"
-            )
+        if cluster == here:
+            return ""
+        return (
+            f"an array of the cluster {cluster or '(unknown)'} was prepared and not noted, and "
+            f"{here or 'none'} answers here: whether its tasks wait there is unknown; repeat the "
+            "command there, or, if you know that it has no such job, "
+            f"rm -r {shlex.quote(str(self.folder))}"
+        )
+
+    def runs(self) -> list[Run]:
+        """The runs that its tasks train."""
+        found: list[Run] = []
+        for folder in self._content()["tasks"]:
+            submitted = submittable_at(self.study, Path(folder))
+            found += submitted.runs if isinstance(submitted, Pack) else [Run.at(submitted.folder)]
+        return found
 
     def remove(self) -> None:
         """Remove what was prepared: a job that comes of it nevertheless finds no runs."""
@@ -184,7 +195,7 @@ def submitting(study: Path) -> Iterator[list[str]]:
         What became of that, a line each.
 
     Raises:
-        SubmissionError: That is unknown: Slurm does not answer, or another cluster would know.
+        SubmissionError: That is unknown: Slurm does not answer.
         LockHeldError: Another process submits.
     """
     arrays_folder(study).mkdir(parents=True, exist_ok=True)
@@ -192,20 +203,44 @@ def submitting(study: Path) -> Iterator[list[str]]:
         yield _settle(study)
 
 
+def runs_elsewhere(studies: Iterable[Path]) -> dict[Run, str]:
+    """Runs of which another cluster may have tasks that nobody has noted, and why that is unknown.
+
+    Writes nothing.
+    """
+    arrays = [array for study in studies for array in _half_done(study)]
+    here = slurm.cluster_name() if arrays else ""
+    found: dict[Run, str] = {}
+    for array in arrays:
+        with contextlib.suppress(ConfigError):  # whoever submits hears of it
+            if why := array.unknown_from(here):
+                found |= dict.fromkeys(array.runs(), why)
+    return found
+
+
+def _half_done(study: Path) -> list[Array]:
+    """This user's arrays that have not become a job yet, as far as is noted."""
+    found = []
+    for array in arrays_of(study):
+        with contextlib.suppress(FileNotFoundError):  # undone meanwhile
+            if not array.job_file.exists() and array.folder.stat().st_uid == os.getuid():
+                found.append(array)
+    return found
+
+
 def _settle(study: Path) -> list[str]:
-    mine = os.getuid()
-    arrays = [array for array in arrays_of(study) if not array.job_file.exists()]
-    arrays = [array for array in arrays if array.folder.stat().st_uid == mine]
-    rows = slurm.queue({mine}) if arrays else []
+    arrays = _half_done(study)
+    rows = slurm.queue({os.getuid()}) if arrays else []
     here = slurm.cluster_name() if arrays else ""
     said = []
     for array in arrays:
         found = [row for row in rows if array.mark in row.marks]
-        if not found:
-            array.check_cluster(here)
+        if found:
+            job_id = found[0].job_id.partition("_")[0]
+            array.note(HandedOver(job_id, found[0].cluster, array.mark))
+            said.append(f"job {job_id} had been submitted and not noted: it is now")
+        elif why := array.unknown_from(here):
+            said.append(why)
+        else:
             array.remove()
-            continue
-        job_id = found[0].job_id.partition("_")[0]
-        array.note(HandedOver(job_id, found[0].cluster, array.mark))
-        said.append(f"job {job_id} had been submitted and not noted: it is now")
     return said

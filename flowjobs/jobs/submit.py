@@ -26,7 +26,7 @@ from flowjobs.errors import (
     SubmissionError,
     SubmissionUnknownError,
 )
-from flowjobs.jobs.array import Array
+from flowjobs.jobs.array import Array, runs_elsewhere
 from flowjobs.jobs.executors import Cluster, array_executor, handed_over, make_executor
 from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.origin import Origin, identity_of, jobs_of
@@ -250,6 +250,10 @@ def running_jobs(runs: Sequence[Run]) -> dict[Run, str | SubmissionError]:
         except OSError as error:
             found[run] = _unreadable(run, error)
     answers = ask([job for of_run in jobs.values() for job in of_run])
+    try:
+        elsewhere = runs_elsewhere({run.study for run in runs})
+    except OSError as error:
+        elsewhere = {run: str(_unreadable(run, error)) for run in runs}
     for run, of_run in jobs.items():
         try:
             busy = _busy_with(run, entries[run], of_run, answers)
@@ -257,6 +261,8 @@ def running_jobs(runs: Sequence[Run]) -> dict[Run, str | SubmissionError]:
             busy = _unreadable(run, error)
         if busy:
             found[run] = busy
+        elif run in elsewhere:
+            found[run] = SubmissionError(elsewhere[run])
     return found
 
 
