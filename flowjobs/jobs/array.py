@@ -114,9 +114,9 @@ class Array:
 
     def note_task(self, run: Submittable, job_id: str) -> None:
         """Have a run, or a pack, note the task that this process is, if nobody has yet."""
-        if run.submission(job_id) is None:
+        cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+        if run.submission(job_id, cluster) is None:
             base, _, task = job_id.partition("_")
-            cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
             job = HandedOver(base, cluster, self.mark)
             self._note(task, run, base, self._identity(self._content()["name"], job))
 

@@ -181,9 +181,10 @@ def _log_file(environment: JobEnvironment, run: Submittable) -> str | None:
 
 def _note_itself(run: Submittable, job_id: str, log: Path) -> None:
     """Note the job that this process is in, if its submitter has not: it may be dead."""
-    if run.submission(job_id) is not None:
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    if run.submission(job_id, cluster) is not None:
         return
-    identity = {"slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME", "")}
+    identity = {"slurm_cluster": cluster}
     with contextlib.suppress(SubmissionError):  # its mark, where nodes may ask for it
         if record := slurm.job_record(job_id):
             identity["job_name"] = record.fields.get("JobName", "")

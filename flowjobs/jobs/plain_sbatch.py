@@ -39,16 +39,8 @@ NOTHING = ("", "(null)", "N/A", "UNLIMITED")
 
 def known_log(run: Submittable, job_id: str) -> str | None:
     """The output file of the job that this process is in, if the run has noted the job."""
-    logs = [entry["log"] for entry in _noted(run, job_id)]
-    return logs[-1] or None if logs else None
-
-
-def _noted(run: Submittable, job_id: str) -> list[dict[str, Any]]:
-    """What the run has noted of the job that this process is in."""
-    here = os.environ.get("SLURM_CLUSTER_NAME")
-    found = [entry for entry in run.submissions() if entry["job_id"] == job_id]
-    # Two clusters on one home use the same ids.
-    return [entry for entry in found if not here or entry.get("slurm_cluster") in (None, "", here)]
+    noted = run.submission(job_id, os.environ.get("SLURM_CLUSTER_NAME", ""))
+    return noted["log"] or None if noted else None
 
 
 def note_job(run: Submittable, job_id: str) -> str | None:
@@ -57,8 +49,9 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     Returns:
         Its output file; None if Slurm does not say.
     """
-    if _noted(run, job_id):
-        return known_log(run, job_id)
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    if noted := run.submission(job_id, cluster):
+        return noted["log"] or None
     try:
         record = slurm.job_record(job_id)
     except SubmissionError:
@@ -76,7 +69,7 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     continues = os.environ.get(CONTINUES)
     identity = {
         "job_name": record.fields.get("JobName", ""),
-        "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
+        "slurm_cluster": cluster,
         "handed_over": 0.0 if record.restarts else record.submitted,
     }
     file = Path(log) if log else None

@@ -84,9 +84,18 @@ class Submittable(ABC):
         once = {(e["job_id"], e.get("mark") or number): e for number, e in enumerate(entries)}
         return list(once.values())
 
-    def submission(self, job_id: str) -> dict[str, Any] | None:
-        """The newest job that was submitted under this id; None if there was none."""
+    def submission(self, job_id: str, slurm_cluster: str = "") -> dict[str, Any] | None:
+        """The newest job that was submitted under this id; None if there was none.
+
+        Args:
+            job_id: The scheduler's id.
+            slurm_cluster: Slurm's name of its cluster, if that is known: two clusters on one home
+                use the same ids.
+        """
         found = [entry for entry in self.submissions() if entry["job_id"] == job_id]
+        if slurm_cluster:
+            here = ("", slurm_cluster)
+            found = [entry for entry in found if entry.get("slurm_cluster", "") in here]
         return found[-1] if found else None
 
     def add_submission(

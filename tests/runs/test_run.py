@@ -295,3 +295,13 @@ def test_a_job_that_a_full_disk_does_not_note_damages_no_other(study: Path) -> N
         run.add_submission("2", "slurm", None)
     run.add_submission("3", "slurm", None)
     assert [entry["job_id"] for entry in run.submissions()] == ["1", "3"]
+
+
+def test_a_job_of_another_cluster_is_another_job(study: Path) -> None:
+    run = created(study)
+    for cluster in ("one", "", "other"):
+        run.add_submission("7", "slurm", Path(cluster), identity={"slurm_cluster": cluster})
+    run.add_submission("8", "slurm", None, identity={"slurm_cluster": "other"})
+    found = [run.submission("7", cluster) for cluster in ("", "one", "other", "third")]
+    assert [entry and entry["slurm_cluster"] for entry in found] == ["other", "", "other", ""]
+    assert run.submission("8", "one") is None
