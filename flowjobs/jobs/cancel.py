@@ -140,7 +140,7 @@ def _end_slurm_jobs(
     for run in runs:
         try:
             entries = jobs_of(run)
-        except OSError as error:  # the others are cancelled all the same
+        except (SubmissionError, OSError) as error:  # the others are cancelled all the same
             ended[run] = SubmissionError(f"its jobs are unknown ({error})")
             continue
         jobs[run] = [JobIdentity.of(e) for e in entries if e["cluster"] == "slurm"]

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flowjobs import slurm
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.runs.files import write_json
@@ -23,6 +24,8 @@ from flowjobs.slots import SLOTS
 from flowjobs.slurm import JobIdentity
 from flowjobs.slurm.options import submitted_for_run
 
+# What a job does, as submitit keeps it in `logs/` until sbatch has taken the job.
+PREPARED = "[0-9a-f]" * 32 + ".pkl"
 # Of one process or one session only, and wrong in another job. The token for Slurm has run out.
 OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT", SLOTS)
 
@@ -116,11 +119,23 @@ def _user_name(uid: int) -> str:
 
 
 def jobs_of(run: Run) -> list[dict[str, Any]]:
-    """The run's submissions, and the Slurm job of its open attempt if that could not be noted.
+    """The run's submissions, and those Slurm jobs of it that could not be noted.
 
-    Not without that job's log, which tells it from another one that has got its id since.
+    That of its open attempt, whose log tells it from another one that has got its id since; and
+    one that waits, or has just started, whose submitter died as sbatch had taken it.
+
+    Raises:
+        SubmissionError: There may be one, and Slurm does not answer.
     """
     entries = run.submissions()
+    if any(run.logs.glob(PREPARED)) and slurm.is_here():
+        noted = {entry["job_id"] for entry in entries}
+        rows = [row for row in slurm.queue({os.getuid()}) if row.state not in slurm.ENDED]
+        entries += [
+            {"job_id": row.job_id, "cluster": "slurm", "log": row.log, "slurm_cluster": row.cluster}
+            for row in rows
+            if Path(row.log).parent == run.logs and row.job_id not in noted
+        ]
     status = run.status()
     attempt = status.open_attempt if status else None
     if attempt and attempt.job.cluster == "slurm" and not run.is_anothers(attempt):

@@ -29,7 +29,7 @@ from flowjobs.errors import (
 from flowjobs.jobs.array import Array, runs_elsewhere
 from flowjobs.jobs.executors import Cluster, array_executor, handed_over, make_executor
 from flowjobs.jobs.lock_judge import judge_for
-from flowjobs.jobs.origin import Origin, identity_of, jobs_of
+from flowjobs.jobs.origin import PREPARED, Origin, identity_of, jobs_of
 from flowjobs.runs.file_lock import SAY_AFTER_S
 from flowjobs.runs.lock import (
     LEAVING_WAIT_S,
@@ -139,7 +139,7 @@ def submit(
                 job: Job[None] = executor.submit(task)
             except SubmissionError as error:
                 # submitit has written both before sbatch could refuse.
-                for pattern in (".submission_file_*.sh", "[0-9a-f]" * 32 + ".pkl"):
+                for pattern in (".submission_file_*.sh", PREPARED):
                     for leftover in run.logs.glob(pattern):
                         leftover.unlink()
                 if isinstance(error, SubmissionUnknownError):
@@ -247,7 +247,7 @@ def running_jobs(runs: Sequence[Run]) -> dict[Run, str | SubmissionError]:
                 if entry["cluster"] == "slurm"
                 and (PACK not in entry or is_left(run, entry["job_id"]))
             ]
-        except OSError as error:
+        except (SubmissionError, OSError) as error:
             found[run] = _unreadable(run, error)
     answers = ask([job for of_run in jobs.values() for job in of_run])
     try:
@@ -266,7 +266,7 @@ def running_jobs(runs: Sequence[Run]) -> dict[Run, str | SubmissionError]:
     return found
 
 
-def _unreadable(run: Run, error: OSError) -> SubmissionError:
+def _unreadable(run: Run, error: Exception) -> SubmissionError:
     return SubmissionError(f"whether a job of {run.name} runs is unknown: {error}")
 
 

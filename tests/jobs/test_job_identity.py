@@ -138,6 +138,17 @@ def test_a_job_that_cannot_be_noted_is_cancelled(
     wait_until(lambda: not queue(slurm), "the job to be gone", 120)
 
 
+def test_a_job_whose_submitter_dies_as_it_is_taken_is_found_and_cancelled(
+    slurm: SlurmCluster, flowjobs: Command, site: Site
+) -> None:
+    site("sbatch", '$real "$@"; kill -9 $PPID')
+    assert flowjobs("submit", *HELD, "--name", "a").returncode == -9
+    (job,) = queue(slurm)
+    assert f"already has job {job} (pending)" in flowjobs("submit", *HELD, "--name", "a").stdout
+    assert f"cancelled job {job};" in flowjobs("cancel", "a").stdout
+    wait_until(lambda: not queue(slurm), "the job to be gone", 120)
+
+
 def test_a_strangers_job_is_not_cancelled(
     slurm: SlurmCluster, submitted: Submit, flowjobs: Command
 ) -> None:
