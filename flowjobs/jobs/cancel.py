@@ -11,7 +11,7 @@ from flowjobs import slurm
 from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
 from flowjobs.jobs.origin import jobs_of
 from flowjobs.runs.lock import lock_holder
-from flowjobs.runs.pack import Pack, is_left, pack_of
+from flowjobs.runs.pack import Pack, may_be_left, pack_of
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.status import CANCELLED, RunStatus, same_host
@@ -185,10 +185,7 @@ def _trains_others(pack: Pack, job_id: str, cancelled: Collection[Run]) -> bool:
         runs = pack.runs
     except ConfigError:  # its folder is gone; the runs know their job
         runs = [Run(pack.study, name) for name in run_names(pack.study)]
-    try:
-        return any(is_left(run, job_id) for run in runs if run not in cancelled)
-    except OSError:
-        return True  # unknown is not none: it ends by itself once nothing of it is left
+    return any(may_be_left(run, job_id) for run in runs if run not in cancelled)
 
 
 def _lives(answer: JobAnswer) -> bool:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowjobs.cgroups import memory_kills
-from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
+from flowjobs.config import RestartConfig
+from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs.closing import close_attempt, close_in_slot
 from flowjobs.jobs.entry import exit_with
 from flowjobs.jobs.environment import this_process
@@ -28,6 +29,7 @@ from flowjobs.jobs.mps import mps_daemon
 from flowjobs.jobs.restart import restart
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.jobs.stop_cause import notice_of, seconds_left
+from flowjobs.runs.files import warn_once
 from flowjobs.runs.pack import Pack, is_left
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -50,6 +52,8 @@ LOOK_EVERY_S = 1.0
 # A run's own process leaves before it would be killed; the job comes after it, and before that too.
 LATER_S = 1.0
 LATER_SHARE = 0.1
+# A file server that fails over is away for so long.
+NOTED_WITHIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ def train_pack(pack: Pack) -> int:
     slots = _Slots(pack, job)
     # Before anything that takes a while: a job may be preempted as soon as it has begun.
     with StopSignals(slots.seconds_left, slots.too_late, process_ends=True) as signals:
-        pack.note_start(job.job_id)
+        try:
+            pack.note_start(job.job_id)
+        except OSError as error:  # its runs are trained all the same
+            logger.error("that the job has started could not be noted: %s", error)
         if job.restart and cancelled_while_requeued(job):
             slots.cancel_all()
         else:
@@ -112,11 +119,13 @@ class _Process:
         popen: The process.
         told: Whether it has been told to end, as the run is cancelled.
         ends_by: When it is killed, in time.monotonic's seconds; None: nobody will.
+        noted_by: When it is given up to write down how it ended; None: it went well so far.
     """
 
     popen: "subprocess.Popen[bytes]"
     told: bool = False
     ends_by: float | None = None
+    noted_by: float | None = None
 
 
 class _Slots:
@@ -130,6 +139,7 @@ class _Slots:
         self._in_vain: Counter[Run] = Counter()
         self._memory_kills = memory_kills()
         self._looked_at = 0.0
+        self._starts_from = 0.0
         self._variables: Mapping[str, str] = {}
 
     def train(
@@ -153,17 +163,29 @@ class _Slots:
                     self._pass_on(number)
                 self._note_ended(again=not passed_on)
                 self._end_cancelled()
-                while self._waiting and len(self._running) < self._pack.slots and not told():
+                while self._may_start() and not told():
                     self._start_next()
                 time.sleep(POLL_S)
         finally:
             for process in self._running.values():  # of a bug here: they save what they have
                 process.popen.terminate()
 
+    def _may_start(self) -> bool:
+        free = len(self._running) < self._pack.slots
+        return free and bool(self._waiting) and time.monotonic() >= self._starts_from
+
     def _start_next(self) -> None:
         run = self._waiting.popleft()
-        if not is_left(run, self._job.job_id):
-            return  # cancelled meanwhile, say
+        try:
+            if is_left(run, self._job.job_id):  # not cancelled meanwhile, say
+                self._start(run)
+        except (FlowjobsError, OSError) as error:
+            logger.warning("%s does not start now: %s", run.name, error)
+            self._put_behind(run, began=False)
+            # A file server is away, or the node has no memory left: later, and later still.
+            self._starts_from = time.monotonic() + 2 ** self._in_vain[run]
+
+    def _start(self, run: Run) -> None:
         environment = {**os.environ, **self._variables, SLOTS: str(self._pack.slots)}
         if self._has_begun(run):
             # Not a start by its user, which would let fruitless attempts count from zero again.
@@ -217,15 +239,27 @@ class _Slots:
             code = process.popen.poll()
             if code is None:
                 continue
-            del self._running[run]
+            left = began = False
             try:
                 # Popen has a signal as -n, and everything here as the shell does, 128 + n.
                 self._close(run, process.popen.pid, code if code >= 0 else 128 - code)
+                left = again and is_left(run, self._job.job_id)
+                attempts = (run.status() or RunStatus()).attempts
+                began = bool(attempts) and attempts[-1].job.pid == process.popen.pid
             except (FlowjobsError, OSError) as error:
+                if again and isinstance(error, OSError) and self._is_noted_later(process):
+                    warn_once(f"{run.name}: how it ended is not written down yet: {error}")
+                    continue
+                # Unknown: it is not started again.
                 logger.error("%s: how it ended could not be written down: %s", run.name, error)
-                continue
-            if again and is_left(run, self._job.job_id):
-                self._start_later(run, process.popen.pid)
+            del self._running[run]
+            if left:
+                self._put_behind(run, began=began)
+
+    def _is_noted_later(self, process: _Process) -> bool:
+        now = time.monotonic()
+        process.noted_by = process.noted_by or now + NOTED_WITHIN_S
+        return now < process.noted_by
 
     def _close(self, run: Run, pid: int, exit_code: int) -> None:
         kills = memory_kills()
@@ -243,15 +277,17 @@ class _Slots:
             status = run.status() or RunStatus()
             logger.info("%s: %s %s", run.name, status.state, status.reason)
 
-    def _start_later(self, run: Run, pid: int) -> None:
+    def _put_behind(self, run: Run, *, began: bool) -> None:
         """Put a run behind the others, unless its starts do not even get hold of it."""
-        attempts = (run.status() or RunStatus()).attempts
-        began = bool(attempts) and attempts[-1].job.pid == pid
         self._in_vain[run] = 0 if began else self._in_vain[run] + 1
-        if self._in_vain[run] < run.config().restarts.give_up_after:
+        try:
+            give_up_after = run.config().restarts.give_up_after
+        except (FlowjobsError, OSError):  # its own process says what is wrong with it
+            give_up_after = RestartConfig().give_up_after
+        if self._in_vain[run] < give_up_after:
             self._waiting.append(run)
         else:
-            logger.error("%s is not started again: see %s", run.name, self._log_of(run))
+            logger.error("%s is not started again: see %s", run.name, run.logs)
 
     def _end_cancelled(self) -> None:
         now = time.monotonic()
@@ -262,7 +298,11 @@ class _Slots:
             return
         self._looked_at = now
         for run, process in self._running.items():
-            if process.told or not run.cancel_requested():
+            try:
+                if process.told or not run.cancel_requested():
+                    continue
+            except OSError as error:
+                warn_once(f"whether {run.name} is cancelled is unknown: {error}")
                 continue
             logger.info("%s is cancelled", run.name)
             process.told = True
@@ -273,19 +313,22 @@ class _Slots:
     def cancel_all(self) -> None:
         """The user cancelled the job just as it asked to be requeued: nothing of it goes on."""
         logger.info("the job was cancelled: submit its runs again to resume them")
+        outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
         for run in self._pack.left(self._job.job_id):
-            status = run.status() or RunStatus()
-            outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
-            started = any(known.job.job_id == self._job.job_id for known in status.attempts)
-            if close_attempt(run, Dead(self._job, outcome, seen_of(status), started=started)):
-                close_session(run, outcome, wait=False)
+            try:
+                status = run.status() or RunStatus()
+                started = any(known.job.job_id == self._job.job_id for known in status.attempts)
+                if close_attempt(run, Dead(self._job, outcome, seen_of(status), started=started)):
+                    close_session(run, outcome, wait=False)
+            except (FlowjobsError, OSError) as error:
+                logger.error("%s: that it is cancelled is not noted: %s", run.name, error)
 
     def restart(self, number: signal.Signals | None) -> int:
         """Have the job started again, for what is left. Returns this process's exit code."""
         why = "told to leave"
         try:
             why = notice_of(self._pack, self._job, number).why
-        except SubmissionError as error:  # Slurm is away: the signal's name must do
+        except (FlowjobsError, OSError) as error:  # Slurm is away, say: the signal's name must do
             logger.warning("%s", error)
         return restart(self._pack, self._job, why, PackTask(str(self._pack.folder)))
 
@@ -312,7 +355,7 @@ class _Slots:
             try:
                 if not is_left(run, self._job.job_id) and (untold := pending_outcome(run)):
                     close_session(run, untold)
-            except FlowjobsError as error:
+            except (FlowjobsError, OSError) as error:
                 logger.error("%s: %s", run.name, error)
 
     def _mine(self) -> list[Run]:

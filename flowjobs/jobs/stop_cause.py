@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowjobs import slurm
-from flowjobs.errors import SubmissionError
+from flowjobs.errors import FlowjobsError
 from flowjobs.runs.status import JobInfo
 from flowjobs.runs.submittable import Submittable
 
@@ -82,6 +82,6 @@ def seconds_left(run: Submittable, job: JobInfo, number: signal.Signals) -> floa
     """How long a job of `run` may live after a signal; None: as long as it wants."""
     try:
         return notice_of(run, job, number).seconds_left
-    except SubmissionError:
+    except (FlowjobsError, OSError):
         # A controller that is away kills nobody: it waits, and is asked again when leaving.
         return None

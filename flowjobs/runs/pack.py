@@ -20,7 +20,7 @@ from typing import Any
 
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.runs.files import append_line, write_json
+from flowjobs.runs.files import append_line, warn_once, write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import now
 from flowjobs.runs.submittable import Submittable
@@ -97,8 +97,8 @@ class Pack(Submittable):
         append_line(self.starts_file, json.dumps({"job_id": job_id, "time": now()}))
 
     def left(self, job_id: str) -> list[Run]:
-        """The runs that a job of it has still to train, in their order."""
-        return [run for run in self.runs if is_left(run, job_id)]
+        """The runs that a job of it has still to train, or may have, in their order."""
+        return [run for run in self.runs if may_be_left(run, job_id)]
 
     def add_submission(
         self,
@@ -114,7 +114,7 @@ class Pack(Submittable):
 
         Those are all; of a job that continues another one, what that one has left.
         """
-        runs = self.left(continues) if continues else self.runs
+        runs = [run for run in self.runs if continues is None or is_left(run, continues)]
         shared = {**(identity or {}), PACK: self.name, JOB_LOG: str(log or "")}
         for run in runs:
             # As submitit names the output of a job.
@@ -183,6 +183,15 @@ def is_left(run: Run, job_id: str) -> bool:
     if status is None or not status.attempts or status.attempts[-1].job.job_id != job_id:
         return True
     return status.state not in ("failed", "cancelled")
+
+
+def may_be_left(run: Run, job_id: str) -> bool:
+    """The same, or whether that is unknown now: a file server may be away for a moment."""
+    try:
+        return is_left(run, job_id)
+    except OSError as error:
+        warn_once(f"whether {run.name} is still to be trained is unknown: {error}")
+        return True
 
 
 def _at_its_end(run: Run) -> bool:
