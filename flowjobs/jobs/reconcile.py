@@ -8,7 +8,7 @@ meanwhile; then the run is started again; and W&B, which may not answer, comes l
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from flowjobs.errors import ConfigError, FlowjobsError
@@ -123,16 +123,27 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
     closed: dict[Run, Outcome] = {}
     if exit_code in (EXIT_PREEMPTED, EXIT_CANCELLED):
         return closed  # the job left in good order: it has written down all, and started it again
+    unclear: set[Run] = set()
+
+    @contextlib.contextmanager
+    def keeping_others(run: Run) -> Iterator[None]:
+        try:
+            yield
+        except (FlowjobsError, OSError) as error:
+            logger.error("%s is not closed, `flowjobs reconcile` does it: %s", run.name, error)
+            unclear.add(run)
+
     begun = False
     for run in pack.left(job.job_id):
-        status = run.status() or RunStatus()
-        lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
-        begun |= (job.job_id, job.restart) in lives
-        if status.open_attempt and lives[-1] == (job.job_id, job.restart):
-            cause = exit_cause.cause_of(run, status.open_attempt, exit_code)
-            dead = Dead(status.open_attempt.job, cause, seen_of(status))
-            if outcome := close_attempt(run, dead):
-                closed[run] = outcome
+        with keeping_others(run):
+            status = run.status() or RunStatus()
+            lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
+            begun |= (job.job_id, job.restart) in lives
+            if status.open_attempt and lives[-1] == (job.job_id, job.restart):
+                cause = exit_cause.cause_of(run, status.open_attempt, exit_code)
+                dead = Dead(status.open_attempt.job, cause, seen_of(status))
+                if outcome := close_attempt(run, dead):
+                    closed[run] = outcome
     left = pack.left(job.job_id)
     # Killed, and it had begun: another try may do. One that never began would end so again.
     if left and begun and exit_code > 128:
@@ -140,9 +151,10 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
     else:
         cause = exit_cause.cause_of_no_start(job, exit_code)
         for run in left:  # they would end so again
-            dead = Dead(job, cause, seen_of(run.status() or RunStatus()), started=False)
-            if outcome := close_attempt(run, dead):
-                closed[run] = outcome
+            with keeping_others(run):
+                dead = Dead(job, cause, seen_of(run.status() or RunStatus()), started=False)
+                if run not in unclear and (outcome := close_attempt(run, dead)):
+                    closed[run] = outcome
     for run, outcome in closed.items():
         close_session(run, outcome)
     return closed

@@ -12,10 +12,11 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.closing import close_attempt
 from flowjobs.jobs.findings import Dead
-from flowjobs.jobs.reconcile import reconcile
+from flowjobs.jobs.reconcile import close_ended_pack, reconcile
 from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo, Outcome
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 
 DISABLED = TrackingConfig(wandb_mode="disabled")
 
@@ -92,6 +93,27 @@ def test_one_bad_run_keeps_no_other_from_being_cancelled(run: Run, study: Path) 
     assert "it is noted as cancelled" in said[unread]
     assert "could not be noted as cancelled" in said[unmarked]
     assert said[sound] == "c: no job of it waits or runs; nothing will start it again"
+
+
+def test_one_bad_run_of_a_pack_keeps_no_other_from_being_closed(run: Run, study: Path) -> None:
+    waits, trains = Run(study, "b"), Run(study, "c")
+    for other in (waits, trains):
+        other.create(run.config())
+    pack = new_pack(study, "pack", [run, waits, trains], 2, run.asked())
+    pack.add_submission("7", "slurm", None)
+    job = JobInfo("slurm", "7", None, "n1", 1)
+    for training in (run, trains):
+        status = RunStatus("running", attempts=[AttemptRecord(1, job, started=now())])
+        status.write(training.status_file)
+    run.cancel_file.symlink_to(run.cancel_file)
+    closed = close_ended_pack(pack, job, exit_code=1)
+    assert {each.name: outcome.kind for each, outcome in closed.items()} == {
+        "b": "never started",
+        "c": "exception",
+    }
+    run.cancel_file.unlink()
+    status = run.status() or RunStatus()
+    assert (status.state, len(status.attempts)) == ("running", 1)  # `reconcile` closes it
 
 
 def test_a_run_that_was_cancelled_before_its_first_start_does_not_start(run: Run) -> None:
