@@ -1,5 +1,6 @@
 """How the runs of a study stand, by sweep or group, and which need a person. Only looks."""
 
+import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,9 +9,10 @@ from typing import Literal
 
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome
 from flowjobs.runs.listing import Glance, glances
+from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
-from flowjobs.runs.status import RunStatus
+from flowjobs.runs.status import RunStatus, same_host
 
 # In the order in which they are shown. "stopped" is a run that was interrupted, and of which no
 # job is left.
@@ -149,9 +151,21 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
             return _settled(
                 replace(glance, state=outcome.state, reason=outcome.reason, kind=outcome.kind)
             )
-    if glance.unsettled and glance.state in ("submitted", "preempted"):
+    waits = glance.unsettled and glance.state in ("submitted", "preempted")
+    if waits and not _has_left_here(Run(study, glance.name)):
         return Standing(glance, "waiting", "for its job to start")
     return _settled(glance)
+
+
+def _has_left_here(run: Run) -> bool:
+    """Whether the newest job was one of this machine that its own controller starts no more."""
+    attempts, jobs = (run.status() or RunStatus()).attempts, run.submissions()
+    if not (attempts and jobs and jobs[-1]["cluster"] == "local"):
+        return False
+    job_id, last = jobs[-1]["job_id"], attempts[-1]
+    if last.job.job_id != job_id or not same_host(last.job.host, socket.gethostname()):
+        return False
+    return not process_lives(int(job_id), jobs[-1].get("process"))
 
 
 def _settled(glance: Glance) -> Standing:

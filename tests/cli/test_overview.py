@@ -132,8 +132,11 @@ def test_watching_ends_with_the_runs_and_repeats_no_line(flowjobs: Command, stud
     made_run(study, [1.0] * 3, name="a")
     made_run(study, [1.0], "failed", name="b")
     assert flowjobs("status", "--watch").stdout == flowjobs("status").stdout
-    # Nothing starts these by itself: the first was interrupted, the second never submitted.
+    # Nothing starts these by itself: two were interrupted, one was never submitted.
     made_run(study, [1.0], "preempted", name="stopped")
+    left = made_run(study, [1.0], "preempted", name="left")
+    here(left, 2**22 - 1)
+    left.add_submission(str(2**22 - 1), "local", None)
     made_run(study, name="new")
     assert flowjobs("status", "--watch", timeout_s=60).stdout == flowjobs("status").stdout
     assert flowjobs("status", "stopped", "--watch", timeout_s=60).returncode == 0
