@@ -327,8 +327,10 @@ def wait_until_left(run: Run) -> None:
     """
 
     def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
-        # The next job waits for a job of Slurm, and that knows what it was told.
-        return "gone" if holder.cluster == "slurm" else system_lock_decides(holder, lock_is_free)
+        verdict = system_lock_decides(holder, lock_is_free)
+        # The next job waits for a job of Slurm, and that knows what it was told. Who is unknown
+        # from here is left to the lock, which says what can be done.
+        return "gone" if holder.cluster == "slurm" or verdict == "unknown" else verdict
 
     started, said = time.monotonic(), False
     while holder := lock_holder(run.folder, judge) or _local_job(run, run.submissions()):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from flowjobs.config import RunConfig, TrainingConfig
-from flowjobs.errors import SubmissionError
-from flowjobs.jobs import plain_sbatch
+from flowjobs.errors import RunHolderUnknownError, SubmissionError
+from flowjobs.jobs import plain_sbatch, submit
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.submit import running_job, running_jobs, told_to_end_waits
@@ -113,7 +113,7 @@ def test_a_local_job_without_the_lock_counts_as_long_as_it_lives(
 
 
 def test_train_waits_for_a_process_that_was_cancelled_before_it_clears_the_mark(
-    study: Path,
+    study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ended(study, "a", Outcome("preempted", 75, kind="preempted"))
     run.request_cancel()
@@ -125,5 +125,8 @@ def test_train_waits_for_a_process_that_was_cancelled_before_it_clears_the_mark(
         assert waiting.stderr is not None
         said = waiting.stderr.readline()
         waiting.kill()
+        monkeypatch.setattr(submit, "LEAVING_WAIT_S", 0.0)
+        with pytest.raises(RunHolderUnknownError, match="cancelled and has not ended yet"):
+            submit.wait_until_left(run)
     assert "waiting for process" in said
     assert run.cancel_requested()
