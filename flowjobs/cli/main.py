@@ -89,6 +89,7 @@ OF_THE_MACHINE = {
     errno.EROFS: "give another --study",
     errno.ENOSPC: "make room, then repeat the command",
     errno.EDQUOT: "make room in your quota, then repeat the command",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), then repeat the command",
     errno.ENOTDIR: "something else lies where a study has a folder; move it away",
     errno.EISDIR: "something else lies where a study has a file; move it away",
     errno.EEXIST: "something else lies where a study has a folder; move it away",

@@ -1,6 +1,8 @@
 """Bad input: one clear error, exit code 2, no traceback, nothing written."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,22 @@ def test_the_same_name_with_another_config(flowjobs: Command, study: Path) -> No
     assert done.returncode == 2
     assert "--lr: 0.001 there, 0.5 asked for" in done.stderr
     assert "--name mlp-icfm-digits-none-lr0.5" in done.stderr
+
+
+def test_a_submission_that_cannot_be_written_is_refused_and_leaves_the_run_alone(
+    study: Path,
+) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig())
+    before = run.config_file.read_bytes()
+    limited = 'ulimit -f 0; exec "$0" -m flowjobs "$@" --cluster local --name a --patience 99'
+    done = subprocess.run(
+        ["sh", "-c", limited, sys.executable, "submit"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    said = f"error: {run.config_file}: File too large; raise the limit of a file's size"
+    assert done.stderr.startswith(said)
+    assert run.config_file.read_bytes() == before
 
 
 def test_a_mistyped_flag_does_not_take_the_name(
