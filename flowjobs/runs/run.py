@@ -287,7 +287,7 @@ class Run(Submittable):
         try:
             # Opened, not looked at: NFS remembers for a while whether a file is there.
             self.cancel_file.open("rb").close()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
