@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import RestartConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
@@ -32,7 +33,7 @@ class Bench:
     runs_per_gpu: Annotated[tuple[int, ...], tyro.conf.arg(metavar="K...")] = (1, 2, 4, 8)
     """How many runs at once, in turn."""
 
-    mps: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    mps: Flag = False
     """Have them share the GPU by CUDA's MPS, as with `sweep --mps`."""
 
     seconds: float = 20.0
@@ -41,7 +42,7 @@ class Bench:
     study: Path = field(default_factory=default_study)
     """Root of the study, for its data; nothing is written there."""
 
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json: Flag = False
     """Print JSON."""
 
     def run(self, defaults: Defaults) -> int:

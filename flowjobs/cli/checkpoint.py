@@ -8,6 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.parser import Flag
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Checkpoint:
     path: tyro.conf.Positional[Path]
     """A best.pt or last.pt."""
 
-    json: bool = False
+    json: Flag = False
     """Print JSON."""
 
     def run(self, defaults: Defaults) -> int:

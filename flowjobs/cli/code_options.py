@@ -1,16 +1,13 @@
 """Which code a run is trained with: the flags of all commands that begin or resume one."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
+from flowjobs.cli.parser import Flag
 from flowjobs.errors import ConfigError
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodeChoice
-
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclass(frozen=True)

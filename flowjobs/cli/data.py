@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.parser import Flag
 from flowjobs.config import OptionalStr
 from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
@@ -31,7 +32,7 @@ class Data:
     name: OptionalStr = None
     """What the splits are called, with their size: NAME-SIZE; default: SIZE alone."""
 
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    overwrite: Flag = False
     """Replace splits of these names that hold other rows."""
 
     study: Path = field(default_factory=default_study)

@@ -10,11 +10,10 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Literal
 
 from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import check_parts
 from flowjobs.config import (
     BUILT_IN_ARCHS,
@@ -32,8 +31,6 @@ from flowjobs.runs.status import EXIT_CANCELLED, EXIT_FAILED
 if TYPE_CHECKING:
     from flowjobs.drill.facts import ClusterFacts
     from flowjobs.drill.report import Report, Row
-
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 # The embedded digits in batches of 64.
 STEPS_PER_EPOCH = 23

@@ -11,6 +11,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.evaluation_table import print_evaluation
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.sample import SAY_EVERY_S, best_of
 from flowjobs.config import OptionalInt
@@ -70,7 +71,7 @@ class Evaluate:
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one."""
 
-    json: bool = False
+    json: Flag = False
     """Print JSON: of a run that is named an object, of a selection a list of them."""
 
     study: Path = field(default_factory=default_study)
@@ -121,10 +122,10 @@ class Evaluate:
                 run.check_data(content)
             data = load_datasets(config.dataset, run.study)
             key = (config.dataset, config.source, config.normalize)
-            return evaluate(trained, *data, scope, _Voice(run.name), floors.setdefault(key, {}))
+            return evaluate(trained, *data, scope, _Progress(run.name), floors.setdefault(key, {}))
 
 
-class _Voice:
+class _Progress:
     """Says now and then that it is still measuring."""
 
     def __init__(self, name: str) -> None:

@@ -31,7 +31,7 @@ def follow(
     *,
     requeues: bool,
 ) -> int:
-    """Draw a progress bar until the run ends. Ctrl-C stops watching; the job goes on.
+    """Draw a progress bar until the run ends. Ctrl-C stops watching; the job keeps running.
 
     Args:
         run: The run.
@@ -47,7 +47,7 @@ def follow(
     try:
         status = _watch(run, attempts_before, alive, waits, requeues)
     except KeyboardInterrupt:
-        print(f"\nno longer watching; {run.name} goes on", file=sys.stderr)
+        print(f"\nno longer watching; {run.name} keeps running", file=sys.stderr)
         return 0
     if status is None:
         print(f"see {hint('logs', run.name, study=run.study)}", file=sys.stderr)

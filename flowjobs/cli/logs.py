@@ -12,6 +12,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.follow import FINAL_STATES, LAST_WORDS_S, POLL_S
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of, existing_run
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, RunNotFoundError
@@ -26,7 +27,7 @@ class Logs:
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Name of the run, or anything that means one run alone; with --failed, where to look."""
 
-    failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    failed: Flag = False
     """The run that failed last, of those that are named, or of all."""
 
     attempt: OptionalInt = None
@@ -35,7 +36,7 @@ class Logs:
     rank: OptionalInt = None
     """Rank of the process whose output is printed, where each has a log of its own; default: 0."""
 
-    follow: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["-f"])] = False
+    follow: Annotated[Flag, tyro.conf.arg(aliases=["-f"])] = False
     """Go on printing what is added, until the run has ended (a preempted one has not), or
     Ctrl-C."""
 

@@ -27,6 +27,9 @@ from tyro.constructors import (
 from flowjobs.config import KeyValues
 from flowjobs.nearest import did_you_mean
 
+# A switch without its negative (--no-json).
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
 # "Partition of the job; default: the cluster's." says in words what None stands for.
 DEFAULT_IN_WORDS = re.compile(r"[;,] default: ([^;]+?)\.(?= |$)")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.start_many import some
 from flowjobs.config import OptionalPath, OptionalStr
@@ -52,16 +53,16 @@ class Report:
     """Where losses are compared; end: those of finished runs alone; default: the last step that all
     runs have which are not failed or cancelled."""
 
-    markdown: bool = False
+    markdown: Flag = False
     """Print a Markdown table."""
 
-    csv: bool = False
+    csv: Flag = False
     """Print a line a cell, with all digits."""
 
-    latex: bool = False
+    latex: Flag = False
     """Print a LaTeX table (booktabs)."""
 
-    json: bool = False
+    json: Flag = False
     """Print JSON."""
 
     html: OptionalPath = None

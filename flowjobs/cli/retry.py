@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from flowjobs.cli.code_options import CodeOptions, Flag
+from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.hint import hint
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.start_many import (
     plan_code_of,

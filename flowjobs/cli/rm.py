@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flowjobs.cli.code_options import Flag
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of, list_of
 from flowjobs.cli.start_many import counted, is_wanted
 from flowjobs.errors import ConfigError, FlowjobsError

@@ -73,7 +73,7 @@ class Sample:
 
             started = time.monotonic()
             parts = trained.chunks(self.n, self.seed, solver)
-            found = joined(list(_told(parts, self.n)))
+            found = joined(list(_with_progress(parts, self.n)))
             seconds = time.monotonic() - started
         for path in self.out:
             _write(path, found, run)
@@ -120,7 +120,7 @@ def best_of(run: Run, device: str) -> Iterator["TrainedModel"]:
         yield trained
 
 
-def _told(parts: "Iterable[Samples]", n: int) -> "Iterable[Samples]":
+def _with_progress(parts: "Iterable[Samples]", n: int) -> "Iterable[Samples]":
     """The same, saying now and then how many there are."""
     done, said_at = 0, time.monotonic()
     for part in parts:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunName, existing_run
 from flowjobs.config import RunConfig, flag
 from flowjobs.counts import count_words
@@ -22,7 +23,7 @@ class Show:
     name: RunName
     """Name of the run, or anything that means one run alone."""
 
-    json: bool = False
+    json: Flag = False
     """Print JSON."""
 
     study: Path = field(default_factory=default_study)

@@ -95,7 +95,9 @@ def train_many_here(
             count = f"{ends.total()}/{len(members)}"
             print(f"{count:>9}  {event.run.name} {status.state}{reason}", flush=True)
     except KeyboardInterrupt:
-        print(f"\nno more runs are started; those that train go on; {again} starts the others")
+        print(
+            f"\nno more runs are started; those that train keep running; {again} starts the others"
+        )
         return EXIT_PREEMPTED
     if ends["not started"] and not ends["failed"]:
         return EXIT_BAD_INPUT

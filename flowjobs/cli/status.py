@@ -14,6 +14,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.overview import print_groups, print_overview, watch
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.start_many import some
 from flowjobs.errors import ConfigError
@@ -38,14 +39,14 @@ class Status:
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0); default: all."""
 
-    runs: bool = False
+    runs: Flag = False
     """A line for each run, where there are many; a selection has one anyway."""
 
-    watch: bool = False
+    watch: Flag = False
     """Go on showing it every few seconds, until nothing runs or waits, or Ctrl-C: redrawn in a
     terminal, elsewhere the lines that have changed."""
 
-    json: bool = False
+    json: Flag = False
     """Print JSON: the runs with all that is known of them, a run's own name alone as one object."""
 
     study: Path = dataclasses.field(default_factory=default_study)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flowjobs.cli.code_options import CodeOptions, Flag
+from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
 from flowjobs.cli.follow import follow
 from flowjobs.cli.hint import hint
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
     OptionalStr,
@@ -98,9 +99,9 @@ class HandOver(CodeOptions, CommandOptions):
     def _submit(
         self, run: Run, config: RunConfig, code: "CodePlan", cluster: "Cluster", why: str
     ) -> int:
-        from flowjobs.jobs.entry import task_of
         from flowjobs.jobs.executors import note_on_ranks, ranks_of
         from flowjobs.jobs.submit import submit
+        from flowjobs.jobs.tasks import task_of
 
         if note := run.create(config):
             print(note)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import tyro
 
-from flowjobs.cli.code_options import CodeOptions, Flag
+from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
 from flowjobs.cli.hint import hint
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import check_parts, with_absolute_paths
 from flowjobs.cli.start_many import (
     counted,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
 from flowjobs.runs.run import Run, default_study
@@ -29,10 +30,10 @@ class Sync:
     study: Path = field(default_factory=default_study)
     """Root of the study."""
 
-    watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    watch: Flag = False
     """Go on until Ctrl-C, and say only what is new."""
 
-    as_new: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    as_new: Flag = False
     """Upload the named runs as new ones, each under a new id: where they were deleted in W&B."""
 
     every_s: float = 60.0

@@ -16,11 +16,11 @@ from flowjobs.drill.probe import NodeAnswer, NodeProbe, NodeQuestion
 from flowjobs.drill.report import Drilled, Report, make_report
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs.cancel import cancel
-from flowjobs.jobs.entry import task_of
 from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.origin import identity_of
 from flowjobs.jobs.reconcile import reconcile
-from flowjobs.jobs.submit import SubmittedJob, submit, told_to_end_waits
+from flowjobs.jobs.submit import SubmittedJob, signals_deferred, submit
+from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, RunStatus
@@ -92,7 +92,7 @@ def drill(
         facts = drilling.start(config, time_limit)
         node = drilling.watch()
     except BaseException:  # also Ctrl-C
-        with told_to_end_waits(signal.SIGTERM, signal.SIGHUP):
+        with signals_deferred(signal.SIGTERM, signal.SIGHUP):
             drilling.cancel()
         raise
     say("comparing")
@@ -132,7 +132,7 @@ class _Drill:
         self.watched.append(Watched(run=run, how=how, job=self._submit(run)))
 
     def _submit(self, run: Run, task: Callable[[], None] | None = None) -> SubmittedJob:
-        with told_to_end_waits():
+        with signals_deferred():
             job = submit(run, self._cluster, task or task_of(run))
             self._jobs.append((run, job))
         return job

@@ -349,7 +349,7 @@ class TrainingJob:
         """Have the run started again, that left for `kind`. Returns this process's exit code."""
         if self._job.packed:
             return EXIT_PREEMPTED  # who holds the slots restarts the job
-        return restart(self._run, self._job, kind, task_of(self._run), self._exclude)
+        return restart(self._run, self._job, kind, RunTask(str(self._run.folder)), self._exclude)
 
     def seconds_left(self, number: signal.Signals) -> float | None:
         """How long this process may live after a signal."""
@@ -385,11 +385,6 @@ class TrainingJob:
         if (notice := self._notice()) and notice.why == "cancelled":
             return RunInterrupted(f"{notice.reason}; {reason}", kind="cancelled")
         return RunInterrupted(reason, kind="hung")
-
-
-def task_of(run: Run) -> RunTask:
-    """What a job of the run does."""
-    return RunTask(str(run.folder))
 
 
 def end_in_time(code: int) -> None:

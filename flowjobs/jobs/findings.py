@@ -17,6 +17,7 @@ from flowjobs.runs.process import process_lives
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
+    CANCELLED,
     EXIT_CANCELLED,
     EXIT_FAILED,
     EXIT_PREEMPTED,
@@ -137,7 +138,7 @@ def final_outcome(run: Run, status: RunStatus, dead: Dead) -> Outcome:
     """
     outcome = dead.outcome
     if run.cancel_requested():
-        reason = f"cancelled by flowjobs cancel ({outcome.reason})"
+        reason = f"{CANCELLED.reason} ({outcome.reason})"
         return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
     again = dead.waits or _should_start_again(run, status, dead)
     if outcome.state == "failed" and again:

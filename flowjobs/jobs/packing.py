@@ -75,7 +75,7 @@ def train_pack(pack: Pack) -> int:
     """Train what is left of a pack, in processes of this job.
 
     Returns:
-        The exit code: 0 if all that was left is finished, 75 if the job is to go on, 1 if a run
+        The exit code: 0 if all that was left is finished, 75 if the job is to continue, 1 if a run
         failed, 130 if one was cancelled.
     """
     job = this_process(pack).job
@@ -311,7 +311,7 @@ class _Slots:
                 process.ends_by = now + seconds
 
     def cancel_all(self) -> None:
-        """The user cancelled the job just as it asked to be requeued: nothing of it goes on."""
+        """The user cancelled the job just as it asked to be requeued: nothing of it continues."""
         logger.info("the job was cancelled: submit its runs again to resume them")
         outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
         for run in self._pack.left(self._job.job_id):

@@ -9,7 +9,7 @@ from typing import Any
 from flowjobs import slurm
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs.origin import Origin, origin_of
-from flowjobs.jobs.submit import noted_in_any_case
+from flowjobs.jobs.submit import signals_deferred_until_noted
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
 
@@ -98,7 +98,7 @@ def resubmit(run: Submittable, entry: dict[str, Any], exclude: str | None) -> st
         environment["SLURM_JWT"] = token
     log = Path(entry["log"]) if entry["log"] else None
     taken: slurm.HandedOver | None = None
-    with noted_in_any_case("slurm"), slurm.cancelled_unless_noted(lambda: taken):
+    with signals_deferred_until_noted("slurm"), slurm.cancelled_unless_noted(lambda: taken):
         taken = slurm.sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
         new = taken.job_id
         if any(option.startswith("--array=") for option in command):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from flowjobs import slurm
 from flowjobs.errors import FlowjobsError
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import CANCELLED, JobInfo
 from flowjobs.runs.submittable import Submittable
 
 Why = Literal["node failure", "preempted", "time limit", "requeued", "cancelled", "told to leave"]
@@ -37,17 +37,17 @@ def notice_of(run: Submittable, job: JobInfo, number: signal.Signals | None) -> 
     if number is signal.SIGINT:
         return Notice("told to leave", "interrupted by Ctrl-C")
     if job.cluster == "none" and run.cancel_requested():
-        return Notice("cancelled", "cancelled by flowjobs cancel")
+        return Notice("cancelled", CANCELLED.reason)
     if job.cluster == "local":
         seconds = float(run.asked().signal_before_end_s)
         if run.cancel_requested():
-            return Notice("cancelled", "cancelled by flowjobs cancel", seconds)
+            return Notice("cancelled", CANCELLED.reason, seconds)
         if number is signal.SIGUSR2:
             return Notice("time limit", f"time limit ({name})", seconds)
         return Notice("told to leave", f"told to leave ({name})", seconds)
     if job.cluster == "slurm":
         if run.cancel_requested():  # known without Slurm, which may be away
-            return Notice("cancelled", "cancelled by flowjobs cancel", slurm.kill_wait_s())
+            return Notice("cancelled", CANCELLED.reason, slurm.kill_wait_s())
         return _slurm_notice(run, job, name)
     return Notice("told to leave", f"told to leave ({name})")
 

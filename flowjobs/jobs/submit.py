@@ -132,7 +132,10 @@ def submit(
             asked, sbatch=KeyValues({"chdir": origin.folder, **asked.sbatch})
         )
     executor: Executor | None = None
-    with noted_in_any_case(cluster), slurm.cancelled_unless_noted(lambda: handed_over(executor)):
+    with (
+        signals_deferred_until_noted(cluster),
+        slurm.cancelled_unless_noted(lambda: handed_over(executor)),
+    ):
         with _environment_of(cluster, origin, asked, continues):
             executor = make_executor(cluster, run, asked, origin.python)
             try:
@@ -189,7 +192,7 @@ def submit_array(
             could note it: `submitting` finds it out.
     """
     origin = Origin.here(asked)
-    with noted_in_any_case("slurm"), _environment_of("slurm", origin, asked, None):
+    with signals_deferred_until_noted("slurm"), _environment_of("slurm", origin, asked, None):
         executor = array_executor(array, name, asked, origin.python)
         try:
             # Before sbatch: the first task may start before that has returned.
@@ -370,7 +373,7 @@ TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def told_to_end_waits(*numbers: signal.Signals) -> Iterator[None]:
+def signals_deferred(*numbers: signal.Signals) -> Iterator[None]:
     """Keep signals waiting while the block lasts: a job that nobody noted could not be cancelled.
 
     Not by a mask: the signal may reach another thread, and Python handles it in the main one.
@@ -397,11 +400,11 @@ def told_to_end_waits(*numbers: signal.Signals) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted_in_any_case(cluster: Cluster) -> Iterator[None]:
+def signals_deferred_until_noted(cluster: Cluster) -> Iterator[None]:
     """Keep signals that end a command waiting, from handing a job over until it is noted."""
     # sbatch gets Ctrl-C at a terminal too, and inherits the mask; so would a job on this machine.
     shielded = set(TOLD_TO_END) if cluster == "slurm" else set()
-    with told_to_end_waits():
+    with signals_deferred():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, shielded)
         try:
             yield

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowjobs.jobs import entry
 from flowjobs.jobs.array import array_at
+from flowjobs.jobs.entry import RunTask
 from flowjobs.jobs.packing import PackTask
 from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import Run
@@ -33,7 +33,7 @@ def task_of(submitted: Submittable) -> Callable[[], None]:
     """What a job of it does."""
     match submitted:
         case Run():
-            return entry.task_of(submitted)
+            return RunTask(str(submitted.folder))
         case Pack():
             return PackTask(str(submitted.folder))
     raise TypeError(submitted)

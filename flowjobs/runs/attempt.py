@@ -117,7 +117,7 @@ class Attempt:
         """Note how large the model is; reaches the disk with what is noted next."""
         self._status.parameters, self._status.flops_per_sample = parameters, flops_per_sample
 
-    def goes_on_from(self, step: int, extensions: Sequence[Extension] = ()) -> None:
+    def start_at(self, step: int, extensions: Sequence[Extension] = ()) -> None:
         """Note the step that this attempt starts at, before it trains, and how it was extended."""
         self._status.extensions = [*extensions]
         self._record.first_step = self._record.last_step = step

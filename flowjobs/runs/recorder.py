@@ -71,25 +71,25 @@ class Recorder:
         self._metrics: MetricsFile | None = None
 
     def note_size(self, parameters: int, flops_per_sample: int | None) -> None:
-        """Say how large the model is, before `go_on_after`."""
+        """Say how large the model is, before `start_at`."""
         self.attempt.note_size(parameters, flops_per_sample)
         sizes = {"parameters": parameters, "flops_per_sample": flops_per_sample}
         self._tracker.summarize({key: size for key, size in sizes.items() if size is not None})
 
-    def go_on_after(self, step: int, extensions: Sequence[Mapping[str, Any]] = ()) -> None:
+    def start_at(self, step: int, extensions: Sequence[Mapping[str, Any]] = ()) -> None:
         """Say from which step the rows come; rows on disk past it are dropped.
 
         Args:
             step: The step that the attempt starts at.
             extensions: When the run was given more epochs or patience.
         """
-        self.attempt.goes_on_from(step, [dict(extension) for extension in extensions])
+        self.attempt.start_at(step, [dict(extension) for extension in extensions])
         self._metrics = MetricsFile(self._run.metrics_file, after_step=step)
         self._tracker.follow()
 
     def record(self, row: Mapping[str, Any], *, is_last: bool = False) -> None:
         """Record one row on disk, where it is safe and where the tracker finds it."""
-        assert self._metrics is not None, "go_on_after comes first"
+        assert self._metrics is not None, "start_at comes first"
         last_same = self._metrics.notice_other_values(row)
         if last_same is not None:
             self._tracker.rows_diverged_after(last_same)

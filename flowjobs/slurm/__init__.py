@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowjobs.slurm.client import MARK, controller_answers, is_here
+    from flowjobs.slurm.client import controller_answers, is_here
     from flowjobs.slurm.cluster import (
         cluster_name,
         kill_wait_s,
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         settings,
     )
     from flowjobs.slurm.controller import (
-        ENDED,
         JobRecord,
         JobRow,
         cancel,
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, ask_one
     from flowjobs.slurm.sacct import accounting, accounting_answers
     from flowjobs.slurm.submission import (
-        CLOCKS_S,
         HandedOver,
         cancelled_unless_noted,
         new_mark,
@@ -42,21 +40,18 @@ if TYPE_CHECKING:
     from flowjobs.slurm.waiting import why_it_waits
 
 _NAMES = {
-    "client": "MARK controller_answers is_here",
+    "client": "controller_answers is_here",
     "cluster": "cluster_name kill_wait_s partition_settings partitions qos_settings settings",
-    "controller": "ENDED JobRecord JobRow cancel job_record queue requeue set_parallel signal_step "
+    "controller": "JobRecord JobRow cancel job_record queue requeue set_parallel signal_step "
     "start_soon write_batch_script",
     "jobs": "Gone JobAnswer JobIdentity Known Unknown ask ask_one",
     "sacct": "accounting accounting_answers",
-    "submission": "CLOCKS_S HandedOver cancelled_unless_noted new_mark sbatch",
+    "submission": "HandedOver cancelled_unless_noted new_mark sbatch",
     "waiting": "why_it_waits",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
-    "CLOCKS_S",
-    "ENDED",
-    "MARK",
     "Gone",
     "HandedOver",
     "JobAnswer",

@@ -12,7 +12,7 @@ from flowjobs import slurm
 from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.array import new_array
 from flowjobs.jobs.snapshot import CodePlan, carry_out_together
-from flowjobs.jobs.submit import submit_array, told_to_end_waits
+from flowjobs.jobs.submit import signals_deferred, submit_array
 from flowjobs.jobs.tasks import ArrayTask
 from flowjobs.runs.files import flush_files
 from flowjobs.runs.pack import PACK, Pack, new_pack
@@ -132,7 +132,7 @@ def _submit_one(
     runs, asked = [member.run for member in members], members[0].config.slurm
     array = new_array(runs[0].study)
     at_once = None if parallel is None else max(1, parallel // slots)
-    with told_to_end_waits(), _put_back_if_refused(runs):
+    with signals_deferred(), _put_back_if_refused(runs):
         notes = make_runs(members, [code_of[run] for run in runs])
         submitted: Sequence[Submittable] = runs
         if slots > 1:

@@ -7,11 +7,11 @@ from typing import Literal
 
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import FlowjobsError
-from flowjobs.jobs.entry import task_of
 from flowjobs.jobs.executors import check_local, visible_gpus
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.jobs.submit import running_job, submit
+from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.files import warn_once
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run

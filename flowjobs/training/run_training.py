@@ -67,7 +67,9 @@ def run_training(
     flops = flops_of_batch(model, CHUNK, flops_per_sample(model, train_dataset.shape))
     with computing(ranks, flops):
         ema = trainer.state.ema.model
-        judge(run, ema, (train_dataset, val_dataset), ranks.device, recorder, stop_reason)
+        draw_and_measure(
+            run, ema, (train_dataset, val_dataset), ranks.device, recorder, stop_reason
+        )
     logger.info(
         "finished %s: %d epochs in %.1f s, best validation loss %.4f, %s, %s",
         run.name,
@@ -79,7 +81,7 @@ def run_training(
     )
 
 
-def judge(
+def draw_and_measure(
     run: Run,
     model: nn.Module,
     data: tuple[FlowDataset, FlowDataset],

@@ -237,7 +237,7 @@ class FlowTrainer:
         first_step = self.state.step
         if recorder:
             recorder.note_size(parameters_in(self.state.model), self._flops_per_sample)
-            recorder.go_on_after(first_step, self.state.extensions)
+            recorder.start_at(first_step, self.state.extensions)
             self._tell_progress(recorder)
         try:
             reason = self._run_steps(saver, recorder)

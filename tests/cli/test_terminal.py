@@ -85,7 +85,7 @@ def running(study: Path, name: str) -> None:
     run.add_submission("1234567", "debug", None)
     attempt = Attempt(run, JobInfo("debug", "1234567", None, "elsewhere", 1))
     attempt.__enter__()
-    attempt.goes_on_from(0)
+    attempt.start_at(0)
     attempt.progress(23, 4600, 1, 1.4553)
     rows = MetricsFile(run.metrics_file, after_step=0)
     rows.append({"step": 46, "epoch": 1, "val/loss": 1.4008, "val/best_loss": 1.4008})

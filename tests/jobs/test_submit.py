@@ -17,7 +17,7 @@ from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.jobs import plain_sbatch, submit
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.origin import Origin
-from flowjobs.jobs.submit import running_job, running_jobs, told_to_end_waits
+from flowjobs.jobs.submit import running_job, running_jobs, signals_deferred
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
@@ -37,7 +37,7 @@ def test_ctrl_c_waits_whichever_thread_it_reaches() -> None:
     noted = []
 
     def hand_over(thread: int) -> None:
-        with told_to_end_waits(), told_to_end_waits():
+        with signals_deferred(), signals_deferred():
             signal.pthread_kill(thread, signal.SIGINT)
             done.wait(0.2)
             noted.append("the job")

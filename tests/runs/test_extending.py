@@ -68,7 +68,7 @@ def test_extensions_are_kept_in_the_status_from_the_start_of_an_attempt(study: P
         assert found is not None
         noted = {"step": 100, "epochs": [10, 20], "patience": [5, 6]}
         assert found.extensions == [noted]
-        attempt.goes_on_from(90, [{**noted, "step": 90}])  # what the checkpoint says
+        attempt.start_at(90, [{**noted, "step": 90}])  # what the checkpoint says
     found = run.status()
     assert found is not None
     assert found.extensions == [{**noted, "step": 90}]

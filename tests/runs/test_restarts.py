@@ -68,7 +68,7 @@ def test_a_run_that_gets_nowhere_stops_with_the_reason(study: Path) -> None:
 
     def start(restart: int, job_id: str = "12") -> None:
         with Attempt(run, replace(JOB, job_id=job_id, restart=restart)) as started:
-            started.goes_on_from(0)
+            started.start_at(0)
             raise RunInterrupted("preempted", 0)
 
     for restart in (0, 1):

@@ -63,7 +63,7 @@ def attempt(run: Run, last_step: int, pace_s: float) -> None:
         recording(run, JobInfo.in_foreground(run.logs / "attempt.log"), track=tracked) as recorder,
     ):
         start = int(checkpoint.read_text()) if checkpoint.exists() else 0
-        recorder.go_on_after(start)
+        recorder.start_at(start)
         for step in range(start + ROW_EVERY_STEPS, last_step + 1, ROW_EVERY_STEPS):
             time.sleep(pace_s)
             recorder.record(row_at(step), is_last=step == last_step)

@@ -31,7 +31,7 @@ def drive(run: Run, steps: int, end: str = "finish", pause_s: float = 0.0) -> No
     checkpoint = run.folder / "checkpoint"
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
     with recording(run, JobInfo.in_foreground(), track=tracked) as recorder:
-        recorder.go_on_after(first)
+        recorder.start_at(first)
         for step in range(first + 1, steps + 1):
             recorder.record(row_of(step))
             if step % CHECKPOINT_EVERY == 0:
