@@ -117,6 +117,8 @@ class Pack(Submittable):
         runs = [run for run in self.runs if continues is None or is_left(run, continues)]
         shared = {**(identity or {}), PACK: self.name, JOB_LOG: str(log or "")}
         for run in runs:
+            if not run.exists():
+                continue  # it was removed since; the others are trained
             # As submitit names the output of a job.
             own = run.logs / f"{job_id}_0_log.out"
             run.add_submission(job_id, cluster, own, continues=continues, identity=shared)

@@ -25,7 +25,8 @@ from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.pack import Pack, new_pack, pack_of
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import RunStatus
+from flowjobs.runs.status import Outcome, RunStatus
+from tests.cli.test_many import ended
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -251,3 +252,13 @@ def test_a_job_that_dies_itself_is_started_again_for_all_of_them(
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_run_that_was_removed_keeps_no_other_of_its_pack_from_being_noted(study: Path) -> None:
+    removed, other = (ended(study, name, Outcome("failed", 1)) for name in "ab")
+    pack = new_pack(study, "shared", [removed, other], 1, other.asked())
+    shutil.rmtree(removed.folder)
+    pack.add_submission("9", "slurm", None)
+    assert other.submission("9")
+    assert pack.submissions()[-1]["job_id"] == "9"
+    assert not removed.folder.exists()
