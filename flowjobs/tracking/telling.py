@@ -142,10 +142,10 @@ def _mode_of(run: Run, session: Session | None) -> Mode | None:
     """Where to W&B is told of the run; None if it is not."""
     mode, _ = resolve_mode(run.config().tracking)
     status = run.status() or RunStatus()
-    # A session is noted before a run trains: without one, WANDB_MODE kept W&B out there. Nor is
-    # W&B told that a run is cancelled of which it has never heard.
+    # A session is noted before a run trains: without one, WANDB_MODE kept W&B out there. Nor is it
+    # told of a run without an attempt, which was cancelled before it began.
     trained = any(attempt.first_step is not None for attempt in status.attempts)
-    untracked = session is None and (trained or status.state == "cancelled")
+    untracked = session is None and (trained or not status.attempts)
     return None if mode == "disabled" or untracked else mode
 
 

@@ -161,26 +161,15 @@ def test_a_run_without_tracking_has_nothing_to_close(tracked_run: MakeRun) -> No
     assert not run.tracking_file.exists()
 
 
-def test_a_run_that_is_cancelled_before_it_began_is_none_in_wandb(tracked_run: MakeRun) -> None:
-    run, backend = tracked_run("online")
-    cancel(run)
-    assert reconcile([run]) == []
-    assert backend is not None
-    assert backend.runs() == []
-
-
-def test_a_job_that_is_cancelled_before_it_reached_wandb_is_no_run_there(
-    tracked_run: MakeRun,
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_run_that_is_cancelled_before_it_began_is_none_in_wandb(
+    tracked_run: MakeRun, mode: str
 ) -> None:
-    run, _ = tracked_run("offline")
-    attempt_that_never_reached_wandb(run)
-    status = run.status()
-    assert status is not None
-    status.close(CANCELLED)
-    status.write(run.status_file)
+    run, backend = tracked_run(mode)
+    cancel(run)
     assert pending_outcome(run) is None
-    assert not close_session(run, CANCELLED)
-    assert session_files(run) == []
+    assert reconcile([run]) == []
+    assert (session_files(run) if backend is None else backend.runs()) == []
 
 
 def test_closing_loads_neither_torch_nor_wandb(tmp_path: Path) -> None:
