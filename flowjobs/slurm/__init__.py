@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowjobs.slurm.client import controller_answers, is_here
+    from flowjobs.slurm.client import MARK, controller_answers, is_here
     from flowjobs.slurm.cluster import (
         cluster_name,
         kill_wait_s,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         settings,
     )
     from flowjobs.slurm.controller import (
+        ENDED,
         JobRecord,
         JobRow,
         cancel,
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
     from flowjobs.slurm.waiting import why_it_waits
 
 _NAMES = {
-    "client": "controller_answers is_here",
+    "client": "MARK controller_answers is_here",
     "cluster": "cluster_name kill_wait_s partition_settings partitions qos_settings settings",
-    "controller": "JobRecord JobRow cancel job_record queue requeue set_parallel signal_step "
+    "controller": "ENDED JobRecord JobRow cancel job_record queue requeue set_parallel signal_step "
     "start_soon write_batch_script",
     "jobs": "Gone JobAnswer JobIdentity Known Unknown ask ask_one",
     "sacct": "accounting accounting_answers",
@@ -52,6 +53,8 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
+    "ENDED",
+    "MARK",
     "Gone",
     "HandedOver",
     "JobAnswer",
@@ -87,7 +90,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"flowjobs.slurm.{_MODULE_OF[name]}"), name)
+if not TYPE_CHECKING:  # to a type checker each name is its own, and any other an error
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"flowjobs.slurm.{_MODULE_OF[name]}"), name)
