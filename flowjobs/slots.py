@@ -1,13 +1,26 @@
-"""How many runs share the job that this process is in."""
+"""The job that this process is in: whether it is a run's own, and how many runs share it."""
 
 import os
 from collections.abc import Mapping
 
 # In the environment of each run of a job that trains several at once: how many.
 SLOTS = "FLOWJOBS_SLOTS"
+# Set by the batch script of a job that was submitted for a run: the job's own id.
+JOB_OF_RUN = "FLOWJOBS_JOB"
 
 
 def runs_that_share(environment: Mapping[str, str] = os.environ) -> int:
     """How many runs share the job's processors, memory and GPU; 1 where it is a run's alone."""
     number = environment.get(SLOTS, "")
     return int(number) if number.isdigit() and int(number) else 1
+
+
+def submitted_for_run(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the Slurm job that this process is in was submitted for a run.
+
+    By flowjobs or with sbatch/*.sh, whose batch script says so of its own job. The id is compared,
+    since jobs that are submitted from inside such a job inherit its variables. In any other job (a
+    shell of salloc's, a notebook, somebody's own batch script) this process is a guest: the job
+    is not requeued, submitted again or moved to another node for its sake.
+    """
+    return environment.get(JOB_OF_RUN, "") == environment.get("SLURM_JOB_ID")

@@ -17,7 +17,8 @@ from pathlib import Path
 from flowjobs.cli.main import exit_with, parse
 from flowjobs.cli.reconcile import close_in_batch_script
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.slurm.options import JOB_OF_RUN, SCRIPT_ARGUMENTS
+from flowjobs.slots import JOB_OF_RUN
+from flowjobs.slurm.options import SCRIPT_ARGUMENTS
 
 # Slurm tells them to all of a job; what a batch script has left to do comes after.
 OUTLIVED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)

@@ -20,8 +20,8 @@ from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.runs.submittable import Submittable
-from flowjobs.slots import SLOTS
-from flowjobs.slurm.options import ARRAY, CONTINUES, submitted_for_run
+from flowjobs.slots import SLOTS, submitted_for_run
+from flowjobs.slurm.options import ARRAY, CONTINUES
 
 
 @dataclass(frozen=True)

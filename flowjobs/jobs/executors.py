@@ -24,7 +24,8 @@ from flowjobs.runs.pack import FOLDER as PACKS
 from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import Submittable
-from flowjobs.slurm.options import ARRAY, JOB_OF_RUN, export_for
+from flowjobs.slots import JOB_OF_RUN
+from flowjobs.slurm.options import ARRAY, export_for
 
 # A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
 # blocked ones wait until there are some. Before 2019, env could not do that.

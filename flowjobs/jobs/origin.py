@@ -20,9 +20,8 @@ from flowjobs.runs.files import write_json
 from flowjobs.runs.pack import PACK, Pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import Submittable
-from flowjobs.slots import SLOTS
+from flowjobs.slots import SLOTS, submitted_for_run
 from flowjobs.slurm import JobIdentity
-from flowjobs.slurm.options import submitted_for_run
 
 # What a job does, as submitit keeps it in `logs/` until sbatch has taken the job.
 PREPARED = "[0-9a-f]" * 32 + ".pkl"

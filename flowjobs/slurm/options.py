@@ -4,18 +4,15 @@ sbatch lets its variables win over the batch file, which holds the fields' value
 that means a field becomes that field's default, and is then hidden from sbatch.
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowjobs.config import DECIDED_OPTIONS, SlurmConfig
-from flowjobs.slots import SLOTS
+from flowjobs.slots import JOB_OF_RUN, SLOTS
 
 Fields = dict[str, Any]
 
-# Set by the batch script of a job that was submitted for a run: the job's own id.
-JOB_OF_RUN = "FLOWJOBS_JOB"
 # Set by the batch script of an array: its folder, in which each task finds its run.
 ARRAY = "FLOWJOBS_ARRAY"
 # In the environment of a job that flowjobs itself submitted: the id of the job it continues.
@@ -226,14 +223,3 @@ def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -
         if rest := ",".join(entry for entry in others if entry and not _is_gpu(entry)):
             cleaned["SBATCH_GRES"] = rest
     return cleaned
-
-
-def submitted_for_run() -> bool:
-    """Whether the Slurm job that this process is in was submitted for a run.
-
-    By flowjobs or with sbatch/*.sh, whose batch script says so of its own job. The id is compared,
-    since jobs that are submitted from inside such a job inherit its variables. In any other job (a
-    shell of salloc's, a notebook, somebody's own batch script) this process is a guest: the job
-    is not requeued, submitted again or moved to another node for its sake.
-    """
-    return os.environ.get(JOB_OF_RUN, "") == os.environ.get("SLURM_JOB_ID")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flowjobs.cgroups import control_groups
-from flowjobs.slots import runs_that_share
+from flowjobs.slots import runs_that_share, submitted_for_run
 from flowjobs.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 # takes 2.4 s with one thread, 2.0 with two, 5.9 with two where others want the cores too; one of
 # 2.5 million parameters on 512 rows (2.6 billion) takes 2.5 with one and 1.7 with two.
 FLOPS_PER_THREAD = 1_000_000_000
-# The same where Slurm has given the cores to this run and no other: there two threads are as fast
-# as 1.15 of one at 45 million for each, as 1.5 at 150 million, as 1.8 at a billion.
+# The same where Slurm has given the cores to this run and no other, by a job that was submitted for
+# it: there two threads are as fast as 1.15 of one at 45 million for each, as 1.5 at 150 million, as
+# 1.8 at a billion.
 FLOPS_PER_OWN_CORE = 50_000_000
 
 
@@ -82,7 +83,8 @@ def computing(
     if threads is None:
         threads = usable_cores(ranks.world_size, environment=environment)
         if ranks.device.type == "cpu":
-            own = any(name in environment for name in SLURM_CORES)
+            of_a_job = any(name in environment for name in SLURM_CORES)
+            own = of_a_job and submitted_for_run(environment)
             each = FLOPS_PER_OWN_CORE if own else FLOPS_PER_THREAD
             threads = min(threads, max(1, flops // each))
     torch.set_num_threads(threads)

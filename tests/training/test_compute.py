@@ -21,6 +21,7 @@ from tests.training.test_trainer import train_in
 
 CPU = torch.device("cpu")
 LARGE = 10**12
+JOB_OF_THE_RUN = {"SLURM_JOB_ID": "7", "FLOWJOBS_JOB": "7"}
 CONFIG = TrainingConfig(epochs=2, arch_args=KeyValues(width=64, depth=1))
 CASES: dict[str, tuple[dict[str, str], dict[str, str], int, int]] = {
     "all that the machine has": ({}, {}, 1, 8),
@@ -80,8 +81,9 @@ def test_a_rank_uses_the_cores_that_it_has(tmp_path: Path, case: str) -> None:
         (2_560_000_000, {}, 2),
         (LARGE, {"SLURM_CPUS_PER_TASK": "5"}, 5),
         (320_000_000, {}, 1),
-        (320_000_000, {"SLURM_CPUS_PER_TASK": "8"}, 6),  # they are its own
-        (320_000_000, {"SLURM_CPUS_ON_NODE": "8", "FLOWJOBS_SLOTS": "4"}, 2),
+        (320_000_000, {"SLURM_CPUS_PER_TASK": "8", **JOB_OF_THE_RUN}, 6),
+        (320_000_000, {"SLURM_CPUS_ON_NODE": "8", "FLOWJOBS_SLOTS": "4", **JOB_OF_THE_RUN}, 2),
+        (320_000_000, {"SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_ID": "7"}, 1),  # a shell of salloc's
         (80_000_000, {"OMP_NUM_THREADS": "3"}, 3),
         (LARGE, {"OMP_NUM_THREADS": "2,1"}, 2),
     ],
