@@ -171,7 +171,7 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described["jobs"] = run.submissions()
     described["waits"] = finding.why if isinstance(finding, Waits) else ""
     described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
-    from flowjobs.tracking.outcome import current_refusal
+    from flowjobs.tracking.record import current_refusal
 
     refusal = current_refusal(run)
     described["wandb"] = refusal.text if refusal else ""

@@ -79,7 +79,7 @@ def _sync(runs: Sequence[Run], said: set[str] | None) -> bool:
         Whether something failed.
     """
     from flowjobs.tracking.mode import check_login
-    from flowjobs.tracking.outcome import current_refusal
+    from flowjobs.tracking.record import current_refusal
 
     check_login()
     failures: set[str] = set()

@@ -106,7 +106,7 @@ def _note_end(run: Run) -> None:
         status.write(run.status_file)
         # Where W&B has it a damaged config does not say; mended, `reconcile` tells it.
         with contextlib.suppress(ConfigError):
-            close_session(run, CANCELLED)
+            close_session(run)
 
 
 def _end_process(run: Run) -> list[str]:

@@ -187,7 +187,7 @@ class TrainingJob:
             outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
             status.close(outcome)
             status.write(self._run.status_file)
-            close_session(self._run, outcome)
+            close_session(self._run)
         return cancelled
 
     def train(self, signals: StopSignals, resume_path: Path | None) -> None:
@@ -269,8 +269,8 @@ class TrainingJob:
                             self._join(group)  # they see it leave, and leave too
                     raise
                 yield recorder
-        except NoProgressError as error:
-            close_session(self._run, outcome_of(error))  # it may be known before tracking begins
+        except NoProgressError:
+            close_session(self._run)  # it may be known before tracking begins
             raise
 
     @contextmanager

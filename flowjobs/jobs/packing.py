@@ -272,7 +272,7 @@ class _Slots:
         if outcome := close_in_slot(run, job, exit_code):
             logger.error("%s: %s: %s", run.name, outcome.state, outcome.reason)
             if outcome.state != "preempted":  # else its next attempt tells
-                close_session(run, outcome, wait=False)
+                close_session(run, wait=False)
         else:
             status = run.status() or RunStatus()
             logger.info("%s: %s %s", run.name, status.state, status.reason)
@@ -319,7 +319,7 @@ class _Slots:
                 status = run.status() or RunStatus()
                 started = any(known.job.job_id == self._job.job_id for known in status.attempts)
                 if close_attempt(run, Dead(self._job, outcome, seen_of(status), started=started)):
-                    close_session(run, outcome, wait=False)
+                    close_session(run, wait=False)
             except (FlowjobsError, OSError) as error:
                 logger.error("%s: that it is cancelled is not noted: %s", run.name, error)
 
@@ -353,8 +353,8 @@ class _Slots:
         """Wait until W&B knows how those ended that could not say it."""
         for run in self._mine():
             try:
-                if not is_left(run, self._job.job_id) and (untold := pending_outcome(run)):
-                    close_session(run, untold)
+                if not is_left(run, self._job.job_id) and pending_outcome(run):
+                    close_session(run)
             except (FlowjobsError, OSError) as error:
                 logger.error("%s: %s", run.name, error)
 

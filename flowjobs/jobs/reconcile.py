@@ -88,10 +88,10 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconcile
             logger.error("%s: %s", ended.name, error)
     for closed in results:
         if closed.outcome and lock_holder(closed.run.folder) is None:  # else its next attempt tells
-            close_session(closed.run, closed.outcome, wait=tell_wandb)
+            close_session(closed.run, wait=tell_wandb)
     for run in runs if tell_wandb else ():
-        if lock_holder(run.folder) is None and (untold := pending_outcome(run)):
-            close_session(run, untold)
+        if lock_holder(run.folder) is None and pending_outcome(run):
+            close_session(run)
     return results
 
 
@@ -155,8 +155,8 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
                 dead = Dead(job, cause, seen_of(run.status() or RunStatus()), started=False)
                 if run not in unclear and (outcome := close_attempt(run, dead)):
                     closed[run] = outcome
-    for run, outcome in closed.items():
-        close_session(run, outcome)
+    for run in closed:
+        close_session(run)
     return closed
 
 
@@ -196,7 +196,7 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     if outcome and outcome.state == "preempted":
         restart(run, job, outcome.kind, task_of(run), _node_to_avoid(run, dead))
     if outcome:
-        close_session(run, outcome)
+        close_session(run)
     return outcome
 
 

@@ -98,13 +98,8 @@ class Run(Submittable):
 
     @property
     def tracking_file(self) -> Path:
-        """The newest session in W&B, and what W&B is still to be told of it."""
+        """The newest session in W&B; see `tracking.record`."""
         return self.folder / "tracking.json"
-
-    @property
-    def refusal_file(self) -> Path:
-        """Why W&B does not take the run; see `tracking.outcome`."""
-        return self.folder / "wandb" / "refused.json"
 
     @property
     def wandb_page_file(self) -> Path:

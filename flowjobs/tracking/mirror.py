@@ -6,8 +6,8 @@ A process of its own, beside the one that trains, so that nothing that W&B does 
 server, hangs, dies, prints) reaches the training, and so that what was logged gets on record when
 the training is killed. On its standard input come "follow", when the rows of earlier attempts that
 do not count any more are gone from `metrics.jsonl`, "last", when the next row is the run's last,
-and "finish", when `tracking.json` holds the outcome. On its standard output go JSON lines of what
-its parent should know. It ends with 0 if W&B knows the outcome.
+and "finish", when `status.json` holds the outcome. On its standard output go JSON lines of what its
+parent should know. It ends with 0 if W&B knows how the run stands.
 """
 
 import dataclasses
@@ -29,20 +29,22 @@ from flowjobs.errors import LockHeldError
 from flowjobs.runs.files import append_line
 from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import EXIT_PREEMPTED, Outcome, RunStatus
+from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
 from flowjobs.runs.surroundings import note_surroundings
-from flowjobs.tracking.folders import session_files
-from flowjobs.tracking.outcome import (
+from flowjobs.tracking.mode import server_url
+from flowjobs.tracking.process import Role
+from flowjobs.tracking.record import (
     Session,
-    current_refusal,
-    note_closed,
+    last_step_of,
     note_refusal,
+    note_told,
+    outcome_in,
     read_session,
     refusal_of,
+    session_files,
+    standing,
     upload_lock,
-    write_session,
 )
-from flowjobs.tracking.process import Role
 from flowjobs.tracking.session import (
     FLUSH_INTERVAL_S,
     LOWEST,
@@ -105,77 +107,68 @@ class Mirror:
         self._sent = 0
 
     def follow_to_the_end(self) -> int:
-        """Mirror until told to finish. Returns the exit code."""
-        while not self._asked_to_finish:
+        """Mirror until told to finish, or left alone. Returns the exit code."""
+        # A forked worker of the parent may outlive it, and keeps the pipe open.
+        while not self._asked_to_finish and os.getppid() == self._parent:
             if self._superseded():
                 return EXIT_NOT_CLOSED
-            # A forked worker of the parent may outlive it, and keeps the pipe open.
-            if os.getppid() != self._parent:
-                return self._end_alone()
             self._put_on_record()
             if not self._asked_to_finish:
                 self._take_commands(PACE_S)
+        if outcome_in(standing(self._run)) is None:  # the trainer died
+            self._take_commands()
+            self._newest_is_last = False  # whatever was said: no picture comes
+            self._put_on_record()
+            time.sleep(2 * FLUSH_INTERVAL_S)
+            return EXIT_NOT_CLOSED
         return self.finish()
 
-    def _end_alone(self) -> int:
-        """The trainer died: tell W&B the outcome in `status.json` if there is one."""
-        status = self._run.status() or RunStatus()
-        outcome = status.outcome
-        if outcome and len(status.attempts) == self._session.attempt:
-            write_session(self._run, dataclasses.replace(self._session, outcome=outcome))
-            return self.finish()
-        self._take_commands()
-        self._newest_is_last = False  # whatever was said: no picture comes
-        self._put_on_record()
-        time.sleep(2 * FLUSH_INTERVAL_S)
-        return EXIT_NOT_CLOSED
-
     def finish(self) -> int:
-        """Tell W&B the outcome that is on disk. Returns the exit code."""
+        """Tell W&B how the run stands. Returns the exit code."""
         newest = read_session(self._run)
         if newest is not None and newest.token == self._session.token:
             self._session = newest
-        if not self._finish(retry=True):
+        stands = standing(self._run)
+        if (outcome := outcome_in(stands)) is None:
+            return EXIT_CLOSED  # an attempt has begun, and says itself what comes of it
+        if not self._finish(outcome, retry=True):
             return EXIT_NOT_CLOSED
-        note_closed(self._run, self._session.token)
+        note_told(self._run, stands)
         return EXIT_CLOSED
 
     def sync(self) -> int:
         """Make the server have all of the run, and see that it has. Returns the exit code."""
-        status = self._run.status()
-        # Where the status was damaged, what was told to W&B is all that is known.
-        outcome = status.outcome if status else self._session.outcome
-        if outcome is None:
-            outcome = Outcome("preempted", EXIT_PREEMPTED, "its process died; not restarted yet")
-        self._session = dataclasses.replace(self._session, mode="online", outcome=outcome)
+        stands = standing(self._run, server_url())
+        died = Outcome("preempted", EXIT_PREEMPTED, "its process died; not restarted yet")
+        outcome = outcome_in(stands) or died
+        uploads = True
         try:
-            if not lacking(self._run, last_step_of(self._run), self._session):
-                return EXIT_CLOSED
+            uploads = bool(lacking(self._run, last_step_of(self._run), self._session, outcome))
         except Exception as error:  # of any kind; opening a session tells more of it
             logger.info("the server does not say what it has: %s", error)
-        if not self._finish(retry=True):
-            return EXIT_NOT_CLOSED
-        self._remove_new_folders()  # the server has it
-        self._tell(uploaded=self._sent)
+        if uploads:
+            if not self._finish(outcome, retry=True):
+                return EXIT_NOT_CLOSED
+            self._remove_new_folders()  # the server has it
+            self._tell(uploaded=self._sent)
+        note_told(self._run, stands)
         return EXIT_CLOSED
 
-    def _finish(self, *, retry: bool) -> bool:
+    def _finish(self, outcome: Outcome, *, retry: bool) -> bool:
         self._following = True
-        outcome = self._session.outcome
-        self._newest_is_last = outcome is not None and outcome.state == "finished"
-        if self._superseded():
-            return False  # an attempt has begun, and says itself what comes of it
-        if self._role != "syncs" and current_refusal(self._run):
-            return False  # it would say the same again
+        self._newest_is_last = outcome.state == "finished"
+        # An attempt that has begun says itself what comes of it; a refusal would be the same again.
+        if self._superseded() or self._retry_at == math.inf:
+            return False
         try:
             if self._wandb is None:
                 self._open()
             self._log_new_rows()
             if self._superseded():
                 return False
-            self._tell_outcome()
+            self._tell_outcome(outcome)
             # A preempted job has no time for it, and its next session logs what the server lacks.
-            leaves = outcome is not None and outcome.state in ("preempted", "cancelled")
+            leaves = outcome.state in ("preempted", "cancelled")
             if self._session.mode == "online" and not (self._role == "trains" and leaves):
                 self._see_that_server_has_all()
         except Exception as error:
@@ -183,12 +176,10 @@ class Mirror:
             # server that answers again: then once more, anew.
             retry = retry and may_pass_at_once(error)
             self._lose(error, silently=retry)
-            return retry and self._finish(retry=False)
+            return retry and self._finish(outcome, retry=False)
         return not self._superseded()
 
-    def _tell_outcome(self) -> None:
-        outcome = self._session.outcome
-        assert outcome is not None, "the outcome is on disk before the command comes"
+    def _tell_outcome(self, outcome: Outcome) -> None:
         assert self._wandb is not None, "opened before"
         drawn = outcome.state == "finished" and self._run.samples_picture.exists()
         picture = self._run.samples_picture if drawn else None
@@ -282,7 +273,7 @@ class Mirror:
         why = f"W&B cannot be told now ({type(error).__name__}: {error})"
         kind: str = "run" if opened else "server"
         if refusal := refusal_of(str(error), self._run):
-            note_refusal(self._run, self._session.token, refusal)
+            note_refusal(self._run, refusal)
             self._retry_at = math.inf
             why, kind = refusal.text, refusal.kind
         if refusal or not (self._complained or silently):
@@ -324,11 +315,6 @@ class Mirror:
             os.write(self._events, (json.dumps(news) + "\n").encode())
 
 
-def last_step_of(run: Run) -> int:
-    """The step of the run's last row; -1 without rows."""
-    return max((row["step"] for row in read_rows(run.metrics_file)), default=-1)
-
-
 def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
     """What a run's summary says of its rows: the lowest losses, the newest of all else.
 
@@ -368,18 +354,21 @@ def main() -> None:
     session = read_session(run)
     if session is None or session.token != token:
         sys.exit(EXIT_NOT_CLOSED)
+    if role == "syncs":
+        session = dataclasses.replace(session, mode="online")
     mirror = Mirror(run, session, role, parent, commands, events)
     # One at a time, offline too: what W&B has on record is found out first, then added to.
     try:
         with nullcontext() if role == "syncs" else upload_lock(run):  # a sync holds it itself
-            if role == "trains":
-                note_surroundings(run, Path.cwd())
-            if role == "syncs":
-                code = mirror.sync()
-            elif session.outcome is not None:
-                code = mirror.finish()
-            else:
-                code = mirror.follow_to_the_end()
+            match role:
+                case "trains":
+                    note_surroundings(run, Path.cwd())
+                    note_refusal(run, None)  # each attempt is a new try
+                    code = mirror.follow_to_the_end()
+                case "closes":
+                    code = mirror.finish()
+                case "syncs":
+                    code = mirror.sync()
     except LockHeldError as error:
         logger.warning("%s; `flowjobs sync` uploads what W&B lacks", error)
         code = EXIT_NOT_CLOSED

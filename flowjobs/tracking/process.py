@@ -12,7 +12,7 @@ from typing import Literal
 
 import flowjobs
 from flowjobs.runs.run import Run
-from flowjobs.tracking.outcome import Session
+from flowjobs.tracking.record import Session
 
 # What the process that starts a mirror does: it trains the run, or it tells W&B how an attempt
 # ended that could not, or it brings the server up to date with what was tracked elsewhere.
@@ -63,8 +63,7 @@ def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[byt
     """
     log = run.folder / "wandb" / "mirror.log"
     log.parent.mkdir(exist_ok=True)
-    alone = role == "closes" or (role == "trains" and session.outcome is not None)
-    pipe = subprocess.DEVNULL if alone else subprocess.PIPE
+    pipe = subprocess.DEVNULL if role == "closes" else subprocess.PIPE
     # -P: a file wandb.py beside the user's code is not wandb.
     command = [sys.executable, "-P", "-m", "flowjobs.tracking.mirror"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_TRAINING_ALONE)

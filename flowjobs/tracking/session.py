@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,18 @@ from wandb.apis.public.runs import RunNotFoundError
 from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
-from flowjobs.tracking.folders import (
-    OnRecord,
+from flowjobs.tracking.identity import config_for_wandb
+from flowjobs.tracking.labels import notes_for, tags_for
+from flowjobs.tracking.mode import check_server_answers
+from flowjobs.tracking.process import upload_limit_s
+from flowjobs.tracking.record import (
+    DELETED,
+    Session,
     leave_out_others,
     read_on_record,
     session_files,
     write_on_record,
 )
-from flowjobs.tracking.identity import config_for_wandb
-from flowjobs.tracking.labels import notes_for, tags_for
-from flowjobs.tracking.mode import check_server_answers
-from flowjobs.tracking.outcome import DELETED, Session
-from flowjobs.tracking.process import upload_limit_s
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +71,9 @@ class WandbSession:
 
     def __init__(self, run: Run, session: Session, *, trains_here: bool) -> None:
         self._tracked = run
-        self._session = session
         self._online = session.mode == "online"
         run_id = run.settle_tracking_id()
-        self._on_record = read_on_record(run, run_id)
+        self._on_record = read_on_record(run)
         leave_out_others(run, self._on_record)
         # What a parent process, or a session before, left here would be joined.
         os.environ.pop("WANDB_SERVICE", None)
@@ -111,11 +111,16 @@ class WandbSession:
             self.last_step = self._run.starting_step - 1
             with suppress(OSError):  # a link is missing in a report, no more
                 run.wandb_page_file.write_text(f"{self._run.url}\n")
-            leave_out_others(run, OnRecord(run_id))  # the server gets their rows now
+            # The server gets the folders' rows now.
+            self._on_record = replace(self._on_record, step=self.last_step, folders=())
+            leave_out_others(run, self._on_record)
+        self._on_record = replace(self._on_record, refusal=None)
+        write_on_record(run, self._on_record)
         self._logged_bytes = 0
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
-        self._label(None, self._run.tags or (), self._run.notes or "")
+        tags, notes = self._run.tags or (), self._run.notes or ""
+        self._run.tags, self._run.notes = labels_for(run, session, None, tags, notes)
 
     def log(self, row: Mapping[str, Any], timestamp: float, picture: Path | None = None) -> None:
         """Put one row of `metrics.jsonl` on record, with the picture in it if there is one.
@@ -149,7 +154,6 @@ class WandbSession:
             TimeoutError: The server does not take it.
             RetryUselessError: The disk does not, or the run was deleted in the web page.
         """
-        self._session = session
         if summary:
             self._run.summary.update(dict(summary))
         if picture is not None and PICTURE not in dict(self._run.summary):
@@ -163,27 +167,23 @@ class WandbSession:
                     # wandb says nothing of that: it sends rows to nobody, and "succeeds".
                     raise RetryUselessError(f"run {self._run.id} was {DELETED}")
                 tags, notes = there.tags, there.notes or ""
-        self._label(outcome, tags, notes)
+        labels = labels_for(self._tracked, session, outcome, tags, notes)
+        self._run.tags, self._run.notes = labels
         # A cancelled run is neither finished nor failed; like a preempted one it may be resumed.
         if outcome.state in ("preempted", "cancelled"):
             self._run.mark_preempting()
         file = Path(self._run.settings.sync_file)
         size = file.stat().st_size if file.exists() else 0
         self._run.finish(exit_code=outcome.exit_code)
-        if self._online:
-            on_record = OnRecord(self._on_record.run_id, self.last_step)
-        else:
+        folders = self._on_record.folders
+        if not self._online:
             wandb.teardown()  # `finish` may return before the end is on the disk
             # wandb says nothing of a full disk, and writes nothing more once a write has failed.
             if not file.stat().st_size > max(size, self._logged_bytes):
                 raise RetryUselessError(f"{file} is not complete: is the disk full?")
-            on_record = self._on_record.with_session(file.parent, self.last_step)
+            folders = (*folders, file.parent.name)
+        on_record = replace(self._on_record, step=self.last_step, folders=folders)
         write_on_record(self._tracked, on_record)
-
-    def _label(self, outcome: Outcome | None, tags: Sequence[str], notes: str) -> None:
-        self._run.tags = tags_for(outcome, tags)
-        status, diverged_after = self._tracked.status(), self._session.diverged_after
-        self._run.notes = notes_for(outcome, status, notes, diverged_after)
 
 
 def run_on_server(run: Run) -> RunOnServer | None:
@@ -202,13 +202,16 @@ def run_on_server(run: Run) -> RunOnServer | None:
         raise
 
 
-def lacking(run: Run, last_step: int, labels_of: Session | None = None) -> str:
+def lacking(
+    run: Run, last_step: int, session: Session | None = None, outcome: Outcome | None = None
+) -> str:
     """What the server lacks of a run that has ended, in words; "" if it has all.
 
     Args:
         run: The run.
         last_step: Of the last row.
-        labels_of: Also look at the tags and notes, which are to show this session's outcome.
+        session: Also look at the tags and notes, which are to show this session's outcome.
+        outcome: That outcome.
     """
     there = run_on_server(run)
     if there is None:
@@ -217,12 +220,19 @@ def lacking(run: Run, last_step: int, labels_of: Session | None = None) -> str:
         return f"rows to step {there.lastHistoryStep} of {last_step}"
     if there.state in ("running", "pending", "crashed"):
         return f"the run's end: its state is {there.state}"
-    if labels_of is not None:
-        outcome, notes = labels_of.outcome, there.notes or ""
-        ours = notes_for(outcome, run.status(), notes, labels_of.diverged_after)
-        if set(tags_for(outcome, there.tags)) != set(there.tags) or ours != notes:
+    if session is not None:
+        tags, notes = labels_for(run, session, outcome, there.tags, there.notes or "")
+        if set(tags) != set(there.tags) or notes != (there.notes or ""):
             return "the run's tags and notes"
     return ""
+
+
+def labels_for(
+    run: Run, session: Session, outcome: Outcome | None, tags: Sequence[str], notes: str
+) -> tuple[tuple[str, ...], str]:
+    """The tags and notes that show an outcome, beside those that its user has there."""
+    ours = notes_for(outcome, run.status(), notes, session.diverged_after)
+    return tags_for(outcome, tags), ours
 
 
 def tear_down_wandb() -> None:

@@ -11,38 +11,32 @@ none that it can end with. A run that waits for its next job is uploaded and sho
 also when its process was killed: whether that was the end is for others to find out.
 """
 
-import dataclasses
 import json
 import logging
 import socket
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from flowjobs.errors import LoginError, ServerError, TrackingError
 from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides
-from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, RunStatus, same_host
-from flowjobs.tracking.folders import (
+from flowjobs.tracking.mode import ResolvedMode, check_server_answers, resolve_mode, server_url
+from flowjobs.tracking.process import start_mirror, upload_limit_s
+from flowjobs.tracking.record import (
     OnRecord,
-    leave_out_others,
-    read_on_record,
-    write_on_record,
-)
-from flowjobs.tracking.mode import check_server_answers, resolve_mode, server_url
-from flowjobs.tracking.outcome import (
-    Mode,
     Session,
     current_refusal,
     new_session,
-    note_closed,
+    read_on_record,
     read_session,
+    standing,
     upload_lock,
+    write_on_record,
     write_session,
 )
-from flowjobs.tracking.process import start_mirror, upload_limit_s
 
 logger = logging.getLogger(__name__)
 
@@ -50,61 +44,50 @@ logger = logging.getLogger(__name__)
 QUIET_S = 600.0
 
 
-def close_session(run: Run, outcome: Outcome, *, wait: bool = True) -> bool:
-    """Mark the newest session of a run with an outcome, unless W&B knows it already.
+def close_session(run: Run, *, wait: bool = True) -> bool:
+    """Tell W&B how a run's newest attempt ended, as `status.json` has it, unless it knows.
 
-    What an attempt said of itself wins over what others found out about it, and a finished run
-    stays finished. A run that never reached W&B (its start failed) gets a session that says so.
-    Rows that W&B lacks are caught up from `metrics.jsonl`. Takes about a second, or a minute where
-    a server does not answer; never raises because of W&B. Twice does no harm.
+    A run that never reached W&B (its start failed) gets a session that says so. Rows that W&B lacks
+    are caught up from `metrics.jsonl`. Takes about a second, or a minute where a server does not
+    answer; never raises because of W&B. Twice does no harm.
 
     The caller holds the run's lock, or knows that no attempt is alive.
 
     Args:
         run: The run.
-        outcome: How its newest attempt ended.
         wait: Return when W&B knows; else a process that outlives this one for a while tells it.
 
     Returns:
-        False if there was nothing to tell. True if there was: W&B knows it now, or the outcome is
-        kept in the run's folder as `pending_outcome` until it can be told.
+        False if there was nothing to tell. True if there was: W&B knows it now, or it is the
+        `pending_outcome` until it can be told.
     """
-    session = _session_to_close(run, outcome)
-    if session is None:
+    before = read_session(run)
+    mode: ResolvedMode = before.mode if before else resolve_mode(run.config().tracking)[0]
+    if mode == "disabled" or _untold(run) is None:
         return False
     try:
+        session = new_session(run, mode)
         write_session(run, session)
         mirror = start_mirror(run, session, "closes")
         if wait:
             wait_for_mirror(run, session, mirror, upload_limit_s(run))
     except OSError as error:
-        logger.warning("W&B could not be told that %s is %s: %s", run.name, outcome.state, error)
+        logger.warning("W&B could not be told how %s ended: %s", run.name, error)
     return True
 
 
 def pending_outcome(run: Run) -> Outcome | None:
-    """What W&B is still to be told: `close_session(run, outcome)` tells it.
+    """What W&B is still to be told: `close_session` tells it.
 
-    None where W&B refuses the run: `sync`, which its user asks for, tries again. The session says
-    it; where its process was killed before it could, `status.json` does.
+    None where W&B refuses the run: `sync`, which its user asks for, tries again.
     """
-    if current_refusal(run):
-        return None
-    session, status = read_session(run), run.status()
-    if session and session.outcome and not session.closed:
-        return session.outcome
-    if status is None or not _mode_of(run, session):
-        return None
-    if session and session.closed and session.attempt >= len(status.attempts):
-        return None
-    return status.outcome
+    return None if current_refusal(run) else _untold(run)
 
 
 def wait_for_mirror(
     run: Run, session: Session, mirror: subprocess.Popen[bytes], timeout_s: float
 ) -> None:
     """Wait until W&B knows how a session ended; end the mirror, and warn, if that takes longer."""
-    assert session.outcome is not None, "there is something to tell"
     try:
         code = mirror.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -117,36 +100,23 @@ def wait_for_mirror(
         return  # told, or a later session tells
     refusal = current_refusal(run)
     what_to_do = refusal.text if refusal else f"`flowjobs sync {run.name}` tries again"
-    state = session.outcome.state
+    state = (run.status() or RunStatus()).state
     logger.warning("W&B does not know that %s is %s: %s", run.name, state, what_to_do)
 
 
-def _session_to_close(run: Run, outcome: Outcome) -> Session | None:
-    found = read_session(run)
-    if not (mode := _mode_of(run, found)):
-        return None
-    newest = new_session(run, mode)
-    if found is None or found.attempt < newest.attempt:
-        return dataclasses.replace(newest, outcome=outcome)
-    said = found.outcome
-    if said is not None:
-        if said.state in ("finished", outcome.state):
-            outcome = said
-        if found.closed and said.state == outcome.state:
-            return None
-    # A token of its own: a process that still mirrors the dead attempt stops.
-    return dataclasses.replace(found, token=newest.token, outcome=outcome, closed=False)
-
-
-def _mode_of(run: Run, session: Session | None) -> Mode | None:
-    """Where to W&B is told of the run; None if it is not."""
+def _untold(run: Run) -> Outcome | None:
+    """How the run's newest attempt ended, if W&B is told of the run and does not know that."""
     mode, _ = resolve_mode(run.config().tracking)
     status = run.status() or RunStatus()
     # A session is noted before a run trains: without one, WANDB_MODE kept W&B out there. Nor is it
     # told of a run without an attempt, which was cancelled before it began.
     trained = any(attempt.first_step is not None for attempt in status.attempts)
-    untracked = session is None and (trained or not status.attempts)
-    return None if mode == "disabled" or untracked else mode
+    untracked = read_session(run) is None and (trained or not status.attempts)
+    if mode == "disabled" or untracked:
+        return None
+    told, stands = read_on_record(run).told, standing(run)
+    known = all(told.get(key) == stands[key] for key in ("attempts", "outcome"))
+    return None if known else status.outcome
 
 
 @dataclass(frozen=True)
@@ -187,21 +157,14 @@ def sync_run(run: Run, judge: Judge = system_lock_decides) -> Synced:
         raise TrackingError(refusal.text)
     with upload_lock(run):
         # Under the lock: another sync may have told it a moment ago.
-        before = read_on_record(run, run.settle_tracking_id())
-        told = _to_tell(run)
-        if before.told == told:
+        run.settle_tracking_id()
+        if read_on_record(run).told == standing(run, server_url()):
             return Synced(run.name, "unchanged")
         session = read_session(run)
         if session is None:  # damaged
             session = new_session(run, "online")
             write_session(run, session)
         rows = _upload(run, session)
-        # A plain `wandb sync` has nothing to do any more.
-        last_step = int(latest_values(run.metrics_file).get("step", -1))
-        on_record = OnRecord(before.run_id, max(before.step, last_step), told=told)
-        write_on_record(run, on_record)
-        leave_out_others(run, on_record)
-        note_closed(run, session.token)
     return Synced(run.name, "unchanged" if rows is None else "uploaded", rows or 0)
 
 
@@ -214,9 +177,8 @@ def upload_as_new(run: Run, judge: Judge = system_lock_decides) -> None:
     if trainer := _trainer_of(run, judge):
         raise TrackingError(f"{run.name} trains now ({trainer}): cancel it first")
     run.renew_tracking_id()
-    # Another token: what W&B refused was the run's earlier id.
-    if session := read_session(run):
-        write_session(run, dataclasses.replace(session, token=new_session(run, session.mode).token))
+    with upload_lock(run):
+        write_on_record(run, OnRecord(run.tracking_id()))
 
 
 def _trainer_of(run: Run, judge: Judge) -> str | None:
@@ -260,14 +222,3 @@ def _upload(run: Run, session: Session) -> int | None:
         "the server has not taken all of it in time; sync again, it continues from what is there "
         f"({run.folder / 'wandb' / 'mirror.log'})"
     )
-
-
-def _to_tell(run: Run) -> dict[str, Any]:
-    """Differs when there is something to say to the server; asks no server."""
-    status = run.status()
-    rows = run.metrics_file.stat() if run.metrics_file.exists() else None
-    return {
-        "server": server_url(),
-        "outcome": asdict(status.outcome) if status and status.outcome else None,
-        "rows": [rows.st_size, rows.st_mtime_ns] if rows else None,
-    }

@@ -13,10 +13,9 @@ from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.recorder import Tracker, Untracked
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, outcome_of
-from flowjobs.tracking.folders import read_on_record
 from flowjobs.tracking.mode import resolve_mode
-from flowjobs.tracking.outcome import Mode, new_session, read_session, write_session
 from flowjobs.tracking.process import start_mirror
+from flowjobs.tracking.record import Mode, new_session, read_on_record, read_session, write_session
 from flowjobs.tracking.telling import wait_for_mirror
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,10 @@ class WandbTracker:
         self._warned = False
         self._mirror: subprocess.Popen[bytes] | None = None
         with self._never_stopping():
-            self._start()
+            write_session(run, self._session)
+            self._mirror = start_mirror(run, self._session, "trains")
+            # Not a thread to wait for: it ends when the mirror does.
+            threading.Thread(target=self._pass_on, args=(self._mirror,), daemon=True).start()
 
     def follow(self) -> None:
         """See `Tracker`."""
@@ -76,7 +78,7 @@ class WandbTracker:
         """See `Tracker`."""
         with self._never_stopping():
             offline = self._session.mode == "offline"
-            if offline and read_on_record(self._run, self._run.tracking_id()).step <= step:
+            if offline and read_on_record(self._run).step <= step:
                 return  # what was lost never came so far
             if self._taken_over():
                 return
@@ -91,17 +93,15 @@ class WandbTracker:
         self._session = dataclasses.replace(self._session, summary=summary)
 
     def finish(self, outcome: Outcome) -> None:
-        """Close the attempt, and say how it ended; waits for a few seconds at most."""
+        """Close the attempt; how it ended is in `status.json`. Waits for a few seconds at most."""
         with self._never_stopping():
             if self._taken_over():
                 return
-            self._session = dataclasses.replace(self._session, outcome=outcome)
+            write_session(self._run, self._session)
             if self._mirror is None or self._mirror.poll() is not None:
-                self._start()  # it was killed; a new one catches up and finds the outcome on disk
-            else:
-                write_session(self._run, self._session)
-                self._send("finish")
-            assert self._mirror is not None
+                # It was killed; another one catches up.
+                self._mirror = start_mirror(self._run, self._session, "closes")
+            self._send("finish")
             patient = self._connected and outcome.state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
             wait_for_mirror(self._run, self._session, self._mirror, limit_s)
@@ -110,14 +110,6 @@ class WandbTracker:
         """Whether another attempt has begun; the mirror sees it too, and stops."""
         newest = read_session(self._run)
         return newest is not None and newest.token != self._session.token
-
-    def _start(self) -> None:
-        write_session(self._run, self._session)
-        self._mirror = start_mirror(self._run, self._session, "trains")
-        if self._session.outcome is not None:
-            return
-        # Not a thread to wait for: it ends when the mirror does.
-        threading.Thread(target=self._pass_on, args=(self._mirror,), daemon=True).start()
 
     def _send(self, command: str) -> None:
         with self._never_stopping():  # also a pipe that nobody reads any more

@@ -26,13 +26,13 @@ from flowjobs.runs import file_lock, lock
 from flowjobs.runs.lock import RunLock, lock_holder
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking import outcome
+from flowjobs.tracking import record
 logging.basicConfig(format="%(message)s")
 run = Run(Path("study").absolute(), "a")
 """
 HOLDER = """
 run.create(RunConfig())
-with RunLock(run.folder, JobInfo.in_foreground()), outcome.upload_lock(run):
+with RunLock(run.folder, JobInfo.in_foreground()), record.upload_lock(run):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -66,14 +66,14 @@ def test_without_locks_a_living_process_holds_the_run_and_a_killed_one_does_not(
 ) -> None:
     with holder() as process:
         said = said_by("""
-            file_lock.SAY_AFTER_S, outcome.UPLOAD_WAIT_S = 0.2, 1.0
+            file_lock.SAY_AFTER_S, record.UPLOAD_WAIT_S = 0.2, 1.0
             print("held by", lock_holder(run.folder))
             try:
                 RunLock(run.folder, JobInfo.in_foreground()).__enter__()
             except RunBusyError as error:
                 print("busy:", error, error.exit_code)
             try:
-                outcome.upload_lock(run).__enter__()
+                record.upload_lock(run).__enter__()
             except LockHeldError as error:
                 print("held:", error, error.exit_code)
         """)
@@ -89,7 +89,7 @@ def test_without_locks_a_living_process_holds_the_run_and_a_killed_one_does_not(
         process.wait()
         said = said_by("""
             print("held by", lock_holder(run.folder))
-            with RunLock(run.folder, JobInfo.in_foreground()) as mine, outcome.upload_lock(run):
+            with RunLock(run.folder, JobInfo.in_foreground()) as mine, record.upload_lock(run):
                 print(mine.is_held())
             run.create(RunConfig())
             # Its id may come again: after a reboot, or in the next container.

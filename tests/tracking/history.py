@@ -1,9 +1,11 @@
 """What the tests of tracking claim of a run's history, online and offline."""
 
+import subprocess
 import time
 
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import Outcome
 from flowjobs.tracking.telling import close_session, pending_outcome
 from tests.tracking import attempts
 from tests.tracking.backend import Backend, RunOnServer
@@ -53,14 +55,27 @@ def wait_until_open(run: Run, backend: Backend | None) -> None:
     time.sleep(0.5)
 
 
+def write_end(run: Run, outcome: Outcome) -> None:
+    """Write down how the newest attempt ended, as who finds it out does."""
+    status = run.status()
+    assert status is not None
+    status.close(outcome)
+    status.write(run.status_file)
+
+
 def run_to_the_end(run: Run, last_step: int) -> str:
-    """One attempt that finishes. Returns what it said.
+    """One attempt that finishes. Returns what it said."""
+    return finish_and_tell(run, attempts.start(run, last_step))
+
+
+def finish_and_tell(run: Run, process: "subprocess.Popen[str]") -> str:
+    """Wait for an attempt that finishes. Returns what it said.
 
     On a machine that is busy with other things W&B may come too late for it; it is told then.
     """
-    code, said = attempts.finish(attempts.start(run, last_step))
+    code, said = attempts.finish(process)
     assert code == 0, said
     for _ in range(3):
-        if outcome := pending_outcome(run):
-            close_session(run, outcome)
+        if pending_outcome(run):
+            close_session(run)
     return said

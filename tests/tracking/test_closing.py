@@ -5,15 +5,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from flowjobs.errors import TrackingError
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.reconcile import reconcile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
-from flowjobs.tracking.telling import close_session, pending_outcome
+from flowjobs.tracking.telling import close_session, pending_outcome, sync_run, upload_as_new
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -22,6 +24,7 @@ from tests.tracking.history import (
     on_server,
     run_to_the_end,
     wait_until_open,
+    write_end,
 )
 from tests.tracking.leet import Inspected, inspect, records, session_files
 
@@ -59,20 +62,21 @@ def state_of(run: Run, backend: Backend | None) -> tuple[str, int | None, list[s
 def test_a_death_without_a_word_is_failed_with_its_reason(tracked_run: MakeRun, mode: str) -> None:
     run, backend = tracked_run(mode)
     attempt_that_is_killed(run)
-    assert close_session(run, OUT_OF_MEMORY)
+    write_end(run, OUT_OF_MEMORY)
+    assert close_session(run)
     state, exit_code, tags, notes = state_of(run, backend)
     assert (state, exit_code, tags) == ("failed", 137, ["flowjobs", "failed"])
     assert notes.startswith(f"flowjobs: failed: {OUT_OF_MEMORY.reason}\n> attempt 1, ")
     assert f"> log: {run.logs}" in notes
     assert_history_is_exact(run, backend)
 
-    assert not close_session(run, OUT_OF_MEMORY)
+    assert not close_session(run)
     run_to_the_end(run, 5000)
     state, exit_code, tags, notes = state_of(run, backend)
     assert (state, exit_code, tags) == ("finished", 0, ["flowjobs"])
     assert notes.startswith("flowjobs: finished\n")
     assert_history_is_exact(run, backend)
-    assert not close_session(run, OUT_OF_MEMORY)
+    assert not close_session(run)
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
@@ -81,7 +85,8 @@ def test_a_crash_before_wandb_started_is_there_with_its_identity(
 ) -> None:
     run, backend = tracked_run(mode)
     attempt_that_never_reached_wandb(run)
-    assert close_session(run, Outcome("failed", 1, "ImportError: no module named torch"))
+    write_end(run, Outcome("failed", 1, "ImportError: no module named torch"))
+    assert close_session(run)
     state, exit_code, tags, notes = state_of(run, backend)
     assert (state, exit_code, tags) == ("failed", 1, ["flowjobs", "failed"])
     assert "> attempt 1, slurm job 12 on n3, step 0\n> log: /logs/12.out" in notes
@@ -102,7 +107,8 @@ def test_telling_a_death_says_nothing_of_the_machine_that_tells_it(
     surroundings = run.folder / "wandb" / "surroundings.json"
     found = json.loads(surroundings.read_text())
     surroundings.write_text(json.dumps(found | {"host": "n3", "git_commit": "abc"}))
-    assert close_session(run, OUT_OF_MEMORY)
+    write_end(run, OUT_OF_MEMORY)
+    assert close_session(run)
     if backend is None:
         path = session_files(run)[-1]
         config = inspect(path).config
@@ -123,9 +129,10 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_failed(
     process.terminate()
     assert attempts.finish(process)[0] == 75
     assert state_of(run, backend)[0] == "preempted"
-    assert not close_session(run, Outcome("preempted", 75, "preempted"))
+    assert not close_session(run)
 
-    assert close_session(run, CANCELLED)
+    write_end(run, CANCELLED)
+    assert close_session(run)
     state, exit_code, tags, notes = state_of(run, backend)
     assert (state, exit_code, tags) == ("preempted", 130, ["flowjobs", "cancelled"])
     assert notes.startswith("flowjobs: cancelled: cancelled by its user")
@@ -137,7 +144,8 @@ def test_an_offline_file_that_is_only_a_header_does_not_hinder(tracked_run: Make
     attempt_that_is_killed(run)
     (file,) = session_files(run)
     file.write_bytes(file.read_bytes()[:7])
-    assert close_session(run, OUT_OF_MEMORY)
+    write_end(run, OUT_OF_MEMORY)
+    assert close_session(run)
     assert state_of(run, None)[0] == "failed"
     assert_history_is_exact(run, None)
 
@@ -146,10 +154,11 @@ def test_an_outcome_that_cannot_be_told_is_kept(tracked_run: MakeRun, backend: B
     run, _ = tracked_run("online")
     attempt_that_is_killed(run)
     backend.go_down()
-    assert close_session(run, OUT_OF_MEMORY)
+    write_end(run, OUT_OF_MEMORY)
+    assert close_session(run)
     assert pending_outcome(run) == OUT_OF_MEMORY
     backend.come_back()
-    assert close_session(run, OUT_OF_MEMORY)
+    assert close_session(run)
     assert pending_outcome(run) is None
     assert on_server(run, backend).state == "failed"
 
@@ -157,7 +166,8 @@ def test_an_outcome_that_cannot_be_told_is_kept(tracked_run: MakeRun, backend: B
 def test_a_run_without_tracking_has_nothing_to_close(tracked_run: MakeRun) -> None:
     run, _ = tracked_run("disabled")
     attempt_that_never_reached_wandb(run)
-    assert not close_session(run, OUT_OF_MEMORY)
+    write_end(run, OUT_OF_MEMORY)
+    assert not close_session(run)
     assert not run.tracking_file.exists()
 
 
@@ -172,6 +182,53 @@ def test_a_run_that_is_cancelled_before_it_began_is_none_in_wandb(
     assert (session_files(run) if backend is None else backend.runs()) == []
 
 
+def noted_by_an_earlier_version(run: Run, *, closed: bool) -> None:
+    """Rewrites what is noted of a run's end as flowjobs did when tracking.json held it."""
+    session, status = json.loads(run.tracking_file.read_text()), run.status()
+    assert status is not None
+    assert status.outcome is not None
+    end = {"attempt": len(status.attempts), "outcome": asdict(status.outcome), "closed": closed}
+    run.tracking_file.write_text(json.dumps(session | end))
+    file = run.folder / "wandb" / "on_record.json"
+    found = json.loads(file.read_text())
+    del found["refusal"]
+    file.write_text(json.dumps(found | {"told": None}))
+
+
+def test_what_an_earlier_version_has_told_is_not_told_again(
+    tracked_run: MakeRun, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = tracked_run("offline")
+    run_to_the_end(run, 50)
+    noted_by_an_earlier_version(run, closed=True)
+    assert pending_outcome(run) is None
+    assert not close_session(run)
+    assert "damaged" not in caplog.text
+    assert sync_run(run).rows == 5
+    assert_history_is_exact(run, backend)
+    assert sync_run(run).state == "unchanged"
+
+
+def test_what_an_earlier_version_was_refused_is_known_until_it_is_tried_again(
+    tracked_run: MakeRun, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = tracked_run("offline")
+    run_to_the_end(run, 50)
+    noted_by_an_earlier_version(run, closed=False)
+    token = json.loads(run.tracking_file.read_text())["token"]
+    refused = {"token": token, "text": "it was deleted in W&B", "kind": "deleted"}
+    (run.folder / "wandb" / "refused.json").write_text(json.dumps(refused))
+    assert pending_outcome(run) is None
+    with pytest.raises(TrackingError, match="it was deleted in W&B"):
+        sync_run(run)
+    upload_as_new(run)
+    assert pending_outcome(run) is not None
+    assert sync_run(run).rows == 5
+    assert pending_outcome(run) is None
+    assert "damaged" not in caplog.text
+    assert_history_is_exact(run, backend)
+
+
 def test_closing_loads_neither_torch_nor_wandb(tmp_path: Path) -> None:
     code = "import sys, flowjobs.tracking.telling\nprint({'torch', 'wandb'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -184,8 +241,9 @@ def test_telling_a_death_beside_an_attempt_that_starts_does_not_end_that(
 ) -> None:
     run, backend = tracked_run(mode)
     attempt_that_is_killed(run)
+    write_end(run, OUT_OF_MEMORY)
     with ThreadPoolExecutor() as beside:
-        telling = beside.submit(close_session, run, OUT_OF_MEMORY)
+        telling = beside.submit(close_session, run)
         time.sleep(0.3)
         run_to_the_end(run, 5000)
         telling.result()
@@ -198,11 +256,8 @@ def test_telling_a_death_beside_an_attempt_that_starts_does_not_end_that(
 def test_an_outcome_that_is_only_on_disk_is_still_to_be_told(tracked_run: MakeRun) -> None:
     run, _ = tracked_run("offline")
     attempt_that_is_killed(run)
-    status = run.status()
-    assert status is not None
     assert pending_outcome(run) is None  # nobody knows yet how it ended
-    status.close(OUT_OF_MEMORY)
-    status.write(run.status_file)
+    write_end(run, OUT_OF_MEMORY)
     assert pending_outcome(run) == OUT_OF_MEMORY
-    assert close_session(run, OUT_OF_MEMORY)
+    assert close_session(run)
     assert pending_outcome(run) is None

@@ -8,7 +8,7 @@ import pytest
 
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.outcome import current_refusal, read_session
+from flowjobs.tracking.record import current_refusal
 from flowjobs.tracking.telling import close_session, pending_outcome
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
@@ -44,12 +44,11 @@ def mend_server(backend: Backend, fault: str) -> None:
 
 
 def tell_what_is_pending(run: Run) -> None:
-    session = read_session(run)
-    assert session is not None
-    outcome = session.outcome
-    assert outcome is not None
-    assert pending_outcome(run) == (None if current_refusal(run) else outcome)
-    assert close_session(run, outcome)
+    status = run.status()
+    assert status is not None
+    assert status.outcome is not None
+    assert pending_outcome(run) == (None if current_refusal(run) else status.outcome)
+    assert close_session(run)
     assert pending_outcome(run) is None
 
 

@@ -13,13 +13,14 @@ import pytest
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import outcome_of
-from flowjobs.tracking.outcome import new_session, read_session, write_session
+from flowjobs.tracking.record import new_session, read_session, write_session
 from flowjobs.tracking.tracker import WandbTracker
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
 from tests.tracking.history import (
     assert_history_is_exact,
+    finish_and_tell,
     has_picture,
     on_server,
     run_to_the_end,
@@ -142,7 +143,7 @@ def test_what_a_person_writes_while_the_run_trains_stays(
     wait_until_open(run, backend)
     found = on_server(run, backend)
     backend.edit(found.id, tags=[*found.tags, "mine"], notes=f"{found.notes}\n\nlook at this")
-    assert attempts.finish(process)[0] == 0
+    finish_and_tell(run, process)
     found = on_server(run, backend)
     assert found.tags == ["mine", "flowjobs"]
     assert found.notes.endswith("\n\nlook at this")
