@@ -1,5 +1,6 @@
 """Large numbers as people write them: 500k, 2M, 1_000_000."""
 
+import math
 import re
 
 FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -7,8 +8,9 @@ FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
 
 def parse_count(text: str) -> int | None:
     """`"1.5k"` -> 1500; None for what is no such number."""
-    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([km]?)", text.lower())
-    return round(float(found[1]) * FACTORS[found[2]]) if found else None
+    found = re.fullmatch(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)([km]?)", text.lower())
+    number = float(found[1]) * FACTORS[found[2]] if found else math.inf
+    return round(number) if math.isfinite(number) else None
 
 
 def count_words(number: int) -> str:

@@ -13,7 +13,15 @@ from flowjobs.config import (
     config_to_dict,
     run_config_from_dict,
 )
+from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
+
+
+@pytest.mark.parametrize("text", ["5_k", "1__000", "1_", "_1", "1k5", "9" * 400, "9" * 305 + "m"])
+def test_what_is_no_count_is_none(text: str) -> None:
+    assert parse_count(text) is None
+    with pytest.raises(ConfigError, match=r"--params: found '.*', expected a number"):
+        TrainingConfig(params=text)
 
 
 def test_run_name_is_the_seeds() -> None:

@@ -8,7 +8,8 @@ from typing import Literal
 
 from flowjobs.cli.parser import read_command_line
 
-# bash's own way, which zsh has too. Runs and sweeps are those of the default study there.
+# bash's own way, which zsh has too. Runs and sweeps are those of the default study there; what is
+# called otherwise than a run can be is left out: compgen would run code in it, as in $(name).
 SCRIPT = """\
 {begin}_flowjobs() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} words
@@ -16,7 +17,8 @@ SCRIPT = """\
         1:*) words="{commands}" ;;
 {cases}
         *) words=$(cd "${{FLOWJOBS_STUDY:-study}}" 2>/dev/null && {{
-                ls runs; ls sweeps | sed -n 's/[.]runs$//p'; }} 2>/dev/null) ;;
+                ls runs; ls sweeps | sed -n 's/[.]runs$//p'; }} 2>/dev/null |
+                grep -xE '[A-Za-z0-9][A-Za-z0-9._-]*') ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }}
@@ -42,6 +44,5 @@ def flags_of(commands: Mapping[str, type]) -> dict[str, list[str]]:
             read_command_line(command, f"flowjobs {name}", ["--help"])
         # At the beginning of a line, or after another flag: not those that a text speaks of.
         rows = re.findall(r"^[^\w-]*((?:--?[a-z-]+[ ,]*)+)", shown.getvalue(), re.MULTILINE)
-        found = [flag for row in rows for flag in re.findall(r"--[a-z-]+", row)]
-        flags[name] = sorted({flag for flag in found if not flag.startswith("--no-")})
+        flags[name] = sorted({flag for row in rows for flag in re.findall(r"--[a-z-]+", row)})
     return flags

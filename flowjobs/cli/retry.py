@@ -15,6 +15,7 @@ from flowjobs.cli.hint import hint
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.start_many import (
+    check_counts,
     plan_code_of,
     print_notes,
     print_resources,
@@ -64,6 +65,7 @@ class Retry(CodeOptions, CommandOptions):
 
         if not self.names:
             raise ConfigError("retry: found no name, expected those of the runs to start again")
+        check_counts(parallel=self.parallel)
         changes = changes_from(self.changes)
         slots: int = changes.get(RUNS_PER_GPU, 1)
         cluster, why = choose_cluster(self.cluster)

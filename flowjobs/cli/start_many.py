@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.hint import hint
+from flowjobs.config import flag
+from flowjobs.errors import ConfigError
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
 
 if TYPE_CHECKING:
@@ -12,6 +14,13 @@ if TYPE_CHECKING:
     from flowjobs.sweeps.plan import Member
 
 NAMES_SHOWN = 3
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise a ConfigError for an option that counts something, by its field, and is below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag(name)}: found {value}, expected at least 1")
 
 
 def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[CodePlan]":

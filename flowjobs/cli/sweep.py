@@ -17,6 +17,7 @@ from flowjobs.cli.hint import hint
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import check_parts, with_absolute_paths
 from flowjobs.cli.start_many import (
+    check_counts,
     counted,
     is_wanted,
     plan_code_of,
@@ -165,9 +166,7 @@ class Sweep(CodeOptions, CommandOptions):
 
     def run(self, defaults: Defaults) -> int:
         """Submit. Returns the exit code."""
-        for name in ("parallel", "first", "runs_per_gpu"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{flag(name)}: found {value}, expected at least 1")
+        check_counts(parallel=self.parallel, first=self.first, runs_per_gpu=self.runs_per_gpu)
         study = absolute(self.study)
         name, sweep = self._asked(study, defaults)
         check_sweep_name(study, name)

@@ -58,6 +58,8 @@ from tests.conftest import Command
         (["cancel"], "cancel: found no name"),
         (["cancel", "x", "--study", "/dev/null"], "/dev/null"),
         (["train", "--cluster", "debug"], "Unrecognized options: --cluster"),
+        (["retry", "x", "--parallel", "-1"], "--parallel: found -1, expected at least 1"),
+        (["sweep", "--seed", "0", "1", "--first", "0"], "--first: found 0, expected at least 1"),
     ],
 )
 def test_bad_input(flowjobs: Command, workplace: Path, arguments: list[str], said: str) -> None:

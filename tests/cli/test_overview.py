@@ -229,6 +229,9 @@ def test_a_shell_completes_commands_flags_and_runs(flowjobs: Command, study: Pat
     (study / "sweeps").mkdir()
     (study / "sweeps/wider.runs").touch()
     (study / "sweeps/wider.toml").touch()
+    for hostile in ("wide$(touch ran)", "wide`touch ran`", "wide ${x:=$(touch ran)}"):
+        (study / "runs" / hostile).mkdir()
+        (study / f"sweeps/{hostile}.runs").touch()
     Path("script").write_text(flowjobs("completion", "bash").stdout)
 
     def completed(*words: str) -> list[str]:
@@ -246,6 +249,10 @@ def test_a_shell_completes_commands_flags_and_runs(flowjobs: Command, study: Pat
     assert completed("flowjobs", "report", "--la") == ["--latex"]
     assert completed("flowjobs", "submit", "--weight") == ["--weight-decay"]
     assert "--study" in completed("flowjobs", "logs", "-")
+    assert completed("flowjobs", "submit", "--no-f") == ["--no-follow"]
+    assert completed("flowjobs", "retry", "--no-") == ["--no-snapshot"]
+    assert completed("flowjobs", "status", "wide") == ["wide-one", "wide-two", "wider"]
+    assert not Path("ran").exists()
 
 
 def test_every_command_leaves_a_study_as_it_is(flowjobs: Command, study: Path) -> None:

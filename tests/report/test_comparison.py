@@ -45,6 +45,12 @@ def test_what_varies_is_rows_and_columns(study: Path) -> None:
     assert found.row_fields == ("flow",)
 
 
+def test_values_that_are_counts_are_in_their_order_and_others_are_words(study: Path) -> None:
+    for dataset in ("10_k", "5_k", "20k", "3_000"):
+        made_run(study, [1.0], dataset=dataset)
+    assert compared(study).rows == [("3_000",), ("20k",), ("10_k",), ("5_k",)]
+
+
 def test_a_field_that_only_differs_between_cells_is_averaged_by_none(study: Path) -> None:
     for seed in range(3):
         for flow, ot_batch in (("icfm", None), ("otcfm", 128)):
