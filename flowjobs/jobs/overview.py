@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from flowjobs.errors import ConfigError
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome
+from flowjobs.runs.files import warn_once
 from flowjobs.runs.listing import Glance, glances
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
@@ -117,7 +119,11 @@ def overview(study: Path, some: Sequence[Glance], findings: Mapping[Run, Finding
     groups = []
     outside = dict(standings)
     for name in sweep_names(study):
-        names = runs_of_sweep(study, name)
+        try:
+            names = runs_of_sweep(study, name)
+        except ConfigError as error:
+            warn_once(str(error))  # its runs are shown by their groups
+            continue
         there = [standings[run] for run in names if run in standings]
         groups.append(Group(name, there, missing=len(names) - len(there)))
         for run in names:

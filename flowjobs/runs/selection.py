@@ -97,12 +97,19 @@ def runs_of_sweep(study: Path, name: str) -> list[str]:
 
     Raises:
         RunNotFoundError: There is no such sweep.
+        ConfigError: The file cannot be read.
     """
+    file = study / "sweeps" / f"{name}.runs"
     try:
-        text = (study / "sweeps" / f"{name}.runs").read_text()
+        text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         known = meant(name, sweep_names(study), "sweeps")
         raise RunNotFoundError(f"no sweep {name} in {study}: {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}), expected the name of a run a line: move it away, and "
+            "repeat the sweep, which writes it anew"
+        ) from error
     return text.split()
 
 

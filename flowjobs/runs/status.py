@@ -274,7 +274,8 @@ def read_sound_status(path: Path) -> RunStatus | None:
         return None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is damaged ({error}): it counts for nothing until an attempt writes it anew"
+            f"{path} is damaged ({error}): it counts for nothing until an attempt of the run, "
+            "which is to be submitted again, writes it anew"
         ) from error
 
 

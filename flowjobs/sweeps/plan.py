@@ -19,7 +19,7 @@ from flowjobs.jobs.submit import running_jobs
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import same_file
 from flowjobs.runs.run import Run, has_done
-from flowjobs.runs.status import RunStatus
+from flowjobs.runs.status import RunStatus, read_sound_status
 
 # "new" has no job yet; "to resume" has saved its state, and no job of it waits or runs.
 Stage = Literal[
@@ -64,24 +64,31 @@ def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> lis
     found: dict[Run, Member] = {}
     others: dict[Run, RunConfig] = {}
     differing: dict[Run, list[str]] = {}
+    unread: dict[Run, Exception] = {}
     for run, wanted in asked.items():
         try:
             before = _json(run.config_file)
-        except (OSError, ValueError) as error:
-            found[run] = Member(run, wanted, "unknown", f"{run.config_file}: {error}")
-            continue
-        if before is None:
-            found[run] = Member(run, wanted, "new")
-            continue
-        training = before.get("training", {})
-        config = _with_own_length(wanted, training, length_given)
-        if lines := _differences(training, config):
-            differing[run] = lines
-        if not lines and _is_finished(run, config):
-            found[run] = Member(run, config, "finished")
+            if before is None:
+                found[run] = Member(run, wanted, "new")
+                continue
+            training = before.get("training", {})
+            config = _with_own_length(wanted, training, length_given)
+            if lines := _differences(training, config):
+                differing[run] = lines
+            finished = not lines and _is_finished(run, config)
+        except OSError as error:
+            found[run] = Member(run, wanted, "unknown", str(error))
+        except Exception as error:  # of the files nothing was checked: `stages` does
+            unread[run], others[run] = error, wanted
         else:
-            others[run] = config
+            if finished:
+                found[run] = Member(run, config, "finished")
+            else:
+                others[run] = config
     found |= stages(others)
+    for run, error in unread.items():
+        if found[run].stage != "unknown":
+            raise error  # its files are as they should be: it is a bug
     if wrong := {run: lines for run, lines in differing.items() if _has_begun(found[run])}:
         raise RunMismatchError(_mismatch(wrong))
     return [found[run] for run in asked]
@@ -124,10 +131,7 @@ def _with_own_length(
 
 def _is_finished(run: Run, config: RunConfig) -> bool:
     """Whether the run has done all that is asked for, without its status being checked in full."""
-    try:
-        found = _json(run.status_file) or {}
-    except (OSError, ValueError):
-        return False
+    found = _json(run.status_file) or {}
     keys = ("state", "epoch", "epochs", "patience")
     status = RunStatus(**{key: found[key] for key in keys if key in found})
     return has_done(status, config.training)
@@ -140,7 +144,8 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
     for run, config in asked.items():
         try:
             run.config()
-            statuses[run] = run.status() or RunStatus()
+            # Taken for none, as an attempt does, a damaged one would have the run started again.
+            statuses[run] = read_sound_status(run.status_file) or RunStatus()
             run.submissions()
         except (FlowjobsError, OSError) as error:
             members[run] = Member(run, config, "unknown", str(error))

@@ -56,6 +56,25 @@ def test_a_dead_run_is_shown_as_dead_and_a_living_one_with_its_time_left(
     assert tree(study) == before
 
 
+@pytest.mark.parametrize("text", [b"\xff\xfe", None])
+def test_a_sweep_whose_list_of_runs_cannot_be_read_hides_no_other(
+    flowjobs: Command, study: Path, text: bytes | None
+) -> None:
+    for name in "abc":
+        made_run(study, [1.0] * 3, name=name)
+    (study / "sweeps").mkdir()
+    (study / "sweeps/whole.runs").write_text("a\nb\n")
+    damaged = study / "sweeps/damaged.runs"
+    damaged.mkdir() if text is None else damaged.write_bytes(text)
+    done = flowjobs("status")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ["whole", "ablation"]
+    assert f"{damaged} cannot be read" in done.stderr
+    named = flowjobs("status", "damaged")
+    assert (named.returncode, named.stderr.startswith("error: ")) == (2, True), named.stderr
+    assert f"{damaged} cannot be read" in named.stderr
+
+
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 

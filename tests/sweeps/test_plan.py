@@ -1,0 +1,41 @@
+"""What there is already of the runs of a sweep."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.sweeps.plan import look_at
+from tests.report.made_up import made_run
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"training": None}, "training: found None, expected an object"),
+        ("config.json", {"training": {"epochs": "300"}}, "found epochs '300', expected"),
+        ("config.json", {"training": {"epochs": 0}}, "--epochs: found 0, expected at least 1"),
+        ("config.json", {"training": {"init_from": 5}}, "found init_from 5, expected"),
+        ("config.json", {"training": {"dataset": None}}, "found dataset None, expected"),
+        ("config.json", "[" * 100_000, "config.json is not JSON"),
+        ("status.json", {"epoch": None}, "status.json is damaged (found epoch None, expected"),
+        ("status.json", {"epoch": 0, "epochs": "3"}, "is damaged (found epochs '3', expected"),
+        ("status.json", {"state": "done"}, "status.json is damaged (found state 'done', expected"),
+        ("status.json", "{", "status.json is damaged"),
+    ],
+)
+def test_a_run_whose_files_are_damaged_is_unknown_and_the_others_as_they_are(
+    study: Path, file: str, change: dict[str, Any] | str, said: str
+) -> None:
+    damaged, other = (made_run(study, [1.0] * 3, name=f"s{seed}", seed=seed) for seed in (0, 1))
+    path, text = damaged.folder / file, change
+    if not isinstance(change, str):
+        text = json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(str(text))
+    asked = {run: RunConfig(TrainingConfig(seed=int(run.name[1:]))) for run in (damaged, other)}
+    unknown, finished = look_at(asked, frozenset())
+    assert (unknown.stage, finished.stage) == ("unknown", "finished")
+    assert said in unknown.why
+    assert unknown.why.startswith(str(damaged.folder))
