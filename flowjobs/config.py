@@ -104,7 +104,7 @@ class KeyValues(dict[str, Any]):
     def parse(cls, items: Iterable[str]) -> "KeyValues":
         """`["width=512", "norm=layer"]` -> `{"width": 512, "norm": "layer"}`.
 
-        A value is a Python literal (of JSON's types: a tuple becomes a list), else a string.
+        A value is read by `literal_or_text`.
 
         Raises:
             ValueError: An item is not of the form key=value.
@@ -114,11 +114,20 @@ class KeyValues(dict[str, Any]):
             key, equals, value = item.partition("=")
             if not (key and equals):
                 raise ValueError(f"found {item!r}, expected key=value")
-            try:
-                parsed[key] = json.loads(json.dumps(ast.literal_eval(value)))
-            except (ValueError, SyntaxError, TypeError):  # no literal, or none that JSON knows
-                parsed[key] = value
+            parsed[key] = literal_or_text(value)
         return parsed
+
+
+def literal_or_text(text: str) -> Any:
+    """What is typed as a value: a Python literal (a tuple becomes a list), else the text itself.
+
+    A literal that JSON does not know (a set) is text as well.
+    """
+    try:
+        return json.loads(json.dumps(ast.literal_eval(text)))
+    # A key that is a list, and signs or brackets that are nested too deep: see literal_eval.
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 @dataclass(frozen=True)

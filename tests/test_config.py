@@ -11,6 +11,7 @@ from flowjobs.config import (
     TrainingConfig,
     check_arch,
     config_to_dict,
+    literal_or_text,
     run_config_from_dict,
 )
 from flowjobs.counts import parse_count
@@ -99,6 +100,11 @@ def test_a_project_that_wandb_would_refuse_is_refused(project: str) -> None:
 def test_key_values_are_literals_or_strings() -> None:
     parsed = KeyValues.parse(["width=512", "norm=layer", "scales=(1, 2)", "gres=gpu:2", "x=1=2"])
     assert parsed == {"width": 512, "norm": "layer", "scales": [1, 2], "gres": "gpu:2", "x": "1=2"}
+
+
+@pytest.mark.parametrize("text", ["{[1]}", "{1}", "-" * 3000 + "1", "(" * 300, "b'x'", "'", "x\0"])
+def test_what_is_no_literal_of_json_is_text(text: str) -> None:
+    assert literal_or_text(text) == text
 
 
 def test_an_arch_is_checked_without_importing_it() -> None:

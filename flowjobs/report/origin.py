@@ -1,6 +1,5 @@
 """Where a run of a report comes from: the command that makes it again, its code, its W&B page."""
 
-import ast
 import dataclasses
 import shlex
 from typing import Any
@@ -12,6 +11,7 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
     flag,
+    literal_or_text,
 )
 from flowjobs.errors import FlowjobsError
 from flowjobs.runs.code import code_of
@@ -65,7 +65,7 @@ def commit_of(run: Run) -> str:
 def wandb_page_of(run: Run) -> str:
     """The address of the run's page in W&B; empty where no server has been told of it."""
     try:
-        found = run.wandb_page_file.read_text().strip()
+        found = run.wandb_page_file.read_text(errors="replace").strip()
     except OSError:
         return ""
     return found if found.startswith(("https://", "http://")) else ""
@@ -83,10 +83,4 @@ def _words(name: str, value: Any) -> list[str]:
 
 def _literal(value: Any) -> str:
     """A value that `KeyValues.parse` reads back."""
-    if not isinstance(value, str):
-        return repr(value)
-    try:
-        ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-    return repr(value)
+    return value if isinstance(value, str) and literal_or_text(value) == value else repr(value)

@@ -3,7 +3,6 @@
 Reads what is on disk alone, and writes nothing. Knows neither torch nor a scheduler.
 """
 
-import ast
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
     is_data_file,
+    literal_or_text,
 )
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.nearest import did_you_mean, meant
@@ -107,7 +107,7 @@ def runs_of_sweep(study: Path, name: str) -> list[str]:
         raise RunNotFoundError(f"no sweep {name} in {study}: {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{file} cannot be read ({error}), expected the name of a run a line: move it away, and "
+            f"{file} cannot be read ({error}), expected a run's name a line: move it away, and "
             "repeat the sweep, which writes it anew"
         ) from error
     return text.split()
@@ -309,9 +309,6 @@ def _matches(field: str, found: Any, asked: str) -> bool:
         words.add(str(found).rpartition("=")[2])
     if any(fnmatchcase(word, asked) for word in words):
         return True
-    try:
-        # 3e-4 is 0.0003; but True is not 1.
-        value = ast.literal_eval(asked)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return asked in ("true", "false") and found is (asked == "true")
+    # 3e-4 is 0.0003; but True is not 1.
+    value = asked == "true" if asked in ("true", "false") else literal_or_text(asked)
     return isinstance(found, bool) is isinstance(value, bool) and bool(found == value)

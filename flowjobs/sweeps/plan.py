@@ -86,9 +86,9 @@ def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> lis
             else:
                 others[run] = config
     found |= stages(others)
-    for run, error in unread.items():
+    for run, met in unread.items():
         if found[run].stage != "unknown":
-            raise error  # its files are as they should be: it is a bug
+            raise met  # its files are as they should be: it is a bug
     if wrong := {run: lines for run, lines in differing.items() if _has_begun(found[run])}:
         raise RunMismatchError(_mismatch(wrong))
     return [found[run] for run in asked]

@@ -114,7 +114,9 @@ def test_the_command_of_a_run_is_that_run(study: Path) -> None:
     config = RunConfig(
         TrainingConfig(
             arch="wide=my nets:Wide",
-            arch_args=KeyValues(width=512, norm="layer", name="1", sizes=[1, 2]),
+            arch_args=KeyValues(
+                width=512, norm="layer", name="1", sizes=[1, 2], key="{[1]}", deep="-" * 3000 + "1"
+            ),
             lr=3e-4,
             compile=True,
             epochs=7,

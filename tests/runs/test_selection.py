@@ -82,6 +82,8 @@ def test_no_word_means_all(grid: Path) -> None:
         (["flow=otcmf"], RunNotFoundError, "no run has flow=otcmf .*did you mean otcfm"),
         (["seed=True"], RunNotFoundError, "no run has seed=True"),
         (["compile=1"], RunNotFoundError, "no run has compile=1"),
+        (["seed={[1]}"], RunNotFoundError, "no run has seed={"),
+        (["seed=" + "-" * 3000 + "1"], RunNotFoundError, "no run has seed=---"),
         (["flow=otcfm", "width=512"], RunNotFoundError, "has flow=otcfm and width=512 together"),
         (["flwo=icfm"], ConfigError, "flwo=: found no such field.*did you mean flow"),
         (["haeds=2"], ConfigError, "of a model: heads; did you mean heads"),
