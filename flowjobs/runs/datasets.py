@@ -15,6 +15,8 @@ TOY_SETS = (
     *("8gaussians", "moons", "scurve"),
     *("8gaussians-tong", "moons-tong", "8gaussians-c2ot", "moons-c2ot"),
 )
+# What a part of a run's data is called that are pairs of reflow.
+PAIRS = "pairs "
 # They need no file: their splits are written where they are first trained on.
 EMBEDDED = (DIGITS, *TOY_SETS)
 
@@ -146,7 +148,7 @@ def content_of_data(training: TrainingConfig, study: Path) -> dict[str, DataCont
         found |= {f"source {part}": content for part, content in of_source.items()}
     if training.reflow_from:
         files = zip(("train", "val"), pair_files(study, training.reflow_from), strict=True)
-        found |= {f"pairs {part}": _content(file) for part, file in files}
+        found |= {f"{PAIRS}{part}": _content(file) for part, file in files}
     return found
 
 

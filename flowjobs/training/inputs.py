@@ -17,6 +17,7 @@ from flowjobs.data.dataset import (
 from flowjobs.data.source import Sources, sources_of
 from flowjobs.flows.flow import Flow
 from flowjobs.runs.data_file import DataContent
+from flowjobs.runs.datasets import PAIRS
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.reflow import pairs_of
 
@@ -76,9 +77,9 @@ def inputs_of(
     if flow.given_pairs:
         sizes = len(train), len(val)
         with ranks.first_goes_first():
-            train, val = pairs_of(config, study, sizes, stats, device, stop_reason)
+            train, val = pairs_of(config, study, sizes, stats, content, device, stop_reason)
         pairs = content_by_part(train, val)
-        content |= {f"pairs {part}": of for part, of in pairs.items()}
+        content |= {f"{PAIRS}{part}": of for part, of in pairs.items()}
         as_made = no_normalization(train)  # they are normalized already
         mean, std = as_made["mean"].to(device), as_made["std"].to(device)
     return Inputs(train, val, mean, std, stats, sources, content)

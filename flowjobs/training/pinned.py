@@ -4,6 +4,7 @@
 `submit` can look the files up.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,18 @@ from flowjobs.errors import (
     ConfigError,
     RunNotFoundError,
 )
+from flowjobs.runs.data_file import DataContent
+from flowjobs.runs.datasets import PAIRS, content_of_data, differences
 from flowjobs.runs.run import Run
 from flowjobs.training.seal import digest_of
 
 
 def with_pinned_files(
-    config: TrainingConfig, study: Path, before: TrainingConfig | None
+    config: TrainingConfig,
+    study: Path,
+    before: TrainingConfig | None,
+    *,
+    data_are_given: bool = False,
 ) -> TrainingConfig:
     """The config with a digest behind `init_from`, whose path is made absolute, and `reflow_from`.
 
@@ -28,10 +35,12 @@ def with_pinned_files(
         study: Where the run of `reflow_from` is.
         before: The config of the run on disk that it may be, which has taken over what it needs by
             now: the files may be gone.
+        data_are_given: The run's data are not those that the config names: they are compared with
+            the other run's where its pairs are taken.
 
     Raises:
         ConfigError: There is no such file, or it is no checkpoint; or the other run is not
-            finished, or starts its paths elsewhere.
+            finished, starts its paths elsewhere, or is of other data.
     """
     if config.init_from is not None and PINNED not in config.init_from:
         path = Path(config.init_from).expanduser().absolute()
@@ -43,6 +52,8 @@ def with_pinned_files(
         kept = _kept(before.reflow_from if before else None, run.name, run.best)
         if kept is None:
             _check_teacher(run, config)
+            if not data_are_given:
+                _check_files_of(run, config)
         pinned = kept or _pinned("--reflow-from", run.name, run.best)
         config = replace(config, reflow_from=pinned)
     return config
@@ -76,6 +87,44 @@ def _check_teacher(run: Run, config: TrainingConfig) -> None:
         there, here = getattr(theirs, option), getattr(config, option)
         if there != here:
             raise ConfigError(f"--{option}: found {here}, expected {there}, as {run.name} has it")
+
+
+def _check_files_of(teacher: Run, config: TrainingConfig) -> None:
+    theirs = teacher.config().training
+    if now := content_of_data(replace(config, reflow_from=None), teacher.study):
+        check_same_data(teacher, now)
+        return
+    # An embedded set that is not made yet, of which no two are the same. If the other run's data
+    # are what its config names (a notebook's may not be), other names are other data.
+    files = content_of_data(replace(theirs, reflow_from=None), teacher.study)
+    noted = _data_of(teacher)
+    if theirs.dataset != config.dataset and noted and not differences(noted, files):
+        raise ConfigError(
+            f"--dataset: found {config.dataset}, expected {theirs.dataset}, as {teacher.name} "
+            "has it"
+        )
+
+
+def check_same_data(teacher: Run, content: Mapping[str, DataContent | None]) -> None:
+    """Raise unless the run of `--reflow-from` was trained on these data.
+
+    Args:
+        teacher: The run.
+        content: By part; None of one that is not known.
+
+    Raises:
+        ConfigError: It was trained on others; the text says what differs.
+    """
+    if lines := differences(_data_of(teacher), content):
+        raise ConfigError(
+            f"--reflow-from {teacher.name}: it was trained on other data, expected those of this "
+            "run:\n" + "\n".join(lines)
+        )
+
+
+def _data_of(teacher: Run) -> dict[str, DataContent]:
+    """What was noted of them, without the pairs that it may have been trained on itself."""
+    return {part: of for part, of in teacher.data().items() if not part.startswith(PAIRS)}
 
 
 def initial_weights_file(config: TrainingConfig) -> Path | None:

@@ -7,7 +7,8 @@ Source: Liu et al., Flow straight and fast (https://arxiv.org/abs/2209.03003), a
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,12 +19,19 @@ from flowjobs.data.batches import normalized
 from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import derive_seed
 from flowjobs.data.tensor_file import write_tensor
-from flowjobs.errors import CheckpointMismatchError, ConfigError, RunInterrupted
+from flowjobs.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    RunInterrupted,
+)
 from flowjobs.evaluation.solver import Solver
 from flowjobs.evaluation.trained import TrainedModel
+from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import pair_files
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.run import Run
+from flowjobs.training.pinned import check_same_data
 from flowjobs.training.seal import digest_of
 from flowjobs.training.trained import load_trained
 
@@ -39,6 +47,7 @@ def pairs_of(
     study: Path,
     sizes: tuple[int, int],
     stats: dict[str, Tensor],
+    content: Mapping[str, DataContent],
     device: torch.device,
     stop_reason: Callable[[], str | None],
 ) -> tuple[FlowDataset, FlowDataset]:
@@ -49,6 +58,7 @@ def pairs_of(
         study: Where the run is, and the pairs are kept.
         sizes: How many of each to make.
         stats: Normalization of this run's data, which must be the other's.
+        content: Of this run's data and source, by part, which must be the other's.
         device: Where to compute.
         stop_reason: Asked between chunks; a text raises RunInterrupted.
 
@@ -58,12 +68,18 @@ def pairs_of(
     """
     assert config.reflow_from is not None
     train_file, val_file = pair_files(study, config.reflow_from)
+    name, _, digest = config.reflow_from.rpartition(PINNED)
+    teacher_run = Run(study, name)
+    # A best.pt that is gone, or another by now, does not say which data the pairs are of; those of
+    # a run that has begun are known.
+    with suppress(OSError, CheckpointError):
+        if digest_of(teacher_run.best) == digest:
+            check_same_data(teacher_run, content)
     if not train_file.exists():
         train_file.parent.mkdir(parents=True, exist_ok=True)
-        name, _, digest = config.reflow_from.rpartition(PINNED)
         with locked(train_file.parent / ".lock", WAIT_S, f"for the pairs of {name}"):
             if not train_file.exists():
-                teacher = _teacher(Run(study, name), digest, stats, device)
+                teacher = _teacher(teacher_run, digest, stats, device)
                 # The validation part first: where train.pt is, both are.
                 for file, n in zip((val_file, train_file), reversed(sizes), strict=True):
                     logger.info("makes %d pairs of %s: %s", n, name, file)

@@ -120,7 +120,7 @@ class FlowTrainer:
         study = default_study().absolute() if run is None else run.study
         there = run or Run(study, name or config.run_name)
         before = there.config().training if there.exists() else None
-        config = self._config = with_pinned_files(config, study, before)
+        config = self._config = with_pinned_files(config, study, before, data_are_given=True)
         self._device = device
         self._name = name or config.run_name
         self._wandb_project = wandb_project

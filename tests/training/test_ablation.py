@@ -9,15 +9,30 @@ from typing import Any
 import pytest
 import torch
 
-from flowjobs.config import BUILT_IN_ARCHS, BUILT_IN_FLOWS, KeyValues
-from flowjobs.data.dataset import FlowDataset
+from flowjobs.config import (
+    BUILT_IN_ARCHS,
+    BUILT_IN_FLOWS,
+    KeyValues,
+    RunConfig,
+    TrackingConfig,
+)
+from flowjobs.data.dataset import FlowDataset, load_datasets, write_splits
 from flowjobs.errors import ConfigError, RunInterrupted
 from flowjobs.models.build import build_model
+from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.pinned import with_pinned_files
-from tests.training.test_exactness import CONFIG, CPU, STEPS_PER_EPOCH, interrupt_everywhere, train
+from tests.training.test_exactness import (
+    CONFIG,
+    CPU,
+    STEPS_PER_EPOCH,
+    data,
+    interrupt_everywhere,
+    train,
+)
 
 AUGS = ("none", "noise", "mixup", "dropout")
 BASE = replace(CONFIG, epochs=3, arch_args=KeyValues(width=16, depth=1))
@@ -95,11 +110,35 @@ def test_pairs_of_other_data_or_another_source_are_refused(study: Path) -> None:
         with_pinned_files(replace(asked, normalize="none"), study, None)
     with pytest.raises(ConfigError, match=r"no run nobody .*teacher"):
         with_pinned_files(replace(asked, reflow_from="nobody"), study, None)
-    shutil.rmtree(study / "datasets/pairs")
     other = FlowDataset(torch.rand(40, 6)), FlowDataset(torch.rand(20, 6))
-    with pytest.raises(ConfigError, match="it was trained on other data"):
-        FlowTrainer(build_model(asked, 6), asked, *other, CPU, name="other")
+    for _ in ("the pairs are there", "they are not"):
+        with pytest.raises(ConfigError, match=r"it was trained on other data.*\n  train: 43 rows"):
+            FlowTrainer(build_model(asked, 6), asked, *other, CPU, name="other")
+        shutil.rmtree(study / "datasets/pairs", ignore_errors=True)
+    assert not (study / "datasets/pairs").exists()
     with pytest.raises(RunInterrupted):
         train(Run(study, "unfinished"), replace(BASE, epochs=2), steps=3)
     with pytest.raises(ConfigError, match="not finished, expected one that is: flowjobs resume"):
         with_pinned_files(replace(asked, reflow_from="unfinished"), study, None)
+
+
+def test_pairs_of_other_data_are_refused_before_a_job_is_submitted(study: Path) -> None:
+    for name, seed in (("one", 1), ("other", 2)):
+        write_splits(data(60, seed), study, {name: None})
+    # Not normalized, the data are all that differs.
+    config = replace(BASE, epochs=1, normalize="none", dataset="one")
+    teacher = Run(study, "teacher")
+    teacher.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    one, other = (load_datasets(name, study) for name in ("one", "other"))
+    with recording(teacher, JobInfo.in_foreground()) as recorder:
+        model = build_model(config, 6)
+        FlowTrainer(model, config, *one, CPU, run=teacher, recorder=recorder).train()
+    asked = replace(config, flow="reflow", reflow_from="teacher")
+    pinned = with_pinned_files(asked, study, None)
+    with pytest.raises(ConfigError, match=r"other data.*\n  train: .* then, .* now\n  val: "):
+        with_pinned_files(replace(asked, dataset="other"), study, None)
+    with pytest.raises(ConfigError, match="--dataset: found moons, expected one, as teacher"):
+        with_pinned_files(replace(asked, dataset="moons"), study, None)  # its file is not made yet
+    FlowTrainer(model, pinned, *one, CPU, name="student")  # makes the pairs
+    with pytest.raises(ConfigError, match="it was trained on other data"):
+        FlowTrainer(model, pinned, *other, CPU, name="other")
