@@ -64,6 +64,8 @@ class FlowDataset(Dataset[Tensor]):
         self.name = "tensor" if isinstance(source, Tensor) else str(source)
         if isinstance(source, Tensor) and source.requires_grad:
             source = source.detach()  # each step's loss would reach back into its graph
+        if isinstance(source, Tensor):
+            source = source.cpu()  # rows are taken by indices there; `data_placement` moves them
         self._source = source if isinstance(source, Tensor) else _load(Path(source))
         if isinstance(self._source, Tensor):
             check_shape(tuple(self._source.shape), _word(self._source.dtype), self.name)

@@ -148,7 +148,7 @@ def evaluate(
         train: The training part of its data.
         val: The validation part.
         scope: How much to compute.
-        check: Called between measures, every second or so; what it raises ends the evaluation.
+        check: Called between measures and network calls; what it raises ends the evaluation.
         floors: From another model of the same data, source, normalization and scope; is added to.
 
     Returns:
@@ -237,7 +237,8 @@ class _Evaluation:
         if solvers:
             solvers["dopri5"] = Solver("dopri5")
         y = self._reference(0)
-        found, nfe = {}, {}
+        found: dict[str, dict[str, float]] = {}
+        nfe = {}
         for key, solver in solvers.items():
             try:
                 samples = self._sample(self._scope.seed, solver)
@@ -245,7 +246,10 @@ class _Evaluation:
                 logger.warning("%s", error)
                 continue
             x, nfe[key] = self._points(samples), samples.nfe
-            found[key] = {name: measure(x, y) for name, measure in self._distances()}
+            found[key] = {}
+            for name, measure in self._distances():
+                self._check()
+                found[key][name] = measure(x, y)
         return found, nfe.get("dopri5")
 
     def _distances(
@@ -320,11 +324,10 @@ class _Evaluation:
         return torch.stack(found).amin(0)
 
     def _sample(self, seed: int, solver: Solver, with_energy: bool = False) -> Samples:
-        parts = []
-        for part in self._trained.chunks(self.n, seed, solver, with_energy=with_energy):
-            self._check()
-            parts.append(part)
-        return joined(parts)
+        chunks = self._trained.chunks(
+            self.n, seed, solver, with_energy=with_energy, check=self._check
+        )
+        return joined(list(chunks))
 
     def _known(self, name: str, number: int, compute: Callable[[], Any]) -> Any:
         """What only the data decide, from another model's evaluation if that has it."""

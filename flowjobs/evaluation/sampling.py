@@ -1,6 +1,6 @@
 """Samples of a trained model: points of the source that follow its velocity from t = 0 to t = 1."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,12 @@ class Samples:
 
 @torch.no_grad()
 def integrate(
-    velocity: Velocity, x_0: Tensor, solver: Solver, *, with_energy: bool = False
+    velocity: Velocity,
+    x_0: Tensor,
+    solver: Solver,
+    *,
+    with_energy: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Solution:
     """Follow a velocity from t = 0 to t = 1 with one of torchdiffeq's solvers.
 
@@ -69,6 +74,7 @@ def integrate(
         x_0: The points at t = 0.
         solver: Which solver, and how fine.
         with_energy: Integrate the squared velocity along the paths too.
+        check: Called before each network call; what it raises ends it.
 
     Raises:
         SamplingError: dopri5 does not get to the end.
@@ -79,6 +85,7 @@ def integrate(
 
     def counted(t: Tensor, x: Tensor) -> Tensor:
         nonlocal nfe
+        check()
         nfe += 1
         # dopri5 looks ahead to choose its first step, and a model knows no time after 1.
         t = t.clamp(max=1.0)
@@ -154,6 +161,7 @@ def sample_chunks(
     *,
     source: Source,
     with_energy: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Samples]:
     """Draw n samples of a model, at most CHUNK at a time.
 
@@ -166,6 +174,7 @@ def sample_chunks(
         solver: How to integrate.
         source: Where the paths start, in normalized units.
         with_energy: Integrate the squared velocity along the paths too.
+        check: Called before each network call; what it raises ends the samples.
 
     Raises:
         SamplingError: A sample is not finite, or dopri5 does not get to the end.
@@ -174,7 +183,7 @@ def sample_chunks(
     velocity = checked_velocity(model, input_dtype(model), type(model).__name__)
     for chunk, start in enumerate(range(0, n, CHUNK)):
         x_0 = source.starts(seed, chunk, CHUNK)
-        found = integrate(velocity, x_0.to(device), solver, with_energy=with_energy)
+        found = integrate(velocity, x_0.to(device), solver, with_energy=with_energy, check=check)
         asked = slice(min(CHUNK, n - start))
         x_1 = (found.x_1 * std + mean)[asked].cpu()
         if not bool(torch.isfinite(x_1).all()):

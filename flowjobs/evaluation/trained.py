@@ -1,6 +1,6 @@
 """A trained model to sample from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,13 @@ class TrainedModel:
         return joined(list(self.chunks(n, seed, Solver(solver, steps, tolerance)))).x_1
 
     def chunks(
-        self, n: int, seed: int, solver: Solver, *, with_energy: bool = False
+        self,
+        n: int,
+        seed: int,
+        solver: Solver,
+        *,
+        with_energy: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> Iterator[Samples]:
         """The samples of `sample`, as they are computed; see `sample_chunks`."""
         return sample_chunks(
@@ -75,4 +81,5 @@ class TrainedModel:
             solver,
             source=self.source,
             with_energy=with_energy,
+            check=check,
         )

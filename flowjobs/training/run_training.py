@@ -13,7 +13,8 @@ from flowjobs.data.dataset import FlowDataset, load_datasets
 from flowjobs.errors import FlowjobsError, RunInterrupted
 from flowjobs.evaluation.evaluate import QUICK, evaluate
 from flowjobs.evaluation.pictures import draw_samples
-from flowjobs.evaluation.sampling import CHUNK
+from flowjobs.evaluation.sampling import CHUNK, joined
+from flowjobs.evaluation.solver import Solver
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_of_batch, flops_per_sample
 from flowjobs.runs.files import write_json
@@ -101,7 +102,7 @@ def draw_and_measure(
         data: The training and the validation part.
         device: Where to compute.
         recorder: Takes the measures for W&B.
-        stop_reason: Asked between measures.
+        stop_reason: Asked between measures and network calls.
     """
 
     def check() -> None:
@@ -110,7 +111,8 @@ def draw_and_measure(
 
     try:
         trained = load_trained(run, device, model)
-        drawn = trained.sample(min(CHUNK, len(data[1])))
+        n = min(CHUNK, len(data[1]))
+        drawn = joined(list(trained.chunks(n, 0, Solver(), check=check))).x_1
         draw_samples(run.samples_picture, trained.config.dataset, drawn, lambda: data[1][:CHUNK])
         if not trained.config.evaluate:
             return

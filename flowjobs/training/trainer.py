@@ -359,12 +359,15 @@ class FlowTrainer:
 
     def _end_epoch(self, saver: CheckpointSaver | None) -> dict[str, float]:
         """Validate and keep the best. Returns what to log."""
-        with self._arithmetic():
-            val_loss = self._validation.loss(self._ema_velocity)
+        val_loss = self._validation_loss()
         self._check_finite({"val/loss": val_loss})  # before such a state could be saved
         if self.state.note_val_loss(val_loss) and saver:
             saver.keep_best(self.state.payload())
         return {"val/loss": val_loss, "val/best_loss": self.state.best_loss}
+
+    def _validation_loss(self) -> float:
+        with self._arithmetic():
+            return self._validation.loss(self._ema_velocity)
 
     def _check_finite(self, row: dict[str, float]) -> None:
         for key, value in row.items():
@@ -452,7 +455,7 @@ class FlowTrainer:
         """Make a state that came from another file the run's own, before the first step."""
         if math.isinf(self.state.best_loss):
             # No best.pt here yet: as good as this state is the best so far.
-            self.state.best_loss = self._validation.loss(self._ema_velocity)
+            self.state.best_loss = self._validation_loss()
             if saver:
                 saver.keep_best(self.state.payload())
         if saver:

@@ -86,8 +86,21 @@ def test_frechet_of_two_gaussians_is_that_of_scipys_root(dim: int) -> None:
     )
 
 
-def test_frechet_of_fewer_points_than_dimensions_is_a_number() -> None:
-    assert measures.frechet(cloud(10, 30, 1), cloud(10, 30, 2)) > 0
+@pytest.mark.parametrize(("n", "m"), [(10, 10), (10, 25), (25, 60), (60, 25)])
+def test_frechet_of_fewer_points_than_dimensions_is_that_of_the_covariances(n: int, m: int) -> None:
+    x, y = cloud(n, 30, 1), 2 * cloud(m, 30, 2, 1)
+    first, second = x.T.cov(), y.T.cov()
+    # The square roots of eigenvalues that are 0 but for rounding.
+    cross = torch.linalg.eigvals(first @ second).real.clamp_min(0).sqrt().sum()
+    apart = (x.mean(0) - y.mean(0)).square().sum()
+    closed = float(apart + first.trace() + second.trace() - 2 * cross)
+    assert measures.frechet(x, y) == pytest.approx(closed, abs=1e-5)
+
+
+def test_frechet_of_pictures_takes_no_covariance() -> None:
+    dim = 200_000  # whose covariance would take 320 GB
+    x = cloud(20, dim, 1)
+    assert measures.frechet(x, x + 1) == pytest.approx(dim)
 
 
 def test_precision_recall_density_and_coverage() -> None:

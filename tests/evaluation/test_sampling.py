@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flowjobs.errors import ConfigError, SamplingError
+from flowjobs.errors import ConfigError, RunInterrupted, SamplingError
 from flowjobs.evaluation.pictures import GAP, GAP_LEVEL, draw_grid
 from flowjobs.evaluation.sampling import CHUNK, integrate, sample
 from flowjobs.evaluation.solver import Method, Solver
@@ -121,6 +121,20 @@ def test_a_model_may_change_what_it_is_given() -> None:
         found, expected = (sample(m, 7, STATS, CPU, solver=solver) for m in (InPlace(), Net()))
         assert torch.allclose(found.x_1, expected.x_1, atol=1e-5)
         assert torch.equal(found.x_0, expected.x_0)
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_samples_can_be_stopped_at_each_network_call(method: Method) -> None:
+    calls: list[int] = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RunInterrupted("told to leave")
+
+    with pytest.raises(RunInterrupted):
+        integrate(rotating, torch.ones(3, 2), Solver(method, 7), check=check)
+    assert len(calls) == 3
 
 
 class Explodes(nn.Module):

@@ -26,6 +26,7 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.run_training import draw_and_measure
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
 from tests.training.same import same
@@ -203,12 +204,34 @@ def test_the_same_command_with_resume_goes_on_and_not_back(study: Path) -> None:
     assert [attempt.first_step for attempt in status.attempts] == [23, 34]
 
 
-def test_resuming_from_a_finished_run_has_a_best(study: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resuming_from_a_finished_run_has_a_best(study: Path, precision: Any) -> None:
     origin, run = Run(study, "origin"), Run(study, "run")
-    config = TrainingConfig(epochs=1, arch_args=SMALL)
+    config = TrainingConfig(epochs=1, arch_args=SMALL, precision=precision)
     train_in(origin, config)
     train_in(run, config, resume_path=origin.last)
     assert read_checkpoint(run.best)["best_loss"] == read_checkpoint(origin.best)["best_loss"]
+
+
+def test_a_finished_run_that_is_sampled_leaves_at_the_next_network_call(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, config = Run(study, "run"), TrainingConfig(epochs=1, arch_args=SMALL)
+    train_in(run, config)
+    calls: list[int] = []
+    for to_leave_at in (3, 137):  # while the picture is drawn, and while a chunk is measured
+        calls.clear()
+        model = build_model(config, 64)
+        model.register_forward_hook(lambda *_: calls.append(1))
+
+        def stop_reason(at: int = to_leave_at) -> str | None:
+            return "told to leave" if len(calls) >= at else None
+
+        data = load_datasets("digits", study)
+        draw_and_measure(run, model, data, CPU, None, stop_reason)
+        assert len(calls) == to_leave_at
+        assert not run.evaluation_file.exists()
+    assert caplog.text.count("told to leave while samples were measured") == 2
 
 
 def test_the_first_step_of_an_extended_run_has_the_longer_schedules_rate(study: Path) -> None:
