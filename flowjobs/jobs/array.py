@@ -106,9 +106,8 @@ class Array:
         found = self._content()
         identity = self._identity(found["name"], job)
         for task, folder in enumerate(found["tasks"]):
-            # A run that was removed meanwhile has a task that finds nothing to do.
-            with contextlib.suppress(FileNotFoundError):
-                submitted = submittable_at(self.study, Path(folder))
+            submitted = submittable_at(self.study, Path(folder))
+            if not submitted.removed():  # else its task finds nothing to do
                 self._note(str(task), submitted, job.job_id, identity)
         write_json(self.job_file, {"job_id": job.job_id, "tasks": len(found["tasks"]), **identity})
 
@@ -122,8 +121,7 @@ class Array:
 
     def _note(self, task: str, run: Submittable, array_id: str, identity: dict[str, Any]) -> None:
         job_id = f"{array_id}_{task}"
-        log = run.logs / f"{job_id}_0_log.out"  # as submitit calls it
-        run.add_submission(job_id, "slurm", log, identity=identity)
+        run.add_submission(job_id, "slurm", run.output_of(job_id), identity=identity)
 
     def _identity(self, name: str, job: HandedOver) -> dict[str, Any]:
         return {**job.identity(name), "array": self.folder.name}
@@ -143,8 +141,11 @@ class Array:
         cluster = self._content().get("cluster", "")
         if cluster == here:
             return ""
+        of = f"the cluster {cluster}"
+        if not cluster:
+            of = "an unknown cluster (prepared by an older version, or while Slurm did not answer)"
         return (
-            f"an array of the cluster {cluster or '(unknown)'} was prepared and not noted, and "
+            f"an array of {of} was prepared and not noted, and "
             f"{here or 'none'} answers here: whether its tasks wait there is unknown; repeat the "
             "command there, or, if you know that it has no such job, "
             f"rm -r {shlex.quote(str(self.folder))}"

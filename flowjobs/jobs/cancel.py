@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from flowjobs import slurm
 from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
 from flowjobs.jobs.origin import jobs_of
+from flowjobs.runs.files import FILES_AT_ONCE
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import Pack, may_be_left, pack_of
 from flowjobs.runs.process import process_lives
@@ -18,8 +19,6 @@ from flowjobs.runs.status import CANCELLED, RunStatus, same_host
 from flowjobs.slurm import JobAnswer, JobIdentity, Known, Unknown, ask
 from flowjobs.tracking.telling import close_session
 
-# Each waits for the disk, or a file server; side by side they wait together.
-NOTED_AT_ONCE = 16
 # W&B is told by a process for each run, which takes a second of CPU.
 TOLD_AT_ONCE = 4
 
@@ -46,7 +45,7 @@ def cancel_together(runs: Sequence[Run]) -> Iterator[tuple[Run, str | Submission
     done = {run for run in runs if _is_finished(run)}
     wanted = [run for run in runs if run not in done]
     # First: a job that is just being requeued must see it.
-    with ThreadPoolExecutor(NOTED_AT_ONCE) as threads:
+    with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
         unnoted = dict(zip(wanted, threads.map(_mark, wanted), strict=True))
     ended = _end_slurm_jobs(wanted, unnoted)
     with ThreadPoolExecutor(TOLD_AT_ONCE) as threads:

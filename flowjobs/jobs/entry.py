@@ -22,7 +22,6 @@ from flowjobs.errors import (
     NoProgressError,
     RunInterrupted,
     RunTakenOverError,
-    SubmissionError,
 )
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.environment import JobProcess, this_process
@@ -214,7 +213,7 @@ class TrainingJob:
                 return
             # Before torch is loaded: what tracks the run starts beside that, on a free core.
             with self._recording(group) as self._recorder, self._explained(signals):
-                if self._run.cancel_requested():
+                if self._is_cancelled():
                     # Since the last look: `cancel` did not know this process yet, to tell it.
                     signal.raise_signal(signal.SIGTERM)
                 train_as_rank(self._recorder)
@@ -280,12 +279,12 @@ class TrainingJob:
             yield
         except RunInterrupted as left:
             signals.stand_down()  # the state is saved
-            if notice := self._notice():  # else Slurm is away: the signal's name must do
+            if notice := self._notice():  # else the signal's name must do
                 raise RunInterrupted(notice.reason, left.step, notice.why) from None
             raise
         except Exception as error:
             signals.stand_down()
-            if self._run.cancel_requested():
+            if self._is_cancelled():
                 # What a process runs into as others of its job are told to end.
                 logger.exception("%s", CANCELLED.reason)
                 raise RunInterrupted(CANCELLED.reason, kind=CANCELLED.kind) from error
@@ -332,11 +331,18 @@ class TrainingJob:
         return exit_cause.first_failure(noted_failures(self._run, self._process.life), self._job)
 
     def _notice(self) -> Notice | None:
-        """What the signal meant that this process got; None if Slurm does not answer."""
-        with suppress(SubmissionError):
+        """What the signal meant that this process got; None if that is unknown now."""
+        # Slurm does not answer, say, or a file server fails over.
+        with suppress(FlowjobsError, OSError):
             received = self._signals.received() if self._signals else None
             return notice_of(self._run, self._job, received)
         return None
+
+    def _is_cancelled(self) -> bool:
+        """Whether the run is known to be cancelled: an error at looking ends nothing by itself."""
+        with suppress(OSError):
+            return self._run.cancel_requested()
+        return False
 
     def _may_retry(self, kind: str) -> bool:
         status = self._run.status()

@@ -29,7 +29,7 @@ from flowjobs.jobs.mps import mps_daemon
 from flowjobs.jobs.restart import restart
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.jobs.stop_cause import notice_of, seconds_left
-from flowjobs.runs.files import warn_once
+from flowjobs.runs.files import AWAY_AT_MOST_S, warn_once
 from flowjobs.runs.pack import Pack, is_left
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -52,8 +52,6 @@ LOOK_EVERY_S = 1.0
 # A run's own process leaves before it would be killed; the job comes after it, and before that too.
 LATER_S = 1.0
 LATER_SHARE = 0.1
-# A file server that fails over is away for so long.
-NOTED_WITHIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ class _Slots:
         signals = {signal.SIGTERM, signal.SIGUSR2}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
-            with self._log_of(run).open("ab") as log:
+            with run.output_of(self._job.job_id).open("ab") as log:
                 popen = subprocess.Popen(
                     # -u: what it printed last is in its log when it is killed.
                     [sys.executable, "-u", "-m", "flowjobs.jobs", str(run.folder)],
@@ -220,11 +218,6 @@ class _Slots:
         attempts = (run.status() or RunStatus()).attempts
         return any(attempt.job.job_id in jobs for attempt in attempts)
 
-    def _log_of(self, run: Run) -> Path:
-        entry = run.submission(self._job.job_id)
-        assert entry is not None, "it is left"
-        return Path(entry["log"])
-
     def _pass_on(self, number: signal.Signals) -> None:
         logger.warning(
             "told to leave (%s): waiting for %d runs to save", number.name, len(self._running)
@@ -241,6 +234,10 @@ class _Slots:
                 continue
             left = began = False
             try:
+                if run.removed():
+                    logger.warning("%s was removed", run.name)
+                    del self._running[run]
+                    continue
                 # Popen has a signal as -n, and everything here as the shell does, 128 + n.
                 self._close(run, process.popen.pid, code if code >= 0 else 128 - code)
                 left = again and is_left(run, self._job.job_id)
@@ -258,17 +255,19 @@ class _Slots:
 
     def _is_noted_later(self, process: _Process) -> bool:
         now = time.monotonic()
-        process.noted_by = process.noted_by or now + NOTED_WITHIN_S
+        process.noted_by = process.noted_by or now + AWAY_AT_MOST_S
         return now < process.noted_by
 
     def _close(self, run: Run, pid: int, exit_code: int) -> None:
+        log = run.output_of(self._job.job_id)
         kills = memory_kills()
         if exit_code == 128 + signal.SIGKILL and kills > self._memory_kills:
             # In the run's log, where the cause is looked for: the kernel tells the job alone.
-            with self._log_of(run).open("a") as log:
-                log.write("oom-kill: the kernel has killed the process, the job's memory is full\n")
+            line = "oom-kill: the kernel has killed the process, the job's memory is full\n"
+            with log.open("a") as file:
+                file.write(line)
         self._memory_kills = kills
-        job = replace(self._job, pid=pid, log=str(self._log_of(run)), packed=True)
+        job = replace(self._job, pid=pid, log=str(log), packed=True)
         if outcome := close_in_slot(run, job, exit_code):
             logger.error("%s: %s: %s", run.name, outcome.state, outcome.reason)
             if outcome.state != "preempted":  # else its next attempt tells
@@ -351,23 +350,29 @@ class _Slots:
 
     def tell_wandb(self) -> None:
         """Wait until W&B knows how those ended that could not say it."""
-        for run in self._mine():
+        for run in self._pack.runs:
             try:
-                if not is_left(run, self._job.job_id) and pending_outcome(run):
+                ended = self._is_mine(run) and not is_left(run, self._job.job_id)
+                if ended and pending_outcome(run):
                     close_session(run)
             except (FlowjobsError, OSError) as error:
                 logger.error("%s: %s", run.name, error)
 
-    def _mine(self) -> list[Run]:
-        """The runs whose job this is, also those that have ended in an earlier start of it."""
-        newest = ((run, run.submissions()[-1:]) for run in self._pack.runs)
-        return [run for run, jobs in newest if jobs and jobs[0]["job_id"] == self._job.job_id]
+    def _is_mine(self, run: Run) -> bool:
+        """Whether this job is the run's, which may have ended in an earlier start of it."""
+        newest = run.submissions()[-1:]
+        return any(entry["job_id"] == self._job.job_id for entry in newest)
 
     def exit_code(self) -> int:
-        """That of the worst outcome."""
+        """That of the worst outcome; where that is unknown, as if something were left."""
         if self._pack.left(self._job.job_id):
             return EXIT_PREEMPTED
-        states = {(run.status() or RunStatus()).state for run in self._mine()}
+        try:
+            mine = [run for run in self._pack.runs if self._is_mine(run)]
+            states = {(run.status() or RunStatus()).state for run in mine}
+        except OSError as error:
+            logger.error("how the runs ended cannot be read: %s", error)
+            return EXIT_PREEMPTED
         if "failed" in states:
             return EXIT_FAILED
         return EXIT_CANCELLED if "cancelled" in states else 0

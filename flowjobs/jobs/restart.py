@@ -11,6 +11,7 @@ from flowjobs.errors import FlowjobsError, SubmissionError
 from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.origin import origin_of
 from flowjobs.jobs.submit import submit
+from flowjobs.runs.files import AWAY_AT_MOST_S, warn_once
 from flowjobs.runs.status import EXIT_PREEMPTED, JobInfo
 from flowjobs.runs.submittable import Submittable
 
@@ -45,7 +46,7 @@ def restart(
         The exit code with which this process should end.
     """
     try:
-        if run.cancel_requested():
+        if _cancelled(run):
             return EXIT_PREEMPTED
         match job.cluster:
             case "slurm":
@@ -71,7 +72,7 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
         return
     # Between the answer above and the request below a `scancel` would be undone; the signal that
     # it sends is found in the log by the next life (jobs/exit_cause.py).
-    if record.cancelled or run.cancel_requested():
+    if record.cancelled or _cancelled(run):
         logger.info("job %s was cancelled; the run stays as it is", job.job_id)
         return
     try:
@@ -80,6 +81,19 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
     except SubmissionError as refused:
         logger.info("job %s cannot be requeued (%s)", job.job_id, refused)
         logger.info("%s continues as job %s", run.name, resubmit(run, job, task, exclude))
+
+
+def _cancelled(run: Submittable) -> bool:
+    """Whether a run is cancelled; a file server that is away is waited for."""
+    deadline = time.monotonic() + AWAY_AT_MOST_S
+    while True:
+        try:
+            return run.cancel_requested()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise
+            warn_once(f"{error}; waiting for it, up to {AWAY_AT_MOST_S:.0f} s")
+            time.sleep(ASK_EVERY_S)
 
 
 def _record_when_it_answers(job_id: str) -> slurm.JobRecord | None:

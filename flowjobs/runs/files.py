@@ -12,7 +12,10 @@ from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
-FLUSH_AT_ONCE = 16
+# Each file waits for the disk, or a file server; side by side they wait together.
+FILES_AT_ONCE = 16
+# A file server that fails over is away for so long.
+AWAY_AT_MOST_S = 60.0
 
 
 @contextmanager
@@ -72,8 +75,7 @@ def write_json(
 
 def flush_files(paths: Iterable[Path]) -> None:
     """Return when files that are written are on the disk; many in the time of a few."""
-    # Each waits for the disk or a file server; side by side they wait together.
-    with ThreadPoolExecutor(FLUSH_AT_ONCE) as threads:
+    with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
         list(threads.map(_flush, paths))
 
 

@@ -117,10 +117,9 @@ class Pack(Submittable):
         runs = [run for run in self.runs if continues is None or is_left(run, continues)]
         shared = {**(identity or {}), PACK: self.name, JOB_LOG: str(log or "")}
         for run in runs:
-            if not run.exists():
-                continue  # it was removed since; the others are trained
-            # As submitit names the output of a job.
-            own = run.logs / f"{job_id}_0_log.out"
+            if run.removed():
+                continue  # the others are trained
+            own = run.output_of(job_id)
             run.add_submission(job_id, cluster, own, continues=continues, identity=shared)
         # Last: where it is missing, the job itself notes all of it again.
         super().add_submission(

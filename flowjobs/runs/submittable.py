@@ -54,6 +54,14 @@ class Submittable(ABC):
         """Batch files and output of the jobs."""
         return self.folder / "logs"
 
+    def removed(self) -> bool:
+        """Whether its folder is gone; where the whole study is away, that is not said."""
+        return self.folder.parent.exists() and not self.folder.exists()
+
+    def output_of(self, job_id: str) -> Path:
+        """What a job of it prints, as submitit calls it."""
+        return self.logs / f"{job_id}_0_log.out"
+
     def log_at(self, path: str) -> Path:
         """A log by the path that it had when it was written: the study may have been moved since,
         with `logs/` in it."""

@@ -117,8 +117,8 @@ def test_a_death_leaves_the_others_alone_and_its_slot_is_filled(
         made(study, name, retries, mps=True)
         for name, retries in zip("abcd", (0, 1, 0, 0), strict=True)
     ]
-    killed, retried, waits, _ = runs
-    for run in (killed, retried):
+    killed, retried, waits, removed = runs
+    for run in (killed, retried, removed):
         tell(run, "await 12")
     broken = made(study, "broken")
     pack, job = submitted("local", [*runs, broken])
@@ -140,13 +140,17 @@ def test_a_death_leaves_the_others_alone_and_its_slot_is_filled(
     wait_for_log(pack, "how it ended is not written down yet")
     for run in (killed, waits):
         run.cancel_file.unlink()
+    wait_for_steps(pack, removed)
+    removed.folder.rename(study / "removed")
+    tell(removed, "")
     wait_for_end(pack, job)
     assert attempts_of(killed) == [("failed", "killed")], explain(pack)()
     assert status_of(killed).reason.startswith("killed (SIGKILL) on")
     assert attempts_of(retried) == [("preempted", "killed"), ("finished", "")]
-    for run in runs[1:]:
+    for run in (retried, waits):
         assert_equal_to(whole, run)
-    assert [attempts_of(run) for run in runs[2:]] == [[("finished", "")]] * 2
+    assert attempts_of(waits) == [("finished", "")]
+    wait_for_log(pack, "d was removed")
     assert pack.left(job.job_id) == [broken]  # a person restores its config, and submits it
     assert status_of(broken).attempts == []
     assert mps
