@@ -1,5 +1,6 @@
 """Runs of a sweep on this machine, a few at a time, from a process in the foreground."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.jobs.submit import running_job, submit
 from flowjobs.jobs.tasks import task_of
-from flowjobs.runs.files import warn_once
+from flowjobs.runs.files import AWAY_AT_MOST_S, warn_once
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
@@ -28,13 +29,13 @@ class Event:
 
     Attributes:
         run: The run.
-        what: What it did.
-        why: Why it was left alone or could not start.
+        what: What it did; "unknown" where that cannot be read.
+        why: Why it was left alone or could not start, or why that is unknown.
         status: Its status, when it has ended.
     """
 
     run: Run
-    what: Literal["started", "ended", "left alone", "not started"]
+    what: Literal["started", "ended", "left alone", "not started", "unknown"]
     why: str = ""
     status: RunStatus | None = None
 
@@ -50,8 +51,9 @@ def run_here(
     Yields:
         What happens; None every moment in between.
     """
-    waiting = list(zip(members, code, strict=True))
+    waiting = list(zip(members, code, map(_known_cancel, members), strict=True))
     running: dict[int, Run] = {}
+    away_since: dict[Run, float] = {}
     while waiting or running:
         for slot in range(parallel):
             while slot not in running and waiting:
@@ -63,11 +65,18 @@ def run_here(
         yield None
         for slot, run in list(running.items()):
             try:
-                if not _job_lives(run):
-                    yield Event(run, "ended", status=run.status())
-                    del running[slot]
-            except OSError as error:  # a file system that is away for a moment
-                warn_once(f"{run.name}: {error}; its slot stays taken until that can be read")
+                lives = _job_lives(run)
+                ended = Event(run, "ended", status=None if lives else run.status())
+                away_since.pop(run, None)
+            except OSError as error:
+                now = time.monotonic()
+                lives = now - away_since.setdefault(run, now) < AWAY_AT_MOST_S
+                why = f"whether it still trains cannot be read ({error})"
+                ended = Event(run, "unknown", f"{why}; its slot is free")
+                warn_once(f"{run.name}: {why}; its slot stays taken until it can be")
+            if not lives:
+                del running[slot]
+                yield ended
 
 
 def _job_lives(run: Run) -> bool:
@@ -76,12 +85,19 @@ def _job_lives(run: Run) -> bool:
     return any(process_lives(int(entry["job_id"]), entry.get("process")) for entry in newest)
 
 
-def _start(member: Member, code: CodePlan, slot: int) -> Event:
+def _known_cancel(member: Member) -> float | None:
+    """Since when a run is cancelled that is to be started all the same; see `_start`."""
+    with contextlib.suppress(OSError):
+        return member.run.cancelled_at() if member.stage == "cancelled" else None
+    return None
+
+
+def _start(member: Member, code: CodePlan, known_cancel: float | None, slot: int) -> Event:
     run = member.run
     try:
         if busy := running_job(run):  # started from another terminal since the plan was made
             return Event(run, "left alone", f"it has {busy} by now")
-        if member.stage != "cancelled" and run.cancel_requested():
+        if run.cancelled_at() not in (None, known_cancel):  # perhaps once more
             return Event(run, "left alone", "it was cancelled meanwhile")
         with run.undone_if_refused():
             make_runs([member], [code])

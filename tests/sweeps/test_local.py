@@ -11,7 +11,8 @@ from flowjobs.runs.run import Run
 from flowjobs.sweeps.grid import Sweep
 from flowjobs.sweeps.kept import keep
 from flowjobs.sweeps.local import Event, gpus_of_slot, run_here, slots_here
-from flowjobs.sweeps.plan import Member
+from flowjobs.sweeps.plan import Member, Stage
+from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 
 
@@ -31,13 +32,25 @@ def test_each_run_has_gpus_of_its_own_while_there_are_as_many(
         slots_here(two)
 
 
-def test_what_is_cancelled_while_it_waits_for_a_slot_is_left_alone(study: Path) -> None:
-    run, config = Run(study, "a"), RunConfig(TrainingConfig())
-    run.create(config)
-    run.request_cancel()
-    event = next(run_here([Member(run, config, "to resume")], [CodePlan(run)], 1))
-    assert event == Event(run, "left alone", "it was cancelled meanwhile")
-    assert run.cancel_requested()
+@pytest.mark.parametrize("stage", ["to resume", "cancelled"])
+def test_what_is_cancelled_while_it_waits_for_a_slot_is_left_alone(
+    study: Path, stage: Stage
+) -> None:
+    runs, config = [Run(study, name) for name in "ab"], RunConfig(TrainingConfig())
+    for run in runs:
+        run.create(config)
+    if stage == "cancelled":
+        runs[1].request_cancel()
+    (runs[0].folder / ".config.lock").unlink(missing_ok=True)
+    (runs[0].folder / ".config.lock").mkdir()  # nobody can lock it
+    members = [Member(run, config, stage) for run in runs]
+    sweep = run_here(members, [CodePlan(run) for run in runs], 1)
+    refused = next(sweep)
+    assert refused is not None
+    assert refused.what == "not started"
+    runs[1].request_cancel()
+    assert next(sweep) == Event(runs[1], "left alone", "it was cancelled meanwhile")
+    assert runs[1].cancel_requested()
 
 
 def test_what_fails_here_is_said_and_the_others_are_trained(
@@ -76,26 +89,29 @@ def test_what_fails_here_is_said_and_the_others_are_trained(
 # submitit keeps no hold of the process that it starts: a job outlives who submits it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_error_of_the_file_system_at_one_run_ends_neither_the_sweep_nor_another_run(
-    study: Path, workplace: Path
+    study: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking = TrackingConfig(wandb_mode="disabled")
     config = RunConfig(TrainingConfig(epochs=1), SlurmConfig(gpus_per_node=0), tracking)
-    runs = [Run(study, name) for name in ("a", "b")]
+    runs = [Run(study, name) for name in ("a", "b", "c")]
     (runs[0].folder / ".config.lock").mkdir(parents=True)  # nobody can lock it
     members = [Member(run, config, "new") for run in runs]
-    sweep = run_here(members, [CodePlan(run) for run in runs], parallel=1)
-    refused, started = next(sweep), next(sweep)
+    sweep = run_here(members, [CodePlan(run) for run in runs], parallel=2)
+    refused, *started = next(sweep), next(sweep), next(sweep)
     assert refused is not None
-    assert started is not None
     assert (refused.run, refused.what) == (runs[0], "not started")
     assert "Is a directory" in refused.why
-    assert (started.run, started.what) == (runs[1], "started")
-    jobs, away = runs[1].jobs_file, workplace / "away"
-    jobs.rename(away)
-    jobs.symlink_to(jobs)  # it cannot be read, as where a file server is away
+    assert started == [Event(run, "started") for run in runs[1:]]
+    for run in runs[1:]:
+        run.jobs_file.rename(workplace / run.name)
+        run.jobs_file.symlink_to(run.jobs_file)  # it cannot be read, as of a server that is away
     assert [next(sweep), next(sweep)] == [None, None]
-    away.replace(jobs)
-    (ended,) = filter(None, sweep)
+    (workplace / "b").replace(runs[1].jobs_file)
+    monkeypatch.setattr("flowjobs.sweeps.local.AWAY_AT_MOST_S", 0.0)
+    unknown, ended = filter(None, sweep)
+    assert (unknown.run, unknown.what) == (runs[2], "unknown")
+    assert "whether it still trains cannot be read ([Errno 40]" in unknown.why
+    wait_until(runs[2].finished, "the run that is unknown to end", 60)
     assert (ended.run, ended.what) == (runs[1], "ended")
     assert ended.status is not None
     assert ended.status.state == "finished"
