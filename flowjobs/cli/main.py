@@ -1,7 +1,6 @@
 """Parses the command line, runs the command, turns errors into words and exit codes."""
 
 import errno
-import io
 import os
 import sys
 import traceback
@@ -21,6 +20,7 @@ from flowjobs.cli.defaults import Defaults, load_defaults
 from flowjobs.cli.drill import Drill
 from flowjobs.cli.evaluate import Evaluate
 from flowjobs.cli.logs import Logs
+from flowjobs.cli.output import Output, lasting_outputs
 from flowjobs.cli.parser import read_command_line
 from flowjobs.cli.reconcile import Reconcile
 from flowjobs.cli.report import Report
@@ -82,6 +82,9 @@ COMMANDS: dict[str, Any] = {
     "completion": Completion,
 }
 
+# `flowjobs logs -f RUN | head`: these print, and end where nobody reads it. The others act.
+LOOKING = (Status, Show, Report, Logs)
+
 # Errors of files that are no bug of the program, and what a person can do.
 OF_THE_MACHINE = {
     errno.EACCES: "ask its owner, or give another --study",
@@ -117,25 +120,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def exit_with(command: Callable[[], int]) -> NoReturn:
     """Exit with a command's exit code, or with that of the error that it raises, in words."""
-    # Python has none where it was started with one closed (>&-, some daemons).
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, until the process ends
-    for stream in (sys.stdout, sys.stderr):
-        # Where the locale is C, or a file's name is no text, a print must not fail.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    try:
-        _look_up_models_here()
-        sys.exit(command())
-    except BrokenPipeError:
-        # `flowjobs logs RUN | head`: nothing is left to tell anyone.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_CANCELLED)
-    except Exception as error:
-        sys.exit(_exit_code_of(error))
+    with lasting_outputs():
+        try:
+            _look_up_models_here()
+            code: Any
+            try:
+                code = command()
+            except SystemExit as ended:  # after --help, or what is no command line
+                code = ended.code
+            if isinstance(sys.stdout, Output):
+                sys.stdout.check()
+            sys.exit(code)
+        except KeyboardInterrupt:
+            sys.exit(EXIT_CANCELLED)
+        except Exception as error:
+            sys.exit(_exit_code_of(error))
 
 
 def _look_up_models_here() -> None:
@@ -170,6 +169,8 @@ def run(arguments: Sequence[str]) -> int:
         print(f"flowjobs {__version__}")
         return 0
     command, defaults = parse(arguments)
+    if isinstance(command, LOOKING) and isinstance(sys.stdout, Output):
+        sys.stdout.ends_with_its_reader()
     code: int = command.run(defaults)
     return code
 

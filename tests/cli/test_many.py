@@ -52,6 +52,37 @@ def test_a_command_whose_output_is_closed_does_its_work(study: Path) -> None:
         assert done.returncode == 0
 
 
+def test_without_a_reader_or_room_a_command_that_acts_does_its_work_and_one_that_looks_ends(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    failed(study, "gone", "killed")
+    stopped = Outcome("preempted", 75, "interrupted by Ctrl-C", kind="preempted")
+    runs = [ended(study, name, stopped) for name in ("a", "b")]
+    runs[0].add_submission("7", "local", runs[0].logs / "7.log")
+    (runs[0].logs / "7.log").write_text("trained\n")
+
+    def code_of(*words: str, output: int, errors: int = subprocess.PIPE) -> tuple[int, str]:
+        command = [sys.executable, "-m", "flowjobs", *words]
+        done = subprocess.run(command, stdout=output, stderr=errors, text=True, check=False)
+        return done.returncode, done.stderr
+
+    ours, unread = os.pipe()
+    os.close(ours)
+    for words in (["status", "a"], ["logs", "-f", "a"], ["report", "--csv"], ["rm", "--help"]):
+        assert code_of(*words, output=unread) == (0, ""), words
+    assert code_of("cancel", "a", "b", output=unread) == (0, "")
+    assert all(run.cancel_requested() for run in runs)
+    assert code_of("wait", "gone", output=unread, errors=subprocess.STDOUT)[0] == 1
+    os.close(unread)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for words in (["status"], ["rm", "gone", "--yes"]):
+        code, said = code_of(*words, output=full)
+        assert (code, said.startswith("error: standard output: No space left")) == (2, True), said
+    os.close(full)
+    assert not Run(study, "gone").exists()
+
+
 def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjobs: Command) -> None:
     failed(study, "a-killed", "killed")
     failed(study, "b-memory", "out of memory", mem_gb=24.0)
