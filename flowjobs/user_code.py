@@ -85,10 +85,12 @@ def imported(option: str, path: str) -> Any:
     """
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the user's module exists; what it imports does not
         raise ConfigError(f"{option} {path}: no module {error.name} on PYTHONPATH") from error
+    try:
+        return getattr(found, name)
     except AttributeError as error:
         raise ConfigError(f"{option} {path}: the module {module} has no {name}") from error

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowjobs.config import PINNED, TrainingConfig
 from flowjobs.data.batches import normalized
-from flowjobs.data.dataset import FlowDataset
+from flowjobs.data.dataset import FlowDataset, is_same_normalization
 from flowjobs.data.randomness import derive_seed
 from flowjobs.data.tensor_file import write_tensor
 from flowjobs.errors import (
@@ -96,7 +96,7 @@ def _teacher(run: Run, digest: str, stats: dict[str, Tensor], device: torch.devi
             f"--reflow-from {run.name}: {run.best} is another file than when the run was made; "
             "restore it, or give the run another --name"
         )
-    if any(not torch.equal(trained.stats[key].cpu(), stats[key]) for key in stats):
+    if not is_same_normalization(trained.stats, stats):
         raise ConfigError(
             f"--reflow-from {run.name}: it was trained on other data, expected those of this run"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowjobs.config import TrainingConfig, signature_differences
+from flowjobs.data.dataset import is_same_normalization
 from flowjobs.errors import (
     CheckpointMismatchError,
     CheckpointNotFiniteError,
@@ -143,13 +144,12 @@ class TrainState:
                 )
             )
         there = payload.get("normalization_stats", {})
-        for key, found in self._stats.items():
-            if key not in there or not torch.equal(there[key].cpu(), found.cpu()):
-                raise CheckpointMismatchError(
-                    f"{path} was trained on data with another {key}: the dataset "
-                    f"{self._config.dataset} has changed since; restore it, or give the run "
-                    "another --name"
-                )
+        if not is_same_normalization(there, self._stats):
+            raise CheckpointMismatchError(
+                f"{path} was trained on data with another mean or deviation: the dataset "
+                f"{self._config.dataset} has changed since; restore it, or give the run another "
+                "--name"
+            )
         self._check_shapes(payload["model_state_dict"], path)
 
     def _check_shapes(self, weights: Mapping[str, Any], path: Path) -> None:

@@ -20,7 +20,7 @@ from flowjobs.errors import (
 from flowjobs.runs.data_file import content_of_file
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset
-from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.checkpoint import read_checkpoint, write_checkpoint
 from tests.training.same import same
 from tests.training.test_trainer import stop_at, train_in
 
@@ -104,6 +104,21 @@ def test_a_run_goes_on_with_data_that_moved(study: Path, tmp_path: Path) -> None
     train_in(run, config_of(new))
     ended, expected = read_checkpoint(run.last), read_checkpoint(whole.last)
     assert same(ended["model_state_dict"], expected["model_state_dict"])
+
+
+def test_a_normalization_that_was_rounded_otherwise_is_no_other_data(
+    study: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.npy"
+    np.save(path, DATA.double().numpy())
+    run = Run(study, "run")
+    interrupted(run, path)
+    payload = read_checkpoint(run.last)
+    stats = payload["normalization_stats"]
+    stats["mean"] = stats["mean"].nextafter(torch.tensor(9.0, dtype=torch.float64))
+    write_checkpoint(run.last, payload)
+    train_in(run, config_of(path))
+    assert not list(run.checkpoints.glob("*.mismatched-*"))
 
 
 def test_a_run_that_had_not_trained_takes_the_data_as_they_are(study: Path, tmp_path: Path) -> None:

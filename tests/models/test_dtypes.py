@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from flowjobs.config import TrainingConfig
 from flowjobs.data.batches import make_batches
-from flowjobs.data.dataset import normalization_stats, split
+from flowjobs.data.dataset import is_same_normalization, normalization_stats, split
 from flowjobs.errors import ConfigError, DataError
 from flowjobs.evaluation.sampling import sample
 from flowjobs.runs.run import Run
 from flowjobs.training import EMAModel, FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
+from tests.training.same import same
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(epochs=2, batch_size=16, lr=0.01, warmup_steps=0, grad_clip=0.5)
@@ -238,6 +239,32 @@ def test_each_column_has_a_scale_of_its_own(
     # What is constant is drawn as constant, beside columns that are 10**8 times larger.
     drawn = sample(net(lambda model: model.__init__(7)), 20, stats, CPU).x_1
     assert (drawn[:, 3:5] - mean[3:5]).abs().max() < 20
+
+
+@pytest.mark.parametrize("shape", [(200_000, 1), (30_000, 1), (301, 3000)])
+def test_a_normalization_follows_from_the_data_alone(shape: tuple[int, ...]) -> None:
+    data = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(normalization_stats(FlowDataset(data)))
+    finally:
+        torch.set_num_threads(before)
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+    assert torch.allclose(found[0]["mean"], data.mean(0), rtol=0, atol=1e-14)
+    assert torch.allclose(found[0]["std"], data.std(0, correction=0), rtol=1e-13)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e9])
+def test_a_normalization_is_the_same_but_for_rounding(mean: float) -> None:
+    data = torch.randn(5000, 3, dtype=torch.float64) + mean
+    stats = normalization_stats(FlowDataset(data))
+    assert is_same_normalization(normalization_stats(FlowDataset(data.flip(0))), stats)
+    for other in (data * 1.001, data[:-1], data[:, :2]):
+        assert not is_same_normalization(normalization_stats(FlowDataset(other)), stats)
+    assert not is_same_normalization({}, stats)
 
 
 def test_a_column_that_hardly_ever_varies_is_not_blown_up() -> None:

@@ -1,6 +1,8 @@
 """EMA, schedule, randomness, model: the small parts of a step."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from torch import nn
 from flowjobs.config import KeyValues, TrainingConfig
 from flowjobs.data.randomness import derive_seed, epoch_order, seed_step
 from flowjobs.errors import ConfigError
+from flowjobs.flows.flow import flow_of
 from flowjobs.models.build import build_model
 from flowjobs.models.mlp import MLP
 from flowjobs.training import EMAModel, get_cosine_schedule_with_warmup
+from flowjobs.user_code import user_place
 
 CPU = torch.device("cpu")
 
@@ -100,3 +104,18 @@ def test_a_model_of_ones_own() -> None:
 def test_a_model_that_cannot_be_built(config: TrainingConfig, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build_model(config, 4)
+
+
+@pytest.mark.parametrize(
+    ("use", "build"), [("arch", lambda config: build_model(config, 4)), ("flow", flow_of)]
+)
+@pytest.mark.parametrize("line", ["torch.nothing", "import numpy.nothing", "1 / 0"])
+def test_a_bug_in_ones_own_module_is_said_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str, build: Any, line: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("has_a_bug.py").write_text(f"import torch\n{line}\nclass Net(torch.nn.Module): ...\n")
+    with pytest.raises((AttributeError, ImportError, ZeroDivisionError)) as caught:
+        build(TrainingConfig(**{use: "has_a_bug:Net"}))
+    assert user_place(caught.value) == "has_a_bug.py, line 2"
