@@ -416,7 +416,10 @@ class SlurmConfig:
                 _require(self, name, minimum=1)
         if self.mem_gb is not None:
             _require(self, "mem_gb", minimum=0.01)
-        for key in self.sbatch:
+        for known in dataclasses.fields(self):
+            _check_batch_script(flag(known.name), getattr(self, known.name))
+        for key, value in self.sbatch.items():
+            _check_batch_script(f"--sbatch {key}", value)
             if not re.fullmatch(r"[a-z][a-z-]*", key):
                 raise ConfigError(
                     f"--sbatch: found {key!r}, expected the long name of an sbatch option "
@@ -678,7 +681,7 @@ def typed_value(
     Args:
         name: Of the field.
         value: As it was read.
-        hint: The field's type.
+        hint: The field's type; Any: of those that JSON has.
         folder: Where a relative path begins.
         absolute: Makes a path one from the root.
 
@@ -689,7 +692,11 @@ def typed_value(
     if value == "None" and types.NoneType in options:
         return None  # TOML has no word for it; the command line takes this one
     for option in options:
+        if option is Any:
+            check_json(value)
+            return value
         if option is KeyValues and isinstance(value, dict):
+            check_json(value)
             return KeyValues(value)
         if option is Path and isinstance(value, str):
             return absolute(folder / os.path.expanduser(value))
@@ -710,6 +717,24 @@ def typed_value(
         if option is not types.NoneType
     )
     raise TypeError(f"{value!r}, expected {expected}")
+
+
+def check_json(value: Any, where: str = "") -> None:
+    """Raise a TypeError if a value of a TOML file is none that JSON has: a date or a time."""
+    match value:
+        case dict():
+            for key, each in value.items():
+                check_json(each, f"{where}{key} = ")
+        case list():
+            for each in value:
+                check_json(each, where)
+        case str() | bool() | int() | float():
+            pass
+        case _:
+            raise TypeError(
+                f"{where}{value}, expected text (in quotes), a number, true, false, or a list or "
+                "table of these"
+            )
 
 
 def flag(name: str) -> str:
@@ -736,6 +761,25 @@ def _require(
         expected = f"less than {below}"
     if expected:
         raise ConfigError(f"{flag(name)}: found {value}, expected {expected}")
+
+
+def _check_batch_script(option: str, value: Any) -> None:
+    # A line break would make a line of the batch script of what follows it.
+    if isinstance(value, str) and (fault := fault_of_text(value)):
+        raise ConfigError(f"{option}: found {value!r} with {fault}, expected text without")
+
+
+def fault_of_text(text: str) -> str:
+    """What a text has that batch scripts, or files in UTF-8, cannot hold; empty: nothing."""
+    if text.isprintable():
+        return ""  # of most, and they are many
+    if any(character < " " for character in text):
+        return "a control character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no text
+        return "bytes that are not UTF-8"
+    return ""
 
 
 def _require_choice(name: str, value: str, literal: Any) -> None:

@@ -172,7 +172,7 @@ def _files(environment: Mapping[str, str]) -> list[Path]:
 def _read_file(path: Path, defaults: Defaults) -> None:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     archs = found.pop("arch", {})
     if isinstance(archs, dict):

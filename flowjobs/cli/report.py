@@ -130,9 +130,10 @@ class Report:
         if not file.parent.is_dir():
             raise ConfigError(f"--html {file}: found no folder {file.parent}")
         page = html_page(found, title, shlex.join(["flowjobs", *sys.argv[1:]]))
+        content = page.encode(errors="replace")  # a pattern may have bytes that are not UTF-8
         with replaced_whole(file, flush=False) as output:
-            output.write(page.encode())
-        print(f"{file}: {len(found.results)} runs, {len(page.encode()) / 1000:.0f} KB")
+            output.write(content)
+        print(f"{file}: {len(found.results)} runs, {len(content) / 1000:.0f} KB")
 
 
 def _print_table(found: "Comparison") -> None:

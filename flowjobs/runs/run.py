@@ -20,6 +20,7 @@ from flowjobs.config import (
     SlurmConfig,
     TrainingConfig,
     config_to_dict,
+    fault_of_text,
     run_config_from_dict,
     signature_differences,
     signature_of,
@@ -583,12 +584,13 @@ def absolute(path: Path) -> Path:
         ConfigError: It cannot be used, in batch scripts least of all.
     """
     try:
-        path = path.expanduser()
+        path = path.expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError(f"{path}: {error} give the path from the root") from error
-    if any(character < " " for character in str(path)):
-        raise ConfigError(f"{str(path)!r}: found a control character, expected a path without")
-    return path.resolve() if ".." in path.parts else path.absolute()
+    # Also where the working directory is called so: a job would fail there, hours later.
+    if fault := fault_of_text(str(path)):
+        raise ConfigError(f"{str(path)!r}: found {fault}, expected a path without")
+    return path.resolve() if ".." in path.parts else path
 
 
 def default_study() -> Path:

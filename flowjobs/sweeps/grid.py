@@ -309,7 +309,7 @@ class _Reader:
     def read(self) -> Sweep:
         try:
             found = tomllib.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConfigError(f"{self._path}: {error}") from error
         tables = {"base", "grid", "zip", "include", "exclude", *TABLES}
         known = {*tables, "one_at_a_time", "parallel", "runs_per_gpu"}
@@ -404,7 +404,7 @@ class _Reader:
 
     def _typed(self, where: str, name: str, value: Any) -> Any:
         if name.startswith(ARGUMENT):
-            return value
+            return self._as(f"[{where}] {name}", name, value, Any)
         if name not in self._run_hints or (where == "base" and name not in _TRAINING):
             known: Collection[str] = _TRAINING
             raise self._error(f"[{where}] {name}", f"no field; {meant(name, known, 'fields')}")

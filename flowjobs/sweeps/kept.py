@@ -71,15 +71,26 @@ def names_kept(
 
 
 def keep(study: Path, name: str, sweep: Sweep, runs: Sequence[str]) -> None:
-    """Keep a sweep and the names of its runs."""
+    """Keep a sweep and the names of its runs.
+
+    Raises:
+        ConfigError: A value is none that a file of text can hold.
+    """
     file = kept_file(study, name)
+    try:
+        asked = to_toml(sweep).encode()
+    except UnicodeEncodeError as error:
+        value = error.object.splitlines()[error.object[: error.start].count("\n")]
+        raise ConfigError(
+            f"{file}: found bytes that are not UTF-8 in {value!r}, expected text"
+        ) from error
     file.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in (
-        (file, to_toml(sweep)),
-        (file.with_suffix(".runs"), "".join(f"{run}\n" for run in runs)),
+    for path, content in (
+        (file, asked),
+        (file.with_suffix(".runs"), "".join(f"{run}\n" for run in runs).encode()),
     ):
         with replaced_whole(path) as written:
-            written.write(text.encode())
+            written.write(content)
 
 
 def left_out(study: Path, name: str, runs: Sequence[str]) -> list[str]:

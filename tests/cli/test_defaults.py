@@ -60,6 +60,11 @@ def test_a_file_may_set_what_submit_takes(tmp_path: Path) -> None:
         ("cluster = 'cloud'", "cluster = 'cloud', expected auto, slurm, local, debug"),
         ("[arch]\nwide = 3", r"\[arch\] wide = 3, expected an import path"),
         ("batch_size = 0", "--batch-size: found 0, expected at least 1 .from .*flowjobs.toml"),
+        ("sbatch.begin = 2026-12-01T08:00:00", "sbatch = begin = 2026-12-01 08:00:00, expected t"),
+        ("arch_args.at.noon = [12:00:00]", "arch_args = at = noon = 12:00:00, expected text"),
+        ("arch_args.x = " + "[" * 3000, "recursion"),
+        ('comment = """a\nb"""', "--comment: found 'a.nb' with a control character.*.from .*flow"),
+        ('sbatch.licenses = "a\\rb"', "--sbatch licenses: found 'a.rb' with a control character"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, said: str) -> None:

@@ -102,6 +102,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_reported(
     [
         (["--csv", "--latex"], "found --csv and --latex, expected one of them"),
         (["--html", "none/x.html"], "found no folder"),
+        (["--html", "x\udcff.html"], "found bytes that are not UTF-8, expected a path without"),
         (["flow=otcfm"], "no run has flow=otcfm"),
     ],
 )

@@ -19,7 +19,7 @@ from flowjobs.errors import (
 )
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.metrics import MetricsFile, latest_values, read_rows
-from flowjobs.runs.run import Run, run_names
+from flowjobs.runs.run import Run, absolute, run_names
 from flowjobs.runs.status import JobInfo, outcome_of
 
 JOB = JobInfo.in_foreground()
@@ -305,3 +305,15 @@ def test_a_job_of_another_cluster_is_another_job(study: Path) -> None:
     found = [run.submission("7", cluster) for cluster in ("", "one", "other", "third")]
     assert [entry and entry["slurm_cluster"] for entry in found] == ["other", "", "other", ""]
     assert run.submission("8", "one") is None
+
+
+@pytest.mark.parametrize("name", ["new\nline", "latin-1 \udcff"])
+def test_a_path_that_no_batch_script_can_hold_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(name).mkdir()
+    with pytest.raises(ConfigError, match="expected a path without"):
+        absolute(Path(name))
+    monkeypatch.chdir(name)
+    with pytest.raises(ConfigError, match="expected a path without"):
+        absolute(Path("study"))

@@ -158,6 +158,16 @@ def test_an_option_is_of_the_runs_that_have_a_use_for_it(
         ("[base]\narch_args.width = 1\n[grid]\narch_args.width = [2]", r"width in \[base\] too"),
         ("[grid]\nseed = [0]\n[[exclude]]", "found no field, and all runs would be left out"),
         ("parallel = 0", "parallel: found 0, expected a number"),
+        (
+            "[slurm.sbatch]\nbegin = 2026-12-01",
+            r"\[slurm\] sbatch: found begin = 2026-12-01, expected",
+        ),
+        ("[grid.arch_args]\nsince = [2024-01-01]", "since: found 2024-01-01, expected text"),
+        (
+            "[[exclude]]\narch_args.a = [{b = [08:00:00]}]",
+            "arch_args.a: found b = 08:00:00, expected",
+        ),
+        ("base = " + "[" * 3000, "recursion"),
         ("seed = ", "Invalid value"),
     ],
 )
