@@ -1,6 +1,6 @@
 """How a model is called: in the type of its weights, and checked for what it returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +55,18 @@ def check_weights(model: nn.Module) -> None:
                 "the module its width, or call the model once in its constructor"
             )
         # AdamW's fused kernel would write past the end of such memory.
-        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        strides = tensor.stride() if tensor.layout is torch.strided else [1] * tensor.dim()
+        sizes = zip(tensor.shape, strides, strict=True)
         if any(size > 1 and step == 0 for size, step in sizes):
             raise ConfigError(
                 f"--arch {name}: several values of {key} share their memory (expand), so that "
                 "they cannot be set; make it of its own memory (clone)"
+            )
+    for key, weights in model.named_parameters():
+        if weights.layout is not torch.strided:
+            raise ConfigError(
+                f"--arch {name}: the parameter {key} is sparse ({_word(weights.layout)}), which "
+                "neither AdamW nor the average takes: make it a buffer, or its values a parameter"
             )
     for key, part in model.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
@@ -85,6 +92,23 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
+def check_parameters(trained: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Raise a ConfigError if forward has put another parameter in the place of one.
+
+    Args:
+        trained: The parameters that the optimizer was given, by all their names.
+        model: The model now.
+    """
+    for key, weights in model.named_parameters(remove_duplicate=False):
+        # One that came anew is found when the state is saved, as a restart builds none.
+        if trained.get(key, weights) is not weights:
+            raise ConfigError(
+                f"--arch {type(model).__name__}: forward puts another parameter in the place of "
+                f"{key}, which is not trained: write into the one that is there "
+                f"(self.{key}.data.copy_)"
+            )
+
+
 def check_gradient(velocity: Tensor, name: str) -> None:
     """Raise a ConfigError for the velocity of a training step from which no weight can learn."""
     if velocity.requires_grad:
@@ -107,5 +131,5 @@ def _unexpected(name: str, x: Tensor, t: Tensor, found: str) -> str:
     )
 
 
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _word(of: torch.dtype | torch.layout) -> str:
+    return str(of).removeprefix("torch.")

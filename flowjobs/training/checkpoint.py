@@ -249,13 +249,19 @@ def _write(
 
 
 def _why_not_written(path: Path, payload: Payload, error: OSError) -> str:
-    needed = sum(leaf.nbytes for _, leaf in _leaves(payload) if isinstance(leaf, Tensor))
+    needed = sum(_bytes_of(leaf) for _, leaf in _leaves(payload) if isinstance(leaf, Tensor))
     text = f"{path} could not be written: {error.strerror}; it needs {_size(needed)}"
     with suppress(OSError):
         text += f", {_size(shutil.disk_usage(path.parent).free)} are free there"
     if error.errno == errno.EDQUOT:
         text += " but not within your quota"
     return f"{text}; a checkpoint that was there before still is"
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    return tensor.nbytes
 
 
 def _size(n_bytes: int) -> str:

@@ -61,13 +61,30 @@ class EMAModel:
         self._weights, self._unaveraged_weights = _parameters(model)
         # Their places, since a model may put a new tensor there (`self.mean = 0.9 * self.mean`).
         self._buffers = _buffer_places(model)
+        pairs = zip(model.modules(), self.model.modules(), strict=True)
+        self._extra = [(module, copied) for module, copied in pairs if _keeps_more(module)]
+
+    def take_extra_state(self) -> None:
+        """Give the copy what modules keep beside tensors, as it is now (`get_extra_state`).
+
+        Not a part of `update`: to say it may take a module longer than a step does.
+        """
+        for module, copied in self._extra:
+            copied.set_extra_state(copy.deepcopy(module.get_extra_state()))
 
     def _copy_buffers(self) -> None:
-        copies, buffers = _at(self._copied), _at(self._buffers)
-        for (there, name), copied, buffer in zip(self._copied, copies, buffers, strict=True):
-            if copied.shape != buffer.shape:  # what is kept of a batch, and both models see others
-                there[name] = torch.empty_like(buffer)
-        torch._foreach_copy_(_at(self._copied), buffers)
+        copies, buffers = [], []
+        for (there, name), (here, _) in zip(self._copied, self._buffers, strict=True):
+            copied, buffer = there.get(name), here.get(name)
+            if buffer is None:  # forward may put None there, and a tensor again
+                there[name] = None
+            elif copied is None or not _can_be_written(copied, buffer):
+                there[name] = buffer.clone()
+            else:
+                copies.append(copied)
+                buffers.append(buffer)
+        if copies:
+            torch._foreach_copy_(copies, buffers)
 
     def load_shadow(self, shadow: dict[str, Tensor], updates: int) -> None:
         """Restore what `shadow` and `updates` were."""
@@ -76,8 +93,10 @@ class EMAModel:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    # torch's own copy knows no compressed sparse tensors.
+    copied = {id(of): of.clone() for of in model.buffers() if of.layout is not torch.strided}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, copied)
     except Exception as error:
         # Whatever a module of a person's own may hold: a lock, an open file, a tensor of a graph.
         raise ConfigError(
@@ -94,13 +113,21 @@ def _parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _buffer_places(model: nn.Module) -> list[_Place]:
-    return [
-        (module._buffers, name)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    return [(module._buffers, name) for module in model.modules() for name in module._buffers]
 
 
-def _at(places: list[_Place]) -> list[Tensor]:
-    return [buffers[name] for buffers, name in places]  # type: ignore[misc]
+def _can_be_written(copied: Tensor, buffer: Tensor) -> bool:
+    """Whether a buffer's values surely fit the memory of its copy.
+
+    Not where it is kept of a batch, as both models see others, or is sparse.
+    """
+    return copied.shape == buffer.shape and buffer.layout is copied.layout is torch.strided
+
+
+def _keeps_more(module: nn.Module) -> bool:
+    """Whether a module gives and takes a state beside its tensors."""
+    kind = type(module)
+    return (
+        kind.get_extra_state is not nn.Module.get_extra_state
+        and kind.set_extra_state is not nn.Module.set_extra_state
+    )

@@ -207,10 +207,13 @@ def snapshot(payload: Payload, reuse: Payload | None = None) -> Payload:
 
     def visit(value: Any, old: Any) -> Any:
         match value:
+            case Tensor(layout=layout) if layout is not torch.strided:
+                return value.detach().to("cpu", copy=True)  # sparse: it may be of another size
             case Tensor():
-                alike = isinstance(old, Tensor) and (old.shape, old.dtype) == (
+                alike = isinstance(old, Tensor) and (old.shape, old.dtype, old.layout) == (
                     value.shape,
                     value.dtype,
+                    value.layout,
                 )
                 target = old if alike else torch.empty_like(value, device="cpu")
                 targets.append(target)

@@ -98,8 +98,24 @@ class TrainState:
         self.epochs_without_improvement += 1
         return False
 
+    def take_extra_state(self) -> None:
+        """Give the average what the model keeps beside its tensors, before it is used or saved.
+
+        Raises:
+            CheckpointUnloadableError: The model does not take its own state.
+        """
+        try:
+            self.ema.take_extra_state()
+        except Exception as error:
+            raise _not_taken_back(error) from error
+
     def payload(self) -> Payload:
-        """What a checkpoint holds; the tensors are the live ones."""
+        """What a checkpoint holds; the tensors are the live ones.
+
+        Raises:
+            CheckpointUnloadableError: The model does not take its own state.
+        """
+        self.take_extra_state()
         payload = checkpoint_payload(
             epoch=self.epochs_finished - 1,
             step=self.step,
@@ -192,10 +208,7 @@ class TrainState:
             built.load_state_dict(payload["model_state_dict"])
             self.ema.load_shadow(payload["ema_shadow"], payload["ema_updates"])
         except Exception as error:
-            raise CheckpointUnloadableError(
-                "a run of this model could not be resumed: it does not take back the state that "
-                f"it gave: {type(error).__name__}: {error}"
-            ) from error
+            raise _not_taken_back(error) from error
 
     def start_from_weights(self, payload: Payload, path: Path) -> None:
         """Take over the averaged weights of another run, and nothing else.
@@ -264,6 +277,13 @@ def first_not_finite(parts: Mapping[str, Any]) -> str | None:
         if not is_finite and not bool(tensor.isfinite().all()):
             return name
     return None
+
+
+def _not_taken_back(error: Exception) -> CheckpointUnloadableError:
+    return CheckpointUnloadableError(
+        "a run of this model could not be resumed: it does not take back the state that it gave: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, str]:

@@ -35,6 +35,7 @@ from flowjobs.models.flops import flops_of_batch, flops_per_sample, parameters_i
 from flowjobs.models.velocity import (
     Velocity,
     check_gradient,
+    check_parameters,
     check_weights,
     checked_velocity,
     input_dtype,
@@ -276,8 +277,12 @@ class FlowTrainer:
         state = self.state
         state.model.train()
         said_at = time.monotonic()
+        first_step = state.step + 1
         while not state.finished:
             row = self._step()
+
+            if state.step == first_step or state.at_epoch_end:
+                check_parameters(self._named, state.model)
 
             if saver and state.step == 1:
                 # Before GPU hours are spent, and before any row: what has steps on record has a
@@ -366,6 +371,7 @@ class FlowTrainer:
         return {"val/loss": val_loss, "val/best_loss": self.state.best_loss}
 
     def _validation_loss(self) -> float:
+        self.state.take_extra_state()
         with self._arithmetic():
             return self._validation.loss(self._ema_velocity)
 
@@ -465,6 +471,7 @@ class FlowTrainer:
     def _prepare(self, model: nn.Module) -> Velocity:
         """The model as the steps call it, joined to the other ranks'."""
         self._parameters = list(model.parameters())
+        self._named = dict(model.named_parameters(remove_duplicate=False))
         if self._ranks.world_size > 1:
             # Looking for unused parameters also keeps DDP from regrouping the gradients after
             # the first step: a resumed run would sum them in another order than a whole one.

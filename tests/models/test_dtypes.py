@@ -1,5 +1,6 @@
 """Numbers of every type and scale: each is trained right, or refused in words at the start."""
 
+import itertools
 import math
 import shutil
 import threading
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from flowjobs.config import TrainingConfig
 from flowjobs.data.batches import make_batches
 from flowjobs.data.dataset import is_same_normalization, normalization_stats, split
-from flowjobs.errors import ConfigError, DataError
+from flowjobs.errors import ConfigError, DataError, RunInterrupted
 from flowjobs.evaluation.sampling import sample
 from flowjobs.runs.run import Run
 from flowjobs.training import EMAModel, FlowDataset, FlowTrainer
@@ -52,9 +53,9 @@ def constant(name: str, tensor: Tensor) -> Any:
     return lambda model: model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
-def train(model: nn.Module, name: str | None = None) -> float:
+def train(model: nn.Module, name: str | None = None, **options: Any) -> float:
     data = torch.randn(100, 3, generator=torch.Generator().manual_seed(1)) * 3 + 1
-    trainer = FlowTrainer(model, CONFIG, *split(FlowDataset(data)), CPU, name=name)
+    trainer = FlowTrainer(model, CONFIG, *split(FlowDataset(data)), CPU, name=name, **options)
     return trainer.train()["best_val_loss"]
 
 
@@ -108,6 +109,10 @@ REFUSED = {
     "sparse gradients": (
         lambda model: setattr(model, "table", nn.Embedding(9, 3, sparse=True)),
         "table has sparse gradients.*without sparse=True",
+    ),
+    "a sparse parameter": (
+        constant("links", torch.eye(3).to_sparse()),
+        r"links is sparse \(sparse_coo\), which neither AdamW.*make it a buffer",
     ),
     "what cannot be copied": (
         lambda model: setattr(model, "lock", threading.Lock()),
@@ -178,6 +183,67 @@ def test_a_buffer_of_the_batchs_size_is_no_harm(study: Path) -> None:
     assert train(KeepsABatch(), "keeps") == train(net(), "none")
 
 
+class ComesAndGoes(Net):
+    """Lets go of one buffer in training, takes up another, and the average does it its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gone", torch.zeros(3), persistent=False)
+        self.register_buffer("come", None, persistent=False)
+        self.register_buffer("unused", None)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.gone = None if self.training else torch.zeros(1)
+        self.come = torch.zeros(3) if self.training else None
+        return super().forward(x, t)
+
+
+def test_a_buffer_that_comes_and_goes_is_no_harm(study: Path) -> None:
+    torch.manual_seed(0)
+    model = ComesAndGoes()
+    assert train(model, "comes") == train(net(), "none")
+    ema = EMAModel(model)
+    model.come = torch.ones(3)
+    ema.update(model)
+    assert torch.equal(ema.model.come, model.come)
+    model.come = None
+    ema.update(model)
+    assert ema.model.come is None
+
+
+class Linked(Net):
+    """A sparse matrix of its own as a buffer, another at each step where it can be resumed."""
+
+    def __init__(self, layout: torch.layout = torch.sparse_coo) -> None:
+        super().__init__()
+        self.register_buffer("links", torch.eye(3).to_sparse(layout=layout))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.training and self.links.layout is torch.sparse_coo:
+            self.links = (self.links + torch.rand(3, 3).round().to_sparse()).coalesce() * 0.5
+        return super().forward((self.links @ x.T).T, t)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_a_sparse_buffer_is_kept_and_comes_back(study: Path, layout: torch.layout) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return Linked(layout)
+
+    expected = train(model(), "whole")
+    asked = itertools.count(1)
+    with pytest.raises(RunInterrupted):
+        train(model(), "parts", stop_reason=lambda: "test" if next(asked) == 7 else None)
+    assert train(model(), "parts") == expected
+    whole, parts = (read_checkpoint(Run(study, name).last) for name in ("whole", "parts"))
+    for payload in (whole, parts):
+        for part in ("model_state_dict", "ema_shadow"):
+            payload[part]["links"] = payload[part]["links"].to_dense()
+    assert same(whole, parts)
+    assert same(whole["ema_shadow"]["links"], whole["model_state_dict"]["links"])
+
+
 def test_another_default_type_trains_as_well(study: Path) -> None:
     torch.set_default_dtype(torch.float64)
     try:
@@ -210,6 +276,46 @@ def test_a_model_is_called_for_its_steps_alone(study: Path) -> None:
     train(model)
     assert model.calls == model.norm.num_batches_tracked == 2 * (85 // 16)
     assert ((model.scale > 0.3) & (model.scale < 3)).all()
+
+
+def puts_a_parameter(model: Any) -> None:
+    if not model.called:
+        model.scale = nn.Parameter(model.scale.data + 1)
+
+
+def puts_a_module(model: Any) -> None:
+    if not model.called:
+        model.first = nn.Linear(3, 8)
+
+
+def puts_a_frozen_one_later(model: Any) -> None:
+    if model.called == 3:
+        model.table = nn.Parameter(torch.ones(3), requires_grad=False)
+
+
+class Replaces(Net):
+    def __init__(self, replace: Any) -> None:
+        super().__init__()
+        self.scale, self.called, self.replace = nn.Parameter(torch.ones(3)), 0, replace
+        self.table = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.replace(self)
+        self.called += self.training
+        return super().forward(x * self.scale + self.table, t)
+
+
+@pytest.mark.parametrize(
+    ("replace", "said"),
+    [
+        (puts_a_parameter, r"of scale, which is not trained.*\(self.scale.data.copy_\)"),
+        (puts_a_module, "of first.weight, which is not trained"),
+        (puts_a_frozen_one_later, "of table, which is not trained"),
+    ],
+)
+def test_a_parameter_that_forward_replaces_is_refused(study: Path, replace: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"forward puts another parameter in the place {said}"):
+        train(Replaces(replace))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -142,6 +142,49 @@ def test_extra_state_of_plain_values_comes_back(study: Path) -> None:
     assert same(read_checkpoint(whole.last), read_checkpoint(parts.last))
 
 
+class KeepsAList(nn.Module):
+    """A part that shifts by what it has kept, which no tensor of its state holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.kept.append(float(x.detach().mean()))
+        return x + sum(self.kept)
+
+    def get_extra_state(self) -> Any:
+        return self.kept
+
+    def set_extra_state(self, state: Any) -> None:
+        self.kept = state
+
+
+def test_the_average_is_of_what_the_model_keeps_beside_its_tensors(study: Path) -> None:
+    def model() -> nn.Module:
+        whole = Model()
+        whole.linear = nn.Sequential(whole.linear, KeepsAList())
+        return whole
+
+    run, parts = Run(study, "run"), Run(study, "parts")
+    train_in(run, CONFIG, model=model())
+    for file in (run.last, run.best):
+        payload = read_checkpoint(file)
+        kept = payload["ema_shadow"]["linear.1._extra_state"]
+        assert len(kept) == payload["step"]
+        assert kept == payload["model_state_dict"]["linear.1._extra_state"]
+    trainer = make_trainer(study, CONFIG, model=model(), run=run)
+    trainer._restore(run)
+    losses = [row["val/loss"] for row in read_rows(run.metrics_file) if "val/loss" in row]
+    assert trainer._validation_loss() == losses[-1]
+    with pytest.raises(RunInterrupted):
+        train_in(parts, CONFIG, model=model(), stop_reason=stop_at(30))
+    train_in(parts, CONFIG, model=model())
+    assert same(read_checkpoint(run.last), read_checkpoint(parts.last))
+    assert same(read_checkpoint(run.best), read_checkpoint(parts.best))
+
+
 class Diverges(Model):
     """Its loss is not a number from the third step on; a mask of infinities is no harm."""
 
