@@ -162,6 +162,7 @@ def sample_chunks(
     source: Source,
     with_energy: bool = False,
     check: Callable[[], None] = lambda: None,
+    first: int = 0,
 ) -> Iterator[Samples]:
     """Draw n samples of a model, at most CHUNK at a time.
 
@@ -175,13 +176,14 @@ def sample_chunks(
         source: Where the paths start, in normalized units.
         with_energy: Integrate the squared velocity along the paths too.
         check: Called before each network call; what it raises ends the samples.
+        first: Leave out so many chunks of the n samples, which are there already.
 
     Raises:
         SamplingError: A sample is not finite, or dopri5 does not get to the end.
     """
     mean, std = stats["mean"].to(device), stats["std"].to(device)
     velocity = checked_velocity(model, input_dtype(model), type(model).__name__)
-    for chunk, start in enumerate(range(0, n, CHUNK)):
+    for chunk, start in enumerate(range(first * CHUNK, n, CHUNK), first):
         x_0 = source.starts(seed, chunk, CHUNK)
         found = integrate(velocity, x_0.to(device), solver, with_energy=with_energy, check=check)
         asked = slice(min(CHUNK, n - start))

@@ -70,6 +70,7 @@ class TrainedModel:
         *,
         with_energy: bool = False,
         check: Callable[[], None] = lambda: None,
+        first: int = 0,
     ) -> Iterator[Samples]:
         """The samples of `sample`, as they are computed; see `sample_chunks`."""
         return sample_chunks(
@@ -82,4 +83,5 @@ class TrainedModel:
             source=self.source,
             with_energy=with_energy,
             check=check,
+            first=first,
         )

@@ -135,6 +135,14 @@ class Attempt:
         self._record.last_step = step
         self._status.step, self._status.total_steps = step, total_steps
         self._status.epoch, self._status.best_val_loss = epoch, best_val_loss
+        self._write_now_and_then()
+
+    def prepared(self) -> None:
+        """Note that more is there of what the steps need; reaches the disk as `progress` does."""
+        self._record.prepared += 1
+        self._write_now_and_then()
+
+    def _write_now_and_then(self) -> None:
         if time.monotonic() - self._written_at > STATUS_EVERY_S:
             # One that has lost the run would put its own word over the newer attempt's.
             self._lock.check_held()

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 NO_LOCKS_HERE = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 SAY_AFTER_S = 3.0
+SAY_AGAIN_AFTER_S = 60.0
 # Where there are no locks a holder renews its claim; one that is dead for so long has lost it.
 LEASE_S = 20.0
 
@@ -48,7 +49,9 @@ def try_lock(path: Path) -> "FileLock | None":
 
 
 @contextmanager
-def locked(path: Path, wait_s: float, purpose: str) -> Iterator[None]:
+def locked(
+    path: Path, wait_s: float, purpose: str, look: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Hold the lock of a file while the block lasts.
 
     Where there are no locks it is held by a file beside it that is renewed as long as this process
@@ -58,6 +61,8 @@ def locked(path: Path, wait_s: float, purpose: str) -> Iterator[None]:
         path: The file.
         wait_s: How long to wait for whoever holds it.
         purpose: What for, as in "to write the config of mlp-icfm".
+        look: Called every few seconds of the wait; what it raises ends it. True where the holder is
+            seen to get on with its work: `wait_s` is counted anew.
 
     Raises:
         LockHeldError: It is still held.
@@ -66,23 +71,25 @@ def locked(path: Path, wait_s: float, purpose: str) -> Iterator[None]:
 
     lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
     deadline = time.monotonic() + wait_s
-    said = False
+    say_at = 0.0
     while True:
         left_s = max(0.0, deadline - time.monotonic())
         try:
-            # In two parts, to say in between who is waited for.
-            _acquire(lock, left_s if said else min(SAY_AFTER_S, left_s))
+            _acquire(lock, min(SAY_AFTER_S, left_s))
             break
         except NoLocksError:
             lock = SoftFileLease(path.with_name(f"{path.name}-lease"), lease_duration=LEASE_S)
         except Timeout:
+            if look():
+                deadline = time.monotonic() + wait_s
             if time.monotonic() >= deadline:
                 raise LockHeldError(
                     f"waited {wait_s:g} s {purpose}: {path} is held by {_holder(path)}; "
                     "try again, or end that process if it hangs"
                 ) from None
-            logger.warning("waiting %s: %s is held by %s", purpose, path.name, _holder(path))
-            said = True
+            if time.monotonic() >= say_at:
+                logger.warning("waiting %s: %s is held by %s", purpose, path.name, _holder(path))
+                say_at = time.monotonic() + SAY_AGAIN_AFTER_S
     try:
         # Into the locked file itself: a new one under its name would be a new lock.
         with suppress(OSError):  # for those who wait; a full disk is no reason not to hold it

@@ -103,6 +103,10 @@ class Recorder:
         """Say how far the run is."""
         self.attempt.progress(step, total_steps, epoch, best_val_loss)
 
+    def prepared(self) -> None:
+        """Say that more is there of what the steps need, before `start_at`."""
+        self.attempt.prepared()
+
     def saved(self, seconds: float) -> None:
         """Say how long a checkpoint has held up the training."""
         self.attempt.saved(seconds)

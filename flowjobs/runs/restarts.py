@@ -14,8 +14,9 @@ def fruitless_attempts(attempts: Sequence[AttemptRecord]) -> int:
     """How many attempts in a row, up to the last one that ended, brought the run no step further.
 
     An attempt made progress if the next one began at a later step: steps that it did and could not
-    save do not count. For the last one, which nothing followed yet, its own last step is used. A
-    start by the run's user begins the count anew.
+    save do not count. So did one that prepared some of what the steps need. For the last one, which
+    nothing followed yet, its own last step is used. A start by the run's user begins the count
+    anew.
 
     Args:
         attempts: All attempts; a last one that has not ended is the one that asks.
@@ -27,6 +28,8 @@ def fruitless_attempts(attempts: Sequence[AttemptRecord]) -> int:
             reached = attempt.last_step if following is None else following
             start = attempt.first_step
             if start is not None and reached is not None and reached > start:
+                return count
+            if attempt.prepared:
                 return count
             count += 1
         if attempt.job.started_by_person:

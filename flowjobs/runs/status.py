@@ -163,6 +163,7 @@ class AttemptRecord:
     Attributes:
         trains: When it was about to do its first step.
         saving_s: How long its training stood still for checkpoints.
+        prepared: How often it saw more of what its steps need, and which is kept: pairs of reflow.
     """
 
     number: int
@@ -176,6 +177,7 @@ class AttemptRecord:
     reason: str = ""
     trains: str | None = None
     saving_s: float = 0.0
+    prepared: int = 0
 
     def close(self, outcome: Outcome) -> None:
         """Note how the attempt ended."""

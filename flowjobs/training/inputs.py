@@ -15,6 +15,7 @@ from flowjobs.data.dataset import (
     normalization_stats,
 )
 from flowjobs.data.source import Sources, sources_of
+from flowjobs.errors import RunInterrupted
 from flowjobs.flows.flow import Flow
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import PAIRS
@@ -53,6 +54,7 @@ def inputs_of(
     device: torch.device,
     ranks: Ranks,
     stop_reason: Callable[[], str | None],
+    prepared: Callable[[], None],
 ) -> Inputs:
     """The inputs of a run. Pairs that are not there yet are made, on the first rank.
 
@@ -64,6 +66,7 @@ def inputs_of(
         device: Where to compute.
         ranks: The processes that train together.
         stop_reason: Asked while pairs are made.
+        prepared: Called when some more of them are there.
 
     Raises:
         FlowjobsError: Something in it cannot be read, or does not fit the data.
@@ -76,8 +79,14 @@ def inputs_of(
     content = content_by_part(train, val) | sources.content
     if flow.given_pairs:
         sizes = len(train), len(val)
-        with ranks.first_goes_first():
-            train, val = pairs_of(config, study, sizes, stats, content, device, stop_reason)
+        with ranks.first_goes_first() as still_at_it:
+
+            def check() -> None:
+                if reason := stop_reason():
+                    raise RunInterrupted(reason)
+                still_at_it()
+
+            train, val = pairs_of(config, study, sizes, stats, content, device, check, prepared)
         pairs = content_by_part(train, val)
         content |= {f"{PAIRS}{part}": of for part, of in pairs.items()}
         as_made = no_normalization(train)  # they are normalized already

@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # files aside and saves. Of a rank that dies Slurm tells the others at once.
 WAIT_FOR_RANKS = timedelta(minutes=30)
 LEAVE_WITHIN_S = 10.0
+
+# What the first rank tells those that wait for it.
+DONE, FAILED, STILL_AT_IT = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -43,29 +46,34 @@ class Ranks:
         return self.rank == 0
 
     @contextmanager
-    def first_goes_first(self) -> Iterator[None]:
+    def first_goes_first(self) -> Iterator[Callable[[], None]]:
         """The other ranks enter the block when the first one has left it.
+
+        Yields:
+            What the first one calls every now and then where the block may take longer than
+            WAIT_FOR_RANKS. Of no effect on the others.
 
         Raises:
             RankFailedError: The first one failed there.
         """
         if self.world_size == 1:
-            yield
+            yield lambda: None
             return
-        failed = torch.zeros(1)
         if not self.is_first:
-            distributed.broadcast(failed, src=0)
-            if failed:
+            word = STILL_AT_IT
+            while word == STILL_AT_IT:
+                word = _from_first()
+            if word == FAILED:
                 raise RankFailedError("the first rank failed before a step was trained")
+            yield lambda: None
+            return
         try:
-            yield
+            yield lambda: _tell(STILL_AT_IT)
         except BaseException:
-            if self.is_first:
-                with suppress(RuntimeError):  # the others are gone
-                    distributed.broadcast(failed + 1, src=0)
+            with suppress(RuntimeError):  # the others are gone
+                _tell(FAILED)
             raise
-        if self.is_first:
-            distributed.broadcast(failed, src=0)
+        _tell(DONE)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar tensor over the ranks."""
@@ -77,6 +85,16 @@ class Ranks:
             value = value.clone()
             distributed.all_reduce(value)
         return value
+
+
+def _tell(word: int) -> None:
+    distributed.broadcast(torch.tensor([word]), src=0)
+
+
+def _from_first() -> int:
+    word = torch.zeros(1, dtype=torch.int64)
+    distributed.broadcast(word, src=0)
+    return int(word)
 
 
 def single_process(device: torch.device) -> Ranks:

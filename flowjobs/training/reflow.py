@@ -7,6 +7,9 @@ Source: Liu et al., Flow straight and fast (https://arxiv.org/abs/2209.03003), a
 """
 
 import logging
+import math
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +26,8 @@ from flowjobs.errors import (
     CheckpointError,
     CheckpointMismatchError,
     ConfigError,
-    RunInterrupted,
 )
+from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.evaluation.solver import Solver
 from flowjobs.evaluation.trained import TrainedModel
 from flowjobs.runs.data_file import DataContent
@@ -38,8 +41,9 @@ from flowjobs.training.trained import load_trained
 logger = logging.getLogger(__name__)
 
 SOLVER = Solver("midpoint", steps=50)
-# Whoever makes them for another run at the same time.
+# Without one more pair of whoever makes them for another run at the same time.
 WAIT_S = 3600.0
+SAY_EVERY_S = 60.0
 
 
 def pairs_of(
@@ -49,7 +53,8 @@ def pairs_of(
     stats: dict[str, Tensor],
     content: Mapping[str, DataContent],
     device: torch.device,
-    stop_reason: Callable[[], str | None],
+    check: Callable[[], None],
+    made: Callable[[], None],
 ) -> tuple[FlowDataset, FlowDataset]:
     """The training and the validation pairs of `--reflow-from`, rows of shape (2, *shape).
 
@@ -60,7 +65,9 @@ def pairs_of(
         stats: Normalization of this run's data, which must be the other's.
         content: Of this run's data and source, by part, which must be the other's.
         device: Where to compute.
-        stop_reason: Asked between chunks; a text raises RunInterrupted.
+        check: Called between network calls, and while another run makes them; what it raises ends
+            it, and what is made is kept.
+        made: Called when there are more than before.
 
     Raises:
         CheckpointMismatchError: They are not made yet, and the best.pt is another than it was.
@@ -77,15 +84,25 @@ def pairs_of(
             check_same_data(teacher_run, content)
     if not train_file.exists():
         train_file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(train_file.parent / ".lock", WAIT_S, f"for the pairs of {name}"):
+        files = train_file, val_file
+        there = sum(map(_size_of_partial, files))
+
+        def look() -> bool:
+            """Whether there are more than before, which another run makes."""
+            nonlocal there
+            check()
+            before, there = there, sum(map(_size_of_partial, files))
+            if there > before:
+                made()
+            return there > before
+
+        with locked(train_file.parent / ".lock", WAIT_S, f"for the pairs of {name}", look):
             if not train_file.exists():
                 teacher = _teacher(teacher_run, digest, stats, device)
                 # The validation part first: where train.pt is, both are.
                 for file, n in zip((val_file, train_file), reversed(sizes), strict=True):
-                    logger.info("makes %d pairs of %s: %s", n, name, file)
-                    shape = (n, 2, *stats["mean"].shape)
-                    rows = _pairs(teacher, n, derive_seed("pairs", file.stem), stop_reason)
-                    write_tensor(file, shape, torch.float32, rows)
+                    if not file.exists():
+                        _make(file, n, teacher, check, made)
     return FlowDataset(train_file), FlowDataset(val_file)
 
 
@@ -103,11 +120,53 @@ def _teacher(run: Run, digest: str, stats: dict[str, Tensor], device: torch.devi
     return trained
 
 
-def _pairs(
-    teacher: TrainedModel, n: int, seed: int, stop_reason: Callable[[], str | None]
-) -> Iterator[Tensor]:
+def _make(
+    file: Path, n: int, teacher: TrainedModel, check: Callable[[], None], made: Callable[[], None]
+) -> None:
+    """Write n pairs of a teacher to a file, a chunk at a time: an interruption costs no other."""
     mean, std = (teacher.stats[key].cpu() for key in ("mean", "std"))
-    for made in teacher.chunks(n, seed, SOLVER):
-        if reason := stop_reason():
-            raise RunInterrupted(reason)
-        yield torch.stack([made.x_0, normalized(made.x_1, mean, std)], dim=1)
+    shape = (2, *mean.shape)
+    row_bytes = 4 * math.prod(shape)  # of float32
+    partial = _partial(file)
+    partial.touch()
+    # A chunk follows from the seed and its number: it does not matter who made those before it, nor
+    # (where there are no locks) whether two make it.
+    try:
+        with partial.open("r+b") as rows:
+            first = partial.stat().st_size // (CHUNK * row_bytes)
+            logger.info("makes %d pairs of %s, from %d: %s", n, teacher.name, first * CHUNK, file)
+            rows.seek(first * CHUNK * row_bytes)
+            seed, say_at = derive_seed("pairs", file.stem), time.monotonic() + SAY_EVERY_S
+            for chunk in teacher.chunks(n, seed, SOLVER, check=check, first=first):
+                pairs = torch.stack([chunk.x_0, normalized(chunk.x_1, mean, std)], dim=1)
+                rows.write(pairs.numpy().data)
+                rows.flush()
+                os.fsync(rows.fileno())
+                made()
+                if time.monotonic() > say_at:
+                    logger.info("%d of %d pairs are made", rows.tell() // row_bytes, n)
+                    say_at = time.monotonic() + SAY_EVERY_S
+
+            def all_rows() -> Iterator[Tensor]:
+                rows.seek(0)
+                while block := bytearray(rows.read(CHUNK * row_bytes)):
+                    check()
+                    yield torch.frombuffer(block, dtype=torch.float32).view(-1, *shape)
+
+            write_tensor(file, (n, *shape), torch.float32, all_rows())
+    except OSError as error:
+        error.filename = error.filename or str(partial)  # of a full disk, Python does not tell
+        raise
+    partial.unlink(missing_ok=True)
+
+
+def _partial(file: Path) -> Path:
+    """The pairs of a file that are made, one after another, as long as not all are."""
+    return file.with_suffix(".partial")
+
+
+def _size_of_partial(file: Path) -> int:
+    """In bytes; 0 if there is none."""
+    with suppress(FileNotFoundError):
+        return _partial(file).stat().st_size
+    return 0

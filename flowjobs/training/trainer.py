@@ -144,6 +144,7 @@ class FlowTrainer:
             device,
             self._ranks,
             self._stop_reason,
+            self._tell_prepared,
         )
         self._data = inputs.content
         rank, world_size = self._ranks.rank, self._ranks.world_size
@@ -487,6 +488,11 @@ class FlowTrainer:
         if self._config.precision == "bf16":
             return torch.autocast(self._device.type, torch.bfloat16)
         return nullcontext()
+
+    def _tell_prepared(self) -> None:
+        if self._recorder:
+            with suppress(OSError):  # as for the progress
+                self._recorder.prepared()
 
     def _tell_progress(self, recorder: Recorder) -> None:
         state = self.state

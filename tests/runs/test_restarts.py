@@ -40,6 +40,12 @@ def test_steps_that_were_lost_do_not_count() -> None:
     assert fruitless_attempts([*attempts, attempt(5, 20, 20, ended=False)]) == 0
 
 
+def test_what_was_prepared_before_the_first_step_is_progress() -> None:
+    attempts = [replace(attempt(n, None, None), prepared=n) for n in range(1, 5)]
+    assert fruitless_attempts([*attempts, attempt(5, None, None, ended=False)]) == 0
+    assert fruitless_attempts([*attempts, attempt(5, None, None)]) == 1
+
+
 def test_a_person_begins_the_count_anew() -> None:
     attempts = [attempt(n, 0, 0) for n in (1, 2, 3)]
     by_person = AttemptRecord(4, replace(JOB, job_id="13"), "now", 0, 0, ended="then")

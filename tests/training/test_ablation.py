@@ -13,16 +13,22 @@ from flowjobs.config import (
     BUILT_IN_ARCHS,
     BUILT_IN_FLOWS,
     KeyValues,
+    RestartConfig,
     RunConfig,
     TrackingConfig,
+    TrainingConfig,
 )
 from flowjobs.data.dataset import FlowDataset, load_datasets, write_splits
-from flowjobs.errors import ConfigError, RunInterrupted
+from flowjobs.errors import ConfigError, LockHeldError, RunInterrupted
+from flowjobs.evaluation.sampling import CHUNK
+from flowjobs.evaluation.solver import Solver
 from flowjobs.models.build import build_model
+from flowjobs.runs import file_lock
+from flowjobs.runs.datasets import pair_files
 from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.training import FlowTrainer
+from flowjobs.training import FlowTrainer, reflow
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.pinned import with_pinned_files
 from tests.training.test_exactness import (
@@ -122,17 +128,23 @@ def test_pairs_of_other_data_or_another_source_are_refused(study: Path) -> None:
         with_pinned_files(replace(asked, reflow_from="unfinished"), study, None)
 
 
+def teacher_of(study: Path, config: TrainingConfig, parts: tuple[FlowDataset, FlowDataset]) -> Run:
+    teacher = Run(study, "teacher")
+    teacher.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    with recording(teacher, JobInfo.in_foreground()) as recorder:
+        model = build_model(config, 6)
+        FlowTrainer(model, config, *parts, CPU, run=teacher, recorder=recorder).train()
+    return teacher
+
+
 def test_pairs_of_other_data_are_refused_before_a_job_is_submitted(study: Path) -> None:
     for name, seed in (("one", 1), ("other", 2)):
         write_splits(data(60, seed), study, {name: None})
     # Not normalized, the data are all that differs.
     config = replace(BASE, epochs=1, normalize="none", dataset="one")
-    teacher = Run(study, "teacher")
-    teacher.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
     one, other = (load_datasets(name, study) for name in ("one", "other"))
-    with recording(teacher, JobInfo.in_foreground()) as recorder:
-        model = build_model(config, 6)
-        FlowTrainer(model, config, *one, CPU, run=teacher, recorder=recorder).train()
+    teacher_of(study, config, one)
+    model = build_model(config, 6)
     asked = replace(config, flow="reflow", reflow_from="teacher")
     pinned = with_pinned_files(asked, study, None)
     with pytest.raises(ConfigError, match=r"other data.*\n  train: .* then, .* now\n  val: "):
@@ -142,3 +154,65 @@ def test_pairs_of_other_data_are_refused_before_a_job_is_submitted(study: Path) 
     FlowTrainer(model, pinned, *one, CPU, name="student")  # makes the pairs
     with pytest.raises(ConfigError, match="it was trained on other data"):
         FlowTrainer(model, pinned, *other, CPU, name="other")
+
+
+def test_pairs_that_are_made_survive_an_interruption_and_are_progress(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reflow, "SOLVER", Solver("euler", 5))
+    parts = data(2 * CHUNK + 50, 1), data(20, 2)
+    teacher_of(study, replace(BASE, epochs=1), parts)
+    asked = replace(BASE, epochs=1, flow="reflow", reflow_from="teacher")
+    config, run = with_pinned_files(asked, study, None), Run(study, "run")
+    run.create(RunConfig(config, restarts=RestartConfig(give_up_after=2)))
+    folder = pair_files(study, str(config.reflow_from))[0].parent
+
+    def attempt(number: int, calls: int | None) -> None:
+        asks = itertools.count(1)
+        job = replace(JobInfo.in_foreground(), restart=number)
+        with recording(run, job) as recorder:
+            FlowTrainer(
+                *(build_model(config, 6), config, *parts, CPU),
+                run=run,
+                recorder=recorder,
+                stop_reason=lambda: "preempted" if next(asks) == calls else None,
+            )
+
+    for number in range(3):
+        with pytest.raises(RunInterrupted):
+            attempt(number, calls=8)  # of 5 a chunk: in the one after the one that it makes
+    attempt(3, None)
+    assert sorted(file.name for file in folder.iterdir()) == [".lock", "train.pt", "val.pt"]
+    status = run.status()
+    assert status is not None
+    assert [record.prepared for record in status.attempts] == [1, 1, 1, 1]
+    made = FlowDataset(folder / "train.pt").data.clone()
+    shutil.rmtree(folder)
+    attempt(4, None)
+    assert torch.equal(FlowDataset(folder / "train.pt").data, made)
+    assert len(torch.unique(made[:, 0], dim=0)) == len(parts[0])
+
+
+def test_who_waits_for_pairs_of_another_run_listens_and_waits_as_long_as_there_are_more(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_lock, "SAY_AFTER_S", 0.05)
+    monkeypatch.setattr(reflow, "WAIT_S", 0.2)
+    parts = data(43, 1), data(20, 2)
+    teacher_of(study, replace(BASE, epochs=1), parts)
+    asked = replace(BASE, flow="reflow", reflow_from="teacher")
+    config = with_pinned_files(asked, study, None)
+    folder = pair_files(study, str(config.reflow_from))[0].parent
+    folder.mkdir(parents=True)
+    model, asks = build_model(config, 6), itertools.count(1)
+
+    def stop_reason() -> str | None:
+        with (folder / "train.partial").open("a") as partial:
+            partial.write("more")
+        return "told to leave" if next(asks) == 20 else None
+
+    with file_lock.locked(folder / ".lock", 5, "to make them"):
+        with pytest.raises(RunInterrupted, match="told to leave"):
+            FlowTrainer(model, config, *parts, CPU, name="other", stop_reason=stop_reason)
+        with pytest.raises(LockHeldError, match=r"waited 0\.2 s for the pairs of teacher"):
+            FlowTrainer(model, config, *parts, CPU, name="other")

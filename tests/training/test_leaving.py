@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
@@ -40,6 +41,28 @@ for boundary in range(8):
         break
 leaving.close()
 distributed.destroy_process_group()
+"""
+
+TURNS = """
+import sys
+from pathlib import Path
+import torch
+from flowjobs.errors import RankFailedError
+from flowjobs.training.ranks import joined_ranks
+file = Path(sys.argv[2])
+with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
+    with ranks.first_goes_first() as still_at_it:
+        if ranks.is_first:
+            for _ in range(3):
+                still_at_it()
+            file.touch()
+        assert file.exists()
+    try:
+        with ranks.first_goes_first() as still_at_it:
+            still_at_it()
+            raise ValueError("of the first")
+    except (ValueError, RankFailedError) as error:
+        print(error)
 """
 
 
@@ -111,6 +134,15 @@ def test_a_lost_run_comes_before_any_other_reason_and_no_wish_is_no_reason() -> 
     told, lost = Leave("SIGTERM"), Leave("job 2 holds the run", taken_over=True)
     assert voted({(0, 2): lost, (1, 2): told, (2, 2): told}) == [f"3 {lost}\n"] * 3
     assert voted({}) == [""] * 3
+
+
+def test_the_first_rank_takes_its_time_and_says_so_or_that_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    said = end([start("-c", TURNS, rank, tmp_path / "file") for rank in range(2)], 0)
+    assert said == ["of the first\n", "the first rank failed before a step was trained\n"]
 
 
 def test_a_single_process_leaves_at_once() -> None:
