@@ -751,7 +751,7 @@ def _require(
 ) -> None:
     value, expected = getattr(config, name), ""
     # No text is made of what is as it should be: a sweep has thousands of configs.
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         expected = "a finite number"
     elif minimum is not None and not value >= minimum:
         expected = f"at least {minimum}"
@@ -759,6 +759,8 @@ def _require(
         expected = f"more than {above}"
     elif below is not None and not value < below:
         expected = f"less than {below}"
+    elif isinstance(value, int) and value > MAX_SEED:  # no counter of 64 bits holds it
+        expected = f"at most {MAX_SEED}"
     if expected:
         raise ConfigError(f"{flag(name)}: found {value}, expected {expected}")
 

@@ -25,6 +25,12 @@ def test_what_is_no_count_is_none(text: str) -> None:
         TrainingConfig(params=text)
 
 
+def test_a_number_that_no_counter_holds_is_refused() -> None:
+    for name in ("epochs", "warmup_steps", "width"):
+        with pytest.raises(ConfigError, match=r"found 9+, expected at most"):
+            TrainingConfig(**{name: int("9" * 400)})
+
+
 def test_run_name_is_the_seeds() -> None:
     config = TrainingConfig(arch="mlp", flow="icfm", dataset="5k", aug="none")
     assert config.run_name == "mlp-icfm-5k-none"

@@ -11,7 +11,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import prepare_run
+from flowjobs.cli.prepare import check_seconds, prepare_run
 from flowjobs.config import RestartConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import default_study
@@ -52,8 +52,7 @@ class Bench:
         counts = sorted({*self.runs_per_gpu})
         if not counts or counts[0] < 1:
             raise ConfigError("--runs-per-gpu: expected numbers of at least 1, as 1 2 4 8")
-        if self.seconds <= 0:
-            raise ConfigError(f"--seconds: found {self.seconds:g}, expected more than 0")
+        check_seconds("--seconds", self.seconds)
         run, config = prepare_run(
             defaults, self.study, None, self.training, None, TrackingConfig(), RestartConfig()
         )

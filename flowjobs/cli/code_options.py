@@ -1,9 +1,10 @@
 """Which code a run is trained with: the flags of all commands that begin or resume one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.parser import Flag
+from flowjobs.config import flag
 from flowjobs.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ class CodeOptions:
     no_snapshot: Flag = False
     """Keep no copy of your code with the run: each start imports it as it is then."""
 
+    def flags(self) -> list[str]:
+        """Those that are given."""
+        given = {flag(known.name): getattr(self, known.name) for known in fields(CodeOptions)}
+        return [name for name, is_given in given.items() if is_given]
+
     def code_choice(self, default: "CodeChoice" = "ask") -> "CodeChoice":
         """What the flags say.
 
@@ -32,12 +38,11 @@ class CodeOptions:
         Raises:
             ConfigError: They contradict one another.
         """
-        flags: dict[str, tuple[bool, CodeChoice]] = {
-            "--keep-code": (self.keep_code, "keep"),
-            "--new-code": (self.new_code, "new"),
-            "--no-snapshot": (self.no_snapshot, "live"),
-        }
-        given = [name for name, (is_given, _) in flags.items() if is_given]
+        given = self.flags()
         if len(given) > 1:
             raise ConfigError(f"found {' and '.join(given)}, expected one of them")
-        return flags[given[0]][1] if given else default
+        if self.keep_code:
+            return "keep"
+        if self.new_code:
+            return "new"
+        return "live" if self.no_snapshot else default

@@ -1,5 +1,6 @@
 """flowjobs logs."""
 
+import os
 import re
 import sys
 import time
@@ -120,7 +121,8 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
 def _print_from(log: Path, offset: int) -> int:
     """Print what the file has from `offset` on. Returns its end."""
     with log.open("rb") as file:
-        file.seek(offset)
+        # One that was cut short, as a full disk makes people do, is begun anew.
+        file.seek(offset if offset <= os.fstat(file.fileno()).st_size else 0)
         sys.stdout.write(file.read().decode(errors="replace"))
         sys.stdout.flush()
         return file.tell()

@@ -1,5 +1,6 @@
 """Parses the command line, runs the command, turns errors into words and exit codes."""
 
+import dataclasses
 import errno
 import os
 import sys
@@ -16,7 +17,7 @@ from flowjobs.cli.cancel import Cancel
 from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.completion import completion_script
 from flowjobs.cli.data import Data
-from flowjobs.cli.defaults import Defaults, load_defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults, load_defaults
 from flowjobs.cli.drill import Drill
 from flowjobs.cli.evaluate import Evaluate
 from flowjobs.cli.logs import Logs
@@ -182,7 +183,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     defaults = load_defaults(arguments=arguments)
     if "study" in defaults.values:
         # Every command looks there for the study, and a flag wins over it.
-        os.environ.setdefault("FLOWJOBS_STUDY", str(defaults.values.pop("study")))
+        study = str(defaults.values.pop("study"))
+        os.environ["FLOWJOBS_STUDY"] = os.environ.get("FLOWJOBS_STUDY") or study
     name, *rest = arguments or ("",)
     if name not in COMMANDS:
         if name and not name.startswith("-"):
@@ -204,4 +206,9 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
         default = {"default": cls.with_defaults(defaults)}
     if cls in (Submit, Sweep):
         default["description"] = f"{sys.modules[cls.__module__].EXAMPLES}\n{cls.__doc__}"
-    return read_command_line(cls, f"flowjobs {name}", rest, **default), defaults
+    command = read_command_line(cls, f"flowjobs {name}", rest, **default)
+    if isinstance(command, CommandOptions) and "--cluster" not in defaults.flags:
+        # Also of those that name a run, and have no default as a whole.
+        cluster = defaults.values.get("cluster", command.cluster)
+        command = dataclasses.replace(command, cluster=cluster)
+    return command, defaults

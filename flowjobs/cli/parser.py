@@ -12,6 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
@@ -85,6 +86,7 @@ def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.primitive_rule(_key_values)
     registry.primitive_rule(_choice)
+    registry.primitive_rule(_path)
     registry.struct_rule(_options)
     return registry
 
@@ -121,6 +123,25 @@ def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
         instance_from_str=chosen,
         is_instance=lambda value: value in choices,
         str_from_instance=lambda value: [value],
+    )
+
+
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """A path, as tyro has it, but for an empty one: that is a variable that is not set."""
+    if info.type is not Path:
+        return None
+
+    def given(words: list[str]) -> Path:
+        if not words[0]:
+            raise ValueError("found '', expected a path")
+        return Path(words[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=given,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
     )
 
 

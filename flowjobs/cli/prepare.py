@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -66,9 +67,9 @@ def prepare_run(
     # The job may start in another folder than this one.
     study = absolute(study)
     training = with_absolute_paths(training)
-    run = Run(study, name or training.run_name)
+    run = Run(study, training.run_name if name is None else name)
     check_run_name(run.name)
-    if name and not run.exists() and name in sweep_names(study):
+    if name is not None and not run.exists() and name in sweep_names(study):
         raise ConfigError(f"--name: found {name}, which a sweep in {study} is called; give another")
     if own_code:
         import_from_snapshot(run)
@@ -130,6 +131,12 @@ def existing_run(study: Path, name: str) -> Run:
     if len(runs) > 1:
         raise ConfigError(f"found {name}, which are {list_of(runs)}; expected one run")
     return runs[0]
+
+
+def check_seconds(option: str, seconds: float) -> None:
+    """Raise a ConfigError unless one can wait so long."""
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise ConfigError(f"{option}: found {seconds:g}, expected a number of seconds above 0")
 
 
 def by_words(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:

@@ -85,7 +85,8 @@ class Report:
             note = f"of the sweep, {some(missing)} never submitted: run it again"
             found = dataclasses.replace(found, notes=[*found.notes, note])
         if self.html is not None:
-            self._write_page(found, self.html)
+            said = self._write_page(found, self.html)
+            print(said, file=sys.stderr if asked else sys.stdout)
         match asked:
             case ["markdown"]:
                 print(text.markdown(found), end="")
@@ -118,22 +119,23 @@ class Report:
             raise RunNotFoundError(f"there are no runs to report in {absolute(self.study)}")
         return results, unread
 
-    def _write_page(self, found: "Comparison", file: Path) -> None:
+    def _write_page(self, found: "Comparison", file: Path) -> str:
+        """Write it. Returns what was written."""
         from flowjobs.report.page import html_page
         from flowjobs.runs.files import replaced_whole
 
         selection = " ".join(self.names)
         title = f"{selection or absolute(self.study).name}: {found.metric.title}"
         file = absolute(file)
-        if file.is_dir():
-            raise ConfigError(f"--html {file}: found a folder, expected the path of a file")
+        if file.exists() and not file.is_file():  # a pipe would be replaced
+            raise ConfigError(f"--html {file}: found no file, expected the path of one")
         if not file.parent.is_dir():
             raise ConfigError(f"--html {file}: found no folder {file.parent}")
         page = html_page(found, title, shlex.join(["flowjobs", *sys.argv[1:]]))
         content = page.encode(errors="replace")  # a pattern may have bytes that are not UTF-8
         with replaced_whole(file, flush=False) as output:
             output.write(content)
-        print(f"{file}: {len(found.results)} runs, {len(content) / 1000:.0f} KB")
+        return f"{file}: {len(found.results)} runs, {len(content) / 1000:.0f} KB"
 
 
 def _print_table(found: "Comparison") -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.start_many import (
     check_counts,
+    cluster_flag,
     plan_code_of,
     print_notes,
     print_resources,
@@ -24,7 +25,7 @@ from flowjobs.cli.start_many import (
     submit_many,
     train_many_here,
 )
-from flowjobs.config import KeyValues, OptionalInt
+from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import absolute
@@ -46,7 +47,7 @@ class Retry(CodeOptions, CommandOptions):
     names: RunNames
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
 
-    changes: Annotated[KeyValues, tyro.conf.arg(name="with")] = field(default_factory=KeyValues)
+    changes: Annotated[tuple[str, ...], tyro.conf.arg(name="with", metavar="KEY=VALUE")] = ()
     """Other options of the cluster for these runs: mem_gb=64 timeout_min=240 partition=long; or
     runs_per_gpu=2, how many of them share a job; default: each has one of its own."""
 
@@ -85,7 +86,7 @@ class Retry(CodeOptions, CommandOptions):
             print_notes(plan.note for plan in code)
             if self.dry_run or not starting:
                 return EXIT_BAD_INPUT if broken else 0
-            again = hint("retry", *self.names, study=study)
+            again = hint("retry", *self.names, *self.flags_again(defaults), study=study)
             if cluster == "slurm":
                 name = self._name(study)
                 return submit_many(starting, code, name, self.parallel, slots, again, self.names)
@@ -123,6 +124,12 @@ class Retry(CodeOptions, CommandOptions):
         else:
             print("nothing to start")
         return starting
+
+    def flags_again(self, defaults: Defaults) -> list[str]:
+        """What the command that starts the others has to say beside the names."""
+        changes = ["--with", *self.changes] if self.changes else []
+        parallel = ["--parallel", str(self.parallel)] if self.parallel else []
+        return [*changes, *parallel, *self.flags(), *cluster_flag(self, defaults)]
 
     def _name(self, study: Path) -> str:
         """The array's name in the queue."""

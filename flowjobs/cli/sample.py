@@ -96,8 +96,8 @@ class Sample:
             # Before minutes are spent.
             if not path.parent.is_dir():
                 raise ConfigError(f"--out {path}: there is no folder {path.parent}")
-            if path.is_dir():
-                raise ConfigError(f"--out {path}: found a folder, expected a file's name")
+            if path.exists() and not path.is_file():  # a pipe would be replaced
+                raise ConfigError(f"--out {path}: found no file, expected the path of one")
 
 
 @contextmanager

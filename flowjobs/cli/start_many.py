@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.hint import hint
 from flowjobs.config import flag
 from flowjobs.errors import ConfigError
@@ -21,6 +22,11 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(f"{flag(name)}: found {value}, expected at least 1")
+
+
+def cluster_flag(command: CommandOptions, defaults: Defaults) -> list[str]:
+    """`--cluster` of a command line, to be repeated in the next."""
+    return ["--cluster", command.cluster] if "--cluster" in defaults.flags else []
 
 
 def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[CodePlan]":
@@ -88,7 +94,7 @@ def train_many_here(
     if not members:
         return 0
     ends: Counter[str] = Counter()
-    parallel = parallel or slots * slots_here(members[0].config.slurm)
+    parallel = min(len(members), parallel or slots * slots_here(members[0].config.slurm))
     try:
         for event in run_here(members, code, parallel):
             if event is None:

@@ -18,6 +18,7 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import check_parts, with_absolute_paths
 from flowjobs.cli.start_many import (
     check_counts,
+    cluster_flag,
     counted,
     is_wanted,
     plan_code_of,
@@ -182,10 +183,12 @@ class Sweep(CodeOptions, CommandOptions):
             sweep = grid.Sweep()
         elif self.sweep and (self.sweep.endswith(".toml") or "/" in self.sweep):
             file = absolute(Path(self.sweep))
+            if file.exists() and not file.is_file():  # reading a pipe may wait for ever
+                raise ConfigError(f"sweep {file}: found no file, expected the path of one")
             name = file.stem if self.name is None else self.name
             sweep = read_sweep(file, absolute)
         else:
-            name = self.sweep or name
+            name = name if self.sweep is None else self.sweep
             sweep = read_kept(study, name)
         sweep = sweep.with_values(values)
         if self.zip:
@@ -209,6 +212,8 @@ class Sweep(CodeOptions, CommandOptions):
             if flag(known.name) not in defaults.flags:
                 continue
             given = getattr(self.training, known.name)
+            if not given and known.type is not bool:
+                raise ConfigError(f"{flag(known.name)}: found no value, expected one or more")
             if known.name == "arch_args":
                 for item in given:
                     (key, value), *_ = KeyValues.parse([item]).items()
@@ -217,10 +222,8 @@ class Sweep(CodeOptions, CommandOptions):
                 values[known.name] = [
                     str(absolute(Path(each))) if is_data_file(each) else each for each in given
                 ]
-            elif given or known.type is bool:
-                values[known.name] = list(given) or [True]  # --compile alone
             else:
-                raise ConfigError(f"{flag(known.name)}: found no value, expected one or more")
+                values[known.name] = list(given) or [True]  # --compile alone
         return values
 
     def _given(self, part: Any, defaults: Defaults) -> dict[str, Any]:
@@ -260,7 +263,7 @@ class Sweep(CodeOptions, CommandOptions):
         for point, config, run_name in zip(points, configs, names, strict=True):
             check_run_name(run_name)
             run, training = Run(study, run_name), config
-            if training.init_from or training.reflow_from:
+            if training.init_from is not None or training.reflow_from is not None:
                 before = run.config().training if run.exists() else None
                 training = with_pinned_files(training, study, before)
             slurm = slurm_of(point, parts["slurm"])
@@ -289,7 +292,9 @@ class Sweep(CodeOptions, CommandOptions):
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
             raise ConfigError("--cluster debug: a sweep is no one run; submit one of its runs")
-        names, again = [run.name for run in runs], hint("sweep", name, study=study)
+        names, where = [run.name for run in runs], cluster_flag(self, defaults)
+        again = hint("sweep", name, *self.flags(), *where, study=study)
+        retry = hint("retry", name, *where, study=study)
         if self.sweep is None and self.name is None:
             check_same(study, name, names)
         locks = cluster == "slurm" and not self.dry_run
@@ -300,7 +305,7 @@ class Sweep(CodeOptions, CommandOptions):
             starting = [member for member in members if member.stage in TO_START]
             starting = starting[: self.first]
             code = plan_code_of(starting, self.code_choice())
-            self._print_plan(study, name, sweep, members, starting, f"{cluster} ({why})")
+            self._print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry)
             print_notes(plan.note for plan in code)
             if others := with_other_code(members, code):
                 print(f"with other code than the new ones: {some(others)}")
@@ -341,12 +346,12 @@ class Sweep(CodeOptions, CommandOptions):
 
     def _print_plan(
         self,
-        study: Path,
         name: str,
         sweep: grid.Sweep,
         members: Sequence["Member"],
         starting: Sequence["Member"],
         cluster: str,
+        retry: str,
     ) -> None:
         from flowjobs.sweeps.plan import checkpoint_bytes
 
@@ -358,7 +363,7 @@ class Sweep(CodeOptions, CommandOptions):
         for member in members:
             by_stage.setdefault(member.stage, []).append(member)
         for stage, found in sorted(by_stage.items()):
-            print(f"{stage:10} {len(found)}{_why(stage, found, name, study)}")
+            print(f"{stage:10} {len(found)}{_why(stage, found, retry)}")
         left = sum(member.stage in ("new", "to resume") for member in members) - len(starting)
         if not starting:
             print("nothing to submit")
@@ -401,17 +406,16 @@ def _still_to_start(
     return [member for member, _ in left], [plan for _, plan in left]
 
 
-def _why(stage: str, members: Sequence["Member"], name: str, study: Path) -> str:
+def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
     """What to know of the runs of a stage, to be read behind their number."""
     names = [member.run.name for member in members]
     match stage:
         case "failed":
             causes = Counter(member.why for member in members).most_common()
             words = ", ".join(f"{count} {cause}" for cause, count in causes)
-            again = hint("retry", name, study=study)
-            return f": {words} ({some(names)}); {again} starts them again"
+            return f": {words} ({some(names)}); {retry} starts them again"
         case "cancelled":
-            return f" ({some(names)}); {hint('retry', name, study=study)} starts them again"
+            return f" ({some(names)}); {retry} starts them again"
         case "unknown":
             return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
     return ""

@@ -11,7 +11,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import RunNames, each_of
+from flowjobs.cli.prepare import RunNames, check_seconds, each_of
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
@@ -41,8 +41,7 @@ class Sync:
 
     def run(self, defaults: Defaults) -> int:
         """Upload. Returns the exit code."""
-        if self.every_s <= 0:
-            raise ConfigError(f"--every-s: found {self.every_s}, expected a number above 0")
+        check_seconds("--every-s", self.every_s)
         runs, broken = each_of(self.study, self.names)
         if self.as_new:
             self._start_anew(runs)

@@ -82,7 +82,9 @@ def choose_metric(results: Sequence[Result], name: str | None, at_step: AtStep) 
     """
     if name is None and at_step is None:
         name = _measure_of_all(results)
-    name = name or BEST_LOSS
+    if isinstance(at_step, int) and at_step < 1:
+        raise ConfigError(f"--at-step: found {at_step}, expected at least 1, or end")
+    name = BEST_LOSS if name is None else name
     measures = dict.fromkeys(measure for result in results for measure in result.measures)
     if name.partition(AT_CALLS)[0] in measures:
         if at_step not in (None, "end"):
@@ -106,7 +108,7 @@ def choose_metric(results: Sequence[Result], name: str | None, at_step: AtStep) 
         if name not in logged:
             known = [BEST_LOSS, *measures, *sorted(logged - {"step", "epoch"})]
             raise ConfigError(
-                f"--metric: found {name}, expected one of {', '.join(known)}"
+                f"--metric: found {name or repr(name)}, expected one of {', '.join(known)}"
                 f"{did_you_mean(name, known)}"
             )
     step = None if at_step == "end" else at_step or _common_step(results)

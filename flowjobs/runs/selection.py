@@ -14,6 +14,7 @@ from typing import Any
 from flowjobs.config import (
     PINNED,
     SIZE_FIELDS,
+    RestartConfig,
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
@@ -28,6 +29,7 @@ PARTS: dict[str, Any] = {
     "training": TrainingConfig,
     "slurm": SlurmConfig,
     "tracking": TrackingConfig,
+    "restarts": RestartConfig,
 }
 # What is no field of a config and selects all the same.
 SWEEP = "sweep"
@@ -259,7 +261,7 @@ def fields_of(run: Run) -> dict[str, Any]:
     """
     found = run.read_config_file()
     flat: dict[str, Any] = {}
-    for part in ("tracking", "slurm", "training"):
+    for part in reversed(PARTS):
         given = found.get(part, {})
         if not isinstance(given, dict):
             raise ConfigError(f"{run.config_file}: {part}: expected an object of fields")

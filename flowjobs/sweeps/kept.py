@@ -40,8 +40,9 @@ def read_kept(study: Path, name: str) -> Sweep:
     file = kept_file(study, name)
     if not file.is_file():
         raise RunNotFoundError(
-            f"no sweep {name} in {study}: {meant(name, sweep_names(study), 'sweeps')}; give "
-            "FILE.toml, or the values of fields (--seed 0 1 2)"
+            f"no sweep {name or repr(name)} in {study}: "
+            f"{meant(name, sweep_names(study), 'sweeps')}; give FILE.toml, or the values of fields "
+            "(--seed 0 1 2)"
         )
     return read_sweep(file, absolute)
 

@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, typed_value
+from flowjobs.config import KeyValues, RestartConfig, RunConfig, SlurmConfig, typed_value
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
 from flowjobs.runs.pack import pack_of
@@ -98,7 +98,7 @@ def _next_size(gb: float) -> float:
     return 2.0 ** (math.floor(math.log2(gb)) + 1)
 
 
-def changes_from(given: Mapping[str, Any]) -> dict[str, Any]:
+def changes_from(given: Sequence[str]) -> dict[str, Any]:
     """The options that `--with` gives, by field, as the config holds them.
 
     Raises:
@@ -107,7 +107,11 @@ def changes_from(given: Mapping[str, Any]) -> dict[str, Any]:
     hints = {**get_type_hints(SlurmConfig), **get_type_hints(RestartConfig), RUNS_PER_GPU: int}
     known = hints.keys() - {*RANKS, "sbatch"}
     found = {}
-    for key, value in given.items():
+    for item in given:
+        try:
+            ((key, value),) = KeyValues.parse([item]).items()
+        except ValueError as error:
+            raise ConfigError(f"--with: {error}") from error
         name = key.replace("-", "_")
         if name in RANKS:
             raise ConfigError(
@@ -119,6 +123,9 @@ def changes_from(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"--with: found {key}, expected options of the cluster (mem_gb=64 "
                 f"timeout_min=240); {meant(name, known, 'of them')}"
             )
+        is_text = str in (hints[name], *get_args(hints[name]))
+        if is_text and not isinstance(value, str | None):
+            value = item.partition("=")[2]  # an account may be called 007, or 1e5
         try:
             found[name] = typed_value(name, value, hints[name], Path(), absolute)
         except TypeError as error:

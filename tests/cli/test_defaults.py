@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.cli.defaults import load_defaults
+from flowjobs.cli.main import parse
 from flowjobs.cli.submit import Submit
 from flowjobs.config import SlurmConfig, TrainingConfig
 from flowjobs.errors import ConfigError
@@ -48,6 +49,17 @@ def test_a_file_may_set_what_submit_takes(tmp_path: Path) -> None:
     assert submit.slurm.sbatch == {"reservation": "course"}
     assert defaults.resolve_arch(TrainingConfig(arch="wide")).arch == "wide=models:Wide"
     assert defaults.resolve_arch(TrainingConfig()).arch == "mlp"
+
+
+@pytest.mark.parametrize("words", ["resume a", "retry a b", "submit", "sweep --seed 0"])
+def test_the_cluster_of_a_file_is_that_of_each_command_that_starts_runs(
+    tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "flowjobs.toml", 'study = "there"\ncluster = "local"\n')
+    monkeypatch.setenv("FLOWJOBS_STUDY", "")  # as where it is exported and empty
+    command, _ = parse(words.split())
+    assert (command.cluster, command.study) == ("local", tmp_path / "there")
+    assert parse([*words.split(), "--cluster", "auto"])[0].cluster == "auto"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Bad input: one clear error, exit code 2, no traceback, nothing written."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.errors import FlowjobsError
 from flowjobs.runs.run import Run
 from flowjobs.tracking.labels import our_lines
 from tests.conftest import Command
@@ -62,8 +66,6 @@ from tests.conftest import Command
         (["submit", "--sbatch", "reservation=a\tb"], r"--sbatch reservation: found 'a\\tb' with a"),
         (["sweep", "--group", "g\udcff", "--seed", "0", "--name", "s"], "s.toml: found bytes that"),
         (["sweep", "--dataset", "d\udcff.npy", "--seed", "0"], "found bytes that are not UTF-8"),
-        (["retry", "x", "--parallel", "-1"], "--parallel: found -1, expected at least 1"),
-        (["sweep", "--seed", "0", "1", "--first", "0"], "--first: found 0, expected at least 1"),
     ],
 )
 def test_bad_input(flowjobs: Command, workplace: Path, arguments: list[str], said: str) -> None:
@@ -75,6 +77,47 @@ def test_bad_input(flowjobs: Command, workplace: Path, arguments: list[str], sai
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(said, text), text
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("retry x --parallel -1", "--parallel: found -1, expected at least 1"),
+        ("retry x --parallel 0", "--parallel: found 0, expected at least 1"),
+        ("retry x --with oops", "--with: found 'oops', expected key=value"),
+        ("sweep --seed 0 1 --first 0", "--first: found 0, expected at least 1"),
+        ("sweep --dataset --seed 0 1 --one-at-a-time", "--dataset: found no value"),
+        ("sweep --arch-args --seed 0 1", "--arch-args: found no value"),
+        ("sweep --init-from '' --seed 0 1", "--init-from .*Is a directory"),
+        ("sweep ''", "no sweep '' in"),
+        ("sweep pipe.toml", "pipe.toml: found no file, expected the path of one"),
+        ("submit --name ''", "--name: found ''"),
+        ("train --name ''", "--name: found ''"),
+        ("sync --watch --every-s nan", "--every-s: found nan, expected a number of seconds"),
+        ("sync --watch --every-s 1e300", "--every-s: found 1e.300, expected a number of seconds"),
+        ("bench --seconds inf", "--seconds: found inf, expected a number of seconds"),
+        ("report --html pipe.toml", "--html .*pipe.toml: found no file"),
+        ("sample a --out pipe.npy", "--out pipe.npy: found no file"),
+    ],
+)
+@pytest.mark.usefixtures("workplace")
+def test_what_an_option_cannot_mean(study: Path, line: str, said: str) -> None:
+    Run(study, "a").create(RunConfig())
+    for pipe in ("pipe.toml", "pipe.npy"):
+        os.mkfifo(pipe)
+    with pytest.raises(FlowjobsError, match=said) as caught:
+        run_command(shlex.split(line))
+    assert caught.value.exit_code == 2
+    assert all(Path(pipe).is_fifo() for pipe in ("pipe.toml", "pipe.npy"))
+
+
+@pytest.mark.parametrize("line", ["status --study ''", "report --html ''", "data split ''"])
+def test_an_empty_path_is_a_variable_that_is_not_set(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_command(shlex.split(line))
+    assert "found '', expected a path" in capsys.readouterr().err
 
 
 def test_bad_input_leaves_nothing_behind(flowjobs: Command, workplace: Path) -> None:

@@ -67,9 +67,11 @@ def test_follows_a_run_that_starts_later_to_its_end(run: Run, following: Followi
         add(log, "second")
         following.wait_for("first\nsecond\n")
         assert following.process.poll() is None
+        log.write_text("cut\n")  # short, as on a full disk
+        following.wait_for("second\ncut\n")
     add(log, "the last words")
     assert following.process.wait(timeout=120) == 0
-    assert following.printed() == "first\nsecond\nthe last words\n"
+    assert following.printed() == "first\nsecond\ncut\nthe last words\n"
 
 
 def test_goes_on_with_the_log_of_the_next_attempt(run: Run, following: Following) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import KeyValues, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
+from flowjobs.cli.main import parse
+from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
@@ -135,7 +136,18 @@ def test_what_shared_the_memory_of_a_job_is_retried_with_fewer_beside_it(
 )
 def test_retry_takes_only_what_leaves_the_result_alone(change: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        with_changes(RunConfig(), changes_from(KeyValues.parse([change])))
+        with_changes(RunConfig(), changes_from([change]))
+
+
+def test_a_text_among_the_options_of_a_retry_is_as_it_is_typed() -> None:
+    changes = changes_from(["account=1234", "comment=1e5", "qos=007", "mem_gb=64"])
+    assert changes == {"account": "1234", "comment": "1e5", "qos": "007", "mem_gb": 64.0}
+
+
+def test_the_command_that_retries_the_others_says_how() -> None:
+    given = "--with account=1234 mem_gb=64 --parallel 2 --new-code --cluster local"
+    command, defaults = parse(["retry", "a", *given.split()])
+    assert command.flags_again(defaults) == given.split()
 
 
 def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_waited_for(

@@ -277,6 +277,9 @@ def test_the_energy_of_paths_is_compared_from_one_source_alone(study: Path) -> N
     [
         ({"rows": ["widht"]}, "found widht, expected fields of the config; these vary: lr"),
         ({"rows": ["lr"], "columns": ["lr"]}, "found lr in both"),
+        ({"metric": ""}, "--metric: found '', expected one of best_val_loss"),
+        ({"at_step": 0}, "--at-step: found 0, expected at least 1, or end"),
+        ({"at_step": -3, "metric": "val/loss"}, "--at-step: found -3, expected at least 1"),
         ({"metric": "val/los"}, "found val/los, expected one of .*did you mean val/loss"),
     ],
 )

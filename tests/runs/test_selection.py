@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import KeyValues, RunConfig, SlurmConfig, TrainingConfig
+from flowjobs.config import KeyValues, RestartConfig, RunConfig, SlurmConfig, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import select
@@ -25,7 +25,9 @@ def grid(study: Path) -> Path:
         dataset="/data/5k.npy",
         arch_args=KeyValues(width=512, heads=2),
     )
-    Run(study, "wide").create(RunConfig(wide, SlurmConfig(partition="gpu")))
+    Run(study, "wide").create(
+        RunConfig(wide, SlurmConfig(partition="gpu"), restarts=RestartConfig(retries=2))
+    )
     (study / "sweeps").mkdir()
     names = "mlp-otcfm-s1\nmlp-icfm-s1\nmlp-icfm-s2\n"  # the last one is not made yet
     (study / "sweeps/ones.runs").write_text(names)
@@ -58,6 +60,8 @@ def grid(study: Path) -> Path:
         (["width=512"], ["wide"]),
         (["partition=gpu"], ["wide"]),
         (["compile=true"], ["wide"]),
+        (["retries=2"], ["wide"]),
+        (["give-up-after=5", "arch=wide"], ["wide"]),
         (["compile=True"], ["wide"]),
         (["batch-size=64", "arch=wide"], ["wide"]),
     ],

@@ -76,6 +76,7 @@ def test_what_fails_here_is_said_and_the_others_are_trained(
     planned = flowjobs("sweep", "ablation", "--cluster", "local")
     assert planned.returncode == 0
     assert "failed     1: 1 exception (Net-icfm-digits-none-failsTrue);" in planned.stdout
+    assert "flowjobs retry ablation --cluster local starts them again" in planned.stdout
 
     # It had not trained a step, so it is begun with the code as it is now; the other one keeps its.
     net = workplace / "nets.py"
