@@ -13,7 +13,7 @@ from flowjobs.flows.pairs import Pair, sample_path
 from flowjobs.models.velocity import Velocity
 from flowjobs.training.ranks import Ranks
 
-# Rows of a batch where the flow treats every row alone.
+# Rows that are drawn at once where the flow treats every row alone.
 ROWS_AT_ONCE = 1024
 
 
@@ -29,7 +29,8 @@ class Validation:
         flow: The flow; one that couples a batch validates in batches of the training's size, since
             the loss depends on it.
         source: What x_0 is drawn from.
-        config: Gives the size of a batch, and sigma.
+        config: Gives sigma, and the size of a batch: the model is called on no more rows than in a
+            step, for which its memory is chosen.
         mean: Mean of each column, of the shape of a row, on the device to compute on.
         std: Standard deviation of each column.
         ranks: The processes that share the work.
@@ -51,6 +52,7 @@ class Validation:
         self._ranks = ranks
         rows = (config.ot_batch or config.batch_size) if flow.couple else ROWS_AT_ONCE
         starts = range(0, len(dataset), rows)
+        self._called_on = max(1, config.batch_size // ranks.world_size)
         self._slices = [slice(start, min(start + rows, len(dataset))) for start in starts]
         # The plans of the batches, which are the same in each epoch.
         self._plans: dict[int, Tensor] = {}
@@ -70,7 +72,9 @@ class Validation:
                     x_1.shape, generator=generator, device=device, dtype=torch.float32
                 )
             x_t, dx_t = sample_path(self._flow, (x_0, x_1), t, self._sigma, noise)
-            total += (velocity(x_t, t) - dx_t).square().sum(dtype=torch.float64)
+            parts = (torch.split(part, self._called_on) for part in (x_t, t, dx_t))
+            for x, time, dx in zip(*parts, strict=True):
+                total += (velocity(x, time) - dx).square().sum(dtype=torch.float64)
         numbers = len(self._dataset) * self._dataset.dim
         if self._flow.given_pairs:
             numbers //= 2  # of a pair's two halves, one is predicted

@@ -9,12 +9,16 @@ import torch
 from torch import nn
 
 from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import derive_seed, epoch_order, seed_step
+from flowjobs.data.source import NormalSource
 from flowjobs.errors import ConfigError
 from flowjobs.flows.flow import flow_of
 from flowjobs.models.build import build_model
 from flowjobs.models.mlp import MLP
 from flowjobs.training import EMAModel, get_cosine_schedule_with_warmup
+from flowjobs.training.ranks import single_process
+from flowjobs.training.validation import Validation
 from flowjobs.user_code import user_place
 
 CPU = torch.device("cpu")
@@ -68,6 +72,30 @@ def test_a_step_can_be_replayed_alone() -> None:
     first, second = draw(7), draw(8)
     assert torch.equal(draw(7), first)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("flow", "ot_batch"), [("icfm", None), ("otcfm", 64)])
+def test_validation_calls_the_model_on_no_more_rows_than_a_step_does(
+    flow: str, ot_batch: int | None
+) -> None:
+    dataset = FlowDataset(torch.randn(1500, 3, generator=torch.Generator().manual_seed(0)))
+    mean, std = torch.zeros(3), torch.ones(3)
+    losses = []
+    for rows in (ot_batch or 1024, 16):
+        config = TrainingConfig(flow=flow, batch_size=rows, ot_batch=ot_batch)
+        called: list[int] = []
+
+        def velocity(x: torch.Tensor, t: torch.Tensor, called: list[int] = called) -> torch.Tensor:
+            called.append(len(x))
+            return x * t.unsqueeze(1)
+
+        validation = Validation(
+            *(dataset, flow_of(config), NormalSource((3,)), config, mean, std),
+            single_process(CPU),
+        )
+        losses.append(validation.loss(velocity))
+        assert (max(called), sum(called)) == (rows, 1500)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # of the same noise and times
 
 
 def test_an_epochs_order_follows_from_seed_and_epoch() -> None:
