@@ -31,7 +31,10 @@ def seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
     Seeds the CPU's and `device`'s generator alone: `torch.manual_seed` also walks every other
     backend, which takes a hundred times longer (96 us against 1 us on the CPU).
     """
-    value = derive_seed(seed, "step", step, rank)
+    _seed_torch(device, derive_seed(seed, "step", step, rank))
+
+
+def _seed_torch(device: torch.device, value: int) -> None:
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
@@ -52,16 +55,26 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 @contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Leave the default generators as they are, whatever the block draws from them or seeds."""
-    python, numpy_state, torch_state = (
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-    )
-    try:
+def random_numbers_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Leave the default generators as they are, whatever the block draws from them or seeds.
+
+    Args:
+        device: A GPU has one of its own.
+    """
+    python, numpy_state = random.getstate(), np.random.get_state()
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def seeded(device: torch.device, *parts: int | str) -> Iterator[None]:
+    """Seed the default generators for a block by `parts`, and leave them as they were."""
+    with random_numbers_kept(device):
+        _seed_torch(device, derive_seed(*parts))
+        seed_python_and_numpy(*parts)
         yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)

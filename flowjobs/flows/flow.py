@@ -46,7 +46,8 @@ class Flow:
     Attributes:
         path: The points x_t and the velocity dx_t there, which a model should predict.
         couple: How the rows of a batch are paired; None takes them as they come. The loss of a
-            flow that couples depends on the size of the batch.
+            flow that couples depends on the size of the batch. One of the user's own may draw from
+            the default generators: they are seeded for it.
         takes_noise: Whether the path is noisy where sigma is above 0.
         needs_sigma: Whether sigma must be above 0.
         any_source: Whether x_0 may be other than standard normal noise.
@@ -115,6 +116,8 @@ FLOWS = {
     "vpcfm": Flow(vpcfm_path),
     "reflow": Flow(icfm_path, any_source=False, given_pairs=True),
 }
+# They draw from their seed alone.
+BUILT_IN_COUPLINGS = (exact, entropic)
 
 
 def flow_of(config: TrainingConfig) -> Flow:
@@ -126,6 +129,11 @@ def flow_of(config: TrainingConfig) -> Flow:
     flow = FLOWS.get(config.flow_path) or _own_flow(config)
     _check_with(flow, config)
     return flow
+
+
+def is_built_in(config: TrainingConfig) -> bool:
+    """Whether the flow is one of flowjobs' own, which draw from no default generator."""
+    return config.flow_path in FLOWS
 
 
 def may_couple(flow: str) -> bool:

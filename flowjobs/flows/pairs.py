@@ -11,11 +11,11 @@ from torch import Tensor
 from flowjobs.config import TrainingConfig
 from flowjobs.data.augmentation import augmented
 from flowjobs.data.batches import Batches
-from flowjobs.data.randomness import derive_seed, generator_for
+from flowjobs.data.randomness import derive_seed, generator_for, seeded
 from flowjobs.data.read_ahead import ReadAhead
 from flowjobs.data.source import Source
 from flowjobs.errors import ConfigError
-from flowjobs.flows.flow import Coupling, Flow
+from flowjobs.flows.flow import BUILT_IN_COUPLINGS, Coupling, Flow
 
 Pair = tuple[Tensor, Tensor]
 
@@ -58,8 +58,9 @@ class CoupledPairs:
     """The rows of some steps, paired at once with as many draws from the source.
 
     A thread of its own solves the plans of the coming steps meanwhile: the solvers let go of the
-    interpreter. The draws and the plan follow from the seed and the place of these steps, so that
-    a run that resumes within them solves them again.
+    interpreter. A coupling of the user's own is called between the steps, since it may draw from
+    the generators that they draw from. The draws and the plan follow from the seed and the place of
+    these steps, so that a run that resumes within them solves them again.
 
     Args:
         batches: The data. They are read in the thread, and nowhere else.
@@ -89,7 +90,8 @@ class CoupledPairs:
         group, place = divmod(step, self._steps)
         if group != self._group or self._pairs is None:
             if self._coming is None or group != self._group + 1:
-                n_threads = min(1, self._config.num_workers)
+                beside = self._couple in BUILT_IN_COUPLINGS
+                n_threads = min(1, self._config.num_workers) if beside else 0
                 self._coming = ReadAhead(
                     self._solves_from(group), n_threads, f"the plan of {self._config.flow}"
                 )
@@ -108,10 +110,24 @@ class CoupledPairs:
         )
         place = (self._config.seed, "pairs", group, self._rank)
         x_0 = self._source.draw(len(x_1), generator_for(x_1.device, *place), x_1.device)
-        plan = self._couple(
-            x_0.flatten(1), x_1.flatten(1), self._config.sigma, derive_seed(*place, "plan")
-        )
+        plan = plan_of(self._couple, (x_0, x_1), self._config.sigma, derive_seed(*place, "plan"))
         return x_0[plan], x_1
+
+
+def plan_of(couple: Coupling, pair: Pair, sigma: float, seed: int) -> Tensor:
+    """For each row of x_1 the row of x_0 that it is paired with; follows from the arguments alone.
+
+    Args:
+        couple: Solves for it. One of the user's own finds the default generators seeded.
+        pair: x_0 and x_1, each of shape (n, *shape).
+        sigma: Of the config.
+        seed: Of the plan.
+    """
+    x_0, x_1 = (part.flatten(1) for part in pair)
+    if couple in BUILT_IN_COUPLINGS:  # in a thread: what others draw from is not to be touched
+        return couple(x_0, x_1, sigma, seed)
+    with seeded(x_0.device, seed):
+        return couple(x_0, x_1, sigma, seed)
 
 
 def make_pairs(

@@ -29,6 +29,7 @@ from flowjobs.errors import (
     TrainingDivergedError,
 )
 from flowjobs.flows.flow import flow_of
+from flowjobs.flows.flow import is_built_in as is_built_in_flow
 from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
 from flowjobs.models.build import is_built_in
 from flowjobs.models.flops import flops_of_batch, flops_per_sample, parameters_in
@@ -132,7 +133,7 @@ class FlowTrainer:
         self._stop_reason = stop_reason
         self._leaving = Leaving(self._ranks)
         self._taken_over: RunTakenOverError | None = None
-        self._built_in = is_built_in(model)
+        self._built_in = is_built_in(model) and is_built_in_flow(config)
 
         check_weights(model)
         self._flow = flow_of(config)

@@ -9,7 +9,7 @@ from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import derive_seed, generator_for
 from flowjobs.data.source import Source
 from flowjobs.flows.flow import Flow
-from flowjobs.flows.pairs import Pair, sample_path
+from flowjobs.flows.pairs import Pair, plan_of, sample_path
 from flowjobs.models.velocity import Velocity
 from flowjobs.training.ranks import Ranks
 
@@ -89,8 +89,6 @@ class Validation:
         if self._flow.couple:
             if index not in self._plans:
                 seed = derive_seed("validation", index, "plan")
-                self._plans[index] = self._flow.couple(
-                    x_0.flatten(1), rows.flatten(1), self._sigma, seed
-                )
+                self._plans[index] = plan_of(self._flow.couple, (x_0, rows), self._sigma, seed)
             x_0 = x_0[self._plans[index]]
         return x_0, rows

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunInterrupted, RunTakenOverError
+from flowjobs.flows.flow import Flow
 from flowjobs.models.build import build_model
 from flowjobs.runs import attempt
 from flowjobs.runs.metrics import read_rows
@@ -136,6 +137,31 @@ def test_a_model_with_buffers_and_chance_of_its_own_ends_the_same(study: Path) -
     for key in ("level", "norm.running_mean", "norm.num_batches_tracked"):
         assert torch.equal(best["ema_shadow"][key], best["model_state_dict"][key])
     assert best["model_state_dict"]["level"].abs().sum() > 0
+
+
+def moody_path(
+    x_0: Tensor, x_1: Tensor, t: Tensor, sigma: float, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    shift = torch.rand(1) + random.random() + float(np.random.rand())
+    return x_0.lerp(x_1, t) + shift * t, x_1 - x_0 + shift
+
+
+def moody_plan(x_0: Tensor, x_1: Tensor, sigma: float, seed: int) -> Tensor:
+    plan = torch.randperm(len(x_0))[np.random.permutation(len(x_0))]
+    return plan.roll(random.randrange(len(plan)))
+
+
+MOODY_COUPLING = Flow(moody_path, couple=moody_plan)
+
+
+@pytest.mark.parametrize(
+    ("flow", "ot_batch"), [("moody_path", None), ("MOODY_COUPLING", None), ("MOODY_COUPLING", 16)]
+)
+def test_a_flow_with_chance_of_its_own_ends_the_same(
+    study: Path, flow: str, ot_batch: int | None
+) -> None:
+    config = replace(CONFIG, flow=f"{__name__}:{flow}", ot_batch=ot_batch, num_workers=1)
+    interrupt_everywhere(study, config, every=3)
 
 
 def test_a_full_disk_in_the_middle_of_a_run_changes_nothing(
