@@ -1,7 +1,6 @@
 """flowjobs bench."""
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import check_seconds, prepare_run
 from flowjobs.config import RestartConfig, TrackingConfig, TrainingConfig
@@ -66,7 +66,7 @@ class Bench:
         best = advised(measured)
         if self.json:
             rows = [dataclasses.asdict(some) for some in measured]
-            print(json.dumps({"measured": rows, "advised": best.runs if best else None}, indent=2))
+            print_json({"measured": rows, "advised": best.runs if best else None})
         else:
             _print(measured, best)
         return 0 if best else EXIT_FAILED

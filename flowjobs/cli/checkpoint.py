@@ -1,6 +1,5 @@
 """flowjobs checkpoint."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 
 
@@ -30,7 +30,7 @@ class Checkpoint:
 
         found = describe(self.path, read_checkpoint(self.path))
         if self.json:
-            print(json.dumps(found, indent=2))
+            print_json(found)
             return 0
         for key, value in found.items():
             if isinstance(value, dict):

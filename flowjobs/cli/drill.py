@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import check_parts
 from flowjobs.config import (
@@ -135,7 +135,7 @@ class Drill:
         if self.json:
             kept = None if report.as_promised else str(folder)
             summary = {"as_promised": report.as_promised, "folder": kept}
-            print(json.dumps({**dataclasses.asdict(report), **summary}, indent=2))
+            print_json({**dataclasses.asdict(report), **summary})
         else:
             _print_report(report, folder)
         return 0 if report.as_promised else EXIT_FAILED
@@ -176,8 +176,9 @@ def _make_folder(study: Path) -> Path:
 
 
 def _print_report(report: "Report", folder: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from flowjobs.cli.table import plain_console
 
     for title, text in _facts_in_words(report.facts).items():
         print(f"{title:11} {text}")
@@ -185,7 +186,7 @@ def _print_report(report: "Report", folder: Path) -> None:
     for row in report.rows:
         table.add_row(*_cells(row, report.facts.notice_s))
     print()
-    Console().print(table)
+    plain_console().print(table)
     print("(user signal and TERM stand for a preemption, which only the scheduler can cause)\n")
     for row in report.rows:
         if row.problem:

@@ -1,6 +1,5 @@
 """flowjobs evaluate."""
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.evaluation_table import print_evaluation
+from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.sample import SAY_EVERY_S, best_of
@@ -100,7 +100,7 @@ class Evaluate:
             if not self.json:
                 print_evaluation(found)
         if self.json:
-            print(json.dumps(evaluations[0] if one else evaluations, indent=2))
+            print_json(evaluations[0] if one else evaluations)
         return EXIT_BAD_INPUT if broken else 0
 
     def _evaluated(

@@ -25,15 +25,15 @@ def in_a_line(run: Run) -> str:
 
 def print_evaluation(found: Mapping[str, Any]) -> None:
     """Print the measures of a run, and how the first of them change with the network calls."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    from flowjobs.cli.table import plain_console
+
+    console = plain_console(soft_wrap=True)
     console.print(
         f"{found['name']}, step {found['step']}: {found['n']} samples ({found['solver']}, "
         f"{found['nfe']:g} network calls) against {found['n']} validation rows, "
         f"{found['repeats']} repeats",
-        highlight=False,
     )
     table = Table("measure", "samples", "floor", "better", box=None)
     for name, of in found["measures"].items():
@@ -42,15 +42,15 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
         if of["best"] is not None:
             better = f"near {of['best']:g}"
         table.add_row(name, f"{of['value']:.4g}{spread}", f"{of['floor']:.4g}", better)
-    console.print(table, highlight=False)
+    console.print(table)
     for name, of in found["measures"].items():
         if of["note"]:
-            console.print(f"{name}: {of['note']}", highlight=False)
+            console.print(f"{name}: {of['note']}")
     curve = found["by_nfe"]
     names = list(next(iter(curve.values()), {}))
     table = Table("network calls", *names, box=None)
     for calls, values in curve.items():
         shown = f"dopri5: {found['nfe_of_dopri5']:g}" if calls == "dopri5" else calls
         table.add_row(shown, *(f"{values[name]:.3g}" for name in names))
-    console.print(table, highlight=False)
-    console.print("floor: what as many training rows score in the samples' place", highlight=False)
+    console.print(table)
+    console.print("floor: what as many training rows score in the samples' place")

@@ -38,11 +38,11 @@ class LiveLine:
         self._drawn = console.is_terminal and not console.is_dumb_terminal
         one_row = Column(no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
-            TextColumn("{task.description}", table_column=one_row),
+            TextColumn("{task.description}", table_column=one_row, markup=False),
             BarColumn(bar_width=None, table_column=Column(max_width=20)),
-            TextColumn("{task.fields[epoch]}", table_column=one_row),
+            TextColumn("{task.fields[epoch]}", table_column=one_row, markup=False),
             TimeRemainingColumn(table_column=one_row),
-            CutColumn("{task.fields[losses]}", table_column=Column()),
+            CutColumn("{task.fields[losses]}", table_column=Column(), markup=False),
             console=console,
             auto_refresh=False,
             disable=not self._drawn,

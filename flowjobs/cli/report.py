@@ -1,7 +1,6 @@
 """flowjobs report."""
 
 import dataclasses
-import json
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.start_many import some
@@ -95,7 +95,7 @@ class Report:
             case ["latex"]:
                 print(text.latex(found), end="")
             case ["json"]:
-                print(json.dumps(text.to_dict(found), indent=2))
+                print_json(text.to_dict(found))
             case _ if self.html is None:
                 _print_table(found)
         if self.html is not None or (asked and asked != ["markdown"]):
@@ -139,13 +139,13 @@ class Report:
 
 
 def _print_table(found: "Comparison") -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from flowjobs.cli.table import plain_console
     from flowjobs.report.text import MARK, cell_words, decimals_of, explanation, grid_of, header_of
 
-    console = Console(width=None if sys.stdout.isatty() else 1000)
+    console = plain_console(width=None if sys.stdout.isatty() else 1000)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in header_of(found):
         table.add_column(title)
@@ -159,6 +159,6 @@ def _print_table(found: "Comparison") -> None:
             shown.append(Text(text, style="bold" if marked else ""))
         table.add_row(*map(Text, row), *shown)
     console.print(table)
-    console.print(explanation(found), highlight=False, markup=False, soft_wrap=True)
+    console.print(explanation(found), soft_wrap=True)
     for note in found.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)

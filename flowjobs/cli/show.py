@@ -1,12 +1,12 @@
 """flowjobs show."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunName, existing_run
 from flowjobs.config import RunConfig, flag
@@ -42,7 +42,7 @@ class Show:
         files = {name: str(path) for name, path in _files(run).items() if path.exists()}
         if self.json:
             time = {**dataclasses.asdict(spent), "goodput": spent.goodput}
-            print(json.dumps({**described, "config": changed, "time": time, "files": files}))
+            print_json({**described, "config": changed, "time": time, "files": files}, indent=None)
             return 0
         why = described["waits"] or described["unknown"] or described["reason"]
         print(f"{run.name}: {described['state_in_words']}{f', {why}' if why else ''}")

@@ -1,7 +1,6 @@
 """flowjobs status."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.json_output import print_json
 from flowjobs.cli.overview import print_groups, print_overview, watch
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunNames, each_of
@@ -84,7 +84,7 @@ class Status:
         if not found:
             print(f"there are no runs in {study}", file=sys.stderr)
         if self.json:
-            print(json.dumps(found[0] if named else found, indent=2))
+            print_json(found[0] if named else found)
             return ()
         if len(seen) > 1:
             print_groups(overview(study, seen, findings))
@@ -182,9 +182,9 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
 
 def print_attempts(run: dict[str, Any]) -> None:
     """Print a line an attempt of a run that `describe` has described."""
-    from rich.console import Console
+    from flowjobs.cli.table import plain_console
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = plain_console(soft_wrap=not sys.stdout.isatty())
     for attempt in run["attempts"]:
         job = attempt["job"]
         where = f"{job['cluster']} job {job['job_id']}"
@@ -201,7 +201,7 @@ def print_attempts(run: dict[str, Any]) -> None:
             f"attempt {attempt['number']}: {_local_time(attempt['started'])}"
             f" for {_duration(attempt)}, {where} on {job['host']}, {steps}, {ended}"
         )
-        console.print(line.rstrip(), markup=False, highlight=False)
+        console.print(line.rstrip())
 
 
 def _local_time(text: str) -> str:

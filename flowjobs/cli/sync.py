@@ -110,13 +110,14 @@ def _sync(runs: Sequence[Run], said: set[str] | None) -> bool:
 def _sync_one(run: Run) -> "Synced":
     """Sync a run, and show in a terminal that it takes a while."""
     from rich.console import Console
+    from rich.text import Text
 
     from flowjobs.jobs.lock_judge import judge_for
     from flowjobs.tracking.telling import sync_run
 
     # Where a file system has no locks, Slurm says whether the run still trains.
     judge = judge_for(run, JobInfo.in_foreground())
-    with Console(stderr=True).status(f"uploading {run.name}"):
+    with Console(stderr=True).status(Text(f"uploading {run.name}")):
         return sync_run(run, judge=judge)
 
 

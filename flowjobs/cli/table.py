@@ -16,6 +16,16 @@ SELDOM = ("speed", "left", "tries")
 DISPENSABLE = ("tries", "step", "job", "speed", "left", "best", "epoch")
 
 
+def plain_console(*, width: int | None = None, soft_wrap: bool = False) -> Console:
+    """A console that prints names as they stand: `data[raw]` is no style, and `:x:` no picture.
+
+    Args:
+        width: In characters; None: the terminal's.
+        soft_wrap: Leave it to the terminal to break lines.
+    """
+    return Console(width=width, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
+
+
 class MiddleCut:
     """A name that keeps its beginning and its end where there is no room for all of it."""
 
@@ -53,7 +63,7 @@ def print_fitting(
         dispensable: Columns that are left out, in this order, until the others have room.
         right: Columns of numbers.
     """
-    console = Console(width=None if sys.stdout.isatty() else 1000)
+    console = plain_console(width=None if sys.stdout.isatty() else 1000)
     unbound = console.options.update(max_width=1000)
     shown = [*rows[0]]
     table = _table(rows, shown, right)

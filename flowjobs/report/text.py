@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +13,20 @@ from flowjobs.report.comparison import Cell, Comparison
 MOST_DECIMALS = 6
 MARK = "*"
 
-LATEX_ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
+LATEX_ESCAPES = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        # At the begin of a row they would be an argument of the \\ or the \midrule before.
+        **{character: f"{{{character}}}" for character in "[*"},
+        # In LaTeX's own encoding of fonts these are other characters.
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+    }
+)
 
 
 def decimals_of(found: Comparison) -> int:
@@ -170,7 +177,7 @@ def _latex_cell(cell: Cell | None, decimals: int) -> str:
 
 def latex_escaped(text: str) -> str:
     """Text that LaTeX prints as it stands."""
-    return re.sub(r"[\\~^&%$#_{}]", lambda found: LATEX_ESCAPES[found[0]], text)
+    return text.translate(LATEX_ESCAPES)
 
 
 def to_dict(found: Comparison) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 import json
+import math
 from pathlib import Path
 
+import pytest
+
+from flowjobs.training.checkpoint import read_checkpoint, write_checkpoint
 from tests.conftest import Command
 
 
@@ -13,6 +17,10 @@ def test_inspect_says_what_is_in_a_checkpoint(flowjobs: Command, workplace: Path
     assert found["config"]["arch_args"] == {"width": 16, "depth": 1}
     assert found["model"]["linear_in.weight"] == "(16, 64) float32"
     assert "linear_in.weight" in flowjobs("checkpoint", "inspect", path).stdout
+    # One that was saved before the first validation.
+    write_checkpoint(Path("early.pt"), read_checkpoint(Path(path)) | {"best_loss": math.inf})
+    early = flowjobs("checkpoint", "inspect", "early.pt", "--json").stdout
+    assert json.loads(early, parse_constant=pytest.fail)["best_loss"] is None
 
 
 def test_inspect_refuses_a_damaged_file(flowjobs: Command, workplace: Path) -> None:

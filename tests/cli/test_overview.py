@@ -1,6 +1,7 @@
 """`status` over many runs, `show` and `logs`: what is seen of a study, which stays as it is."""
 
 import json
+import math
 import os
 import re
 import socket
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.main import run as run_command
+from flowjobs.config import KeyValues
 from flowjobs.jobs.overview import overview
 from flowjobs.runs.goodput import time_spent
 from flowjobs.runs.listing import cache_folder, glances
@@ -54,6 +57,15 @@ def test_a_dead_run_is_shown_as_dead_and_a_living_one_with_its_time_left(
     assert len(trouble) == 1
     assert trouble[0].startswith("dead failed: ")
     assert tree(study) == before
+
+
+@pytest.mark.parametrize("command", [("status",), ("show", "a"), ("report",)])
+def test_what_is_no_number_is_null_in_json(
+    study: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    made_run(study, [math.nan], name="a", arch_args=KeyValues(most=math.inf))
+    assert run_command([*command, "--json"]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", None])

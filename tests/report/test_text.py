@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import shlex
 import shutil
@@ -84,6 +85,25 @@ def test_each_form_has_the_same_table(flowjobs: Command, ablation: Path) -> None
         command = ["pdflatex", "-interaction=batchmode", "-halt-on-error", "table.tex"]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         assert done.returncode == 0, Path("table.log").read_text()
+
+
+def test_names_are_printed_as_they_stand(flowjobs: Command, study: Path) -> None:
+    varied = itertools.product(
+        ("/d/data[raw].npy", "/d/data[norm].npy"), (("x[/y]", [64, 64]), (":dog:", "*<|>"))
+    )
+    for number, (dataset, (group, sizes)) in enumerate(varied):
+        arguments = KeyValues(sizes=sizes)
+        name = f"n{number}"
+        made_run(study, [1.0], name=name, dataset=dataset, group=group, arch_args=arguments)
+    head = flowjobs("report", "--rows", "group", "--columns", "dataset").stdout.splitlines()[0]
+    assert head.split() == ["group", "data[norm]", "data[raw]"]
+    head = flowjobs("report", "--rows", "dataset", "--columns", "group").stdout.splitlines()[0]
+    assert head.split() == ["dataset", ":dog:", "x[/y]"]
+    table = flowjobs("report", "--latex", "--rows", "sizes", "--columns", "dataset").stdout
+    # After a row's end and a rule a bracket or a star would be theirs.
+    rows = table.partition("\\midrule\n")[2].splitlines()
+    assert rows[0].startswith(r"{*}\textless{}\textbar{}\textgreater{} & ")
+    assert rows[1].startswith("{[}64, 64] & ")
 
 
 def test_what_cannot_be_read_is_said_and_the_rest_reported(
