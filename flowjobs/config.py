@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -705,7 +706,7 @@ def typed_value(
         )
         if isinstance(value, str) and is_path:
             return str(absolute(folder / os.path.expanduser(value)))
-        if option is float and type(value) is int:
+        if option is float and type(value) is int and abs(value) <= sys.float_info.max:
             return float(value)
         if get_origin(option) is Literal and value in get_args(option):
             return value

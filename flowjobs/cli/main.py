@@ -129,7 +129,8 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
                 code = command()
             except SystemExit as ended:  # after --help, or what is no command line
                 code = ended.code
-            if isinstance(sys.stdout, Output):
+            sys.stdout.flush()
+            if not code and isinstance(sys.stdout, Output):
                 sys.stdout.check()
             sys.exit(code)
         except KeyboardInterrupt:

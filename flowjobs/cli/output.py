@@ -27,7 +27,6 @@ class Output(io.TextIOWrapper):
 
     def check(self) -> None:
         """Raise what something could not be written for, unless that its reader has gone."""
-        self.flush()
         if self._file.error and not isinstance(self._file.error, BrokenPipeError):
             raise self._file.error
 

@@ -77,6 +77,7 @@ def test_without_a_reader_or_room_a_command_that_acts_does_its_work_and_one_that
     assert code_of("wait", "gone", output=unread, errors=subprocess.STDOUT)[0] == 1
     os.close(unread)
     full = os.open("/dev/full", os.O_WRONLY)
+    assert code_of("wait", "gone", output=full) == (1, "")
     for words in (["status"], ["rm", "gone", "--yes"]):
         code, said = code_of(*words, output=full)
         assert (code, said.startswith("error: standard output: No space left")) == (2, True), said
@@ -132,6 +133,7 @@ def test_what_shared_the_memory_of_a_job_is_retried_with_fewer_beside_it(
         ("mem=1", "found mem, expected options of the cluster .*mem_gb"),
         ("timeout_min=long", "--with timeout_min: found 'long', expected int"),
         ("mem_gb=0", "--mem-gb: found 0.0, expected at least"),
+        (f"mem_gb={'9' * 400}", "--with mem_gb: found 9+, expected float"),
     ],
 )
 def test_retry_takes_only_what_leaves_the_result_alone(change: str, said: str) -> None:
