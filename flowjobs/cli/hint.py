@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from flowjobs.errors import ConfigError
 from flowjobs.runs.run import absolute, default_study
 
 
@@ -17,9 +18,17 @@ def hint(command: str, *words: str, study: Path | None = None) -> str:
         words: What follows it.
         study: The study that it is about; named unless it is the default one.
     """
-    if study is not None and absolute(study) != absolute(default_study()):
+    if study is not None and absolute(study) != _default_here():
         words = (*words, "--study", _from_here(study))
     return shlex.join([*_flowjobs(), command, *words])
+
+
+def _default_here() -> Path | None:
+    """The default study; None where the working directory is called as no study can be."""
+    try:
+        return absolute(default_study())
+    except ConfigError:
+        return None
 
 
 def _flowjobs() -> list[str]:

@@ -109,7 +109,7 @@ def read_result(run: Run) -> Result:
         evaluation = json.loads(run.evaluation_file.read_text())
     except FileNotFoundError:
         evaluation = {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{run.evaluation_file} is damaged ({error}): `flowjobs evaluate {run.name}`"
         ) from error

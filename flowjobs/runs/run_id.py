@@ -71,7 +71,7 @@ def read_identity(folder: Path) -> Identity | None:
         return Identity(run_id, born, at, Inherited(**found.get("inherited", {})))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             f"{file} is damaged ({error}): restore it, or delete it to continue as a new W&B run"
         ) from error

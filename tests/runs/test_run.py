@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.hint import hint
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import (
     ConfigError,
@@ -309,7 +310,7 @@ def test_a_job_of_another_cluster_is_another_job(study: Path) -> None:
 
 @pytest.mark.parametrize("name", ["new\nline", "latin-1 \udcff"])
 def test_a_path_that_no_batch_script_can_hold_is_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(name).mkdir()
     with pytest.raises(ConfigError, match="expected a path without"):
@@ -317,3 +318,5 @@ def test_a_path_that_no_batch_script_can_hold_is_refused(
     monkeypatch.chdir(name)
     with pytest.raises(ConfigError, match="expected a path without"):
         absolute(Path("study"))
+    # A study elsewhere is used from there.
+    assert hint("status", study=tmp_path).endswith(f"status --study {tmp_path}")
