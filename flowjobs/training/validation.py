@@ -15,6 +15,9 @@ from flowjobs.training.ranks import Ranks
 
 # Rows that are drawn at once where the flow treats every row alone.
 ROWS_AT_ONCE = 1024
+# The model is called on no more numbers, or no more rows than in a step: for those its memory is
+# chosen. Of small rows more come at once, since each call has its price.
+NUMBERS_AT_ONCE = 2**18
 
 
 class Validation:
@@ -29,8 +32,7 @@ class Validation:
         flow: The flow; one that couples a batch validates in batches of the training's size, since
             the loss depends on it.
         source: What x_0 is drawn from.
-        config: Gives sigma, and the size of a batch: the model is called on no more rows than in a
-            step, for which its memory is chosen.
+        config: Gives sigma, and the size of a batch.
         mean: Mean of each column, of the shape of a row, on the device to compute on.
         std: Standard deviation of each column.
         ranks: The processes that share the work.
@@ -52,7 +54,8 @@ class Validation:
         self._ranks = ranks
         rows = (config.ot_batch or config.batch_size) if flow.couple else ROWS_AT_ONCE
         starts = range(0, len(dataset), rows)
-        self._called_on = max(1, config.batch_size // ranks.world_size)
+        of_a_step = config.batch_size // ranks.world_size
+        self._called_on = max(of_a_step, NUMBERS_AT_ONCE // mean.numel(), 1)
         self._slices = [slice(start, min(start + rows, len(dataset))) for start in starts]
         # The plans of the batches, which are the same in each epoch.
         self._plans: dict[int, Tensor] = {}
