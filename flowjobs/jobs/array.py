@@ -63,11 +63,6 @@ class Array:
         return self.folder / "origin.json"
 
     @property
-    def task_file(self) -> Path:
-        """What a task does, pickled."""
-        return self.folder / "task.pkl"
-
-    @property
     def tasks_file(self) -> Path:
         """What its tasks are, and which cluster it is for."""
         return self.folder / "tasks.json"

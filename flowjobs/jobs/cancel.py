@@ -136,11 +136,9 @@ def _end_slurm_jobs(
     """End every job of the runs. Returns the jobs of each, as text, or what went wrong."""
     jobs: dict[Run, list[JobIdentity]] = {}
     ended: dict[Run, list[str] | SubmissionError] = {}
-    for run in runs:
-        try:
-            entries = jobs_of(run)
-        except (SubmissionError, OSError) as error:  # the others are cancelled all the same
-            ended[run] = SubmissionError(f"its jobs are unknown ({error})")
+    for run, entries in jobs_of(runs).items():
+        if isinstance(entries, Exception):  # the others are cancelled all the same
+            ended[run] = SubmissionError(f"its jobs are unknown ({entries})")
             continue
         jobs[run] = [JobIdentity.of(e) for e in entries if e["cluster"] == "slurm"]
     answers = ask([job for of_run in jobs.values() for job in of_run])

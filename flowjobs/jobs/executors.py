@@ -2,28 +2,29 @@
 
 import itertools
 import os
+import pickle
 import re
 import shlex
 import sys
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from submitit.core.core import Executor
-from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.core.utils import DelayedSubmission
 from submitit.local.debug import DebugExecutor
 from submitit.local.local import LocalExecutor, LocalJob
-from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+from submitit.slurm.slurm import SlurmExecutor
 
 from flowjobs import slurm
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.jobs.array import Array
+from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.pack import FOLDER as PACKS
 from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import Run
-from flowjobs.runs.submittable import Submittable
+from flowjobs.runs.submittable import BATCH_FILE, TASK, Submittable
 from flowjobs.slots import JOB_OF_RUN
 from flowjobs.slurm.options import ARRAY, export_for
 
@@ -71,11 +72,23 @@ class SlurmExecutorAnywhere(SlurmExecutor):
     """submitit's, with our way of calling sbatch; it can also be made where there is no Slurm, to
     look at its batch file.
 
+    Not by submitit's `submit()` or `batch()`: these move what a job does into its place after
+    sbatch, so that a job whose submitter dies there finds nothing to do.
+
+    Args:
+        folder: Where the logs go; "%a" in it stands for the number of an array's task.
+        python: The command that starts python, for a shell.
+        prepared: Where that is which has to be there before sbatch is called.
+
     Attributes:
         handed_over: The job that sbatch has taken.
     """
 
     handed_over: slurm.HandedOver | None = None
+
+    def __init__(self, folder: Path, python: str, prepared: Path) -> None:
+        super().__init__(folder=folder, python=python)
+        self._prepared = prepared.absolute()  # as submitit has the other
 
     @classmethod
     def affinity(cls) -> int:
@@ -86,77 +99,32 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         """The text that a submission hands to sbatch."""
         return self._make_submission_file_text(self._submitit_command_str, uid="")
 
-    def _make_submission_file_text(self, command: str, uid: str) -> str:
-        text = str(super()._make_submission_file_text(command, uid))
-        return _with_plain_percent(text, self.folder, "/%j")
-
-    def _submit_command(self, command: str) -> SlurmJob[Any]:
-        # submitit's own believes the first "job N" that anyone prints, and reads UTF-8 only.
-        folder = JobPaths.get_first_id_independent_folder(self.folder)
-        file = folder / f".submission_file_{uuid.uuid4().hex}.sh"
-        file.write_text(self._make_submission_file_text(command, uid=""))
-        self.handed_over = slurm.sbatch(["sbatch", *self._comment(), str(file)], os.environ)
-        tasks = list(range(self._num_tasks()))
-        job: SlurmJob[Any] = SlurmJob(self.folder, self.handed_over.job_id, tasks)
-        job.paths.move_temporary_file(file, "submission_file", keep_as_symlink=True)
-        return job
-
-    def _comment(self) -> list[str]:
-        comment = self.parameters.get("comment")
-        return [f"--comment={comment}"] if comment else []
-
-
-def _with_plain_percent(text: str, folder: Path, log: str) -> str:
-    """A batch file in whose names of logs the folder is taken as it is.
-
-    Slurm fills in what follows a % there, also in the names of folders.
-
-    Args:
-        text: The batch file.
-        folder: That of the logs.
-        log: What comes after it.
-    """
-    quoted = str(folder).replace("'", "'\"'\"'")  # as a shell's quotes have it
-    return text.replace(f"{quoted}{log}", f"{quoted.replace('%', '%%')}{log}")
-
-
-class ArrayExecutor(SlurmExecutorAnywhere):
-    """submitit's, for an array whose tasks are all alike but for the folder that each works in.
-
-    Not by submitit's `batch()`: that moves what a task does into its place after sbatch, so that
-    an array whose submitter dies there has tasks that find nothing to do.
-
-    Args:
-        array: Where each task has its folder.
-        python: The command that starts python, for a shell.
-    """
-
-    def __init__(self, array: Array, python: str) -> None:
-        self._array = array
-        # submitit puts the task's number in the place of %a, as Slurm does.
-        super().__init__(folder=array.folder / "%a", python=python)
-
-    def hand_over(self, task: Callable[[], None], tasks: int, parallel: int | None) -> None:
-        """Hand the array over; see `handed_over`.
+    def hand_over(self, task: Callable[[], None], mark: str | None = None) -> slurm.HandedOver:
+        """Hand the job over; see also `handed_over`.
 
         Args:
-            task: What each task does.
-            tasks: How many there are.
-            parallel: How many run at a time.
+            task: What the job does, or each task of the array.
+            mark: See `slurm.sbatch`.
         """
-        self.parameters |= {"map_count": tasks, "array_parallelism": parallel or tasks}
         delayed = DelayedSubmission(task)
         delayed.set_timeout(self.parameters.get("time") or NO_LIMIT_MIN, self.max_num_timeout)
-        delayed.dump(self._array.task_file)
-        file = self._array.folder / "submission.sh"
-        file.write_text(self.batch_file())
-        self.handed_over = slurm.sbatch(
-            ["sbatch", *self._comment(), str(file)], os.environ, self._array.mark
-        )
+        # Whole: an earlier job of the run may just start.
+        with replaced_whole(self._prepared / TASK, flush=False) as pickled:
+            pickled.write(pickle.dumps(delayed))
+        file = self._prepared / BATCH_FILE
+        with replaced_whole(file, flush=False) as text:
+            text.write(self.batch_file().encode())
+        comment = self.parameters.get("comment")
+        options = [f"--comment={comment}"] if comment else []
+        self.handed_over = slurm.sbatch(["sbatch", *options, str(file)], os.environ, mark)
+        return self.handed_over
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
-        text = str(SlurmExecutor._make_submission_file_text(self, command, uid))
-        return _with_plain_percent(text, self._array.folder, "/%a/%A_%a")
+        text = str(super()._make_submission_file_text(command, uid))
+        # In the names of logs Slurm fills in what follows a %, also where a folder is called so.
+        log = "/%j" if self.folder == self._prepared else "/%a/%A_%a"
+        quoted = str(self._prepared).replace("'", "'\"'\"'")  # as a shell's quotes have it
+        return text.replace(f"{quoted}{log}", f"{quoted.replace('%', '%%')}{log}")
 
 
 def handed_over(executor: Executor | None) -> slurm.HandedOver | None:
@@ -199,11 +167,11 @@ def slurm_executor(
     Not submitit's AutoExecutor: that one cannot leave out what submitit sets by default, a wckey
     and a time limit of five minutes.
     """
-    executor = SlurmExecutorAnywhere(folder=run.logs, python=_guarded(python))
+    executor = SlurmExecutorAnywhere(run.logs, _guarded(python), prepared=run.logs)
     kind = f"{PACKS}/" if isinstance(run, Pack) else ""
     executor.update_parameters(
         **_parameters(run.name, asked),
-        setup=[*SETUP],
+        setup=[*SETUP, *_link_task(run.logs, f"{shlex.quote(str(run.logs))}/${{SLURM_JOB_ID}}")],
         teardown=_teardown(shlex.quote(f"{kind}{run.name}"), run.study, python),
     )
     return executor
@@ -211,10 +179,12 @@ def slurm_executor(
 
 def array_executor(
     array: Array, name: str, asked: SlurmConfig, python: str = sys.executable
-) -> "ArrayExecutor":
+) -> SlurmExecutorAnywhere:
     """The executor for an array of Slurm, each task of which is a run, or several that share it."""
     check_study(array.study)
-    executor = ArrayExecutor(array, python=_guarded(python))
+    # submitit puts the task's number in the place of %a, as Slurm does.
+    folder = array.folder / "%a"
+    executor = SlurmExecutorAnywhere(folder, _guarded(python), prepared=array.folder)
     task = f"{shlex.quote(str(array.folder))}/$SLURM_ARRAY_TASK_ID"
     job = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
     executor.update_parameters(
@@ -222,14 +192,18 @@ def array_executor(
         setup=[
             *SETUP,
             f"export {ARRAY}={shlex.quote(str(array.folder))}",
-            "# What the task does, where submitit looks for it.",
-            f"ln -sf {shlex.quote(str(array.task_file))} {task}/{job}_submitted.pkl",
+            *_link_task(array.folder, f"{task}/{job}"),
             "# runs/NAME, or packs/NAME",
             f'submitted=$(readlink {task} | sed "s,^[./]*,,; s,/logs$,,")',
         ],
         teardown=_teardown('"$submitted"', array.study, python),
     )
     return executor
+
+
+def _link_task(prepared: Path, job: str) -> list[str]:
+    task = shlex.quote(str(prepared / TASK))
+    return ["# What it does, where submitit looks for it.", f"ln -sf {task} {job}_submitted.pkl"]
 
 
 def _guarded(python: str) -> str:

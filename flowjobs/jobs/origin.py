@@ -8,7 +8,7 @@ import json
 import os
 import pwd
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from flowjobs.errors import SubmissionError
 from flowjobs.runs.files import write_json
 from flowjobs.runs.pack import PACK, Pack
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slots import SLOTS, submitted_for_run
 from flowjobs.slurm import JobIdentity
 
-# What a job does, as submitit keeps it in `logs/` until sbatch has taken the job.
-PREPARED = "[0-9a-f]" * 32 + ".pkl"
 # Of one process or one session only, and wrong in another job. The token for Slurm has run out.
 OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT", SLOTS)
 
@@ -117,31 +116,62 @@ def _user_name(uid: int) -> str:
         return f"user {uid}"
 
 
-def jobs_of(run: Run) -> list[dict[str, Any]]:
-    """The run's submissions, and those Slurm jobs of it that could not be noted.
+def jobs_of(
+    runs: Iterable[Run], statuses: Mapping[Run, RunStatus] | None = None
+) -> dict[Run, list[dict[str, Any]] | SubmissionError | OSError]:
+    """The submissions of each run, and those Slurm jobs of it that could not be noted.
 
     That of its open attempt, whose log tells it from another one that has got its id since; and
     one that waits, or has just started, whose submitter died as sbatch had taken it.
 
-    Raises:
-        SubmissionError: There may be one, and Slurm does not answer.
+    Args:
+        runs: The runs. Slurm is asked once, if at all.
+        statuses: Those that are known already.
+
+    Returns:
+        Instead of the jobs why they are unknown: the run cannot be read, or there may be one that
+        was not noted, and Slurm does not answer.
     """
-    entries = run.submissions()
-    if any(run.logs.glob(PREPARED)) and slurm.is_here():
-        noted = {entry["job_id"] for entry in entries}
-        rows = [row for row in slurm.queue({os.getuid()}) if row.state not in slurm.ENDED]
-        entries += [
-            {"job_id": row.job_id, "cluster": "slurm", "log": row.log, "slurm_cluster": row.cluster}
-            for row in rows
-            if Path(row.log).parent == run.logs and row.job_id not in noted
-        ]
-    status = run.status()
-    attempt = status.open_attempt if status else None
-    if attempt and attempt.job.cluster == "slurm" and not run.is_anothers(attempt):
-        job_id, log = attempt.job.job_id, attempt.job.log
-        if log and all(entry["job_id"] != job_id for entry in entries):
-            entries.append({"job_id": job_id, "cluster": "slurm", "log": log})
-    return entries
+    known = statuses or {}
+    mine: list[slurm.JobRow] | SubmissionError | None = None
+    found: dict[Run, list[dict[str, Any]] | SubmissionError | OSError] = {}
+    for run in runs:
+        try:
+            entries = run.submissions()
+            if run.batch_file.exists() and slurm.is_here():
+                if mine is None:
+                    mine = _jobs_of_this_user()
+                if isinstance(mine, SubmissionError):
+                    raise mine
+                entries += _unnoted(run, entries, mine)
+            status = known[run] if run in known else run.status()
+            attempt = status.open_attempt if status else None
+            if attempt and attempt.job.cluster == "slurm" and not run.is_anothers(attempt):
+                job_id, log = attempt.job.job_id, attempt.job.log
+                if log and all(entry["job_id"] != job_id for entry in entries):
+                    entries.append({"job_id": job_id, "cluster": "slurm", "log": log})
+            found[run] = entries
+        except (SubmissionError, OSError) as error:
+            found[run] = error
+    return found
+
+
+def _jobs_of_this_user() -> list[slurm.JobRow] | SubmissionError:
+    try:
+        return [row for row in slurm.queue({os.getuid()}) if row.state not in slurm.ENDED]
+    except SubmissionError as error:
+        return error
+
+
+def _unnoted(
+    run: Run, entries: Sequence[Mapping[str, Any]], mine: Iterable[slurm.JobRow]
+) -> list[dict[str, Any]]:
+    noted = {entry["job_id"] for entry in entries}
+    return [
+        {"job_id": row.job_id, "cluster": "slurm", "log": row.log, "slurm_cluster": row.cluster}
+        for row in mine
+        if Path(row.log).parent == run.logs and row.job_id not in noted
+    ]
 
 
 def identity_of(run: Submittable, job_id: str, log: str | None = None) -> JobIdentity:

@@ -27,9 +27,15 @@ from flowjobs.errors import (
     SubmissionUnknownError,
 )
 from flowjobs.jobs.array import Array, runs_elsewhere
-from flowjobs.jobs.executors import Cluster, array_executor, handed_over, make_executor
+from flowjobs.jobs.executors import (
+    Cluster,
+    SlurmExecutorAnywhere,
+    array_executor,
+    handed_over,
+    make_executor,
+)
 from flowjobs.jobs.lock_judge import judge_for
-from flowjobs.jobs.origin import PREPARED, Origin, identity_of, jobs_of
+from flowjobs.jobs.origin import Origin, identity_of, jobs_of
 from flowjobs.runs.file_lock import SAY_AFTER_S
 from flowjobs.runs.lock import (
     LEAVING_WAIT_S,
@@ -41,10 +47,11 @@ from flowjobs.runs.lock import (
 from flowjobs.runs.pack import PACK, is_left
 from flowjobs.runs.process import process_lives, process_mark
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo, same_host
-from flowjobs.runs.submittable import Submittable
+from flowjobs.runs.status import JobInfo, RunStatus, same_host
+from flowjobs.runs.submittable import BATCH_FILE, Submittable
 from flowjobs.slurm import (
     Gone,
+    HandedOver,
     JobAnswer,
     JobIdentity,
     Known,
@@ -72,7 +79,7 @@ class SubmittedJob:
     job_id: str
     cluster: Cluster
     log: Path
-    job: Job[None]
+    job: Job[None] | None = None
 
     def alive(self, run: Submittable) -> bool:
         """Whether the job still waits or runs.
@@ -80,7 +87,7 @@ class SubmittedJob:
         Raises:
             SubmissionError: That is unknown.
         """
-        if self.cluster != "slurm":
+        if self.job:
             return not self.job.done()
         match ask_one(identity_of(run, self.job_id)):
             case Known() as known:
@@ -132,37 +139,48 @@ def submit(
             asked, sbatch=KeyValues({"chdir": origin.folder, **asked.sbatch})
         )
     executor: Executor | None = None
+    job: Job[None] | None = None
     with (
         signals_deferred_until_noted(cluster),
         slurm.cancelled_unless_noted(lambda: handed_over(executor)),
     ):
         with _environment_of(cluster, origin, asked, continues):
             executor = make_executor(cluster, run, asked, origin.python)
-            try:
-                job: Job[None] = executor.submit(task)
-            except SubmissionError as error:
-                # submitit has written both before sbatch could refuse.
-                for pattern in (".submission_file_*.sh", PREPARED):
-                    for leftover in run.logs.glob(pattern):
-                        leftover.unlink()
-                if isinstance(error, SubmissionUnknownError):
-                    raise
-                raise SubmissionError(_explain(str(error), asked)) from error
-        submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
+            if isinstance(executor, SlurmExecutorAnywhere):
+                taken = _hand_over(executor, task, run, asked)
+            else:
+                job = executor.submit(task)
         identity: Mapping[str, Any] | None = None
-        if cluster == "local":
-            identity = {"process": process_mark(int(job.job_id))}
-        if taken := handed_over(executor):
+        if job:
+            submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
+            if cluster == "local":
+                identity = {"process": process_mark(int(job.job_id))}
+        else:
+            submitted = SubmittedJob(taken.job_id, cluster, run.output_of(taken.job_id))
             # Before the job is listed: whoever finds it there may restart it from this.
-            origin.note(run, job.job_id)
+            origin.note(run, taken.job_id)
             identity = taken.identity(run.name)
         run.add_submission(
             submitted.job_id, cluster, submitted.log, continues=continues, identity=identity
         )
+        with contextlib.suppress(OSError):  # it is noted; the next submission tidies up
+            run.batch_file.replace(run.logs / f"{submitted.job_id}_{BATCH_FILE}")
     # submitit's debug job runs only as it is asked for results: up there, Ctrl-C would wait for it.
     if isinstance(job, DebugJob):
         job.results()
     return submitted
+
+
+def _hand_over(
+    executor: SlurmExecutorAnywhere, task: Callable[[], None], run: Submittable, asked: SlurmConfig
+) -> HandedOver:
+    try:
+        return executor.hand_over(task)
+    except SubmissionUnknownError:
+        raise  # it may come yet: it is looked for as long as its batch file is there
+    except SubmissionError as error:
+        run.batch_file.unlink(missing_ok=True)
+        raise SubmissionError(_explain(str(error), asked)) from error
 
 
 def submit_array(
@@ -194,6 +212,8 @@ def submit_array(
     origin = Origin.here(asked)
     with signals_deferred_until_noted("slurm"), _environment_of("slurm", origin, asked, None):
         executor = array_executor(array, name, asked, origin.python)
+        tasks = len(submitted)
+        executor.parameters |= {"map_count": tasks, "array_parallelism": parallel or tasks}
         try:
             # Before sbatch: the first task may start before that has returned.
             array.write(submitted, name, origin)
@@ -201,15 +221,13 @@ def submit_array(
             array.remove()
             raise
         try:
-            executor.hand_over(task, len(submitted), parallel)
+            job = executor.hand_over(task, array.mark)
         # Its tasks may start yet, and find their runs by what was written.
         except SubmissionUnknownError:
             raise
         except SubmissionError as error:
             array.remove()
             raise SubmissionError(_explain(str(error), asked)) from error
-        job = executor.handed_over
-        assert job is not None
         try:
             array.note(job)
         # Not cancelled: its tasks note themselves.
@@ -233,19 +251,27 @@ def running_job(run: Run) -> str | None:
     return found
 
 
-def running_jobs(runs: Sequence[Run]) -> dict[Run, str | SubmissionError]:
+def running_jobs(
+    runs: Sequence[Run], statuses: Mapping[Run, RunStatus] | None = None
+) -> dict[Run, str | SubmissionError]:
     """Those of the runs that have a job which is pending or running, as text; or of which that is
     unknown, and why. Slurm is asked about all of them together.
+
+    Args:
+        runs: The runs.
+        statuses: Those that are known already.
     """
     entries: dict[Run, list[dict[str, Any]]] = {}
     jobs: dict[Run, list[JobIdentity]] = {}
     found: dict[Run, str | SubmissionError] = {}
-    for run in runs:
+    for run, noted in jobs_of(runs, statuses).items():
         try:
-            entries[run] = jobs_of(run)
+            if isinstance(noted, Exception):
+                raise noted
+            entries[run] = noted
             jobs[run] = [
                 JobIdentity.of(entry)
-                for entry in entries[run]
+                for entry in noted
                 # A job that it shares may live on for others.
                 if entry["cluster"] == "slurm"
                 and (PACK not in entry or is_left(run, entry["job_id"]))

@@ -31,6 +31,7 @@ from flowjobs.errors import (
     DataError,
     RunMismatchError,
     RunNotFoundError,
+    SubmissionUnknownError,
 )
 from flowjobs.nearest import meant
 from flowjobs.runs.data_file import DataContent
@@ -343,6 +344,8 @@ class Run(Submittable):
         before = self.before_submission()
         try:
             yield
+        except SubmissionUnknownError:
+            raise  # a job of it may start
         except BaseException:
             before.put_back()
             raise

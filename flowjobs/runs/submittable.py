@@ -15,6 +15,10 @@ from flowjobs.runs.status import now
 # What every line of jobs.jsonl has.
 SUBMISSION_KEYS = ("job_id", "cluster", "submitted", "log")
 
+# In `logs/`: what a job does; and the batch file of one that is handed over and not noted yet.
+TASK = "task.pkl"
+BATCH_FILE = "submission.sh"
+
 
 class Submittable(ABC):
     """A folder of a study with its jobs: their logs, and a line for each.
@@ -57,6 +61,11 @@ class Submittable(ABC):
     def removed(self) -> bool:
         """Whether its folder is gone; where the whole study is away, that is not said."""
         return self.folder.parent.exists() and not self.folder.exists()
+
+    @property
+    def batch_file(self) -> Path:
+        """That of a job that sbatch is handed; moved to its id once it is noted."""
+        return self.logs / BATCH_FILE
 
     def output_of(self, job_id: str) -> Path:
         """What a job of it prints, as submitit calls it."""

@@ -149,7 +149,7 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
             run.submissions()
         except (FlowjobsError, OSError) as error:
             members[run] = Member(run, config, "unknown", str(error))
-    busy = running_jobs([*statuses])
+    busy = running_jobs([*statuses], statuses)
     for run, words in busy.items():
         if isinstance(words, SubmissionError) and run.cancel_requested():
             members[run] = Member(

@@ -27,6 +27,8 @@ export PATH SLURM_EXPORT_ENV=ALL FLOWJOBS_JOB=$SLURM_JOB_ID
 guard=
 block="$(command -v env) --block-signal=TERM --block-signal=USR2"
 $block true 2>/dev/null && guard=$block
+# What it does, where submitit looks for it.
+ln -sf STUDY/runs/mlp-icfm-digits-none/logs/task.pkl STUDY/runs/mlp-icfm-digits-none/logs/${SLURM_JOB_ID}_submitted.pkl
 
 # command
 export SUBMITIT_EXECUTOR=slurm

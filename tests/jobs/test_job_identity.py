@@ -15,6 +15,7 @@ import pytest
 
 from flowjobs import slurm as slurm_commands
 from flowjobs.errors import SubmissionUnknownError
+from flowjobs.jobs.submit import running_job, running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.slurm import submission
 from tests.cluster.slurm import SlurmCluster
@@ -104,14 +105,23 @@ def test_a_refused_submission_leaves_nothing_behind(
 
 
 def test_a_job_that_sbatch_got_no_answer_for_is_not_said_to_be_refused(
-    slurm: SlurmCluster, flowjobs: Command, site: Site, monkeypatch: pytest.MonkeyPatch
+    slurm: SlurmCluster,
+    flowjobs: Command,
+    study: Path,
+    site: Site,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     site("sbatch", "echo 'sbatch: error: Socket timed out on send/recv' >&2; exit 1")
     monkeypatch.setattr(submission, "TAKEN_WITHIN_S", 0.0)
     with pytest.raises(SubmissionUnknownError, match="whether the job was taken is unknown"):
         submission.sbatch(["sbatch", "x.sh"], os.environ)
     site("squeue", "exit 1")
-    assert flowjobs("submit", *HELD).returncode == 75
+    assert flowjobs("submit", *HELD, "--name", "a").returncode == 75
+    assert Run(study, "a").exists()  # of a job that may come yet, and would train it
+    site("squeue", 'exec $real "$@"')
+    site("sbatch", 'exec $real "$@"')
+    assert flowjobs("submit", *HELD, "--name", "a").returncode == 0
+    assert not Run(study, "a").batch_file.exists()
 
 
 def test_a_refused_submission_leaves_a_run_as_it_was(
@@ -125,7 +135,7 @@ def test_a_refused_submission_leaves_a_run_as_it_was(
     assert (run.config_file.read_bytes(), run.cancel_file.read_bytes()) == before
 
 
-@pytest.mark.parametrize("what", ["jobs.jsonl", "logs/$(squeue -h -o %i)_submission.sh/x"])
+@pytest.mark.parametrize("what", ["jobs.jsonl", "logs/$(squeue -h -o %i)_origin.json/x"])
 def test_a_job_that_cannot_be_noted_is_cancelled(
     slurm: SlurmCluster, flowjobs: Command, study: Path, site: Site, what: str
 ) -> None:
@@ -138,15 +148,29 @@ def test_a_job_that_cannot_be_noted_is_cancelled(
     wait_until(lambda: not queue(slurm), "the job to be gone", 120)
 
 
-def test_a_job_whose_submitter_dies_as_it_is_taken_is_found_and_cancelled(
-    slurm: SlurmCluster, flowjobs: Command, site: Site
+def test_a_job_whose_submitter_dies_as_it_is_taken_is_found_trains_and_is_cancelled(
+    slurm: SlurmCluster, flowjobs: Command, study: Path, site: Site, tmp_path: Path
 ) -> None:
+    runs = [Run(study, name) for name in "ab"]
     site("sbatch", '$real "$@"; kill -9 $PPID')
-    assert flowjobs("submit", *HELD, "--name", "a").returncode == -9
-    (job,) = queue(slurm)
-    assert f"already has job {job} (pending)" in flowjobs("submit", *HELD, "--name", "a").stdout
-    assert f"cancelled job {job};" in flowjobs("cancel", "a").stdout
-    wait_until(lambda: not queue(slurm), "the job to be gone", 120)
+    for run in runs:
+        assert flowjobs("submit", *HELD, "--name", run.name).returncode == -9
+    first, second = sorted(queue(slurm), key=int)
+    assert f"already has job {first} (pending)" in flowjobs("submit", *HELD, "--name", "a").stdout
+    # Slurm is asked as often about two of them as about one.
+    site("squeue", f'echo x >> {tmp_path}/calls; exec $real "$@"')
+    assert running_job(runs[0]) == f"job {first} (pending)"
+    calls = (tmp_path / "calls").read_text()
+    assert running_jobs(runs) == dict(
+        zip(runs, (f"job {first} (pending)", f"job {second} (pending)"), strict=True)
+    )
+    assert (tmp_path / "calls").read_text() == 2 * calls
+    slurm.run("scontrol", "release", first)
+    wait_until(lambda: runs[0].status() is not None, "the first to train", 120)
+    done = flowjobs("cancel", "a", "b").stdout
+    assert f"cancelled job {first};" in done
+    assert f"cancelled job {second};" in done
+    wait_until(lambda: not queue(slurm), "the jobs to be gone", 120)
 
 
 def test_a_strangers_job_is_not_cancelled(
