@@ -68,11 +68,12 @@ def print_groups(groups: "Sequence[Group]") -> None:
     print_fitting(rows, dispensable, right=("of", "not made", *stands))
 
 
-def watch(show: "Callable[[], Collection[Stand]]") -> None:
-    """Show again and again, until nothing runs or waits any more, or Ctrl-C.
+def watch(show: "Callable[[], Collection[Stand]]", again: str) -> None:
+    """Show again and again, until Ctrl-C, or nothing runs or waits any more as far as is known.
 
     Args:
         show: Prints, and says how the runs stand.
+        again: The command that does.
     """
     before: set[str] = set()
     unknown = 0
@@ -92,6 +93,12 @@ def watch(show: "Callable[[], Collection[Stand]]") -> None:
             if "running" not in stands and "waiting" not in stands:
                 # Slurm may just not answer: what is unknown now may run.
                 unknown = unknown + 1 if "unknown" in stands else 0
+                if unknown == UNKNOWN_AT_MOST:
+                    print(
+                        f"no longer watching: nothing runs or waits, but for {unknown} looks it "
+                        f"has been unknown whether some of it does; {again} looks again",
+                        file=sys.stderr,
+                    )
                 if unknown in (0, UNKNOWN_AT_MOST):
                     return
             time.sleep(WATCH_EVERY_S)

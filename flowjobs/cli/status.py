@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.hint import hint
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.overview import print_groups, print_overview, watch
 from flowjobs.cli.parser import Flag
@@ -43,8 +44,8 @@ class Status:
     """A line for each run, where there are many; a selection has one anyway."""
 
     watch: Flag = False
-    """Go on showing it every few seconds, until nothing runs or waits, or Ctrl-C: redrawn in a
-    terminal, elsewhere the lines that have changed."""
+    """Show it again every few seconds, until nothing runs or waits, it stays unknown whether
+    something does, or Ctrl-C: redrawn in a terminal, elsewhere the lines that have changed."""
 
     json: Flag = False
     """Print JSON: the runs with all that is known of them, a run's own name alone as one object."""
@@ -57,13 +58,13 @@ class Status:
         if self.watch:
             if self.json:
                 raise ConfigError("found --watch and --json, expected one of them")
-            watch(self._show)
+            watch(self._show, hint("status", *self.names, "--watch", study=self.study))
         else:
             self._show()
         return 0
 
     def _show(self) -> "Collection[Stand]":
-        """Print once. Returns how the runs stand."""
+        """Print once. Returns how the runs stand, for who watches."""
         # Slow to load, and --help does without.
         from flowjobs.jobs.findings import find
         from flowjobs.jobs.overview import overview, stands_of, unsettled
@@ -99,7 +100,7 @@ class Status:
         if named:
             print_attempts(found[0])
             print(f"folder {found[0]['folder']}\nweights {found[0]['checkpoints']}")
-        return stands_of([*runs, *broken], findings)
+        return stands_of([*runs, *broken], findings) if self.watch else ()
 
 
 def _print_waits(runs: list[dict[str, Any]]) -> None:

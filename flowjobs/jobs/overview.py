@@ -136,10 +136,13 @@ def overview(study: Path, some: Sequence[Glance], findings: Mapping[Run, Finding
 
 def stands_of(runs: Iterable[Run], findings: Mapping[Run, Finding]) -> set[Stand]:
     """How runs stand; see `overview`."""
+    names: dict[Path, list[str]] = {}
+    for run in runs:
+        names.setdefault(run.study, []).append(run.name)
     return {
-        _standing(run.study, glance, findings.get(run)).stand
-        for run in runs
-        for glance in glances(run.study, [run.name])
+        _standing(study, glance, findings.get(Run(study, glance.name))).stand
+        for study, of_study in names.items()
+        for glance in glances(study, of_study)
     }
 
 

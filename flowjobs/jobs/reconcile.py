@@ -48,13 +48,13 @@ class Reconciled:
     unclear: str = ""
 
 
-def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconciled]:
+def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
     """Close the runs whose job is gone; one question to Slurm answers it for those that are not.
+
+    Then tell W&B, also what could not be told before, which may take a minute a run.
 
     Args:
         runs: Those to look at.
-        tell_wandb: Wait until W&B knows, and also tell it what could not be told before. It may
-            take a minute a run.
 
     Returns:
         Those that were closed, and those of which it is unknown: these stay as they are.
@@ -88,8 +88,8 @@ def reconcile(runs: Iterable[Run], *, tell_wandb: bool = True) -> list[Reconcile
             logger.error("%s: %s", ended.name, error)
     for closed in results:
         if closed.outcome and lock_holder(closed.run.folder) is None:  # else its next attempt tells
-            close_session(closed.run, wait=tell_wandb)
-    for run in runs if tell_wandb else ():
+            close_session(closed.run)
+    for run in runs:
         if lock_holder(run.folder) is None and pending_outcome(run):
             close_session(run)
     return results

@@ -367,7 +367,8 @@ def wait_until_left(run: Run) -> None:
         if waited_s > LEAVING_WAIT_S:
             raise RunHolderUnknownError(
                 f"waited {waited_s:.0f} s for {holder}, which was cancelled and has not ended yet; "
-                "nothing was started. The same command resumes the run once it has"
+                "nothing was started. The same command resumes the run once it has; if it hangs, "
+                "end it there (kill -KILL)"
             )
         if waited_s > SAY_AFTER_S and not said:
             logger.warning("waiting for %s to end, up to %.0f s", holder, LEAVING_WAIT_S)

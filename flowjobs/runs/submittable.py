@@ -97,9 +97,10 @@ class Submittable(ABC):
                 continue
         if damaged := len(lines) - len(entries):  # torn by a full disk
             warn_once(f"{self.jobs_file}: {damaged} lines are damaged and left out")
-        # A task of an array is noted by whoever comes first, and may be by both.
-        once = {(e["job_id"], e.get("mark") or number): e for number, e in enumerate(entries)}
-        return list(once.values())
+        # A job may be noted by itself, where a node may not ask for its mark, and its submitter.
+        once = {(_job(e), e.get("mark") or number): e for number, e in enumerate(entries)}
+        marked = {_job(entry) for entry in entries if entry.get("mark")}
+        return [e for e in once.values() if e.get("mark") or _job(e) not in marked]
 
     def submission(self, job_id: str, slurm_cluster: str = "") -> dict[str, Any] | None:
         """The newest job that was submitted under this id; None if there was none.
@@ -144,3 +145,7 @@ class Submittable(ABC):
         if again:
             entry["again"] = list(again)
         append_line(self.jobs_file, json.dumps(entry))
+
+
+def _job(entry: Mapping[str, Any]) -> tuple[str, str]:
+    return entry["job_id"], entry.get("slurm_cluster", "")

@@ -6,11 +6,15 @@ import os
 import re
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.main import run as run_command
+from flowjobs.cli.overview import UNKNOWN_AT_MOST
+from flowjobs.cli.status import Status
 from flowjobs.config import KeyValues
 from flowjobs.jobs.overview import overview
 from flowjobs.runs.goodput import time_spent
@@ -173,6 +177,19 @@ def test_watching_ends_with_the_runs_and_repeats_no_line(flowjobs: Command, stud
     assert flowjobs("status", "stopped", "--watch", timeout_s=60).returncode == 0
     done = flowjobs("status", "--watch", "--json")
     assert (done.returncode, "expected one of them" in done.stderr) == (2, True)
+
+
+def test_watching_ends_with_a_word_where_it_stays_unknown_what_runs(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_run(study, [1.0] * 3, name="a").status_file.write_text("{")
+    looks: list[float] = []
+    monkeypatch.setattr(time, "sleep", looks.append)
+    assert Status(("a*",), watch=True, study=study).run(Defaults()) == 0
+    assert len(looks) == UNKNOWN_AT_MOST - 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("no longer watching: nothing runs or waits, but for 6 looks it has been")
+    assert said.endswith("flowjobs status 'a*' --watch looks again"), said
 
 
 def test_the_keys_of_json_are_kept(flowjobs: Command, study: Path) -> None:

@@ -306,6 +306,10 @@ def test_a_job_of_another_cluster_is_another_job(study: Path) -> None:
     found = [run.submission("7", cluster) for cluster in ("", "one", "other", "third")]
     assert [entry and entry["slurm_cluster"] for entry in found] == ["other", "", "other", ""]
     assert run.submission("8", "one") is None
+    # Noted by itself first, where a node may not ask for its mark, and then by who submitted it.
+    run.add_submission("8", "slurm", None, identity={"slurm_cluster": "one", "mark": "ab"})
+    run.add_submission("8", "slurm", None, identity={"slurm_cluster": "other", "mark": "cd"})
+    assert [entry["mark"] for entry in run.submissions()[3:]] == ["ab", "cd"]
 
 
 @pytest.mark.parametrize("name", ["new\nline", "latin-1 \udcff"])
