@@ -41,6 +41,16 @@ class EMAModel:
         """The averaged weights and the copied buffers by name, as in `nn.Module.state_dict`."""
         return self.model.state_dict()
 
+    @property
+    def statistics(self) -> list[Tensor]:
+        """The buffers of real numbers that a checkpoint holds, as a BatchNorm's are."""
+        saved = self.shadow
+        return [
+            buffer
+            for name, buffer in self.model.named_buffers()
+            if name in saved and buffer.is_floating_point() and buffer.layout is torch.strided
+        ]
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Average in the weights of `model` after one optimizer step; buffers are copied."""

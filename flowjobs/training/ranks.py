@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -85,6 +85,14 @@ class Ranks:
             value = value.clone()
             distributed.all_reduce(value)
         return value
+
+    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Write the first rank's values into these tensors on all."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                value = tensor.contiguous()
+                distributed.broadcast(value, src=0)
+                tensor.copy_(value)
 
 
 def _tell(word: int) -> None:

@@ -10,17 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.data.dataset import load_datasets
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
+from flowjobs.training import FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.leaving import Leave, Leaving
 from flowjobs.training.ranks import single_process
 from tests.training import rank_job
 from tests.training.same import same
 
-CONFIG = TrainingConfig(epochs=40, arch_args=KeyValues(width=32, depth=1, dropout=0.1))
+# Coupled, it is validated in as many parts as there are batches, so that each rank has some.
+CONFIG = TrainingConfig(epochs=30, flow="otcfm", arch=f"{__name__}:Normed")
 Process = subprocess.Popen[str]
 
 VOTE = """
@@ -66,6 +70,17 @@ with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
 """
 
 
+class Normed(nn.Module):
+    """With chance and running statistics, which each rank has of its own rows."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm1d(dim), nn.Linear(dim, dim), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 def free_port() -> str:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -101,22 +116,31 @@ def wait_for_step(run: Run, processes: list[Process], step: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(study: Path) -> None:
+def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     whole, parts = Run(study, "whole"), Run(study, "parts")
     for rank, number in ((1, signal.SIGUSR2), (0, signal.SIGTERM)):
         processes = start_ranks(parts)
-        wait_for_step(parts, processes, 50 if rank else 300)
+        wait_for_step(parts, processes, 50 if rank else 150)
         processes[rank].send_signal(number)
         said = end(processes, 75)
         assert said[0] == said[1]
         assert number.name in said[0]
         assert said[0].endswith(f"saved at step {read_checkpoint(parts.last)['step']}\n")
-    assert read_checkpoint(parts.last)["step"] < 40 * 23
+    assert read_checkpoint(parts.last)["step"] < 30 * 23
     for run in (whole, parts):
         end(start_ranks(run), 0)
     assert same(read_checkpoint(whole.last), read_checkpoint(parts.last))
     assert same(read_checkpoint(whole.best), read_checkpoint(parts.best))
     assert list(read_rows(whole.metrics_file)) == list(read_rows(parts.metrics_file))
+    # The loss is that of the model which is saved.
+    train, val = load_datasets(CONFIG.dataset, study)
+    one_rank = FlowTrainer(Normed(train.dim), CONFIG, train, val, torch.device("cpu"), run=whole)
+    one_rank.state.restore(read_checkpoint(whole.best), whole.best)
+    found = one_rank.state.best_loss
+    assert one_rank._validation_loss() == pytest.approx(found, rel=1e-6)
 
 
 def voted(wishes: dict[tuple[int, int], Leave]) -> list[str]:
