@@ -26,7 +26,7 @@ from flowjobs.errors import (
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.environment import JobProcess, this_process
 from flowjobs.jobs.lock_judge import judge_for
-from flowjobs.jobs.restart import restart
+from flowjobs.jobs.restart import is_cancelled, restart
 from flowjobs.jobs.signals import MARGIN_MAX_S, StopSignals
 from flowjobs.jobs.stop_cause import Notice, notice_of, seconds_left
 from flowjobs.runs.code import import_from_snapshot
@@ -178,7 +178,7 @@ class TrainingJob:
     def was_cancelled(self) -> bool:
         """Whether this start is one that the run's user does not want any more."""
         # A person who starts the run has cleared the mark first.
-        cancelled = self._run.cancel_requested() or (
+        cancelled = is_cancelled(self._run) or (
             not self._job.started_by_person and exit_cause.cancelled_while_requeued(self._job)
         )
         status = self._run.status()

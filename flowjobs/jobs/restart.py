@@ -46,7 +46,7 @@ def restart(
         The exit code with which this process should end.
     """
     try:
-        if _cancelled(run):
+        if is_cancelled(run):
             return EXIT_PREEMPTED
         match job.cluster:
             case "slurm":
@@ -72,7 +72,7 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
         return
     # Between the answer above and the request below a `scancel` would be undone; the signal that
     # it sends is found in the log by the next life (jobs/exit_cause.py).
-    if record.cancelled or _cancelled(run):
+    if record.cancelled or is_cancelled(run):
         logger.info("job %s was cancelled; the run stays as it is", job.job_id)
         return
     try:
@@ -83,7 +83,7 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
         logger.info("%s continues as job %s", run.name, resubmit(run, job, task, exclude))
 
 
-def _cancelled(run: Submittable) -> bool:
+def is_cancelled(run: Submittable) -> bool:
     """Whether a run is cancelled; a file server that is away is waited for."""
     deadline = time.monotonic() + AWAY_AT_MOST_S
     while True:

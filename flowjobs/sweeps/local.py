@@ -68,7 +68,7 @@ def run_here(
                 lives = _job_lives(run)
                 ended = Event(run, "ended", status=None if lives else run.status())
                 away_since.pop(run, None)
-            except OSError as error:
+            except (FlowjobsError, OSError) as error:
                 now = time.monotonic()
                 lives = now - away_since.setdefault(run, now) < AWAY_AT_MOST_S
                 why = f"whether it still trains cannot be read ({error})"

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.jobs import plain_sbatch, submit
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.origin import Origin
+from flowjobs.jobs.restart import is_cancelled
 from flowjobs.jobs.submit import running_job, running_jobs, signals_deferred
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
@@ -130,3 +132,17 @@ def test_train_waits_for_a_process_that_was_cancelled_before_it_clears_the_mark(
             submit.wait_until_left(run)
     assert "waiting for process" in said
     assert run.cancel_requested()
+
+
+def test_whether_a_run_is_cancelled_is_asked_until_it_can_be_read(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(study, "a")
+    run.folder.mkdir(parents=True)
+    run.cancel_file.symlink_to(run.cancel_file)  # as a file server that fails over has it
+    monkeypatch.setattr(time, "sleep", lambda s: run.cancel_file.unlink())
+    assert not is_cancelled(run)
+    run.cancel_file.symlink_to(run.cancel_file)
+    monkeypatch.setattr("flowjobs.jobs.restart.AWAY_AT_MOST_S", -1.0)
+    with pytest.raises(OSError, match="Too many levels"):
+        is_cancelled(run)
