@@ -1,6 +1,7 @@
 """The exponential moving average of a model's weights."""
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +42,12 @@ class EMAModel:
         """The averaged weights and the copied buffers by name, as in `nn.Module.state_dict`."""
         return self.model.state_dict()
 
-    @property
-    def statistics(self) -> list[Tensor]:
+    def statistics(self) -> Iterator[Tensor]:
         """The buffers of real numbers that a checkpoint holds, as a BatchNorm's are."""
         saved = self.shadow
-        return [
-            buffer
-            for name, buffer in self.model.named_buffers()
-            if name in saved and buffer.is_floating_point() and buffer.layout is torch.strided
-        ]
+        for name, buffer in self.model.named_buffers():
+            if name in saved and buffer.is_floating_point() and buffer.layout is torch.strided:
+                yield buffer
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -375,7 +375,7 @@ class FlowTrainer:
     def _validation_loss(self) -> float:
         self.state.take_extra_state()
         # Each rank has statistics of its own rows; the first one's are those that are saved.
-        self._ranks.take_from_first(self.state.ema.statistics)
+        self._ranks.take_from_first(self.state.ema.statistics())
         with self._arithmetic():
             return self._validation.loss(self._ema_velocity)
 
