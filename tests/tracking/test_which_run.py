@@ -17,6 +17,7 @@ from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
 from tests.tracking.history import (
     assert_history_is_exact,
+    finish_and_tell,
     on_server,
     run_to_the_end,
     wait_until_open,
@@ -105,7 +106,7 @@ def test_a_run_that_was_deleted_on_disk_starts_anew_in_wandb(
 
 
 def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_ever(
-    tracked_run: MakeRun, backend: Backend, flowjobs: Command
+    tracked_run: MakeRun, backend: Backend, flowjobs: Command, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, _ = tracked_run("online")
     process = attempts.start(run, 1000, pace_s=0.02)
@@ -113,12 +114,12 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     wait_until_open(run, backend)
     deleted = run.tracking_id()
     backend.delete(deleted)
-    code, said = attempts.finish(process)
-    assert code == 0, said
+    said = finish_and_tell(run, process)
     remedy = f"`flowjobs sync {run.name} --as-new`"
-    assert remedy in said
-    assert "tries again" not in said
-    assert remedy in flowjobs("status").stdout
+    assert remedy in said + caplog.text
+    shown = flowjobs("status").stdout
+    assert remedy in shown
+    assert "tries again" not in shown
 
     sessions = backend.requests.count("RunResumeStatus")
     flowjobs("reconcile")
