@@ -125,7 +125,13 @@ def codes_of(prefix: Sequence[str], commands: dict[str, Sequence[str]]) -> dict[
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting and other users need root")
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(place, marks=[pytest.mark.long] if "container" in place else [])
+        for place in PLACES
+    ],
+)
 def test_no_command_ends_in_a_traceback(workplace: Path, template: Path, place: str) -> None:
     shutil.copytree(template, workplace, dirs_exist_ok=True)
     if place == "another's study":

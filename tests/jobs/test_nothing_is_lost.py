@@ -520,6 +520,7 @@ def test_two_nodes_of_two_ranks_leave_at_one_step_and_lose_nothing(
     assert_equal_to(whole.run, job.run)
 
 
+@pytest.mark.long
 def test_a_bug_on_another_rank_is_told_by_the_first_one_and_not_repeated(
     start: Start, flowjobs: Command
 ) -> None:
