@@ -113,14 +113,18 @@ def test_each_combination_ends_in_the_same_bits(
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("flow", "arch", "aug"),
-    [("sbcfm", "mlp", "mixup"), ("otcfm", "unet", "dropout"), ("fm", "dit", "noise")],
+    ("flow", "arch", "aug", "steps"),
+    [
+        ("sbcfm", "mlp", "mixup", "1200"),  # each step solves an entropic plan
+        ("otcfm", "unet", "dropout", "8000"),
+        ("fm", "dit", "noise", "8000"),
+    ],
 )
 def test_on_slurm_a_time_limit_too(
-    slurm: SlurmCluster, flowjobs: Command, flow: str, arch: str, aug: str
+    slurm: SlurmCluster, flowjobs: Command, flow: str, arch: str, aug: str, steps: str
 ) -> None:
     what = ("--flow", flow, "--arch", arch, "--aug", aug)
-    options = ("--partition", "preempt", "--timeout-min", "1", "--time-limit", "--steps", "8000")
+    options = ("--partition", "preempt", "--timeout-min", "1", "--time-limit", "--steps", steps)
     code, found = drill(flowjobs, *options, *what)
     assert code == 0, found
     assert "time limit" in {row["way"] for row in found["rows"]}
