@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 20
 WATCH_EVERY_S = 10.0
-# So often in a row.
+# So many looks in a row at which nothing is known to live and something is unknown end a wait.
 UNKNOWN_AT_MOST = 6
 # More runs of one kind are counted, not listed.
 LISTED = 5

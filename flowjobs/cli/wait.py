@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.overview import UNKNOWN_AT_MOST
 from flowjobs.cli.prepare import RunNames, each_of
 from flowjobs.cli.start_many import some
 from flowjobs.errors import ConfigError
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 ASK_EVERY_S = 10.0
 FIRST_ASK_S = 1.0
 SAY_EVERY_S = 60.0
-UNKNOWN_AT_MOST = 6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,20 +135,14 @@ def sample(
     device: torch.device,
     seed: int = 0,
     solver: Solver = Solver(),  # noqa: B008, it is frozen
-    *,
-    source: Source | None = None,
-    with_energy: bool = False,
 ) -> Samples:
-    """Draw n samples of a model. The arguments are those of `sample_chunks`.
+    """Draw n samples of a model, from noise. The arguments are those of `sample_chunks`.
 
     A sample depends on the seed and its index alone, to the last bit on the same hardware: not on
     n, nor on the others.
     """
-    source = source or NormalSource(tuple(stats["mean"].shape))
-    chunks = sample_chunks(
-        model, n, stats, device, seed, solver, source=source, with_energy=with_energy
-    )
-    return joined(list(chunks))
+    source = NormalSource(tuple(stats["mean"].shape))
+    return joined(list(sample_chunks(model, n, stats, device, seed, solver, source=source)))
 
 
 def sample_chunks(

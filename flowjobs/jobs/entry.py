@@ -40,6 +40,7 @@ from flowjobs.runs.status import (
     EXIT_PREEMPTED,
     AttemptRecord,
     Outcome,
+    cancelled_outcome,
     outcome_of,
 )
 from flowjobs.tracking.telling import close_session
@@ -183,7 +184,7 @@ class TrainingJob:
         )
         status = self._run.status()
         if cancelled and status and status.state == "preempted" and self.is_first:
-            outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
+            outcome = cancelled_outcome("cancelled")
             status.close(outcome)
             status.write(self._run.status_file)
             close_session(self._run)

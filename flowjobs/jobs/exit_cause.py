@@ -21,6 +21,7 @@ from flowjobs.runs.status import (
     JobInfo,
     Outcome,
     State,
+    cancelled_outcome,
     outcome_of,
 )
 from flowjobs.slurm import JobAnswer, JobRow, Known, ask_one
@@ -172,7 +173,7 @@ def cause_of_no_start(
     log = log_tail(job.log)
     if isinstance(answer, Known) and answer.newest.state == "CANCELLED":
         reason = f"job {job.job_id} was cancelled before it started"
-        return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+        return cancelled_outcome(reason)
     if isinstance(answer, Known):
         row = answer.newest
         exit_code = 128 + row.signal if row.signal else row.exit_code

@@ -18,13 +18,13 @@ from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     CANCELLED,
-    EXIT_CANCELLED,
     EXIT_FAILED,
     EXIT_PREEMPTED,
     AttemptRecord,
     JobInfo,
     Outcome,
     RunStatus,
+    cancelled_outcome,
     same_host,
 )
 from flowjobs.slurm import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, why_it_waits
@@ -139,7 +139,7 @@ def final_outcome(run: Run, status: RunStatus, dead: Dead) -> Outcome:
     outcome = dead.outcome
     if run.cancel_requested():
         reason = f"{CANCELLED.reason} ({outcome.reason})"
-        return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+        return cancelled_outcome(reason)
     again = dead.waits or _should_start_again(run, status, dead)
     if outcome.state == "failed" and again:
         reason = f"{outcome.reason}; starts again"
@@ -192,7 +192,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         ):
             reason = f"job {job.job_id} was cancelled before it started"
             started = any(known.job.job_id == job.job_id for known in status.attempts)
-            outcome = Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+            outcome = cancelled_outcome(reason)
             return Dead(job, outcome, seen, started=started)
     if attempt:
         return _find_dead_life(run, status, attempt, answer)

@@ -37,8 +37,8 @@ from flowjobs.runs.status import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
     JobInfo,
-    Outcome,
     RunStatus,
+    cancelled_outcome,
 )
 from flowjobs.slots import SLOTS
 from flowjobs.slurm.options import CONTINUES
@@ -312,7 +312,7 @@ class _Slots:
     def cancel_all(self) -> None:
         """The user cancelled the job just as it asked to be requeued: nothing of it continues."""
         logger.info("the job was cancelled: submit its runs again to resume them")
-        outcome = Outcome("cancelled", EXIT_CANCELLED, "cancelled", kind="cancelled")
+        outcome = cancelled_outcome("cancelled")
         for run in self._pack.left(self._job.job_id):
             try:
                 status = run.status() or RunStatus()

@@ -53,7 +53,14 @@ EXIT_BAD_INPUT = 2
 EXIT_CANCELLED = 130
 
 FINISHED = Outcome("finished", exit_code=0)
-CANCELLED = Outcome("cancelled", EXIT_CANCELLED, "cancelled by flowjobs cancel", kind="cancelled")
+
+
+def cancelled_outcome(reason: str) -> Outcome:
+    """The outcome of a run that its user wants no more of."""
+    return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+
+
+CANCELLED = cancelled_outcome("cancelled by flowjobs cancel")
 
 # Of the text of an error, in lists of runs.
 REASON_CHARACTERS = 500
@@ -65,12 +72,11 @@ def outcome_of(error: BaseException | None) -> Outcome:
         case None:
             return FINISHED
         case RunInterrupted(kind="cancelled"):
-            return Outcome("cancelled", EXIT_CANCELLED, str(error), kind="cancelled")
+            return cancelled_outcome(str(error))
         case RunInterrupted():
             return Outcome("preempted", EXIT_PREEMPTED, str(error), kind=error.kind)
         case KeyboardInterrupt():
-            reason = "interrupted by Ctrl-C"
-            return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
+            return cancelled_outcome("interrupted by Ctrl-C")
         case NoProgressError():
             return Outcome("failed", error.exit_code, str(error), kind="no progress")
         case TrainingDivergedError():
