@@ -18,10 +18,11 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Optional, get_args, get_origin
 
 from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
+from flowjobs.from_json import from_json
 from flowjobs.nearest import did_you_mean
 
 BUILT_IN_ARCHS = ("mlp", "unet", "dit")
@@ -635,43 +636,16 @@ def run_config_from_dict(found: Mapping[str, Any]) -> RunConfig:
 
 
 def _part_from_dict(name: str, cls: Any, found: Any) -> Any:
-    if not isinstance(found, dict):
-        raise ConfigError(f"{name}: found {found!r}, expected an object of fields")
     known = {known.name for known in dataclasses.fields(cls)}
-    if unknown := sorted(set(found) - known):
+    if isinstance(found, dict) and (unknown := sorted(set(found) - known)):
         raise ConfigError(
             f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
             "was this written by a newer flowjobs?"
         )
     try:
-        check_types(cls, found)
-    except TypeError as error:
+        return from_json(cls, found)
+    except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-    return cls(**{k: KeyValues(v) if isinstance(v, dict) else v for k, v in found.items()})
-
-
-def check_types(cls: Any, found: Mapping[str, Any]) -> None:
-    """Raise a TypeError if a field of a dataclass, as JSON has it, is of another type."""
-    hints = get_type_hints(cls)
-    for name, value in found.items():
-        if not _fits(value, hints[name]):
-            raise TypeError(f"found {name} {value!r}, expected {hints[name]}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    match get_origin(hint):
-        case typing.Union | types.UnionType:
-            return any(_fits(value, option) for option in get_args(hint))
-        case typing.Literal:
-            return value in get_args(hint)
-        case None if hint is float:
-            return type(value) in (int, float)
-        case None if hint is KeyValues:
-            return isinstance(value, dict)
-        case None:
-            return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-        case origin:
-            return isinstance(value, origin)
 
 
 def typed_value(

@@ -21,7 +21,7 @@ ROWS = (
     ("data",),
     ("runs", "slurm"),
     ("config", "user_code"),
-    ("counts", "errors", "nearest", "cgroups", "slots"),
+    ("counts", "errors", "from_json", "nearest", "cgroups", "slots"),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

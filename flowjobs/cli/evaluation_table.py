@@ -1,9 +1,9 @@
 """How an evaluation is shown: beside each measure what two parts of the data score."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run
 
 # What a run's last lines say of it.
@@ -13,7 +13,7 @@ FIRST_OF_ALL = ("sliced_wasserstein", "coverage", "memorization")
 def in_a_line(run: Run) -> str:
     """The first measures of a run, each with its floor; empty if it has not been evaluated."""
     try:
-        measures = json.loads(run.evaluation_file.read_text())["measures"]
+        measures = read_json(run.evaluation_file)["measures"]
         shown = {name: measures[name] for name in FIRST_OF_ALL}
         return ", ".join(
             f"{name.replace('_', ' ')} {of['value']:.3f} ({of['floor']:.3f})"

@@ -137,13 +137,13 @@ def _has_ended(run: Run) -> bool:
         return False
     last = status.attempts[-1]
     jobs = run.submissions()
-    return not jobs or jobs[-1]["job_id"] == last.job.job_id or jobs[-1]["submitted"] < last.started
+    return not jobs or jobs[-1].job_id == last.job.job_id or jobs[-1].submitted < last.started
 
 
 def _newest_log(run: Run) -> Path | None:
     """The log of the newest attempt, or of the newest job before its first attempt."""
     status = run.status()
-    names = [entry["log"] for entry in run.submissions()]
+    names = [entry.log for entry in run.submissions()]
     if status and status.log:
         names.append(status.log)
     existing = [path for name in names if name and (path := run.log_at(name)).exists()]

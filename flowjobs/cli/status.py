@@ -169,7 +169,7 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described["latest"] = latest
     described["steps_per_s"] = steps_per_s(status)
     described["left_s"] = time_left_s(status)
-    described["jobs"] = run.submissions()
+    described["jobs"] = [dataclasses.asdict(entry) for entry in run.submissions()]
     described["waits"] = finding.why if isinstance(finding, Waits) else ""
     described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
     from flowjobs.tracking.record import current_refusal

@@ -1,6 +1,5 @@
 """What only a job can find out: whether its node shares our folder, locks and Slurm."""
 
-import json
 import socket
 import time
 from dataclasses import asdict, dataclass, replace
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING
 import submitit
 
 from flowjobs import slurm
+from flowjobs.from_json import from_json
 from flowjobs.runs.file_lock import NoLocksError, try_lock
-from flowjobs.runs.files import write_json
+from flowjobs.runs.files import read_json, write_json
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -85,7 +85,7 @@ class NodeQuestion:
     def answer(self) -> NodeAnswer | None:
         """The node's answer; None while there is none."""
         try:
-            found = NodeAnswer(**json.loads(_answer_file(self._folder).read_text()))
+            found = from_json(NodeAnswer, read_json(_answer_file(self._folder)))
         except FileNotFoundError:
             return None
         return replace(found, we_see_its_lock=_is_locked(_node_lock(self._folder)))

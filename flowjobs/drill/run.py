@@ -248,7 +248,7 @@ def _live_jobs(run: Run) -> list[slurm.JobRow]:
     Raises:
         SubmissionError: That is unknown of one.
     """
-    answers = ask([identity_of(run, entry["job_id"]) for entry in run.submissions()]).values()
+    answers = ask([identity_of(run, entry.job_id) for entry in run.submissions()]).values()
     if unknown := [answer.why for answer in answers if isinstance(answer, Unknown)]:
         raise SubmissionError(unknown[0])
     return [answer.newest for answer in answers if isinstance(answer, Known) and not answer.over]

@@ -17,7 +17,6 @@ such job, `settle` removes the folder, and a job that should come of it all the 
 
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -30,7 +29,7 @@ from flowjobs import slurm
 from flowjobs.errors import ConfigError
 from flowjobs.jobs.origin import Origin, arrays_folder
 from flowjobs.runs.file_lock import locked
-from flowjobs.runs.files import flush_folder, write_json
+from flowjobs.runs.files import flush_folder, read_json, write_json
 from flowjobs.runs.pack import Pack, submittable_at
 from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import Submittable
@@ -123,7 +122,7 @@ class Array:
 
     def _content(self) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(self.tasks_file.read_text())
+            found = read_json(self.tasks_file)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.tasks_file} cannot be read: {error}") from error
         return found

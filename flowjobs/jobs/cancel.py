@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from flowjobs import slurm
 from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
-from flowjobs.jobs.origin import jobs_of
+from flowjobs.jobs.origin import jobs_of, noted_identity
 from flowjobs.runs.files import FILES_AT_ONCE
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import Pack, may_be_left, pack_of
@@ -140,7 +140,7 @@ def _end_slurm_jobs(
         if isinstance(entries, Exception):  # the others are cancelled all the same
             ended[run] = SubmissionError(f"its jobs are unknown ({entries})")
             continue
-        jobs[run] = [JobIdentity.of(e) for e in entries if e["cluster"] == "slurm"]
+        jobs[run] = [noted_identity(e) for e in entries if e.cluster == "slurm"]
     answers = ask([job for of_run in jobs.values() for job in of_run])
     alive = {
         run: [job for job in of_run if _lives(answers[job]) and job.is_mine()]

@@ -4,10 +4,9 @@
 """
 
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs import exit_cause
@@ -27,10 +26,8 @@ from flowjobs.runs.status import (
     cancelled_outcome,
     same_host,
 )
+from flowjobs.runs.submittable import Submission
 from flowjobs.slurm import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, why_it_waits
-
-# A line of jobs.jsonl.
-Entry = Mapping[str, Any]
 
 # How many attempts there are, whether the newest one has ended, and why.
 Seen = tuple[int, bool, str]
@@ -154,26 +151,25 @@ def seen_of(status: RunStatus) -> Seen:
     return len(status.attempts), status.open_attempt is None, status.reason
 
 
-def _awaits_an_end(run: Run, status: RunStatus, entries: Sequence[Entry]) -> bool:
+def _awaits_an_end(run: Run, status: RunStatus, entries: Sequence[Submission]) -> bool:
     if status.open_attempt is not None:
         return True
     if not entries or (status.state == "finished" and run.finished()):
         return False
-    if any(attempt.job.job_id == entries[-1]["job_id"] for attempt in status.attempts):
-        return status.state == "preempted" and entries[-1]["cluster"] == "slurm"
+    if any(attempt.job.job_id == entries[-1].job_id for attempt in status.attempts):
+        return status.state == "preempted" and entries[-1].cluster == "slurm"
     # A job that came too late, and was refused or found nothing to do, says nothing of the run.
     ended = status.attempts[-1].ended if status.attempts else None
     # Both are noted to the second.
-    return ended is None or entries[-1]["submitted"] >= ended
+    return ended is None or entries[-1].submitted >= ended
 
 
-def _newest_job(run: Run, status: RunStatus, entries: Sequence[Entry]) -> JobInfo:
+def _newest_job(run: Run, status: RunStatus, entries: Sequence[Submission]) -> JobInfo:
     if (attempt := status.open_attempt) and not (entries and run.is_anothers(attempt)):
         return attempt.job
     entry = entries[-1]
-    host = entry.get("host", "its node")
-    process = entry.get("process")
-    return JobInfo(entry["cluster"], entry["job_id"], entry["log"], host, pid=0, process=process)
+    host = entry.host or "its node"
+    return JobInfo(entry.cluster, entry.job_id, entry.log, host, pid=0, process=entry.process)
 
 
 def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer) -> Finding | None:

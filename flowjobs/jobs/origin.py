@@ -4,23 +4,22 @@
 from there would find neither its modules nor its credentials.
 """
 
-import json
 import os
 import pwd
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from flowjobs import slurm
-from flowjobs.config import KeyValues, SlurmConfig
+from flowjobs.config import SlurmConfig
 from flowjobs.errors import SubmissionError
-from flowjobs.runs.files import write_json
-from flowjobs.runs.pack import PACK, Pack
+from flowjobs.from_json import from_json
+from flowjobs.runs.files import read_json, write_json
+from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.runs.submittable import Submittable
+from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slots import SLOTS, submitted_for_run
 from flowjobs.slurm import JobIdentity
 
@@ -69,7 +68,7 @@ def origin_of(run: Submittable, job_id: str) -> Origin:
     path = _file(run, job_id)
     check_own(run, job_id)
     try:
-        found = json.loads(path.read_text())
+        return from_json(Origin, read_json(path))
     except FileNotFoundError:
         if os.environ.get("SLURM_JOB_ID") == job_id and submitted_for_run():
             return Origin.here(run.asked())  # its own environment is as good
@@ -79,10 +78,6 @@ def origin_of(run: Submittable, job_id: str) -> Origin:
         ) from None
     except (OSError, ValueError) as error:
         raise SubmissionError(f"{path} cannot be read ({error}): submit {run.name} again") from None
-    options = found.pop("options")
-    if options is not None:
-        options = SlurmConfig(**options | {"sbatch": KeyValues(options["sbatch"])})
-    return Origin(**found, options=options)
 
 
 def check_own(run: Submittable, job_id: str) -> None:
@@ -101,11 +96,11 @@ def check_own(run: Submittable, job_id: str) -> None:
 
 def _file(run: Submittable, job_id: str) -> Path:
     """Where the origin of a job is noted: once for all that are trained by it, or by its array."""
-    entry = run.submission(job_id) or {}
-    if "array" in entry:
-        return arrays_folder(run.study) / str(entry["array"]) / "origin.json"
-    if PACK in entry:
-        return Pack(run.study, entry[PACK]).origin_file(job_id)
+    entry = run.submission(job_id)
+    if entry and entry.array:
+        return arrays_folder(run.study) / entry.array / "origin.json"
+    if entry and entry.pack:
+        return Pack(run.study, entry.pack).origin_file(job_id)
     return run.origin_file(job_id)
 
 
@@ -118,7 +113,7 @@ def _user_name(uid: int) -> str:
 
 def jobs_of(
     runs: Iterable[Run], statuses: Mapping[Run, RunStatus] | None = None
-) -> dict[Run, list[dict[str, Any]] | SubmissionError | OSError]:
+) -> dict[Run, list[Submission] | SubmissionError | OSError]:
     """The submissions of each run, and those Slurm jobs of it that could not be noted.
 
     That of its open attempt, whose log tells it from another one that has got its id since; and
@@ -134,7 +129,7 @@ def jobs_of(
     """
     known = statuses or {}
     mine: list[slurm.JobRow] | SubmissionError | None = None
-    found: dict[Run, list[dict[str, Any]] | SubmissionError | OSError] = {}
+    found: dict[Run, list[Submission] | SubmissionError | OSError] = {}
     for run in runs:
         try:
             entries = run.submissions()
@@ -148,8 +143,8 @@ def jobs_of(
             attempt = status.open_attempt if status else None
             if attempt and attempt.job.cluster == "slurm" and not run.is_anothers(attempt):
                 job_id, log = attempt.job.job_id, attempt.job.log
-                if log and all(entry["job_id"] != job_id for entry in entries):
-                    entries.append({"job_id": job_id, "cluster": "slurm", "log": log})
+                if log and all(entry.job_id != job_id for entry in entries):
+                    entries.append(Submission(job_id, "slurm", "", log))
             found[run] = entries
         except (SubmissionError, OSError) as error:
             found[run] = error
@@ -164,11 +159,11 @@ def _jobs_of_this_user() -> list[slurm.JobRow] | SubmissionError:
 
 
 def _unnoted(
-    run: Run, entries: Sequence[Mapping[str, Any]], mine: Iterable[slurm.JobRow]
-) -> list[dict[str, Any]]:
-    noted = {entry["job_id"] for entry in entries}
+    run: Run, entries: Sequence[Submission], mine: Iterable[slurm.JobRow]
+) -> list[Submission]:
+    noted = {entry.job_id for entry in entries}
     return [
-        {"job_id": row.job_id, "cluster": "slurm", "log": row.log, "slurm_cluster": row.cluster}
+        Submission(row.job_id, "slurm", "", row.log, slurm_cluster=row.cluster)
         for row in mine
         if Path(row.log).parent == run.logs and row.job_id not in noted
     ]
@@ -180,8 +175,21 @@ def identity_of(run: Submittable, job_id: str, log: str | None = None) -> JobIde
 
 
 def identity_among(
-    entries: Sequence[Mapping[str, Any]], job_id: str, log: str | None = None
+    entries: Sequence[Submission], job_id: str, log: str | None = None
 ) -> JobIdentity:
     """The same, from the run's submissions."""
-    noted = [entry for entry in entries if entry["job_id"] == job_id]
-    return JobIdentity.of(noted[-1]) if noted else JobIdentity(job_id, log=log or "")
+    noted = [entry for entry in entries if entry.job_id == job_id]
+    return noted_identity(noted[-1]) if noted else JobIdentity(job_id, log=log or "")
+
+
+def noted_identity(entry: Submission) -> JobIdentity:
+    """The identity of a Slurm job, as it was noted."""
+    return JobIdentity(
+        job_id=entry.job_id,
+        mark=entry.mark,
+        cluster=entry.slurm_cluster,
+        uid=entry.uid,
+        name=entry.job_name,
+        submitted=entry.handed_over,
+        log=entry.job_log or entry.log,
+    )

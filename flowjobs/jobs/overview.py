@@ -169,12 +169,12 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
 def _has_left_here(run: Run) -> bool:
     """Whether the newest job was one of this machine that its own controller starts no more."""
     attempts, jobs = (run.status() or RunStatus()).attempts, run.submissions()
-    if not (attempts and jobs and jobs[-1]["cluster"] == "local"):
+    if not (attempts and jobs and jobs[-1].cluster == "local"):
         return False
-    job_id, last = jobs[-1]["job_id"], attempts[-1]
+    job_id, last = jobs[-1].job_id, attempts[-1]
     if last.job.job_id != job_id or not same_host(last.job.host, socket.gethostname()):
         return False
-    return not process_lives(int(job_id), jobs[-1].get("process"))
+    return not process_lives(int(job_id), jobs[-1].process)
 
 
 def _settled(glance: Glance) -> Standing:

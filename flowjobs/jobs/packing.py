@@ -212,8 +212,8 @@ class _Slots:
         """Whether the run has had a process since its user submitted the pack."""
         jobs = set()
         for entry in reversed(run.submissions()):
-            jobs.add(entry["job_id"])
-            if "continues" not in entry:
+            jobs.add(entry.job_id)
+            if not entry.continues:
                 break
         attempts = (run.status() or RunStatus()).attempts
         return any(attempt.job.job_id in jobs for attempt in attempts)
@@ -361,7 +361,7 @@ class _Slots:
     def _is_mine(self, run: Run) -> bool:
         """Whether this job is the run's, which may have ended in an earlier start of it."""
         newest = run.submissions()[-1:]
-        return any(entry["job_id"] == self._job.job_id for entry in newest)
+        return any(entry.job_id == self._job.job_id for entry in newest)
 
     def exit_code(self) -> int:
         """That of the worst outcome; where that is unknown, as if something were left."""

@@ -4,13 +4,12 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from flowjobs import slurm
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs.origin import Origin, origin_of
 from flowjobs.jobs.submit import signals_deferred_until_noted
-from flowjobs.runs.submittable import Submittable
+from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
 
 # What sbatch was told on its command line is not in the script, so it is taken from the job's
@@ -40,7 +39,7 @@ NOTHING = ("", "(null)", "N/A", "UNLIMITED")
 def known_log(run: Submittable, job_id: str) -> str | None:
     """The output file of the job that this process is in, if the run has noted the job."""
     noted = run.submission(job_id, os.environ.get("SLURM_CLUSTER_NAME", ""))
-    return noted["log"] or None if noted else None
+    return noted.log or None if noted else None
 
 
 def note_job(run: Submittable, job_id: str) -> str | None:
@@ -51,7 +50,7 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     """
     cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
     if noted := run.submission(job_id, cluster):
-        return noted["log"] or None
+        return noted.log or None
     try:
         record = slurm.job_record(job_id)
     except SubmissionError:
@@ -77,13 +76,13 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     return log
 
 
-def resubmit(run: Submittable, entry: dict[str, Any], exclude: str | None) -> str:
+def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     """Submit the job of an entry of `jobs.jsonl` again. Returns the new job's id.
 
     Raises:
         SubmissionError: sbatch refused.
     """
-    command = list(entry["again"])
+    command = list(entry.again)
     if exclude:
         before = [option for option in command if option.startswith("--exclude=")]
         nodes = f"{before[-1].partition('=')[2]},{exclude}" if before else exclude
@@ -91,23 +90,21 @@ def resubmit(run: Submittable, entry: dict[str, Any], exclude: str | None) -> st
         command = [option for option in command if option not in before]
     # The new job must know what it is, also where jobs get no environment by default.
     command.insert(1, "--export=ALL")
-    old = entry["job_id"]
+    old = entry.job_id
     origin = origin_of(run, old)
     environment = environment_for_sbatch(origin.environment, run.asked())
     if token := os.environ.get("SLURM_JWT"):
         environment["SLURM_JWT"] = token
-    log = Path(entry["log"]) if entry["log"] else None
+    log = Path(entry.log) if entry.log else None
     taken: slurm.HandedOver | None = None
     with signals_deferred_until_noted("slurm"), slurm.cancelled_unless_noted(lambda: taken):
         taken = slurm.sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
         new = taken.job_id
         if any(option.startswith("--array=") for option in command):
             new = f"{new}_{old.partition('_')[2]}"
-        identity = taken.identity(entry.get("job_name", ""))
+        identity = taken.identity(entry.job_name)
         origin.note(run, new)
-        run.add_submission(
-            new, "slurm", log, continues=old, again=entry["again"], identity=identity
-        )
+        run.add_submission(new, "slurm", log, continues=old, again=entry.again, identity=identity)
     return new
 
 

@@ -18,7 +18,7 @@ from flowjobs.jobs.findings import Dead, Unclear, Waits, find, seen_of
 from flowjobs.jobs.restart import restart, resubmit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.lock import lock_holder
-from flowjobs.runs.pack import PACK, Pack, pack_of
+from flowjobs.runs.pack import Pack, pack_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_CANCELLED,
@@ -101,9 +101,9 @@ def _with_those_beside(runs: Iterable[Run]) -> list[Run]:
     for run in list(found):
         newest = run.submissions()[-1:]
         for entry in newest:
-            if PACK in entry:
+            if entry.pack:
                 with contextlib.suppress(ConfigError):  # the pack's folder is gone
-                    left = Pack(run.study, entry[PACK]).left(entry["job_id"])
+                    left = Pack(run.study, entry.pack).left(entry.job_id)
                     found |= dict.fromkeys(left)
     return [*found]
 
@@ -185,7 +185,7 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     elif attempt or life in lives or exit_code == EXIT_CANCELLED:
         # It has said so itself, or another job holds the run.
         entries = run.submissions()  # none, if the disk did not take the line
-        newest = lives[-1:] == [life] and (not entries or entries[-1]["job_id"] == job.job_id)
+        newest = lives[-1:] == [life] and (not entries or entries[-1].job_id == job.job_id)
         if newest and status.state == "preempted" and exit_code != EXIT_PREEMPTED:
             # Killed before it could have itself started again: another rank of it had died.
             restart(run, job, status.attempts[-1].kind, task_of(run))

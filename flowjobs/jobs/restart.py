@@ -129,9 +129,9 @@ def resubmit(run: Submittable, job: JobInfo, task: Task, exclude: str | None = N
     """
     if job.cluster == "local":
         return submit(run, "local", task, continues=job.job_id).job_id
-    entries = [entry for entry in run.submissions() if entry["job_id"] == job.job_id]
+    entries = [entry for entry in run.submissions() if entry.job_id == job.job_id]
     # Submitted by sbatch, with a script of its user's: by that script again.
-    if entries and "again" in entries[-1]:
+    if entries and entries[-1].again:
         return plain_sbatch.resubmit(run, entries[-1], exclude)
     origin = origin_of(run, job.job_id)
     return submit(run, "slurm", task, continues=job.job_id, exclude=exclude, origin=origin).job_id

@@ -35,7 +35,7 @@ from flowjobs.jobs.executors import (
     make_executor,
 )
 from flowjobs.jobs.lock_judge import judge_for
-from flowjobs.jobs.origin import Origin, identity_of, jobs_of
+from flowjobs.jobs.origin import Origin, identity_of, jobs_of, noted_identity
 from flowjobs.runs.file_lock import SAY_AFTER_S
 from flowjobs.runs.lock import (
     LEAVING_WAIT_S,
@@ -44,11 +44,11 @@ from flowjobs.runs.lock import (
     lock_holder,
     system_lock_decides,
 )
-from flowjobs.runs.pack import PACK, is_left
+from flowjobs.runs.pack import is_left
 from flowjobs.runs.process import process_lives, process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus, same_host
-from flowjobs.runs.submittable import BATCH_FILE, Submittable
+from flowjobs.runs.submittable import BATCH_FILE, Submission, Submittable
 from flowjobs.slurm import (
     Gone,
     HandedOver,
@@ -261,7 +261,7 @@ def running_jobs(
         runs: The runs.
         statuses: Those that are known already.
     """
-    entries: dict[Run, list[dict[str, Any]]] = {}
+    entries: dict[Run, list[Submission]] = {}
     jobs: dict[Run, list[JobIdentity]] = {}
     found: dict[Run, str | SubmissionError] = {}
     for run, noted in jobs_of(runs, statuses).items():
@@ -270,11 +270,10 @@ def running_jobs(
                 raise noted
             entries[run] = noted
             jobs[run] = [
-                JobIdentity.of(entry)
+                noted_identity(entry)
                 for entry in noted
                 # A job that it shares may live on for others.
-                if entry["cluster"] == "slurm"
-                and (PACK not in entry or is_left(run, entry["job_id"]))
+                if entry.cluster == "slurm" and (not entry.pack or is_left(run, entry.job_id))
             ]
         except (SubmissionError, OSError) as error:
             found[run] = _unreadable(run, error)
@@ -301,7 +300,7 @@ def _unreadable(run: Run, error: Exception) -> SubmissionError:
 
 def _busy_with(
     run: Run,
-    entries: Sequence[Mapping[str, Any]],
+    entries: Sequence[Submission],
     jobs: Sequence[JobIdentity],
     answers: Mapping[JobIdentity, JobAnswer],
 ) -> str | SubmissionError | None:
@@ -313,7 +312,7 @@ def _busy_with(
             ):
                 return f"{job.words} ({row.state.lower()})"
     # Of older ones it does not matter: the newest was submitted when they were gone.
-    newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1]["job_id"] else None
+    newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1].job_id else None
     # Unknown is not gone: beside a job that lives, a second one would train the same run.
     if (
         newest
@@ -333,17 +332,16 @@ def _busy_with(
     return lock_holder(run.folder, judge) or _local_job(run, entries)
 
 
-def _local_job(run: Run, entries: Sequence[Mapping[str, Any]]) -> str | None:
+def _local_job(run: Run, entries: Sequence[Submission]) -> str | None:
     """The run's newest job, as text, if it is one of this machine that starts, or starts again."""
-    if not entries or entries[-1]["cluster"] != "local":
+    if not entries or entries[-1].cluster != "local":
         return None
     entry = entries[-1]
-    job_id, host, process = entry["job_id"], entry.get("host"), entry.get("process")
-    if not (host and process and same_host(host, socket.gethostname())):
+    if not (entry.host and entry.process and same_host(entry.host, socket.gethostname())):
         return None  # the lock alone tells
-    if _ended_for_good(run, job_id) or not process_lives(int(job_id), process):
+    if _ended_for_good(run, entry.job_id) or not process_lives(int(entry.job_id), entry.process):
         return None
-    return f"local job {job_id} on {host}"
+    return f"local job {entry.job_id} on {entry.host}"
 
 
 def wait_until_left(run: Run) -> None:

@@ -5,13 +5,13 @@ running: `flowjobs reconcile` records that.
 """
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flowjobs.errors import ConfigError
+from flowjobs.runs.files import read_json
 from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.progress import state_in_words
 from flowjobs.runs.run import Run
@@ -106,15 +106,15 @@ def read_result(run: Run) -> Result:
         ConfigError: Its config or status is damaged.
     """
     try:
-        evaluation = json.loads(run.evaluation_file.read_text())
+        evaluation = read_json(run.evaluation_file)
     except FileNotFoundError:
         evaluation = {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{run.evaluation_file} is damaged ({error}): `flowjobs evaluate {run.name}`"
         ) from error
     status = read_sound_status(run.status_file) or RunStatus()
-    return Result(run, fields_of(run), status, evaluation if isinstance(evaluation, dict) else {})
+    return Result(run, fields_of(run), status, evaluation)
 
 
 def _is_number(row: Row, key: str) -> bool:

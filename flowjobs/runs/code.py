@@ -7,7 +7,6 @@ run names its own in `code.json`, by the digest alone, so that a study can be mo
 import errno
 import hashlib
 import importlib
-import json
 import os
 import shutil
 import sys
@@ -16,10 +15,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flowjobs.errors import ConfigError
-from flowjobs.runs.files import flush_folder
+from flowjobs.from_json import from_json
+from flowjobs.runs.files import flush_folder, read_json
 from flowjobs.runs.run import Run
 
 DIGEST_DIGITS = 16  # user_code.py knows a snapshot's path by them
@@ -64,12 +63,10 @@ def code_of(run: Run) -> Code | None:
         ConfigError: `code.json` is damaged.
     """
     try:
-        found: dict[str, Any] = json.loads(run.code_file.read_text())
-        lists = {key: tuple(found[key]) for key in ("roots", "left_out", "earlier")}
-        return Code(**found | lists)
+        return from_json(Code, read_json(run.code_file))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{run.code_file} does not hold what it should ({error}): restore it, or remove it and "
             f"submit {run.name} with the code as it is now"

@@ -73,6 +73,22 @@ def write_json(
         file.write(text.encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        OSError: It cannot be read; FileNotFoundError: there is none.
+        ValueError: It holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"found {type(found).__name__}, expected an object")
+    return found
+
+
 def flush_files(paths: Iterable[Path]) -> None:
     """Return when files that are written are on the disk; many in the time of a few."""
     with ThreadPoolExecutor(FILES_AT_ONCE) as threads:

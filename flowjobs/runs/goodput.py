@@ -1,12 +1,12 @@
 """Where the time of a run went, from the times that its record has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
-from typing import Any
 
 from flowjobs.runs.status import AttemptRecord, RunStatus
+from flowjobs.runs.submittable import Submission
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TimeSpent:
         return self.progress_s / self.held_s if self.held_s else None
 
 
-def time_spent(status: RunStatus, submissions: Sequence[Mapping[str, Any]]) -> TimeSpent:
+def time_spent(status: RunStatus, submissions: Sequence[Submission]) -> TimeSpent:
     """Where the time of a run went until now, or until it ended.
 
     Args:
@@ -49,7 +49,7 @@ def time_spent(status: RunStatus, submissions: Sequence[Mapping[str, Any]]) -> T
     attempts = status.attempts
     if not attempts:
         return TimeSpent()
-    submitted = min((_time(entry["submitted"]) for entry in submissions), default=None)
+    submitted = min((_time(entry.submitted) for entry in submissions), default=None)
     first = _time(attempts[0].started)
     waiting = max(0.0, (first - submitted).total_seconds()) if submitted else 0.0
     for one, other in pairwise(attempts):

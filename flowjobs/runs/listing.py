@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
-from flowjobs.runs.files import replaced_whole
+from flowjobs.runs.files import read_json, replaced_whole
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import State
 
@@ -122,7 +122,7 @@ def _look(run: Run, stamp: Stamp) -> Glance:
         patience = int(training.get("patience", default.patience))
         if not stamp[2]:
             return Glance(run.name, group, "submitted", epochs=epochs, unsettled=bool(stamp[4]))
-        status: dict[str, Any] = json.loads(run.status_file.read_bytes())
+        status = read_json(run.status_file)
         attempts = status["attempts"]
         state, newest = status["state"], attempts[-1] if attempts else {}
         if state not in get_args(State):
@@ -171,7 +171,7 @@ class _Index:
         self._file = cache_folder() / f"index-{digest}.json"
         self.entries: dict[str, tuple[Stamp, list[Any]]] = {}
         try:
-            found = json.loads(self._file.read_bytes())
+            found = read_json(self._file)
             width = len(dataclasses.fields(Glance)) - 1
             if found["version"] == VERSION and found["width"] == width:
                 self.entries = found["runs"]

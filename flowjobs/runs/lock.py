@@ -8,7 +8,6 @@ any more has lost the run and must write nothing.
 """
 
 import errno
-import json
 import logging
 import os
 import socket
@@ -22,10 +21,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from flowjobs.errors import RunBusyError, RunHolderUnknownError, RunTakenOverError
+from flowjobs.from_json import from_json
 from flowjobs.runs.file_lock import SAY_AFTER_S, NoLocksError, locked, try_lock
-from flowjobs.runs.files import write_json
+from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.process import process_lives
-from flowjobs.runs.status import JobInfo, read_job, same_host
+from flowjobs.runs.status import JobInfo, same_host
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -202,8 +202,8 @@ def _look_at_lock(file: Path) -> "tuple[FileLock | None, bool | None]":
 
 def _judged(found: dict[str, Any], free: bool | None, judge: Judge) -> Verdict:
     try:
-        return judge(read_job(found), free)
-    except TypeError:  # written by another version
+        return judge(from_json(JobInfo, found), free)
+    except ValueError:  # written by another version
         if free is None:
             return "unknown"
         return "gone" if free else "alive"
@@ -215,10 +215,8 @@ def _holder_file(folder: Path) -> Path:
 
 def _read_holder(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(_holder_file(folder).read_text())
+        found = read_json(_holder_file(folder))
     except (FileNotFoundError, ValueError):
-        return None
-    if not isinstance(found, dict):
         return None
     # A copy of a run that is trained: its holder holds the original.
     return None if _is_elsewhere(str(found.get("folder", folder)), folder) else found
@@ -235,7 +233,7 @@ def _describe(holder: dict[str, Any] | None) -> str:
     if holder is None:
         return "another attempt"
     try:
-        job = read_job(holder)
-    except TypeError:  # written by another version
+        job = from_json(JobInfo, holder)
+    except ValueError:  # written by another version
         return "another attempt"
     return job.words if job.cluster == "none" else f"{job.words} (process {job.pid})"

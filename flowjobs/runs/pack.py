@@ -18,18 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import KeyValues, SlurmConfig
+from flowjobs.config import SlurmConfig
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.runs.files import append_line, warn_once, write_json
+from flowjobs.from_json import from_json
+from flowjobs.runs.files import append_line, read_json, warn_once, write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import now
 from flowjobs.runs.submittable import Submittable
 
 FOLDER = "packs"
-# In the line of a run's jobs.jsonl: the pack whose job it is.
-PACK = "pack"
-# The output of that job itself; `log` is the run's own.
-JOB_LOG = "job_log"
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,7 @@ class Pack(Submittable):
     def _content(self) -> dict[str, Any]:
         file = self.folder / "pack.json"
         try:
-            found: dict[str, Any] = json.loads(file.read_text())
-            return found
+            return read_json(file)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{file} cannot be read ({error}): submit its runs again") from error
 
@@ -75,14 +71,13 @@ class Pack(Submittable):
 
     def asked(self) -> SlurmConfig:
         """See `Submittable`."""
-        options = self._content["slurm"]
-        return SlurmConfig(**options | {"sbatch": KeyValues(options["sbatch"])})
+        return from_json(SlurmConfig, self._content["slurm"])
 
     def cancel_requested(self) -> bool:
         """Whether nothing of it is left to train, as a person has cancelled the last of it."""
         jobs = self.submissions()
         cancelled = any(run.cancel_requested() for run in self.runs)
-        return cancelled and bool(jobs) and not self.left(jobs[-1]["job_id"])
+        return cancelled and bool(jobs) and not self.left(jobs[-1].job_id)
 
     def starts_of(self, job_id: str) -> int:
         """See `Submittable`."""
@@ -115,7 +110,7 @@ class Pack(Submittable):
         Those are all; of a job that continues another one, what that one has left.
         """
         runs = [run for run in self.runs if continues is None or is_left(run, continues)]
-        shared = {**(identity or {}), PACK: self.name, JOB_LOG: str(log or "")}
+        shared = {**(identity or {}), "pack": self.name, "job_log": str(log or "")}
         for run in runs:
             if run.removed():
                 continue  # the others are trained
@@ -166,8 +161,8 @@ def submittable_at(study: Path, folder: Path) -> Submittable:
 
 def pack_of(run: Run, job_id: str) -> Pack | None:
     """The pack whose job this is; None if it is the run's own."""
-    entry = run.submission(job_id) or {}
-    return Pack(run.study, entry[PACK]) if PACK in entry else None
+    entry = run.submission(job_id)
+    return Pack(run.study, entry.pack) if entry and entry.pack else None
 
 
 def is_left(run: Run, job_id: str) -> bool:
@@ -176,7 +171,7 @@ def is_left(run: Run, job_id: str) -> bool:
     Not once it has ended in that job, is cancelled, or has been submitted as another job.
     """
     entries = run.submissions()
-    if not entries or entries[-1]["job_id"] != job_id or run.cancel_requested():
+    if not entries or entries[-1].job_id != job_id or run.cancel_requested():
         return False
     if _at_its_end(run):
         return False

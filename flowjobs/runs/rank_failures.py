@@ -3,13 +3,12 @@
 The first rank, which writes the run's status, sees no more of it than a connection that breaks.
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass, field
 
-from flowjobs.config import check_types
 from flowjobs.errors import RankFailedError
-from flowjobs.runs.files import write_json
+from flowjobs.from_json import from_json
+from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
 
@@ -74,10 +73,7 @@ def noted_failures(run: Run, life: str) -> list[RankFailure]:
     # Listed anew: NFS remembers for a while that a file which was asked for by name is not there.
     for file in run.rank_files(life):
         try:
-            noted = json.loads(file.read_text())
-            noted["outcome"] = Outcome(**noted["outcome"])
-            check_types(RankFailure, noted)
-            found.append(RankFailure(**noted))
-        except (OSError, ValueError, TypeError, KeyError):
+            found.append(from_json(RankFailure, read_json(file)))
+        except (OSError, ValueError):
             continue
     return found

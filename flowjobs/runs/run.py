@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import re
@@ -33,12 +32,13 @@ from flowjobs.errors import (
     RunNotFoundError,
     SubmissionUnknownError,
 )
+from flowjobs.from_json import from_json
 from flowjobs.nearest import meant
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import content_of_data, differences, same_file
 from flowjobs.runs.extending import explain_extension
 from flowjobs.runs.file_lock import locked
-from flowjobs.runs.files import replaced_whole, write_json
+from flowjobs.runs.files import read_json, replaced_whole, write_json
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run_id import (
     NOTHING,
@@ -49,7 +49,7 @@ from flowjobs.runs.run_id import (
     settled_identity,
 )
 from flowjobs.runs.status import AttemptRecord, RunStatus, now, read_status
-from flowjobs.runs.submittable import Submittable
+from flowjobs.runs.submittable import Submission, Submittable
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class Run(Submittable):
         ended = [attempt for attempt in attempts if attempt.ended is not None]
         return sum(attempt.job.job_id == job_id for attempt in ended)
 
-    def submissions(self) -> list[dict[str, Any]]:
+    def submissions(self) -> list[Submission]:
         """See `Submittable`; a copy leaves out the original's jobs, which are not its to cancel."""
         entries = super().submissions()
         return entries[inherited(self.folder).jobs :] if entries else entries
@@ -196,10 +196,9 @@ class Run(Submittable):
             ConfigError: It has none: no attempt could be tracked.
         """
         identity = read_identity(self.folder)
-        run_id = identity.id if identity else self._earlier_id()
-        if run_id is None:
+        if identity is None:
             raise ConfigError(f"{self.folder / 'run.json'} is missing: submit {self.name} again")
-        return run_id
+        return identity.id
 
     def settle_tracking_id(self) -> str:
         """The same, for those who tell W&B: a run that is a copy of another gets its own first.
@@ -211,7 +210,7 @@ class Run(Submittable):
         """
         with self._config_lock():
             identity = settled_identity(self.folder, self._there)
-            return (identity or give_identity(self.folder, self._earlier_id())).id
+            return (identity or give_identity(self.folder)).id
 
     def renew_tracking_id(self) -> None:
         """Be another run in W&B from now on."""
@@ -332,7 +331,7 @@ class Run(Submittable):
         with self._config_lock():
             merged, note = self.merge(config, in_use=in_use)
             if not settled_identity(self.folder, self._there):
-                give_identity(self.folder, self._earlier_id(), flush=flush)
+                give_identity(self.folder, flush=flush)
             content = config_to_dict(merged)
             about = {"name": self.name, "signature": signature_of(content["training"])}
             write_json(self.config_file, {**about, **content}, flush=flush)
@@ -440,11 +439,11 @@ class Run(Submittable):
     def data(self) -> dict[str, DataContent]:
         """What was noted of the data; of a run that was made before they were, nothing."""
         try:
-            found = json.loads(self.data_file.read_text())
-            return {part: DataContent(**content) for part, content in found.items()}
+            found = read_json(self.data_file)
+            return {part: from_json(DataContent, content) for part, content in found.items()}
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ConfigError(
                 f"{self.data_file} does not hold what it should: {error}; remove it, and the "
                 "data are taken as they are"
@@ -466,12 +465,6 @@ class Run(Submittable):
         return locked(
             self.folder / ".config.lock", CONFIG_WAIT_S, f"to write the config of {self.name}"
         )
-
-    def _earlier_id(self) -> str | None:
-        """The id of a run that was made before there was `run.json`."""
-        if not self.exists():
-            return None
-        return self.read_config_file().get("wandb_id")
 
     def _differences(self, found: RunConfig, asked: RunConfig) -> str:
         old, new = found.training.to_dict(), asked.training.to_dict()
@@ -506,17 +499,14 @@ class Run(Submittable):
             ConfigError: The file is lost, or holds no JSON object.
         """
         try:
-            found: dict[str, Any] = json.loads(self.config_file.read_text())
+            return read_json(self.config_file)
         except FileNotFoundError:
             if self.status_file.exists():
                 raise ConfigError(f"{self.config_file} is missing, and the run is there") from None
             names = meant(self.name, run_names(self.study), "runs")
             raise RunNotFoundError(f"no run {self.name} in {self.study}: {names}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{self.config_file} is not JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise ConfigError(f"{self.config_file}: expected an object, found {type(found)}")
-        return found
+        except ValueError as error:
+            raise ConfigError(f"{self.config_file} holds no JSON object: {error}") from error
 
 
 def has_done(status: RunStatus, asked: TrainingConfig) -> bool:

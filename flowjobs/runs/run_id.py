@@ -6,7 +6,6 @@ there the path of another folder, with the same id, is a copy of that one and ta
 own before it is told to anybody; where no run is at that path any more, it was moved.
 """
 
-import json
 import logging
 import os
 import secrets
@@ -16,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flowjobs.errors import ConfigError
-from flowjobs.runs.files import write_json
+from flowjobs.from_json import from_json
+from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.status import now
 
 logger = logging.getLogger(__name__)
@@ -66,12 +66,10 @@ def read_identity(folder: Path) -> Identity | None:
     """
     file = _file(folder)
     try:
-        found = json.loads(file.read_text())
-        run_id, born, at = (str(found[name]) for name in ("id", "born", "folder"))
-        return Identity(run_id, born, at, Inherited(**found.get("inherited", {})))
+        return from_json(Identity, read_json(file))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{file} is damaged ({error}): restore it, or delete it to continue as a new W&B run"
         ) from error

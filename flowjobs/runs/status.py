@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import socket
 import traceback
@@ -11,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.config import check_types
 from flowjobs.errors import (
     ConfigError,
     FlowjobsError,
@@ -20,7 +18,8 @@ from flowjobs.errors import (
     RunInterrupted,
     TrainingDivergedError,
 )
-from flowjobs.runs.files import warn_once, write_json
+from flowjobs.from_json import from_json
+from flowjobs.runs.files import read_json, warn_once, write_json
 from flowjobs.runs.process import process_mark
 from flowjobs.user_code import user_place
 
@@ -269,18 +268,14 @@ def read_sound_status(path: Path) -> RunStatus | None:
         ConfigError: The file is damaged.
     """
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        attempts = [
-            AttemptRecord(**_known(AttemptRecord, record | {"job": read_job(record["job"])}))
-            for record in found.pop("attempts")
-        ]
-        times = [(each.started, each.ended, each.trains) for each in attempts]
-        for time in (found["updated"], *itertools.chain(*times)):
+        status = from_json(RunStatus, read_json(path))
+        times = [(each.started, each.ended, each.trains) for each in status.attempts]
+        for time in (status.updated, *itertools.chain(*times)):
             _check_time(time)
-        return RunStatus(**_known(RunStatus, found | {"attempts": attempts}))
+        return status
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{path} is damaged ({error}): it counts for nothing until an attempt of the run, "
             "which is to be submitted again, writes it anew"
@@ -290,18 +285,6 @@ def read_sound_status(path: Path) -> RunStatus | None:
 def _check_time(text: str | None) -> None:
     if text is not None and datetime.fromisoformat(text).tzinfo is None:
         raise ValueError(f"found the time {text!r}, expected one with its offset from UTC")
-
-
-def read_job(found: dict[str, Any]) -> JobInfo:
-    """A JobInfo from JSON; fields that this version does not know are left out."""
-    return JobInfo(**_known(JobInfo, found))
-
-
-def _known(cls: Any, found: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(cls)}
-    known = {name: value for name, value in found.items() if name in names}
-    check_types(cls, known)
-    return known
 
 
 def now() -> str:

@@ -1,23 +1,64 @@
 """What jobs are submitted for, and which: of a run, and of a pack of runs that share one."""
 
+import contextlib
 import json
 import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from flowjobs.config import SlurmConfig
+from flowjobs.from_json import value_from_json
 from flowjobs.runs.files import append_line, warn_once
 from flowjobs.runs.status import now
-
-# What every line of jobs.jsonl has.
-SUBMISSION_KEYS = ("job_id", "cluster", "submitted", "log")
 
 # In `logs/`: what a job does; and the batch file of one that is handed over and not noted yet.
 TASK = "task.pkl"
 BATCH_FILE = "submission.sh"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that was submitted, as a line of `jobs.jsonl` has it.
+
+    Attributes:
+        job_id: The scheduler's id (`12_3` for an array task).
+        cluster: "slurm", "local" or "debug".
+        submitted: When it was noted; empty of one that was not.
+        log: The file that the run's output goes to; empty if that is not known.
+        host: Where it was submitted.
+        uid: Whose it is; None if that is not known.
+        process: Of a job on this machine: tells it from a later one of its id (`process_mark`).
+        job_name: The job's name.
+        slurm_cluster: Slurm's name of its cluster; empty if that is not known.
+        mark: Ours, that Slurm gives back; empty for a job that was submitted by hand.
+        handed_over: When sbatch took it, in seconds of the epoch; 0 if that is not known.
+        job_log: Of a job that runs share: where its own output goes.
+        array: The folder of the array whose task it is; empty if it is none.
+        pack: The pack that shares it; empty if it is the run's own.
+        continues: The job that it continues, if flowjobs itself submitted it.
+        again: The command that submits the same job again, if it was submitted by hand.
+    """
+
+    job_id: str
+    cluster: str
+    submitted: str
+    log: str
+    host: str = ""
+    uid: int | None = None
+    process: str | None = None
+    job_name: str = ""
+    slurm_cluster: str = ""
+    mark: str = ""
+    handed_over: float = 0.0
+    job_log: str = ""
+    array: str = ""
+    pack: str = ""
+    continues: str = ""
+    again: list[str] = field(default_factory=list)
 
 
 class Submittable(ABC):
@@ -81,8 +122,8 @@ class Submittable(ABC):
         """What a job was submitted from, readable by its user alone."""
         return self.logs / f"{job_id}_origin.json"
 
-    def submissions(self) -> list[dict[str, Any]]:
-        """Every job that was submitted, oldest first: job_id, cluster, submitted."""
+    def submissions(self) -> list[Submission]:
+        """Every job that was submitted, oldest first; damaged lines are left out, and said."""
         try:
             lines = self.jobs_file.read_text(errors="replace").splitlines()
         except (FileNotFoundError, NotADirectoryError):
@@ -90,19 +131,17 @@ class Submittable(ABC):
         entries = []
         for line in lines:
             try:
-                entry = json.loads(line)
-                if all(isinstance(entry[key], str) for key in SUBMISSION_KEYS):
-                    entries.append(entry)
-            except (ValueError, TypeError, KeyError):
+                entries.append(_read(line))
+            except (ValueError, TypeError, RecursionError):
                 continue
         if damaged := len(lines) - len(entries):  # torn by a full disk
             warn_once(f"{self.jobs_file}: {damaged} lines are damaged and left out")
         # A job may be noted by itself, where a node may not ask for its mark, and its submitter.
-        once = {(_job(e), e.get("mark") or number): e for number, e in enumerate(entries)}
-        marked = {_job(entry) for entry in entries if entry.get("mark")}
-        return [e for e in once.values() if e.get("mark") or _job(e) not in marked]
+        once = {(_job(e), e.mark or number): e for number, e in enumerate(entries)}
+        marked = {_job(entry) for entry in entries if entry.mark}
+        return [e for e in once.values() if e.mark or _job(e) not in marked]
 
-    def submission(self, job_id: str, slurm_cluster: str = "") -> dict[str, Any] | None:
+    def submission(self, job_id: str, slurm_cluster: str = "") -> Submission | None:
         """The newest job that was submitted under this id; None if there was none.
 
         Args:
@@ -110,10 +149,10 @@ class Submittable(ABC):
             slurm_cluster: Slurm's name of its cluster, if that is known: two clusters on one home
                 use the same ids.
         """
-        found = [entry for entry in self.submissions() if entry["job_id"] == job_id]
+        found = [entry for entry in self.submissions() if entry.job_id == job_id]
         if slurm_cluster:
             here = ("", slurm_cluster)
-            found = [entry for entry in found if entry.get("slurm_cluster", "") in here]
+            found = [entry for entry in found if entry.slurm_cluster in here]
         return found[-1] if found else None
 
     def add_submission(
@@ -137,15 +176,33 @@ class Submittable(ABC):
             identity: What else tells it from others: of a Slurm job see JobIdentity, of one on
                 this machine its `process`, as JobInfo has it.
         """
-        entry: dict[str, Any] = {"job_id": job_id, "cluster": cluster, "submitted": now()}
-        entry |= {"log": str(log or ""), "host": socket.gethostname(), "uid": os.getuid()}
-        entry |= identity or {}
-        if continues:
-            entry["continues"] = continues
-        if again:
-            entry["again"] = list(again)
-        append_line(self.jobs_file, json.dumps(entry))
+        entry = Submission(
+            job_id,
+            cluster,
+            now(),
+            str(log or ""),
+            socket.gethostname(),
+            os.getuid(),
+            continues=continues or "",
+            again=list(again),
+            **(identity or {}),
+        )
+        append_line(self.jobs_file, json.dumps(asdict(entry)))
 
 
-def _job(entry: Mapping[str, Any]) -> tuple[str, str]:
-    return entry["job_id"], entry.get("slurm_cluster", "")
+_TYPES = get_type_hints(Submission)
+
+
+def _read(line: str) -> Submission:
+    found = json.loads(line)
+    known = {}
+    for name, hint in _TYPES.items():
+        with contextlib.suppress(
+            ValueError, KeyError
+        ):  # of another type it is as good as not known
+            known[name] = value_from_json(hint, found[name])
+    return Submission(**known)
+
+
+def _job(entry: Submission) -> tuple[str, str]:
+    return entry.job_id, entry.slurm_cluster

@@ -1,7 +1,6 @@
 """With what code and where a run's newest attempt trains: noted on that machine, read on any."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs import __version__
-from flowjobs.runs.files import write_json
+from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.run import Run
 
 # A repository on a slow file system must not keep the first row.
@@ -45,7 +44,7 @@ def note_surroundings(run: Run, directory: Path) -> None:
 def surroundings_of(run: Run) -> dict[str, Any]:
     """With what code and where the newest attempt trained; empty if that was never noted."""
     try:
-        return dict(json.loads(_surroundings_file(run).read_text()))
+        return read_json(_surroundings_file(run))
     except (OSError, ValueError):
         return {}  # it never came so far
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from flowjobs.errors import SubmissionError
 from flowjobs.slurm.cluster import cluster_name
@@ -46,19 +45,6 @@ class JobIdentity:
     name: str = ""
     submitted: float = 0.0
     log: str = ""
-
-    @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> "JobIdentity":
-        """From a line of `jobs.jsonl`."""
-        return cls(
-            job_id=entry["job_id"],
-            mark=entry.get("mark", ""),
-            cluster=entry.get("slurm_cluster", ""),
-            uid=entry.get("uid"),
-            name=entry.get("job_name", ""),
-            submitted=entry.get("handed_over", 0.0),
-            log=entry.get("job_log", entry.get("log", "")),
-        )
 
     def is_mine(self) -> bool:
         """Whether it is this user's, so that it may be cancelled and started again by them."""

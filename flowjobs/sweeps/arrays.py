@@ -15,7 +15,7 @@ from flowjobs.jobs.snapshot import CodePlan, carry_out_together
 from flowjobs.jobs.submit import signals_deferred, submit_array
 from flowjobs.jobs.tasks import ArrayTask
 from flowjobs.runs.files import flush_files
-from flowjobs.runs.pack import PACK, Pack, new_pack
+from flowjobs.runs.pack import Pack, new_pack
 from flowjobs.runs.run import Before, Run
 from flowjobs.runs.submittable import Submittable
 from flowjobs.sweeps.plan import Member, resource_sets
@@ -201,11 +201,11 @@ def share_parallel(
         if member.stage not in ("waiting", "running"):
             continue
         for entry in member.run.submissions()[-1:]:
-            if "array" in entry:
-                array_id = entry["job_id"].partition("_")[0]
+            if entry.array:
+                array_id = entry.job_id.partition("_")[0]
                 left[array_id] += 1
-                if PACK in entry:
-                    packs[array_id] = Pack(member.run.study, entry[PACK])
+                if entry.pack:
+                    packs[array_id] = Pack(member.run.study, entry.pack)
     total = left.total() + starting
     changed: dict[str, int | FlowjobsError] = {}
     for job_id, runs in sorted(left.items()):

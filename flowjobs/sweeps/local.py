@@ -82,7 +82,7 @@ def run_here(
 def _job_lives(run: Run) -> bool:
     # A job that is started again often gets a new id.
     newest = run.submissions()[-1:]
-    return any(process_lives(int(entry["job_id"]), entry.get("process")) for entry in newest)
+    return any(process_lives(int(entry.job_id), entry.process) for entry in newest)
 
 
 def _known_cancel(member: Member) -> float | None:

@@ -18,6 +18,7 @@ from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.jobs.submit import running_jobs
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import same_file
+from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.status import RunStatus, read_sound_status
 
@@ -96,12 +97,9 @@ def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> lis
 
 def _json(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_bytes())
+        return read_json(file)
     except FileNotFoundError:
         return None
-    if not isinstance(found, dict):
-        raise ValueError(f"expected an object, found {type(found).__name__}")
-    return found
 
 
 def _differences(training: Mapping[str, Any], config: RunConfig) -> list[str]:

@@ -79,7 +79,7 @@ def _cause(words: str, members: Sequence[Member]) -> Cause:
 def _fewer_at_once(members: Sequence[Member]) -> str:
     """What gives runs more of a job's memory that have shared one; empty if none has."""
     newest = ((member.run, member.run.submissions()[-1:]) for member in members)
-    packs = [pack_of(run, jobs[0]["job_id"]) for run, jobs in newest if jobs]
+    packs = [pack_of(run, jobs[0].job_id) for run, jobs in newest if jobs]
     slots = 1
     for pack in filter(None, packs):
         with contextlib.suppress(ConfigError):  # its folder is gone: nobody knows how many shared

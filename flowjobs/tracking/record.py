@@ -9,7 +9,6 @@ were closed, and are whole on the disk, count: the next one logs the rows past t
 by a kill, online, of the run that this one was copied from) is left out, and its rows come again.
 """
 
-import json
 import logging
 import os
 import re
@@ -17,13 +16,14 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flowjobs.errors import ConfigError
+from flowjobs.from_json import from_json
 from flowjobs.runs.file_lock import locked
-from flowjobs.runs.files import write_json
+from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
@@ -105,11 +105,10 @@ def new_session(run: Run, mode: Mode) -> Session:
 def read_session(run: Run) -> Session | None:
     """The newest session; None if there was none, or its file is damaged."""
     try:
-        found: dict[str, Any] = json.loads(run.tracking_file.read_text())
-        return Session(**{each.name: found[each.name] for each in fields(Session)})
+        return from_json(Session, read_json(run.tracking_file))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         logger.warning("%s is damaged (%s)", run.tracking_file, error)
         return None
 
@@ -151,36 +150,18 @@ def standing(run: Run, server: str = "") -> dict[str, Any]:
 
 def outcome_in(stands: Mapping[str, Any]) -> Outcome | None:
     """How the newest attempt of a run that stands so ended; None if nobody has said so yet."""
-    return Outcome(**stands["outcome"]) if stands["outcome"] else None
+    return from_json(Outcome, stands["outcome"]) if stands["outcome"] else None
 
 
 def read_on_record(run: Run) -> OnRecord:
     """What is on record of a run under its id; nothing if that is not noted."""
     run_id = ""
-    with suppress(ConfigError, OSError, ValueError, KeyError, TypeError):
+    with suppress(ConfigError, OSError, ValueError):
         run_id = run.tracking_id()
-        found = json.loads(_on_record_file(run).read_text())
-        if found["run_id"] == run_id:
-            told, folders = found["told"] or {}, tuple(found["folders"])
-            on_record = OnRecord(run_id, int(found["step"]), folders, told)
-            if "refusal" not in found:
-                return _as_noted_before(run, on_record)
-            refusal = found["refusal"]
-            return replace(on_record, refusal=Refusal(**refusal) if refusal else None)
-    return _as_noted_before(run, OnRecord(run_id))
-
-
-def _as_noted_before(run: Run, on_record: OnRecord) -> OnRecord:
-    """Adds what earlier versions of flowjobs noted elsewhere of the newest session."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        session = json.loads(run.tracking_file.read_text())
-        if session["closed"]:
-            told = {"attempts": session["attempt"], "outcome": session["outcome"]}
-            return replace(on_record, told=on_record.told | told)
-        refusal = json.loads(_on_record_file(run).with_name("refused.json").read_text())
-        if refusal.pop("token") == session["token"]:
-            return replace(on_record, refusal=Refusal(**refusal))
-    return on_record
+        found = from_json(OnRecord, read_json(_on_record_file(run)))
+        if found.run_id == run_id:
+            return found
+    return OnRecord(run_id)
 
 
 def write_on_record(run: Run, on_record: OnRecord) -> None:

@@ -167,7 +167,7 @@ def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_wa
     # Submitted from another terminal while the question stands.
     assert answer("y", retried) == 2
     runs = [Run(study, name) for name in ("a", "b", "c")]
-    (array,) = {run.submissions()[0]["job_id"].partition("_")[0] for run in runs}
+    (array,) = {run.submissions()[0].job_id.partition("_")[0] for run in runs}
     assert slurm.job(f"{array}_0")["MinMemoryNode"] == "2G"
     assert runs[0].config().slurm.mem_gb == pytest.approx(2.0)
 
@@ -227,7 +227,7 @@ def test_a_run_whose_config_is_damaged_or_lost_can_be_cancelled_and_its_log_read
         assert run.status().state == "cancelled"  # type: ignore[union-attr]
     # Whether a finished one was given more epochs is unknown: its record stays.
     unknown = flowjobs("cancel", "whole")
-    assert (unknown.returncode, "config.json is not JSON" in unknown.stderr) == (2, True)
+    assert (unknown.returncode, "config.json holds no JSON object" in unknown.stderr) == (2, True)
     assert whole.status().state == "finished"  # type: ignore[union-attr]
     for name in ("damaged", "study/runs/damaged", "study/runs/lost"):
         asked = flowjobs("wait", name)

@@ -144,7 +144,7 @@ def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> No
     rows_then = run.metrics_file.stat().st_size
     wait_for(lambda: run.metrics_file.stat().st_size > rows_then)
     # A kill is its user's: it saves, says so, and stays away.
-    os.kill(int(run.submissions()[-1]["job_id"]), signal.SIGTERM)
+    os.kill(int(run.submissions()[-1].job_id), signal.SIGTERM)
     wait_for(lambda: (status := run.status()) is not None and status.state == "preempted")
     time.sleep(2)  # a new start would begin at once
     status = run.status()

@@ -165,7 +165,7 @@ def test_submitting_from_inside_a_job(slurm: SlurmCluster, flowjobs: Command, st
         "-N2", "--ntasks-per-node=3", "--mem=1G", "--output=outer.out", "--wrap", command
     )
     assert slurm.wait_state(outer, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
-    inner = Run(study, "mlp-icfm-digits-none").submissions()[0]["job_id"]
+    inner = Run(study, "mlp-icfm-digits-none").submissions()[0].job_id
     assert slurm.wait_state(inner, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
     assert slurm.job(inner)["NumNodes"] == "1"
 

@@ -42,7 +42,7 @@ def start(
         done = flowjobs("submit", *OPTIONS, "--name", "disturbed", *options)
         assert done.returncode == 0, done.stdout + done.stderr
         run = Run(study, "disturbed")
-        disturbed = Disturbed(run, run.submissions()[-1]["job_id"], slurm)
+        disturbed = Disturbed(run, run.submissions()[-1].job_id, slurm)
         if not noted:
             run.jobs_file.unlink()
             run.origin_file(disturbed.job_id).unlink()

@@ -91,7 +91,7 @@ class Disturbed:
 
     def job_ids(self) -> list[str]:
         """Of every job that was submitted for the run."""
-        return [entry["job_id"] for entry in self.run.submissions()]
+        return [entry.job_id for entry in self.run.submissions()]
 
     def attempts(self) -> list[tuple[str, str]]:
         return [(attempt.state, attempt.kind) for attempt in self.status().attempts]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,13 @@ def queue(slurm: SlurmCluster) -> list[str]:
 
 def job_of(run: Run) -> str:
     (entry,) = run.submissions()
-    return str(entry["job_id"])
+    return str(entry.job_id)
 
 
 def note_instead(run: Run, **values: object) -> None:
     """Changes what the run has noted of its job."""
     (entry,) = run.submissions()
-    run.jobs_file.write_text(json.dumps(entry | values) + "\n")
+    run.jobs_file.write_text(json.dumps(asdict(entry) | values) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_the_id_that_is_noted_is_that_of_the_job(
     site("sbatch", wrapper)
     run = submitted()
     assert [job_of(run)] == queue(slurm)
-    assert run.submissions()[0]["slurm_cluster"] == "flowjobs"
+    assert run.submissions()[0].slurm_cluster == "flowjobs"
 
 
 def test_our_mark_stands_beside_the_users_own_comment(
@@ -82,7 +83,7 @@ def test_our_mark_stands_beside_the_users_own_comment(
 ) -> None:
     run = submitted("a", "--comment", "project  x")
     (entry,) = run.submissions()
-    assert slurm.job(entry["job_id"])["Comment"] == f"project x flowjobs:{entry['mark']}"
+    assert slurm.job(entry.job_id)["Comment"] == f"project x flowjobs:{entry.mark}"
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_what_is_unknown_is_said_and_nothing_is_done(
     assert said in done.stderr
     assert run.cancel_requested()
     assert queue_of(slurm) == jobs
-    assert entry["job_id"] in jobs
+    assert entry.job_id in jobs
 
 
 @pytest.mark.parametrize("installed", [True, False])

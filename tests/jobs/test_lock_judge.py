@@ -73,7 +73,7 @@ def test_a_holder_that_stays_in_completing_is_waited_for_and_the_run_has_not_fai
 
         assert flowjobs("submit", *OPTIONS, "--name", "disturbed").returncode == 0
         (entry,) = run.submissions()
-        job = Disturbed(run, entry["job_id"], slurm)
+        job = Disturbed(run, entry.job_id, slurm)
         # It does not hold its GPU while it waits, and nobody calls the run failed.
         wait_until(
             lambda: slurm.job(job.job_id)["Restarts"] != "0", "the requeue", 120, job.explain

@@ -287,7 +287,7 @@ def test_flowjobs_cancel_ends_the_run_until_it_is_submitted_again(
 ) -> None:
     job = start(noted=False)
     (entry,) = job.run.submissions()
-    assert job.slurm.job(job.job_id)["Comment"] == f"flowjobs:{entry['mark']}"
+    assert job.slurm.job(job.job_id)["Comment"] == f"flowjobs:{entry.mark}"
     done = flowjobs("cancel", "disturbed")
     assert done.returncode == 0, done.stderr
     assert f"cancelled job {job.job_id};" in done.stdout
@@ -380,7 +380,7 @@ def test_where_requeuing_is_forbidden_the_run_goes_on_as_a_new_job(
     assert job.attempts() == [("preempted", "preempted"), ("finished", "")]
     assert job.steps_lost() == 0
     old, new = job.run.submissions()
-    assert (old["job_id"], new["continues"]) == (job.job_id, job.job_id)
+    assert (old.job_id, new.continues) == (job.job_id, job.job_id)
     told = [attempt["job_id"] for attempt in in_wandb(job.run).config["attempts"]]
     assert told == job.job_ids()
     assert_equal_to(whole, job.run)
@@ -432,8 +432,8 @@ def test_a_job_by_hand_goes_on_as_a_new_job_where_requeuing_is_forbidden(
     assert job.steps_lost() == 0
     assert_equal_to(whole, job.run)
     old, new = job.run.submissions()
-    assert new["continues"] == old["job_id"] == job.job_id
-    record = slurm.job(new["job_id"])
+    assert new.continues == old.job_id == job.job_id
+    record = slurm.job(new.job_id)
     assert (record["Partition"], record["ReqNodeList"]) == ("preempt", "n1")
     assert (record["MinMemoryNode"], record["TresPerNode"]) == ("1G", "gres:gpu:1")
 
@@ -456,7 +456,7 @@ def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
     assert job.status().state == "cancelled"
     assert len(job.attempts()) == 1
     first, _, noted = job.run.submissions()
-    assert (noted["job_id"], noted["slurm_cluster"]) == (waiting, first["slurm_cluster"])
+    assert (noted.job_id, noted.slurm_cluster) == (waiting, first.slurm_cluster)
 
 
 def test_a_task_of_an_array_goes_on_like_a_job_of_its_own(
@@ -489,16 +489,16 @@ def test_a_task_of_a_sweep_continues_as_a_job_of_its_own_where_requeuing_is_forb
     done = flowjobs("sweep", *OPTIONS, "--seed", "0", "--name", "one", *where)
     assert done.returncode == 0, done.stderr
     run = Run(study, "SlowModel-icfm-digits-none")
-    job = Disturbed(run, run.submissions()[0]["job_id"], slurm)
+    job = Disturbed(run, run.submissions()[0].job_id, slurm)
     job.wait_for_step(10)
     preempt_and_wait(job)
     job.wait_for_state("finished")
     assert job.steps_lost() == 0
     assert_equal_to(whole, run)
     task, new = run.submissions()
-    assert task["job_id"].endswith("_0")
-    assert new["continues"] == task["job_id"]
-    record = slurm.job(new["job_id"])
+    assert task.job_id.endswith("_0")
+    assert new.continues == task.job_id
+    record = slurm.job(new.job_id)
     assert (record["JobName"], record["Partition"]) == (run.name, "preempt")
     assert "finished   1\n" in flowjobs("sweep", "one").stdout
 

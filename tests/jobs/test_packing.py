@@ -175,7 +175,7 @@ def test_a_sweep_whose_runs_share_a_job_is_requeued_once_and_each_run_ends_in_it
     assert asks in done.stdout, done.stdout + done.stderr
     runs = [Run.at(folder) for folder in sorted((study / "runs").iterdir())]
     first, cancelled, killed, last = runs
-    (job_id,) = {run.submissions()[-1]["job_id"] for run in runs}
+    (job_id,) = {run.submissions()[-1].job_id for run in runs}
     pack = pack_of(first, job_id)
     assert pack is not None
     wait_for_steps(pack, first, cancelled)
@@ -200,7 +200,7 @@ def test_a_sweep_whose_runs_share_a_job_is_requeued_once_and_each_run_ends_in_it
     slurm.wait_state(job_id, "FAILED")  # as one of its runs has
     assert pack.starts_of(job_id) == 2
     for run in runs:
-        assert [entry["job_id"] for entry in run.submissions()] == [job_id]
+        assert [entry.job_id for entry in run.submissions()] == [job_id]
     assert len(attempts_of(cancelled)) == len(attempts_of(killed)) == 1
 
 
@@ -264,5 +264,5 @@ def test_a_run_that_was_removed_keeps_no_other_of_its_pack_from_being_noted(stud
     shutil.rmtree(removed.folder)
     pack.add_submission("9", "slurm", None)
     assert other.submission("9")
-    assert pack.submissions()[-1]["job_id"] == "9"
+    assert pack.submissions()[-1].job_id == "9"
     assert not removed.folder.exists()

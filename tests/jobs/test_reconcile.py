@@ -145,8 +145,8 @@ def test_a_lost_job_is_started_again_as_it_was_submitted(start: Start) -> None:
     os.chown(origin, os.getuid(), -1)
     assert "starts again" in reconcile_from_cron(job).stdout
     old, new = job.run.submissions()
-    assert (old["job_id"], new["continues"]) == (job.job_id, job.job_id)
-    assert job.slurm.job(new["job_id"])["ExcNodeList"] == "n1"
+    assert (old.job_id, new.continues) == (job.job_id, job.job_id)
+    assert job.slurm.job(new.job_id)["ExcNodeList"] == "n1"
     job.wait_for_state("finished")
     assert_in_wandb(job.run, "finished", 0)
 
@@ -164,7 +164,7 @@ def test_a_lost_job_by_hand_keeps_its_arguments_and_its_environment(
     control.unlink()
     assert "starts again" in reconcile_from_cron(job).stdout
     _, new = job.run.submissions()
-    record = slurm.job(new["job_id"])
+    record = slurm.job(new.job_id)
     assert (record["ExcNodeList"], record["MinMemoryNode"]) == ("n1", "1G")
     job.wait_for_state("finished")
     assert job.run.config().training.arch_args == {"control": "con 'trol"}
@@ -203,7 +203,7 @@ def test_a_job_whose_import_fails_is_failed_with_the_reason(
     done = flowjobs("submit", *OPTIONS, "--name", "broken")
     assert done.returncode == 0, done.stderr
     run = Run(study, "broken")
-    job_id = run.submissions()[0]["job_id"]
+    job_id = run.submissions()[0].job_id
     assert slurm.wait_state(job_id, {"FAILED", "COMPLETED"}, 240) == "FAILED"
     status = run.status()
     assert status is not None
@@ -227,7 +227,7 @@ def test_a_job_that_cannot_start_at_all_is_failed_with_the_reason(
     # Neither submitit on the node nor the last lines of the batch script come so far.
     (broken / "cloudpickle.py").write_text("raise ImportError('cannot open the environment')\n")
     run = Run(study, "broken")
-    job_id = run.submissions()[0]["job_id"]
+    job_id = run.submissions()[0].job_id
     slurm.run("scontrol", "release", job_id)
     assert slurm.wait_state(job_id, {"FAILED", "COMPLETED"}, 240) == "FAILED"
     monkeypatch.delenv("PYTHONPATH")
@@ -249,7 +249,7 @@ def test_a_job_that_is_cancelled_while_it_waits_is_cancelled_not_failed(
     done = flowjobs("submit", *OPTIONS, "--name", "waiting", "--sbatch", "hold=True")
     assert done.returncode == 0, done.stderr
     run = Run(study, "waiting")
-    job_id = run.submissions()[0]["job_id"]
+    job_id = run.submissions()[0].job_id
     assert flowjobs("reconcile").stdout == ""
     slurm.run("scancel", job_id)
     # The controller knows at once; accounting some seconds later.

@@ -268,7 +268,7 @@ def test_a_run_ends_with_the_bits_of_the_code_that_it_was_submitted_with(
     assert flowjobs(*command, *site).returncode == 0
     write({"blocks.py": "SCALE = 2.5"})
     run = Run(whole.study, "disturbed")
-    job = Disturbed(run, run.submissions()[-1]["job_id"], slurm)
+    job = Disturbed(run, run.submissions()[-1].job_id, slurm)
     slurm.run("scontrol", "release", job.job_id)
     job.wait_for_step(10)
     write({"nets.py": "this is no Python"})

@@ -75,7 +75,7 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
     site("sbatch", '$real "$@"; kill -INT $PPID; sleep 1')
     with pytest.raises(KeyboardInterrupt):
         plain_sbatch.resubmit(run, run.submissions()[0], None)
-    assert [run.submissions()[-1]["job_id"]] == slurm.run("squeue", "-h", "-o", "%i").split()
+    assert [run.submissions()[-1].job_id] == slurm.run("squeue", "-h", "-o", "%i").split()
 
 
 def test_the_job_of_an_open_attempt_counts_although_nobody_could_note_it(study: Path) -> None:

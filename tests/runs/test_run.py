@@ -295,7 +295,20 @@ def test_a_job_that_a_full_disk_does_not_note_damages_no_other(study: Path) -> N
     with refused, no_file_larger_than(run.jobs_file.stat().st_size + 20):
         run.add_submission("2", "slurm", None)
     run.add_submission("3", "slurm", None)
-    assert [entry["job_id"] for entry in run.submissions()] == ["1", "3"]
+    assert [entry.job_id for entry in run.submissions()] == ["1", "3"]
+
+
+def test_what_is_damaged_of_a_job_is_not_known(study: Path) -> None:
+    run = created(study)
+    run.add_submission("1", "slurm", None, identity={"mark": "ab"}, again=["sbatch", "a.sh"])
+    whole = json.loads(run.jobs_file.read_text())
+    wrong = {"uid": "0", "mark": 7, "handed_over": None, "pack": [], "again": "sbatch", "new": 1}
+    lines = [whole | wrong, whole | {"log": None}, {}, [], "job_id", 1, None]
+    run.jobs_file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "[" * 100_000)
+    (known,) = run.submissions()
+    assert (known.job_id, known.log, known.host) == ("1", "", whole["host"])
+    unknown = (known.uid, known.mark, known.handed_over, known.pack, known.again)
+    assert unknown == (None, "", 0.0, "", [])
 
 
 def test_a_job_of_another_cluster_is_another_job(study: Path) -> None:
@@ -304,12 +317,12 @@ def test_a_job_of_another_cluster_is_another_job(study: Path) -> None:
         run.add_submission("7", "slurm", Path(cluster), identity={"slurm_cluster": cluster})
     run.add_submission("8", "slurm", None, identity={"slurm_cluster": "other"})
     found = [run.submission("7", cluster) for cluster in ("", "one", "other", "third")]
-    assert [entry and entry["slurm_cluster"] for entry in found] == ["other", "", "other", ""]
+    assert [entry and entry.slurm_cluster for entry in found] == ["other", "", "other", ""]
     assert run.submission("8", "one") is None
     # Noted by itself first, where a node may not ask for its mark, and then by who submitted it.
     run.add_submission("8", "slurm", None, identity={"slurm_cluster": "one", "mark": "ab"})
     run.add_submission("8", "slurm", None, identity={"slurm_cluster": "other", "mark": "cd"})
-    assert [entry["mark"] for entry in run.submissions()[3:]] == ["ab", "cd"]
+    assert [entry.mark for entry in run.submissions()[3:]] == ["ab", "cd"]
 
 
 @pytest.mark.parametrize("name", ["new\nline", "latin-1 \udcff"])

@@ -1,14 +1,12 @@
 """A run's id: random, given once, kept where the run is moved, and not shared by copies."""
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.config import RunConfig
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import Run
 
@@ -124,13 +122,3 @@ def test_where_the_original_cannot_be_looked_at_the_id_is_kept(
         run.settle_tracking_id()
     (run.folder / "run.json").unlink()
     assert run.settle_tracking_id() != copy.tracking_id()
-
-
-def test_a_run_from_before_there_were_ids_keeps_the_one_that_it_had(study: Path) -> None:
-    run = make(study)
-    (run.folder / "run.json").unlink()
-    config = json.loads(run.config_file.read_text())
-    run.config_file.write_text(json.dumps({**config, "wandb_id": "a-0123456789"}))
-    assert run.tracking_id() == "a-0123456789"
-    run.create(RunConfig(dataclasses.replace(TrainingConfig(), epochs=300)))
-    assert run.tracking_id() == run.settle_tracking_id() == "a-0123456789"

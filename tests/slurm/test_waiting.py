@@ -53,7 +53,7 @@ def test_status_and_follow_say_why_a_job_waits(
         return set(slurm.run("squeue", "-h", "-o", "%r").split())
 
     wait_until(lambda: {"BeginTime", "Dependency"} <= reasons(), "the scheduler's look", 120)
-    held = Run(study, "held").submissions()[0]["job_id"]
+    held = Run(study, "held").submissions()[0].job_id
     said = flowjobs("status").stdout
     assert f"held waits held by its user: `scontrol release {held}` lets it start" in said
     assert "later waits for its start time, about 20" in said
@@ -84,7 +84,7 @@ def test_a_job_that_stands_still_is_not_said_to_run(
     slurm: SlurmCluster, flowjobs: Command, study: Path, command: str, state: str, said: str
 ) -> None:
     assert flowjobs("submit", "--name", "a").returncode == 0
-    job = Run(study, "a").submissions()[0]["job_id"]
+    job = Run(study, "a").submissions()[0].job_id
     slurm.wait_state(job, {"RUNNING"})
     verb, *options = command.split()
     slurm.run("scontrol", verb, *options, job)

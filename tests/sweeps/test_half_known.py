@@ -32,7 +32,7 @@ def tasks(slurm: SlurmCluster) -> list[str]:
 
 def noted(study: Path) -> list[str]:
     runs = [Run.at(folder) for folder in (study / "runs").iterdir()]
-    return sorted(entry["job_id"] for run in runs for entry in run.submissions())
+    return sorted(entry.job_id for run in runs for entry in run.submissions())
 
 
 def counts(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
@@ -122,10 +122,10 @@ def test_a_task_notes_itself_where_nobody_has(
     wait_until(run.finished, "the run to finish", 120)
     (entry,) = run.submissions()
     array = arrays_of(study)[0]
-    assert entry["mark"] == array.mark
-    assert entry["array"] == array.folder.name
-    assert Path(entry["log"]).parent == run.logs
-    assert "finished" in Path(entry["log"]).read_text()
+    assert entry.mark == array.mark
+    assert entry.array == array.folder.name
+    assert Path(entry.log).parent == run.logs
+    assert "finished" in Path(entry.log).read_text()
     assert counts(flowjobs(*sweep)) == {"finished": 1}
     assert len(run.submissions()) == 1
 
@@ -223,7 +223,7 @@ def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(
     assert re.findall(r"job \d+, (\d) run", done.stdout) == ["2", "1", "2", "1"], done.stderr
     asked = {Run(study, f"mlp-{flow}-digits-none-seed0") for flow in ("icfm", "otcfm")}
     memory = {
-        slurm.job(run.submissions()[0]["job_id"])["MinMemoryNode"] for run in sorted(asked, key=str)
+        slurm.job(run.submissions()[0].job_id)["MinMemoryNode"] for run in sorted(asked, key=str)
     }
     assert memory == {"1G", "2G"}
     # Of what has ended Slurm keeps no number, and says so with an exit code of 1.

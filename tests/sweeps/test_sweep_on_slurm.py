@@ -136,7 +136,7 @@ def test_all_that_can_finish_do_with_the_bits_of_runs_left_alone(
     assert ends[crashed][-1] == "killed"
     assert {"preempted", "node failure"} <= {kind for kinds in ends.values() for kind in kinds}
     # Each has one folder, and one job of its own: the task of the array.
-    jobs = {tuple(e["job_id"] for e in Run(study, name).submissions()) for name in ends}
+    jobs = {tuple(e.job_id for e in Run(study, name).submissions()) for name in ends}
     assert len(jobs) == runs
     assert {len(ids) for ids in jobs} == {1}
 

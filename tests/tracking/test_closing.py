@@ -5,17 +5,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from flowjobs.errors import TrackingError
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.reconcile import reconcile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
-from flowjobs.tracking.telling import close_session, pending_outcome, sync_run, upload_as_new
+from flowjobs.tracking.telling import close_session, pending_outcome
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -180,53 +178,6 @@ def test_a_run_that_is_cancelled_before_it_began_is_none_in_wandb(
     assert pending_outcome(run) is None
     assert reconcile([run]) == []
     assert (session_files(run) if backend is None else backend.runs()) == []
-
-
-def noted_by_an_earlier_version(run: Run, *, closed: bool) -> None:
-    """Rewrites what is noted of a run's end as flowjobs did when tracking.json held it."""
-    session, status = json.loads(run.tracking_file.read_text()), run.status()
-    assert status is not None
-    assert status.outcome is not None
-    end = {"attempt": len(status.attempts), "outcome": asdict(status.outcome), "closed": closed}
-    run.tracking_file.write_text(json.dumps(session | end))
-    file = run.folder / "wandb" / "on_record.json"
-    found = json.loads(file.read_text())
-    del found["refusal"]
-    file.write_text(json.dumps(found | {"told": None}))
-
-
-def test_what_an_earlier_version_has_told_is_not_told_again(
-    tracked_run: MakeRun, backend: Backend, caplog: pytest.LogCaptureFixture
-) -> None:
-    run, _ = tracked_run("offline")
-    run_to_the_end(run, 50)
-    noted_by_an_earlier_version(run, closed=True)
-    assert pending_outcome(run) is None
-    assert not close_session(run)
-    assert "damaged" not in caplog.text
-    assert sync_run(run).rows == 5
-    assert_history_is_exact(run, backend)
-    assert sync_run(run).state == "unchanged"
-
-
-def test_what_an_earlier_version_was_refused_is_known_until_it_is_tried_again(
-    tracked_run: MakeRun, backend: Backend, caplog: pytest.LogCaptureFixture
-) -> None:
-    run, _ = tracked_run("offline")
-    run_to_the_end(run, 50)
-    noted_by_an_earlier_version(run, closed=False)
-    token = json.loads(run.tracking_file.read_text())["token"]
-    refused = {"token": token, "text": "it was deleted in W&B", "kind": "deleted"}
-    (run.folder / "wandb" / "refused.json").write_text(json.dumps(refused))
-    assert pending_outcome(run) is None
-    with pytest.raises(TrackingError, match="it was deleted in W&B"):
-        sync_run(run)
-    upload_as_new(run)
-    assert pending_outcome(run) is not None
-    assert sync_run(run).rows == 5
-    assert pending_outcome(run) is None
-    assert "damaged" not in caplog.text
-    assert_history_is_exact(run, backend)
 
 
 def test_closing_loads_neither_torch_nor_wandb(tmp_path: Path) -> None:

@@ -405,7 +405,7 @@ def test_one_run_that_fails_does_not_keep_the_rest(
     done = flowjobs("sync")
     assert done.returncode == 1
     assert "error: broken: " in done.stderr
-    assert "is not JSON" in done.stderr
+    assert "holds no JSON object" in done.stderr
     assert done.stdout == "tracked: 30 rows uploaded, verified\n"
 
 
