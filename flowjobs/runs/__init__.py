@@ -1,1 +1,21 @@
-"""A run on disk: what is in a study, and the only code that knows its file names."""
+"""A run on disk: what is in a study, and the only code that knows its file names.
+
+study/                                     --study DIR, or $FLOWJOBS_STUDY
+  datasets/splits/NAME/{train,val}.pt      data
+  checkpoints/RUN/best.pt, last.pt         weights, each with the one before (*.previous.pt)
+                  *.damaged-*.pt           files that could not be read, set aside
+  code/DIGEST/                             snapshots of the user's code, shared by runs
+  sweeps/NAME.toml NAME.runs               what was asked for, and the runs that it means
+  packs/NAME/                              runs that share a job; see `runs.pack`
+  arrays/flowjobs-MARK/                    which task of a Slurm array is which run
+  runs/RUN/config.json run.json            what was asked for; the run's id, in W&B too
+           status.json jobs.jsonl          state, progress, every attempt; every job submitted
+           data.json                       what its data are: rows, width, type, digest
+           code.json code.diff             which snapshot of the code it has; its commit, and what
+                                           that lacks
+           metrics.jsonl                   a row every 10 steps, and one every epoch
+           metrics.lost.jsonl              rows that a sudden death lost, until they are repeated
+           samples.png evaluation.json     samples of best.pt, and what they are worth
+           tracking.json cancelled.json    its newest session in W&B; there while it is cancelled
+           logs/  wandb/                   batch files and output of its jobs; W&B's own files
+"""
