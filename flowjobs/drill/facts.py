@@ -3,8 +3,10 @@
 import os
 from dataclasses import dataclass
 
-from flowjobs import slurm
 from flowjobs.drill.probe import NodeAnswer
+from flowjobs.slurm.cluster import cluster_settings, partition_settings, qos_settings
+from flowjobs.slurm.controller import job_record
+from flowjobs.slurm.sacct import accounting_answers
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,16 @@ class Shortfall:
 
 def facts_of_slurm(job_id: str, study: str) -> ClusterFacts:
     """What Slurm says of itself and of a job of ours that is in the queue."""
-    settings = slurm.settings()
-    record = slurm.job_record(job_id)
+    settings = cluster_settings()
+    record = job_record(job_id)
     job = record.fields if record else {}
-    partition = slurm.partition_settings(job.get("Partition", ""))
+    partition = partition_settings(job.get("Partition", ""))
     preempt_type = settings.get("PreemptType")
     mode, grace = partition.get("PreemptMode"), partition.get("GraceTime")
     if preempt_type == "preempt/none":
         mode = "OFF"
     elif preempt_type == "preempt/qos":
-        qos = slurm.qos_settings(job.get("QOS", ""))
+        qos = qos_settings(job.get("QOS", ""))
         mode, grace = qos.get("PreemptMode"), qos.get("GraceTime")
         if mode == "cluster":
             mode = settings.get("PreemptMode")
@@ -96,7 +98,7 @@ def facts_of_slurm(job_id: str, study: str) -> ClusterFacts:
         user_signal=None if parameters is None else "preempt_send_user_signal" in parameters,
         job_requeue=None if requeue_default is None else requeue_default == "1",
         requeue=record.requeue if record else None,
-        accounting=slurm.accounting_answers(),
+        accounting=accounting_answers(),
     )
 
 

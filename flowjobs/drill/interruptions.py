@@ -6,10 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from flowjobs import slurm
 from flowjobs.config import RestartConfig, RunConfig
 from flowjobs.jobs.executors import Cluster
 from flowjobs.runs.status import JobInfo
+from flowjobs.slurm.controller import requeue as requeue_job
+from flowjobs.slurm.controller import signal_step
 
 Way = Literal["user signal", "TERM", "requeue", "SIGKILL", "time limit"]
 
@@ -57,9 +58,9 @@ class Interruption:
         if self.way == "time limit":
             return  # it comes by itself
         if self.way == "requeue":
-            slurm.requeue(job.job_id)
+            requeue_job(job.job_id)
         elif job.cluster == "slurm":
-            slurm.signal_step(job.job_id, SIGNALS[self.way])
+            signal_step(job.job_id, SIGNALS[self.way])
         else:
             with suppress(ProcessLookupError):  # it has just finished
                 os.kill(job.pid, SIGNALS[self.way])

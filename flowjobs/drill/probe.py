@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import submitit
 
-from flowjobs import slurm
 from flowjobs.from_json import from_json
 from flowjobs.runs.file_lock import NoLocksError, try_lock
 from flowjobs.runs.files import read_json, write_json
+from flowjobs.slurm.client import controller_answers
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -61,7 +61,7 @@ class NodeProbe:
             return
         folder = Path(self.folder)
         sees = _is_locked(_our_lock(folder))
-        commands, why = slurm.controller_answers()
+        commands, why = controller_answers()
         answer = NodeAnswer(socket.gethostname(), bool(commands), why, sees)
         lock = _hold(_node_lock(folder))
         write_json(_answer_file(folder), asdict(answer))

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flowjobs import slurm
 from flowjobs.config import RunConfig, TrackingConfig
 from flowjobs.drill.facts import ClusterFacts, facts_of_slurm, facts_of_this_machine
 from flowjobs.drill.interruptions import Interruption, interruptions_for
@@ -24,7 +23,8 @@ from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, RunStatus
-from flowjobs.slurm import Known, Unknown, ask
+from flowjobs.slurm.controller import JobRow, start_soon
+from flowjobs.slurm.jobs import Known, Unknown, ask
 
 POLL_S = 0.2
 ASK_SLURM_EVERY_S = 2.0
@@ -212,13 +212,13 @@ class _Drill:
                 alive = watched.job.alive(watched.run)
             self._judge(watched, alive)
 
-    def _hurry(self, watched: Watched, waiting: list[slurm.JobRow]) -> str:
+    def _hurry(self, watched: Watched, waiting: list[JobRow]) -> str:
         """Why jobs of a run wait; one that is only to wait before it is started again need not."""
         for row in waiting:
             due = time.monotonic() - watched.hurried_at > HURRY_EVERY_S
             if row.reason == "BeginTime" and due:
                 watched.hurried_at = time.monotonic()
-                slurm.start_soon(row.job_id)
+                start_soon(row.job_id)
         return waiting[-1].reason if waiting else ""
 
     def _judge(self, watched: Watched, alive: bool) -> None:
@@ -242,7 +242,7 @@ class _Drill:
             watched.done = True
 
 
-def _live_jobs(run: Run) -> list[slurm.JobRow]:
+def _live_jobs(run: Run) -> list[JobRow]:
     """Those jobs of a run that wait or run.
 
     Raises:

@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flowjobs import slurm
 from flowjobs.errors import ConfigError
 from flowjobs.jobs.origin import Origin, arrays_folder
 from flowjobs.runs.file_lock import locked
@@ -33,7 +32,9 @@ from flowjobs.runs.files import flush_folder, read_json, write_json
 from flowjobs.runs.pack import Pack, submittable_at
 from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import Submittable
-from flowjobs.slurm import HandedOver
+from flowjobs.slurm.cluster import cluster_name
+from flowjobs.slurm.controller import queue
+from flowjobs.slurm.submission import HandedOver, new_mark
 
 SUBMIT_WAIT_S = 600.0
 PREFIX = "flowjobs-"
@@ -90,7 +91,7 @@ class Array:
         for task, folder in enumerate(folders):
             self.task_folder(str(task)).symlink_to(Path("../..", folder, "logs"))
         tasks = [str(folder) for folder in folders]
-        content = {"name": name, "cluster": slurm.cluster_name(), "tasks": tasks}
+        content = {"name": name, "cluster": cluster_name(), "tasks": tasks}
         write_json(self.tasks_file, content, flush=False)
         write_json(self.origin_file, asdict(origin), flush=False, mode=0o600)
         flush_folder(self.folder)
@@ -167,7 +168,7 @@ class Array:
 
 def new_array(study: Path) -> Array:
     """An array with a mark of its own; nothing of it is on disk yet."""
-    return Array(study, slurm.new_mark())
+    return Array(study, new_mark())
 
 
 def array_at(folder: Path) -> Array:
@@ -204,7 +205,7 @@ def runs_elsewhere(studies: Iterable[Path]) -> dict[Run, str]:
     Writes nothing.
     """
     arrays = [array for study in studies for array in _half_done(study)]
-    here = slurm.cluster_name() if arrays else ""
+    here = cluster_name() if arrays else ""
     found: dict[Run, str] = {}
     for array in arrays:
         with contextlib.suppress(ConfigError):  # whoever submits hears of it
@@ -225,8 +226,8 @@ def _half_done(study: Path) -> list[Array]:
 
 def _settle(study: Path) -> list[str]:
     arrays = _half_done(study)
-    rows = slurm.queue({os.getuid()}) if arrays else []
-    here = slurm.cluster_name() if arrays else ""
+    rows = queue({os.getuid()}) if arrays else []
+    here = cluster_name() if arrays else ""
     said = []
     for array in arrays:
         found = [row for row in rows if array.mark in row.marks]

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from flowjobs import slurm
 from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
 from flowjobs.jobs.origin import jobs_of, noted_identity
 from flowjobs.runs.files import FILES_AT_ONCE
@@ -16,7 +15,8 @@ from flowjobs.runs.pack import Pack, may_be_left, pack_of
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.status import CANCELLED, RunStatus, same_host
-from flowjobs.slurm import JobAnswer, JobIdentity, Known, Unknown, ask
+from flowjobs.slurm.controller import cancel as scancel
+from flowjobs.slurm.jobs import JobAnswer, JobIdentity, Known, Unknown, ask
 from flowjobs.tracking.telling import close_session
 
 # W&B is told by a process for each run, which takes a second of CPU.
@@ -150,7 +150,7 @@ def _end_slurm_jobs(
     to_end = {run: [job for job in of_run if job not in lives_on] for run, of_run in alive.items()}
     refused: SubmissionError | None = None
     try:
-        slurm.cancel(*dict.fromkeys(job.job_id for of_run in to_end.values() for job in of_run))
+        scancel(*dict.fromkeys(job.job_id for of_run in to_end.values() for job in of_run))
     except SubmissionError as error:
         refused = error
     for run, of_run in jobs.items():

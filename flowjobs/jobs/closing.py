@@ -17,7 +17,7 @@ from flowjobs.runs.status import (
     RunStatus,
     now,
 )
-from flowjobs.slurm import Gone
+from flowjobs.slurm.jobs import Gone
 
 
 def close_attempt(run: Run, dead: Dead) -> Outcome | None:

@@ -12,7 +12,6 @@ from submitit.local.debug import DebugJobEnvironment
 from submitit.local.local import LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from flowjobs import slurm
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.array import array_at
@@ -21,6 +20,8 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slots import SLOTS, submitted_for_run
+from flowjobs.slurm.client import MARK
+from flowjobs.slurm.controller import job_record
 from flowjobs.slurm.options import ARRAY, CONTINUES
 
 
@@ -151,7 +152,7 @@ def waited_while_cancelled(run: Run) -> bool:
     if cancelled_at is None or not submitted_for_run():
         return False
     try:
-        record = slurm.job_record(os.environ["SLURM_JOB_ID"])
+        record = job_record(os.environ["SLURM_JOB_ID"])
     except SubmissionError:
         return True  # unknown: never restart what may have been cancelled
     return record is not None and record.submitted < cancelled_at
@@ -186,9 +187,9 @@ def _note_itself(run: Submittable, job_id: str, log: Path) -> None:
         return
     identity = {"slurm_cluster": cluster}
     with contextlib.suppress(SubmissionError):  # its mark, where nodes may ask for it
-        if record := slurm.job_record(job_id):
+        if record := job_record(job_id):
             identity["job_name"] = record.fields.get("JobName", "")
-            if marks := slurm.MARK.findall(record.fields.get("Comment", "")):
+            if marks := MARK.findall(record.fields.get("Comment", "")):
                 identity["mark"] = marks[-1]  # after the user's own comment
     continues = os.environ.get(CONTINUES)
     run.add_submission(job_id, "slurm", log, continues=continues, identity=identity)

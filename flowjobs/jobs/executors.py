@@ -16,7 +16,6 @@ from submitit.local.debug import DebugExecutor
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor
 
-from flowjobs import slurm
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.jobs.array import Array
@@ -26,7 +25,9 @@ from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import BATCH_FILE, TASK, Submittable
 from flowjobs.slots import JOB_OF_RUN
+from flowjobs.slurm.client import controller_answers
 from flowjobs.slurm.options import ARRAY, export_for
+from flowjobs.slurm.submission import HandedOver, sbatch
 
 # A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
 # blocked ones wait until there are some. Before 2019, env could not do that.
@@ -55,7 +56,7 @@ def choose_cluster(asked: Literal["auto", "slurm", "local", "debug"]) -> tuple[C
     """
     if asked in ("local", "debug"):
         return asked, f"--cluster {asked}"
-    answers, why = slurm.controller_answers()
+    answers, why = controller_answers()
     if asked == "slurm" and not answers:
         raise SubmissionError(
             f"--cluster slurm: {why}; submit from a login node, or use --cluster local"
@@ -84,7 +85,7 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         handed_over: The job that sbatch has taken.
     """
 
-    handed_over: slurm.HandedOver | None = None
+    handed_over: HandedOver | None = None
 
     def __init__(self, folder: Path, python: str, prepared: Path) -> None:
         super().__init__(folder=folder, python=python)
@@ -99,12 +100,12 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         """The text that a submission hands to sbatch."""
         return self._make_submission_file_text(self._submitit_command_str, uid="")
 
-    def hand_over(self, task: Callable[[], None], mark: str | None = None) -> slurm.HandedOver:
+    def hand_over(self, task: Callable[[], None], mark: str | None = None) -> HandedOver:
         """Hand the job over; see also `handed_over`.
 
         Args:
             task: What the job does, or each task of the array.
-            mark: See `slurm.sbatch`.
+            mark: See `submission.sbatch`.
         """
         delayed = DelayedSubmission(task)
         delayed.set_timeout(self.parameters.get("time") or NO_LIMIT_MIN, self.max_num_timeout)
@@ -116,7 +117,7 @@ class SlurmExecutorAnywhere(SlurmExecutor):
             text.write(self.batch_file().encode())
         comment = self.parameters.get("comment")
         options = [f"--comment={comment}"] if comment else []
-        self.handed_over = slurm.sbatch(["sbatch", *options, str(file)], os.environ, mark)
+        self.handed_over = sbatch(["sbatch", *options, str(file)], os.environ, mark)
         return self.handed_over
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
@@ -127,7 +128,7 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         return text.replace(f"{quoted}{log}", f"{quoted.replace('%', '%%')}{log}")
 
 
-def handed_over(executor: Executor | None) -> slurm.HandedOver | None:
+def handed_over(executor: Executor | None) -> HandedOver | None:
     """The Slurm job that an executor has handed over; None if there is none."""
     return executor.handed_over if isinstance(executor, SlurmExecutorAnywhere) else None
 

@@ -24,7 +24,8 @@ from flowjobs.runs.status import (
     cancelled_outcome,
     outcome_of,
 )
-from flowjobs.slurm import JobAnswer, JobRow, Known, ask_one
+from flowjobs.slurm.controller import JobRow
+from flowjobs.slurm.jobs import JobAnswer, Known, ask_one
 
 TAIL_BYTES = 65_536
 LAST_LINES = 30

@@ -27,7 +27,8 @@ from flowjobs.runs.status import (
     same_host,
 )
 from flowjobs.runs.submittable import Submission
-from flowjobs.slurm import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, why_it_waits
+from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask
+from flowjobs.slurm.waiting import why_it_waits
 
 # How many attempts there are, whether the newest one has ended, and why.
 Seen = tuple[int, bool, str]
@@ -91,7 +92,7 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
 
     Args:
         runs: Those to look at. Slurm is asked about all of them together.
-        at_most_twice: See `flowjobs.slurm.ask`.
+        at_most_twice: See `ask`.
     """
     found: dict[Run, Finding] = {}
     suspects: dict[Run, tuple[RunStatus, JobInfo]] = {}

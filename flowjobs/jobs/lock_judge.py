@@ -2,12 +2,12 @@
 
 import os
 
-from flowjobs import slurm
 from flowjobs.jobs.origin import identity_of
 from flowjobs.runs.lock import Judge, Verdict, system_lock_decides
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, same_host
-from flowjobs.slurm import Gone, Known, ask_one
+from flowjobs.slurm.client import is_here
+from flowjobs.slurm.jobs import Gone, Known, ask_one
 from flowjobs.slurm.options import CONTINUES
 
 
@@ -23,7 +23,7 @@ def judge_for(run: Run, me: JobInfo) -> Judge:
                 # of it still runs on a node that Slurm has lost.
                 return "gone"
             return system_lock_decides(holder, lock_is_free)
-        if lock_is_free and (same_host(holder.host, me.host) or not slurm.is_here()):
+        if lock_is_free and (same_host(holder.host, me.host) or not is_here()):
             # On one machine the system's lock is right; without Slurm nobody knows more.
             return "gone"
         verdict = job_verdict(run, holder)

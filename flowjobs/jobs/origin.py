@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flowjobs import slurm
 from flowjobs.config import SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.from_json import from_json
@@ -21,7 +20,9 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slots import SLOTS, submitted_for_run
-from flowjobs.slurm import JobIdentity
+from flowjobs.slurm.client import is_here
+from flowjobs.slurm.controller import ENDED, JobRow, queue
+from flowjobs.slurm.jobs import JobIdentity
 
 # Of one process or one session only, and wrong in another job. The token for Slurm has run out.
 OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT", SLOTS)
@@ -128,12 +129,12 @@ def jobs_of(
         was not noted, and Slurm does not answer.
     """
     known = statuses or {}
-    mine: list[slurm.JobRow] | SubmissionError | None = None
+    mine: list[JobRow] | SubmissionError | None = None
     found: dict[Run, list[Submission] | SubmissionError | OSError] = {}
     for run in runs:
         try:
             entries = run.submissions()
-            if run.batch_file.exists() and slurm.is_here():
+            if run.batch_file.exists() and is_here():
                 if mine is None:
                     mine = _jobs_of_this_user()
                 if isinstance(mine, SubmissionError):
@@ -151,16 +152,14 @@ def jobs_of(
     return found
 
 
-def _jobs_of_this_user() -> list[slurm.JobRow] | SubmissionError:
+def _jobs_of_this_user() -> list[JobRow] | SubmissionError:
     try:
-        return [row for row in slurm.queue({os.getuid()}) if row.state not in slurm.ENDED]
+        return [row for row in queue({os.getuid()}) if row.state not in ENDED]
     except SubmissionError as error:
         return error
 
 
-def _unnoted(
-    run: Run, entries: Sequence[Submission], mine: Iterable[slurm.JobRow]
-) -> list[Submission]:
+def _unnoted(run: Run, entries: Sequence[Submission], mine: Iterable[JobRow]) -> list[Submission]:
     noted = {entry.job_id for entry in entries}
     return [
         Submission(row.job_id, "slurm", "", row.log, slurm_cluster=row.cluster)

@@ -5,12 +5,13 @@ import os
 import re
 from pathlib import Path
 
-from flowjobs import slurm
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs.origin import Origin, origin_of
 from flowjobs.jobs.submit import signals_deferred_until_noted
 from flowjobs.runs.submittable import Submission, Submittable
+from flowjobs.slurm.controller import JobRecord, job_record, write_batch_script
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
+from flowjobs.slurm.submission import HandedOver, cancelled_unless_noted, sbatch
 
 # What sbatch was told on its command line is not in the script, so it is taken from the job's
 # record: scontrol's name of a field, and the option it came from.
@@ -52,7 +53,7 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     if noted := run.submission(job_id, cluster):
         return noted.log or None
     try:
-        record = slurm.job_record(job_id)
+        record = job_record(job_id)
     except SubmissionError:
         return None
     if record is None:
@@ -63,7 +64,7 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     again: list[str] = []
     script = run.logs / f"{job_id}.sh"
     Origin.here().note(run, job_id)
-    if slurm.write_batch_script(job_id, str(script)):
+    if write_batch_script(job_id, str(script)):
         again = _command(record, script)
     continues = os.environ.get(CONTINUES)
     identity = {
@@ -96,9 +97,9 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     if token := os.environ.get("SLURM_JWT"):
         environment["SLURM_JWT"] = token
     log = Path(entry.log) if entry.log else None
-    taken: slurm.HandedOver | None = None
-    with signals_deferred_until_noted("slurm"), slurm.cancelled_unless_noted(lambda: taken):
-        taken = slurm.sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
+    taken: HandedOver | None = None
+    with signals_deferred_until_noted("slurm"), cancelled_unless_noted(lambda: taken):
+        taken = sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
         new = taken.job_id
         if any(option.startswith("--array=") for option in command):
             new = f"{new}_{old.partition('_')[2]}"
@@ -108,7 +109,7 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     return new
 
 
-def _command(record: slurm.JobRecord, script: Path) -> list[str]:
+def _command(record: JobRecord, script: Path) -> list[str]:
     fields = record.fields
     options = [
         f"{option}={fields[name]}"

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-from flowjobs import slurm
 from flowjobs.errors import FlowjobsError, SubmissionError
 from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.origin import origin_of
@@ -14,6 +13,8 @@ from flowjobs.jobs.submit import submit
 from flowjobs.runs.files import AWAY_AT_MOST_S, warn_once
 from flowjobs.runs.status import EXIT_PREEMPTED, JobInfo
 from flowjobs.runs.submittable import Submittable
+from flowjobs.slurm.client import is_here
+from flowjobs.slurm.controller import JobRecord, job_record, requeue
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
         logger.info("job %s was cancelled; the run stays as it is", job.job_id)
         return
     try:
-        slurm.requeue(job.job_id, exclude)
+        requeue(job.job_id, exclude)
         logger.info("job %s is requeued and will resume from here", job.job_id)
     except SubmissionError as refused:
         logger.info("job %s cannot be requeued (%s)", job.job_id, refused)
@@ -96,14 +97,14 @@ def is_cancelled(run: Submittable) -> bool:
             time.sleep(ASK_EVERY_S)
 
 
-def _record_when_it_answers(job_id: str) -> slurm.JobRecord | None:
+def _record_when_it_answers(job_id: str) -> JobRecord | None:
     deadline = time.monotonic() + CONTROLLER_WAIT_S
     said = False
     while True:
         try:
-            return slurm.job_record(job_id)
+            return job_record(job_id)
         except SubmissionError as error:
-            if time.monotonic() > deadline or not slurm.is_here():
+            if time.monotonic() > deadline or not is_here():
                 logger.error("%s; the run is not started again: submit it once more", error)
                 raise
             if not said:

@@ -4,10 +4,11 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
-from flowjobs import slurm
 from flowjobs.errors import FlowjobsError
 from flowjobs.runs.status import CANCELLED, JobInfo
 from flowjobs.runs.submittable import Submittable
+from flowjobs.slurm.cluster import kill_wait_s
+from flowjobs.slurm.controller import job_record
 
 Why = Literal["node failure", "preempted", "time limit", "requeued", "cancelled", "told to leave"]
 
@@ -47,35 +48,35 @@ def notice_of(run: Submittable, job: JobInfo, number: signal.Signals | None) -> 
         return Notice("told to leave", f"told to leave ({name})", seconds)
     if job.cluster == "slurm":
         if run.cancel_requested():  # known without Slurm, which may be away
-            return Notice("cancelled", CANCELLED.reason, slurm.kill_wait_s())
+            return Notice("cancelled", CANCELLED.reason, kill_wait_s())
         return _slurm_notice(run, job, name)
     return Notice("told to leave", f"told to leave ({name})")
 
 
 def _slurm_notice(run: Submittable, job: JobInfo, signal_name: str) -> Notice:
-    record = slurm.job_record(job.job_id)
-    kill_wait_s = slurm.kill_wait_s()
+    record = job_record(job.job_id)
+    wait_s = kill_wait_s()
     if record is None:
-        return Notice("told to leave", f"told to leave ({signal_name})", kill_wait_s)
+        return Notice("told to leave", f"told to leave ({signal_name})", wait_s)
     # At the end of what it grants, Slurm says TERM and waits KillWait.
-    seconds = max(0.0, record.seconds_left) + kill_wait_s
+    seconds = max(0.0, record.seconds_left) + wait_s
     ends_soon = record.seconds_left < run.asked().signal_delay_s + 60
     if record.restarts > job.restart:
         # The record is that of its next life already.
-        return Notice("requeued", f"requeued by Slurm ({signal_name})", kill_wait_s)
+        return Notice("requeued", f"requeued by Slurm ({signal_name})", wait_s)
     if record.preempted:
         return Notice("preempted", f"preempted ({signal_name})", seconds)
     if record.over_limit or (record.state == "RUNNING" and ends_soon):
         return Notice("time limit", f"time limit ({signal_name})", seconds)
     if record.state == "RUNNING":
         # TERM may be the first that is seen of a scancel; USR2 was sent by hand.
-        left = None if signal_name == "SIGUSR2" else kill_wait_s
+        left = None if signal_name == "SIGUSR2" else wait_s
         return Notice("told to leave", f"told to leave ({signal_name})", left)
     if record.lost_a_node:
-        return Notice("node failure", f"a node was lost ({signal_name})", kill_wait_s)
+        return Notice("node failure", f"a node was lost ({signal_name})", wait_s)
     if record.cancelled:
-        return Notice("cancelled", f"cancelled by scancel ({signal_name})", kill_wait_s)
-    return Notice("told to leave", f"told to leave ({signal_name})", kill_wait_s)
+        return Notice("cancelled", f"cancelled by scancel ({signal_name})", wait_s)
+    return Notice("told to leave", f"told to leave ({signal_name})", wait_s)
 
 
 def seconds_left(run: Submittable, job: JobInfo, number: signal.Signals) -> float | None:

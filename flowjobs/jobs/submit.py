@@ -18,7 +18,6 @@ from typing import Any
 from submitit.core.core import Executor, Job
 from submitit.local.debug import DebugJob
 
-from flowjobs import slurm
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import (
     FlowjobsError,
@@ -49,18 +48,11 @@ from flowjobs.runs.process import process_lives, process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus, same_host
 from flowjobs.runs.submittable import BATCH_FILE, Submission, Submittable
-from flowjobs.slurm import (
-    Gone,
-    HandedOver,
-    JobAnswer,
-    JobIdentity,
-    Known,
-    Unknown,
-    ask,
-    ask_one,
-    why_it_waits,
-)
+from flowjobs.slurm.cluster import partitions
+from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask, ask_one
 from flowjobs.slurm.options import CONTINUES, environment_for_sbatch
+from flowjobs.slurm.submission import HandedOver, cancelled_unless_noted
+from flowjobs.slurm.waiting import why_it_waits
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +134,7 @@ def submit(
     job: Job[None] | None = None
     with (
         signals_deferred_until_noted(cluster),
-        slurm.cancelled_unless_noted(lambda: handed_over(executor)),
+        cancelled_unless_noted(lambda: handed_over(executor)),
     ):
         with _environment_of(cluster, origin, asked, continues):
             executor = make_executor(cluster, run, asked, origin.python)
@@ -507,5 +499,5 @@ def _detached_children() -> Iterator[None]:
 def _explain(said: str, asked: SlurmConfig) -> str:
     text = said
     if "invalid partition" in said.lower():
-        text += f"; --partition {asked.partition} is not one of {', '.join(slurm.partitions())}"
+        text += f"; --partition {asked.partition} is not one of {', '.join(partitions())}"
     return text

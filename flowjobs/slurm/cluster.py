@@ -19,16 +19,16 @@ def kill_wait_s() -> float:
     """Seconds that Slurm waits between telling a job to end and killing it; its default if it
     does not say."""
     # scontrol says "30 sec".
-    found = settings().get("KillWait", "").partition(" ")[0]
+    found = cluster_settings().get("KillWait", "").partition(" ")[0]
     return float(found) if found.isdigit() else 30.0
 
 
 def cluster_name() -> str:
     """Slurm's name of the cluster that answers here; empty if none does."""
-    return settings().get("ClusterName", "")
+    return cluster_settings().get("ClusterName", "")
 
 
-def settings() -> dict[str, str]:
+def cluster_settings() -> dict[str, str]:
     """The cluster's settings by slurm.conf's names; none if it does not answer."""
     answer = run("scontrol", "show", "config")
     lines = (line.partition("=") for line in answer.stdout.splitlines())

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from flowjobs import slurm
 from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.array import new_array
 from flowjobs.jobs.snapshot import CodePlan, carry_out_together
@@ -18,6 +17,8 @@ from flowjobs.runs.files import flush_files
 from flowjobs.runs.pack import Pack, new_pack
 from flowjobs.runs.run import Before, Run
 from flowjobs.runs.submittable import Submittable
+from flowjobs.slurm.cluster import cluster_settings
+from flowjobs.slurm.controller import set_parallel
 from flowjobs.sweeps.plan import Member, resource_sets
 
 # What sbatch says where fewer jobs, or a shorter array, would have been taken. The policy's text is
@@ -115,7 +116,7 @@ def tasks_of(members: Sequence[Member], parallel: int | None, slots: int) -> lis
 
 
 def _largest_array() -> int:
-    said = slurm.settings().get("MaxArraySize", "")
+    said = cluster_settings().get("MaxArraySize", "")
     return max(1, int(said) if said.isdigit() else ARRAY_SIZE)
 
 
@@ -212,7 +213,7 @@ def share_parallel(
         try:
             slots = packs[job_id].slots if job_id in packs else 1
             tasks = max(1, parallel * runs // total // slots)
-            slurm.set_parallel(job_id, tasks)
+            set_parallel(job_id, tasks)
         except FlowjobsError as error:  # the others are started all the same
             changed[job_id] = error
         else:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs import slurm as slurm_commands
 from flowjobs.errors import SubmissionUnknownError
 from flowjobs.jobs.submit import running_job, running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.slurm import submission
+from flowjobs.slurm.cluster import cluster_name, kill_wait_s, partitions
+from flowjobs.slurm.controller import job_record
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -232,18 +233,18 @@ def test_banners_and_bytes_that_are_no_text_change_no_answer(
     slurm.run("sbatch", "--hold", "-J", os.fsdecode(b"caf\xe9 \x1b[1m"), "--wrap=true")
     run = submitted()
     job = job_of(run)
-    expected = slurm_commands.job_record(job), slurm_commands.partitions()
+    expected = job_record(job), partitions()
     for command in ("squeue", "sacct", "scontrol", "scancel", "sinfo", "sacctmgr"):
         banner = 'printf "Universit\\xe4t\\n\\n** error-free since=2019 | JobState **\\n"'
         site(command, f'{banner}; {banner} >&2; $real "$@"; code=$?; {banner}; exit $code')
-    found = slurm_commands.job_record(job)
+    found = job_record(job)
     assert found is not None
     assert expected[0] is not None
     assert found.fields["Comment"] == expected[0].fields["Comment"]
     assert (found.state, found.seconds_left) == ("PENDING", expected[0].seconds_left)
-    assert slurm_commands.partitions() == expected[1]
-    assert slurm_commands.kill_wait_s() == 3
-    assert slurm_commands.cluster_name() == "flowjobs"
+    assert partitions() == expected[1]
+    assert kill_wait_s() == 3
+    assert cluster_name() == "flowjobs"
     done = flowjobs("status")
     assert (done.returncode, done.stderr) == (0, "")
     assert "already has job" in flowjobs("submit", *HELD, "--name", "a").stdout

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.runs.run import Run
-from flowjobs.slurm import accounting
+from flowjobs.slurm.sacct import accounting
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from flowjobs.runs.run import Run
-from flowjobs.slurm import JobRow, why_it_waits
+from flowjobs.slurm.controller import JobRow
+from flowjobs.slurm.waiting import why_it_waits
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
