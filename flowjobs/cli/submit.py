@@ -69,8 +69,8 @@ class HandOver(CodeOptions, CommandOptions):
         """
         # The scheduler's side is slow to load, and --help does without.
         from flowjobs.jobs.executors import choose_cluster, note_on_ranks, ranks_of
+        from flowjobs.jobs.running import running_job, wait_until_ended
         from flowjobs.jobs.snapshot import plan_code
-        from flowjobs.jobs.submit import running_job, wait_until_left
 
         if self.follow and self.no_follow:
             raise ConfigError("--follow and --no-follow: found both, expected one")
@@ -79,7 +79,7 @@ class HandOver(CodeOptions, CommandOptions):
         # A job that was cancelled may still be leaving: Slurm's new one waits for that itself.
         cancelled = run.cancel_requested()
         if cancelled and not plan:
-            wait_until_left(run)
+            wait_until_ended(run)
         busy = running_job(run) if run.exists() and not cancelled else None
         merged, note = run.merge(config, in_use=busy is not None)
         if not busy and run.exists():

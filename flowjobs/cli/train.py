@@ -59,8 +59,8 @@ class Train(CodeOptions):
         """Train to the end. Returns the exit code."""
         from flowjobs.jobs.entry import log_to_stderr, train_run
         from flowjobs.jobs.environment import started_by_person, waited_while_cancelled
+        from flowjobs.jobs.running import wait_until_ended
         from flowjobs.jobs.snapshot import plan_code
-        from flowjobs.jobs.submit import wait_until_left
 
         choice = self.code_choice()
         run, config = self.prepare(defaults)
@@ -75,7 +75,7 @@ class Train(CodeOptions):
             raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")
         wanted = by_person and not waited_while_cancelled(run)
         if wanted and run.cancel_requested():
-            wait_until_left(run)
+            wait_until_ended(run)
         in_use = run.exists() and lock_holder(run.folder) is not None
         merged, _ = run.merge(config, in_use=in_use)
         code = plan_code(run, merged.training, choice, in_use=in_use)

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
-from flowjobs.jobs.origin import jobs_of, noted_identity
+from flowjobs.jobs.origin import noted_identity
+from flowjobs.jobs.running import jobs_of
 from flowjobs.runs.files import FILES_AT_ONCE
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import Pack, may_be_left, pack_of

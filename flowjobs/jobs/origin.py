@@ -7,7 +7,7 @@ from there would find neither its modules nor its credentials.
 import os
 import pwd
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,12 +16,8 @@ from flowjobs.errors import SubmissionError
 from flowjobs.from_json import from_json
 from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.pack import Pack
-from flowjobs.runs.run import Run
-from flowjobs.runs.status import RunStatus
 from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slots import SLOTS, submitted_for_run
-from flowjobs.slurm.client import is_here
-from flowjobs.slurm.controller import ENDED, JobRow, queue
 from flowjobs.slurm.jobs import JobIdentity
 
 # Of one process or one session only, and wrong in another job. The token for Slurm has run out.
@@ -110,62 +106,6 @@ def _user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"user {uid}"
-
-
-def jobs_of(
-    runs: Iterable[Run], statuses: Mapping[Run, RunStatus] | None = None
-) -> dict[Run, list[Submission] | SubmissionError | OSError]:
-    """The submissions of each run, and those Slurm jobs of it that could not be noted.
-
-    That of its open attempt, whose log tells it from another one that has got its id since; and
-    one that waits, or has just started, whose submitter died as sbatch had taken it.
-
-    Args:
-        runs: The runs. Slurm is asked once, if at all.
-        statuses: Those that are known already.
-
-    Returns:
-        Instead of the jobs why they are unknown: the run cannot be read, or there may be one that
-        was not noted, and Slurm does not answer.
-    """
-    known = statuses or {}
-    mine: list[JobRow] | SubmissionError | None = None
-    found: dict[Run, list[Submission] | SubmissionError | OSError] = {}
-    for run in runs:
-        try:
-            entries = run.submissions()
-            if run.batch_file.exists() and is_here():
-                if mine is None:
-                    mine = _jobs_of_this_user()
-                if isinstance(mine, SubmissionError):
-                    raise mine
-                entries += _unnoted(run, entries, mine)
-            status = known[run] if run in known else run.status()
-            attempt = status.open_attempt if status else None
-            if attempt and attempt.job.cluster == "slurm" and not run.is_anothers(attempt):
-                job_id, log = attempt.job.job_id, attempt.job.log
-                if log and all(entry.job_id != job_id for entry in entries):
-                    entries.append(Submission(job_id, "slurm", "", log))
-            found[run] = entries
-        except (SubmissionError, OSError) as error:
-            found[run] = error
-    return found
-
-
-def _jobs_of_this_user() -> list[JobRow] | SubmissionError:
-    try:
-        return [row for row in queue({os.getuid()}) if row.state not in ENDED]
-    except SubmissionError as error:
-        return error
-
-
-def _unnoted(run: Run, entries: Sequence[Submission], mine: Iterable[JobRow]) -> list[Submission]:
-    noted = {entry.job_id for entry in entries}
-    return [
-        Submission(row.job_id, "slurm", "", row.log, slurm_cluster=row.cluster)
-        for row in mine
-        if Path(row.log).parent == run.logs and row.job_id not in noted
-    ]
 
 
 def identity_of(run: Submittable, job_id: str, log: str | None = None) -> JobIdentity:

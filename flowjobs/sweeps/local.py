@@ -10,8 +10,9 @@ from flowjobs.config import SlurmConfig
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs.executors import check_local, visible_gpus
 from flowjobs.jobs.origin import Origin
+from flowjobs.jobs.running import running_job
 from flowjobs.jobs.snapshot import CodePlan
-from flowjobs.jobs.submit import running_job, submit
+from flowjobs.jobs.submit import submit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.files import AWAY_AT_MOST_S, warn_once
 from flowjobs.runs.process import process_lives

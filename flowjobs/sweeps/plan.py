@@ -14,8 +14,8 @@ from typing import Any, Literal
 from flowjobs.config import RunConfig, SlurmConfig, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome, find
+from flowjobs.jobs.running import running_jobs
 from flowjobs.jobs.snapshot import CodePlan
-from flowjobs.jobs.submit import running_jobs
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import same_file
 from flowjobs.runs.files import read_json

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.errors import SubmissionUnknownError
-from flowjobs.jobs.submit import running_job, running_jobs
+from flowjobs.jobs.running import running_job, running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.slurm import submission
 from flowjobs.slurm.cluster import cluster_name, kill_wait_s, partitions

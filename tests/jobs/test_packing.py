@@ -20,7 +20,8 @@ from flowjobs.config import (
     TrainingConfig,
 )
 from flowjobs.jobs.executors import Cluster
-from flowjobs.jobs.submit import SubmittedJob, running_job, submit
+from flowjobs.jobs.running import running_job
+from flowjobs.jobs.submit import SubmittedJob, submit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.pack import Pack, new_pack, pack_of

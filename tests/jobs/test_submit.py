@@ -15,11 +15,12 @@ import pytest
 
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
-from flowjobs.jobs import plain_sbatch, submit
+from flowjobs.jobs import plain_sbatch, running
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.restart import is_cancelled
-from flowjobs.jobs.submit import running_job, running_jobs, signals_deferred
+from flowjobs.jobs.running import running_job, running_jobs
+from flowjobs.jobs.submit import signals_deferred
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
@@ -127,9 +128,9 @@ def test_train_waits_for_a_process_that_was_cancelled_before_it_clears_the_mark(
         assert waiting.stderr is not None
         said = waiting.stderr.readline()
         waiting.kill()
-        monkeypatch.setattr(submit, "LEAVING_WAIT_S", 0.0)
+        monkeypatch.setattr(running, "LEAVING_WAIT_S", 0.0)
         with pytest.raises(RunHolderUnknownError, match="cancelled and has not ended yet"):
-            submit.wait_until_left(run)
+            running.wait_until_ended(run)
     assert "waiting for process" in said
     assert run.cancel_requested()
 

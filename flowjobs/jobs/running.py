@@ -1,0 +1,241 @@
+"""Which job of a run waits or runs now; unknown is an answer."""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from flowjobs.errors import RunHolderUnknownError, SubmissionError
+from flowjobs.jobs.array import runs_elsewhere
+from flowjobs.jobs.lock_judge import judge_for
+from flowjobs.jobs.origin import noted_identity
+from flowjobs.runs.file_lock import SAY_AFTER_S
+from flowjobs.runs.lock import (
+    LEAVING_WAIT_S,
+    POLL_S,
+    Verdict,
+    lock_holder,
+    system_lock_decides,
+)
+from flowjobs.runs.pack import is_left
+from flowjobs.runs.process import process_lives
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo, RunStatus, same_host
+from flowjobs.runs.submittable import Submission
+from flowjobs.slurm.client import is_here
+from flowjobs.slurm.controller import ENDED, JobRow, queue
+from flowjobs.slurm.jobs import JobAnswer, JobIdentity, Known, Unknown, ask
+
+logger = logging.getLogger(__name__)
+
+
+def running_job(run: Run) -> str | None:
+    """The run's job that is pending or running, as text; None if there is none.
+
+    Raises:
+        SubmissionError: There was a Slurm job, and what became of it is unknown.
+    """
+    found = running_jobs([run]).get(run)
+    if isinstance(found, SubmissionError):
+        raise found
+    return found
+
+
+def running_jobs(
+    runs: Sequence[Run], statuses: Mapping[Run, RunStatus] | None = None
+) -> dict[Run, str | SubmissionError]:
+    """Those of the runs that have a job which is pending or running, as text; or of which that is
+    unknown, and why. Slurm is asked about all of them together.
+
+    Args:
+        runs: The runs.
+        statuses: Those that are known already.
+    """
+    entries: dict[Run, list[Submission]] = {}
+    jobs: dict[Run, list[JobIdentity]] = {}
+    found: dict[Run, str | SubmissionError] = {}
+    for run, noted in jobs_of(runs, statuses).items():
+        try:
+            if isinstance(noted, Exception):
+                raise noted
+            entries[run] = noted
+            jobs[run] = [
+                noted_identity(entry)
+                for entry in noted
+                # A job that it shares may live on for others.
+                if entry.cluster == "slurm" and (not entry.pack or is_left(run, entry.job_id))
+            ]
+        except (SubmissionError, OSError) as error:
+            found[run] = _unreadable(run, error)
+    answers = ask([job for of_run in jobs.values() for job in of_run])
+    try:
+        elsewhere = runs_elsewhere({run.study for run in runs})
+    except OSError as error:
+        elsewhere = {run: str(_unreadable(run, error)) for run in runs}
+    for run, of_run in jobs.items():
+        try:
+            busy = _busy_with(run, entries[run], of_run, answers)
+        except OSError as error:
+            busy = _unreadable(run, error)
+        if busy:
+            found[run] = busy
+        elif run in elsewhere:
+            found[run] = SubmissionError(elsewhere[run])
+    return found
+
+
+def _unreadable(run: Run, error: Exception) -> SubmissionError:
+    return SubmissionError(f"whether a job of {run.name} runs is unknown: {error}")
+
+
+def _busy_with(
+    run: Run,
+    entries: Sequence[Submission],
+    jobs: Sequence[JobIdentity],
+    answers: Mapping[JobIdentity, JobAnswer],
+) -> str | SubmissionError | None:
+    for job in reversed(jobs):
+        match answers[job]:
+            case Known(row) as known if not known.over and (
+                # Of one that only leaves, the process may still save: the next one waits for it.
+                row.state != "COMPLETING" or _comes_back(run, known)
+            ):
+                return f"{job.words} ({row.state.lower()})"
+    # Of older ones it does not matter: the newest was submitted when they were gone.
+    newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1].job_id else None
+    # Unknown is not gone: beside a job that lives, a second one would train the same run.
+    if (
+        newest
+        and isinstance(answer := answers[newest], Unknown)
+        and not _ended_for_good(run, newest.job_id)
+    ):
+        return SubmissionError(
+            f"what became of {newest.words} of {run.name} is unknown, so nothing is submitted: "
+            f"{answer.why}; if you know that it is gone, `flowjobs cancel {run.name}` and submit "
+            "again"
+        )
+
+    def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
+        verdict = judge_for(run, JobInfo.in_foreground())(holder, lock_is_free)
+        return "gone" if verdict == "leaving" else verdict  # as above
+
+    return lock_holder(run.folder, judge) or local_job(run, entries)
+
+
+def local_job(run: Run, entries: Sequence[Submission]) -> str | None:
+    """The run's newest job, as text, if it is one of this machine that starts, or starts again."""
+    if not entries or entries[-1].cluster != "local":
+        return None
+    entry = entries[-1]
+    if not (entry.host and entry.process and same_host(entry.host, socket.gethostname())):
+        return None  # the lock alone tells
+    if _ended_for_good(run, entry.job_id) or not process_lives(int(entry.job_id), entry.process):
+        return None
+    return f"local job {entry.job_id} on {entry.host}"
+
+
+def wait_until_ended(run: Run) -> None:
+    """Wait for a process of this run that was cancelled; those of Slurm's jobs are not waited for.
+
+    Once its mark is cleared, it would not know that it is to leave for good.
+
+    Raises:
+        RunHolderUnknownError: It has not ended in time.
+    """
+
+    def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
+        verdict = system_lock_decides(holder, lock_is_free)
+        # The next job waits for a job of Slurm, and that knows what it was told. Who is unknown
+        # from here is left to the lock, which says what can be done.
+        return "gone" if holder.cluster == "slurm" or verdict == "unknown" else verdict
+
+    started, said = time.monotonic(), False
+    while holder := lock_holder(run.folder, judge) or local_job(run, run.submissions()):
+        waited_s = time.monotonic() - started
+        if waited_s > LEAVING_WAIT_S:
+            raise RunHolderUnknownError(
+                f"waited {waited_s:.0f} s for {holder}, which was cancelled and has not ended yet; "
+                "nothing was started. The same command resumes the run once it has; if it hangs, "
+                "end it there (kill -KILL)"
+            )
+        if waited_s > SAY_AFTER_S and not said:
+            logger.warning("waiting for %s to end, up to %.0f s", holder, LEAVING_WAIT_S)
+            said = True
+        time.sleep(POLL_S)
+
+
+def _ended_for_good(run: Run, job_id: str) -> bool:
+    """Whether it is on record how the job's attempt ended, and that nobody was to restart it."""
+    status = run.status()
+    ended = [known for known in status.attempts if known.job.job_id == job_id] if status else []
+    if not ended:
+        return False
+    # A local job that was told to leave was so by its user: see `restart`.
+    left = ended[-1].job.cluster == "local" and ended[-1].kind == "told to leave"
+    return left or ended[-1].state in ("finished", "failed", "cancelled")
+
+
+def _comes_back(run: Run, job: Known) -> bool:
+    """Whether Slurm will start a job that ends again."""
+    status = run.status()
+    attempts = status.attempts if status else []
+    lives = [known.job.restart for known in attempts if known.job.job_id == job.newest.job_id]
+    return job.restarted_since(max(lives, default=0))
+
+
+def jobs_of(
+    runs: Iterable[Run], statuses: Mapping[Run, RunStatus] | None = None
+) -> dict[Run, list[Submission] | SubmissionError | OSError]:
+    """The submissions of each run, and those Slurm jobs of it that could not be noted.
+
+    That of its open attempt, whose log tells it from another one that has got its id since; and
+    one that waits, or has just started, whose submitter died as sbatch had taken it.
+
+    Args:
+        runs: The runs. Slurm is asked once, if at all.
+        statuses: Those that are known already.
+
+    Returns:
+        Instead of the jobs why they are unknown: the run cannot be read, or there may be one that
+        was not noted, and Slurm does not answer.
+    """
+    known = statuses or {}
+    mine: list[JobRow] | SubmissionError | None = None
+    found: dict[Run, list[Submission] | SubmissionError | OSError] = {}
+    for run in runs:
+        try:
+            entries = run.submissions()
+            if run.batch_file.exists() and is_here():
+                if mine is None:
+                    mine = _jobs_of_this_user()
+                if isinstance(mine, SubmissionError):
+                    raise mine
+                entries += _unnoted(run, entries, mine)
+            status = known[run] if run in known else run.status()
+            attempt = status.open_attempt if status else None
+            if attempt and attempt.job.cluster == "slurm" and not run.is_anothers(attempt):
+                job_id, log = attempt.job.job_id, attempt.job.log
+                if log and all(entry.job_id != job_id for entry in entries):
+                    entries.append(Submission(job_id, "slurm", "", log))
+            found[run] = entries
+        except (SubmissionError, OSError) as error:
+            found[run] = error
+    return found
+
+
+def _jobs_of_this_user() -> list[JobRow] | SubmissionError:
+    try:
+        return [row for row in queue({os.getuid()}) if row.state not in ENDED]
+    except SubmissionError as error:
+        return error
+
+
+def _unnoted(run: Run, entries: Sequence[Submission], mine: Iterable[JobRow]) -> list[Submission]:
+    noted = {entry.job_id for entry in entries}
+    return [
+        Submission(row.job_id, "slurm", "", row.log, slurm_cluster=row.cluster)
+        for row in mine
+        if Path(row.log).parent == run.logs and row.job_id not in noted
+    ]
