@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import os
 import sys
 import traceback
@@ -12,30 +13,10 @@ from typing import Annotated, Any, Literal, NoReturn, Union
 import tyro
 
 from flowjobs import __version__
-from flowjobs.cli.bench import Bench
-from flowjobs.cli.cancel import Cancel
-from flowjobs.cli.checkpoint import Checkpoint
 from flowjobs.cli.completion import completion_script
-from flowjobs.cli.data import Data
 from flowjobs.cli.defaults import CommandOptions, Defaults, load_defaults
-from flowjobs.cli.drill import Drill
-from flowjobs.cli.evaluate import Evaluate
-from flowjobs.cli.logs import Logs
 from flowjobs.cli.output import Output, lasting_outputs
 from flowjobs.cli.parser import read_command_line
-from flowjobs.cli.reconcile import Reconcile
-from flowjobs.cli.report import Report
-from flowjobs.cli.resume import Resume
-from flowjobs.cli.retry import Retry
-from flowjobs.cli.rm import Rm
-from flowjobs.cli.sample import Sample
-from flowjobs.cli.show import Show
-from flowjobs.cli.status import Status
-from flowjobs.cli.submit import Submit
-from flowjobs.cli.sweep import Sweep
-from flowjobs.cli.sync import Sync
-from flowjobs.cli.train import Train
-from flowjobs.cli.wait import Wait
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.nearest import did_you_mean
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
@@ -55,36 +36,39 @@ class Completion:
 
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""
-        print(completion_script(self.shell, COMMANDS), end="")
+        print(completion_script(self.shell, {name: command_of(name) for name in COMMANDS}), end="")
         return 0
 
 
-COMMANDS: dict[str, Any] = {
-    "submit": Submit,
-    "sweep": Sweep,
-    "resume": Resume,
-    "train": Train,
-    "status": Status,
-    "show": Show,
-    "report": Report,
-    "logs": Logs,
-    "cancel": Cancel,
-    "retry": Retry,
-    "wait": Wait,
-    "rm": Rm,
-    "reconcile": Reconcile,
-    "sync": Sync,
-    "sample": Sample,
-    "evaluate": Evaluate,
-    "data": Data,
-    "checkpoint": Checkpoint,
-    "bench": Bench,
-    "drill": Drill,
-    "completion": Completion,
+# The class of each, by its module: a command is not kept waiting for the imports of the others.
+COMMANDS = {
+    "submit": "submit.Submit",
+    "sweep": "sweep.Sweep",
+    "resume": "resume.Resume",
+    "train": "train.Train",
+    "status": "status.Status",
+    "show": "show.Show",
+    "report": "report.Report",
+    "logs": "logs.Logs",
+    "cancel": "cancel.Cancel",
+    "retry": "retry.Retry",
+    "wait": "wait.Wait",
+    "rm": "rm.Rm",
+    "reconcile": "reconcile.Reconcile",
+    "sync": "sync.Sync",
+    "sample": "sample.Sample",
+    "evaluate": "evaluate.Evaluate",
+    "data": "data.Data",
+    "checkpoint": "checkpoint.Checkpoint",
+    "bench": "bench.Bench",
+    "drill": "drill.Drill",
+    "completion": "main.Completion",
 }
 
 # `flowjobs logs -f RUN | head`: these print, and end where nobody reads it. The others act.
-LOOKING = (Status, Show, Report, Logs)
+LOOKING = ("status", "show", "report", "logs")
+# These take all that a flowjobs.toml may hold.
+WITH_DEFAULTS = ("submit", "train", "bench")
 
 # Errors of files that are no bug of the program, and what a person can do.
 OF_THE_MACHINE = {
@@ -171,16 +155,22 @@ def run(arguments: Sequence[str]) -> int:
         print(f"flowjobs {__version__}")
         return 0
     command, defaults = parse(arguments)
-    if isinstance(command, LOOKING) and isinstance(sys.stdout, Output):
+    if arguments[0] in LOOKING and isinstance(sys.stdout, Output):
         sys.stdout.ends_with_its_reader()
     code: int = command.run(defaults)
     return code
 
 
+def command_of(name: str) -> Any:
+    """The dataclass of a command."""
+    module, _, cls = COMMANDS[name].partition(".")
+    return getattr(importlib.import_module(f"flowjobs.cli.{module}"), cls)
+
+
 def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     """The command that is meant, and the defaults that it was filled with."""
     if arguments[:1] == ["sweep"]:
-        arguments = Sweep.spelled_out(arguments)
+        arguments = command_of("sweep").spelled_out(arguments)
     defaults = load_defaults(arguments=arguments)
     if "study" in defaults.values:
         # Every command looks there for the study, and a flag wins over it.
@@ -194,19 +184,19 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
                 f"{did_you_mean(name, COMMANDS)}"
             )
         # Help, or nothing: tyro lists the commands, and exits.
-        every: Any = Union[  # noqa: UP007, `|` cannot join types made at run time
-            tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items())
-        ]
+        named = (Annotated[command_of(name), tyro.conf.subcommand(name)] for name in COMMANDS)
+        # `|` cannot join types made at run time.
+        every: Any = Union[tuple(named)]  # noqa: UP007
         read_command_line(every, "flowjobs", arguments, description=DESCRIPTION)
     # The parser of one command alone is built in half the time of all of them.
-    cls = COMMANDS[name]
+    cls = command_of(name)
     default: dict[str, Any] = {}
-    if cls in (Submit, Train, Bench):
+    if name in WITH_DEFAULTS:
         default = {"default": defaults.fill(cls)}
-    elif cls in (Drill, Sweep):
+    elif name in ("drill", "sweep"):
         default = {"default": cls.with_defaults(defaults)}
-    if cls in (Submit, Sweep):
-        default["description"] = f"{sys.modules[cls.__module__].EXAMPLES}\n{cls.__doc__}"
+    if examples := getattr(sys.modules[cls.__module__], "EXAMPLES", ""):
+        default["description"] = f"{examples}\n{cls.__doc__}"
     command = read_command_line(cls, f"flowjobs {name}", rest, **default)
     if isinstance(command, CommandOptions) and "--cluster" not in defaults.flags:
         # Also of those that name a run, and have no default as a whole.
