@@ -18,7 +18,6 @@ from flowjobs.cli.prepare import RunNames, each_of, existing_run
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.runs.run import Run, absolute, default_study
-from flowjobs.runs.status import RunStatus
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Logs:
             raise ConfigError("-f: found --attempt or --rank, expected neither")
         log = _newest_log(run)
         if self.attempt is not None:
-            attempts = (run.status() or RunStatus()).attempts
+            attempts = run.status().attempts
             if not 1 <= self.attempt <= len(attempts):
                 raise ConfigError(
                     f"--attempt: found {self.attempt}, and {run.name} has {len(attempts)}"
@@ -106,11 +105,7 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
         RunNotFoundError: None did.
     """
     runs, _ = each_of(study, names)
-    ended = {
-        run: status.updated
-        for run in runs
-        if (status := run.status()) is not None and status.state == "failed"
-    }
+    ended = {run: status.updated for run in runs if (status := run.status()).state == "failed"}
     if not ended:
         raise RunNotFoundError(f"no run of {len(runs)} in {absolute(study)} has failed")
     run = max(ended, key=lambda run: ended[run])
@@ -130,7 +125,7 @@ def _print_from(log: Path, offset: int) -> int:
 
 def _has_ended(run: Run) -> bool:
     """Whether nothing more is to come: the run is at an end and no new job of it waits."""
-    status = run.status() or RunStatus()
+    status = run.status()
     if run.cancel_requested():  # nothing starts it again, and a job that waited is gone
         return status.open_attempt is None
     if status.state not in FINAL_STATES or not status.attempts:
@@ -142,9 +137,6 @@ def _has_ended(run: Run) -> bool:
 
 def _newest_log(run: Run) -> Path | None:
     """The log of the newest attempt, or of the newest job before its first attempt."""
-    status = run.status()
-    names = [entry.log for entry in run.submissions()]
-    if status and status.log:
-        names.append(status.log)
+    names = [*(entry.log for entry in run.submissions()), run.status().log]
     existing = [path for name in names if name and (path := run.log_at(name)).exists()]
     return max(existing, key=lambda path: path.stat().st_mtime, default=None)

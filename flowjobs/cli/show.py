@@ -36,7 +36,7 @@ class Show:
 
         run = existing_run(self.study, self.name)
         described = describe(run, find([run], at_most_twice=True).get(run))
-        status = run.status() or RunStatus()
+        status = run.status()
         spent = time_spent(status, run.submissions())
         changed = differences_from_defaults(run.config())
         files = {name: str(path) for name, path in _files(run).items() if path.exists()}

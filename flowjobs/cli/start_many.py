@@ -100,7 +100,7 @@ def train_many_here(
             if event is None:
                 continue
             status = event.status
-            if event.what != "ended" or status is None:
+            if event.what != "ended" or status is None or status.state == "submitted":
                 ends[event.what] += event.what != "started"
                 why = f"{': ' if event.why else ''}{event.why}"
                 print(f"{'':9}  {event.run.name} {event.what}{why}", flush=True)

@@ -127,7 +127,7 @@ class HandOver(CodeOptions, CommandOptions):
             tracking=f"W&B {mode} ({mode_reason})",
         )
         run.clear_cancel()
-        attempts_before = len(status.attempts) if (status := run.status()) else 0
+        attempts_before = len(run.status().attempts)
         job = submit(run, cluster, task_of(run))
         _print_rows(
             job=job.job_id,

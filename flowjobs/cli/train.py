@@ -67,8 +67,7 @@ class Train(CodeOptions):
         by_person = started_by_person()
         if not by_person and choice != "live":
             choice = "keep"  # a restart has the code of the submission
-        status = run.status()
-        begun = status is not None and any(a.first_step is not None for a in status.attempts)
+        begun = any(attempt.first_step is not None for attempt in run.status().attempts)
         # A job that is started again goes on from where it was, once it was anywhere.
         resume = self.resume if by_person or not begun else None
         if resume is not None and not resume.is_file():

@@ -83,7 +83,7 @@ class Report:
 def make_report(facts: ClusterFacts, drills: Sequence[Drilled], undisturbed: Run) -> Report:
     """Compare each run with the undisturbed one, and judge. Loads torch."""
     found = shortfalls(facts)
-    status = undisturbed.status() or RunStatus()
+    status = undisturbed.status()
     if status.state != "finished":
         reason = f"the undisturbed run {status.state}: {status.reason}"
         found.append(Shortfall(f"{reason}; see {undisturbed.logs}", breaks=True))
@@ -96,7 +96,7 @@ def _row(drilled: Drilled, undisturbed: Run) -> Row:
     from flowjobs.training.same_bits import differences  # loads torch
 
     assert drilled.how is not None
-    status = drilled.run.status() or RunStatus()
+    status = drilled.run.status()
     hosts = _hosts(status)
     before, after = _both_sides(status.attempts, drilled.told)
     if before is None or after is None:

@@ -22,7 +22,7 @@ from flowjobs.jobs.submit import SubmittedJob, signals_deferred, submit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import AttemptRecord, RunStatus
+from flowjobs.runs.status import AttemptRecord
 from flowjobs.slurm.controller import JobRow, start_soon
 from flowjobs.slurm.jobs import Known, Unknown, ask
 
@@ -179,7 +179,7 @@ class _Drill:
     def _look_at_folder(self, watched: Watched) -> None:
         """Interrupt the run once it trains, and note what becomes of that."""
         run = watched.run
-        status = run.status() or RunStatus()
+        status = run.status()
         step = int(latest_values(run.metrics_file).get("step", 0))
         if watched.told:
             ended = status.attempts[watched.told - 1].ended
@@ -222,7 +222,7 @@ class _Drill:
         return waiting[-1].reason if waiting else ""
 
     def _judge(self, watched: Watched, alive: bool) -> None:
-        status = watched.run.status() or RunStatus()
+        status = watched.run.status()
         still_s = time.monotonic() - watched.changed_at
         if alive:
             if still_s > HANGS_S:
@@ -267,7 +267,7 @@ def _interrupt(watched: Watched, how: Interruption, attempt: AttemptRecord) -> N
 def _words(watched: Watched) -> str:
     """One line of progress on a run."""
     name = watched.how.way if watched.how else "undisturbed"
-    status = watched.run.status() or RunStatus()
+    status = watched.run.status()
     if watched.waits_for:
         return f"{name} waits ({watched.waits_for})"
     if status.state != "running":

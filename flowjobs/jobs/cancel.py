@@ -15,7 +15,7 @@ from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import Pack, may_be_left, pack_of
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run, run_names
-from flowjobs.runs.status import CANCELLED, RunStatus, same_host
+from flowjobs.runs.status import CANCELLED, same_host
 from flowjobs.slurm.controller import cancel as scancel
 from flowjobs.slurm.jobs import JobAnswer, JobIdentity, Known, Unknown, ask
 from flowjobs.tracking.telling import close_session
@@ -98,7 +98,7 @@ def _end_and_note(run: Run, in_slurm: list[str] | SubmissionError, unnoted: OSEr
 
 
 def _note_end(run: Run) -> None:
-    status = run.status() or RunStatus()
+    status = run.status()
     # A process that trains says itself how it ends; of a job that only waits, nobody else would.
     nobody_trains = status.open_attempt is None and lock_holder(run.folder) is None
     if nobody_trains and status.state != "cancelled" and not run.finished():
@@ -111,8 +111,7 @@ def _note_end(run: Run) -> None:
 
 def _end_process(run: Run) -> list[str]:
     """End the process that trains the run on this machine, as no job of Slurm."""
-    status = run.status()
-    attempt = status.open_attempt if status else None
+    attempt = run.status().open_attempt
     if not (attempt and attempt.job.cluster in ("local", "none") and lock_holder(run.folder)):
         return []
     job = attempt.job

@@ -14,7 +14,6 @@ from flowjobs.runs.status import (
     AttemptRecord,
     JobInfo,
     Outcome,
-    RunStatus,
     now,
 )
 from flowjobs.slurm.jobs import Gone
@@ -35,7 +34,7 @@ def close_attempt(run: Run, dead: Dead) -> Outcome | None:
     me = replace(JobInfo.in_foreground(), cluster=RECONCILE)
     try:
         with RunLock(run.folder, me, judge) as lock:
-            status = run.status() or RunStatus()
+            status = run.status()
             if seen_of(status) != dead.seen or not lock.is_held():
                 return None
             if not dead.started:
@@ -63,7 +62,7 @@ def close_in_slot(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         The outcome, see `close_attempt`; None if the process has said it itself, or never had the
         run.
     """
-    status = run.status() or RunStatus()
+    status = run.status()
     attempt, seen = status.open_attempt, seen_of(status)
     processes = [(known.job.job_id, known.job.host, known.job.pid) for known in status.attempts]
     this = (job.job_id, job.host, job.pid)

@@ -183,7 +183,7 @@ class TrainingJob:
             not self._job.started_by_person and exit_cause.cancelled_while_requeued(self._job)
         )
         status = self._run.status()
-        if cancelled and status and status.state == "preempted" and self.is_first:
+        if cancelled and status.state == "preempted" and self.is_first:
             outcome = cancelled_outcome("cancelled")
             status.close(outcome)
             status.write(self._run.status_file)
@@ -346,10 +346,10 @@ class TrainingJob:
         return False
 
     def _may_retry(self, kind: str) -> bool:
-        status = self._run.status()
-        if status is None or self._job.cluster == "none":
+        attempts = self._run.status().attempts
+        if not attempts or self._job.cluster == "none":
             return False
-        *before, this = status.attempts
+        *before, this = attempts
         return may_retry(before, kind, this.last_step, self._run.config().restarts.retries)
 
     def restart(self, kind: str) -> int:

@@ -314,8 +314,7 @@ def ranks_of(cluster: Cluster, asked: SlurmConfig) -> int:
 
 def note_on_ranks(run: Run, ranks: int) -> str:
     """What its user should know if a run has trained with another number of ranks; else empty."""
-    status = run.status()
-    trained = [known for known in status.attempts if known.first_step is not None] if status else []
+    trained = [known for known in run.status().attempts if known.first_step is not None]
     before = trained[-1].job.ranks if trained else None
     if before in (None, ranks) or run.finished():
         return ""

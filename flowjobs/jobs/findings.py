@@ -99,7 +99,7 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
     jobs: dict[Run, JobIdentity] = {}
     for run in runs:
         try:
-            status, entries = run.status() or RunStatus(), run.submissions()
+            status, entries = run.status(), run.submissions()
             if (attempt := status.open_attempt) and run.is_anothers(attempt) and not entries:
                 why = f"{attempt.job.words} trains the run that {run.name} is a copy of"
                 found[run] = Unclear(f"{why}: submit it to have it trained here as well")

@@ -14,7 +14,7 @@ from flowjobs.runs.listing import Glance, glances
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
-from flowjobs.runs.status import RunStatus, same_host
+from flowjobs.runs.status import same_host
 
 # In the order in which they are shown. "stopped" is a run that was interrupted, and of which no
 # job is left.
@@ -154,7 +154,7 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
             return Standing(glance, "unknown", why)
         case Dead():
             run = Run(study, glance.name)
-            outcome = final_outcome(run, run.status() or RunStatus(), finding)
+            outcome = final_outcome(run, run.status(), finding)
             if outcome.state == "preempted":  # its job, or `reconcile`, starts it again
                 return Standing(glance, "waiting", outcome.reason)
             return _settled(
@@ -168,7 +168,7 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
 
 def _has_left_here(run: Run) -> bool:
     """Whether the newest job was one of this machine that its own controller starts no more."""
-    attempts, jobs = (run.status() or RunStatus()).attempts, run.submissions()
+    attempts, jobs = run.status().attempts, run.submissions()
     if not (attempts and jobs and jobs[-1].cluster == "local"):
         return False
     job_id, last = jobs[-1].job_id, attempts[-1]

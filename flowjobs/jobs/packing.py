@@ -37,7 +37,6 @@ from flowjobs.runs.status import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
     JobInfo,
-    RunStatus,
     cancelled_outcome,
 )
 from flowjobs.slots import SLOTS
@@ -215,7 +214,7 @@ class _Slots:
             jobs.add(entry.job_id)
             if not entry.continues:
                 break
-        attempts = (run.status() or RunStatus()).attempts
+        attempts = run.status().attempts
         return any(attempt.job.job_id in jobs for attempt in attempts)
 
     def _pass_on(self, number: signal.Signals) -> None:
@@ -241,7 +240,7 @@ class _Slots:
                 # Popen has a signal as -n, and everything here as the shell does, 128 + n.
                 self._close(run, process.popen.pid, code if code >= 0 else 128 - code)
                 left = again and is_left(run, self._job.job_id)
-                attempts = (run.status() or RunStatus()).attempts
+                attempts = run.status().attempts
                 began = bool(attempts) and attempts[-1].job.pid == process.popen.pid
             except (FlowjobsError, OSError) as error:
                 if again and isinstance(error, OSError) and self._is_noted_later(process):
@@ -273,7 +272,7 @@ class _Slots:
             if outcome.state != "preempted":  # else its next attempt tells
                 close_session(run, wait=False)
         else:
-            status = run.status() or RunStatus()
+            status = run.status()
             logger.info("%s: %s %s", run.name, status.state, status.reason)
 
     def _put_behind(self, run: Run, *, began: bool) -> None:
@@ -315,7 +314,7 @@ class _Slots:
         outcome = cancelled_outcome("cancelled")
         for run in self._pack.left(self._job.job_id):
             try:
-                status = run.status() or RunStatus()
+                status = run.status()
                 started = any(known.job.job_id == self._job.job_id for known in status.attempts)
                 if close_attempt(run, Dead(self._job, outcome, seen_of(status), started=started)):
                     close_session(run, wait=False)
@@ -369,7 +368,7 @@ class _Slots:
             return EXIT_PREEMPTED
         try:
             mine = [run for run in self._pack.runs if self._is_mine(run)]
-            states = {(run.status() or RunStatus()).state for run in mine}
+            states = {run.status().state for run in mine}
         except OSError as error:
             logger.error("how the runs ended cannot be read: %s", error)
             return EXIT_PREEMPTED

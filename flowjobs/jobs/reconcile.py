@@ -25,7 +25,6 @@ from flowjobs.runs.status import (
     EXIT_PREEMPTED,
     JobInfo,
     Outcome,
-    RunStatus,
 )
 from flowjobs.runs.submittable import Submittable
 from flowjobs.tracking.telling import close_session, pending_outcome
@@ -136,7 +135,7 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
     begun = False
     for run in pack.left(job.job_id):
         with keeping_others(run):
-            status = run.status() or RunStatus()
+            status = run.status()
             lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
             begun |= (job.job_id, job.restart) in lives
             if status.open_attempt and lives[-1] == (job.job_id, job.restart):
@@ -152,7 +151,7 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
         cause = exit_cause.cause_of_no_start(job, exit_code)
         for run in left:  # they would end so again
             with keeping_others(run):
-                dead = Dead(job, cause, seen_of(run.status() or RunStatus()), started=False)
+                dead = Dead(job, cause, seen_of(run.status()), started=False)
                 if run not in unclear and (outcome := close_attempt(run, dead)):
                     closed[run] = outcome
     for run in closed:
@@ -171,7 +170,7 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     Returns:
         How the attempt ended; None if it has said so itself.
     """
-    status = run.status() or RunStatus()
+    status = run.status()
     attempt, seen = status.open_attempt, seen_of(status)
     lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
     life = (job.job_id, job.restart)

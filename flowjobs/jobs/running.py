@@ -168,8 +168,7 @@ def wait_until_ended(run: Run) -> None:
 
 def _ended_for_good(run: Run, job_id: str) -> bool:
     """Whether it is on record how the job's attempt ended, and that nobody was to restart it."""
-    status = run.status()
-    ended = [known for known in status.attempts if known.job.job_id == job_id] if status else []
+    ended = [known for known in run.status().attempts if known.job.job_id == job_id]
     if not ended:
         return False
     # A local job that was told to leave was so by its user: see `restart`.
@@ -179,8 +178,7 @@ def _ended_for_good(run: Run, job_id: str) -> bool:
 
 def _comes_back(run: Run, job: Known) -> bool:
     """Whether Slurm will start a job that ends again."""
-    status = run.status()
-    attempts = status.attempts if status else []
+    attempts = run.status().attempts
     lives = [known.job.restart for known in attempts if known.job.job_id == job.newest.job_id]
     return job.restarted_since(max(lives, default=0))
 
@@ -214,7 +212,7 @@ def jobs_of(
                     raise mine
                 entries += _unnoted(run, entries, mine)
             status = known[run] if run in known else run.status()
-            attempt = status.open_attempt if status else None
+            attempt = status.open_attempt
             if attempt and attempt.job.cluster == "slurm" and not run.is_anothers(attempt):
                 job_id, log = attempt.job.job_id, attempt.job.log
                 if log and all(entry.job_id != job_id for entry in entries):

@@ -175,8 +175,7 @@ def _rows_a_step(run: Run) -> int:
 
 
 def _why(run: Run) -> str:
-    status = run.status()
-    return status.reason if status and status.reason else last_error(log_tail(str(_log_of(run))))
+    return run.status().reason or last_error(log_tail(str(_log_of(run))))
 
 
 def _log_of(run: Run) -> Path:

@@ -113,7 +113,7 @@ def read_result(run: Run) -> Result:
         raise ConfigError(
             f"{run.evaluation_file} is damaged ({error}): `flowjobs evaluate {run.name}`"
         ) from error
-    status = read_sound_status(run.status_file) or RunStatus()
+    status = read_sound_status(run.status_file)
     return Result(run, fields_of(run), status, evaluation)
 
 

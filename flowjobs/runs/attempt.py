@@ -16,7 +16,6 @@ from flowjobs.runs.status import (
     AttemptRecord,
     JobInfo,
     Outcome,
-    RunStatus,
     now,
     outcome_of,
 )
@@ -69,7 +68,7 @@ class Attempt:
     def __enter__(self) -> "Attempt":
         with self._stack:
             self._stack.enter_context(self._lock)
-            self._status = self.run.status() or RunStatus()
+            self._status = self.run.status()
             if before := self._status.open_attempt:
                 outcome = self._explain(before)
                 self._status.close(outcome)

@@ -31,7 +31,7 @@ def extension_of(before: Mapping[str, Any], asked: TrainingConfig, step: int) ->
 
 
 def explain_extension(
-    name: str, before: TrainingConfig, asked: TrainingConfig, status: RunStatus | None
+    name: str, before: TrainingConfig, asked: TrainingConfig, status: RunStatus
 ) -> str:
     """What a person should know of training the run `name` for longer; "" if it is as long.
 
@@ -40,11 +40,8 @@ def explain_extension(
     """
     longer = asked.epochs > before.epochs
     more_patience = asked.patience > before.patience
-    stopped_early = (
-        status is not None and status.state == "finished" and status.epoch < before.epochs
-    )
+    stopped_early = status.state == "finished" and status.epoch < before.epochs
     if stopped_early and longer and not more_patience:
-        assert status is not None
         raise ConfigError(
             f"{name} stopped early, at epoch {status.epoch} of {before.epochs}: with --epochs "
             f"{asked.epochs} alone it would stop at once. Give it more --patience too (it has "
@@ -60,9 +57,9 @@ def explain_extension(
     return "\n".join(notes)
 
 
-def _rates(before: TrainingConfig, asked: TrainingConfig, status: RunStatus | None) -> str:
+def _rates(before: TrainingConfig, asked: TrainingConfig, status: RunStatus) -> str:
     """How the learning rate jumps where the schedule becomes longer."""
-    if status is None or not status.total_steps or not status.epochs or not status.step:
+    if not status.total_steps or not status.epochs or not status.step:
         return ""
     steps_per_epoch = status.total_steps // status.epochs
     old, new = (

@@ -176,7 +176,7 @@ def is_left(run: Run, job_id: str) -> bool:
     if _at_its_end(run):
         return False
     status = run.status()
-    if status is None or not status.attempts or status.attempts[-1].job.job_id != job_id:
+    if not status.attempts or status.attempts[-1].job.job_id != job_id:
         return True
     return status.state not in ("failed", "cancelled")
 

@@ -18,7 +18,6 @@ def current_progress(run: Run) -> tuple[RunStatus, Row]:
         ConfigError: The status is damaged.
     """
     status, latest = read_sound_status(run.status_file), latest_values(run.metrics_file)
-    status = status or RunStatus()
     losses = (status.best_val_loss, latest.get("val/best_loss"))
     return replace(
         status,

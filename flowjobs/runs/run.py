@@ -174,10 +174,8 @@ class Run(Submittable):
 
     def starts_of(self, job_id: str) -> int:
         """See `Submittable`: its attempts that have ended."""
-        status = self.status()
-        attempts = [] if status is None else status.attempts
         # That of this start may be open already, by the first of its ranks.
-        ended = [attempt for attempt in attempts if attempt.ended is not None]
+        ended = [attempt for attempt in self.status().attempts if attempt.ended is not None]
         return sum(attempt.job.job_id == job_id for attempt in ended)
 
     def submissions(self) -> list[Submission]:
@@ -220,18 +218,15 @@ class Run(Submittable):
 
     def _there(self) -> Inherited:
         """All jobs and attempts in the run's folder, whosever they are."""
-        status = self.status()
-        return Inherited(len(super().submissions()), len(status.attempts) if status else 0)
+        return Inherited(len(super().submissions()), len(self.status().attempts))
 
-    def status(self) -> RunStatus | None:
-        """The status on disk, or None before the first attempt."""
+    def status(self) -> RunStatus:
+        """The status on disk; before the first attempt, that of a new run."""
         return read_status(self.status_file)
 
     def steps_trained(self) -> int:
         """The most steps that the run's record knows of, whether or not they were saved."""
-        status = self.status()
-        attempts = [] if status is None else status.attempts
-        steps = [attempt.last_step or 0 for attempt in attempts]
+        steps = [attempt.last_step or 0 for attempt in self.status().attempts]
         return max(int(latest_values(self.metrics_file).get("step", 0)), *steps, 0)
 
     def saved_files(self) -> list[Path]:
@@ -246,7 +241,7 @@ class Run(Submittable):
     def finished(self, asked: TrainingConfig | None = None) -> bool:
         """Whether the run has done all that `asked`, by default its config, asks for."""
         status = self.status()
-        if status is None or status.state != "finished":
+        if status.state != "finished":
             return False
         return has_done(status, asked or self.config().training)
 

@@ -198,6 +198,7 @@ class RunStatus:
         extensions: When it was given more epochs or patience: {"step": 69, "epochs": [3, 6]}.
         parameters: Of its model; None before it has been built.
         flops_per_sample: Operations of the forward pass of one row; None if they are not known.
+        updated: When it was written; empty where no status is on disk, or a damaged one.
     """
 
     state: State = "submitted"
@@ -248,8 +249,8 @@ class RunStatus:
         write_json(path, dataclasses.asdict(self), flush=flush)
 
 
-def read_status(path: Path) -> RunStatus | None:
-    """The status at `path`; None before the first attempt.
+def read_status(path: Path) -> RunStatus:
+    """The status at `path`; that of a new run before the first attempt.
 
     A file that is damaged counts as none, with a warning: what the run resumes from is its
     checkpoint.
@@ -258,11 +259,11 @@ def read_status(path: Path) -> RunStatus | None:
         return read_sound_status(path)
     except ConfigError as error:
         warn_once(str(error))
-        return None
+        return RunStatus()
 
 
-def read_sound_status(path: Path) -> RunStatus | None:
-    """The status at `path`; None before the first attempt. Fields of a newer version are left out.
+def read_sound_status(path: Path) -> RunStatus:
+    """The same; fields of a newer version are left out.
 
     Raises:
         ConfigError: The file is damaged.
@@ -274,7 +275,7 @@ def read_sound_status(path: Path) -> RunStatus | None:
             _check_time(time)
         return status
     except FileNotFoundError:
-        return None
+        return RunStatus()
     except ValueError as error:
         raise ConfigError(
             f"{path} is damaged ({error}): it counts for nothing until an attempt of the run, "

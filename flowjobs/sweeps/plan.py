@@ -143,7 +143,7 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
         try:
             run.config()
             # Taken for none, as an attempt does, a damaged one would have the run started again.
-            statuses[run] = read_sound_status(run.status_file) or RunStatus()
+            statuses[run] = read_sound_status(run.status_file)
             run.submissions()
         except (FlowjobsError, OSError) as error:
             members[run] = Member(run, config, "unknown", str(error))

@@ -88,8 +88,7 @@ def _fewer_at_once(members: Sequence[Member]) -> str:
 
 
 def _limit_gb(member: Member) -> float | None:
-    status = member.run.status()
-    found = OF_MEMORY.search(status.reason) if status else None
+    found = OF_MEMORY.search(member.run.status().reason)
     return float(found[1]) if found else None
 
 

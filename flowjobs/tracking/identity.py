@@ -15,14 +15,13 @@ def config_for_wandb(run: Run) -> dict[str, Any]:
     """The run's training config, its attempts, and the surroundings of the newest one."""
     config = run.config().training
     status = run.status()
-    attempts = status.attempts if status else []
     return {
         **config.to_dict(),
         **surroundings_of(run),
         **_code(run),
         "signature": config.signature,
         "run_folder": str(run.folder),
-        "extensions": status.extensions if status else [],
+        "extensions": status.extensions,
         "attempts": [
             {
                 "attempt": attempt.number,
@@ -30,7 +29,7 @@ def config_for_wandb(run: Run) -> dict[str, Any]:
                 "job_id": attempt.job.job_id,
                 "host": attempt.job.host,
             }
-            for attempt in attempts
+            for attempt in status.attempts
         ],
     }
 

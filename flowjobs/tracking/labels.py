@@ -35,7 +35,7 @@ def tags_for(outcome: Outcome | None, there: Sequence[str]) -> tuple[str, ...]:
 
 
 def notes_for(
-    outcome: Outcome | None, status: RunStatus | None, there: str, diverged_after: int | None = None
+    outcome: Outcome | None, status: RunStatus, there: str, diverged_after: int | None = None
 ) -> str:
     """The run's notes: our paragraph, anew, and below it all else that is there.
 
@@ -55,12 +55,12 @@ def notes_for(
     return "\n".join([*lines, "", theirs] if theirs else lines)
 
 
-def our_lines(outcome: Outcome | None, status: RunStatus | None) -> list[str]:
+def our_lines(outcome: Outcome | None, status: RunStatus) -> list[str]:
     """Our paragraph: the state and its reason, the place, the log, the end of the traceback."""
     state = "running" if outcome is None else outcome.state
     reason = outcome.reason if outcome is not None else ""
     head, *details = (f"{state}: {reason}" if reason else state).splitlines()
-    if status is not None and status.attempts:
+    if status.attempts:
         attempt = status.attempts[-1]
         job = "in the foreground"
         if attempt.job.cluster != "none":

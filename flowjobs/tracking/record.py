@@ -134,9 +134,10 @@ def upload_lock(run: Run) -> Iterator[None]:
 
 def standing(run: Run, server: str = "") -> dict[str, Any]:
     """How the run stands, as far as W&B is told of it; `server` is the one that has all of it."""
-    if status := run.status():
+    status = run.status()
+    if status.updated:
         attempts, outcome = len(status.attempts), status.outcome and asdict(status.outcome)
-    else:  # damaged: what was told is all that is known
+    else:  # missing or damaged: what was told is all that is known
         told = read_on_record(run).told
         attempts, outcome = told.get("attempts", 0), told.get("outcome")
     rows = run.metrics_file.stat() if run.metrics_file.exists() else None

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from flowjobs.errors import LoginError, ServerError, TrackingError
 from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import Outcome, RunStatus, same_host
+from flowjobs.runs.status import Outcome, same_host
 from flowjobs.tracking.mode import ResolvedMode, check_server_answers, resolve_mode, server_url
 from flowjobs.tracking.process import start_mirror, upload_limit_s
 from flowjobs.tracking.record import (
@@ -100,14 +100,14 @@ def wait_for_mirror(
         return  # told, or a later session tells
     refusal = current_refusal(run)
     what_to_do = refusal.text if refusal else f"`flowjobs sync {run.name}` tries again"
-    state = (run.status() or RunStatus()).state
+    state = run.status().state
     logger.warning("W&B does not know that %s is %s: %s", run.name, state, what_to_do)
 
 
 def _untold(run: Run) -> Outcome | None:
     """How the run's newest attempt ended, if W&B is told of the run and does not know that."""
     mode, _ = resolve_mode(run.config().tracking)
-    status = run.status() or RunStatus()
+    status = run.status()
     # A session is noted before a run trains: without one, WANDB_MODE kept W&B out there. Nor is it
     # told of a run without an attempt, which was cancelled before it began.
     trained = any(attempt.first_step is not None for attempt in status.attempts)
@@ -185,8 +185,7 @@ def _trainer_of(run: Run, judge: Judge) -> str | None:
     """Who trains the run, or seems to: not everywhere are locks of another node seen."""
     if holder := lock_holder(run.folder, judge):
         return holder
-    status = run.status()
-    attempt = status.open_attempt if status else None
+    attempt = run.status().open_attempt
     if attempt is None or same_host(attempt.job.host, socket.gethostname()):
         return None
     files = [path for path in (run.metrics_file, run.status_file) if path.exists()]

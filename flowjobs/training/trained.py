@@ -32,10 +32,9 @@ def load_trained(
     """
     config = run.config().training
     if not run.best.exists():
-        status = run.status()
         why = (
             "the run is finished, so that it was moved or deleted; restore it"
-            if status is not None and status.state == "finished"
+            if run.status().state == "finished"
             else "it is written after the first epoch, with the next save; the run has trained "
             f"{run.steps_trained()} steps"
         )

@@ -74,7 +74,6 @@ def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> 
         with ends_of_epochs(recorder) as ends:
             assert trainer.train()["epochs_run"] == config.epochs
     status = run.status()
-    assert status is not None
     assert status.attempts[0].first_step == 0, "the steps were not taken here"
     return time.perf_counter() - ends[0]
 

@@ -43,7 +43,6 @@ def test_a_model_of_ones_own_gets_data_of_any_shape(
         assert done.returncode == 0, done.stdout + done.stderr
     run = Run(study, "a")
     status, last = run.status(), read_checkpoint(run.last)
-    assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [0, 6]
     assert status.parameters == sum(part.numel() for part in last["model_state_dict"].values())
     assert math.isclose(status.parameters, 1000, rel_tol=0.05)

@@ -287,7 +287,6 @@ def test_a_failing_model_is_told_by_its_file_and_line(
     in_forward = "RuntimeError (mine/nets.py, line 8, in forward): mat1 and mat2 shapes"
     assert in_forward in done.stderr.splitlines()[-1]
     status = Run(study, "forward").status()
-    assert status is not None
     assert in_forward in "\n".join(our_lines(status.outcome, status))
     done = flowjobs(
         *("submit", "--cluster", "local", "--name", "init"),

@@ -178,7 +178,7 @@ def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_wa
     assert "2 runs: a, b wait or run: cancel them first" in living.stderr
 
     assert flowjobs("cancel", "a").returncode == 0
-    assert runs[0].status().state == "cancelled"  # type: ignore[union-attr]
+    assert runs[0].status().state == "cancelled"
     states = slurm.run("squeue", "-h", "-r", "-t", "PD", "-o", "%i").split()
     assert sorted(states) == [f"{array}_1", f"{array}_2"]
     # Cancelled behind our back: neither the controller nor accounting knows of such a task.
@@ -224,11 +224,11 @@ def test_a_run_whose_config_is_damaged_or_lost_can_be_cancelled_and_its_log_read
     assert (done.returncode, done.stderr) == (0, "")
     for run in (damaged, lost):
         assert run.cancel_requested()
-        assert run.status().state == "cancelled"  # type: ignore[union-attr]
+        assert run.status().state == "cancelled"
     # Whether a finished one was given more epochs is unknown: its record stays.
     unknown = flowjobs("cancel", "whole")
     assert (unknown.returncode, "config.json holds no JSON object" in unknown.stderr) == (2, True)
-    assert whole.status().state == "finished"  # type: ignore[union-attr]
+    assert whole.status().state == "finished"
     for name in ("damaged", "study/runs/damaged", "study/runs/lost"):
         asked = flowjobs("wait", name)
         assert (asked.returncode, "config.json is" in asked.stderr) == (2, True), asked.stderr

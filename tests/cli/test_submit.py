@@ -92,7 +92,6 @@ def test_a_larger_number_of_epochs_goes_on(flowjobs: Command, study: Path) -> No
     done = flowjobs("submit", "--epochs", "2", *QUICK, *warm)
     assert said in done.stdout
     status = run.status()
-    assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [0, 23]
     assert status.extensions == [{"step": 23, "epochs": [1, 2]}]
     assert read_checkpoint(run.last)["extensions"] == status.extensions
@@ -145,10 +144,9 @@ def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> No
     wait_for(lambda: run.metrics_file.stat().st_size > rows_then)
     # A kill is its user's: it saves, says so, and stays away.
     os.kill(int(run.submissions()[-1].job_id), signal.SIGTERM)
-    wait_for(lambda: (status := run.status()) is not None and status.state == "preempted")
+    wait_for(lambda: run.status().state == "preempted")
     time.sleep(2)  # a new start would begin at once
     status = run.status()
-    assert status is not None
     assert (status.state, len(status.attempts)) == ("preempted", 1)
     assert "SIGTERM" in status.reason
     assert run.last.exists()
@@ -207,7 +205,6 @@ def test_debug_runs_in_the_process_and_stops_in_the_debugger(workplace: Path) ->
     assert done.returncode == 1
     run = Run(workplace / "study", "Net-icfm-digits-none")
     status = run.status()
-    assert status is not None
     assert (status.state, status.reason) == (
         "failed",
         "RuntimeError (broken.py, line 4, in forward): the bug",

@@ -11,7 +11,7 @@ import torch
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import JobInfo, RunStatus
 from flowjobs.training.checkpoint import read_checkpoint
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -69,7 +69,6 @@ def test_submit_runs_on_slurm_to_the_end(
         timeout_s=10,
     )
     status = run.status()
-    assert status is not None
     (attempt,) = status.attempts
     assert (attempt.state, attempt.job.cluster, attempt.job.job_id) == ("finished", "slurm", job_id)
     assert attempt.job.host in ("n1", "n2", "n3", "n4")
@@ -184,7 +183,6 @@ def test_sbatch_by_hand_is_the_same_run_as_submit(
     assert summary_of(second).exit_code == 0
 
     status = second.status()
-    assert status is not None
     job = status.attempts[0].job
     assert (job.cluster, job.job_id) == ("slurm", by_hand)
     assert job.gpus in ("0", "1", "2", "3")
@@ -201,7 +199,6 @@ def test_an_array_by_hand_trains_a_list_of_runs(
         job_id = f"{array}_{task}"
         assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
         status = Run(study, f"seed{task - 1}").status()
-        assert status is not None
         assert (status.state, status.attempts[0].job.job_id) == ("finished", job_id)
 
 
@@ -213,7 +210,6 @@ def test_ranks_on_several_nodes_train_one_run(
     run = Run(study, "ranks")
     assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 90) == "COMPLETED", output_of(run)
     status = run.status()
-    assert status is not None
     assert len(status.attempts) == 1
     assert [row["step"] for row in read_rows(run.metrics_file)][-1] == 69
 
@@ -228,4 +224,4 @@ def test_ranks_do_not_wait_for_a_first_one_that_finds_the_run_taken(
         subprocess.run(["scontrol", "release", job_id], check=True)
         assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "FAILED"
     assert "is being trained by" in output_of(run)
-    assert run.status() is None
+    assert run.status() == RunStatus()

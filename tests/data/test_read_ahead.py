@@ -130,7 +130,6 @@ def test_a_model_that_raises_ends_the_process(study: Path, what: str) -> None:
     assert "ValueError: the model fails" in done.stderr
     assert ("of the model did not end" in done.stderr) == (what == "thread")
     status = Run(study, "a").status()
-    assert status is not None
     assert status.state == "failed"
     assert status.reason.startswith("ValueError (")
     assert status.reason.endswith("): the model fails")

@@ -53,7 +53,7 @@ class Disturbed:
             self.tell("")  # a later start is on its own
 
     def status(self) -> RunStatus:
-        return self.run.status() or RunStatus()
+        return self.run.status()
 
     def wait_for_step(self, step: int, attempt: int = 1) -> None:
         def reached() -> bool:

@@ -17,6 +17,7 @@ import pytest
 from flowjobs.errors import SubmissionUnknownError
 from flowjobs.jobs.running import running_job, running_jobs
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
 from flowjobs.slurm import submission
 from flowjobs.slurm.cluster import cluster_name, kill_wait_s, partitions
 from flowjobs.slurm.controller import job_record
@@ -168,7 +169,7 @@ def test_a_job_whose_submitter_dies_as_it_is_taken_is_found_trains_and_is_cancel
     )
     assert (tmp_path / "calls").read_text() == 2 * calls
     slurm.run("scontrol", "release", first)
-    wait_until(lambda: runs[0].status() is not None, "the first to train", 120)
+    wait_until(lambda: runs[0].status().attempts, "the first to train", 120)
     done = flowjobs("cancel", "a", "b").stdout
     assert f"cancelled job {first};" in done
     assert f"cancelled job {second};" in done
@@ -351,7 +352,7 @@ def test_where_there_is_no_accounting_the_cluster_itself_says_what_is_gone(
     done = flowjobs("reconcile")
     # Cancelled or failed, nobody knows: it is not started again without a person.
     assert "is gone, and Slurm keeps no record of why: submit it again" in done.stderr
-    assert run.status() is None
+    assert run.status() == RunStatus()
     assert flowjobs("submit", *HELD, "--name", "a").returncode == 0
     assert len(run.submissions()) == 2
 

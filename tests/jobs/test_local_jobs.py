@@ -45,7 +45,7 @@ def let_go() -> None:
 
 
 def status_of(run: Run) -> RunStatus:
-    return run.status() or RunStatus()
+    return run.status()
 
 
 def wait_for(run: Run, state: str) -> None:

@@ -70,7 +70,7 @@ def submitted(cluster: Cluster, runs: list[Run], slots: int = 2) -> tuple[Pack, 
 
 
 def status_of(run: Run) -> RunStatus:
-    return run.status() or RunStatus()
+    return run.status()
 
 
 def attempts_of(run: Run) -> list[tuple[str, str]]:

@@ -206,7 +206,6 @@ def test_a_job_whose_import_fails_is_failed_with_the_reason(
     job_id = run.submissions()[0].job_id
     assert slurm.wait_state(job_id, {"FAILED", "COMPLETED"}, 240) == "FAILED"
     status = run.status()
-    assert status is not None
     assert status.state == "failed"
     assert re.fullmatch(
         r"ImportError \(.*broken/torch.py, line 1\): libcudart.so.12: cannot open", status.reason
@@ -233,7 +232,6 @@ def test_a_job_that_cannot_start_at_all_is_failed_with_the_reason(
     monkeypatch.delenv("PYTHONPATH")
     wait_until(lambda: "failed" in flowjobs("reconcile").stdout, "accounting to know", 120)
     status = run.status()
-    assert status is not None
     assert status.state == "failed"
     said = f"job {job_id} ended before the run could start: ImportError: cannot open"
     assert status.reason.startswith(said)
@@ -255,7 +253,6 @@ def test_a_job_that_is_cancelled_while_it_waits_is_cancelled_not_failed(
     # The controller knows at once; accounting some seconds later.
     assert "was cancelled before it started" in flowjobs("reconcile").stdout
     status = run.status()
-    assert status is not None
     assert status.state == "cancelled"
     assert_in_wandb(run, "preempted", 130, "was cancelled before it started")
 

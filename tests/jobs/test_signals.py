@@ -63,7 +63,6 @@ def test_a_signal_to_all_processes_loses_no_step(
     assert process.returncode == 75, said
     assert "Traceback" not in said
     status = run.status()
-    assert status is not None
     assert status.state == "preempted"
     assert ("Ctrl-C" if number is signal.SIGINT else number.name) in status.reason
     saved = read_checkpoint(run.last)["step"]
@@ -78,7 +77,6 @@ def test_a_signal_to_all_processes_loses_no_step(
     weights = [read_checkpoint(which.last)["model_state_dict"] for which in (run, whole)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     status = run.status()
-    assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [0, saved]
 
 
@@ -113,7 +111,6 @@ def test_a_signal_in_any_phase_loses_no_step_and_never_kills(study: Path) -> Non
         assert "Traceback" not in said
     assert subprocess.run([*command, "--name", run.name], check=False).returncode == 0
     status = run.status()
-    assert status is not None
     starts = [attempt.first_step for attempt in status.attempts]
     ends = [attempt.last_step for attempt in status.attempts]
     assert starts[1:] == ends[:-1]  # each goes on where the one before it left

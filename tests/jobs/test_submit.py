@@ -83,7 +83,6 @@ def test_the_job_of_an_open_attempt_counts_although_nobody_could_note_it(study: 
     run = ended(study, "a", Outcome("failed", 1))
     log = str(run.logs / "8_0_log.out")
     status = run.status()
-    assert status is not None
     for job_log, unknown in ((log, True), (None, False)):
         status.attempts[-1] = AttemptRecord(1, JobInfo("slurm", "8", job_log, "n1", 1), now())
         status.write(run.status_file)
@@ -106,7 +105,6 @@ def test_a_local_job_without_the_lock_counts_as_long_as_it_lives(
 ) -> None:
     run = ended(study, "a", Outcome("preempted", 75, kind=kind))
     status = run.status()
-    assert status is not None
     pid = os.getpid()
     status.attempts[-1].job = JobInfo("local", str(pid), None, socket.gethostname(), pid)
     status.write(run.status_file)

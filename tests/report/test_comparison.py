@@ -82,7 +82,6 @@ def test_models_of_one_size_are_compared_by_it_and_not_by_their_widths(study: Pa
     assert not found.notes
     for run, parameters in (("mlp500k", 501_000), ("mlp2M", 2_010_000)):
         status = Run(study, run).status()
-        assert status is not None
         status.parameters, status.flops_per_sample = parameters, 2 * parameters
         status.write(Run(study, run).status_file)
     found = compared(study)

@@ -65,10 +65,8 @@ def test_extensions_are_kept_in_the_status_from_the_start_of_an_attempt(study: P
     run.create(RunConfig(TrainingConfig(epochs=20, patience=6, warmup_steps=0)))
     with Attempt(run, JobInfo.in_foreground()) as attempt:
         found = run.status()
-        assert found is not None
         noted = {"step": 100, "epochs": [10, 20], "patience": [5, 6]}
         assert found.extensions == [noted]
         attempt.start_at(90, [{**noted, "step": 90}])  # what the checkpoint says
     found = run.status()
-    assert found is not None
     assert found.extensions == [{**noted, "step": 90}]

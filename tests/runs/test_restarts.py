@@ -84,7 +84,6 @@ def test_a_run_that_gets_nowhere_stops_with_the_reason(study: Path) -> None:
         with pytest.raises(NoProgressError, match=r"ended without a new step.*preempted"):
             start(restart)
     status = run.status()
-    assert status is not None
     assert (status.state, status.exit_code) == ("failed", 1)
     assert "2 attempts in a row" in status.attempts[2].reason
     with pytest.raises(RunInterrupted):  # a person may try again

@@ -63,7 +63,6 @@ def test_resume_support(study: Path, workplace: Path) -> None:
     # "Epoch counter continues correctly": two epochs of 15 steps before, two after.
     run = Run(study, "resume-test-icfm-1k-none")
     status = run.status()
-    assert status is not None
     assert [attempt.last_step for attempt in status.attempts] == [30, 60]
     assert read_checkpoint(run.last)["scheduler_state_dict"]["last_epoch"] == 60
     steps = [row["step"] for row in read_rows(run.metrics_file)]

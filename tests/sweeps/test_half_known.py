@@ -16,6 +16,7 @@ import pytest
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.jobs.array import arrays_of, submitting
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -109,7 +110,7 @@ def test_an_array_that_comes_late_finds_no_runs(
 
     wait_until(lambda: states() == {"FAILED": 6}, "its tasks to end", 60, lambda: str(states()))
     assert noted(study) == tasks(slurm)
-    assert all(Run.at(folder).status() is None for folder in (study / "runs").iterdir())
+    assert all(Run.at(folder).status() == RunStatus() for folder in (study / "runs").iterdir())
 
 
 def test_a_task_notes_itself_where_nobody_has(

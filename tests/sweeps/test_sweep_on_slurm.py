@@ -38,7 +38,7 @@ class Runs:
 
     def all(self) -> dict[str, RunStatus]:
         folders = sorted((self.study / "runs").iterdir())
-        return {folder.name: Run.at(folder).status() or RunStatus() for folder in folders}
+        return {folder.name: Run.at(folder).status() for folder in folders}
 
     def states(self) -> Counter[str]:
         return Counter(status.state for status in self.all().values())

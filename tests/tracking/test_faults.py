@@ -45,7 +45,6 @@ def mend_server(backend: Backend, fault: str) -> None:
 
 def tell_what_is_pending(run: Run) -> None:
     status = run.status()
-    assert status is not None
     assert status.outcome is not None
     assert pending_outcome(run) == (None if current_refusal(run) else status.outcome)
     assert close_session(run)

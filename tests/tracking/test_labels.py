@@ -43,16 +43,16 @@ def test_notes_name_the_reason_the_place_and_the_log() -> None:
     ],
 )
 def test_what_a_person_wrote_beside_our_paragraph_stays(there: str, theirs: str) -> None:
-    notes = notes_for(CANCELLED, None, there)
+    notes = notes_for(CANCELLED, RunStatus(), there)
     assert notes == "\n\n".join(
         filter(None, ["flowjobs: cancelled: interrupted by Ctrl-C", theirs])
     )
-    assert notes_for(CANCELLED, None, notes) == notes
+    assert notes_for(CANCELLED, RunStatus(), notes) == notes
 
 
 def test_a_long_reason_of_several_lines_is_all_ours() -> None:
     reason = "no data\nthere are:\n\n  a, b\n" + "x" * 10_000
-    notes = notes_for(Outcome("failed", 2, reason), None, "mine", diverged_after=1200)
+    notes = notes_for(Outcome("failed", 2, reason), RunStatus(), "mine", diverged_after=1200)
     assert max(map(len, notes.splitlines())) <= LINE_CHARACTERS
     assert "> past step 1,200 work was lost" in notes
-    assert notes_for(None, None, notes) == "flowjobs: running\n\nmine"
+    assert notes_for(None, RunStatus(), notes) == "flowjobs: running\n\nmine"

@@ -184,7 +184,6 @@ def test_pairs_that_are_made_survive_an_interruption_and_are_progress(
     attempt(3, None)
     assert sorted(file.name for file in folder.iterdir()) == [".lock", "train.pt", "val.pt"]
     status = run.status()
-    assert status is not None
     assert [record.prepared for record in status.attempts] == [1, 1, 1, 1]
     made = FlowDataset(folder / "train.pt").data.clone()
     shutil.rmtree(folder)

@@ -114,7 +114,6 @@ def test_a_run_killed_at_random_ends_as_if_nothing_had_happened(study: Path, cha
     finish(arguments(whole.name, chaos.epochs), Path("whole.log").absolute())
 
     status = killed.status()
-    assert status is not None
     firsts = [record.first_step for record in status.attempts if record.first_step is not None]
     print(
         f"\n{hits} kills; {len(firsts)} attempts came to train, {len(set(firsts))} went on from "

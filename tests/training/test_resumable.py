@@ -206,7 +206,6 @@ def test_a_state_that_is_not_finite_is_never_kept(study: Path) -> None:
     with pytest.raises(RunInterrupted):
         train_in(run, CONFIG, model=Diverges(1000), stop_reason=stop_at(1))
     status = run.status()
-    assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [0, 1]
 
 
@@ -229,7 +228,6 @@ def test_a_checkpoint_that_is_not_finite_is_set_aside(study: Path) -> None:
         train_in(run, CONFIG, stop_reason=stop_at(1))
     assert len(list(run.checkpoints.glob("last.nonfinite-*.pt"))) == 3
     status = run.status()
-    assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [0, 2, 4, 6, 8, 10, 12]
 
 
@@ -253,7 +251,6 @@ def test_without_last_pt_the_best_is_gone_on_from(study: Path) -> None:
     previous_of(run.last).unlink()
     train_in(run, CONFIG)
     status = run.status()
-    assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [0, 46]
     assert same(read_checkpoint(whole.last), read_checkpoint(run.last))
     assert same(read_checkpoint(whole.best), read_checkpoint(run.best))
@@ -291,7 +288,6 @@ def test_a_best_of_lost_work_is_put_back(study: Path) -> None:
     write_checkpoint(run.best, lost)
     train_in(run, CONFIG)
     status = run.status()
-    assert status is not None
     assert status.best_val_loss == read_checkpoint(run.best)["best_loss"]
 
 

@@ -66,7 +66,6 @@ def test_training_learns_and_leaves_what_the_seed_lists(study: Path) -> None:
     assert read_checkpoint(run.best)["best_loss"] == result["best_val_loss"]
     assert read_checkpoint(run.last)["step"] == result["steps"] == 20 * (len(train) // 64)
     status = run.status()
-    assert status is not None
     sizes = (status.parameters, status.flops_per_sample)
     model = build_model(config, 64)
     assert sizes == (parameters_in(model), flops_per_sample(model, (64,)))
@@ -200,7 +199,6 @@ def test_the_same_command_with_resume_goes_on_and_not_back(study: Path) -> None:
         train_in(run, config, resume_path=origin.last, stop_reason=stop_at(10))
     train_in(run, config, resume_path=origin.last)
     status = run.status()
-    assert status is not None
     assert [attempt.first_step for attempt in status.attempts] == [23, 34]
 
 
