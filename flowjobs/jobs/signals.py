@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 
 # What asks a run to save and leave: USR2 comes from --signal and from a scheduler that sends the
 # user signal on preemption, TERM from one that does not, INT from a person at a terminal, and HUP
@@ -70,12 +70,7 @@ class StopSignals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stand_down()
         signal.set_wakeup_fd(self._previous_wakeup)
         os.close(self._writer)  # ends the watching thread

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 
 from flowjobs.errors import NoProgressError, RunTakenOverError
 from flowjobs.runs.extending import Extension, extension_of
@@ -152,12 +151,7 @@ class Attempt:
         """Note how long a checkpoint has held up the training."""
         self._record.saving_s = round(self._record.saving_s + seconds, 3)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         with self._stack:  # the lock is freed last
             if not isinstance(error, RunTakenOverError):
                 self.close(outcome_of(error))

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from flowjobs.errors import RunBusyError, RunHolderUnknownError, RunTakenOverError
@@ -109,12 +108,7 @@ class RunLock:
             time.sleep(POLL_S)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.is_held():
             _holder_file(self._folder).unlink(missing_ok=True)
         if self._lock is not None:
