@@ -121,7 +121,7 @@ def _last_line(run: Run) -> str:
     """What is known of a job that could not say how it ended."""
     if shutil.disk_usage(run.folder).free < FULL_BYTES:
         return f"the disk of {run.study} is full; make room, then resume the run"
-    logs = [run.log_at(entry.log) for entry in run.submissions()[-1:]]
-    texts = [log.read_text(errors="replace") for log in logs if log.is_file()]
-    lines = [line for text in texts for line in text.splitlines()]
+    newest = run.newest_job()
+    log = run.log_at(newest.log) if newest else None
+    lines = log.read_text(errors="replace").splitlines() if log and log.is_file() else []
     return lines[-1] if lines else "it has no log"

@@ -131,8 +131,8 @@ def _has_ended(run: Run) -> bool:
     if status.state not in FINAL_STATES or not status.attempts:
         return False
     last = status.attempts[-1]
-    jobs = run.submissions()
-    return not jobs or jobs[-1].job_id == last.job.job_id or jobs[-1].submitted < last.started
+    newest = run.newest_job()
+    return not newest or newest.job_id == last.job.job_id or newest.submitted < last.started
 
 
 def _newest_log(run: Run) -> Path | None:

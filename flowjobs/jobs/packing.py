@@ -359,8 +359,8 @@ class _Slots:
 
     def _is_mine(self, run: Run) -> bool:
         """Whether this job is the run's, which may have ended in an earlier start of it."""
-        newest = run.submissions()[-1:]
-        return any(entry.job_id == self._job.job_id for entry in newest)
+        newest = run.newest_job()
+        return newest is not None and newest.job_id == self._job.job_id
 
     def exit_code(self) -> int:
         """That of the worst outcome; where that is unknown, as if something were left."""

@@ -98,12 +98,10 @@ def _with_those_beside(runs: Iterable[Run]) -> list[Run]:
     """The runs, and those whose job they share: that is started again for all of them."""
     found = dict.fromkeys(runs)
     for run in list(found):
-        newest = run.submissions()[-1:]
-        for entry in newest:
-            if entry.pack:
-                with contextlib.suppress(ConfigError):  # the pack's folder is gone
-                    left = Pack(run.study, entry.pack).left(entry.job_id)
-                    found |= dict.fromkeys(left)
+        newest = run.newest_job()
+        if newest and newest.pack:
+            with contextlib.suppress(ConfigError):  # the pack's folder is gone
+                found |= dict.fromkeys(Pack(run.study, newest.pack).left(newest.job_id))
     return [*found]
 
 

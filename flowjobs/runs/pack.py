@@ -170,8 +170,8 @@ def is_left(run: Run, job_id: str) -> bool:
 
     Not once it has ended in that job, is cancelled, or has been submitted as another job.
     """
-    entries = run.submissions()
-    if not entries or entries[-1].job_id != job_id or run.cancel_requested():
+    newest = run.newest_job()
+    if newest is None or newest.job_id != job_id or run.cancel_requested():
         return False
     if _at_its_end(run):
         return False

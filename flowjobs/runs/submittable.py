@@ -141,6 +141,10 @@ class Submittable(ABC):
         marked = {_job(entry) for entry in entries if entry.mark}
         return [e for e in once.values() if e.mark or _job(e) not in marked]
 
+    def newest_job(self) -> Submission | None:
+        """The job that was submitted last; None if there was none."""
+        return next(reversed(self.submissions()), None)
+
     def submission(self, job_id: str, slurm_cluster: str = "") -> Submission | None:
         """The newest job that was submitted under this id; None if there was none.
 

@@ -201,12 +201,12 @@ def share_parallel(
     for member in members:
         if member.stage not in ("waiting", "running"):
             continue
-        for entry in member.run.submissions()[-1:]:
-            if entry.array:
-                array_id = entry.job_id.partition("_")[0]
-                left[array_id] += 1
-                if entry.pack:
-                    packs[array_id] = Pack(member.run.study, entry.pack)
+        newest = member.run.newest_job()
+        if newest and newest.array:
+            array_id = newest.job_id.partition("_")[0]
+            left[array_id] += 1
+            if newest.pack:
+                packs[array_id] = Pack(member.run.study, newest.pack)
     total = left.total() + starting
     changed: dict[str, int | FlowjobsError] = {}
     for job_id, runs in sorted(left.items()):

@@ -82,8 +82,8 @@ def run_here(
 
 def _job_lives(run: Run) -> bool:
     # A job that is started again often gets a new id.
-    newest = run.submissions()[-1:]
-    return any(process_lives(int(entry.job_id), entry.process) for entry in newest)
+    newest = run.newest_job()
+    return newest is not None and process_lives(int(newest.job_id), newest.process)
 
 
 def _known_cancel(member: Member) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 from flowjobs.config import KeyValues, RestartConfig, RunConfig, SlurmConfig, typed_value
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
-from flowjobs.runs.pack import pack_of
+from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import absolute
 from flowjobs.sweeps.plan import GPU_MEMORY, Member
 
@@ -78,12 +78,12 @@ def _cause(words: str, members: Sequence[Member]) -> Cause:
 
 def _fewer_at_once(members: Sequence[Member]) -> str:
     """What gives runs more of a job's memory that have shared one; empty if none has."""
-    newest = ((member.run, member.run.submissions()[-1:]) for member in members)
-    packs = [pack_of(run, jobs[0].job_id) for run, jobs in newest if jobs]
     slots = 1
-    for pack in filter(None, packs):
-        with contextlib.suppress(ConfigError):  # its folder is gone: nobody knows how many shared
-            slots = max(slots, pack.slots)
+    for run in (member.run for member in members):
+        newest = run.newest_job()
+        if newest and newest.pack:
+            with contextlib.suppress(ConfigError):  # its folder is gone: nobody knows how many
+                slots = max(slots, Pack(run.study, newest.pack).slots)
     return f"{RUNS_PER_GPU}={slots // 2}" if slots > 1 else ""
 
 
