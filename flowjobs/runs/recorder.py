@@ -61,7 +61,7 @@ class Recorder:
     """The one outlet of a training loop; only the first rank has one.
 
     Attributes:
-        attempt: The attempt that this one records.
+        attempt: What the status says of it, and whether it still holds the run.
     """
 
     def __init__(self, run: Run, attempt: Attempt, tracker: Tracker) -> None:
@@ -96,24 +96,6 @@ class Recorder:
         if is_last:
             self._tracker.last_row_comes()
         self._metrics.append(row)
-
-    def progress(
-        self, step: int, total_steps: int, epoch: int, best_val_loss: float | None
-    ) -> None:
-        """Say how far the run is."""
-        self.attempt.progress(step, total_steps, epoch, best_val_loss)
-
-    def prepared(self) -> None:
-        """Say that more is there of what the steps need, before `start_at`."""
-        self.attempt.prepared()
-
-    def saved(self, seconds: float) -> None:
-        """Say how long a checkpoint has held up the training."""
-        self.attempt.saved(seconds)
-
-    def check_held(self) -> None:
-        """Raise a RunTakenOverError if another attempt has taken the run over."""
-        self.attempt.check_held()
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary in the tracker."""

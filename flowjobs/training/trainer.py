@@ -269,9 +269,9 @@ class FlowTrainer:
             run.last,
             flush_rows=recorder.flush_rows,
             every_s=every_s,
-            before_replace=recorder.check_held,
+            before_replace=recorder.attempt.check_held,
             check=check,
-            saved=recorder.saved,
+            saved=recorder.attempt.saved,
         )
 
     def _run_steps(self, saver: CheckpointSaver | None, recorder: Recorder | None) -> str | None:
@@ -495,13 +495,14 @@ class FlowTrainer:
     def _tell_prepared(self) -> None:
         if self._recorder:
             with suppress(OSError):  # as for the progress
-                self._recorder.prepared()
+                self._recorder.attempt.prepared()
 
     def _tell_progress(self, recorder: Recorder) -> None:
         state = self.state
         best = state.best_loss if math.isfinite(state.best_loss) else None
         try:
-            recorder.progress(state.step, state.total_steps, state.epochs_finished, best)
+            attempt = recorder.attempt
+            attempt.progress(state.step, state.total_steps, state.epochs_finished, best)
         except OSError as error:
             # A full disk, say. What counts is the checkpoint, which says so and is tried again.
             logger.debug("the progress could not be written: %s", error)
