@@ -1,18 +1,26 @@
-"""The job that this process is in: whether it is a run's own, and how many runs share it."""
+"""The job that this process is in: whether it is a run's own, who shares it, and its GPUs."""
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 # In the environment of each run of a job that trains several at once: how many.
 SLOTS = "FLOWJOBS_SLOTS"
 # Set by the batch script of a job that was submitted for a run: the job's own id.
 JOB_OF_RUN = "FLOWJOBS_JOB"
+# The driver has a folder here for each of its GPUs.
+GPUS_OF_NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def runs_that_share(environment: Mapping[str, str] = os.environ) -> int:
     """How many runs share the job's processors, memory and GPU; 1 where it is a run's alone."""
     number = environment.get(SLOTS, "")
     return int(number) if number.isdigit() and int(number) else 1
+
+
+def nvidia_gpus() -> int:
+    """How many GPUs the driver of this machine knows. Looked up without loading torch."""
+    return len(list(GPUS_OF_NVIDIA.glob("*")))
 
 
 def submitted_for_run(environment: Mapping[str, str] = os.environ) -> bool:

@@ -24,7 +24,7 @@ from flowjobs.config import (
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.flows.flow import check_flow
 from flowjobs.models.size import with_fixed_width
-from flowjobs.models.source import check_model, check_rows
+from flowjobs.models.source import check_model, check_vectors
 from flowjobs.nearest import LIST_AT_MOST
 from flowjobs.runs.code import import_from_snapshot
 from flowjobs.runs.datasets import check_data, row_shape
@@ -105,7 +105,7 @@ def check_parts(training: TrainingConfig, study: Path, defaults: Defaults) -> No
                 "it: leave it out, or give --time-sampling logit-normal"
             )
     check_data(training.dataset, study)
-    check_rows(training, row_shape(training.dataset, study))
+    check_vectors(training, row_shape(training.dataset, study))
     if training.source != "normal":
         check_data(training.source, study, "--source")
 

@@ -24,7 +24,7 @@ from flowjobs.runs.pack import FOLDER as PACKS
 from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import BATCH_FILE, TASK, Submittable
-from flowjobs.slots import JOB_OF_RUN
+from flowjobs.slots import JOB_OF_RUN, nvidia_gpus
 from flowjobs.slurm.client import controller_answers
 from flowjobs.slurm.options import ARRAY, export_for
 from flowjobs.slurm.submission import HandedOver, sbatch
@@ -43,7 +43,6 @@ Cluster = Literal["slurm", "local", "debug"]
 
 # submitit's local executor ends a job after two minutes unless told otherwise.
 NO_LIMIT_MIN = 60 * 24 * 365
-GPUS_OF_NVIDIA = Path("/proc/driver/nvidia/gpus")
 CUDA_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
 
 
@@ -345,7 +344,7 @@ def visible_gpus() -> list[str]:
     """
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if asked is None:
-        return [str(index) for index in range(len(list(GPUS_OF_NVIDIA.glob("*"))))]
+        return [str(index) for index in range(nvidia_gpus())]
     names = (name.strip() for name in asked.split(","))
     # CUDA sees those before the first that is none: "-1", "NoDevFiles" and "" hide all.
     return list(itertools.takewhile(CUDA_NAME.fullmatch, names))

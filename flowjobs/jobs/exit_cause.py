@@ -296,7 +296,7 @@ def _signal_of(exit_code: int) -> int:
     return number if number in signal.valid_signals() else 0
 
 
-def _explain_signal(number: int) -> tuple[str, str, State, int]:
+def _explain_signal(number: int) -> Told:
     match number:
         case signal.SIGSEGV:
             return "segmentation fault", "segmentation fault", "failed", 128 + signal.SIGSEGV

@@ -187,9 +187,8 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         case Known() if answer.newest.state == "CANCELLED" and (
             attempt is None or answer.restarted_since(job.restart)
         ):
-            reason = f"job {job.job_id} was cancelled before it started"
             started = any(known.job.job_id == job.job_id for known in status.attempts)
-            outcome = cancelled_outcome(reason)
+            outcome = exit_cause.cause_of_no_start(job, answer=answer)
             return Dead(job, outcome, seen, started=started)
     if attempt:
         return _find_dead_life(run, status, attempt, answer)

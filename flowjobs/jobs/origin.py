@@ -5,7 +5,6 @@ from there would find neither its modules nor its credentials.
 """
 
 import os
-import pwd
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.pack import Pack
 from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slots import SLOTS, submitted_for_run
-from flowjobs.slurm.jobs import JobIdentity
+from flowjobs.slurm.jobs import JobIdentity, user_name
 
 # Of one process or one session only, and wrong in another job. The token for Slurm has run out.
 OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT", SLOTS)
@@ -84,7 +83,7 @@ def check_own(run: Submittable, job_id: str) -> None:
     except FileNotFoundError:
         return
     if owner != os.getuid():
-        name = _user_name(owner)
+        name = user_name(owner)
         raise SubmissionError(
             f"job {job_id} was submitted by {name}, and is not started again under another "
             f"account: {name} can, by `flowjobs reconcile {run.name}` or by submitting it"
@@ -99,13 +98,6 @@ def _file(run: Submittable, job_id: str) -> Path:
     if entry and entry.pack:
         return Pack(run.study, entry.pack).origin_file(job_id)
     return run.origin_file(job_id)
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
 
 
 def identity_of(run: Submittable, job_id: str, log: str | None = None) -> JobIdentity:

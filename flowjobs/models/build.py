@@ -12,7 +12,7 @@ from flowjobs.data.randomness import seed_python_and_numpy
 from flowjobs.errors import ConfigError
 from flowjobs.models.flops import parameters_in
 from flowjobs.models.size import check_count, search_width, width_of
-from flowjobs.models.source import BUILT_IN_SOURCES, check_arguments, check_rows
+from flowjobs.models.source import BUILT_IN_SOURCES, check_arguments, check_vectors
 from flowjobs.user_code import imported
 
 
@@ -29,7 +29,7 @@ def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Modu
     """
     check_arch(config)
     shape = (shape,) if isinstance(shape, int) else shape
-    check_rows(config, shape)
+    check_vectors(config, shape)
     cls = _model_class(config.arch_path)
     check_arguments(inspect.signature(cls), cls.__name__, config)
     given = shape[0] if len(shape) == 1 else shape

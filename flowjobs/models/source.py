@@ -77,7 +77,7 @@ def may_take(arch: str, argument: str) -> bool:
     return argument in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def check_rows(config: TrainingConfig, shape: tuple[int, ...] | None) -> None:
+def check_vectors(config: TrainingConfig, shape: tuple[int, ...] | None) -> None:
     """Raise a ConfigError where a built-in model is given other data than vectors.
 
     Args:

@@ -72,8 +72,8 @@ class JobIdentity:
     @property
     def words(self) -> str:
         """The job, with what sets it apart from those that can be asked for here."""
-        other = "" if self.is_mine() else f" of user {_user_name(self.uid)}"
-        return f"job {self.job_id}{other}"
+        mine = self.uid is None or self.is_mine()
+        return f"job {self.job_id}" if mine else f"job {self.job_id} of {user_name(self.uid)}"
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,9 @@ def _why_not(job: JobIdentity, here: Collection[str], accounting: str) -> str:
     return f"the controller does not know {job.words}, and {accounting}"
 
 
-def _user_name(uid: int | None) -> str:
+def user_name(uid: int) -> str:
+    """A user's name; "user 1234" if this machine does not know it."""
     try:
-        return pwd.getpwuid(uid or 0).pw_name
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(uid)
+        return f"user {uid}"

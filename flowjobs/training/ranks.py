@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
 
 from flowjobs.errors import RankFailedError
+from flowjobs.slots import nvidia_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +110,6 @@ def single_process(device: torch.device) -> Ranks:
     return Ranks(rank=0, world_size=1, device=device)
 
 
-def has_nvidia_gpus() -> bool:
-    """Whether the driver of this machine knows a GPU."""
-    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
-
-
 @contextmanager
 def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> Iterator[Ranks]:
     """Pick this process's device and, where there are several, join the others.
@@ -129,7 +124,7 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
         use_gpu: Compute on a GPU if there is one.
     """
     device = torch.device("cpu")
-    given_a_gpu = use_gpu and os.environ.get("CUDA_VISIBLE_DEVICES") and has_nvidia_gpus()
+    given_a_gpu = use_gpu and os.environ.get("CUDA_VISIBLE_DEVICES") and nvidia_gpus()
     if given_a_gpu and torch.version.cuda and not torch.cuda.is_available():
         # A GPU that was lost must not turn the run into one on the CPU, with other bits.
         raise RuntimeError("CUDA error: the job was given a GPU, and torch finds none")
