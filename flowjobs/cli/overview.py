@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING:
-    from flowjobs.jobs.overview import Group, Stand, Standing
+    from flowjobs.jobs.overview import Group, Stage, Standing
 
 BAR_WIDTH = 20
 WATCH_EVERY_S = 10.0
@@ -26,24 +26,24 @@ def print_overview(groups: "Sequence[Group]") -> None:
         for standing in group.standings:
             if standing.needs_a_person:
                 kind = standing.glance.kind or standing.why
-                trouble.setdefault((standing.stand, kind), []).append(standing)
-    for (stand, kind), some in sorted(trouble.items()):
+                trouble.setdefault((standing.stage, kind), []).append(standing)
+    for (stage, kind), some in sorted(trouble.items()):
         for standing in some[:LISTED]:
-            print(f"{standing.glance.name} {stand}: {standing.why}")
+            print(f"{standing.glance.name} {stage}: {standing.why}")
         if len(some) > LISTED:
-            print(f"and {len(some) - LISTED} more {stand}: {kind}")
+            print(f"and {len(some) - LISTED} more {stage}: {kind}")
 
 
 def print_groups(groups: "Sequence[Group]") -> None:
-    """Print a line a group: a bar, how many runs stand how, and the time that is left."""
+    """Print a line a group: a bar, how many runs are at which stage, and the time that is left."""
     from flowjobs.cli.table import MiddleCut, duration_words, print_fitting
-    from flowjobs.jobs.overview import Stand
+    from flowjobs.jobs.overview import Stage
 
-    stands = [
-        stand
-        for stand in get_args(Stand)
-        if stand in ("finished", "running", "waiting", "failed")
-        or any(group.counts[stand] for group in groups)
+    stages = [
+        stage
+        for stage in get_args(Stage)
+        if stage in ("finished", "running", "waiting", "failed")
+        or any(group.counts[stage] for group in groups)
     ]
     rows = []
     for group in groups:
@@ -54,7 +54,7 @@ def print_groups(groups: "Sequence[Group]") -> None:
                 "group": MiddleCut(group.name),
                 "": "━" * full + "─" * (BAR_WIDTH - full),
                 "of": str(group.total),
-                **{stand: str(group.counts[stand] or "") for stand in stands},
+                **{stage: str(group.counts[stage] or "") for stage in stages},
                 "not made": str(group.missing or ""),
                 "left": f"about {left}" if left else "",
             }
@@ -65,10 +65,10 @@ def print_groups(groups: "Sequence[Group]") -> None:
         for title in {"not made", "left"} & {*none}:
             del row[title]
     dispensable = ("", *none, "not made", "waiting", "left", "running", "cancelled", "stopped")
-    print_fitting(rows, dispensable, right=("of", "not made", *stands))
+    print_fitting(rows, dispensable, right=("of", "not made", *stages))
 
 
-def watch(show: "Callable[[], Collection[Stand]]", again: str) -> None:
+def watch(show: "Callable[[], Collection[Stage]]", again: str) -> None:
     """Show again and again, until Ctrl-C, or nothing runs or waits any more as far as is known.
 
     Args:
@@ -81,18 +81,18 @@ def watch(show: "Callable[[], Collection[Stand]]", again: str) -> None:
         while True:
             if sys.stdout.isatty():
                 print("\x1b[H\x1b[J", end="")
-                stands = show()
+                stages = show()
             else:
                 with contextlib.redirect_stdout(io.StringIO()) as shown:
-                    stands = show()
+                    stages = show()
                 lines = shown.getvalue().splitlines()
                 for line in lines:
                     if line not in before:
                         print(line, flush=True)
                 before = set(lines)
-            if "running" not in stands and "waiting" not in stands:
+            if "running" not in stages and "waiting" not in stages:
                 # Slurm may just not answer: what is unknown now may run.
-                unknown = unknown + 1 if "unknown" in stands else 0
+                unknown = unknown + 1 if "unknown" in stages else 0
                 if unknown == UNKNOWN_AT_MOST:
                     print(
                         f"no longer watching: nothing runs or waits, but for {unknown} looks it "

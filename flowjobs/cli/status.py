@@ -27,7 +27,7 @@ from flowjobs.runs.status import RunStatus
 
 if TYPE_CHECKING:
     from flowjobs.jobs.findings import Finding
-    from flowjobs.jobs.overview import Stand
+    from flowjobs.jobs.overview import Stage
 
 # So many runs have a line each on one screen.
 FEW = 20
@@ -63,11 +63,11 @@ class Status:
             self._show()
         return 0
 
-    def _show(self) -> "Collection[Stand]":
+    def _show(self) -> "Collection[Stage]":
         """Print once. Returns how the runs stand, for who watches."""
         # Slow to load, and --help does without.
         from flowjobs.jobs.findings import find
-        from flowjobs.jobs.overview import overview, stands_of, unsettled
+        from flowjobs.jobs.overview import overview, stages_of, unsettled
 
         study = absolute(self.study)
         seen = [] if self.names else glances(study)
@@ -75,7 +75,7 @@ class Status:
             findings = find(unsettled(study, seen), at_most_twice=True)
             groups = overview(study, seen, findings)
             print_overview(groups)
-            return {stand for group in groups for stand in group.counts}
+            return {stage for group in groups for stage in group.counts}
         named = names_one_run(self.study, self.names)
         runs, broken = each_of(self.study, self.names)
         findings = find(runs, at_most_twice=True)
@@ -100,7 +100,7 @@ class Status:
         if named:
             print_attempts(found[0])
             print(f"folder {found[0]['folder']}\nweights {found[0]['checkpoints']}")
-        return stands_of([*runs, *broken], findings) if self.watch else ()
+        return stages_of([*runs, *broken], findings) if self.watch else ()
 
 
 def _print_waits(runs: list[dict[str, Any]]) -> None:

@@ -1,6 +1,5 @@
 """How the runs of a study stand, by sweep or group, and which need a person. Only looks."""
 
-import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,16 +8,17 @@ from typing import Literal
 
 from flowjobs.errors import ConfigError
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome
+from flowjobs.jobs.running import local_job
 from flowjobs.runs.files import warn_once
 from flowjobs.runs.listing import Glance, glances
-from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
-from flowjobs.runs.status import same_host
 
-# In the order in which they are shown. "stopped" is a run that was interrupted, and of which no
-# job is left.
-Stand = Literal["finished", "running", "waiting", "stopped", "cancelled", "failed", "unknown"]
+# As sweeps/plan.py has them, in the order in which they are shown. "stopped" is a run of which no
+# job is left, and that nothing starts by itself: there "to resume" or "new". Two more differ, since
+# this is told of thousands of runs by two files each: a run whose checkpoints are gone is "failed"
+# there alone, and one that is finished and asked to be longer is "to resume" there alone.
+Stage = Literal["finished", "running", "waiting", "stopped", "cancelled", "failed", "unknown"]
 NEEDS_A_PERSON = ("failed", "stopped", "unknown")
 # What Slurm will never start as it is; see slurm/waiting.py.
 IN_VAIN = ("in vain", "held", "for jobs that can never end")
@@ -30,19 +30,19 @@ class Standing:
 
     Attributes:
         glance: The run.
-        stand: In a word.
+        stage: In a word.
         why: Why it waits or failed, or why nothing is known of it.
     """
 
     glance: Glance
-    stand: Stand
+    stage: Stage
     why: str = ""
 
     @property
     def needs_a_person(self) -> bool:
         """Whether nothing more happens to it by itself."""
-        return self.stand in NEEDS_A_PERSON or (
-            self.stand == "waiting" and self.why.startswith(IN_VAIN)
+        return self.stage in NEEDS_A_PERSON or (
+            self.stage == "waiting" and self.why.startswith(IN_VAIN)
         )
 
 
@@ -61,9 +61,9 @@ class Group:
     missing: int = 0
 
     @property
-    def counts(self) -> Counter[Stand]:
+    def counts(self) -> Counter[Stage]:
         """How many runs stand how."""
-        return Counter(standing.stand for standing in self.standings)
+        return Counter(standing.stage for standing in self.standings)
 
     @property
     def total(self) -> int:
@@ -75,7 +75,7 @@ class Group:
         """The share of the epochs that is done; a run that has finished early counts as whole."""
         done = sum(
             1.0
-            if standing.stand == "finished"
+            if standing.stage == "finished"
             else min(1.0, standing.glance.epoch / max(1, standing.glance.epochs))
             for standing in self.standings
         )
@@ -93,7 +93,7 @@ class Group:
         to_do = [
             standing.glance
             for standing in self.standings
-            if standing.stand in ("running", "waiting")
+            if standing.stage in ("running", "waiting")
         ]
         left = sum(max(0, glance.epochs - glance.epoch) for glance in to_do)
         return sum(glance.trained_s for glance in glances) / epochs * left / running
@@ -134,13 +134,13 @@ def overview(study: Path, some: Sequence[Glance], findings: Mapping[Run, Finding
     return groups + [Group(name, by_group[name]) for name in sorted(by_group)]
 
 
-def stands_of(runs: Iterable[Run], findings: Mapping[Run, Finding]) -> set[Stand]:
+def stages_of(runs: Iterable[Run], findings: Mapping[Run, Finding]) -> set[Stage]:
     """How runs stand; see `overview`."""
     names: dict[Path, list[str]] = {}
     for run in runs:
         names.setdefault(run.study, []).append(run.name)
     return {
-        _standing(study, glance, findings.get(Run(study, glance.name))).stand
+        _standing(study, glance, findings.get(Run(study, glance.name))).stage
         for study, of_study in names.items()
         for glance in glances(study, of_study)
     }
@@ -155,33 +155,30 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
         case Dead():
             run = Run(study, glance.name)
             outcome = final_outcome(run, run.status(), finding)
-            if outcome.state == "preempted":  # its job, or `reconcile`, starts it again
+            if finding.waits:
                 return Standing(glance, "waiting", outcome.reason)
-            return _settled(
-                replace(glance, state=outcome.state, reason=outcome.reason, kind=outcome.kind)
-            )
-    waits = glance.unsettled and glance.state in ("submitted", "preempted")
-    if waits and not _has_left_here(Run(study, glance.name)):
+            # Of one that `reconcile` would start again, the outcome says that it does.
+            why = finding.outcome.reason if outcome.state == "preempted" else outcome.reason
+            return _settled(replace(glance, state=outcome.state, reason=why, kind=outcome.kind))
+    if not (glance.unsettled and glance.state in ("submitted", "preempted")):
+        return _settled(glance)
+    run = Run(study, glance.name)
+    newest = run.newest_job()
+    if newest and (newest.cluster == "slurm" or local_job(run, [newest])):
         return Standing(glance, "waiting", "for its job to start")
+    if newest and glance.state == "submitted":
+        why = f"whether its {newest.cluster} job on {newest.host} starts cannot be seen from here"
+        return Standing(glance, "unknown", why)
     return _settled(glance)
-
-
-def _has_left_here(run: Run) -> bool:
-    """Whether the newest job was one of this machine that its own controller starts no more."""
-    attempts, jobs = run.status().attempts, run.submissions()
-    if not (attempts and jobs and jobs[-1].cluster == "local"):
-        return False
-    job_id, last = jobs[-1].job_id, attempts[-1]
-    if last.job.job_id != job_id or not same_host(last.job.host, socket.gethostname()):
-        return False
-    return not process_lives(int(job_id), jobs[-1].process)
 
 
 def _settled(glance: Glance) -> Standing:
     match glance.state:
-        case "finished" | "running" | "cancelled" | "failed" as stand:
-            return Standing(glance, stand, glance.reason)
-        case "preempted" | "submitted":
-            left = f"{glance.reason}; no job of it is left: submit it again"
-            return Standing(glance, "stopped", left if glance.reason else "never submitted")
+        case "finished" | "running" | "cancelled" | "failed" as stage:
+            return Standing(glance, stage, glance.reason)
+        case "preempted":
+            resumed = "no job of it is left: `flowjobs reconcile` or submitting it resumes it"
+            return Standing(glance, "stopped", f"{glance.reason}; {resumed}")
+        case "submitted":
+            return Standing(glance, "stopped", "never submitted")
     return Standing(glance, "unknown", glance.reason)

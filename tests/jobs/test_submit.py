@@ -17,7 +17,9 @@ from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.jobs import plain_sbatch, running
 from flowjobs.jobs.cancel import cancel
+from flowjobs.jobs.findings import find
 from flowjobs.jobs.origin import Origin
+from flowjobs.jobs.overview import stages_of
 from flowjobs.jobs.restart import is_cancelled
 from flowjobs.jobs.running import running_job, running_jobs
 from flowjobs.jobs.submit import signals_deferred
@@ -110,7 +112,8 @@ def test_a_local_job_without_the_lock_counts_as_long_as_it_lives(
     status.write(run.status_file)
     run.add_submission(str(pid), "local", None, identity={"process": process_mark(pid), **noted})
     assert (running_job(run) is not None) == busy
-    assert (stages({run: run.config()})[run].stage == "waiting") == busy
+    assert stages({run: run.config()})[run].stage == ("waiting" if busy else "to resume")
+    assert stages_of([run], find([run])) == {"waiting" if busy else "stopped"}
 
 
 def test_train_waits_for_a_process_that_was_cancelled_before_it_clears_the_mark(
