@@ -22,13 +22,15 @@ from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.status import RunStatus, read_sound_status
 
-# "new" has no job yet; "to resume" has saved its state, and no job of it waits or runs.
+# As jobs/overview.py has them, but for "stopped": "new" has no job yet; "to resume" has saved its
+# state, and no job of it waits or runs.
 Stage = Literal[
     "finished", "running", "waiting", "failed", "cancelled", "unknown", "to resume", "new"
 ]
 TO_START: tuple[Stage, ...] = ("to resume", "new")
 SHOWN_AT_MOST = 10
 GPU_MEMORY = "GPU out of memory"
+CHECKPOINTS_GONE = "checkpoints gone"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Member:
         config: What is asked for.
         stage: How far it is.
         why: Of what has failed the cause in a word or two; of what is unknown why, as a sentence.
+            What was cancelled has one only where it cannot be resumed.
     """
 
     run: Run
@@ -176,7 +179,10 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
             case Waits():
                 members[run] = Member(run, asked[run], "waiting")
                 continue
-        members[run] = _without_job(run, asked[run], status)
+        try:
+            members[run] = _without_job(run, asked[run], status)
+        except (FlowjobsError, OSError) as error:
+            members[run] = Member(run, asked[run], "unknown", str(error))
     return members
 
 
@@ -184,21 +190,38 @@ def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
     """A run of which no job waits or runs."""
     if has_done(status, config.training):
         return Member(run, config, "finished")
-    if run.cancel_requested() or status.state == "cancelled":
-        return Member(run, config, "cancelled")
+    stage = _stage_without_job(run, status)
+    if stage == "unknown":
+        why = "its job has just ended, and Slurm does not say yet how: ask again"
+        return Member(run, config, "unknown", why)
+    try:
+        run.check_files(config.training)
+    except CheckpointGoneError as error:
+        if _is_away(run.checkpoints):
+            return Member(run, config, "unknown", str(error))
+        # That is known, and started again it would fail at once.
+        stage = "cancelled" if stage == "cancelled" else "failed"
+        return Member(run, config, stage, CHECKPOINTS_GONE)
+    return Member(run, config, stage, _cause(status) if stage == "failed" else "")
+
+
+def _stage_without_job(run: Run, status: RunStatus) -> Stage:
+    if run.cancel_requested():
+        return "cancelled"
     match status.state:
-        case "failed":
-            return Member(run, config, "failed", _cause(status))
+        case "failed" | "cancelled" as stage:
+            return stage
         case "preempted" | "finished":  # finished before it was asked to be longer
-            try:
-                run.check_files(config.training)
-            except CheckpointGoneError as error:
-                return Member(run, config, "unknown", str(error))
-            return Member(run, config, "to resume")
+            return "to resume"
         case "submitted" if not run.submissions():
-            return Member(run, config, "new")
-    why = "its job has just ended, and Slurm does not say yet how: ask again"
-    return Member(run, config, "unknown", why)
+            return "new"
+    return "unknown"
+
+
+def _is_away(checkpoints: Path) -> bool:
+    """Whether the disk that a run's checkpoints are on is, as when scratch is not mounted."""
+    dangles = checkpoints.is_symlink() and not checkpoints.exists()
+    return dangles or not checkpoints.parent.exists()
 
 
 def _cause(status: RunStatus) -> str:

@@ -16,12 +16,14 @@ from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
 from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import absolute
-from flowjobs.sweeps.plan import GPU_MEMORY, Member
+from flowjobs.sweeps.plan import CHECKPOINTS_GONE, GPU_MEMORY, Member
 
 # No option of one run's: how many share a job.
 RUNS_PER_GPU = "runs_per_gpu"
 # Nor one of the cluster: the code as it is now, where it has changed.
 NEW_CODE = "new_code"
+# Nor any option at all: files that only their user can restore.
+CHECKPOINTS = "checkpoints"
 # They decide how many ranks compute a step, and so its bits.
 RANKS = ("nodes", "gpus_per_node")
 # "out of memory: 1.02 of 1 GiB".
@@ -35,7 +37,7 @@ class Cause:
     Attributes:
         words: In a word or two; "cancelled" for those that a person has ended.
         members: The runs.
-        needs: Options of which they need more: without, they would fail again.
+        needs: What they need other or more of, an option as a rule: without, they would fail again.
         advice: What to say of that: "--with mem_gb=64".
     """
 
@@ -70,6 +72,12 @@ def _cause(words: str, members: Sequence[Member]) -> Cause:
             options = ("gpu_type", "constraint", "partition", RUNS_PER_GPU)
             advice = _fewer_at_once(members) or "gpu_type=... (one of more memory)"
             return Cause(words, members, options, f"--with {advice}")
+        case _ if words == CHECKPOINTS_GONE:
+            advice = (
+                "restore last.pt or best.pt of each (from a backup), or remove them (flowjobs rm) "
+                "and submit anew"
+            )
+            return Cause(words, members, (CHECKPOINTS,), advice)
         case "diverged":  # its steps are the same ones again
             advice = "another --lr is another run; --new-code, if you have changed the model"
             return Cause(words, members, (NEW_CODE,), advice)

@@ -45,6 +45,13 @@ def failed(study: Path, name: str, kind: str, reason: str = "", **options: objec
     return ended(study, name, Outcome("failed", 1, reason or kind, kind=kind), slurm)
 
 
+def without_checkpoints(study: Path, name: str) -> Run:
+    """A run whose steps are on record, and of which nothing is left to resume from."""
+    run = ended(study, name, Outcome("preempted", 75, "left", kind="preempted"))
+    run.metrics_file.write_text('{"step": 5}\n')
+    return run
+
+
 def test_a_command_whose_output_is_closed_does_its_work(study: Path) -> None:
     ended(study, "a", Outcome("finished", 0))
     closed = 'exec "$0" -m flowjobs "$@" >&- 2>&-'
@@ -92,16 +99,17 @@ def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjob
     failed(study, "d-time", "no progress", "…, the last one: time limit (USR2)", timeout_min=30)
     failed(study, "e-cuda", "exception", "OutOfMemoryError (net.py, line 3): CUDA out of memory")
     failed(study, "h-nan", "diverged", "train/loss is nan at step 10")
+    without_checkpoints(study, "i-gone")
     ended(study, "f-whole", Outcome("finished", 0))
     ended(study, "g-ended", Outcome("cancelled", 130, "cancelled", kind="cancelled"))
     done = flowjobs("retry", "*", "--cluster", "local", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert [line.split(";")[0].strip() for line in done.stdout.splitlines()[1:8]] == [
+    assert [line.split(";")[0].strip() for line in done.stdout.splitlines()[1:9]] == [
         *("alone      1 finished: left as they are", "1 GPU out of memory: e-cuda"),
-        *("1 cancelled: g-ended", "1 diverged: h-nan", "1 killed: a-killed"),
-        *("2 out of memory: b-memory, c-memory", "1 time limit: d-time"),
+        *("1 cancelled: g-ended", "1 checkpoints gone: i-gone", "1 diverged: h-nan"),
+        *("1 killed: a-killed", "2 out of memory: b-memory, c-memory", "1 time limit: d-time"),
     ]
-    assert done.stdout.count("not started, it would fail again") == 4
+    assert done.stdout.count("not started, it would fail again") == 5
     assert "--with mem_gb=32\n" in done.stdout
     assert "--with timeout_min=60\n" in done.stdout
     assert "--with gpu_type=" in done.stdout
@@ -237,8 +245,8 @@ def test_a_run_whose_config_is_damaged_or_lost_can_be_cancelled_and_its_log_read
 def test_rm_asks_and_leaves_no_half_of_a_run(
     study: Path, flowjobs: Command, tmp_path: Path
 ) -> None:
-    here, there, kept = (ended(study, n, Outcome("finished", 0)) for n in ("a", "b", "c"))
-    here.best.write_bytes(b"weights")
+    here = without_checkpoints(study, "a")
+    there, kept = (ended(study, name, Outcome("finished", 0)) for name in ("b", "c"))
     # The weights of the other are on scratch, beside something else.
     scratch = tmp_path / "scratch"
     scratch.mkdir()

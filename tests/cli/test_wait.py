@@ -9,24 +9,21 @@ import pytest
 from flowjobs.cli import wait
 from flowjobs.cli.defaults import Defaults
 from flowjobs.runs.lock import RunLock
-from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, Outcome
-from tests.cli.test_many import ended, failed
-
-
-def without_checkpoints(study: Path, name: str) -> Run:
-    """A run whose steps are on record, and of which nothing is left to resume from: unknown."""
-    run = ended(study, name, Outcome("preempted", 75, "left", kind="preempted"))
-    run.metrics_file.write_text('{"step": 5}\n')
-    return run
+from tests.cli.test_many import ended, failed, without_checkpoints
 
 
 def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_ends(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lives = failed(study, "lives", "killed")
-    unknown, removed = without_checkpoints(study, "unknown"), without_checkpoints(study, "removed")
-    damaged = without_checkpoints(study, "damaged")
+    without_checkpoints(study, "gone")
+    stopped = Outcome("preempted", 75, "left", kind="preempted")
+    unknown, removed, damaged = (
+        ended(study, n, stopped) for n in ("unknown", "removed", "damaged")
+    )
+    for run in (unknown, removed, damaged):
+        run.status_file.write_text("{")
     config, lock = damaged.config_file.read_text(), unknown.folder / ".lock-holder.json"
     looks: list[float] = []
 
@@ -50,6 +47,6 @@ def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_
     assert wait.Wait(names=("*",), study=study).run(Defaults()) == 1
     assert len(looks) == 10 + wait.UNKNOWN_AT_MOST - 1
     said = capsys.readouterr().out
-    assert "failed: lives (killed)" in said
+    assert "failed: gone, lives (checkpoints gone, killed)" in said
     assert f"no run removed in {study}" in said
     assert f"unknown: damaged, removed, {unknown.name}" in said

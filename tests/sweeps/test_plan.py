@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from flowjobs.config import RunConfig, TrainingConfig
-from flowjobs.sweeps.plan import look_at
+from flowjobs.sweeps.plan import look_at, stages
+from tests.cli.test_many import without_checkpoints
 from tests.report.made_up import made_run
 
 
@@ -39,3 +40,22 @@ def test_a_run_whose_files_are_damaged_is_unknown_and_the_others_as_they_are(
     assert (unknown.stage, finished.stage) == ("unknown", "finished")
     assert said in unknown.why
     assert unknown.why.startswith(str(damaged.folder))
+
+
+def test_a_run_whose_checkpoints_are_gone_has_failed_unless_their_disk_is_away(study: Path) -> None:
+    run = without_checkpoints(study, "a")
+
+    def found() -> tuple[str, str]:
+        member = stages({run: run.config()})[run]
+        return member.stage, member.why
+
+    assert found() == ("failed", "checkpoints gone")
+    run.request_cancel()
+    assert found() == ("cancelled", "checkpoints gone")
+    run.clear_cancel()
+    (study / "checkpoints").rename("scratch")
+    stage, why = found()
+    assert (stage, "none is left" in why) == ("unknown", True), why
+    run.checkpoints.parent.mkdir()
+    run.checkpoints.symlink_to(Path("unmounted").absolute())
+    assert found()[0] == "unknown"
