@@ -233,7 +233,11 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding 
     if not (job.pid or job.job_id.isdecimal()):
         return None  # of submitit's debug executor: the process that submitted it was its job
     pid = job.pid or int(job.job_id)
-    if not same_host(job.host, socket.gethostname()) or process_lives(pid, job.process):
+    if not same_host(job.host, socket.gethostname()):
+        if status.open_attempt:
+            return None  # its status says what it does
+        return Unclear(f"whether its job on {job.host} starts cannot be seen from here: ask there")
+    if process_lives(pid, job.process):
         return _find_slot(run, status, job)
     if status.open_attempt:
         return Dead(job, exit_cause.cause_of(run, status.open_attempt), seen_of(status))

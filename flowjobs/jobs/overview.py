@@ -166,9 +166,6 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
     newest = run.newest_job()
     if newest and (newest.cluster == "slurm" or local_job(run, [newest])):
         return Standing(glance, "waiting", "for its job to start")
-    if newest and glance.state == "submitted":
-        why = f"whether its {newest.cluster} job on {newest.host} starts cannot be seen from here"
-        return Standing(glance, "unknown", why)
     return _settled(glance)
 
 

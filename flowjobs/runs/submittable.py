@@ -180,16 +180,15 @@ class Submittable(ABC):
             identity: What else tells it from others: of a Slurm job see JobIdentity, of one on
                 this machine its `process`, as JobInfo has it.
         """
+        here = {"host": socket.gethostname(), "uid": os.getuid()}
         entry = Submission(
             job_id,
             cluster,
             now(),
             str(log or ""),
-            socket.gethostname(),
-            os.getuid(),
             continues=continues or "",
             again=list(again),
-            **(identity or {}),
+            **{**here, **(identity or {})},
         )
         append_line(self.jobs_file, json.dumps(asdict(entry)))
 

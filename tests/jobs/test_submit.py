@@ -116,6 +116,15 @@ def test_a_local_job_without_the_lock_counts_as_long_as_it_lives(
     assert stages_of([run], find([run])) == {"waiting" if busy else "stopped"}
 
 
+def test_whether_a_job_of_another_host_starts_is_unknown_from_here(study: Path) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig(TrainingConfig(epochs=1)))
+    run.add_submission("7", "local", None, identity={"host": "elsewhere"})
+    member = stages({run: run.config()})[run]
+    assert (member.stage, "its job on elsewhere starts" in member.why) == ("unknown", True)
+    assert stages_of([run], find([run])) == {"unknown"}
+
+
 def test_train_waits_for_a_process_that_was_cancelled_before_it_clears_the_mark(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
