@@ -157,9 +157,12 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
             outcome = final_outcome(run, run.status(), finding)
             if finding.waits:
                 return Standing(glance, "waiting", outcome.reason)
-            # Of one that `reconcile` would start again, the outcome says that it does.
-            why = finding.outcome.reason if outcome.state == "preempted" else outcome.reason
-            return _settled(replace(glance, state=outcome.state, reason=why, kind=outcome.kind))
+            ended = replace(glance, state=outcome.state, reason=outcome.reason, kind=outcome.kind)
+            if outcome.state == "preempted":
+                # Not the outcome's reason, which has it that it starts again.
+                why = f"{finding.outcome.reason}; `flowjobs reconcile` or submitting it resumes it"
+                return Standing(ended, "stopped", why)
+            return _settled(ended)
     if not (glance.unsettled and glance.state in ("submitted", "preempted")):
         return _settled(glance)
     run = Run(study, glance.name)
@@ -174,8 +177,8 @@ def _settled(glance: Glance) -> Standing:
         case "finished" | "running" | "cancelled" | "failed" as stage:
             return Standing(glance, stage, glance.reason)
         case "preempted":
-            resumed = "no job of it is left: `flowjobs reconcile` or submitting it resumes it"
-            return Standing(glance, "stopped", f"{glance.reason}; {resumed}")
+            why = f"{glance.reason}; no job of it is left: submit it again"
+            return Standing(glance, "stopped", why)
         case "submitted":
             return Standing(glance, "stopped", "never submitted")
     return Standing(glance, "unknown", glance.reason)

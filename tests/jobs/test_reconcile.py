@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
+from flowjobs.jobs.findings import find
+from flowjobs.jobs.overview import stages_of
 from flowjobs.jobs.reconcile import close_ended_job, close_ended_pack
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
+from flowjobs.sweeps.plan import stages
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -142,6 +145,9 @@ def test_a_lost_job_is_started_again_as_it_was_submitted(start: Start) -> None:
     done = reconcile_from_cron(job)
     assert f"job {job.job_id} was submitted by nobody" in done.stderr
     assert (job.status().state, len(job.job_ids())) == ("running", 1)
+    # Nothing but `reconcile`, or submitting it, starts it again: so say both who look.
+    assert stages_of([job.run], find([job.run])) == {"stopped"}
+    assert stages({job.run: job.run.config()})[job.run].stage == "to resume"
     os.chown(origin, os.getuid(), -1)
     assert "starts again" in reconcile_from_cron(job).stdout
     old, new = job.run.submissions()
