@@ -72,8 +72,9 @@ class JobIdentity:
     @property
     def words(self) -> str:
         """The job, with what sets it apart from those that can be asked for here."""
-        mine = self.uid is None or self.is_mine()
-        return f"job {self.job_id}" if mine else f"job {self.job_id} of {user_name(self.uid)}"
+        if self.uid is None or self.is_mine():
+            return f"job {self.job_id}"
+        return f"job {self.job_id} of {user_name(self.uid)}"
 
 
 @dataclass(frozen=True)

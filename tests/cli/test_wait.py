@@ -9,8 +9,8 @@ import pytest
 from flowjobs.cli import wait
 from flowjobs.cli.defaults import Defaults
 from flowjobs.runs.lock import RunLock
-from flowjobs.runs.status import JobInfo, Outcome
-from tests.cli.test_many import ended, failed, without_checkpoints
+from flowjobs.runs.status import JobInfo
+from tests.cli.test_many import failed, without_checkpoints
 
 
 def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_ends(
@@ -18,12 +18,12 @@ def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_
 ) -> None:
     lives = failed(study, "lives", "killed")
     without_checkpoints(study, "gone")
-    stopped = Outcome("preempted", 75, "left", kind="preempted")
     unknown, removed, damaged = (
-        ended(study, n, stopped) for n in ("unknown", "removed", "damaged")
+        without_checkpoints(study, name) for name in ("unknown", "removed", "damaged")
     )
     for run in (unknown, removed, damaged):
-        run.status_file.write_text("{")
+        run.checkpoints.rmdir()
+        run.checkpoints.symlink_to("/not/mounted")
     config, lock = damaged.config_file.read_text(), unknown.folder / ".lock-holder.json"
     looks: list[float] = []
 
