@@ -239,7 +239,7 @@ def test_a_run_whose_config_is_damaged_or_lost_can_be_cancelled_and_its_log_read
     assert whole.status().state == "finished"
     for name in ("damaged", "study/runs/damaged", "study/runs/lost"):
         asked = flowjobs("wait", name)
-        assert (asked.returncode, "config.json is" in asked.stderr) == (2, True), asked.stderr
+        assert (asked.returncode, "config.json" in asked.stderr) == (2, True), asked.stderr
 
 
 def test_rm_asks_and_leaves_no_half_of_a_run(
