@@ -492,6 +492,21 @@ class RunConfig:
     restarts: RestartConfig = field(default_factory=RestartConfig)
 
 
+# The config of each part of a run, by the name that the run's `config.json` has for it.
+PARTS: dict[str, Any] = {part.name: part.default_factory for part in dataclasses.fields(RunConfig)}
+
+
+def differences_from_defaults(config: RunConfig) -> dict[str, Any]:
+    """The options that are not the default, by their names."""
+    changed = {}
+    for part, cls in PARTS.items():
+        given, default = getattr(config, part), cls()
+        for option in dataclasses.fields(cls):
+            if (value := getattr(given, option.name)) != getattr(default, option.name):
+                changed[option.name] = value
+    return changed
+
+
 def is_data_file(dataset: str) -> bool:
     """Whether `--dataset` is the path of a file rather than the name of splits."""
     return dataset.endswith(DATA_FILE_SUFFIXES)
@@ -626,12 +641,8 @@ def run_config_from_dict(found: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: A field that this version of flowjobs does not know, or a bad value.
     """
-    parts = dataclasses.fields(RunConfig)
     return RunConfig(
-        **{
-            part.name: _part_from_dict(part.name, part.default_factory, found.get(part.name, {}))
-            for part in parts
-        }
+        **{name: _part_from_dict(name, cls, found.get(name, {})) for name, cls in PARTS.items()}
     )
 
 

@@ -14,27 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.config import (
-    KeyValues,
-    RestartConfig,
-    SlurmConfig,
-    TrackingConfig,
-    TrainingConfig,
-    flag,
-    typed_value,
-)
+from flowjobs.config import PARTS, KeyValues, SlurmConfig, TrainingConfig, flag, typed_value
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
 from flowjobs.runs.run import absolute, default_study
 from flowjobs.slurm.options import fields_from, variables_of
 
 FILE_NAME = "flowjobs.toml"
-PARTS = {
-    "training": TrainingConfig,
-    "slurm": SlurmConfig,
-    "tracking": TrackingConfig,
-    "restarts": RestartConfig,
-}
 
 
 @dataclass(frozen=True)

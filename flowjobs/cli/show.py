@@ -3,13 +3,12 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import RunName, existing_run
-from flowjobs.config import RunConfig, flag
+from flowjobs.config import differences_from_defaults, flag
 from flowjobs.counts import count_words
 from flowjobs.runs.goodput import TimeSpent, time_spent
 from flowjobs.runs.run import Run, default_study
@@ -58,17 +57,6 @@ class Show:
         for name, path in files.items():
             print(f"{name:<10} {path}")
         return 0
-
-
-def differences_from_defaults(config: RunConfig) -> dict[str, Any]:
-    """The options that are not the default, by their names."""
-    changed = {}
-    for part in dataclasses.fields(RunConfig):
-        given, default = getattr(config, part.name), type(getattr(config, part.name))()
-        for option in dataclasses.fields(given):
-            if (value := getattr(given, option.name)) != getattr(default, option.name):
-                changed[option.name] = value
-    return changed
 
 
 def _size_in_words(status: RunStatus) -> str:

@@ -8,12 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowjobs.cli.code_options import CodeOptions
-from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.follow import follow
 from flowjobs.cli.hint import hint
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
+    PARTS,
     OptionalStr,
     RestartConfig,
     RunConfig,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import tyro
 
 from flowjobs.cli.code_options import CodeOptions
-from flowjobs.cli.defaults import PARTS, CommandOptions, Defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.hint import hint
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import check_parts, with_absolute_paths
@@ -71,7 +71,6 @@ EXAMPLES = """\
   flowjobs sweep ablation
 """
 
-OPTIONS = ("slurm", "tracking", "restarts")
 ASKS_ABOVE = 100
 
 
@@ -152,7 +151,7 @@ class Sweep(CodeOptions, CommandOptions):
             if getattr(training, known.name) not in (None, {})
         }
         values["arch_args"] = tuple(f"{k}={v!r}" for k, v in training.arch_args.items())
-        options = {part: defaults.fill(PARTS[part]) for part in OPTIONS}
+        options = {part: defaults.fill(cls) for part, cls in grid.TABLES.items()}
         return cls(training=TrainingValues(**values), **options, **own)
 
     @staticmethod
@@ -195,7 +194,7 @@ class Sweep(CodeOptions, CommandOptions):
             sweep = sweep.zipped(self.zip)
         options: dict[str, Any] = {
             part: {**getattr(sweep, part), **self._given(getattr(self, part), defaults)}
-            for part in OPTIONS
+            for part in grid.TABLES
         }
         return name, dataclasses.replace(
             sweep,
@@ -239,8 +238,8 @@ class Sweep(CodeOptions, CommandOptions):
     ) -> tuple[dict[Run, RunConfig], frozenset[str]]:
         """The runs with what is asked for of each, checked as far as that can be without torch."""
         parts = {
-            part: dataclasses.replace(defaults.fill(PARTS[part]), **getattr(sweep, part))
-            for part in OPTIONS
+            part: dataclasses.replace(defaults.fill(cls), **getattr(sweep, part))
+            for part, cls in grid.TABLES.items()
         }
         base = defaults.fill(TrainingConfig)
         points, left_out_of = applying(sweep.points(), base)

@@ -1,30 +1,13 @@
 """Where a run of a report comes from: the command that makes it again, its code, its W&B page."""
 
-import dataclasses
 import shlex
 from typing import Any
 
-from flowjobs.config import (
-    PINNED,
-    RestartConfig,
-    SlurmConfig,
-    TrackingConfig,
-    TrainingConfig,
-    flag,
-    literal_or_text,
-)
+from flowjobs.config import PINNED, differences_from_defaults, flag, literal_or_text
 from flowjobs.errors import FlowjobsError
 from flowjobs.runs.code import code_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.surroundings import surroundings_of
-
-# What the command says of a run's config: where it ran is not of the result.
-PARTS: dict[str, Any] = {
-    "training": TrainingConfig,
-    "slurm": SlurmConfig,
-    "tracking": TrackingConfig,
-    "restarts": RestartConfig,
-}
 
 
 def command_of(run: Run) -> str:
@@ -35,12 +18,8 @@ def command_of(run: Run) -> str:
     """
     config = run.config()
     words = ["flowjobs", "submit"]
-    for part, cls in PARTS.items():
-        given, default = getattr(config, part), cls()
-        for field in dataclasses.fields(cls):
-            value = getattr(given, field.name)
-            if value != getattr(default, field.name):
-                words += _words(field.name, value)
+    for name, value in differences_from_defaults(config).items():
+        words += _words(name, value)
     if run.name != config.training.run_name:
         words += ["--name", run.name]
     return shlex.join(words)

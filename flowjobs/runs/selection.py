@@ -11,26 +11,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import (
-    PINNED,
-    SIZE_FIELDS,
-    RestartConfig,
-    SlurmConfig,
-    TrackingConfig,
-    TrainingConfig,
-    is_data_file,
-    literal_or_text,
-)
+from flowjobs.config import PARTS, PINNED, SIZE_FIELDS, is_data_file, literal_or_text
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.run import Run, absolute, run_names
 
-PARTS: dict[str, Any] = {
-    "training": TrainingConfig,
-    "slurm": SlurmConfig,
-    "tracking": TrackingConfig,
-    "restarts": RestartConfig,
-}
 # What is no field of a config and selects all the same.
 SWEEP = "sweep"
 

@@ -43,15 +43,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import (
-    KeyValues,
-    RestartConfig,
-    SlurmConfig,
-    TrackingConfig,
-    TrainingConfig,
-    flag,
-    typed_value,
-)
+from flowjobs.config import PARTS, KeyValues, SlurmConfig, TrainingConfig, flag, typed_value
 from flowjobs.errors import ConfigError
 from flowjobs.flows.uses import has_use
 from flowjobs.nearest import meant
@@ -63,11 +55,8 @@ Point = dict[str, Any]
 # What a run's name says already.
 IN_NAME = ("arch", "flow", "dataset", "aug")
 LONGEST_NAME = 100
-TABLES: dict[str, Any] = {
-    "slurm": SlurmConfig,
-    "tracking": TrackingConfig,
-    "restarts": RestartConfig,
-}
+# The parts of a config that a file has as tables of their own.
+TABLES = {name: cls for name, cls in PARTS.items() if name != "training"}
 
 
 @dataclass(frozen=True)
