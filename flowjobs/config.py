@@ -7,18 +7,13 @@ neither torch nor Slurm nor W&B.
 import ast
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
-import os
 import re
-import sys
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, get_args, get_origin
+from typing import Any, Literal, Optional, get_args
 
 from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
@@ -274,8 +269,6 @@ class TrainingConfig:
         _require(self, "time_mean")
         if self.aug_strength is not None:
             _require(self, "aug_strength", above=0, below=1 if self.aug == "dropout" else None)
-            if self.aug == "none":
-                raise ConfigError(f"--aug-strength: found {self.aug_strength} without --aug")
         if self.checkpoint_every_s is not None:
             _require(self, "checkpoint_every_s", minimum=0)
         _require(self, "ema_decay", minimum=0, below=1)
@@ -512,50 +505,6 @@ def is_data_file(dataset: str) -> bool:
     return dataset.endswith(DATA_FILE_SUFFIXES)
 
 
-def check_arch(config: TrainingConfig, labels: Iterable[str] = ()) -> None:
-    """Raise a ConfigError unless --arch is built in or can be found. Imports no user code.
-
-    The class itself is looked up where the run starts, since its module loads torch.
-
-    Args:
-        config: What is asked for.
-        labels: The user's own names for models, which may have been meant.
-    """
-    if config.arch_path in BUILT_IN_ARCHS:
-        return
-    if not _is_import_path(config.arch_path):
-        raise ConfigError(
-            f"--arch: found {config.arch!r}, expected one of {', '.join(BUILT_IN_ARCHS)}, or your "
-            f"own nn.Module as package.module:Name"
-            f"{did_you_mean(config.arch, {*BUILT_IN_ARCHS, *labels})}"
-        )
-    check_module("--arch", config.arch)
-
-
-def check_module(option: str, value: str) -> None:
-    """Raise a ConfigError unless there is the package of an import path; it is not imported.
-
-    Args:
-        option: For the error's text.
-        value: `package.module:name`, maybe with a label.
-    """
-    path = value.rpartition("=")[2]
-    if not _is_import_path(path):
-        raise ConfigError(f"{option}: found {value!r}, expected package.module:name")
-    package = path.partition(":")[0].partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        beside = {file.stem for file in Path.cwd().glob("*.py")}
-        raise ConfigError(
-            f"{option} {value}: no module {package} in {Path.cwd()} or on PYTHONPATH"
-            f"{did_you_mean(package, beside)}"
-        )
-
-
-def _is_import_path(path: str) -> bool:
-    module, _, name = path.partition(":")
-    return bool(module) and name.isidentifier()
-
-
 def _label(value: str) -> str:
     label, _, path = value.rpartition("=")
     return label or path.rpartition(":")[2]
@@ -616,19 +565,6 @@ def _default(key: str) -> Any:
     return getattr(TrainingConfig, key)
 
 
-def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate at a step as a part of its peak: a linear warm-up, then a half cosine.
-
-    Source: Loshchilov and Hutter, SGDR (https://arxiv.org/abs/1608.03983), eq. 5, one period.
-    """
-    if step < warmup_steps:
-        # Not from zero: the first step would be lost.
-        return (step + 1) / warmup_steps
-    decay_steps = max(1, total_steps - warmup_steps)
-    progress = min(1.0, (step - warmup_steps) / decay_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as JSON's types."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -657,70 +593,6 @@ def _part_from_dict(name: str, cls: Any, found: Any) -> Any:
         return from_json(cls, found)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-
-
-def typed_value(
-    name: str, value: Any, hint: Any, folder: Path, absolute: Callable[[Path], Path]
-) -> Any:
-    """A value of a TOML file as the field of that name holds it.
-
-    Args:
-        name: Of the field.
-        value: As it was read.
-        hint: The field's type; Any: of those that JSON has.
-        folder: Where a relative path begins.
-        absolute: Makes a path one from the root.
-
-    Raises:
-        TypeError: It is of another type.
-    """
-    options = get_args(hint) if get_origin(hint) is typing.Union else (hint,)
-    if value == "None" and types.NoneType in options:
-        return None  # TOML has no word for it; the command line takes this one
-    for option in options:
-        if option is Any:
-            check_json(value)
-            return value
-        if option is KeyValues and isinstance(value, dict):
-            check_json(value)
-            return KeyValues(value)
-        if option is Path and isinstance(value, str):
-            return absolute(folder / os.path.expanduser(value))
-        is_path = name == "init_from" or (
-            name in ("dataset", "source") and is_data_file(str(value))
-        )
-        if isinstance(value, str) and is_path:
-            return str(absolute(folder / os.path.expanduser(value)))
-        if option is float and type(value) is int and abs(value) <= sys.float_info.max:
-            return float(value)
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if isinstance(option, type) and type(value) is option:
-            return value
-    expected = " or ".join(
-        ", ".join(get_args(option)) if get_origin(option) is Literal else option.__name__
-        for option in options
-        if option is not types.NoneType
-    )
-    raise TypeError(f"{value!r}, expected {expected}")
-
-
-def check_json(value: Any, where: str = "") -> None:
-    """Raise a TypeError if a value of a TOML file is none that JSON has: a date or a time."""
-    match value:
-        case dict():
-            for key, each in value.items():
-                check_json(each, f"{where}{key} = ")
-        case list():
-            for each in value:
-                check_json(each, where)
-        case str() | bool() | int() | float():
-            pass
-        case _:
-            raise TypeError(
-                f"{where}{value}, expected text (in quotes), a number, true, false, or a list or "
-                "table of these"
-            )
 
 
 def flag(name: str) -> str:

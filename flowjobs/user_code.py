@@ -1,6 +1,7 @@
 """A person's own code: what an import path names, and the file and line where an error arose."""
 
 import importlib
+import importlib.util
 import re
 import sysconfig
 import traceback
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs.errors import ConfigError
+from flowjobs.nearest import did_you_mean
 
 OURS = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -71,6 +73,31 @@ def _in_words(file: str, line: int | None, function: str | None) -> str:
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     place = f"{shown}, line {line}"
     return place if function in (None, "<module>") else f"{place}, in {function}"
+
+
+def check_module(option: str, value: str) -> None:
+    """Raise a ConfigError unless there is the package of an import path; it is not imported.
+
+    Args:
+        option: For the error's text.
+        value: `package.module:name`, maybe with a label.
+    """
+    path = value.rpartition("=")[2]
+    if not is_import_path(path):
+        raise ConfigError(f"{option}: found {value!r}, expected package.module:name")
+    package = path.partition(":")[0].partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        beside = {file.stem for file in Path.cwd().glob("*.py")}
+        raise ConfigError(
+            f"{option} {value}: no module {package} in {Path.cwd()} or on PYTHONPATH"
+            f"{did_you_mean(package, beside)}"
+        )
+
+
+def is_import_path(path: str) -> bool:
+    """Whether this is `package.module:name`."""
+    module, _, name = path.partition(":")
+    return bool(module) and name.isidentifier()
 
 
 def imported(option: str, path: str) -> Any:

@@ -9,7 +9,6 @@ from flowjobs.config import (
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
-    check_arch,
     config_to_dict,
     literal_or_text,
     run_config_from_dict,
@@ -111,12 +110,3 @@ def test_key_values_are_literals_or_strings() -> None:
 @pytest.mark.parametrize("text", ["{[1]}", "{1}", "-" * 3000 + "1", "(" * 300, "b'x'", "'", "x\0"])
 def test_what_is_no_literal_of_json_is_text(text: str) -> None:
     assert literal_or_text(text) == text
-
-
-def test_an_arch_is_checked_without_importing_it() -> None:
-    check_arch(TrainingConfig(arch="mlp"))
-    check_arch(TrainingConfig(arch="short=torch.nn:Module"))
-    with pytest.raises(ConfigError, match="found 'mpl', expected one of mlp"):
-        check_arch(TrainingConfig(arch="mpl"))
-    with pytest.raises(ConfigError, match="no module nowhere"):
-        check_arch(TrainingConfig(arch="nowhere.models:Net"))

@@ -19,9 +19,10 @@ ROWS = (
     ("evaluation",),
     ("flows", "models"),
     ("data",),
+    ("toml_values",),
     ("runs", "slurm"),
     ("config", "user_code"),
-    ("counts", "errors", "from_json", "nearest", "cgroups", "slots"),
+    ("counts", "errors", "from_json", "learning_rate", "nearest", "cgroups", "slots"),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.config import PARTS, KeyValues, SlurmConfig, TrainingConfig, flag, typed_value
+from flowjobs.config import PARTS, KeyValues, SlurmConfig, TrainingConfig, flag
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
-from flowjobs.runs.run import absolute, default_study
+from flowjobs.runs.run import default_study
 from flowjobs.slurm.options import fields_from, variables_of
+from flowjobs.toml_values import typed_value
 
 FILE_NAME = "flowjobs.toml"
 
@@ -181,7 +182,7 @@ def _read_file(path: Path, defaults: Defaults) -> None:
             )
         # Paths are relative to the file, so that they mean the same from every folder below.
         try:
-            defaults.values[name] = typed_value(name, value, fields[name], path.parent, absolute)
+            defaults.values[name] = typed_value(name, value, fields[name], path.parent)
         except TypeError as error:
             raise ConfigError(f"{path}: {key} = {error}") from error
         defaults.sources[name] = str(path)

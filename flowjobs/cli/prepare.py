@@ -16,15 +16,14 @@ from flowjobs.config import (
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
-    check_arch,
-    check_module,
     flag,
     is_data_file,
 )
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.flows.flow import check_flow
+from flowjobs.flows.uses import check_uses
 from flowjobs.models.size import with_fixed_width
-from flowjobs.models.source import check_model, check_vectors
+from flowjobs.models.source import check_arch, check_model, check_vectors
 from flowjobs.nearest import LIST_AT_MOST
 from flowjobs.runs.code import import_from_snapshot
 from flowjobs.runs.datasets import check_data, row_shape
@@ -93,17 +92,8 @@ def check_parts(training: TrainingConfig, study: Path, defaults: Defaults) -> No
     """Raise a FlowjobsError where the model, the flow or the data can surely not be used."""
     check_arch(training, defaults.archs)
     check_model(training)
-    if ":" in training.flow:
-        check_module("--flow", training.flow)
     check_flow(training)
-    for field in ("time_mean", "time_std"):
-        if training.time_sampling == "uniform" and (
-            (value := getattr(training, field)) != getattr(TrainingConfig, field)
-        ):
-            raise ConfigError(
-                f"{flag(field)}: found {value} with --time-sampling uniform, which has no use for "
-                "it: leave it out, or give --time-sampling logit-normal"
-            )
+    check_uses(training)
     check_data(training.dataset, study)
     check_vectors(training, row_shape(training.dataset, study))
     if training.source != "normal":

@@ -185,7 +185,7 @@ class Sweep(CodeOptions, CommandOptions):
             if file.exists() and not file.is_file():  # reading a pipe may wait for ever
                 raise ConfigError(f"sweep {file}: found no file, expected the path of one")
             name = file.stem if self.name is None else self.name
-            sweep = read_sweep(file, absolute)
+            sweep = read_sweep(file)
         else:
             name = name if self.sweep is None else self.sweep
             sweep = read_kept(study, name)
@@ -427,6 +427,7 @@ def _check(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -
         names = (config.arch, config.flow, config.dataset, config.source, config.reflow_from)
         numbers = (config.model_args, config.params, config.sigma == 0, config.ot_batch)
         times = (config.time_sampling, config.time_mean, config.time_std)
-        different.setdefault((*names, *times, *map(str, numbers)), config)
+        added = (config.aug, config.aug_strength is None)
+        different.setdefault((*names, *times, *added, *map(str, numbers)), config)
     for config in different.values():
         check_parts(config, study, defaults)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.flows.coupling import entropic, exact
-from flowjobs.user_code import imported
+from flowjobs.user_code import check_module, imported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +149,9 @@ def may_be_given_pairs(flow: str) -> bool:
 
 
 def check_flow(config: TrainingConfig) -> None:
-    """Raise a ConfigError where a flow that is built in cannot be used with this config."""
+    """Raise a ConfigError where a flow cannot be used with this config. Imports no user code."""
+    if ":" in config.flow:
+        check_module("--flow", config.flow)
     if flow := FLOWS.get(config.flow_path):
         _check_with(flow, config)
 

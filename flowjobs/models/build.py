@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig, check_arch
+from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig
 from flowjobs.data.randomness import seed_python_and_numpy
 from flowjobs.errors import ConfigError
 from flowjobs.models.flops import parameters_in
 from flowjobs.models.size import check_count, search_width, width_of
-from flowjobs.models.source import BUILT_IN_SOURCES, check_arguments, check_vectors
+from flowjobs.models.source import BUILT_IN_SOURCES, check_arch, check_arguments, check_vectors
 from flowjobs.user_code import imported
 
 

@@ -9,13 +9,15 @@ import ast
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowjobs.config import BUILT_IN_ARCHS, SIZE_FIELDS, TrainingConfig, flag
 from flowjobs.errors import ConfigError
+from flowjobs.nearest import did_you_mean
+from flowjobs.user_code import check_module, is_import_path
 
 BUILT_IN_SOURCES = {
     "mlp": "flowjobs.models.mlp:MLP",
@@ -26,6 +28,26 @@ BUILT_IN_SOURCES = {
 FOLLOW_AT_MOST = 5
 # With these a module may make names that its source does not show.
 DYNAMIC = {"globals", "locals", "vars", "exec", "eval", "setattr"}
+
+
+def check_arch(config: TrainingConfig, labels: Iterable[str] = ()) -> None:
+    """Raise a ConfigError unless --arch is built in or can be found. Imports no user code.
+
+    The class itself is looked up where the run starts, since its module loads torch.
+
+    Args:
+        config: What is asked for.
+        labels: The user's own names for models, which may have been meant.
+    """
+    if config.arch_path in BUILT_IN_ARCHS:
+        return
+    if not is_import_path(config.arch_path):
+        raise ConfigError(
+            f"--arch: found {config.arch!r}, expected one of {', '.join(BUILT_IN_ARCHS)}, or your "
+            f"own nn.Module as package.module:Name"
+            f"{did_you_mean(config.arch, {*BUILT_IN_ARCHS, *labels})}"
+        )
+    check_module("--arch", config.arch)
 
 
 def check_model(config: TrainingConfig) -> None:

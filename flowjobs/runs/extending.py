@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flowjobs.config import TrainingConfig, learning_rate_factor
+from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.learning_rate import learning_rate_factor
 from flowjobs.runs.status import RunStatus
 
 Extension = dict[str, Any]

@@ -38,16 +38,17 @@ import json
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import PARTS, KeyValues, SlurmConfig, TrainingConfig, flag, typed_value
+from flowjobs.config import PARTS, KeyValues, SlurmConfig, TrainingConfig, flag
 from flowjobs.errors import ConfigError
 from flowjobs.flows.uses import has_use
 from flowjobs.nearest import meant
 from flowjobs.sweeps.applying import ARGUMENT
+from flowjobs.toml_values import typed_value
 
 # Values by field; an argument of the model is `arch_args.width`.
 Point = dict[str, Any]
@@ -290,8 +291,8 @@ _SLURM = tuple(known.name for known in fields(SlurmConfig))
 class _Reader:
     """Reads one file; every error says where."""
 
-    def __init__(self, path: Path, absolute: Callable[[Path], Path]) -> None:
-        self._path, self._absolute = path, absolute
+    def __init__(self, path: Path) -> None:
+        self._path = path
         hints = typing.get_type_hints
         self._run_hints = hints(SlurmConfig) | hints(TrainingConfig)
 
@@ -401,7 +402,7 @@ class _Reader:
 
     def _as(self, where: str, name: str, value: Any, hint: Any) -> Any:
         try:
-            return typed_value(name, value, hint, self._path.parent, self._absolute)
+            return typed_value(name, value, hint, self._path.parent)
         except TypeError as error:
             raise self._error(where, str(error)) from error
 
@@ -409,17 +410,13 @@ class _Reader:
         return ConfigError(f"{self._path}: {where}: found {found}")
 
 
-def read_sweep(path: Path, absolute: Callable[[Path], Path]) -> Sweep:
-    """What a file asks for.
-
-    Args:
-        path: The file.
-        absolute: Makes a path one from the root; relative ones begin at the file's folder.
+def read_sweep(path: Path) -> Sweep:
+    """What a file asks for; relative paths in it begin at its folder.
 
     Raises:
         ConfigError: It is not TOML, has a key that is no field, or a value of another type.
     """
-    return _Reader(path, absolute).read()
+    return _Reader(path).read()
 
 
 def to_toml(sweep: Sweep) -> str:

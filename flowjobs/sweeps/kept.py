@@ -7,7 +7,7 @@ from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunMismatchError, RunNotFoundError
 from flowjobs.nearest import LIST_AT_MOST, meant
 from flowjobs.runs.files import replaced_whole
-from flowjobs.runs.run import Run, absolute, check_run_name
+from flowjobs.runs.run import Run, check_run_name
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.sweeps.grid import Sweep, read_sweep, to_toml
 
@@ -44,7 +44,7 @@ def read_kept(study: Path, name: str) -> Sweep:
             f"{meant(name, sweep_names(study), 'sweeps')}; give FILE.toml, or the values of fields "
             "(--seed 0 1 2)"
         )
-    return read_sweep(file, absolute)
+    return read_sweep(file)
 
 
 def names_kept(

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from flowjobs.config import KeyValues, RestartConfig, RunConfig, SlurmConfig, typed_value
+from flowjobs.config import KeyValues, RestartConfig, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
 from flowjobs.runs.pack import Pack
-from flowjobs.runs.run import absolute
 from flowjobs.sweeps.plan import CHECKPOINTS_GONE, GPU_MEMORY, Member
+from flowjobs.toml_values import typed_value
 
 # No option of one run's: how many share a job.
 RUNS_PER_GPU = "runs_per_gpu"
@@ -134,7 +134,7 @@ def changes_from(given: Sequence[str]) -> dict[str, Any]:
         if is_text and not isinstance(value, str | None):
             value = item.partition("=")[2]  # an account may be called 007, or 1e5
         try:
-            found[name] = typed_value(name, value, hints[name], Path(), absolute)
+            found[name] = typed_value(name, value, hints[name], Path())
         except TypeError as error:
             raise ConfigError(f"--with {key}: found {error}") from error
     return found

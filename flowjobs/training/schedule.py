@@ -3,7 +3,7 @@
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from flowjobs.config import learning_rate_factor
+from flowjobs.learning_rate import learning_rate_factor
 
 
 def get_cosine_schedule_with_warmup(

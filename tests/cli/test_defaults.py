@@ -39,13 +39,15 @@ def test_a_file_may_set_what_submit_takes(tmp_path: Path) -> None:
     write(
         tmp_path / "flowjobs.toml",
         'study = "../scratch"\ncluster = "slurm"\nbatch-size = 8\nlr = 1\n'
+        "aug-strength = 0.3\n"  # for whoever adds --aug noise
         'sbatch = {reservation = "course"}\n[arch]\nwide = "models:Wide"\n',
     )
     defaults = load_defaults()
     submit = defaults.fill(Submit)
     assert submit.study == tmp_path.parent / "scratch"
     assert submit.cluster == "slurm"
-    assert (submit.training.batch_size, submit.training.lr) == (8, 1.0)
+    training = submit.training
+    assert (training.batch_size, training.lr, training.aug_strength) == (8, 1.0, 0.3)
     assert submit.slurm.sbatch == {"reservation": "course"}
     assert defaults.resolve_arch(TrainingConfig(arch="wide")).arch == "wide=models:Wide"
     assert defaults.resolve_arch(TrainingConfig()).arch == "mlp"

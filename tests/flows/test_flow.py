@@ -13,6 +13,7 @@ from flowjobs.data.randomness import generator_for
 from flowjobs.errors import ConfigError
 from flowjobs.flows.flow import FLOWS, LEAST_VARIANCE, Flow, flow_of
 from flowjobs.flows.pairs import sample_path, sample_times
+from flowjobs.flows.uses import check_uses
 
 SIGMA = 0.3
 CPU = torch.device("cpu")
@@ -168,6 +169,24 @@ def test_gradients_are_finite_in_bfloat16(name: str) -> None:
 def test_what_a_flow_cannot_be_used_with_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         flow_of(TrainingConfig(**options))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "decides", "used_with"),
+    [
+        ("time_mean", 0.5, "time_sampling", "logit-normal"),
+        ("time_std", 2.0, "time_sampling", "logit-normal"),
+        ("aug_strength", 0.2, "aug", "mixup"),
+        ("ot_batch", 128, "flow", "otcfm"),
+    ],
+)
+def test_a_field_without_a_use_is_refused(
+    field: str, value: float, decides: str, used_with: str
+) -> None:
+    given: dict[str, Any] = {field: value}
+    check_uses(TrainingConfig(**given, **{decides: used_with}))
+    with pytest.raises(ConfigError, match=f"found {value} with --.*no use for it: leave it out"):
+        check_uses(TrainingConfig(**given))
 
 
 def my_path(

@@ -7,7 +7,7 @@ import pytest
 
 from flowjobs.config import KeyValues, TrainingConfig
 from flowjobs.errors import ConfigError
-from flowjobs.models.source import check_model
+from flowjobs.models.source import check_arch, check_model
 
 NETS = """
 import functools
@@ -128,3 +128,12 @@ def test_what_is_right_passes() -> None:
     check("my_models.nets:WideNet", width=3, depth=1)
     check("my_models.nets:NeedsRank", rank=2)
     check("my_models.deep:Deep", depth=1)
+
+
+def test_an_arch_is_checked_without_importing_it() -> None:
+    check_arch(TrainingConfig(arch="mlp"))
+    check_arch(TrainingConfig(arch="short=torch.nn:Module"))
+    with pytest.raises(ConfigError, match="found 'mpl', expected one of mlp"):
+        check_arch(TrainingConfig(arch="mpl"))
+    with pytest.raises(ConfigError, match="no module nowhere"):
+        check_arch(TrainingConfig(arch="nowhere.models:Net"))

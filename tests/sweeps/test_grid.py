@@ -7,7 +7,6 @@ import pytest
 
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
-from flowjobs.runs.run import absolute
 from flowjobs.sweeps.applying import applying
 from flowjobs.sweeps.grid import Sweep, read_sweep, run_names_of, to_toml, training_of
 
@@ -76,7 +75,7 @@ def test_one_field_at_a_time_varies_around_the_first_values() -> None:
 def test_a_file_is_read_written_and_read_again(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text(EVERYTHING)
-    sweep = read_sweep(file, absolute)
+    sweep = read_sweep(file)
     assert sweep.base == {
         "epochs": 2,
         "dataset": str(tmp_path / "data.npy"),  # relative to the file
@@ -90,16 +89,16 @@ def test_a_file_is_read_written_and_read_again(tmp_path: Path) -> None:
     config = training_of(points[0], TrainingConfig())
     assert config.arch_args == {"depth": 3, "channels": [8, 16], "width": 64}
     file.write_text(to_toml(sweep))
-    assert read_sweep(file, absolute) == sweep
+    assert read_sweep(file) == sweep
 
 
 def test_a_field_may_have_no_value_in_some_runs(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text("[[zip]]\nflow = ['icfm', 'otcfm']\not_batch = ['None', 128]\n")
-    sweep = read_sweep(file, absolute)
+    sweep = read_sweep(file)
     assert [point["ot_batch"] for point in sweep.points()] == [None, 128]
     file.write_text(to_toml(sweep))
-    assert read_sweep(file, absolute) == sweep
+    assert read_sweep(file) == sweep
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_what_cannot_be_meant_is_said(tmp_path: Path, text: str, said: str) -> N
     file = tmp_path / "a.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=said):
-        read_sweep(file, absolute)
+        read_sweep(file)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,72 @@
+"""Values of a TOML file, as the fields of a config hold them."""
+
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from flowjobs.config import KeyValues, is_data_file
+from flowjobs.runs.run import absolute
+
+
+def typed_value(name: str, value: Any, hint: Any, folder: Path) -> Any:
+    """A value of a TOML file as the field of that name holds it.
+
+    Args:
+        name: Of the field.
+        value: As it was read.
+        hint: The field's type; Any: of those that JSON has.
+        folder: Where a relative path begins.
+
+    Raises:
+        TypeError: It is of another type.
+    """
+    options = get_args(hint) if get_origin(hint) is typing.Union else (hint,)
+    if value == "None" and types.NoneType in options:
+        return None  # TOML has no word for it; the command line takes this one
+    for option in options:
+        if option is Any:
+            _check_json(value)
+            return value
+        if option is KeyValues and isinstance(value, dict):
+            _check_json(value)
+            return KeyValues(value)
+        if option is Path and isinstance(value, str):
+            return absolute(folder / os.path.expanduser(value))
+        is_path = name == "init_from" or (
+            name in ("dataset", "source") and is_data_file(str(value))
+        )
+        if isinstance(value, str) and is_path:
+            return str(absolute(folder / os.path.expanduser(value)))
+        if option is float and type(value) is int and abs(value) <= sys.float_info.max:
+            return float(value)
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if isinstance(option, type) and type(value) is option:
+            return value
+    expected = " or ".join(
+        ", ".join(get_args(option)) if get_origin(option) is Literal else option.__name__
+        for option in options
+        if option is not types.NoneType
+    )
+    raise TypeError(f"{value!r}, expected {expected}")
+
+
+def _check_json(value: Any, where: str = "") -> None:
+    """Raise a TypeError if a value of a TOML file is none that JSON has: a date or a time."""
+    match value:
+        case dict():
+            for key, each in value.items():
+                _check_json(each, f"{where}{key} = ")
+        case list():
+            for each in value:
+                _check_json(each, where)
+        case str() | bool() | int() | float():
+            pass
+        case _:
+            raise TypeError(
+                f"{where}{value}, expected text (in quotes), a number, true, false, or a list or "
+                "table of these"
+            )
