@@ -22,7 +22,7 @@ ROWS = (
     ("toml_values",),
     ("runs", "slurm"),
     ("config", "user_code"),
-    ("counts", "errors", "from_json", "learning_rate", "nearest", "cgroups", "slots"),
+    ("counts", "errors", "from_json", "learning_rate", "nearest", "cgroups", "slots", "words"),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

@@ -10,8 +10,9 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.json_output import print_json
+from flowjobs.cli.numbers import check_seconds
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import check_seconds, prepare_run
+from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import RestartConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import default_study

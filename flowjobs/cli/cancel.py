@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import RunNames, by_words, list_of
+from flowjobs.cli.runs_named import RunNames, list_of, runs_matching
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.runs.run import default_study
 from flowjobs.runs.selection import names_one_run
@@ -29,7 +29,7 @@ class Cancel:
         if not self.names:
             raise ConfigError("cancel: found no name, expected those of the runs to cancel")
         # One whose config is damaged has jobs all the same.
-        runs, broken = by_words(self.study, self.names)
+        runs, broken = runs_matching(self.study, self.names)
         if len(runs) > 1 or not names_one_run(self.study, self.names):
             print(f"cancels {list_of(runs)}", flush=True)
         failed = bool(broken)

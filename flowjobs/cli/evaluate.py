@@ -12,7 +12,7 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.evaluation_table import print_evaluation
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import RunNames, each_of
+from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.cli.sample import SAY_EVERY_S, best_of
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, FlowjobsError
@@ -83,7 +83,7 @@ class Evaluate:
             raise ConfigError("evaluate: found no run, expected names, a sweep, or FIELD=VALUE")
         solver = Solver(self.solver, self.steps, self.tolerance)
         one = names_one_run(self.study, self.names)
-        runs, broken = each_of(self.study, self.names)
+        runs, broken = readable_runs(self.study, self.names)
         evaluations: list[dict[str, Any]] = []
         floors: dict[tuple[str, ...], Floors] = {}
         for run in runs:

@@ -14,7 +14,7 @@ import tyro
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.follow import FINAL_STATES, LAST_WORDS_S, POLL_S
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import RunNames, each_of, existing_run
+from flowjobs.cli.runs_named import RunNames, existing_run, readable_runs
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.runs.run import Run, absolute, default_study
@@ -104,7 +104,7 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
     Raises:
         RunNotFoundError: None did.
     """
-    runs, _ = each_of(study, names)
+    runs, _ = readable_runs(study, names)
     ended = {run: status.updated for run in runs if (status := run.status()).state == "failed"}
     if not ended:
         raise RunNotFoundError(f"no run of {len(runs)} in {absolute(study)} has failed")

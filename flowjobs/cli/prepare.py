@@ -1,13 +1,7 @@
 """From a parsed command to a run: checks everything that can be checked without torch."""
 
 import dataclasses
-import sys
-import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.config import (
@@ -19,21 +13,16 @@ from flowjobs.config import (
     flag,
     is_data_file,
 )
-from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.errors import ConfigError
 from flowjobs.flows.flow import check_flow
 from flowjobs.flows.uses import check_uses
 from flowjobs.models.size import with_fixed_width
 from flowjobs.models.source import check_arch, check_model, check_vectors
-from flowjobs.nearest import LIST_AT_MOST
 from flowjobs.runs.code import import_from_snapshot
 from flowjobs.runs.datasets import check_data, row_shape
-from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run, absolute, check_run_name
-from flowjobs.runs.selection import select, sweep_names
+from flowjobs.runs.selection import sweep_names
 from flowjobs.training.pinned import with_pinned_files
-
-RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-RunNames = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
 
 
 def prepare_run(
@@ -110,59 +99,3 @@ def with_absolute_paths(training: TrainingConfig) -> TrainingConfig:
     if (dataset, source) == (training.dataset, training.source):
         return training  # as of most runs of a sweep, and they are many
     return dataclasses.replace(training, dataset=dataset, source=source)
-
-
-def existing_run(study: Path, name: str) -> Run:
-    """The run of this name, or a RunNotFoundError that lists those that there are.
-
-    The path of its folder, as a shell completes it, is a name too, and says which study it is in.
-    """
-    runs = select(study, [name]).runs
-    if len(runs) > 1:
-        raise ConfigError(f"found {name}, which are {list_of(runs)}; expected one run")
-    return runs[0]
-
-
-def check_seconds(option: str, seconds: float) -> None:
-    """Raise a ConfigError unless one can wait so long."""
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise ConfigError(f"{option}: found {seconds:g}, expected a number of seconds above 0")
-
-
-def by_words(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The runs that are meant, all without a word, whether or not their records can be read; and
-    those of which it cannot be read whether they are meant, said on stderr."""
-    meant = select(study, words)
-    for run, why in meant.unreadable.items():
-        print(f"error: {run.name}: {why}", file=sys.stderr)
-    return meant.runs, [*meant.unreadable]
-
-
-def each_of(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The runs that are meant, all without a word, and those whose records cannot be read.
-
-    One that is broken is said on stderr, and does not hide the others, unless it is itself named.
-    """
-    meant, broken = by_words(study, words)
-    sound = []
-    named = {Path(word).name for word in words}
-    for run in meant:
-        try:
-            run.config()
-            current_progress(run)
-            run.submissions()
-        except (FlowjobsError, OSError) as error:
-            if run.name in named:
-                raise
-            print(f"error: {run.name}: {error}", file=sys.stderr)
-            broken.append(run)
-        else:
-            sound.append(run)
-    return sound, broken
-
-
-def list_of(runs: Sequence[Run]) -> str:
-    """How many runs these are, and the names of the first."""
-    names = ", ".join(run.name for run in runs[:LIST_AT_MOST])
-    more = f", … {runs[-1].name}" if len(runs) > LIST_AT_MOST else ""
-    return f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {names}{more}"

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import RunNames, each_of
+from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
 from flowjobs.runs.pack import FOLDER as PACKS
@@ -39,7 +39,7 @@ class Reconcile:
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         if self.exit_code is None:
-            runs, broken = each_of(self.study, self.names)
+            runs, broken = readable_runs(self.study, self.names)
             unclear = bool(broken)
             for found in reconcile(runs):
                 if found.outcome:
@@ -57,7 +57,7 @@ class Reconcile:
         if kind == PACKS:
             close_pack_in_batch_script(Pack(absolute(self.study), name), self.exit_code)
         else:
-            close_in_batch_script(each_of(self.study, [name])[0], self.exit_code)
+            close_in_batch_script(readable_runs(self.study, [name])[0], self.exit_code)
         return 0
 
 

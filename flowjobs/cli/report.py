@@ -12,13 +12,13 @@ import tyro
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import RunNames, each_of
-from flowjobs.cli.start_many import some
+from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.config import OptionalPath, OptionalStr
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
 from flowjobs.runs.run import absolute, default_study
 from flowjobs.runs.selection import never_made
 from flowjobs.runs.status import EXIT_BAD_INPUT
+from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.report.comparison import Comparison
@@ -82,7 +82,7 @@ class Report:
         results, broken = self._results()
         found = compare(results, self.rows, self.columns, self.metric, self.at_step)
         if missing := never_made(absolute(self.study), self.names):
-            note = f"of the sweep, {some(missing)} never submitted: run it again"
+            note = f"of the sweep, {first_of(missing)} never submitted: run it again"
             found = dataclasses.replace(found, notes=[*found.notes, note])
         if self.html is not None:
             said = self._write_page(found, self.html)
@@ -107,7 +107,7 @@ class Report:
         """The runs of the report, and whether some could not be read."""
         from flowjobs.report.results import read_result
 
-        runs, broken = each_of(self.study, self.names)
+        runs, broken = readable_runs(self.study, self.names)
         results, unread = [], bool(broken)
         for run in runs:
             try:

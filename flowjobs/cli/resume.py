@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import RunName, existing_run
+from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.cli.submit import HandOver
 
 

@@ -12,16 +12,15 @@ import tyro
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.hint import hint
+from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import RunNames, each_of
+from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.cli.start_many import (
-    check_counts,
     cluster_flag,
     plan_code_of,
     print_notes,
     print_resources,
     print_rows,
-    some,
     submit_many,
     train_many_here,
 )
@@ -31,6 +30,7 @@ from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import absolute
 from flowjobs.runs.selection import sweep_names
 from flowjobs.runs.status import EXIT_BAD_INPUT
+from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.sweeps.plan import Member
@@ -72,7 +72,7 @@ class Retry(CodeOptions, CommandOptions):
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
             raise ConfigError("--cluster debug: found several runs; submit one of them")
-        runs, broken = each_of(self.study, self.names)
+        runs, broken = readable_runs(self.study, self.names)
         study = runs[0].study if runs else absolute(self.study)
         with ExitStack() as stack:
             if cluster == "slurm" and not self.dry_run:
@@ -109,7 +109,7 @@ class Retry(CodeOptions, CommandOptions):
         for member in (member for cause in found for member in cause.members):
             check_shared(slots, with_changes(member.config, changes).slurm)
         for cause in found:
-            names = some([member.run.name for member in cause.members])
+            names = first_of([member.run.name for member in cause.members])
             helps = {*changes, *([NEW_CODE] if self.new_code else [])}
             held = bool(cause.needs) and not helps & {*cause.needs}
             advice = f"; not started, it would fail again: {cause.advice}" if held else ""

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import RunNames, each_of, list_of
-from flowjobs.cli.start_many import counted, is_wanted
+from flowjobs.cli.runs_named import RunNames, list_of, readable_runs
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import EXIT_BAD_INPUT
+from flowjobs.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Rm:
 
         if not self.names:
             raise ConfigError("rm: found no name, expected those of the runs to remove")
-        runs, broken = each_of(self.study, self.names)
+        runs, broken = readable_runs(self.study, self.names)
         runs, unknown = _without_jobs(runs)
         broken += unknown
         if not runs:
@@ -41,7 +42,8 @@ class Rm:
         size_gb = sum(size_of(run) for run in runs) / 1e9
         print(f"removes {list_of(runs)}; {size_gb:.3g} GB", flush=True)
         if not self.yes:
-            if not _is_wanted(len(runs)):
+            question = f"remove {counted(len(runs))} for good?"
+            if not confirmed(question, "rm: there is no one to ask: --yes removes them"):
                 return 0
             # Another terminal may have submitted one of them while the question stood.
             runs, unknown = _without_jobs(runs)
@@ -71,9 +73,3 @@ def _without_jobs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     for run in unknown:
         print(f"error: {run.name} is left: {members[run].why}", file=sys.stderr)
     return [run for run in runs if run not in unknown], unknown
-
-
-def _is_wanted(runs: int) -> bool:
-    if not sys.stdin.isatty():
-        raise ConfigError("rm: there is no one to ask: --yes removes them")
-    return is_wanted(f"remove {counted(runs)} for good?")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import RunName, existing_run
+from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import DATA_FILE_SUFFIXES, MAX_SEED
 from flowjobs.errors import ConfigError
 from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver

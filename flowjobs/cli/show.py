@@ -7,7 +7,7 @@ from pathlib import Path
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import RunName, existing_run
+from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import differences_from_defaults, flag
 from flowjobs.counts import count_words
 from flowjobs.runs.goodput import TimeSpent, time_spent

@@ -6,22 +6,12 @@ from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.hint import hint
-from flowjobs.config import flag
-from flowjobs.errors import ConfigError
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
+from flowjobs.words import counted
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
     from flowjobs.sweeps.plan import Member
-
-NAMES_SHOWN = 3
-
-
-def check_counts(**counts: int | None) -> None:
-    """Raise a ConfigError for an option that counts something, by its field, and is below 1."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag(name)}: found {value}, expected at least 1")
 
 
 def cluster_flag(command: CommandOptions, defaults: Defaults) -> list[str]:
@@ -141,23 +131,3 @@ def print_rows(**rows: str) -> None:
     """Print titles with their texts, one below the other."""
     for title, text in rows.items():
         print(f"{title:10} {text}", flush=True)
-
-
-def is_wanted(question: str) -> bool:
-    """Ask a person at a terminal. Ctrl-D is a no."""
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
-
-
-def counted(runs: int) -> str:
-    """ "1 run", "2 runs"."""
-    return f"{runs} run{'s' if runs != 1 else ''}"
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of the names, and how many more there are."""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{', '.join(names[:NAMES_SHOWN])}{more}"

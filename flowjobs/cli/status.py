@@ -16,14 +16,14 @@ from flowjobs.cli.hint import hint
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.overview import print_groups, print_overview, watch
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import RunNames, each_of
-from flowjobs.cli.start_many import some
+from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError
 from flowjobs.runs.listing import glances
 from flowjobs.runs.progress import current_progress, state_in_words, steps_per_s, time_left_s
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import RunStatus
+from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.jobs.findings import Finding
@@ -77,7 +77,7 @@ class Status:
             print_overview(groups)
             return {stage for group in groups for stage in group.counts}
         named = names_one_run(self.study, self.names)
-        runs, broken = each_of(self.study, self.names)
+        runs, broken = readable_runs(self.study, self.names)
         findings = find(runs, at_most_twice=True)
         found = [describe(run, findings.get(run)) for run in runs]
         found += [_describe_broken(run) for run in broken]
@@ -110,7 +110,7 @@ def _print_waits(runs: list[dict[str, Any]]) -> None:
         waiting.setdefault(run["waits"], []).append(run["run"])
     for why, names in waiting.items():
         if why:
-            print(f"{some(names)} wait{'s' if len(names) == 1 else ''} {why}")
+            print(f"{first_of(names)} wait{'s' if len(names) == 1 else ''} {why}")
 
 
 def _print_notes(run: dict[str, Any], *, named: bool) -> None:

@@ -12,20 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import tyro
 
 from flowjobs.cli.code_options import CodeOptions
+from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.hint import hint
+from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import check_parts, with_absolute_paths
 from flowjobs.cli.start_many import (
-    check_counts,
     cluster_flag,
-    counted,
-    is_wanted,
     plan_code_of,
     print_notes,
     print_resources,
     print_rows,
-    some,
     submit_many,
     train_many_here,
 )
@@ -59,6 +57,7 @@ from flowjobs.sweeps.kept import (
 )
 from flowjobs.tracking.mode import resolve_mode
 from flowjobs.training.pinned import with_pinned_files
+from flowjobs.words import counted, first_of
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodePlan
@@ -307,14 +306,18 @@ class Sweep(CodeOptions, CommandOptions):
             self._print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry)
             print_notes(plan.note for plan in code)
             if others := with_other_code(members, code):
-                print(f"with other code than the new ones: {some(others)}")
+                print(f"with other code than the new ones: {first_of(others)}")
             if lost := left_out(study, name, names):
-                print(f"no longer of the sweep, and left as they are: {some(lost)}")
+                print(f"no longer of the sweep, and left as they are: {first_of(lost)}")
             if self.dry_run:
                 return 0
             if len(starting) > ASKS_ABOVE and not self.yes:
                 stack.close()  # nobody is to wait for an answer, and what there is may change
-                if not _is_wanted(starting):
+                if not confirmed(
+                    f"submit {len(starting)} runs?",
+                    f"{len(starting)} runs would be submitted, and there is no one to ask: --yes "
+                    "submits them, --first N some",
+                ):
                     return 0
                 for said in stack.enter_context(submitting(study)) if locks else ():
                     print(said)
@@ -380,15 +383,6 @@ class Sweep(CodeOptions, CommandOptions):
             print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
 
 
-def _is_wanted(starting: Sequence["Member"]) -> bool:
-    if not sys.stdin.isatty():
-        raise ConfigError(
-            f"{len(starting)} runs would be submitted, and there is no one to ask: --yes "
-            "submits them, --first N some"
-        )
-    return is_wanted(f"submit {len(starting)} runs?")
-
-
 def _still_to_start(
     starting: Sequence["Member"], code: Sequence["CodePlan"], members: Sequence["Member"]
 ) -> "tuple[list[Member], list[CodePlan]]":
@@ -412,9 +406,9 @@ def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
         case "failed":
             causes = Counter(member.why for member in members).most_common()
             words = ", ".join(f"{count} {cause}" for cause, count in causes)
-            return f": {words} ({some(names)}); {retry} starts them again"
+            return f": {words} ({first_of(names)}); {retry} starts them again"
         case "cancelled":
-            return f" ({some(names)}); {retry} starts them again"
+            return f" ({first_of(names)}); {retry} starts them again"
         case "unknown":
             return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
     return ""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.numbers import check_seconds
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import RunNames, check_seconds, each_of
+from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import JobInfo
@@ -42,7 +43,7 @@ class Sync:
     def run(self, defaults: Defaults) -> int:
         """Upload. Returns the exit code."""
         check_seconds("--every-s", self.every_s)
-        runs, broken = each_of(self.study, self.names)
+        runs, broken = readable_runs(self.study, self.names)
         if self.as_new:
             self._start_anew(runs)
         if not self.watch:
@@ -52,7 +53,7 @@ class Sync:
             while True:
                 _sync(runs, said)
                 time.sleep(self.every_s)
-                runs, _ = each_of(self.study, self.names)
+                runs, _ = readable_runs(self.study, self.names)
         except KeyboardInterrupt:
             return 0
 

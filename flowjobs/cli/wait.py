@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.overview import UNKNOWN_AT_MOST
-from flowjobs.cli.prepare import RunNames, each_of
-from flowjobs.cli.start_many import some
+from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.runs.selection import never_made
@@ -20,6 +19,7 @@ from flowjobs.runs.status import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
 )
+from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.sweeps.plan import Member
@@ -54,9 +54,9 @@ class Wait:
             raise ConfigError("wait: found no name, expected those of the runs to wait for")
         if not self.hours > 0:
             raise ConfigError(f"--hours: found {self.hours}, expected more than 0")
-        runs, broken = each_of(self.study, self.names)
+        runs, broken = readable_runs(self.study, self.names)
         if missing := never_made(absolute(self.study), self.names):
-            print(f"error: of the sweep, never submitted: {some(missing)}", file=sys.stderr)
+            print(f"error: of the sweep, never submitted: {first_of(missing)}", file=sys.stderr)
         # Once: of one that is removed, or cannot be read, meanwhile, `stages` says so.
         configs = {run: run.config() for run in runs}
         found: dict[Run, Member] = {}
@@ -97,6 +97,6 @@ def _end(members: "list[Member]") -> int:
     for stage, of_stage in found.items():
         if of_stage:
             causes = ", ".join(sorted({member.why for member in of_stage if member.why}))
-            names = some([member.run.name for member in of_stage])
+            names = first_of([member.run.name for member in of_stage])
             print(f"{stage}: {names}{f' ({causes})' if causes else ''}")
     return next((codes[stage] for stage in codes if found[stage]), 0)

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import did_you_mean
+from flowjobs.words import counted
 
 Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 
@@ -49,4 +50,4 @@ class Solver:
     def __str__(self) -> str:
         if self.adaptive:
             return f"{self.method}, tolerance {self.tolerance:g}"
-        return f"{self.method}, {self.steps} step{'s' if self.steps > 1 else ''}"
+        return f"{self.method}, {counted(self.steps, 'step')}"

@@ -9,6 +9,7 @@ from flowjobs.config import PINNED, TrainingConfig, is_data_file
 from flowjobs.errors import DataError
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.data_file import DataContent, check_file, content_of_file, shape_of_file
+from flowjobs.words import counted
 
 DIGITS = "digits"
 TOY_SETS = (
@@ -114,7 +115,7 @@ def check_rows(dataset: str, n: int) -> None:
     """Raise a DataError unless a file has rows for a training and a validation part."""
     if n < 3:
         raise DataError(
-            f"{dataset} has {n} row{'s' * (n > 1)}, expected at least 3: one is for validation, "
+            f"{dataset} has {counted(n, 'row')}, expected at least 3: one is for validation, "
             "and a single one has nothing to learn from"
         )
 

@@ -10,6 +10,7 @@ from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.run import Run, check_run_name
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.sweeps.grid import Sweep, read_sweep, to_toml
+from flowjobs.words import first_of
 
 
 def kept_file(study: Path, name: str) -> Path:
@@ -103,11 +104,10 @@ def left_out(study: Path, name: str, runs: Sequence[str]) -> list[str]:
 def check_same(study: Path, name: str, runs: Sequence[str]) -> None:
     """Raise a RunMismatchError if the sweep of this name has other runs: it is another sweep."""
     if lost := left_out(study, name, runs):
-        more = f" and {len(lost) - LIST_AT_MOST} more" if len(lost) > LIST_AT_MOST else ""
         raise RunMismatchError(
             f"the sweep {name} in {study} has runs that this one has not: "
-            f"{', '.join(lost[:LIST_AT_MOST])}{more}; give this one a name of its own (--name), or "
-            f"all their values too"
+            f"{first_of(lost, LIST_AT_MOST)}; give this one a name of its own (--name), or all "
+            "their values too"
         )
 
 

@@ -21,6 +21,7 @@ from flowjobs.runs.datasets import same_file
 from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.status import RunStatus, read_sound_status
+from flowjobs.words import counted, first_of
 
 # As jobs/overview.py has them, but for "stopped": "new" has no job yet; "to resume" has saved its
 # state, and no job of it waits or runs.
@@ -246,8 +247,7 @@ def _mismatch(differing: Mapping[Run, Sequence[str]]) -> str:
         runs_with.setdefault("\n".join(lines), []).append(run.name)
     text = [f"{len(differing)} of the runs exist with another config:"]
     for lines, names in list(runs_with.items())[:SHOWN_AT_MOST]:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        text += [f"{', '.join(names[:3])}{more}:", lines]
+        text += [f"{first_of(names)}:", lines]
     text += [
         "ask for the values there to resume those runs; or give the sweep a --study of its "
         "own, or remove those runs (flowjobs rm)"
@@ -306,8 +306,7 @@ def _parts(slurm: SlurmConfig, slots: int) -> str:
 
 def _words(slurm: SlurmConfig, runs: int, what: str) -> str:
     gpus = slurm.nodes * slurm.gpus_per_node
-    words = f"{runs} {what}{'s' if runs > 1 else ''}"
-    words += f" x {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else ""
+    words = counted(runs, what) + (f" x {counted(gpus, 'GPU')}" if gpus else "")
     if slurm.timeout_min is None:
         return f"{words}, as long as the partition allows"
     hours = slurm.timeout_min / 60

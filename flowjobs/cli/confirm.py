@@ -1,0 +1,24 @@
+"""Asks the person at a terminal before what cannot be undone, or is much."""
+
+import sys
+
+from flowjobs.errors import ConfigError
+
+
+def confirmed(question: str, if_nobody: str) -> bool:
+    """Whether the person says yes; Ctrl-D is a no.
+
+    Args:
+        question: A yes-or-no question.
+        if_nobody: The error where nobody can be asked, as in a script.
+
+    Raises:
+        ConfigError: Standard input is no terminal.
+    """
+    if not sys.stdin.isatty():
+        raise ConfigError(if_nobody)
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False

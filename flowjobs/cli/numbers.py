@@ -1,0 +1,19 @@
+"""Numbers of a command line that cannot be meant."""
+
+import threading
+
+from flowjobs.config import flag
+from flowjobs.errors import ConfigError
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise a ConfigError for an option that counts something, by its field, and is below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag(name)}: found {value}, expected at least 1")
+
+
+def check_seconds(option: str, seconds: float) -> None:
+    """Raise a ConfigError unless one can wait so long."""
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise ConfigError(f"{option}: found {seconds:g}, expected a number of seconds above 0")
