@@ -90,6 +90,9 @@ LATER = frozenset(
 # Arguments of the model that are fields as well: comparing models of one size needs them.
 SIZE_FIELDS = ("width", "depth")
 
+# What the name of a run is made of.
+IN_NAME = ("arch", "flow", "dataset", "aug")
+
 # Between the path of a file and the digest of its content, in `init_from` and `reflow_from`.
 PINNED = "@sha256:"
 
@@ -307,14 +310,13 @@ class TrainingConfig:
     @property
     def run_name(self) -> str:
         """`{arch}-{flow}-{dataset}-{aug}`: the name of the run's folder where none is given."""
-        dataset = Path(self.dataset).stem if is_data_file(self.dataset) else self.dataset
-        parts = (self.arch_label, self.flow_label, dataset, self.aug)
+        parts = [value_in_name(name, getattr(self, name)) for name in IN_NAME]
         return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))
 
     @property
     def arch_label(self) -> str:
         """What a run name calls the model: the label, or the class's own name."""
-        return _label(self.arch)
+        return value_in_name("arch", self.arch)
 
     @property
     def arch_path(self) -> str:
@@ -324,7 +326,7 @@ class TrainingConfig:
     @property
     def flow_label(self) -> str:
         """What a run name calls the flow."""
-        return _label(self.flow)
+        return value_in_name("flow", self.flow)
 
     @property
     def flow_path(self) -> str:
@@ -505,9 +507,16 @@ def is_data_file(dataset: str) -> bool:
     return dataset.endswith(DATA_FILE_SUFFIXES)
 
 
-def _label(value: str) -> str:
-    label, _, path = value.rpartition("=")
-    return label or path.rpartition(":")[2]
+def value_in_name(field: str, value: Any) -> str:
+    """The value of a field in the words that a run's name has for it."""
+    if field in ("arch", "flow"):
+        label, _, path = str(value).rpartition("=")
+        return label or path.rpartition(":")[2]
+    if field in ("init_from", "reflow_from"):
+        return Path(str(value).partition(PINNED)[0]).name
+    if field in ("dataset", "source") and is_data_file(str(value)):
+        return Path(str(value)).stem
+    return str(value)
 
 
 def signature_of(training: Mapping[str, Any]) -> str:

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowjobs.config import value_in_name
 from flowjobs.errors import ConfigError
 from flowjobs.runs.files import read_json
 from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.progress import state_in_words
 from flowjobs.runs.run import Run
-from flowjobs.runs.selection import displayed, fields_of
+from flowjobs.runs.selection import fields_of
 from flowjobs.runs.status import RunStatus, read_sound_status
 
 BEST_LOSS = "best_val_loss"
@@ -42,7 +43,7 @@ class Result:
     def shown(self, field: str) -> str:
         """A field's value, as a run's name has it; "-" where the run has none."""
         value = self.fields.get(field)
-        return "-" if value is None else displayed(field, value)
+        return "-" if value is None else value_in_name(field, value)
 
     @property
     def state(self) -> str:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import PARTS, PINNED, SIZE_FIELDS, is_data_file, literal_or_text
+from flowjobs.config import PARTS, SIZE_FIELDS, literal_or_text, value_in_name
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.run import Run, absolute, run_names
@@ -258,18 +258,6 @@ def fields_of(run: Run) -> dict[str, Any]:
     return {**arguments, **flat, **sizes}
 
 
-def displayed(field: str, value: Any) -> str:
-    """A value of a config in the words that a run's name has for it."""
-    if field in ("arch", "flow"):
-        label, _, path = str(value).rpartition("=")
-        return label or path.rpartition(":")[2]
-    if field in ("init_from", "reflow_from"):
-        return Path(str(value).partition(PINNED)[0]).name
-    if field in ("dataset", "source") and is_data_file(str(value)):
-        return Path(str(value)).stem
-    return str(value)
-
-
 @functools.cache
 def _defaults(part: str) -> dict[str, Any]:
     return dataclasses.asdict(PARTS[part]())
@@ -291,7 +279,7 @@ def _by_path(word: str) -> Run | None:
 
 def _matches(field: str, found: Any, asked: str) -> bool:
     """Whether a value of a config is the one that was typed, or matches its pattern."""
-    words = {str(found), displayed(field, found)}
+    words = {str(found), value_in_name(field, found)}
     if field == "arch":
         words.add(str(found).rpartition("=")[2])
     if any(fnmatchcase(word, asked) for word in words):

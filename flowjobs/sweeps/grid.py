@@ -43,7 +43,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import PARTS, KeyValues, SlurmConfig, TrainingConfig, flag
+from flowjobs.config import IN_NAME, PARTS, KeyValues, SlurmConfig, TrainingConfig, flag
 from flowjobs.errors import ConfigError
 from flowjobs.flows.uses import has_use
 from flowjobs.nearest import meant
@@ -53,8 +53,6 @@ from flowjobs.toml_values import typed_value
 # Values by field; an argument of the model is `arch_args.width`.
 Point = dict[str, Any]
 
-# What a run's name says already.
-IN_NAME = ("arch", "flow", "dataset", "aug")
 LONGEST_NAME = 100
 # The parts of a config that a file has as tables of their own.
 TABLES = {name: cls for name, cls in PARTS.items() if name != "training"}
