@@ -1,26 +1,21 @@
 """flowjobs cancel."""
 
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.runs_named import RunNames, list_of, runs_matching
 from flowjobs.errors import ConfigError, SubmissionError
-from flowjobs.runs.run import default_study
 from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
 
 @dataclass(frozen=True)
-class Cancel:
+class Cancel(InStudy):
     """Cancel runs for good: nothing starts them again until they are submitted again."""
 
     names: RunNames
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Cancel. Returns the exit code."""

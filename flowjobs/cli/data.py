@@ -1,22 +1,22 @@
 """flowjobs data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.parser import Flag
 from flowjobs.config import OptionalStr
 from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.runs.datasets import split_files
-from flowjobs.runs.run import absolute, check_run_name, default_study
+from flowjobs.runs.run import absolute, check_run_name
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(InStudy):
     """Make the splits of a dataset from one file of embeddings."""
 
     action: tyro.conf.Positional[Literal["split"]]
@@ -34,9 +34,6 @@ class Data:
 
     overwrite: Flag = False
     """Replace splits of these names that hold other rows."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Write the splits. Returns the exit code."""

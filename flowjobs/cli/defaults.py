@@ -24,6 +24,14 @@ from flowjobs.toml_values import typed_value
 FILE_NAME = "flowjobs.toml"
 
 
+@dataclass(frozen=True, kw_only=True)
+class InStudy:
+    """What a command takes that is about the runs of a study."""
+
+    study: Path = field(default_factory=default_study)
+    """Root of the study."""
+
+
 @dataclass(frozen=True)
 class CommandOptions:
     """What `submit` and `train` take beside the config, as far as a file may set it."""

@@ -2,13 +2,12 @@
 
 import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.evaluation_table import print_evaluation
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
@@ -25,7 +24,7 @@ from flowjobs.evaluation.solver import (
 )
 from flowjobs.runs.datasets import content_of_data
 from flowjobs.runs.files import write_json
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.run import Run
 from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(InStudy):
     """Measure samples of runs' best checkpoints against their data, each figure with its floor.
 
     Every run does this at its end with at most 256 samples; here with more, and with a classifier
@@ -73,9 +72,6 @@ class Evaluate:
 
     json: Flag = False
     """Print JSON: of a run that is named an object, of a selection a list of them."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Evaluate, print and write. Returns the exit code."""

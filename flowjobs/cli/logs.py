@@ -5,23 +5,23 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.follow import FINAL_STATES, LAST_WORDS_S, POLL_S
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, existing_run, readable_runs
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, RunNotFoundError
-from flowjobs.runs.run import Run, absolute, default_study
+from flowjobs.runs.run import Run, absolute
 
 
 @dataclass(frozen=True)
-class Logs:
+class Logs(InStudy):
     """Print the output of a run's newest job."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
@@ -39,9 +39,6 @@ class Logs:
     follow: Annotated[Flag, tyro.conf.arg(aliases=["-f"])] = False
     """Go on printing what is added, until the run has ended (a preempted one has not), or
     Ctrl-C."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""

@@ -4,31 +4,27 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
 from flowjobs.runs.pack import FOLDER as PACKS
 from flowjobs.runs.pack import Pack
-from flowjobs.runs.run import Run, absolute, default_study
+from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
 
 @dataclass(frozen=True)
-class Reconcile:
+class Reconcile(InStudy):
     """Find runs whose job died silently, and record why."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names, patterns, a sweep, a group, or FIELD=VALUE; default: all."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     exit_code: OptionalInt = None
     """What srun returned: given by the last lines of the run's own batch script."""

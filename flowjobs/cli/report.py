@@ -3,19 +3,19 @@
 import dataclasses
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.config import OptionalPath, OptionalStr
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
-from flowjobs.runs.run import absolute, default_study
+from flowjobs.runs.run import absolute
 from flowjobs.runs.selection import never_made
 from flowjobs.runs.status import EXIT_BAD_INPUT
 from flowjobs.words import first_of
@@ -32,7 +32,7 @@ FORMATS = ("markdown", "csv", "latex", "json")
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(InStudy):
     """Compare runs in a table: mean and standard deviation over seeds, and which is best."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
@@ -67,9 +67,6 @@ class Report:
 
     html: OptionalPath = None
     """Write one page with table, curves, samples and commands to this file, to be mailed."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Print, or write the page. Returns the exit code."""

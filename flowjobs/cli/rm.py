@@ -2,21 +2,20 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from flowjobs.cli.confirm import confirmed
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, list_of, readable_runs
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_BAD_INPUT
 from flowjobs.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rm:
+class Rm(InStudy):
     """Remove runs with their weights, records and logs; asks first. W&B keeps what it has."""
 
     names: RunNames
@@ -24,9 +23,6 @@ class Rm:
 
     yes: Flag = False
     """Do not ask."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Remove them. Returns the exit code."""

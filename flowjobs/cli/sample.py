@@ -5,18 +5,18 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import DATA_FILE_SUFFIXES, MAX_SEED
 from flowjobs.errors import ConfigError
 from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.run import Run
 
 if TYPE_CHECKING:
     from flowjobs.evaluation.sampling import Samples
@@ -27,7 +27,7 @@ SAY_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(InStudy):
     """Draw samples of a run's best checkpoint (EMA weights), in the data's own units.
 
     A sample follows from the seed and its index alone, to the last bit on the same hardware: the
@@ -59,9 +59,6 @@ class Sample:
 
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Draw and write. Returns the exit code."""

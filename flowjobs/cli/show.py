@@ -1,22 +1,22 @@
 """flowjobs show."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import differences_from_defaults, flag
 from flowjobs.counts import count_words
 from flowjobs.runs.goodput import TimeSpent, time_spent
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 
 
 @dataclass(frozen=True)
-class Show:
+class Show(InStudy):
     """Show one run: its config where that is not the default, its attempts, its time, its files."""
 
     name: RunName
@@ -24,9 +24,6 @@ class Show:
 
     json: Flag = False
     """Print JSON."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""

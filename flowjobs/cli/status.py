@@ -6,12 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import itemgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.hint import hint
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.overview import print_groups, print_overview, watch
@@ -20,7 +19,7 @@ from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError
 from flowjobs.runs.listing import glances
 from flowjobs.runs.progress import current_progress, state_in_words, steps_per_s, time_left_s
-from flowjobs.runs.run import Run, absolute, default_study
+from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import RunStatus
 from flowjobs.words import first_of
@@ -34,7 +33,7 @@ FEW = 20
 
 
 @dataclass(frozen=True)
-class Status:
+class Status(InStudy):
     """Show how the sweeps and groups of a study stand, or its runs, or one run's attempts."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
@@ -49,9 +48,6 @@ class Status:
 
     json: Flag = False
     """Print JSON: the runs with all that is known of them, a run's own name alone as one object."""
-
-    study: Path = dataclasses.field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""

@@ -3,18 +3,17 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.numbers import check_seconds
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 
 if TYPE_CHECKING:
@@ -22,14 +21,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sync:
+class Sync(InStudy):
     """Upload offline runs to W&B. Safe to repeat."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names, patterns, a sweep, a group, or FIELD=VALUE; default: all of the study."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     watch: Flag = False
     """Go on until Ctrl-C, and say only what is new."""

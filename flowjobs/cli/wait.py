@@ -3,15 +3,14 @@
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.overview import UNKNOWN_AT_MOST
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError
-from flowjobs.runs.run import Run, absolute, default_study
+from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.selection import never_made
 from flowjobs.runs.status import (
     EXIT_BAD_INPUT,
@@ -30,7 +29,7 @@ SAY_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wait:
+class Wait(InStudy):
     """Wait until runs have ended.
 
     Exit codes: 0 all are finished; 1 one failed; 75 the time is over, or one was interrupted and
@@ -42,9 +41,6 @@ class Wait:
 
     hours: float = 168.0
     """Wait so long at most."""
-
-    study: Path = field(default_factory=default_study)
-    """Root of the study."""
 
     def run(self, defaults: Defaults) -> int:
         """Wait. Returns the exit code."""
