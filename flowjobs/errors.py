@@ -1,36 +1,11 @@
-"""Every exception that flowjobs raises on purpose.
-
-FlowjobsError                 something a person can mend: printed without a traceback, exit 2
-├── ConfigError               a value that cannot be used
-│   └── RunMismatchError      the run of this name was started with another config
-├── DataError                 a dataset that is missing, unreadable or not usable
-├── CheckpointError           a checkpoint that cannot be used
-│   ├── CheckpointWriteError      it could not be written at the final save: exit 1, the run failed
-│   ├── CheckpointDamagedError    not the bytes that were written
-│   ├── CheckpointNotFiniteError  good bytes, of a state that is NaN or infinite
-│   ├── CheckpointGoneError       a run that had steps has no checkpoint any more
-│   └── CheckpointMismatchError   good bytes, of another model or a newer version
-│       └── CheckpointUnloadableError  good bytes, of more than tensors and plain values
-├── SamplingError             a model's samples are not finite, or its ODE cannot be solved
-├── RunNotFoundError          no run of that name in the study
-├── RunBusyError              another attempt trains the run now
-│   └── RunHolderUnknownError     whether one does cannot be known now: exit 75
-├── LockHeldError             another process holds a file for too long: exit 75
-├── TrackingError             a run could not be mirrored to the W&B server: exit 1
-│   ├── ServerError               it cannot be reached, or fails, for any run
-│   └── LoginError                no key for it, or a wrong one: exit 2
-├── SubmissionError           the scheduler refused the job
-│   └── SubmissionUnknownError    whether it has taken the job is unknown: exit 75
-├── TrainingDivergedError     the loss is not a number any more: exit 1, for the run failed
-├── NoProgressError           attempt after attempt ended without a new step: exit 1
-└── RankFailedError           another rank of the run failed: its exit code
-RunInterrupted                not an error: the run stopped before its end, and can be resumed
-RunTakenOverError             not an error: another attempt holds the run now
-"""
+"""Every exception that flowjobs raises on purpose."""
 
 
 class FlowjobsError(Exception):
-    """Something a person can mend; the text says what was found, expected and what to do."""
+    """Something a person can mend; the text says what was found, expected and what to do.
+
+    A command prints it without a traceback, and exits with its `exit_code`.
+    """
 
     exit_code = 2
 
