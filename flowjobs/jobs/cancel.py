@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
 from flowjobs.jobs.origin import noted_identity
@@ -37,22 +38,42 @@ def cancel(run: Run) -> str:
     return said
 
 
+@dataclass
+class _Cancelling:
+    """A run that is being cancelled.
+
+    Attributes:
+        run: The run.
+        unnoted: Why it could not be noted as cancelled; its jobs are ended all the same.
+        jobs: Its Slurm jobs, the newest last.
+        alive: Those of them that wait or run, and may be ended.
+        ended: What was ended, as text.
+        error: Why a job of it may live on.
+    """
+
+    run: Run
+    unnoted: OSError | None = None
+    jobs: list[JobIdentity] = field(default_factory=list)
+    alive: list[JobIdentity] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    error: SubmissionError | None = None
+
+
 def cancel_together(runs: Sequence[Run]) -> Iterator[tuple[Run, str | SubmissionError]]:
     """Cancel runs and every job of them; Slurm is asked once and told once.
 
     Yields:
         Each run with what was done, or why that could not be.
     """
-    done = {run for run in runs if _is_finished(run)}
-    wanted = [run for run in runs if run not in done]
     # First: a job that is just being requeued must see it.
+    wanted = [run for run in runs if not _is_finished(run)]
     with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
-        unnoted = dict(zip(wanted, threads.map(_mark, wanted), strict=True))
-    ended = _end_slurm_jobs(wanted, unnoted)
+        cancelling = dict(zip(wanted, threads.map(_mark, wanted), strict=True))
+    _end_slurm_jobs([*cancelling.values()])
     with ThreadPoolExecutor(TOLD_AT_ONCE) as threads:
-        told = {run: threads.submit(_end_and_note, run, ended[run], unnoted[run]) for run in wanted}
+        told = {run: threads.submit(_end_and_note, each) for run, each in cancelling.items()}
         for run in runs:
-            if run in done:
+            if run not in told:
                 yield run, f"{run.name} is finished; there is nothing to cancel"
                 continue
             try:
@@ -68,23 +89,24 @@ def _is_finished(run: Run) -> bool:
         return False  # unknown: a job of it may be there
 
 
-def _mark(run: Run) -> OSError | None:
-    """Note a run as cancelled. Returns why that could not be: its jobs are ended all the same."""
+def _mark(run: Run) -> _Cancelling:
+    """Note a run as cancelled."""
     try:
         run.request_cancel()
     except OSError as error:
-        return error
-    return None
+        return _Cancelling(run, error)
+    return _Cancelling(run)
 
 
-def _end_and_note(run: Run, in_slurm: list[str] | SubmissionError, unnoted: OSError | None) -> str:
+def _end_and_note(cancelling: _Cancelling) -> str:
+    run, unnoted = cancelling.run, cancelling.unnoted
     noted = "it is noted as cancelled: a job of it that starts sees that, and ends"
     if unnoted:
         noted = f"it could not be noted as cancelled ({unnoted}): a requeue would bring it back"
     try:
-        if isinstance(in_slurm, SubmissionError):
-            raise in_slurm
-        ended = in_slurm + _end_process(run)
+        if cancelling.error:
+            raise cancelling.error
+        ended = cancelling.ended + _end_process(run)
         if not unnoted:  # else the disk refuses this as well
             _note_end(run)
     except (FlowjobsError, OSError) as error:
@@ -130,51 +152,45 @@ def _end_process(run: Run) -> list[str]:
     return [f"process {job.pid}"]
 
 
-def _end_slurm_jobs(
-    runs: Sequence[Run], unnoted: Mapping[Run, OSError | None]
-) -> dict[Run, list[str] | SubmissionError]:
-    """End every job of the runs. Returns the jobs of each, as text, or what went wrong."""
-    jobs: dict[Run, list[JobIdentity]] = {}
-    ended: dict[Run, list[str] | SubmissionError] = {}
-    for run, entries in jobs_of(runs).items():
+def _end_slurm_jobs(cancelling: Sequence[_Cancelling]) -> None:
+    """End every Slurm job of the runs; each is told what was ended, or what went wrong."""
+    noted = jobs_of([each.run for each in cancelling])
+    for each in cancelling:
+        entries = noted[each.run]
         if isinstance(entries, Exception):  # the others are cancelled all the same
-            ended[run] = SubmissionError(f"its jobs are unknown ({entries})")
-            continue
-        jobs[run] = [noted_identity(e) for e in entries if e.cluster == "slurm"]
-    answers = ask([job for of_run in jobs.values() for job in of_run])
-    alive = {
-        run: [job for job in of_run if _lives(answers[job]) and job.is_mine()]
-        for run, of_run in jobs.items()
-    }
-    lives_on = _shared_with_others(alive)
-    to_end = {run: [job for job in of_run if job not in lives_on] for run, of_run in alive.items()}
+            each.error = SubmissionError(f"its jobs are unknown ({entries})")
+        else:
+            each.jobs = [noted_identity(entry) for entry in entries if entry.cluster == "slurm"]
+    answers = ask([job for each in cancelling for job in each.jobs])
+    for each in cancelling:
+        each.alive = [job for job in each.jobs if _lives(answers[job]) and job.is_mine()]
+    lives_on = _shared_with_others(cancelling)
+    to_end = [job.job_id for each in cancelling for job in each.alive if job not in lives_on]
     refused: SubmissionError | None = None
     try:
-        scancel(*dict.fromkeys(job.job_id for of_run in to_end.values() for job in of_run))
+        scancel(*dict.fromkeys(to_end))
     except SubmissionError as error:
         refused = error
-    for run, of_run in jobs.items():
-        if refused and to_end[run]:
-            ended[run] = refused
-        elif unknown := _not_ended(of_run, answers):
-            ended[run] = unknown
-        else:
-            # A job that lives on looks at the mark, and ends this run's process alone.
-            shared = [job for job in of_run[-1:] if job in lives_on and not unnoted[run]]
-            places = [f"its place in {job.words}" for job in shared]
-            ended[run] = places + [job.words for job in to_end[run]]
-    return ended
+    for each in cancelling:
+        # A job that lives on looks at the mark, and ends this run's process alone.
+        shared = [job for job in each.jobs[-1:] if job in lives_on and not each.unnoted]
+        own = [job for job in each.alive if job not in lives_on]
+        each.ended = [f"its place in {job.words}" for job in shared] + [job.words for job in own]
+        failed = refused if own else None
+        each.error = each.error or failed or _not_ended(each.jobs, answers)
 
 
-def _shared_with_others(alive: Mapping[Run, Sequence[JobIdentity]]) -> set[JobIdentity]:
+def _shared_with_others(cancelling: Sequence[_Cancelling]) -> set[JobIdentity]:
     """Those of the jobs that have still to train runs which nobody cancels."""
     packs = {
         job: pack
-        for run, of_run in alive.items()
-        for job in of_run
-        if (pack := pack_of(run, job.job_id))
+        for each in cancelling
+        for job in each.alive
+        if (pack := pack_of(each.run, job.job_id))
     }
-    return {job for job, pack in packs.items() if _trains_others(pack, job.job_id, alive.keys())}
+    # One whose jobs are unknown may be trained by any of them.
+    runs = {each.run for each in cancelling if not each.error}
+    return {job for job, pack in packs.items() if _trains_others(pack, job.job_id, runs)}
 
 
 def _trains_others(pack: Pack, job_id: str, cancelled: Collection[Run]) -> bool:
