@@ -26,6 +26,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import BATCH_FILE, TASK, Submittable
 from flowjobs.slots import JOB_OF_RUN, nvidia_gpus
 from flowjobs.slurm.client import controller_answers
+from flowjobs.slurm.cluster import partitions
 from flowjobs.slurm.options import ARRAY, export_for
 from flowjobs.slurm.submission import HandedOver, sbatch
 
@@ -105,6 +106,10 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         Args:
             task: What the job does, or each task of the array.
             mark: See `submission.sbatch`.
+
+        Raises:
+            SubmissionError: sbatch refused; the text has its words and what could be meant.
+            SubmissionUnknownError: Whether it has taken the job is unknown.
         """
         delayed = DelayedSubmission(task)
         delayed.set_timeout(self.parameters.get("time") or NO_LIMIT_MIN, self.max_num_timeout)
@@ -116,7 +121,14 @@ class SlurmExecutorAnywhere(SlurmExecutor):
             text.write(self.batch_file().encode())
         comment = self.parameters.get("comment")
         options = [f"--comment={comment}"] if comment else []
-        self.handed_over = sbatch(["sbatch", *options, str(file)], os.environ, mark)
+        try:
+            self.handed_over = sbatch(["sbatch", *options, str(file)], os.environ, mark)
+        except SubmissionError as error:
+            if "invalid partition" in str(error).lower():
+                asked, known = self.parameters.get("partition"), ", ".join(partitions())
+                text = f"{error}; --partition {asked} is not one of {known}"
+                raise SubmissionError(text) from error
+            raise
         return self.handed_over
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
@@ -127,27 +139,13 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         return text.replace(f"{quoted}{log}", f"{quoted.replace('%', '%%')}{log}")
 
 
-def handed_over(executor: Executor | None) -> HandedOver | None:
-    """The Slurm job that an executor has handed over; None if there is none."""
-    return executor.handed_over if isinstance(executor, SlurmExecutorAnywhere) else None
-
-
-def make_executor(
-    cluster: Cluster, run: Submittable, asked: SlurmConfig, python: str = sys.executable
-) -> Executor:
-    """An executor whose batch files and logs are in the run's folder.
+def here_executor(cluster: Cluster, run: Submittable, asked: SlurmConfig) -> Executor:
+    """The executor for a job of this machine, whose files are in the run's folder.
 
     Raises:
-        ConfigError: The folder cannot hold them.
+        ConfigError: More is asked for than this machine has.
     """
-    check_study(run.study)
-    match cluster:
-        case "slurm":
-            return slurm_executor(run, asked, python)
-        case "local":
-            return _local_executor(run, asked)
-        case "debug":
-            return DebugExecutor(folder=run.logs)
+    return DebugExecutor(folder=run.logs) if cluster == "debug" else _local_executor(run, asked)
 
 
 def check_study(study: Path) -> None:

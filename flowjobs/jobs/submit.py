@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit.core.core import Executor, Job
+from submitit.core.core import Job
 from submitit.local.debug import DebugJob
 
 from flowjobs.config import KeyValues, SlurmConfig
@@ -22,16 +22,16 @@ from flowjobs.jobs.executors import (
     Cluster,
     SlurmExecutorAnywhere,
     array_executor,
-    handed_over,
-    make_executor,
+    check_study,
+    here_executor,
+    slurm_executor,
 )
 from flowjobs.jobs.origin import Origin, identity_of
 from flowjobs.runs.process import process_mark
 from flowjobs.runs.submittable import BATCH_FILE, Submittable
-from flowjobs.slurm.cluster import partitions
 from flowjobs.slurm.jobs import Gone, Known, Unknown, ask_one
 from flowjobs.slurm.options import CONTINUES, environment_for_sbatch
-from flowjobs.slurm.submission import HandedOver, cancelled_unless_noted
+from flowjobs.slurm.submission import cancelled_unless_noted
 from flowjobs.slurm.waiting import why_it_waits
 
 
@@ -98,6 +98,7 @@ def submit(
     Raises:
         SubmissionError: sbatch refused; the text has its words and what could be meant.
     """
+    check_study(run.study)
     origin = origin or Origin.here(run.asked())
     asked = origin.options or run.asked()
     if exclude:
@@ -108,49 +109,60 @@ def submit(
         asked = dataclasses.replace(
             asked, sbatch=KeyValues({"chdir": origin.folder, **asked.sbatch})
         )
-    executor: Executor | None = None
-    job: Job[None] | None = None
-    with (
-        signals_deferred_until_noted(cluster),
-        cancelled_unless_noted(lambda: handed_over(executor)),
-    ):
-        with _environment_of(cluster, origin, asked, continues):
-            executor = make_executor(cluster, run, asked, origin.python)
-            if isinstance(executor, SlurmExecutorAnywhere):
-                taken = _hand_over(executor, task, run, asked)
-            else:
-                job = executor.submit(task)
-        identity: Mapping[str, Any] | None = None
-        if job:
-            submitted = SubmittedJob(job.job_id, cluster, Path(job.paths.stdout), job)
-            if cluster == "local":
-                identity = {"process": process_mark(int(job.job_id))}
+    with signals_deferred_until_noted(cluster):
+        if cluster == "slurm":
+            submitted = _to_slurm(run, task, origin, asked, continues)
         else:
-            submitted = SubmittedJob(taken.job_id, cluster, run.output_of(taken.job_id))
-            # Before the job is listed: whoever finds it there may restart it from this.
-            origin.note(run, taken.job_id)
-            identity = taken.identity(run.name)
-        run.add_submission(
-            submitted.job_id, cluster, submitted.log, continues=continues, identity=identity
-        )
+            submitted = _to_this_machine(run, cluster, task, origin, asked, continues)
         with contextlib.suppress(OSError):  # it is noted; the next submission tidies up
             run.batch_file.replace(run.logs / f"{submitted.job_id}_{BATCH_FILE}")
     # submitit's debug job runs only as it is asked for results: up there, Ctrl-C would wait for it.
-    if isinstance(job, DebugJob):
-        job.results()
+    if isinstance(submitted.job, DebugJob):
+        submitted.job.results()
     return submitted
 
 
-def _hand_over(
-    executor: SlurmExecutorAnywhere, task: Callable[[], None], run: Submittable, asked: SlurmConfig
-) -> HandedOver:
-    try:
-        return executor.hand_over(task)
-    except SubmissionUnknownError:
-        raise  # it may come yet: it is looked for as long as its batch file is there
-    except SubmissionError as error:
-        run.batch_file.unlink(missing_ok=True)
-        raise SubmissionError(_explain(str(error), asked)) from error
+def _to_slurm(
+    run: Submittable,
+    task: Callable[[], None],
+    origin: Origin,
+    asked: SlurmConfig,
+    continues: str | None,
+) -> SubmittedJob:
+    executor: SlurmExecutorAnywhere | None = None
+    with cancelled_unless_noted(lambda: executor.handed_over if executor else None):
+        with _environment_of("slurm", origin, asked, continues):
+            executor = slurm_executor(run, asked, origin.python)
+            try:
+                job = executor.hand_over(task)
+            except SubmissionUnknownError:
+                raise  # it may come yet: it is looked for as long as its batch file is there
+            except SubmissionError:
+                run.batch_file.unlink(missing_ok=True)
+                raise
+        log = run.output_of(job.job_id)
+        # Before the job is listed: whoever finds it there may restart it from this.
+        origin.note(run, job.job_id)
+        identity = job.identity(run.name)
+        run.add_submission(job.job_id, "slurm", log, continues=continues, identity=identity)
+    return SubmittedJob(job.job_id, "slurm", log)
+
+
+def _to_this_machine(
+    run: Submittable,
+    cluster: Cluster,
+    task: Callable[[], None],
+    origin: Origin,
+    asked: SlurmConfig,
+    continues: str | None,
+) -> SubmittedJob:
+    with _environment_of(cluster, origin, asked, continues):
+        executor = here_executor(cluster, run, asked)
+        job = executor.submit(task)
+    log = Path(job.paths.stdout)
+    identity = {"process": process_mark(int(job.job_id))} if cluster == "local" else None
+    run.add_submission(job.job_id, cluster, log, continues=continues, identity=identity)
+    return SubmittedJob(job.job_id, cluster, log, job)
 
 
 def submit_array(
@@ -195,9 +207,9 @@ def submit_array(
         # Its tasks may start yet, and find their runs by what was written.
         except SubmissionUnknownError:
             raise
-        except SubmissionError as error:
+        except SubmissionError:
             array.remove()
-            raise SubmissionError(_explain(str(error), asked)) from error
+            raise
         try:
             array.note(job)
         # Not cancelled: its tasks note themselves.
@@ -318,10 +330,3 @@ def _detached_children() -> Iterator[None]:
             os.close(opened)
         for ignored, handler in handlers.items():
             signal.signal(ignored, handler)
-
-
-def _explain(said: str, asked: SlurmConfig) -> str:
-    text = said
-    if "invalid partition" in said.lower():
-        text += f"; --partition {asked.partition} is not one of {', '.join(partitions())}"
-    return text

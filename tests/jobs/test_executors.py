@@ -139,7 +139,7 @@ def test_a_job_on_this_machine_gets_its_gpus_by_their_names(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c,GPU-1f0d3c6e-aaaa,GPU-3")
     run = Run(study, "a")
     run.create(RunConfig())
-    executor = executors.make_executor("local", run, SlurmConfig(gpus_per_node=asked))
+    executor = executors.here_executor("local", run, SlurmConfig(gpus_per_node=asked))
     job = executor.submit(os.getenv, "CUDA_VISIBLE_DEVICES")
     expected = ",".join(["GPU-8932f937-d72c", "GPU-1f0d3c6e-aaaa"][:asked])
     assert job.results() == [expected] * max(1, asked)
