@@ -46,7 +46,7 @@ from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import Run, absolute, check_run_name
 from flowjobs.sweeps import grid
 from flowjobs.sweeps.applying import ARGUMENT, applying
-from flowjobs.sweeps.grid import read_sweep, run_names_of, slurm_of, training_of
+from flowjobs.sweeps.grid import run_names_of, slurm_of, training_of
 from flowjobs.sweeps.kept import (
     check_same,
     check_sweep_name,
@@ -55,6 +55,7 @@ from flowjobs.sweeps.kept import (
     names_kept,
     read_kept,
 )
+from flowjobs.sweeps.toml_file import read_sweep
 from flowjobs.tracking.mode import resolve_mode
 from flowjobs.training.pinned import with_pinned_files
 from flowjobs.words import counted, first_of

@@ -9,7 +9,8 @@ from flowjobs.nearest import LIST_AT_MOST, meant
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.run import Run, check_run_name
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
-from flowjobs.sweeps.grid import Sweep, read_sweep, to_toml
+from flowjobs.sweeps.grid import Sweep
+from flowjobs.sweeps.toml_file import read_sweep, to_toml
 from flowjobs.words import first_of
 
 

@@ -8,7 +8,8 @@ import pytest
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.sweeps.applying import applying
-from flowjobs.sweeps.grid import Sweep, read_sweep, run_names_of, to_toml, training_of
+from flowjobs.sweeps.grid import Sweep, run_names_of, training_of
+from flowjobs.sweeps.toml_file import read_sweep, to_toml
 
 EVERYTHING = """
 one_at_a_time = true
