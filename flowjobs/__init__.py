@@ -10,14 +10,14 @@ The rooms, each of which imports only those behind it:
     cli         one file a command; the only place that prints or exits
     sweeps      grids, plans, arrays, runs of this machine     report      tables and pages
     drill       proves the promises on its user's cluster
-    jobs        executors, submit, entry, signals, stop and exit causes, restart, reconcile
+    jobs        executors, submit, running, entry, signals, stop and exit causes, restart, reconcile
     training    trainer, state, checkpoints, ranks          tracking    W&B
     evaluation  samples of a trained model, and what they are worth
     flows  models  data
     runs        a run on disk; every other room reads and writes it only through this one
     slurm       asking Slurm; knows no run
 Beside them, for all: config, errors, user_code; notebook, the trainer that a script imports; and
-small ones (cgroups, counts, nearest, slots).
+small ones (cgroups, counts, from_json, learning_rate, nearest, slots, toml_values, words).
 """
 
 from pathlib import Path

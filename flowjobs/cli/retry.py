@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.cli.start_many import (
     cluster_flag,
+    only_submitter,
     plan_code_of,
     print_notes,
     print_resources,
@@ -59,7 +59,6 @@ class Retry(CodeOptions, CommandOptions):
 
     def run(self, defaults: Defaults) -> int:
         """Start them. Returns the exit code."""
-        from flowjobs.jobs.array import submitting
         from flowjobs.jobs.executors import choose_cluster
         from flowjobs.sweeps.plan import stages
         from flowjobs.sweeps.retry import RUNS_PER_GPU, changes_from
@@ -74,10 +73,7 @@ class Retry(CodeOptions, CommandOptions):
             raise ConfigError("--cluster debug: found several runs; submit one of them")
         runs, broken = readable_runs(self.study, self.names)
         study = runs[0].study if runs else absolute(self.study)
-        with ExitStack() as stack:
-            if cluster == "slurm" and not self.dry_run:
-                for said in stack.enter_context(submitting(study)):
-                    print(said)
+        with only_submitter(study, cluster == "slurm" and not self.dry_run):
             found = stages({run: run.config() for run in runs})
             members = [found[run] for run in runs]
             print_rows(cluster=f"{cluster} ({why})")

@@ -1,7 +1,10 @@
 """Submitting many runs, or training them here, with what is printed of it."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import CommandOptions, Defaults
@@ -17,6 +20,23 @@ if TYPE_CHECKING:
 def cluster_flag(command: CommandOptions, defaults: Defaults) -> list[str]:
     """`--cluster` of a command line, to be repeated in the next."""
     return ["--cluster", command.cluster] if "--cluster" in defaults.flags else []
+
+
+@contextlib.contextmanager
+def only_submitter(study: Path, locks: bool) -> Iterator[None]:
+    """While the block lasts nobody else submits arrays of a study; says what was left half done.
+
+    Args:
+        study: Root of the study.
+        locks: Whether it is to be so; not where nothing is submitted to Slurm.
+    """
+    from flowjobs.jobs.array import submitting
+
+    nobody: AbstractContextManager[list[str]] = contextlib.nullcontext([])
+    with submitting(study) if locks else nobody as settled:
+        for said in settled:
+            print(said)
+        yield
 
 
 def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[CodePlan]":

@@ -17,9 +17,10 @@ from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.hint import hint
 from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import check_parts, with_absolute_paths
+from flowjobs.cli.prepare import prepare_sweep
 from flowjobs.cli.start_many import (
     cluster_flag,
+    only_submitter,
     plan_code_of,
     print_notes,
     print_resources,
@@ -40,24 +41,19 @@ from flowjobs.config import (
     is_data_file,
 )
 from flowjobs.errors import ConfigError
-from flowjobs.models.size import size_words, with_fixed_width
-from flowjobs.runs.datasets import row_shape
-from flowjobs.runs.pack import check_shared
-from flowjobs.runs.run import Run, absolute, check_run_name
+from flowjobs.models.size import size_words
+from flowjobs.runs.run import Run, absolute
 from flowjobs.sweeps import grid
-from flowjobs.sweeps.applying import ARGUMENT, applying
-from flowjobs.sweeps.grid import run_names_of, slurm_of, training_of
+from flowjobs.sweeps.applying import ARGUMENT
 from flowjobs.sweeps.kept import (
     check_same,
     check_sweep_name,
     keep,
     left_out,
-    names_kept,
     read_kept,
 )
 from flowjobs.sweeps.toml_file import read_sweep
 from flowjobs.tracking.mode import resolve_mode
-from flowjobs.training.pinned import with_pinned_files
 from flowjobs.words import counted, first_of
 
 if TYPE_CHECKING:
@@ -170,7 +166,7 @@ class Sweep(CodeOptions, CommandOptions):
         study = absolute(self.study)
         name, sweep = self._asked(study, defaults)
         check_sweep_name(study, name)
-        runs, length_given = self._runs(study, name, sweep, defaults)
+        runs, length_given = prepare_sweep(defaults, study, name, sweep)
         return self._carry_out(study, name, sweep, runs, length_given, defaults)
 
     def _asked(self, study: Path, defaults: Defaults) -> tuple[str, grid.Sweep]:
@@ -193,7 +189,7 @@ class Sweep(CodeOptions, CommandOptions):
         if self.zip:
             sweep = sweep.zipped(self.zip)
         options: dict[str, Any] = {
-            part: {**getattr(sweep, part), **self._given(getattr(self, part), defaults)}
+            part: {**getattr(sweep, part), **_given(getattr(self, part), defaults)}
             for part in grid.TABLES
         }
         return name, dataclasses.replace(
@@ -225,55 +221,6 @@ class Sweep(CodeOptions, CommandOptions):
                 values[known.name] = list(given) or [True]  # --compile alone
         return values
 
-    def _given(self, part: Any, defaults: Defaults) -> dict[str, Any]:
-        """The options that are given as flags."""
-        return {
-            known.name: getattr(part, known.name)
-            for known in dataclasses.fields(part)
-            if flag(known.name) in defaults.flags
-        }
-
-    def _runs(
-        self, study: Path, name: str, sweep: grid.Sweep, defaults: Defaults
-    ) -> tuple[dict[Run, RunConfig], frozenset[str]]:
-        """The runs with what is asked for of each, checked as far as that can be without torch."""
-        parts = {
-            part: dataclasses.replace(defaults.fill(cls), **getattr(sweep, part))
-            for part, cls in grid.TABLES.items()
-        }
-        base = defaults.fill(TrainingConfig)
-        points, left_out_of = applying(sweep.points(), base)
-        if not points:
-            raise ConfigError(f"the sweep {name} has no runs: all are excluded")
-        if unused := sweep.unused_exclusions():
-            print(f"note: no run has what [[exclude]] {', '.join(unused)} says: none is left out")
-        for varied, n in left_out_of.items():
-            option = flag(varied.removeprefix(ARGUMENT))
-            print(f"note: {option} is left out of {counted(n)} without a use for it")
-        configs = [with_absolute_paths(defaults.resolve_arch(training_of(p, base))) for p in points]
-        _check(configs, study, defaults)
-        names = run_names_of(configs)
-        shapes = {data: row_shape(data, study) for data in {c.dataset for c in configs if c.params}}
-        configs = [with_fixed_width(c, shapes.get(c.dataset)) for c in configs]
-        names = names_kept(study, name, configs, names)
-        if name in names:
-            raise ConfigError(f"the sweep's name: found {name}, one of its runs; give another")
-        runs: dict[Run, RunConfig] = {}
-        for point, config, run_name in zip(points, configs, names, strict=True):
-            check_run_name(run_name)
-            run, training = Run(study, run_name), config
-            if training.init_from is not None or training.reflow_from is not None:
-                before = run.config().training if run.exists() else None
-                training = with_pinned_files(training, study, before)
-            slurm = slurm_of(point, parts["slurm"])
-            check_shared(sweep.runs_per_gpu, slurm)
-            if slurm.mps and sweep.runs_per_gpu == 1:
-                raise ConfigError("--mps: expected --runs-per-gpu 2 or more, which share a GPU")
-            runs[run] = RunConfig(training, slurm, parts["tracking"], parts["restarts"])
-        defaults.check_variables(parts["slurm"])
-        given = {"epochs", "patience"} & {field for point in points for field in point}
-        return runs, frozenset(given)
-
     def _carry_out(
         self,
         study: Path,
@@ -284,7 +231,6 @@ class Sweep(CodeOptions, CommandOptions):
         defaults: Defaults,
     ) -> int:
         # The scheduler's side is slow to load, and --help does without.
-        from flowjobs.jobs.array import submitting
         from flowjobs.jobs.executors import choose_cluster
         from flowjobs.sweeps.plan import TO_START, look_at, with_other_code
 
@@ -298,13 +244,12 @@ class Sweep(CodeOptions, CommandOptions):
             check_same(study, name, names)
         locks = cluster == "slurm" and not self.dry_run
         with ExitStack() as stack:
-            for said in stack.enter_context(submitting(study)) if locks else ():
-                print(said)
+            stack.enter_context(only_submitter(study, locks))
             members = look_at(runs, length_given)
             starting = [member for member in members if member.stage in TO_START]
             starting = starting[: self.first]
             code = plan_code_of(starting, self.code_choice())
-            self._print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry)
+            _print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry, self.first)
             print_notes(plan.note for plan in code)
             if others := with_other_code(members, code):
                 print(f"with other code than the new ones: {first_of(others)}")
@@ -320,8 +265,7 @@ class Sweep(CodeOptions, CommandOptions):
                     "submits them, --first N some",
                 ):
                     return 0
-                for said in stack.enter_context(submitting(study)) if locks else ():
-                    print(said)
+                stack.enter_context(only_submitter(study, locks))
                 members = look_at(runs, length_given)
                 starting, code = _still_to_start(starting, code, members)
             keep(study, name, sweep, names)
@@ -347,41 +291,52 @@ class Sweep(CodeOptions, CommandOptions):
                 print(f"error: {at_once}", file=sys.stderr)
         return left
 
-    def _print_plan(
-        self,
-        name: str,
-        sweep: grid.Sweep,
-        members: Sequence["Member"],
-        starting: Sequence["Member"],
-        cluster: str,
-        retry: str,
-    ) -> None:
-        from flowjobs.sweeps.plan import checkpoint_bytes
 
-        how = f" = {sweep.words}" if sweep.words else ""
-        print_rows(sweep=f"{name}: {counted(len(members))}{how}", cluster=cluster)
-        if sizes := size_words(member.config.training for member in members):
-            print_rows(size=sizes)
-        by_stage: dict[str, list[Member]] = {}
-        for member in members:
-            by_stage.setdefault(member.stage, []).append(member)
-        for stage, found in sorted(by_stage.items()):
-            print(f"{stage:10} {len(found)}{_why(stage, found, retry)}")
-        left = sum(member.stage in ("new", "to resume") for member in members) - len(starting)
-        if not starting:
-            print("nothing to submit")
-            return
-        mode, reason = resolve_mode(starting[0].config.tracking)
-        print_rows(tracking=f"W&B {mode} ({reason})")
-        if not cluster.startswith("local"):
-            print_resources(starting, sweep.parallel, sweep.runs_per_gpu)
-        if left:
-            print(f"{'':10} {left} more of them are left for later (--first {self.first})")
-        if sweep.parallel:
-            print(f"{'':10} {sweep.parallel} at a time")
-        if disk := checkpoint_bytes(members, starting):
-            wanted, free = (f"{size / 1e9:.3g} GB" for size in disk)
-            print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
+def _given(part: Any, defaults: Defaults) -> dict[str, Any]:
+    """The options that are given as flags."""
+    return {
+        known.name: getattr(part, known.name)
+        for known in dataclasses.fields(part)
+        if flag(known.name) in defaults.flags
+    }
+
+
+def _print_plan(
+    name: str,
+    sweep: grid.Sweep,
+    members: Sequence["Member"],
+    starting: Sequence["Member"],
+    cluster: str,
+    retry: str,
+    first: int | None,
+) -> None:
+    """Print what there is of the runs, and what is to be started."""
+    from flowjobs.sweeps.plan import checkpoint_bytes
+
+    how = f" = {sweep.words}" if sweep.words else ""
+    print_rows(sweep=f"{name}: {counted(len(members))}{how}", cluster=cluster)
+    if sizes := size_words(member.config.training for member in members):
+        print_rows(size=sizes)
+    by_stage: dict[str, list[Member]] = {}
+    for member in members:
+        by_stage.setdefault(member.stage, []).append(member)
+    for stage, found in sorted(by_stage.items()):
+        print(f"{stage:10} {len(found)}{_why(stage, found, retry)}")
+    left = sum(member.stage in ("new", "to resume") for member in members) - len(starting)
+    if not starting:
+        print("nothing to submit")
+        return
+    mode, reason = resolve_mode(starting[0].config.tracking)
+    print_rows(tracking=f"W&B {mode} ({reason})")
+    if not cluster.startswith("local"):
+        print_resources(starting, sweep.parallel, sweep.runs_per_gpu)
+    if left:
+        print(f"{'':10} {left} more of them are left for later (--first {first})")
+    if sweep.parallel:
+        print(f"{'':10} {sweep.parallel} at a time")
+    if disk := checkpoint_bytes(members, starting):
+        wanted, free = (f"{size / 1e9:.3g} GB" for size in disk)
+        print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
 
 
 def _still_to_start(
@@ -413,16 +368,3 @@ def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
         case "unknown":
             return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
     return ""
-
-
-def _check(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -> None:
-    """Raise if one of the runs cannot be meant; runs that differ in numbers alone are one."""
-    different: dict[tuple[object, ...], TrainingConfig] = {}
-    for config in configs:
-        names = (config.arch, config.flow, config.dataset, config.source, config.reflow_from)
-        numbers = (config.model_args, config.params, config.sigma == 0, config.ot_batch)
-        times = (config.time_sampling, config.time_mean, config.time_std)
-        added = (config.aug, config.aug_strength is None)
-        different.setdefault((*names, *times, *added, *map(str, numbers)), config)
-    for config in different.values():
-        check_parts(config, study, defaults)
