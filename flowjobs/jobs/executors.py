@@ -126,8 +126,8 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         except SubmissionError as error:
             if "invalid partition" in str(error).lower():
                 asked, known = self.parameters.get("partition"), ", ".join(partitions())
-                text = f"{error}; --partition {asked} is not one of {known}"
-                raise SubmissionError(text) from error
+                said = f"{error}; --partition {asked} is not one of {known}"
+                raise SubmissionError(said) from error
             raise
         return self.handed_over
 
