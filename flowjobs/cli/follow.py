@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 
 from flowjobs.cli.evaluation_table import in_a_line
-from flowjobs.cli.hint import hint
 from flowjobs.errors import ConfigError, SubmissionError
+from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import Row
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run

@@ -10,7 +10,6 @@ import tyro
 
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import CommandOptions, Defaults
-from flowjobs.cli.hint import hint
 from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
@@ -26,6 +25,7 @@ from flowjobs.cli.start_many import (
 )
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
+from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import absolute
 from flowjobs.runs.selection import sweep_names
@@ -72,6 +72,8 @@ class Retry(CodeOptions, CommandOptions):
         if cluster == "debug":
             raise ConfigError("--cluster debug: found several runs; submit one of them")
         runs, broken = readable_runs(self.study, self.names)
+        # The exit code if nothing else goes wrong.
+        code_at_best = EXIT_BAD_INPUT if broken else 0
         study = runs[0].study if runs else absolute(self.study)
         with only_submitter(study, cluster == "slurm" and not self.dry_run):
             found = stages({run: run.config() for run in runs})
@@ -81,12 +83,15 @@ class Retry(CodeOptions, CommandOptions):
             code = plan_code_of(starting, self.code_choice())
             print_notes(plan.note for plan in code)
             if self.dry_run or not starting:
-                return EXIT_BAD_INPUT if broken else 0
+                return code_at_best
             again = hint("retry", *self.names, *self.flags_again(defaults), study=study)
             if cluster == "slurm":
                 name = self._name(study)
-                return submit_many(starting, code, name, self.parallel, slots, again, self.names)
-        return train_many_here(starting, code, self.parallel, slots, again)
+                exit_code = submit_many(
+                    starting, code, name, self.parallel, slots, again, self.names
+                )
+                return exit_code or code_at_best
+        return train_many_here(starting, code, self.parallel, slots, again) or code_at_best
 
     def _print_plan(
         self, members: Sequence["Member"], changes: dict[str, Any], slots: int

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from flowjobs.cli.defaults import Defaults, InStudy
-from flowjobs.cli.hint import hint
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.overview import print_groups, print_overview, watch
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError
+from flowjobs.runs.hint import hint
 from flowjobs.runs.listing import glances
 from flowjobs.runs.progress import current_progress, state_in_words, steps_per_s, time_left_s
 from flowjobs.runs.run import Run, absolute
@@ -168,9 +168,9 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described["jobs"] = [dataclasses.asdict(entry) for entry in run.submissions()]
     described["waits"] = finding.why if isinstance(finding, Waits) else ""
     described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
-    from flowjobs.tracking.record import current_refusal
+    from flowjobs.tracking.record import read_uploaded
 
-    refusal = current_refusal(run)
+    refusal = read_uploaded(run).refusal
     described["wandb"] = refusal.text if refusal else ""
     described["folder"] = str(run.folder)
     described["checkpoints"] = str(run.checkpoints)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.follow import follow
-from flowjobs.cli.hint import hint
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
@@ -25,6 +24,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError
 from flowjobs.models.size import size_words
+from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
 from flowjobs.slurm.options import DECIDED, environment_for_sbatch
 from flowjobs.tracking.mode import resolve_mode
@@ -81,9 +81,11 @@ class HandOver(CodeOptions, CommandOptions):
         cancelled = run.cancel_requested()
         if cancelled and not plan:
             wait_until_ended(run)
-        busy = running_job(run) if run.exists() and not cancelled else None
+        # Also where the config alone is lost.
+        there = run.folder.exists()
+        busy = running_job(run) if there and not cancelled else None
         merged, note = run.merge(config, in_use=busy is not None)
-        if not busy and run.exists():
+        if not busy and there:
             run.check_files(merged.training)
         code = plan_code(run, merged.training, code_choice, in_use=busy is not None)
         if plan:

@@ -14,7 +14,7 @@ import tyro
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import CommandOptions, Defaults
-from flowjobs.cli.hint import hint
+from flowjobs.runs.hint import hint
 from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import prepare_sweep

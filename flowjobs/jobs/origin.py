@@ -14,6 +14,7 @@ from flowjobs.config import SlurmConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.from_json import from_json
 from flowjobs.runs.files import read_json, write_json
+from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import Pack
 from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slots import SLOTS, submitted_for_run
@@ -84,9 +85,10 @@ def check_own(run: Submittable, job_id: str) -> None:
         return
     if owner != os.getuid():
         name = user_name(owner)
+        again = hint("reconcile", run.name, study=run.study)
         raise SubmissionError(
             f"job {job_id} was submitted by {name}, and is not started again under another "
-            f"account: {name} can, by `flowjobs reconcile {run.name}` or by submitting it"
+            f"account: {name} can, by `{again}` or by submitting it"
         )
 
 

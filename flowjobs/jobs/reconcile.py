@@ -17,6 +17,7 @@ from flowjobs.jobs.closing import close_attempt
 from flowjobs.jobs.findings import Dead, Unclear, Waits, find, seen_of
 from flowjobs.jobs.restart import restart, resubmit
 from flowjobs.jobs.tasks import task_of
+from flowjobs.runs.hint import hint
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import Pack, pack_of
 from flowjobs.runs.run import Run
@@ -27,7 +28,7 @@ from flowjobs.runs.status import (
     Outcome,
 )
 from flowjobs.runs.submittable import Submittable
-from flowjobs.tracking.telling import close_session, pending_outcome
+from flowjobs.tracking.closing import close_session, pending_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,8 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
         try:
             yield
         except (FlowjobsError, OSError) as error:
-            logger.error("%s is not closed, `flowjobs reconcile` does it: %s", run.name, error)
+            again = hint("reconcile", run.name, study=run.study)
+            logger.error("%s is not closed, `%s` does it: %s", run.name, again, error)
             unclear.add(run)
 
     begun = False

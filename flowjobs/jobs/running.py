@@ -12,6 +12,7 @@ from flowjobs.jobs.array import runs_elsewhere
 from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.origin import noted_identity
 from flowjobs.runs.file_lock import SAY_AFTER_S
+from flowjobs.runs.hint import hint
 from flowjobs.runs.lock import (
     LEAVING_WAIT_S,
     POLL_S,
@@ -111,10 +112,10 @@ def _busy_with(
         and isinstance(answer := answers[newest], Unknown)
         and not _ended_for_good(run, newest.job_id)
     ):
+        cancel = hint("cancel", run.name, study=run.study)
         return SubmissionError(
             f"what became of {newest.words} of {run.name} is unknown, so nothing is submitted: "
-            f"{answer.why}; if you know that it is gone, `flowjobs cancel {run.name}` and submit "
-            "again"
+            f"{answer.why}; if you know that it is gone, `{cancel}` and submit again"
         )
 
     def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:

@@ -13,6 +13,7 @@ from typing import Any
 from flowjobs.config import value_in_name
 from flowjobs.errors import ConfigError
 from flowjobs.runs.files import read_json
+from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.progress import state_in_words
 from flowjobs.runs.run import Run
@@ -111,9 +112,8 @@ def read_result(run: Run) -> Result:
     except FileNotFoundError:
         evaluation = {}
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{run.evaluation_file} is damaged ({error}): `flowjobs evaluate {run.name}`"
-        ) from error
+        again = hint("evaluate", run.name, study=run.study)
+        raise ConfigError(f"{run.evaluation_file} is damaged ({error}): `{again}`") from error
     status = read_sound_status(run.status_file)
     return Result(run, fields_of(run), status, evaluation)
 

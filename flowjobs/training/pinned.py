@@ -17,6 +17,7 @@ from flowjobs.errors import (
 )
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import PAIRS, content_of_data, differences
+from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
 from flowjobs.training.seal import digest_of
 
@@ -81,7 +82,7 @@ def _check_teacher(run: Run, config: TrainingConfig) -> None:
     if not run.finished():
         raise ConfigError(
             f"--reflow-from {run.name}: found a run that is not finished, expected one that is: "
-            f"flowjobs resume {run.name}"
+            f"`{hint('resume', run.name, study=run.study)}`"
         )
     for option in ("source", "normalize"):
         there, here = getattr(theirs, option), getattr(config, option)

@@ -18,6 +18,7 @@ from flowjobs.evaluation.solver import Solver
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_of_batch, flops_per_sample
 from flowjobs.runs.files import write_json
+from flowjobs.runs.hint import hint
 from flowjobs.runs.recorder import Recorder
 from flowjobs.runs.run import Run
 from flowjobs.training.compute import computing
@@ -122,7 +123,8 @@ def draw_and_measure(
             values = {name: of["value"] for name, of in found["measures"].items()}
             recorder.summarize({f"eval/{name}": value for name, value in values.items()})
     except RunInterrupted as left:
-        logger.warning("%s while samples were measured: see flowjobs evaluate %s", left, run.name)
+        again = hint("evaluate", run.name, study=run.study)
+        logger.warning("%s while samples were measured: `%s` measures them", left, again)
     except FlowjobsError as error:
         logger.warning("the samples were not measured: %s", error)
     except Exception:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.cli.hint import hint
+from flowjobs.runs.hint import hint
 from flowjobs.config import RunConfig
 from flowjobs.errors import RunInterrupted
 from flowjobs.runs.attempt import Attempt

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.cli.hint import hint
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import (
     ConfigError,
@@ -19,6 +18,7 @@ from flowjobs.errors import (
     RunNotFoundError,
 )
 from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import MetricsFile, latest_values, read_rows
 from flowjobs.runs.run import Run, absolute, run_names
 from flowjobs.runs.status import JobInfo, RunStatus, outcome_of

@@ -1,4 +1,4 @@
-"""Commands that a person is told to type: they work as they stand, where the person is."""
+"""Commands that a person is told to type: they work as they stand, in the working directory."""
 
 import os
 import shlex
@@ -19,15 +19,16 @@ def hint(command: str, *words: str, study: Path | None = None) -> str:
         study: The study that it is about; named unless it is the default one.
     """
     if study is not None and absolute(study) != _default_here():
-        words = (*words, "--study", _from_here(study))
+        shown = _from_here(study)
+        words = (*words, "--study", f"./{shown}" if shown.startswith("-") else shown)
     return shlex.join([*_flowjobs(), command, *words])
 
 
 def _default_here() -> Path | None:
-    """The default study; None where the working directory is called as no study can be."""
+    """The default study; None where the working directory is gone, or called as none can be."""
     try:
         return absolute(default_study())
-    except ConfigError:
+    except (ConfigError, OSError):
         return None
 
 
@@ -51,5 +52,8 @@ def _program(path: Path) -> str:
 
 def _from_here(path: Path) -> str:
     """The path, relative where it lies below the working directory."""
-    path = path.absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    try:
+        here, path = Path.cwd(), path.absolute()
+    except OSError:  # the working directory is gone
+        return str(path)
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
