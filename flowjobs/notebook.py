@@ -1,9 +1,12 @@
 """The trainer as a notebook uses it: it opens its run itself, and W&B mirrors it."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
+from flowjobs.config import TrackingConfig
 from flowjobs.runs.recorder import Tracker
 from flowjobs.runs.run import Run
+from flowjobs.tracking.mode import entity_here
 from flowjobs.tracking.tracker import tracked
 from flowjobs.training import trainer
 
@@ -14,3 +17,8 @@ class FlowTrainer(trainer.FlowTrainer):
     def track(self, run: Run) -> AbstractContextManager[Tracker]:
         """W&B's tracker."""
         return tracked(run)
+
+    def tracking(self) -> TrackingConfig:
+        """As it was asked for; without an entity, that of W&B's own settings here."""
+        asked = super().tracking()
+        return replace(asked, wandb_entity=asked.wandb_entity or entity_here())

@@ -1,8 +1,8 @@
 """Where a value comes from when no flag gives it: flowjobs.toml, and sbatch's own variables.
 
-In order, the later wins: the built-in default, flowjobs.toml in the user's config folder, the
-flowjobs.toml of the working directory or the nearest folder above, SBATCH_* variables and
-WANDB_ENTITY, flags.
+In order, the later wins: the built-in default, the entity of W&B's own settings files,
+flowjobs.toml in the user's config folder, the flowjobs.toml of the working directory or the nearest
+folder above, SBATCH_* variables and WANDB_ENTITY, flags.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from flowjobs.nearest import meant
 from flowjobs.runs.run import default_study
 from flowjobs.slurm.options import fields_from, variables_of
 from flowjobs.toml_values import typed_value
+from flowjobs.tracking.mode import entity_of_settings
 
 FILE_NAME = "flowjobs.toml"
 
@@ -123,6 +124,9 @@ def load_defaults(
         ConfigError: A file that is not TOML, a key that is no field, a value of another type.
     """
     defaults = Defaults()
+    entity, file = entity_of_settings()
+    if entity:
+        defaults.values["wandb_entity"], defaults.sources["wandb_entity"] = entity, file
     for path in _files(environment):
         _read_file(path, defaults)
     _read_variables(environment, defaults)

@@ -17,7 +17,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 
 if TYPE_CHECKING:
-    from flowjobs.tracking.telling import Synced
+    from flowjobs.tracking.sync import Synced
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sync(InStudy):
     """Go on until Ctrl-C, and say only what is new."""
 
     as_new: Flag = False
-    """Upload the named runs as new ones, each under a new id: where they were deleted in W&B."""
+    """Upload those of the named runs that were deleted in W&B as new ones, under a new id."""
 
     every_s: float = 60.0
     """With --watch: pause between two looks, in seconds."""
@@ -40,90 +40,86 @@ class Sync(InStudy):
         """Upload. Returns the exit code."""
         check_seconds("--every-s", self.every_s)
         runs, broken = readable_runs(self.study, self.names)
-        if self.as_new:
-            self._start_anew(runs)
+        if self.as_new and (self.watch or not self.names):
+            raise ConfigError("--as-new: name the runs that it is for, and leave --watch out")
         if not self.watch:
-            return 1 if _sync(runs, said=None) or broken else 0
+            return 1 if self._sync(runs, said=None) or broken else 0
         said: set[str] = set()
         try:
             while True:
-                _sync(runs, said)
+                self._sync(runs, said)
                 time.sleep(self.every_s)
                 runs, _ = readable_runs(self.study, self.names)
         except KeyboardInterrupt:
             return 0
 
-    def _start_anew(self, runs: Sequence[Run]) -> None:
-        from flowjobs.jobs.lock_judge import judge_for
-        from flowjobs.tracking.telling import upload_as_new
+    def _sync(self, runs: Sequence[Run], said: set[str] | None) -> bool:
+        """Sync these runs, and print what there is to say.
 
-        if not self.names or self.watch:
-            raise ConfigError("--as-new: name the runs that it is for, and leave --watch out")
-        for run in runs:
-            upload_as_new(run, judge_for(run, JobInfo.in_foreground()))
+        Args:
+            runs: What to sync.
+            said: The failures that were printed before, and need not be again; None prints all,
+                also of runs where nothing was done.
 
+        Returns:
+            Whether something failed.
+        """
+        from flowjobs.tracking.mode import check_login
+        from flowjobs.tracking.record import read_uploaded
 
-def _sync(runs: Sequence[Run], said: set[str] | None) -> bool:
-    """Sync these runs, and print what there is to say.
-
-    Args:
-        runs: What to sync.
-        said: The failures that were printed before, and need not be again; None prints all, also
-            of runs where nothing was done.
-
-    Returns:
-        Whether something failed.
-    """
-    from flowjobs.tracking.mode import check_login
-    from flowjobs.tracking.record import current_refusal
-
-    check_login()
-    failures: set[str] = set()
-    for run in runs:
-        refusal = current_refusal(run)
-        if refusal and said is not None:  # until somebody has done what it says
-            failures.add(f"{run.name}: {refusal.text}")
-            continue
+        check_login()
+        failures: set[str] = set()
         try:
-            done = _sync_one(run)
-        except LoginError:
-            raise
-        except ServerError as error:
-            failures.add(str(error))
-            break  # it would not do more for the other runs
-        except (FlowjobsError, OSError) as error:
-            failures.add(f"{run.name}: {error}")
-            continue
-        if said is None or done.state == "uploaded":
-            print(_in_words(done), flush=True)
-    for failure in sorted(failures - (said or set())):
-        print(f"error: {failure}", file=sys.stderr, flush=True)
-    if said is not None:
-        said.clear()
-        said |= failures
-    return bool(failures)
+            for run in runs:
+                refusal = read_uploaded(run).refusal
+                if refusal and said is not None:  # until somebody has done what it says
+                    failures.add(f"{run.name}: {refusal.text}")
+                    continue
+                try:
+                    done = self._sync_one(run)
+                except LoginError:
+                    raise
+                except ServerError as error:
+                    failures.add(str(error))
+                    break  # it would not do more for the other runs
+                except (FlowjobsError, OSError) as error:
+                    failures.add(f"{run.name}: {error}")
+                    continue
+                if said is None or done.state == "uploaded":
+                    print(_in_words(done), flush=True)
+        finally:  # also before what ends the command
+            for failure in sorted(failures - (said or set())):
+                print(f"error: {failure}", file=sys.stderr, flush=True)
+        if said is not None:
+            said.clear()
+            said |= failures
+        return bool(failures)
 
+    def _sync_one(self, run: Run) -> "Synced":
+        """Sync a run, and show in a terminal that it takes a while."""
+        from rich.console import Console
+        from rich.text import Text
 
-def _sync_one(run: Run) -> "Synced":
-    """Sync a run, and show in a terminal that it takes a while."""
-    from rich.console import Console
-    from rich.text import Text
+        from flowjobs.jobs.lock_judge import judge_for
+        from flowjobs.tracking.sync import sync_as_new, sync_run
 
-    from flowjobs.jobs.lock_judge import judge_for
-    from flowjobs.tracking.telling import sync_run
-
-    # Where a file system has no locks, Slurm says whether the run still trains.
-    judge = judge_for(run, JobInfo.in_foreground())
-    with Console(stderr=True).status(Text(f"uploading {run.name}")):
-        return sync_run(run, judge=judge)
+        # Where a file system has no locks, Slurm says whether the run still trains.
+        judge = judge_for(run, JobInfo.in_foreground())
+        with Console(stderr=True).status(Text(f"uploading {run.name}")):
+            if self.as_new:
+                return sync_as_new(run, judge)
+            # Of a whole study, and at each look of a watch, that would be too many questions.
+            return sync_run(run, judge, ask=bool(self.names) and not self.watch)
 
 
 def _in_words(done: "Synced") -> str:
     match done.state:
         case "uploaded":
             return f"{done.run}: {done.rows} rows uploaded, verified"
-        case "unchanged":
+        case "complete":
             return f"{done.run}: all of it is on the server"
-        case "trains":
+        case "unchanged":
+            return f"{done.run}: was all on the server when it was last asked"
+        case "running":
             return f"{done.run}: trains now ({done.note}); sync it when it has stopped"
     return f"{done.run}: not tracked"

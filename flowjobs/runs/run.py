@@ -54,6 +54,7 @@ from flowjobs.runs.submittable import Submission, Submittable
 logger = logging.getLogger(__name__)
 
 CONFIG_WAIT_S = 60.0
+SUBMIT_AGAIN = "submit the run again with the options that it had"
 
 
 @dataclass(frozen=True)
@@ -313,8 +314,9 @@ class Run(Submittable):
 
         Raises:
             RunMismatchError: A run of this name has another signature.
-            ConfigError: The folder cannot be made.
+            ConfigError: The folder cannot be made, or not be called so.
         """
+        check_run_name(self.name)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -357,7 +359,6 @@ class Run(Submittable):
         Raises:
             RunMismatchError: A run of this name has another signature.
         """
-        check_run_name(self.name)
         if not self.exists():
             return asked, ""
         found = self.config()
@@ -497,11 +498,16 @@ class Run(Submittable):
             return read_json(self.config_file)
         except FileNotFoundError:
             if self.status_file.exists():
-                raise ConfigError(f"{self.config_file} is missing, and the run is there") from None
+                raise ConfigError(
+                    f"{self.config_file} is missing: restore it, or {SUBMIT_AGAIN}"
+                ) from None
             names = meant(self.name, run_names(self.study), "runs")
             raise RunNotFoundError(f"no run {self.name} in {self.study}: {names}") from None
         except ValueError as error:
-            raise ConfigError(f"{self.config_file} holds no JSON object: {error}") from error
+            raise ConfigError(
+                f"{self.config_file} holds no JSON object ({error}): restore it, or delete it and "
+                f"{SUBMIT_AGAIN}"
+            ) from error
 
 
 def has_done(status: RunStatus, asked: TrainingConfig) -> bool:

@@ -101,11 +101,41 @@ def check_server_answers() -> None:
 
 def server_url() -> str:
     """The server's address: the environment's, or the one of `wandb login --host`."""
-    if url := os.environ.get("WANDB_BASE_URL", "").strip():
-        return url.rstrip("/")
-    folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
+    url = os.environ.get("WANDB_BASE_URL", "").strip() or settings_of_user().get("base_url")
+    return (url or f"https://{DEFAULT_HOSTS[0]}").rstrip("/")
+
+
+def settings_of_user() -> dict[str, str]:
+    """What W&B's settings file of this user says."""
+    return _settings_in(_user_file())
+
+
+def entity_here() -> str | None:
+    """The entity that W&B's own variable, or settings, name here; None where none do.
+
+    To be read once, as a run is made: an attempt, or a sync, that started elsewhere would find
+    another one, and so another run in W&B.
+    """
+    return os.environ.get("WANDB_ENTITY", "").strip() or entity_of_settings()[0] or None
+
+
+def entity_of_settings() -> tuple[str, str]:
+    """The entity that W&B's settings files name, and the file that does; "" where none does."""
+    # wandb's own order: the working directory's wins.
+    folder = ".wandb" if Path(".wandb").exists() else "wandb"
+    for file in (Path(folder) / "settings", _user_file()):
+        if entity := _settings_in(file).get("entity", "").strip():
+            return entity, str(file)
+    return "", ""
+
+
+def _user_file() -> Path:
+    folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.join("~", ".config", "wandb")
+    return Path(os.path.expanduser(folder)) / "settings"
+
+
+def _settings_in(file: Path) -> dict[str, str]:
     settings = configparser.ConfigParser(interpolation=None)
     with suppress(OSError, ValueError, configparser.Error):
-        settings.read(Path(folder) / "settings")
-    default = f"https://{DEFAULT_HOSTS[0]}"
-    return settings.get("default", "base_url", fallback=default).rstrip("/")
+        settings.read(file)
+    return dict(settings["default"]) if settings.has_section("default") else {}

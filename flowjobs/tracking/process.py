@@ -4,6 +4,7 @@ Loads no wandb.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,20 +13,21 @@ from typing import Literal
 
 import flowjobs
 from flowjobs.runs.run import Run
+from flowjobs.tracking.mode import settings_of_user
 from flowjobs.tracking.record import Session
 
-# What the process that starts a mirror does: it trains the run, or it tells W&B how an attempt
-# ended that could not, or it brings the server up to date with what was tracked elsewhere.
-Role = Literal["trains", "closes", "syncs"]
+# What a mirror is for: to follow a training, to report how an attempt ended that could not do it
+# itself, or to bring the server up to date with what was tracked elsewhere.
+Role = Literal["follow", "close", "sync"]
 
-# All that wandb may know of WANDB_*: what it takes to reach the server and to be let in. Any other
-# is the run's own, and told by arguments, or another run's: a sweep's id, a fork, a folder.
+# All that wandb may know of WANDB_*, and of its settings files: what it takes to reach the server
+# and to be let in. Any other is the run's own, and told by arguments, or another run's: a sweep's
+# id, a fork, a team, a folder.
 WANDB_VARIABLES = [
     "WANDB_API_KEY",
     "WANDB_APP_URL",
     "WANDB_BASE_URL",
     "WANDB_CACHE_DIR",
-    "WANDB_CONFIG_DIR",
     "WANDB_CREDENTIALS_FILE",
     "WANDB_DATA_DIR",
     "WANDB_ERROR_REPORTING",
@@ -38,6 +40,11 @@ WANDB_VARIABLES = [
     "WANDB__EXTRA_HTTP_HEADERS",
     "WANDB__PROXIES",
 ]
+
+# Variables that hold a path, which may be relative to the directory that the mirror leaves.
+PATHS = re.compile(
+    "WANDB_.*_(DIR|FILE)|NETRC|SSL_CERT_(DIR|FILE)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
+)
 
 # Slurm signals every process of a job; the mirror is to end when the training has said its last.
 SIGNALS_FOR_TRAINING_ALONE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
@@ -55,15 +62,15 @@ def upload_limit_s(run: Run) -> float:
 def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[bytes]:
     """Start the process that mirrors a session, which is the one in the run's folder.
 
-    Beside a training it waits for commands on its standard input; otherwise it tells W&B how the
-    run stands, and ends.
+    Beside a training it waits for commands on its standard input; otherwise it tells W&B the state
+    of the run, and ends.
 
     Raises:
         OSError: It could not be started.
     """
     log = run.folder / "wandb" / "mirror.log"
     log.parent.mkdir(exist_ok=True)
-    pipe = subprocess.DEVNULL if role == "closes" else subprocess.PIPE
+    pipe = subprocess.DEVNULL if role == "close" else subprocess.PIPE
     # -P: a file wandb.py beside the user's code is not wandb.
     command = [sys.executable, "-P", "-m", "flowjobs.tracking.mirror"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_TRAINING_ALONE)
@@ -74,23 +81,33 @@ def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[byt
                 stdin=pipe,
                 stdout=pipe,
                 stderr=output,
-                env=_environment("online" if role == "syncs" else session.mode),
+                env=mirror_environment("online" if role == "sync" else session.mode),
                 start_new_session=True,
             )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _environment(mode: str) -> dict[str, str]:
-    """This process's environment, without what could lead wandb to another run."""
+def mirror_environment(mode: str) -> dict[str, str]:
+    """The environment of a mirror: this process's, without what could lead wandb to another run.
+
+    Args:
+        mode: "online" or "offline".
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.lstrip("_").startswith("WANDB")
     }
-    # A key out of a file ends with its newline, which wandb refuses; an empty one is none.
-    told = {name: os.environ.get(name, "").strip() for name in WANDB_VARIABLES}
-    kept |= {name: value for name, value in told.items() if value}
+    settings = settings_of_user()
+    for name in WANDB_VARIABLES:
+        # A key out of a file ends with its newline, which wandb refuses; an empty one is none.
+        setting = settings.get(name.removeprefix("WANDB_").lower(), "")
+        if value := os.environ.get(name, "").strip() or setting.strip():
+            kept[name] = value
+    for name, value in kept.items():
+        if value and PATHS.fullmatch(name):
+            kept[name] = os.path.abspath(os.path.expanduser(value))
     package_root = str(Path(flowjobs.__file__).parent.parent)
     python_path = filter(None, [package_root, os.environ.get("PYTHONPATH")])
     return {
@@ -104,4 +121,8 @@ def _environment(mode: str) -> dict[str, str]:
         # wandb's telemetry goes by this and not by `init(mode=…)`: offline, it would take a third
         # of each row's time for nothing.
         "WANDB_MODE": mode,
+        # No settings file: any other key in it would lead elsewhere, too. That of the working
+        # directory the mirror leaves behind.
+        "WANDB_CONFIG_DIR": os.devnull,
+        "WANDB_SAGEMAKER_DISABLE": "true",  # which has ids of its own
     }

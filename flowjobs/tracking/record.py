@@ -1,12 +1,13 @@
 """What is kept of a run in W&B: its newest session, and what W&B has of it. Loads no wandb.
 
 `tracking.json` is written by who begins a session, `on_record.json` by who holds the `upload_lock`.
-How an attempt ended stands in neither but in `status.json`; on record is what of that was told.
+How an attempt ended stands in `status.json`; `on_record.json` has what of that was reported to W&B.
 
 An offline session is a folder of its own. `wandb sync` uploads them one after another and numbers
 a row anew whose step it has seen before, so no two may hold the same step. So only sessions that
 were closed, and are whole on the disk, count: the next one logs the rows past them. Any other (cut
-by a kill, online, of the run that this one was copied from) is left out, and its rows come again.
+by a kill, online, of the run that this one was copied from) is marked as synced already, and its
+rows are logged again.
 """
 
 import logging
@@ -14,16 +15,17 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, ServerError
 from flowjobs.from_json import from_json
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import read_json, write_json
+from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
@@ -39,6 +41,12 @@ UPLOAD_WAIT_S = 300.0
 # this kind (409) is one that wandb tries again all the same.
 DELETED = "previously created and deleted"
 RETRIED = re.compile("while retrying|timed? ?out|no answer", re.IGNORECASE)
+# Words of this machine, by Python and by Go, the language of wandb's own process: a file that may
+# not be written also is "permission denied".
+NOT_THE_SERVERS = re.compile(
+    r"\[Errno|file not found|\bdial \w+|\b(open|mkdir|l?stat|rename|remove|fork/exec) \S+: ",
+    re.IGNORECASE,
+)
 LOGIN = re.compile(
     r"error 401|not logged in|unauthori[sz]ed|unauthenticated|api.key|bad key", re.IGNORECASE
 )
@@ -78,26 +86,43 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class OnRecord:
+class Report:
+    """The state of a run, as far as W&B is told of it.
+
+    Attributes:
+        attempts: How many attempts have begun.
+        outcome: How the newest one ended; None if nobody has said so yet.
+        rows: Size and time of `metrics.jsonl`; empty without one.
+        server: The one that has all of it; "" if none has.
+    """
+
+    attempts: int = 0
+    outcome: Outcome | None = None
+    rows: tuple[int, ...] = ()
+    server: str = ""
+
+
+@dataclass(frozen=True)
+class Uploaded:
     """What W&B, or the folders that are for it, have of a run.
 
     Attributes:
         run_id: The run's id in W&B.
         step: The last step of it all; -1 without rows.
         folders: Names of the folders that hold it, as far as no server does.
-        told: How the run stood when W&B was last told; see `standing`.
-        refusal: Why W&B does not take it.
+        reported: The state that W&B was told last; None if it was told none.
+        refusal: Why W&B does not take the run.
     """
 
     run_id: str
     step: int = -1
     folders: tuple[str, ...] = ()
-    told: dict[str, Any] = field(default_factory=dict)
+    reported: Report | None = None
     refusal: Refusal | None = None
 
 
 def new_session(run: Run, mode: Mode) -> Session:
-    """A session that goes on with what is known of the one before. Writes nothing."""
+    """A session that takes over what is known of the one before. Writes nothing."""
     token = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     return replace(read_session(run) or Session(mode, token), mode=mode, token=token)
 
@@ -119,6 +144,12 @@ def write_session(run: Run, session: Session) -> None:
     write_json(run.tracking_file, asdict(session), flush=False)
 
 
+def is_superseded(run: Run, session: Session) -> bool:
+    """Whether a later session, as of another attempt, owns the run in W&B now."""
+    newest = read_session(run)
+    return newest is not None and newest.token != session.token
+
+
 @contextmanager
 def upload_lock(run: Run) -> Iterator[None]:
     """Hold what is told to W&B of a run: two at once would both send what it lacks.
@@ -132,65 +163,54 @@ def upload_lock(run: Run) -> Iterator[None]:
         yield
 
 
-def standing(run: Run, server: str = "") -> dict[str, Any]:
-    """How the run stands, as far as W&B is told of it; `server` is the one that has all of it."""
+def state_to_report(run: Run, server: str = "") -> Report:
+    """The state of the run now; `server` is the one that has all of it."""
     status = run.status()
     if status.updated:
-        attempts, outcome = len(status.attempts), status.outcome and asdict(status.outcome)
-    else:  # missing or damaged: what was told is all that is known
-        told = read_on_record(run).told
-        attempts, outcome = told.get("attempts", 0), told.get("outcome")
+        found = Report(len(status.attempts), status.outcome)
+    else:  # missing or damaged: what was reported is all that is known
+        found = read_uploaded(run).reported or Report()
     rows = run.metrics_file.stat() if run.metrics_file.exists() else None
-    return {
-        "attempts": attempts,
-        "outcome": outcome,
-        "rows": [rows.st_size, rows.st_mtime_ns] if rows else None,
-        "server": server,
-    }
+    return replace(found, rows=(rows.st_size, rows.st_mtime_ns) if rows else (), server=server)
 
 
-def outcome_in(stands: Mapping[str, Any]) -> Outcome | None:
-    """How the newest attempt of a run that stands so ended; None if nobody has said so yet."""
-    return from_json(Outcome, stands["outcome"]) if stands["outcome"] else None
-
-
-def read_on_record(run: Run) -> OnRecord:
-    """What is on record of a run under its id; nothing if that is not noted."""
+def read_uploaded(run: Run) -> Uploaded:
+    """What W&B has of a run under its id; nothing if that is not noted."""
     run_id = ""
     with suppress(ConfigError, OSError, ValueError):
         run_id = run.tracking_id()
-        found = from_json(OnRecord, read_json(_on_record_file(run)))
+        found = from_json(Uploaded, read_json(_uploaded_file(run)))
         if found.run_id == run_id:
             return found
-    return OnRecord(run_id)
+    return Uploaded(run_id)
 
 
-def write_on_record(run: Run, on_record: OnRecord) -> None:
+def write_uploaded(run: Run, uploaded: Uploaded) -> None:
     """Note it. The caller holds the `upload_lock`, as for all that is noted there."""
-    write_json(_on_record_file(run), asdict(on_record), flush=False)
+    write_json(_uploaded_file(run), asdict(uploaded), flush=False)
 
 
-def note_told(run: Run, told: dict[str, Any]) -> None:
-    """Note that W&B knows how the run stands."""
-    on_record = replace(read_on_record(run), told=told, refusal=None)
-    if told["server"]:  # a plain `wandb sync` has nothing to do any more
-        last_step = max(on_record.step, last_step_of(run))
-        on_record = replace(on_record, step=last_step, folders=())
-        leave_out_others(run, on_record)
-    write_on_record(run, on_record)
+def note_reported(run: Run, reported: Report) -> None:
+    """Note that W&B knows this state of the run."""
+    uploaded = replace(read_uploaded(run), reported=reported, refusal=None)
+    if reported.server:  # a plain `wandb sync` has nothing to do any more
+        last_step = max(uploaded.step, last_step_of(run))
+        uploaded = replace(uploaded, step=last_step, folders=())
+        mark_synced(run, uploaded)
+    write_uploaded(run, uploaded)
 
 
 def note_refusal(run: Run, refusal: Refusal | None) -> None:
     """Note what keeps W&B from taking the run; None: it is to be tried again."""
-    on_record = read_on_record(run)
-    if on_record.refusal != refusal:
-        write_on_record(run, replace(on_record, refusal=refusal))
+    uploaded = read_uploaded(run)
+    if uploaded.refusal != refusal:
+        write_uploaded(run, replace(uploaded, refusal=refusal))
 
 
-def leave_out_others(run: Run, on_record: OnRecord) -> None:
-    """Keep a plain `wandb sync` from the folders that hold nothing on record."""
+def mark_synced(run: Run, uploaded: Uploaded) -> None:
+    """Keep a plain `wandb sync` from all folders but those that hold what is to be uploaded."""
     for path in session_files(run):
-        if path.parent.name not in on_record.folders:
+        if path.parent.name not in uploaded.folders:
             path.with_name(f"{path.name}.synced").touch()  # as wandb marks what it has uploaded
 
 
@@ -204,30 +224,30 @@ def last_step_of(run: Run) -> int:
     return int(latest_values(run.metrics_file).get("step", -1))
 
 
-def current_refusal(run: Run) -> Refusal | None:
-    """What keeps W&B from taking the run, until a session of it opens. Writes nothing."""
-    return read_on_record(run).refusal
-
-
-def refusal_of(said: str, run: Run) -> Refusal | None:
+def refusal_of(error: Exception, run: Run) -> Refusal | None:
     """The refusal in what wandb or its server said; None if that may pass.
 
     wandb itself tries again what may pass (a network, a server that fails or is busy) and says so.
-    Of what is left only the known answers count as refusals.
+    Of what is left only the known answers of a server count as refusals.
     """
-    said = " ".join(said.split())
+    said = " ".join(str(error).split())
     if DELETED in said:
+        again = hint("sync", run.name, "--as-new", study=run.study)
         return Refusal(
             "it was deleted in W&B, which never takes its id again: "
-            f"`flowjobs sync {run.name} --as-new` uploads it as a new run there",
+            f"`{again}` uploads it as a new run there",
             "deleted",
         )
+    of_the_system = isinstance(error, OSError) and error.errno is not None
+    if of_the_system or isinstance(error, ServerError) or NOT_THE_SERVERS.search(said):
+        return None
     if RETRIED.search(said):
         return None
+    sync = hint("sync", run.name, study=run.study)
     if LOGIN.search(said):
         return Refusal(
             f"W&B refuses the login here ({said}): run `wandb login --relogin` or mend "
-            f"WANDB_API_KEY, then `flowjobs sync {run.name}`",
+            f"WANDB_API_KEY, then `{sync}`",
             "login",
         )
     if PLACE.search(said):
@@ -235,11 +255,11 @@ def refusal_of(said: str, run: Run) -> Refusal | None:
         place = "/".join(filter(None, [tracking.wandb_entity, tracking.wandb_project]))
         return Refusal(
             f"W&B refuses it ({said}): see whether you may write to {place} there, or name "
-            f"another place in {run.config_file}, then `flowjobs sync {run.name}`",
+            f"another place in {run.config_file}, then `{sync}`",
             "place",
         )
     return None
 
 
-def _on_record_file(run: Run) -> Path:
+def _uploaded_file(run: Run) -> Path:
     return run.folder / "wandb" / "on_record.json"

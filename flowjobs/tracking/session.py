@@ -28,10 +28,10 @@ from flowjobs.tracking.process import upload_limit_s
 from flowjobs.tracking.record import (
     DELETED,
     Session,
-    leave_out_others,
-    read_on_record,
+    mark_synced,
+    read_uploaded,
     session_files,
-    write_on_record,
+    write_uploaded,
 )
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ LOWEST = ("train/loss", "val/loss")
 PICTURE = "samples"
 
 
-class NotTakenError(Exception):
+class NotUploadedError(Exception):
     """The server does not have what it was sent."""
 
 
@@ -73,13 +73,13 @@ class WandbSession:
         self._tracked = run
         self._online = session.mode == "online"
         run_id = run.settle_tracking_id()
-        self._on_record = read_on_record(run)
-        leave_out_others(run, self._on_record)
+        self._uploaded = read_uploaded(run)
+        mark_synced(run, self._uploaded)
         # What a parent process, or a session before, left here would be joined.
         os.environ.pop("WANDB_SERVICE", None)
         if self._online:
             check_server_answers()
-            _wait_for_cut_session(run)
+            _wait_for_killed_session(run)
         config = run.config()
         self._run = wandb.init(
             project=config.tracking.wandb_project,
@@ -106,16 +106,16 @@ class WandbSession:
                 silent=True,
             ),
         )
-        self.last_step = self._on_record.step
+        self.last_step = self._uploaded.step
         if self._online:
             self.last_step = self._run.starting_step - 1
             with suppress(OSError):  # a link is missing in a report, no more
                 run.wandb_page_file.write_text(f"{self._run.url}\n")
             # The server gets the folders' rows now.
-            self._on_record = replace(self._on_record, step=self.last_step, folders=())
-            leave_out_others(run, self._on_record)
-        self._on_record = replace(self._on_record, refusal=None)
-        write_on_record(run, self._on_record)
+            self._uploaded = replace(self._uploaded, step=self.last_step, folders=())
+            mark_synced(run, self._uploaded)
+        self._uploaded = replace(self._uploaded, refusal=None)
+        write_uploaded(run, self._uploaded)
         self._logged_bytes = 0
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
@@ -175,15 +175,15 @@ class WandbSession:
         file = Path(self._run.settings.sync_file)
         size = file.stat().st_size if file.exists() else 0
         self._run.finish(exit_code=outcome.exit_code)
-        folders = self._on_record.folders
+        folders = self._uploaded.folders
         if not self._online:
             wandb.teardown()  # `finish` may return before the end is on the disk
             # wandb says nothing of a full disk, and writes nothing more once a write has failed.
             if not file.stat().st_size > max(size, self._logged_bytes):
                 raise RetryUselessError(f"{file} is not complete: is the disk full?")
             folders = (*folders, file.parent.name)
-        on_record = replace(self._on_record, step=self.last_step, folders=folders)
-        write_on_record(self._tracked, on_record)
+        uploaded = replace(self._uploaded, step=self.last_step, folders=folders)
+        write_uploaded(self._tracked, uploaded)
 
 
 def run_on_server(run: Run) -> RunOnServer | None:
@@ -248,7 +248,7 @@ def may_pass_at_once(error: Exception) -> bool:
     return not isinstance(error, wandb.Error | TrackingError | TimeoutError | RetryUselessError)
 
 
-def _wait_for_cut_session(run: Run) -> None:
+def _wait_for_killed_session(run: Run) -> None:
     """Wait until the server has taken in what a session sent that was killed a moment ago."""
     online = [path for path in session_files(run) if path.parent.name.startswith("run-")]
     cut_at = max((path.stat().st_mtime for path in online), default=0.0)

@@ -13,10 +13,16 @@ from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.recorder import Tracker, Untracked
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome, outcome_of
+from flowjobs.tracking.closing import wait_for_mirror
 from flowjobs.tracking.mode import resolve_mode
 from flowjobs.tracking.process import start_mirror
-from flowjobs.tracking.record import Mode, new_session, read_on_record, read_session, write_session
-from flowjobs.tracking.telling import wait_for_mirror
+from flowjobs.tracking.record import (
+    Mode,
+    is_superseded,
+    new_session,
+    read_uploaded,
+    write_session,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +68,9 @@ class WandbTracker:
         self._mirror: subprocess.Popen[bytes] | None = None
         with self._never_stopping():
             write_session(run, self._session)
-            self._mirror = start_mirror(run, self._session, "trains")
+            self._mirror = start_mirror(run, self._session, "follow")
             # Not a thread to wait for: it ends when the mirror does.
-            threading.Thread(target=self._pass_on, args=(self._mirror,), daemon=True).start()
+            threading.Thread(target=self._log_news, args=(self._mirror,), daemon=True).start()
 
     def follow(self) -> None:
         """See `Tracker`."""
@@ -78,9 +84,9 @@ class WandbTracker:
         """See `Tracker`."""
         with self._never_stopping():
             offline = self._session.mode == "offline"
-            if offline and read_on_record(self._run).step <= step:
-                return  # what was lost never came so far
-            if self._taken_over():
+            if offline and read_uploaded(self._run).step <= step:
+                return  # W&B has none of the rows that were lost
+            if is_superseded(self._run, self._session):
                 return
             before = self._session.diverged_after
             step = step if before is None else min(before, step)
@@ -95,21 +101,16 @@ class WandbTracker:
     def finish(self, outcome: Outcome) -> None:
         """Close the attempt; how it ended is in `status.json`. Waits for a few seconds at most."""
         with self._never_stopping():
-            if self._taken_over():
+            if is_superseded(self._run, self._session):
                 return
             write_session(self._run, self._session)
             if self._mirror is None or self._mirror.poll() is not None:
                 # It was killed; another one catches up.
-                self._mirror = start_mirror(self._run, self._session, "closes")
+                self._mirror = start_mirror(self._run, self._session, "close")
             self._send("finish")
             patient = self._connected and outcome.state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
             wait_for_mirror(self._run, self._session, self._mirror, limit_s)
-
-    def _taken_over(self) -> bool:
-        """Whether another attempt has begun; the mirror sees it too, and stops."""
-        newest = read_session(self._run)
-        return newest is not None and newest.token != self._session.token
 
     def _send(self, command: str) -> None:
         with self._never_stopping():  # also a pipe that nobody reads any more
@@ -117,8 +118,8 @@ class WandbTracker:
                 self._mirror.stdin.write(f"{command}\n".encode())
                 self._mirror.stdin.flush()
 
-    def _pass_on(self, mirror: subprocess.Popen[bytes]) -> None:
-        """Log what the mirror has to say."""
+    def _log_news(self, mirror: subprocess.Popen[bytes]) -> None:
+        """Log what the mirror reports."""
         assert mirror.stdout is not None
         with mirror.stdout:
             for line in mirror.stdout:

@@ -42,7 +42,7 @@ from flowjobs.models.velocity import (
     input_dtype,
 )
 from flowjobs.runs.recorder import Recorder, Tracker, recording, untracked
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.run import Run, check_run_name, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.training.checkpoint import (
     Payload,
@@ -94,6 +94,7 @@ class FlowTrainer:
         device: Where to compute ("cpu", "cuda:1").
         name: Name of the run, for a trainer on its own; by default `config.run_name`.
         wandb_project: Project in W&B, for a trainer on its own.
+        wandb_entity: User or team in W&B, for a trainer on its own; by default your own.
         resume_path: Resume from this checkpoint, of the same config, instead of the run's last.pt.
         run: A run that its job has opened; by default the one called `name` in the default study.
         recorder: Where rows and progress go.
@@ -112,6 +113,7 @@ class FlowTrainer:
         *,
         name: str | None = None,
         wandb_project: str = TrackingConfig.wandb_project,
+        wandb_entity: str | None = None,
         resume_path: str | Path | None = None,
         run: Run | None = None,
         recorder: Recorder | None = None,
@@ -121,11 +123,12 @@ class FlowTrainer:
         device = torch.device(device)
         study = default_study().absolute() if run is None else run.study
         there = run or Run(study, name or config.run_name)
+        check_run_name(there.name)
         before = there.config().training if there.exists() else None
         config = self._config = with_pinned_files(config, study, before, data_are_given=True)
         self._device = device
-        self._name = name or config.run_name
-        self._wandb_project = wandb_project
+        self._name = there.name
+        self._asked_tracking = TrackingConfig(wandb_project, wandb_entity)
         self._resume_path = Path(resume_path) if resume_path else None
         self._run = run
         self._recorder = recorder
@@ -193,10 +196,14 @@ class FlowTrainer:
         """The tracker of a trainer on its own; `flowjobs.training.FlowTrainer` has W&B's."""
         return untracked(run)
 
+    def tracking(self) -> TrackingConfig:
+        """Where W&B is to have the run of a trainer on its own."""
+        return self._asked_tracking
+
     def _own_run(self) -> Run:
         """The run of a trainer on its own, made if it is not there."""
         run = Run(default_study().absolute(), self._name)
-        asked = RunConfig(self._config, tracking=TrackingConfig(self._wandb_project))
+        asked = RunConfig(self._config, tracking=self.tracking())
         if run.exists():
             found = run.config()
             # What the command line asked of the cluster is none of a notebook's business.

@@ -1,15 +1,21 @@
 """Whatever happens to W&B: training ends well and in time, and the rows arrive when they can."""
 
+import errno
 import os
 import resource
+import socket
 import time
+from pathlib import Path
 
 import pytest
+from wandb.errors import CommError, WandbCoreNotAvailableError
 
+from flowjobs.errors import ServerError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.record import current_refusal
-from flowjobs.tracking.telling import close_session, pending_outcome
+from flowjobs.tracking.closing import close_session, pending_outcome
+from flowjobs.tracking.mode import check_server_answers
+from flowjobs.tracking.record import read_uploaded, refusal_of
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -46,7 +52,7 @@ def mend_server(backend: Backend, fault: str) -> None:
 def tell_what_is_pending(run: Run) -> None:
     status = run.status()
     assert status.outcome is not None
-    assert pending_outcome(run) == (None if current_refusal(run) else status.outcome)
+    assert pending_outcome(run) == (None if read_uploaded(run).refusal else status.outcome)
     assert close_session(run)
     assert pending_outcome(run) is None
 
@@ -65,7 +71,7 @@ def test_a_server_that_fails_from_the_start_costs_nothing_but_the_wait_at_the_en
     assert code == 0, said
     assert first_row_s < 3, "the start waited"
     assert said.count("W&B cannot be told now") <= 1
-    assert f"`flowjobs sync {run.name}` tries again" in said or fault == "key"
+    assert f"flowjobs sync {run.name}` tries again" in said or fault == "key"
     assert said.count("run `wandb login --relogin`") == (2 if fault == "key" else 0)
     assert len(list(read_rows(run.metrics_file))) == 50
     # Of the tries that failed nothing is left; the last one was ended in its middle.
@@ -90,7 +96,7 @@ def test_a_server_that_fails_in_the_middle_gets_everything_when_it_is_back(
     mend_server(backend, fault)
     code, said = attempts.finish(process)
     assert code == 0, said
-    if pending_outcome(run) or current_refusal(run):
+    if pending_outcome(run) or read_uploaded(run).refusal:
         tell_what_is_pending(run)
     assert_history_is_exact(run, backend)
     assert on_server(run, backend).state == "finished"
@@ -158,6 +164,37 @@ def test_two_attempts_alive_at_once_give_each_step_once(tracked_run: MakeRun, mo
     assert without_picture(found.rows) == expected
     assert [row["_step"] for row in found.received] == [row["step"] for row in expected]
     assert found.state == "finished"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "/lib/wandb/bin/wandb-core"),
+        WandbCoreNotAvailableError("File not found: /lib/wandb/bin/wandb-core. Please contact"),
+        CommError("open /home/me/.cache/wandb/x: permission denied"),
+        CommError("dial tcp 10.0.0.1:443: connect: permission denied"),
+        CommError("dial tcp: lookup host on 10.0.0.1:53: not found"),
+    ],
+)
+def test_trouble_on_this_machine_is_no_refusal(study: Path, trouble: Exception) -> None:
+    assert refusal_of(trouble, attempts.make_run(study, "online")) is None
+
+
+def test_a_network_that_may_not_be_used_is_no_refusal_and_a_servers_no_is_one(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(ServerError, match="Permission denied") as met:
+        check_server_answers()
+    run = attempts.make_run(workplace / "another", "online")
+    assert refusal_of(met.value, run) is None
+    refusal = refusal_of(CommError("returned error 403: permission denied"), run)
+    assert refusal is not None
+    # What is to be done can be typed as it stands.
+    assert refusal.text.endswith(f"flowjobs sync {run.name} --study another`")
 
 
 def test_a_full_disk_costs_no_row(tracked_run: MakeRun) -> None:

@@ -22,7 +22,7 @@ from flowjobs.errors import RunInterrupted, TrackingError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.tracking.telling import sync_run
+from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking.backend import KEY, Backend, RunOnServer
 from tests.tracking.driver import drive, row_of
@@ -106,12 +106,18 @@ def test_a_finished_run_is_on_the_server_as_if_it_had_been_online(
     assert there.summary["train/loss"]["min"] == 0
 
 
-def test_a_second_sync_sends_nothing(run: Run, backend: Backend) -> None:
+def test_a_second_sync_of_all_asks_nothing(run: Run, backend: Backend, flowjobs: Command) -> None:
     attempt(run, 50)
     sync(run, backend)
     backend.requests.clear()
-    sync(run, backend)
+    assert sync_run(run).state == "unchanged"
     assert backend.requests == []
+    assert "was all on the server" in flowjobs("sync").stdout
+    assert backend.requests == []
+    # By its name it is asked for: there it may have been deleted.
+    assert flowjobs("sync", run.name).stdout == "tracked: all of it is on the server\n"
+    assert "UpsertBucket" not in backend.requests
+    assert backend.requests
 
 
 def test_a_sync_elsewhere_that_finds_all_there_sends_nothing(run: Run, backend: Backend) -> None:
@@ -119,7 +125,7 @@ def test_a_sync_elsewhere_that_finds_all_there_sends_nothing(run: Run, backend: 
     sync(run, backend)
     (run.folder / "wandb" / "on_record.json").unlink()
     backend.requests.clear()
-    assert sync_run(run).state == "unchanged"
+    assert sync_run(run).state == "complete"
     assert "UpsertBucket" not in backend.requests
 
 
@@ -191,7 +197,7 @@ def test_a_run_that_trains_is_left_for_later(run: Run, backend: Backend) -> None
     try:
         wait_for(lambda: rows_written(run) > 20)
         done = sync_run(run)
-        assert done.state == "trains"
+        assert done.state == "running"
         assert f"process {process.pid}" in done.note
         assert backend.runs() == []
         assert not list(run.folder.glob("wandb/**/*.synced"))
@@ -320,7 +326,7 @@ def test_two_syncs_at_once_upload_once(study: Path, run: Run, backend: Backend) 
     assert (first.returncode, second.returncode) == (0, 0)
     assert sorted(said for said, _ in outputs) == [
         "tracked: 100 rows uploaded, verified\n",
-        "tracked: all of it is on the server\n",
+        "tracked: was all on the server when it was last asked\n",
     ]
     # Who waits for more than some seconds says for whom.
     assert all(
@@ -418,6 +424,7 @@ def test_a_wrong_key_and_no_key_say_what_to_do(
     assert done.returncode == 2
     assert "W&B refuses the login here" in done.stderr
     assert "run `wandb login --relogin` or mend WANDB_API_KEY" in done.stderr
+    assert "sync again" not in done.stderr
     monkeypatch.delenv("WANDB_API_KEY")
     done = flowjobs("sync")
     assert done.returncode == 2
@@ -552,7 +559,7 @@ def test_a_run_that_another_node_trains_is_left_for_later(run: Run, backend: Bac
     newest.job = dataclasses.replace(newest.job, host="n7")
     status.write(run.status_file)
     done = sync_run(run)
-    assert (done.state, "on n7" in done.note) == ("trains", True)
+    assert (done.state, "on n7" in done.note) == ("running", True)
     assert backend.runs() == []
     for file in (run.status_file, run.metrics_file):
         os.utime(file, (0, 0))

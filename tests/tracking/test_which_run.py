@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.defaults import load_defaults
+from flowjobs.config import TrackingConfig
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
+from flowjobs.tracking.mode import entity_here
+from flowjobs.tracking.process import mirror_environment
+from flowjobs.tracking.sync import sync_as_new, sync_run
 from tests.conftest import Command
 from tests.tracking import attempts
 from tests.tracking.attempts import make_run
@@ -45,13 +50,29 @@ LEFT_OVER = {
 }
 
 
+# As `wandb init` writes it here, and what else a person may have put there and into their own.
+SETTINGS_HERE = "[default]\nentity = my-team\nproject = mine\nsweep_id = k3j2h1\nmode = disabled\n"
+SETTINGS_OF_USER = "[default]\nentity = my-lab\nfork_from = another?_step=3\nbase_url = {url}\n"
+
+
+def write_settings(workplace: Path, url: str) -> None:
+    """Both of W&B's settings files."""
+    for folder, text in (
+        (workplace / "wandb", SETTINGS_HERE),
+        (Path.home() / ".config/wandb", SETTINGS_OF_USER.format(url=url)),
+    ):
+        folder.mkdir(parents=True)
+        (folder / "settings").write_text(text)
+
+
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_what_another_run_left_in_the_environment_leads_nowhere(
-    tracked_run: MakeRun, mode: str, monkeypatch: pytest.MonkeyPatch
+    tracked_run: MakeRun, mode: str, monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:
     run, backend = tracked_run(mode)
     for name, text in LEFT_OVER.items():
         monkeypatch.setenv(name, text)
+    write_settings(workplace, os.environ.get("WANDB_BASE_URL", "https://nowhere.test"))
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):  # as they come out of files
         monkeypatch.setenv(name, f"{os.environ.get(name, '')} \n")
     run_to_the_end(run, 300)
@@ -59,9 +80,40 @@ def test_what_another_run_left_in_the_environment_leads_nowhere(
     assert len(list(run.folder.glob(f"wandb/*run-*/run-{run.tracking_id()}.wandb"))) == 1
     if backend is not None:
         assert backend.runs() == [run.tracking_id()]
+        # Nor does a sync from elsewhere lead to another one, which finds its server by the file.
+        monkeypatch.delenv("WANDB_BASE_URL")
+        monkeypatch.chdir("/")
+        assert sync_run(run, ask=True).state == "complete"
+        assert backend.runs() == [run.tracking_id()]
         found = on_server(run, backend)
         assert (found.entity, found.project) == ("someone", "flow-matching-study")
         assert found.group == run.config().training.group
+
+
+def test_the_entity_of_wandbs_settings_is_read_as_a_run_is_made(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> tuple[str | None, str]:
+        defaults = load_defaults()
+        return defaults.fill(TrackingConfig).wandb_entity, defaults.sources["wandb_entity"]
+
+    write_settings(workplace, "https://nowhere.test")
+    assert found() == ("my-team", "wandb/settings")
+    monkeypatch.chdir("/")
+    assert found() == ("my-lab", str(Path.home() / ".config/wandb/settings"))
+    monkeypatch.chdir(workplace)
+    Path("flowjobs.toml").write_text('wandb_entity = "the-lab"')
+    assert found() == ("the-lab", str(workplace / "flowjobs.toml"))
+    monkeypatch.setenv("WANDB_ENTITY", "another-lab")
+    assert found() == (entity_here(), "WANDB_ENTITY")
+
+
+def test_paths_in_the_environment_mean_the_same_to_the_mirror(
+    monkeypatch: pytest.MonkeyPatch, workplace: Path
+) -> None:
+    for name in ("WANDB_CACHE_DIR", "WANDB_IDENTITY_TOKEN_FILE", "SSL_CERT_FILE", "NETRC"):
+        monkeypatch.setenv(name, "mine")
+        assert mirror_environment("online")[name] == str(workplace / "mine")
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
@@ -115,7 +167,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     deleted = run.tracking_id()
     backend.delete(deleted)
     said = finish_and_tell(run, process)
-    remedy = f"`flowjobs sync {run.name} --as-new`"
+    remedy = f"flowjobs sync {run.name} --as-new"
     assert remedy in said + caplog.text
     shown = flowjobs("status").stdout
     assert remedy in shown
@@ -133,6 +185,9 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     assert_history_is_exact(run, backend)
     assert on_server(run, backend).state == "finished"
     assert "W&B" not in flowjobs("status").stdout
+    # Interrupted and repeated it makes no third one.
+    new = run.tracking_id()
+    assert (sync_as_new(run).state, run.tracking_id()) == ("complete", new)
 
 
 @pytest.mark.parametrize(

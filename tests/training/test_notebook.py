@@ -9,7 +9,7 @@ import pytest
 
 SETUP = """
 import numpy as np, torch
-from flowjobs.errors import RunMismatchError
+from flowjobs.errors import ConfigError, RunMismatchError
 from flowjobs.training import FlowDataset, FlowTrainer, TrainingConfig
 
 rows = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
@@ -44,6 +44,7 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_ENTITY", "the-lab")
     done = run_script("print(trainer().train()['epochs_run'])")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "3\n"
@@ -58,9 +59,17 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
         "        trainer(**options).train()\n"
         "    except RunMismatchError as error:\n"
         "        print('refused', 'name=' in str(error))\n"
+        "for name in ('/tmp/x', '../x', 'my run'):\n"
+        "    try:\n"
+        "        trainer(name=name)\n"
+        "    except ConfigError as error:\n"
+        "        print('refused', repr(name) in str(error))\n"
         "print(trainer(width=5, name='mine').train()['epochs_run'])"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["refused True"] * 3 + ["3"]
+    assert done.stdout.splitlines() == ["refused True"] * 6 + ["3"]
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == record
     assert (study / "runs/mine/status.json").exists()
+    assert {path.name for path in (study / "runs").iterdir()} == {folder.name, "mine"}
+    config = json.loads((study / "runs/mine/config.json").read_text())
+    assert config["tracking"]["wandb_entity"] == "the-lab"

@@ -1,0 +1,156 @@
+"""Uploads to W&B what it lacks of runs that do not train, from a node that has internet.
+
+The mirror, run online, logs the rows of `metrics.jsonl` past the last step that the server has,
+each with its own time, reports the outcome that `status.json` gives, and asks the server whether it
+has all. So it does not matter what W&B's own files hold, or where an upload was cut: the next one
+continues from what the server has. Loads no wandb: the mirror does.
+
+A run that trains now is left for later as a whole: an upload ends with a state, and "running" is
+none that it can end with. A run that waits for its next job is uploaded and shown as preempted,
+also when its process was killed: whether that was the end is for others to find out.
+"""
+
+import json
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flowjobs.errors import LoginError, ServerError, TrackingError
+from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import same_host
+from flowjobs.tracking.mode import check_server_answers, server_url
+from flowjobs.tracking.process import start_mirror, upload_limit_s
+from flowjobs.tracking.record import (
+    Session,
+    new_session,
+    read_session,
+    read_uploaded,
+    state_to_report,
+    upload_lock,
+    write_session,
+)
+
+# How long a run that another node trains may write nothing, and still be taken to train.
+QUIET_S = 600.0
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What a sync did for a run.
+
+    Attributes:
+        state: "uploaded"; "complete", for the server has all; "unchanged" since the server last had
+            all, and not asked again; "running", and left for later; "untracked", by its config
+            or since it never started.
+        rows: How many rows were sent.
+        note: Who trains it, or "".
+    """
+
+    run: str
+    state: Literal["uploaded", "complete", "unchanged", "running", "untracked"]
+    rows: int = 0
+    note: str = ""
+
+
+def sync_run(run: Run, judge: Judge = system_lock_decides, *, ask: bool = False) -> Synced:
+    """Make the server have all of a run that does not train now; twice does no harm.
+
+    Args:
+        run: The run.
+        judge: Says whether who is named as the run's holder still trains it.
+        ask: Ask the server also where it had all, and nothing has changed here: there it may be
+            deleted.
+
+    Raises:
+        LoginError: The server refuses the key.
+        ServerError: It cannot be used now, for any run.
+        TrackingError: It does not have what was sent.
+    """
+    if run.config().tracking.wandb_mode == "disabled" or not run.tracking_file.exists():
+        return Synced(run.name, "untracked")
+    if trainer := _who_trains(run, judge):
+        return Synced(run.name, "running", note=trainer)
+    with upload_lock(run):
+        # Under the lock: another sync may have told it a moment ago.
+        run.settle_tracking_id()  # first: a copy of a run that was deleted is not deleted
+        if (refusal := read_uploaded(run).refusal) and refusal.kind == "deleted":
+            raise TrackingError(refusal.text)
+        if not ask and read_uploaded(run).reported == state_to_report(run, server_url()):
+            return Synced(run.name, "unchanged")
+        session = read_session(run)
+        if session is None:  # damaged
+            session = new_session(run, "online")
+            write_session(run, session)
+        rows = _upload(run, session)
+    return Synced(run.name, "complete" if rows is None else "uploaded", rows or 0)
+
+
+def sync_as_new(run: Run, judge: Judge = system_lock_decides) -> Synced:
+    """The same, under a new id where the run was deleted in W&B.
+
+    Only the server knows that: repeated, it does not make another run of one that is there.
+
+    Raises:
+        TrackingError: See `sync_run`.
+    """
+    try:
+        return sync_run(run, judge, ask=True)
+    except TrackingError:
+        if not _is_deleted(run):
+            raise
+    with upload_lock(run):
+        if _is_deleted(run):  # not yet renewed by another sync
+            run.renew_tracking_id()
+    return sync_run(run, judge)
+
+
+def _is_deleted(run: Run) -> bool:
+    refusal = read_uploaded(run).refusal
+    return refusal is not None and refusal.kind == "deleted"
+
+
+def _who_trains(run: Run, judge: Judge) -> str | None:
+    """Who trains the run, or seems to: not everywhere are locks of another node seen."""
+    if holder := lock_holder(run.folder, judge):
+        return holder
+    attempt = run.status().open_attempt
+    if attempt is None or same_host(attempt.job.host, socket.gethostname()):
+        return None
+    files = [path for path in (run.metrics_file, run.status_file) if path.exists()]
+    written = max((path.stat().st_mtime for path in files), default=0.0)
+    return attempt.job.words if time.time() - written < QUIET_S else None
+
+
+def _upload(run: Run, session: Session) -> int | None:
+    """Have the mirror upload what is missing. Returns how many rows; None if nothing was.
+
+    Raises:
+        TrackingError: It could not; see `sync_run`.
+    """
+    # Here, before a second is spent on loading wandb for each of a hundred runs.
+    check_server_answers()
+    with start_mirror(run, session, "sync") as mirror:
+        try:
+            output, _ = mirror.communicate(timeout=upload_limit_s(run))
+        except subprocess.TimeoutExpired:
+            mirror.kill()
+            output, _ = mirror.communicate()
+        finally:
+            mirror.kill()  # Ctrl-C is for us alone
+    news: dict[str, Any] = {}
+    for line in output.splitlines():
+        news |= json.loads(line)
+    if mirror.returncode == 0:
+        return news.get("uploaded")
+    if "failure" in news:
+        kind = {"login": LoginError, "server": ServerError}.get(news["kind"], TrackingError)
+        # A refusal has its own remedy in it.
+        again = "; sync again" if news["kind"] in ("run", "server") else ""
+        raise kind(f"{news['failure']}{again}")
+    raise TrackingError(
+        "the server has not taken all of it in time; sync again, it continues from what is there "
+        f"({run.folder / 'wandb' / 'mirror.log'})"
+    )
