@@ -1,5 +1,8 @@
 """The command line: one file a command. The only place that prints, and that exits."""
 
-from flowjobs.cli.main import main
+try:
+    from flowjobs.cli.main import main
+except KeyboardInterrupt:  # Ctrl-C while this loads, which takes a moment
+    raise SystemExit(130) from None
 
 __all__ = ["main"]

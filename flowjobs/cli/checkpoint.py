@@ -55,7 +55,8 @@ def describe(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
         "best_loss": payload["best_loss"],
         "epochs_without_improvement": payload["epochs_without_improvement"],
         "computed_with": payload.get("computed_with", {}),
-        "data_width": len(stats["mean"]),
+        "data_width": stats["mean"].numel(),
+        "data_shape": list(stats["mean"].shape),
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "config": payload["config"],
         "model": {

@@ -19,6 +19,8 @@ from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.runs.run import Run, absolute
 
+FROM_PYTHON = "has no log: it was trained from Python, which shows its output itself"
+
 
 @dataclass(frozen=True)
 class Logs(InStudy):
@@ -46,9 +48,10 @@ class Logs(InStudy):
         if self.attempt is not None or self.rank is not None:
             return self._print_one(run)
         shown = _newest_log(run)
-        if shown is None and not self.follow:
-            raise RunNotFoundError(f"{run.name} has no log yet: its job has not started")
         if shown is None:
+            why = _why_no_log(run)
+            if why or not self.follow:
+                raise RunNotFoundError(why or f"{run.name} has no log yet: its job has not started")
             print(f"{run.name} has no log yet: waiting for its job to start", file=sys.stderr)
         # Kept for each: the last lines of an attempt may come when the next has begun.
         offsets: dict[Path, int] = {}
@@ -83,14 +86,18 @@ class Logs(InStudy):
                 raise ConfigError(
                     f"--attempt: found {self.attempt}, and {run.name} has {len(attempts)}"
                 )
-            log = run.log_at(attempts[self.attempt - 1].job.log or "")
+            path = attempts[self.attempt - 1].job.log
+            if not path:
+                raise RunNotFoundError(f"attempt {self.attempt} of {run.name} {FROM_PYTHON}")
+            log = run.log_at(path)
         if log is not None and self.rank:
             # As submitit names them: JOB_RANK_log.out.
             log = log.with_name(re.sub(r"_0_log\.out$", f"_{self.rank}_log.out", log.name))
             if f"_{self.rank}_log.out" not in log.name:
                 raise ConfigError(f"--rank: all ranks of {run.name} write to {log}")
         if log is None or not log.is_file():
-            raise RunNotFoundError(f"{run.name} has no such log: {log or 'no job has started'}")
+            why = f"{run.name} has no such log: {log or 'no job has started'}"
+            raise RunNotFoundError(_why_no_log(run) or why)
         _print_from(log, 0)
         return 0
 
@@ -130,6 +137,16 @@ def _has_ended(run: Run) -> bool:
     last = status.attempts[-1]
     newest = run.newest_job()
     return not newest or newest.job_id == last.job.job_id or newest.submitted < last.started
+
+
+def _why_no_log(run: Run) -> str:
+    """Why a run that has begun has no log; "" if a job of it has one, or will."""
+    attempts = run.status().attempts
+    if not attempts or attempts[-1].job.log:
+        return ""
+    if any(job.submitted >= attempts[-1].started for job in run.submissions()):
+        return ""
+    return f"{run.name} {FROM_PYTHON}"
 
 
 def _newest_log(run: Run) -> Path | None:

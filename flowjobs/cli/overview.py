@@ -75,11 +75,14 @@ def watch(show: "Callable[[], Collection[Stage]]", again: str) -> None:
         show: Prints, and says how the runs stand.
         again: The command that does.
     """
+    from flowjobs.cli.table import plain_console
+
+    drawn = sys.stdout.isatty() and not plain_console().is_dumb_terminal
     before: set[str] = set()
     unknown = 0
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            if sys.stdout.isatty():
+            if drawn:
                 print("\x1b[H\x1b[J", end="")
                 stages = show()
             else:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import io
 import itertools
+import os
 import re
 import shutil
 import sys
@@ -65,7 +66,9 @@ class _Captured(io.StringIO):
     encoding = property(lambda self: sys.__stdout__.encoding if sys.__stdout__ else "utf-8")
 
     def isatty(self) -> bool:
-        return bool(sys.__stdout__ and sys.__stdout__.isatty())
+        # tyro itself looks at TERM alone.
+        plain = os.environ.get("NO_COLOR")
+        return bool(sys.__stdout__ and sys.__stdout__.isatty() and not plain)
 
 
 def _wrapped(text: str) -> str:

@@ -1,5 +1,6 @@
 """flowjobs rm."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +8,11 @@ from dataclasses import dataclass
 from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.runs_named import RunNames, list_of, readable_runs
+from flowjobs.cli.runs_named import RunNames, list_of, runs_matching
+from flowjobs.config import RunConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import EXIT_BAD_INPUT
+from flowjobs.runs.status import EXIT_BAD_INPUT, read_sound_status
 from flowjobs.words import counted
 
 
@@ -30,7 +32,7 @@ class Rm(InStudy):
 
         if not self.names:
             raise ConfigError("rm: found no name, expected those of the runs to remove")
-        runs, broken = readable_runs(self.study, self.names)
+        runs, broken = runs_matching(self.study, self.names)
         runs, unknown = _without_jobs(runs)
         broken += unknown
         if not runs:
@@ -59,13 +61,23 @@ def _without_jobs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     Raises:
         ConfigError: A job of one of them does.
     """
+    from flowjobs.jobs.running import running_jobs
     from flowjobs.sweeps.plan import stages
 
-    members = stages({run: run.config() for run in runs})
-    alive = [run for run in runs if members[run].stage in ("waiting", "running")]
+    configs: dict[Run, RunConfig] = {}
+    for run in runs:
+        with contextlib.suppress(ConfigError):
+            read_sound_status(run.status_file)
+            configs[run] = run.config()
+    members = stages(configs)
+    # Whether a job of one with damaged files lives is told by Slurm and the lock alone.
+    busy = running_jobs([run for run in runs if run not in configs])
+    alive = [run for run in configs if members[run].stage in ("waiting", "running")]
+    alive += [run for run, words in busy.items() if isinstance(words, str)]
     if alive:
         raise ConfigError(f"{list_of(alive)} wait or run: cancel them first; nothing is removed")
-    unknown = [run for run in runs if members[run].stage == "unknown"]
-    for run in unknown:
-        print(f"error: {run.name} is left: {members[run].why}", file=sys.stderr)
-    return [run for run in runs if run not in unknown], unknown
+    unknown = {run: members[run].why for run in configs if members[run].stage == "unknown"}
+    unknown |= {run: str(why) for run, why in busy.items()}
+    for run, why in unknown.items():
+        print(f"error: {run.name} is left: {why}", file=sys.stderr)
+    return [run for run in runs if run not in unknown], [*unknown]

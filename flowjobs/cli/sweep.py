@@ -14,7 +14,6 @@ import tyro
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import CommandOptions, Defaults
-from flowjobs.runs.hint import hint
 from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import prepare_sweep
@@ -42,6 +41,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError
 from flowjobs.models.size import size_words
+from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run, absolute
 from flowjobs.sweeps import grid
 from flowjobs.sweeps.applying import ARGUMENT

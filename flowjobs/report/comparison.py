@@ -251,7 +251,7 @@ def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str], expect
     for result in some:
         key, value = _key(result, pairing), metric.of(result)
         if value is not None and key in values:  # the same seed under two names
-            key = (*key, result.run.name)
+            key = (*key, str(result.run.folder))
         if value is not None and math.isfinite(value):
             values[key] = value
         if value is None and result.finished:

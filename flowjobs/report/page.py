@@ -47,6 +47,7 @@ class RunLine:
 
     Attributes:
         result: The run.
+        anchor: Of its row in the page.
         values: Of the fields that vary, the seed among them.
         value: Of the metric; None if it has none.
         command: Submits it again.
@@ -56,6 +57,7 @@ class RunLine:
     """
 
     result: Result
+    anchor: str
     values: list[str]
     value: float | None
     command: str
@@ -84,7 +86,11 @@ def html_page(found: Comparison, title: str, command: str) -> str:
     varying = [*varying_fields(found.results)]
     if len({result.shown(SEED) for result in found.results}) > 1:
         varying.append(SEED)
-    lines = {result.run.name: _line(found, result, varying) for result in found.results}
+    # By the run, not its name: two studies may have one of the same.
+    lines = {
+        result.run: _line(found, result, f"run{number}", varying)
+        for number, result in enumerate(found.results)
+    }
     decimals = decimals_of(found)
     return environment.get_template("page.html").render(
         title=title,
@@ -110,11 +116,12 @@ def html_page(found: Comparison, title: str, command: str) -> str:
     )
 
 
-def _line(found: Comparison, result: Result, varying: Sequence[str]) -> RunLine:
+def _line(found: Comparison, result: Result, anchor: str, varying: Sequence[str]) -> RunLine:
     run = result.run
     failed = result.status.state == "failed"
     return RunLine(
         result,
+        anchor,
         [result.shown(name) for name in varying],
         found.metric.of(result),
         command_of(run),

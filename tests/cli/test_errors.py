@@ -120,6 +120,14 @@ def test_an_empty_path_is_a_variable_that_is_not_set(
     assert "found '', expected a path" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_the_command_line_loads_is_no_traceback(workplace: Path) -> None:
+    (workplace / "tyro.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-m", "flowjobs", "status"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_bad_input_leaves_nothing_behind(flowjobs: Command, workplace: Path) -> None:
     flowjobs("submit", "--dataset", "5k")
     flowjobs("submit", "--name", "a/b")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig
-from flowjobs.errors import RunInterrupted
+from flowjobs.errors import RunInterrupted, RunNotFoundError
 from flowjobs.jobs.cancel import cancel
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.run import Run
@@ -117,6 +118,17 @@ def test_ends_with_a_job_that_is_cancelled_before_it_begins(
     again = Following(run.name, tmp_path / "again")
     assert again.process.wait(timeout=120) == 0
     assert again.printed() == "one\n"
+
+
+def test_a_run_that_was_trained_from_python_has_no_log(run: Run, study: Path) -> None:
+    with Attempt(run, JobInfo.in_foreground()):
+        pass
+    for options in ([], ["-f"], ["--attempt", "1"], ["--attempt", "1", "--rank", "1"]):
+        with pytest.raises(RunNotFoundError, match="a has no log: it was trained from Python"):
+            run_command(["logs", "a", *options])
+    submit_job(run, "1")
+    with pytest.raises(RunNotFoundError, match="a has no log yet: its job has not started"):
+        run_command(["logs", "a"])
 
 
 def test_waits_for_a_job_that_was_submitted_after_the_end(run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from flowjobs.cli.main import parse
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.runs.pack import new_pack
+from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.sweeps.retry import changes_from, with_changes
@@ -239,7 +240,34 @@ def test_a_run_whose_config_is_damaged_or_lost_can_be_cancelled_and_its_log_read
     assert whole.status().state == "finished"
     for name in ("damaged", "study/runs/damaged", "study/runs/lost"):
         asked = flowjobs("wait", name)
-        assert (asked.returncode, "config.json" in asked.stderr) == (2, True), asked.stderr
+        assert (asked.returncode, "config.json " in asked.stderr) == (2, True), asked.stderr
+    # What the error says to do works.
+    assert "delete it and submit the run again with the options that it had" in unknown.stderr
+    whole.best.touch()
+    whole.config_file.unlink()
+    again = flowjobs("submit", "--name", "whole", "--epochs", "1", "--wandb-mode", "disabled")
+    assert (again.returncode, "whole is finished" in again.stdout) == (0, True), again.stderr
+    done = flowjobs("retry", "d*", "whole", "--cluster", "local")
+    assert (done.returncode, "nothing to start" in done.stdout) == (2, True)
+
+
+def test_a_run_whose_files_are_damaged_can_be_removed_unless_it_is_trained(
+    study: Path, flowjobs: Command
+) -> None:
+    finished = Outcome("finished", 0)
+    damaged, torn, lost = (ended(study, name, finished) for name in ("damaged", "torn", "lost"))
+    damaged.config_file.write_text("{")
+    torn.status_file.write_text("{")
+    lost.config_file.unlink()
+    damaged.add_submission(
+        *(str(os.getpid()), "local", None), identity={"process": process_mark(os.getpid())}
+    )
+    done = flowjobs("rm", "damaged", "torn", "--yes")
+    assert (done.returncode, "damaged wait or run" in done.stderr) == (2, True), done.stderr
+    damaged.jobs_file.unlink()
+    done = flowjobs("rm", "damaged", "torn", "lost", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert not list((study / "runs").iterdir())
 
 
 def test_rm_asks_and_leaves_no_half_of_a_run(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.runs.hint import hint
 from flowjobs.config import RunConfig
 from flowjobs.errors import RunInterrupted
 from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -30,9 +30,15 @@ QUICK = ("--cluster", "local", "--wandb-mode", "disabled", "--arch-args", "width
 
 def shown_in_terminal(columns: int, *arguments: str) -> str:
     """What `flowjobs` prints in a terminal of this width, without its colours."""
+    printed = printed_in_terminal(columns, *arguments, TERM="xterm")
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", printed)
+
+
+def printed_in_terminal(columns: int, *arguments: str, **variables: str) -> str:
+    """What it prints there, every code of it."""
     near, far = pty.openpty()
     fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {**os.environ, "TERM": "xterm"}
+    environment = {**os.environ, **variables}
     environment.pop("COLUMNS", None)
     process = subprocess.Popen(
         [sys.executable, "-m", "flowjobs", *arguments],
@@ -51,7 +57,7 @@ def shown_in_terminal(columns: int, *arguments: str) -> str:
         pass  # the terminal's other side is closed
     process.wait(timeout=60)
     os.close(near)
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    return shown.decode()
 
 
 @pytest.mark.parametrize("columns", [80, 40])
@@ -149,11 +155,11 @@ def test_hints_work_as_they_stand(
     workplace: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripts = Path(sys.executable).parent
-    other = workplace / "it's another"
-    for folder in (study, other):
+    other, dashed = workplace / "it's another", workplace / "-s"
+    for folder in (study, other, dashed):
         Run(folder, "a").create(RunConfig())
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    for folder in (study, other):
+    for folder in (study, other, dashed):
         line = hint("status", "a", study=folder)
         done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}: {done.stderr}"
@@ -167,6 +173,18 @@ def test_hints_work_as_they_stand(
     assert hint("status", "a") == f"{scripts}/flowjobs status a"
     monkeypatch.setenv("PATH", f"{scripts}:/usr/bin:/bin")
     assert hint("status", "a") == "flowjobs status a"
+
+
+def test_a_terminal_that_draws_nothing_gets_no_codes(study: Path) -> None:
+    made_run(study, [1.0])
+
+    def codes(*arguments: str, **variables: str) -> list[str]:
+        return re.findall(r"\x1b", printed_in_terminal(80, *arguments, **variables))
+
+    for words in (["--help"], ["status", "--watch"]):
+        assert codes(*words, TERM="xterm")
+    assert not codes("--help", TERM="xterm", NO_COLOR="1")
+    assert not codes("status", "--watch", TERM="dumb")
 
 
 def test_errors_have_no_colours_outside_of_a_terminal(workplace: Path) -> None:

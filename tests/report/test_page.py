@@ -152,6 +152,19 @@ def test_nothing_that_a_run_says_is_taken_for_html(study: Path) -> None:
     assert 'href="https://wandb.test/team/project/runs/1?a=1&amp;b=2"' in text
 
 
+def test_runs_of_one_name_in_two_studies_are_two_rows(study: Path) -> None:
+    folders = [
+        made_run(study.with_name(of), [1.0], lr=lr, name="a").folder.relative_to(Path.cwd())
+        for of, lr in (("one", 0.001), ("two", 0.002))
+    ]
+    text = written(*map(str, folders)).read_text()
+    linked = re.findall('<a href="#([^"]+)">a<', text)
+    rows = re.findall('<tr id="([^"]+)"', text)
+    assert sorted(linked) == sorted(rows) == sorted({*rows})
+    assert len(rows) == 2
+    assert len(re.findall("<code>.*--lr 0.002", text)) == 1
+
+
 def test_a_page_replaces_the_one_before_whole_and_has_no_samples_where_there_are_none(
     study: Path,
 ) -> None:
