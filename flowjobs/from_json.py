@@ -22,7 +22,7 @@ def from_json(cls: type[Record], found: Any) -> Record:
     """
     if not isinstance(found, dict):
         raise ValueError(f"found {found!r}, expected an object")
-    hints, needed = _fields_of(cls)
+    hints, needed = _fields_of(typing.cast(Any, cls))
     if missing := needed - found.keys():
         raise ValueError(f"found no {', '.join(sorted(missing))}")
     values = {}

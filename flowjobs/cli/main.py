@@ -40,29 +40,33 @@ class Completion:
         return 0
 
 
-# The class of each, by its module: a command is not kept waiting for the imports of the others.
+# The class of each, by its module, and what it does: a command is not kept waiting for the imports
+# of the others.
 COMMANDS = {
-    "submit": "submit.Submit",
-    "sweep": "sweep.Sweep",
-    "resume": "resume.Resume",
-    "train": "train.Train",
-    "status": "status.Status",
-    "show": "show.Show",
-    "report": "report.Report",
-    "logs": "logs.Logs",
-    "cancel": "cancel.Cancel",
-    "retry": "retry.Retry",
-    "wait": "wait.Wait",
-    "rm": "rm.Rm",
-    "reconcile": "reconcile.Reconcile",
-    "sync": "sync.Sync",
-    "sample": "sample.Sample",
-    "evaluate": "evaluate.Evaluate",
-    "data": "data.Data",
-    "checkpoint": "checkpoint.Checkpoint",
-    "bench": "bench.Bench",
-    "drill": "drill.Drill",
-    "completion": "main.Completion",
+    "submit": ("submit.Submit", "Submit a run as a job; the same command again resumes it."),
+    "sweep": ("sweep.Sweep", "Submit many runs: every option takes several values."),
+    "resume": ("resume.Resume", "Submit a run again by its name alone, as it was configured."),
+    "train": ("train.Train", "Train a run in this process, or as the last line of a batch script."),
+    "status": ("status.Status", "Show how sweeps, groups and runs stand."),
+    "show": ("show.Show", "Show one run: its config, attempts, time and files."),
+    "report": ("report.Report", "Compare runs: mean and deviation over seeds, and which is best."),
+    "logs": ("logs.Logs", "Print the output of a run's newest job."),
+    "cancel": ("cancel.Cancel", "Cancel runs for good, until they are submitted again."),
+    "retry": ("retry.Retry", "Start failed and cancelled runs again, by their cause."),
+    "wait": ("wait.Wait", "Wait until runs have ended."),
+    "rm": ("rm.Rm", "Remove runs with their weights, records and logs; asks first."),
+    "reconcile": ("reconcile.Reconcile", "Find runs whose job died silently, and record why."),
+    "sync": ("sync.Sync", "Upload offline runs to W&B. Safe to repeat."),
+    "sample": ("sample.Sample", "Draw samples of a run's best checkpoint (EMA weights)."),
+    "evaluate": ("evaluate.Evaluate", "Measure samples of runs against their data."),
+    "data": ("data.Data", "Make the splits of a dataset from one file of embeddings."),
+    "checkpoint": ("checkpoint.Checkpoint", "Say what is in a checkpoint, after verifying it."),
+    "bench": ("bench.Bench", "Measure how many runs are worth training together on this device."),
+    "drill": ("drill.Drill", "Show on your own cluster that an interrupted run loses nothing."),
+    "completion": (
+        "main.Completion",
+        "Print what completes commands, flags and run names in a shell.",
+    ),
 }
 
 # `flowjobs logs -f RUN | head`: these print, and end where nobody reads it. The others act.
@@ -163,8 +167,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def command_of(name: str) -> Any:
     """The dataclass of a command."""
-    module, _, cls = COMMANDS[name].partition(".")
+    module, _, cls = COMMANDS[name][0].partition(".")
     return getattr(importlib.import_module(f"flowjobs.cli.{module}"), cls)
+
+
+def _named(name: str) -> Any:
+    """A command without its options, to be listed."""
+    described = dataclasses.make_dataclass(name, (), namespace={"__doc__": COMMANDS[name][1]})
+    return Annotated[described, tyro.conf.subcommand(name)]
 
 
 def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
@@ -184,9 +194,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
                 f"{did_you_mean(name, COMMANDS)}"
             )
         # Help, or nothing: tyro lists the commands, and exits.
-        named = (Annotated[command_of(name), tyro.conf.subcommand(name)] for name in COMMANDS)
         # `|` cannot join types made at run time.
-        every: Any = Union[tuple(named)]  # noqa: UP007
+        every: Any = Union[tuple(_named(name) for name in COMMANDS)]  # noqa: UP007
         read_command_line(every, "flowjobs", arguments, description=DESCRIPTION)
     # The parser of one command alone is built in half the time of all of them.
     cls = command_of(name)

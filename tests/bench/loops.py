@@ -1,12 +1,19 @@
 """What a user would write or take instead of our trainer: the same model, data and steps.
 
 Each loop trains the default model on digits with AdamW, gradient clipping, warm-up and cosine, an
-average of the weights, and a validation with it after every epoch.
+average of the weights, and a validation with it after every epoch. It returns the seconds from the
+end of its first epoch until it has ended, so that samples a second are compared: what a start
+takes, test_start.py and test_interruption.py measure.
 """
 
 import copy
 import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets, normalization_stats
 from flowjobs.models.build import build_model
-from flowjobs.runs.recorder import recording
+from flowjobs.runs.recorder import Recorder, recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowTrainer, get_cosine_schedule_with_warmup
@@ -40,7 +47,21 @@ def flow_loss(model: nn.Module, x_1: Tensor) -> Tensor:
     return nn.functional.mse_loss(model(x_t, t.squeeze(-1)), x_1 - x_0)
 
 
-def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+@contextmanager
+def ends_of_epochs(recorder: Recorder) -> Iterator[list[float]]:
+    """When each epoch ends in the block, by time.perf_counter."""
+    record, ends = recorder.record, []
+
+    def recorded(row: Mapping[str, Any], *, is_last: bool = False) -> None:
+        record(row, is_last=is_last)
+        if "val/loss" in row:
+            ends.append(time.perf_counter())
+
+    with mock.patch.object(recorder, "record", recorded):
+        yield ends
+
+
+def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> float:
     """Our trainer with all that it does but W&B: record, progress, checkpoints, exact resume."""
     run = Run(study, "bench")
     for folder in (run.folder, run.checkpoints):
@@ -50,12 +71,14 @@ def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> 
     model = build_model(config, 64)
     with recording(run, JobInfo.in_foreground()) as recorder:
         trainer = FlowTrainer(model, config, train, val, device, run=run, recorder=recorder)
-        assert trainer.train()["epochs_run"] == config.epochs
+        with ends_of_epochs(recorder) as ends:
+            assert trainer.train()["epochs_run"] == config.epochs
     status = run.status()
     assert status.attempts[0].first_step == 0, "the steps were not taken here"
+    return time.perf_counter() - ends[0]
 
 
-def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> float:
     """A bare loop by someone who knows torch: resident data, fused optimizer, foreach EMA."""
     train, val = normalized_digits(study, device)
     model = build_model(config, 64).to(device)
@@ -64,6 +87,7 @@ def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> Non
     optimizer = torch.optim.AdamW(weights, lr=config.lr, fused=True)
     steps = config.epochs * (len(train) // config.batch_size)
     scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, steps)
+    ends = []
     for _ in range(config.epochs):
         order = torch.randperm(len(train), device=device)
         for start in range(0, len(train) - config.batch_size + 1, config.batch_size):
@@ -77,9 +101,11 @@ def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> Non
                 torch._foreach_lerp_(averaged, weights, 1 - DECAY)
         with torch.no_grad():
             flow_loss(ema, val).item()
+        ends.append(time.perf_counter())
+    return ends[-1] - ends[0]
 
 
-def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -> float:
     """A loop as tutorials have it: DataLoader, default optimizer, EMA parameter by parameter."""
     train, val = normalized_digits(study, torch.device("cpu"))
     loader = DataLoader(TensorDataset(train), config.batch_size, shuffle=True, drop_last=True)
@@ -89,6 +115,7 @@ def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     steps = config.epochs * len(loader)
     scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, steps)
+    ends = []
     for _ in range(config.epochs):
         for (rows,) in loader:
             loss = flow_loss(model, rows.to(device))
@@ -103,9 +130,11 @@ def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -
         with torch.no_grad():
             for (rows,) in val_loader:
                 flow_loss(ema, rows.to(device)).item()
+        ends.append(time.perf_counter())
+    return ends[-1] - ends[0]
 
 
-def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) -> float:
     """Lightning by its documentation: logger, checkpoints of best and last, EMA callback."""
     import lightning
     from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -114,6 +143,8 @@ def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) ->
     train, val = normalized_digits(study, torch.device("cpu"))
     loader = DataLoader(TensorDataset(train), config.batch_size, shuffle=True, drop_last=True)
     val_loader = DataLoader(TensorDataset(val), config.batch_size)
+
+    ends: list[float] = []
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -127,6 +158,9 @@ def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) ->
 
         def validation_step(self, batch: list[Tensor], index: int) -> None:
             self.log("val/loss", flow_loss(self.model, batch[0]))
+
+        def on_validation_epoch_end(self) -> None:
+            ends.append(time.perf_counter())
 
         def configure_optimizers(self) -> object:
             optimizer = torch.optim.AdamW(self.parameters(), lr=config.lr)
@@ -149,3 +183,4 @@ def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) ->
         enable_model_summary=False,
     )
     trainer.fit(Module(), loader, val_loader)
+    return time.perf_counter() - ends[0]
