@@ -21,6 +21,15 @@ MARK = re.compile(r"flowjobs[:-]([0-9a-f]{12})")
 # Names and comments hold anything but this.
 SEPARATOR = "\x1f"
 
+# What they say as they fail: a site's pipe around a command may lose its exit code.
+_FAILED = re.compile(
+    r"slurm_\w+ error|Unable to contact slurm|Kill job error|Batch job submission failed"
+    rf"|Invalid user: {os.getuid()}\b"
+)
+
+# What they say where there is no cluster to ask: neither a configuration nor a server of one.
+_NO_CLUSTER = re.compile(r"configuration (source|file)|resolve_ctls")
+
 
 def is_here() -> bool:
     """Whether this machine has Slurm's commands."""
@@ -35,10 +44,10 @@ def controller_answers() -> tuple[bool | None, str]:
     answer = run("scontrol", "ping")
     if answer.returncode == 0 and "is UP" in answer.stdout:
         return True, "sbatch is there and the controller answers"
-    # Without a cluster's settings scontrol finds nothing to ask.
-    away = "is DOWN" in answer.stdout or "timed out" in answer.stderr
+    # Whatever else it says, there may be a cluster; also where its settings are not to be read now.
+    none = _NO_CLUSTER.search(answer.stdout + answer.stderr) and not os.environ.get("SLURM_CONF")
     why = f"sbatch is there, but no controller answers: {first_line(answer)}"
-    return None if away else False, why
+    return False if none else None, why
 
 
 def cells_of(printed: str, count: int) -> list[list[str]]:
@@ -73,7 +82,7 @@ def run(
     kept |= {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard"}
     try:
         # Whatever bytes a job's name or a site's banner holds.
-        return subprocess.run(
+        answer = subprocess.run(
             command,
             capture_output=True,
             text=True,
@@ -83,6 +92,8 @@ def run(
             timeout=timeout_s,
             env=kept,
         )
+        answer.returncode = answer.returncode or int(bool(_FAILED.search(answer.stderr)))
+        return answer
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, returncode=1, stdout="", stderr=str(error))
     finally:

@@ -1,10 +1,12 @@
 """What Slurm's controller knows of jobs, and what it can be asked to do with one."""
 
+import os
 import re
 import signal
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from flowjobs.errors import SubmissionError
 from flowjobs.slurm.client import (
@@ -23,9 +25,12 @@ from flowjobs.slurm.options import minutes
 ENDED = frozenset(
     {
         *("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "BOOT_FAIL"),
-        *("OUT_OF_MEMORY", "PREEMPTED", "DEADLINE", "REVOKED"),
+        *("OUT_OF_MEMORY", "PREEMPTED", "DEADLINE"),
     }
 )
+
+# What the clusters of a federation but one say of a job: that one has it.
+REVOKED = "REVOKED"
 
 # States of a job that has no process now, and may get one again: it waits, is held as it was
 # requeued, or stands still for another job or an administrator.
@@ -94,6 +99,16 @@ class JobRow:
     def waits(self) -> bool:
         """Whether it waits for something before it computes (on)."""
         return self.state in WAITS
+
+    def logs_to(self, folder: Path) -> bool:
+        """Whether its output goes to a folder, by whatever path either of them is spelled."""
+        there = Path(self.log.replace("%%", "%")).parent  # with %j and such in its name
+        if there == folder or there.name != folder.name:
+            return there == folder
+        try:
+            return there.is_absolute() and os.path.samefile(there, folder)
+        except OSError:  # moved since, or away
+            return False
 
 
 def queue(uids: Collection[int]) -> list[JobRow]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flowjobs.errors import SubmissionError
 from flowjobs.slurm.cluster import cluster_name
-from flowjobs.slurm.controller import ENDED, JobRow, queue
+from flowjobs.slurm.controller import ENDED, REVOKED, JobRow, queue
 from flowjobs.slurm.sacct import accounting
 from flowjobs.slurm.submission import CLOCKS_S
 
@@ -63,11 +63,11 @@ class JobIdentity:
             return self.mark in row.marks
         # By hand there is no mark, and some sites drop comments. A requeued job's time is later.
         in_time = row.submitted >= self.submitted - CLOCKS_S
-        return self.name in ("", row.name) and in_time and self._has_log_of(row)
-
-    def _has_log_of(self, row: JobRow) -> bool:
-        there = Path(row.log)  # with %j and such in its name
-        return not self.log or not there.is_absolute() or there.parent == Path(self.log).parent
+        named = self.name in ("", row.name)
+        if self.log and Path(row.log).is_absolute():
+            # Of a job that we submitted it tells alone: some sites rewrite names as well.
+            return in_time and (named or bool(self.mark)) and row.logs_to(Path(self.log).parent)
+        return in_time and named
 
     @property
     def words(self) -> str:
@@ -153,8 +153,8 @@ def ask(
         rows = queue({os.getuid(), *(job.uid for job in jobs if job.uid is not None)})
     except SubmissionError as error:
         return {job: Unknown(str(error)) for job in jobs}
-    by_id = _by_id(rows)
-    known = {job: row for job in jobs for row in _rows_of(job, by_id)}
+    queued = _by_id(rows)
+    known = {job: row for job in jobs for row in _rows_of(job, queued)}
     # Of one that was started again only accounting has the earlier lives.
     told = {job for job, row in known.items() if row.state not in ENDED and not row.restarts}
     try:
@@ -171,7 +171,12 @@ def ask(
     for job in jobs:
         rows = _rows_of(job, by_id)
         lives = tuple([row for row in rows if row.job_id == job.job_id] or rows)
-        if job in known:
+        newest = known[job] if job in known else lives[-1] if lives else None
+        if newest and newest.state == REVOKED:
+            answers[job] = Unknown(
+                f"{job.words} waits, or runs, on another cluster of the federation: ask from there"
+            )
+        elif job in known:
             answers[job] = Known(known[job], lives)
         elif lives:
             answers[job] = _last_of(job, lives)
@@ -179,6 +184,11 @@ def ask(
             # Slurm forgets at once a task that is cancelled by itself before it has started; any
             # other of an array that both know is known to one of them.
             answers[job] = Known(replace(array, job_id=job.job_id, state="CANCELLED", signal=0))
+        elif _may_be_among(queued.get(job.job_id, ()), job):
+            answers[job] = Unknown(
+                f"a job {job.job_id} of yours is in the queue, with another name, comment and log: "
+                f"whether it is that one is unknown (scontrol show job {job.job_id})"
+            )
         elif books is None and job.cluster and job.uid == os.getuid():
             if not here and not at_most_twice:
                 here = {cluster_name()}
@@ -201,6 +211,17 @@ def _by_id(rows: Iterable[JobRow]) -> Mapping[str, list[JobRow]]:
 def _rows_of(job: JobIdentity, by_id: Mapping[str, list[JobRow]]) -> list[JobRow]:
     keys = {job.job_id, job.job_id.partition("_")[0]}
     return [row for key in sorted(keys) for row in by_id.get(key, ()) if job.matches(row)]
+
+
+def _may_be_among(rows: Iterable[JobRow], job: JobIdentity) -> bool:
+    """Whether a living job of this user has the id there, and nothing says that it is not this."""
+    return job.is_mine() and any(
+        row.uid == os.getuid()
+        and row.state not in ENDED
+        and not (job.mark and row.marks)
+        and (not job.cluster or row.cluster in ("", job.cluster))
+        for row in rows
+    )
 
 
 def _together(row: JobRow) -> str:

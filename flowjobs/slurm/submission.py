@@ -29,7 +29,7 @@ SBATCH_TIMEOUT_S = 180.0
 SAY_AFTER_S = 5.0
 
 # An answer that did not come: a busy controller may take the job all the same, and later.
-_UNANSWERED = re.compile(r"timed out|Message (send|receive) failure|Zero Bytes", re.IGNORECASE)
+UNANSWERED = re.compile(r"timed out|Message (send|receive) failure|Zero Bytes", re.IGNORECASE)
 TAKEN_WITHIN_S = 20.0
 ASK_EVERY_S = 1.0
 
@@ -66,7 +66,9 @@ def cancelled_unless_noted(handed_over: Callable[[], HandedOver | None]) -> Iter
     """Cancel a job that was handed over in the block if the block then fails: nobody knows it.
 
     Raises:
-        SubmissionError: The block failed so; the text says what became of the job.
+        SubmissionError: The block failed so, and the job is cancelled.
+        SubmissionUnknownError: The block failed so, and the job may live; the text says how to end
+            it.
     """
     try:
         yield
@@ -74,14 +76,19 @@ def cancelled_unless_noted(handed_over: Callable[[], HandedOver | None]) -> Iter
         job = handed_over()
         if job is None:
             raise
+        said = f"job {job.job_id} was submitted, but could not be noted ({error})"
+        here = cluster_name() if job.cluster else ""
+        command = f"scancel {job.job_id}"
         try:
+            if here != job.cluster:  # its id is another job's here, or none's
+                command = f"scancel -M {job.cluster} {job.job_id}"
+                raise SubmissionError(f"it is of {job.cluster}, and {here or 'none'} answers here")
             cancel(job.job_id)
-            became = "it is cancelled"
         except SubmissionError as refused:
-            became = f"it could not be cancelled either ({refused}): scancel {job.job_id}"
-        raise SubmissionError(
-            f"job {job.job_id} was submitted, but could not be noted ({error}): {became}"
-        ) from error
+            raise SubmissionUnknownError(
+                f"{said}, and it is not cancelled either ({refused}): {command}"
+            ) from error
+        raise SubmissionError(f"{said}: it is cancelled") from error
 
 
 def new_mark() -> str:
@@ -126,20 +133,20 @@ def sbatch(
         return HandedOver(found[1], found[2] or cluster_name(), mark)
     said = {found[1]: found[2] or "" for line in lines if (found := _SAID_ID.fullmatch(line))}
     said |= {found[1]: "" for line in lines if (found := _SUBMITTED.fullmatch(line))}
-    unanswered = answer.returncode != 0 and bool(_UNANSWERED.search(answer.stderr))
+    unanswered = answer.returncode != 0 and bool(UNANSWERED.search(answer.stderr))
     ours, silent = _taken(mark, said, asked_at, wait_s=TAKEN_WITHIN_S if unanswered else 0.0)
     if ours:
         return HandedOver(ours[0].job_id.partition("_")[0], ours[0].cluster, mark)
-    if silent or unanswered:
-        why = silent or f"none was in the queue {TAKEN_WITHIN_S:.0f} s later"
-        raise SubmissionUnknownError(
-            f"{_words_of(answer)}; whether the job was taken is unknown ({why}): one with the "
-            f"comment flowjobs:{mark} would be it (squeue --me -o '%i %k'): cancel that, then "
-            "submit again"
-        )
     elsewhere = [(job_id, cluster) for job_id, cluster in said.items() if cluster]
     if answer.returncode == 0 and elsewhere:
         return HandedOver(*elsewhere[0], mark)
+    if silent or unanswered or (answer.returncode == 0 and said):
+        why = silent or "none is in the queue that is known by it, or by the id and its time"
+        raise SubmissionUnknownError(
+            f"sbatch said: {_words_of(answer)}; whether the job was taken is unknown ({why}): one "
+            f"with the comment flowjobs:{mark} would be it (squeue --me -o '%i %k'): cancel that, "
+            "then submit again"
+        )
     raise SubmissionError(_refusal(answer))
 
 
@@ -151,14 +158,15 @@ def _taken(
     while True:
         ours, silent = [], ""
         try:
-            rows = [row for row in queue({os.getuid()}) if row.submitted >= asked_at - CLOCKS_S]
+            rows = queue({os.getuid()})
         except SubmissionError as error:
             silent = str(error)
         else:
             # Where the site drops comments, an id that sbatch has said is one if it is that of a
-            # new job.
+            # new job; the clocks of two machines may differ.
+            new = [row for row in rows if row.submitted >= asked_at - CLOCKS_S and not row.marks]
             ours = [row for row in rows if mark in row.marks] or [
-                row for row in rows if not row.marks and row.job_id.partition("_")[0] in said
+                row for row in new if row.job_id.partition("_")[0] in said
             ]
             # A job that was refused stays with the controller for minutes, as one that failed on
             # no node.

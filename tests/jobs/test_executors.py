@@ -83,6 +83,8 @@ def test_without_sbatch_auto_is_this_machine(monkeypatch: pytest.MonkeyPatch) ->
         ("Slurmctld(primary) at a is DOWN; Slurmctld(backup) at b is UP", "slurm"),
         ("GROUP: Slurmctld(primary) at a is DOWN", "--cluster local"),
         ("fatal: Could not establish a configuration source", "local"),
+        ("not for users of this cluster", "--cluster local"),
+        ("SLURM_CONF: Unable to process configuration file", "--cluster local"),
     ],
 )
 def test_a_run_for_a_cluster_is_not_trained_here_while_the_controller_is_away(
@@ -93,6 +95,8 @@ def test_a_run_for_a_cluster_is_not_trained_here_while_the_controller_is_away(
         (tmp_path / command).write_text(f"#!/bin/sh\necho '{said}'; exit {code}\n")
         (tmp_path / command).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    if said.startswith("SLURM_CONF"):  # there is a cluster, whose settings cannot be read now
+        monkeypatch.setenv("SLURM_CONF", "/nonexistent/slurm.conf")
     if expected in ("slurm", "local"):
         assert executors.choose_cluster("auto")[0] == expected
     else:
