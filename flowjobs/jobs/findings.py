@@ -113,14 +113,17 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
     answers = ask(set(jobs.values()), at_most_twice=at_most_twice)
     for run, (status, job) in suspects.items():
         finding: Finding | None
-        if run in jobs:
-            finding = _find_in_slurm(run, status, job, answers[jobs[run]])
-            # Restarted from here, it would become this user's job.
-            if isinstance(finding, Dead) and not jobs[run].is_mine():
-                words = f"{jobs[run].words} has ended ({finding.outcome.reason})"
-                finding = Unclear(f"{words}: it is that user's to reconcile")
-        else:
-            finding = _find_on_this_machine(run, status, job)
+        try:
+            if run in jobs:
+                finding = _find_in_slurm(run, status, job, answers[jobs[run]])
+            else:
+                finding = _find_on_this_machine(run, status, job)
+        except (FlowjobsError, OSError) as error:
+            finding = Unclear(str(error))
+        # Restarted from here, it would become this user's job.
+        if isinstance(finding, Dead) and run in jobs and not jobs[run].is_mine():
+            words = f"{jobs[run].words} has ended ({finding.outcome.reason})"
+            finding = Unclear(f"{words}: it is that user's to reconcile")
         if finding:
             found[run] = finding
     return found
@@ -180,6 +183,8 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
             return Unclear(why)
         case Known() if not answer.over:
             if attempt and answer.restarted_since(job.restart):
+                if answer.newest.state == "COMPLETING":
+                    return None  # Slurm counts the next start, and this one may still save
                 return _find_dead_life(run, status, attempt, answer, waits=True)
             if answer.newest.waits:
                 return Waits(why_it_waits(answer.newest))

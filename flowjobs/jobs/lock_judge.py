@@ -39,6 +39,8 @@ def job_verdict(run: Run, holder: JobInfo) -> Verdict:
     match ask_one(identity_of(run, holder.job_id, holder.log)):
         case Gone():
             return "gone"
+        case Known(newest) if newest.state == "COMPLETING":
+            return "leaving"  # also where Slurm counts its next start already
         case Known() as known if known.over or known.restarted_since(holder.restart):
             return "gone"
         case Known(newest) if newest.state in ("RUNNING", "SUSPENDED", "STOPPED", "CONFIGURING"):

@@ -15,6 +15,7 @@ from flowjobs.runs.status import EXIT_PREEMPTED, JobInfo
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm.client import is_here
 from flowjobs.slurm.controller import JobRecord, job_record, requeue
+from flowjobs.slurm.submission import TAKEN_WITHIN_S, UNANSWERED
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,27 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
         requeue(job.job_id, exclude)
         logger.info("job %s is requeued and will resume from here", job.job_id)
     except SubmissionError as refused:
+        if _is_requeued_all_the_same(job, str(refused)):
+            return
         logger.info("job %s cannot be requeued (%s)", job.job_id, refused)
         logger.info("%s continues as job %s", run.name, resubmit(run, job, task, exclude))
+
+
+def _is_requeued_all_the_same(job: JobInfo, said: str) -> bool:
+    """Whether a job that Slurm would not requeue, by what it said, is requeued or gone: the answer
+    may have been lost, and not the request. A busy controller may take that later."""
+    deadline = time.monotonic() + (TAKEN_WITHIN_S if UNANSWERED.search(said) else 0.0)
+    while True:
+        record = _record_when_it_answers(job.job_id)
+        if record is None:
+            logger.info("job %s is gone (%s); submit it again", job.job_id, said)
+            return True
+        if record.restarts > job.restart:
+            logger.info("job %s is requeued, although Slurm said: %s", job.job_id, said)
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(ASK_EVERY_S)
 
 
 def is_cancelled(run: Submittable) -> bool:

@@ -4,14 +4,20 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from flowjobs.config import RunConfig, TrackingConfig
+from flowjobs.jobs.lock_judge import job_verdict
+from flowjobs.jobs.reconcile import reconcile
+from flowjobs.jobs.restart import restart
+from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
+from flowjobs.slurm.sacct import accounting
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -23,7 +29,7 @@ __all__ = ["no_flock"]
 
 
 @contextlib.contextmanager
-def completing(slurm: SlurmCluster) -> Iterator[str]:
+def completing(slurm: SlurmCluster, tell: Callable[[str], object] | None = None) -> Iterator[str]:
     """A job that has been told to end, and does not: its node's step daemon does not answer."""
     job_id = slurm.submit("--output=/dev/null", "-w", "n4", "--wrap", "sleep 600")
     slurm.wait_state(job_id, "RUNNING")
@@ -39,7 +45,10 @@ def completing(slurm: SlurmCluster) -> Iterator[str]:
     pid = wait_until(daemon, "the step's daemon", 120)
     os.kill(pid, signal.SIGSTOP)
     try:
-        slurm.run("scancel", job_id)
+        if tell:
+            tell(job_id)
+        else:
+            slurm.run("scancel", job_id)
         slurm.wait_state(job_id, "COMPLETING")
         yield job_id
     finally:
@@ -83,6 +92,32 @@ def test_a_holder_that_stays_in_completing_is_waited_for_and_the_run_has_not_fai
         assert job.status().state == "submitted"
     job.wait_for_state("finished")
     assert len(job.attempts()) == 1
+
+
+def test_a_start_that_slurm_requeues_keeps_its_run_until_its_processes_are_gone(
+    slurm: SlurmCluster, site: Callable[[str, str], None], study: Path
+) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig(tracking=TrackingConfig(wandb_mode="disabled")))
+    # The answer is lost, and not the request: that is no reason to submit another job.
+    lost = "echo 'slurm_requeue error: Socket timed out' >&2; exit 1"
+    site("scontrol", f'[ "$1" = requeue ] && {{ $real "$@"; {lost}; }}; $real "$@"')
+
+    def leave(job_id: str) -> None:
+        job = JobInfo("slurm", job_id, None, "n4", 1)
+        run.add_submission(job_id, "slurm", None)
+        RunStatus("running", attempts=[AttemptRecord(1, job, now())]).write(run.status_file)
+        restart(run, job, "preempted", task_of(run))
+
+    with completing(slurm, leave) as job_id:
+        assert [entry.job_id for entry in run.submissions()] == [job_id]
+        assert slurm.job(job_id)["Restarts"] == "1"
+        wait_until(lambda: accounting([job_id])[0].state == "REQUEUED", "accounting to know it", 60)
+        assert job_verdict(run, run.status().attempts[0].job) == "leaving"
+        assert reconcile([run]) == []
+    slurm.wait_state(job_id, "PENDING", 60)
+    ((_, outcome),) = [(each.run, each.outcome) for each in reconcile([run])]
+    assert (outcome.state, outcome.kind) == ("preempted", "requeued")
 
 
 @pytest.mark.parametrize("no_flock", ["ENOLCK"], indirect=True)
