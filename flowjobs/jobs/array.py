@@ -20,21 +20,22 @@ import itertools
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.jobs.origin import Origin, arrays_folder
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import flush_folder, read_json, write_json
 from flowjobs.runs.pack import Pack, submittable_at
 from flowjobs.runs.run import Run
-from flowjobs.runs.submittable import Submittable
+from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slurm.cluster import cluster_name
-from flowjobs.slurm.controller import queue
-from flowjobs.slurm.submission import HandedOver, new_mark
+from flowjobs.slurm.controller import ENDED, JobRow, queue
+from flowjobs.slurm.submission import SBATCH_TIMEOUT_S, TAKEN_WITHIN_S, HandedOver, new_mark
 
 SUBMIT_WAIT_S = 600.0
 PREFIX = "flowjobs-"
@@ -146,12 +147,52 @@ class Array:
             f"rm -r {shlex.quote(str(self.folder))}"
         )
 
-    def runs(self) -> list[Run]:
-        """The runs that its tasks train."""
-        found: list[Run] = []
-        for folder in self._content()["tasks"]:
+    def tasks_among(self, rows: Iterable[JobRow]) -> dict[str, JobRow]:
+        """Those of its tasks that Slurm knows."""
+        ours = (row for row in rows if self.mark in row.marks)
+        return {row.job_id.partition("_")[2]: row for row in ours}
+
+    def why_unknown(self, task: str, owner: int, here: str, rows: Sequence[JobRow]) -> str:
+        """Why it is unknown of a task whether it waits or runs, while nobody has noted it; empty if
+        it does not.
+
+        Args:
+            task: Its number.
+            owner: The user whose array it is.
+            here: Slurm's name of the cluster that answers.
+            rows: What is in its queue, also of that user.
+        """
+        if tasks := self.tasks_among(rows):
+            if task not in tasks or tasks[task].state in ENDED:
+                return ""
+            job_id = tasks[task].job_id.partition("_")[0]
+            return (
+                f"job {job_id} is an array that was submitted and not noted: the sweep's command "
+                "once more notes it"
+            )
+        if why := self.unknown_from(here):
+            return why
+        if owner != os.getuid():
+            return (
+                f"user {owner} has prepared an array that is not noted: whether its tasks wait is "
+                "unknown; have them repeat the sweep's command, or, if you know that it has no "
+                f"job, rm -r {shlex.quote(str(self.folder))}"
+            )
+        age_s = time.time() - self.folder.stat().st_mtime
+        if age_s < SBATCH_TIMEOUT_S + TAKEN_WITHIN_S:
+            return (
+                f"an array was prepared {age_s:.0f} s ago and sbatch may be taking it: ask again "
+                f"in {SBATCH_TIMEOUT_S + TAKEN_WITHIN_S - age_s:.0f} s"
+            )
+        return ""
+
+    def runs(self) -> dict[str, list[Run]]:
+        """The runs that each of its tasks trains."""
+        found = {}
+        for task, folder in enumerate(self._content()["tasks"]):
             submitted = submittable_at(self.study, Path(folder))
-            found += submitted.runs if isinstance(submitted, Pack) else [Run.at(submitted.folder)]
+            runs = submitted.runs if isinstance(submitted, Pack) else [Run.at(submitted.folder)]
+            found[str(task)] = runs
         return found
 
     def remove(self) -> None:
@@ -199,33 +240,76 @@ def submitting(study: Path) -> Iterator[list[str]]:
         yield _settle(study)
 
 
-def runs_elsewhere(studies: Iterable[Path]) -> dict[Run, str]:
-    """Runs of which another cluster may have tasks that nobody has noted, and why that is unknown.
+def unnoted_tasks(studies: Iterable[Path]) -> dict[Run, list[Submission]]:
+    """Tasks of this user that wait or run and that nobody could note, by the run that each trains.
 
-    Writes nothing.
+    Those that several runs share are left out: only once they are noted can one of these leave.
+    Slurm is asked if there is an array that is not noted.
+
+    Raises:
+        SubmissionError: Slurm does not answer.
     """
-    arrays = [array for study in studies for array in _half_done(study)]
-    here = cluster_name() if arrays else ""
-    found: dict[Run, str] = {}
+    arrays = [array for study in studies for array, _ in _half_done(study)]
+    rows = queue({os.getuid()}) if arrays else []
+    found: dict[Run, list[Submission]] = {}
     for array in arrays:
         with contextlib.suppress(ConfigError):  # whoever submits hears of it
-            if why := array.unknown_from(here):
-                found |= dict.fromkeys(array.runs(), why)
+            runs = array.runs()
+            for task, row in array.tasks_among(rows).items():
+                if row.state not in ENDED and len(runs.get(task, ())) == 1:
+                    (run,) = runs[task]
+                    entry = Submission(
+                        row.job_id,
+                        "slurm",
+                        submitted="",
+                        log=str(run.output_of(row.job_id)),
+                        slurm_cluster=row.cluster,
+                        mark=array.mark,
+                        array=array.folder.name,
+                    )
+                    found.setdefault(run, []).append(entry)
     return found
 
 
-def _half_done(study: Path) -> list[Array]:
-    """This user's arrays that have not become a job yet, as far as is noted."""
+def in_unnoted_arrays(studies: Iterable[Path]) -> dict[Run, str]:
+    """Runs of which a task may wait or run that nobody has noted, and what is known of that.
+
+    Writes nothing. Slurm is asked if there are such arrays.
+    """
+    arrays = [each for study in studies for each in _half_done(study)]
+    if not arrays:
+        return {}
+    here = cluster_name()
+    rows: Sequence[JobRow] | SubmissionError
+    try:
+        rows = queue({os.getuid(), *(owner for _, owner in arrays)})
+    except SubmissionError as error:
+        rows = error
+    found: dict[Run, str] = {}
+    for array, owner in arrays:
+        with contextlib.suppress(ConfigError):
+            for task, runs in array.runs().items():
+                if isinstance(rows, SubmissionError):
+                    why = array.unknown_from(here) or str(rows)
+                else:
+                    why = array.why_unknown(task, owner, here, rows)
+                if why:
+                    found |= dict.fromkeys(runs, why)
+    return found
+
+
+def _half_done(study: Path) -> list[tuple[Array, int]]:
+    """The arrays that have not become a job yet, as far as is noted, and whose they are."""
     found = []
     for array in arrays_of(study):
         with contextlib.suppress(FileNotFoundError):  # undone meanwhile
-            if not array.job_file.exists() and array.folder.stat().st_uid == os.getuid():
-                found.append(array)
+            if not array.job_file.exists():
+                found.append((array, array.folder.stat().st_uid))
     return found
 
 
 def _settle(study: Path) -> list[str]:
-    arrays = _half_done(study)
+    arrays = [array for array, uid in _half_done(study) if uid == os.getuid()]
     rows = queue({os.getuid()}) if arrays else []
     here = cluster_name() if arrays else ""
     said = []

@@ -1,14 +1,15 @@
 """Which job of a run waits or runs now; unknown is an answer."""
 
+import contextlib
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
-from flowjobs.jobs.array import runs_elsewhere
+from flowjobs.jobs.array import in_unnoted_arrays, unnoted_tasks
 from flowjobs.jobs.lock_judge import judge_for
 from flowjobs.jobs.origin import noted_identity
 from flowjobs.runs.file_lock import SAY_AFTER_S
@@ -72,7 +73,7 @@ def running_jobs(
             found[run] = _unreadable(run, error)
     answers = ask([job for of_run in jobs.values() for job in of_run])
     try:
-        elsewhere = runs_elsewhere({run.study for run in runs})
+        elsewhere = in_unnoted_arrays({run.study for run in runs})
     except OSError as error:
         elsewhere = {run: str(_unreadable(run, error)) for run in runs}
     for run, of_run in jobs.items():
@@ -185,15 +186,16 @@ def _comes_back(run: Run, job: Known) -> bool:
 
 
 def jobs_of(
-    runs: Iterable[Run], statuses: Mapping[Run, RunStatus] | None = None
+    runs: Collection[Run], statuses: Mapping[Run, RunStatus] | None = None
 ) -> dict[Run, list[Submission] | SubmissionError | OSError]:
     """The submissions of each run, and those Slurm jobs of it that could not be noted.
 
     That of its open attempt, whose log tells it from another one that has got its id since; and
-    one that waits, or has just started, whose submitter died as sbatch had taken it.
+    one that waits, or has just started, whose submitter died as sbatch had taken it, alone or as a
+    task of an array.
 
     Args:
-        runs: The runs. Slurm is asked once, if at all.
+        runs: The runs. Slurm is asked once, if at all; for arrays once more.
         statuses: Those that are known already.
 
     Returns:
@@ -202,10 +204,15 @@ def jobs_of(
     """
     known = statuses or {}
     mine: list[JobRow] | SubmissionError | None = None
+    tasks: Mapping[Run, list[Submission]] = {}
+    with contextlib.suppress(SubmissionError, OSError):  # `running_jobs` says that it is unknown
+        tasks = unnoted_tasks({run.study for run in runs})
     found: dict[Run, list[Submission] | SubmissionError | OSError] = {}
     for run in runs:
         try:
             entries = run.submissions()
+            noted = {entry.job_id for entry in entries}
+            entries += [task for task in tasks.get(run, ()) if task.job_id not in noted]
             if run.batch_file.exists() and is_here():
                 if mine is None:
                     mine = _jobs_of_this_user()
@@ -236,5 +243,5 @@ def _unnoted(run: Run, entries: Sequence[Submission], mine: Iterable[JobRow]) ->
     return [
         Submission(row.job_id, "slurm", "", row.log, slurm_cluster=row.cluster)
         for row in mine
-        if Path(row.log).parent == run.logs and row.job_id not in noted
+        if row.logs_to(run.logs) and row.job_id not in noted
     ]

@@ -15,6 +15,7 @@ import pytest
 
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.jobs.array import arrays_of, submitting
+from flowjobs.jobs.submit import running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from tests.cluster.slurm import SlurmCluster
@@ -51,6 +52,23 @@ def test_an_array_whose_submitter_dies_before_it_is_noted_is_found_by_its_mark(
     assert flowjobs(*HELD).returncode == -9
     assert len(tasks(slurm)) == 6
     assert noted(study) == []
+    # For all commands its tasks are jobs of their runs.
+    runs = [Run.at(folder) for folder in sorted((study / "runs").iterdir())]
+    busy = running_jobs(runs)
+    assert {str(words).partition(" (pending)")[0] for words in busy.values()} == {
+        f"job {task}" for task in tasks(slurm)
+    }
+    # They may be another user's, or sbatch may just be taking it.
+    (array,) = arrays_of(study)
+    os.chown(array.folder, 65534, -1)
+    site("squeue", "exit 0")
+    assert all(
+        "user 65534 has prepared an array" in str(busy) for busy in running_jobs(runs).values()
+    )
+    os.chown(array.folder, os.getuid(), -1)
+    assert all("sbatch may be taking it" in str(busy) for busy in running_jobs(runs).values())
+    os.utime(array.folder, (0, 0))
+    assert running_jobs(runs) == {}
     site("sbatch", "exit 1")
     # From another cluster on the same home: its queue says nothing of it.
     site("squeue", "exit 0")
