@@ -24,7 +24,7 @@ from flowjobs.config import (
     SlurmConfig,
     TrainingConfig,
 )
-from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.errors import ConfigError, FlowjobsError, SubmissionUnknownError
 from flowjobs.runs.run import absolute, default_study
 from flowjobs.runs.status import EXIT_CANCELLED, EXIT_FAILED
 
@@ -127,6 +127,8 @@ class Drill:
                 with contextlib.suppress(OSError):  # its terminal may be gone
                     print("cancelled the drill's jobs", file=sys.stderr, flush=True)
                 return EXIT_CANCELLED
+            except SubmissionUnknownError:
+                raise  # jobs may live, and need the folder
             except FlowjobsError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise

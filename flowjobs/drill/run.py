@@ -13,8 +13,8 @@ from flowjobs.drill.facts import ClusterFacts, facts_of_slurm, facts_of_this_mac
 from flowjobs.drill.interruptions import Interruption, interruptions_for
 from flowjobs.drill.probe import NodeAnswer, NodeProbe, NodeQuestion
 from flowjobs.drill.report import Drilled, Report, make_report
-from flowjobs.errors import SubmissionError
-from flowjobs.jobs.cancel import cancel
+from flowjobs.errors import SubmissionError, SubmissionUnknownError
+from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.origin import identity_of
 from flowjobs.jobs.reconcile import reconcile
@@ -34,8 +34,9 @@ STEPS_BEFORE = 20
 # A job that left the queue may be back in a moment, under a new id; its files may be late.
 GONE_S = 15.0
 CANCEL_WAIT_S = 60.0
-# Nothing happens for so long to a job that runs: it hangs.
+# Nothing happens for so long to a job that runs: it hangs. So does a Slurm that does not answer.
 HANGS_S = 600.0
+SILENT_S = 60.0
 
 
 @dataclass(kw_only=True)
@@ -72,7 +73,7 @@ def drill(
     """Submit the runs, interrupt them, wait for their end and compare.
 
     Takes minutes, and as long as the jobs wait for their place. Leaves no jobs behind, whatever
-    ends it.
+    ends it, or says which.
 
     Args:
         study: An empty folder for the drill's own runs, absolute, in the user's study.
@@ -82,7 +83,9 @@ def drill(
         say: Called with a line of progress, again and again.
 
     Raises:
-        SubmissionError: A job was refused.
+        SubmissionError: A job was refused, or Slurm does not answer for too long.
+        SubmissionUnknownError: Something has ended it, and jobs of it may live: they need the
+            folder.
     """
     config = replace(config, tracking=TrackingConfig(wandb_mode="disabled"))
     probe = Run(study, "drill-node")
@@ -91,9 +94,15 @@ def drill(
     try:
         facts = drilling.start(config, time_limit)
         node = drilling.watch()
-    except BaseException:  # also Ctrl-C
+    except BaseException as error:  # also Ctrl-C
         with signals_deferred(signal.SIGTERM, signal.SIGHUP):
-            drilling.cancel()
+            left = drilling.cancel()
+        if left:
+            command = "scancel" if cluster == "slurm" else "kill"
+            raise SubmissionUnknownError(
+                f"the drill has ended ({str(error) or type(error).__name__}), and jobs of it are "
+                f"not known to have: {command} {' '.join(left)}; then remove {study}"
+            ) from error
         raise
     say("comparing")
     undisturbed, *others = drilling.watched
@@ -137,18 +146,20 @@ class _Drill:
             self._jobs.append((run, job))
         return job
 
-    def cancel(self) -> None:
-        """End every job, and wait until they are gone."""
+    def cancel(self) -> list[str]:
+        """End every job, and wait until they are gone. Returns those that may not be, by id."""
         self._question.close()
         deadline = time.monotonic() + CANCEL_WAIT_S
-        jobs = self._jobs
-        while jobs and time.monotonic() < deadline:
-            with suppress(SubmissionError):  # Slurm is away
-                # Again and again: a process that only starts has not said yet who it is.
-                for run, _ in jobs:
-                    cancel(run)
+        left = self._jobs
+        with suppress(KeyboardInterrupt):  # whoever does not want to wait hears what is left
+            while left and time.monotonic() < deadline:
+                # Again and again: Slurm may be away, and a process that only starts has not said
+                # yet who it is.
+                for _ in cancel_together([*dict.fromkeys(run for run, _ in left)]):
+                    pass  # whether it could be shows below
                 time.sleep(1)
-                jobs = [(run, job) for run, job in jobs if job.alive(run)]
+                left = [(run, job) for run, job in left if _may_live(run, job)]
+        return [job.job_id for _, job in left]
 
     def watch(self) -> NodeAnswer | None:
         """Interrupt the runs, and wait until their jobs are gone and the node has answered.
@@ -157,7 +168,7 @@ class _Drill:
             The node's answer; None if its job has ended without one.
         """
         node: NodeAnswer | None = None
-        asked_at = 0.0
+        asked_at, answered_at, silent = 0.0, time.monotonic(), ""
         while True:
             if node is None and (node := self._question.answer()):
                 self._question.close()
@@ -165,15 +176,21 @@ class _Drill:
                 self._look_at_folder(watched)
             if time.monotonic() - asked_at > ASK_SLURM_EVERY_S:
                 asked_at = time.monotonic()
-                with suppress(SubmissionError):  # Slurm is away
+                try:
                     self._look_at_jobs()
+                    answered_at, silent = asked_at, ""
+                except SubmissionError as error:  # Slurm is away, or does not know yet
+                    silent_s = asked_at - answered_at
+                    if silent_s > HANGS_S:
+                        raise
+                    silent = f"; for {silent_s:.0f} s: {error}" if silent_s > SILENT_S else ""
             # The probe's answer may come late over a network file system.
             probed = self._probe_gone_at and (
                 node or time.monotonic() - self._probe_gone_at > GONE_S
             )
             if probed and all(watched.done for watched in self.watched):
                 return node
-            self._say("; ".join(map(_words, self.watched)))
+            self._say("; ".join(map(_words, self.watched)) + silent)
             time.sleep(POLL_S)
 
     def _look_at_folder(self, watched: Watched) -> None:
@@ -252,6 +269,13 @@ def _live_jobs(run: Run) -> list[JobRow]:
     if unknown := [answer.why for answer in answers if isinstance(answer, Unknown)]:
         raise SubmissionError(unknown[0])
     return [answer.newest for answer in answers if isinstance(answer, Known) and not answer.over]
+
+
+def _may_live(run: Run, job: SubmittedJob) -> bool:
+    try:
+        return job.alive(run)
+    except SubmissionError:
+        return True
 
 
 def _interrupt(watched: Watched, how: Interruption, attempt: AttemptRecord) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,9 +16,19 @@ import torch
 
 from flowjobs.cli.defaults import load_defaults
 from flowjobs.cli.drill import Drill
-from flowjobs.config import BUILT_IN_ARCHS, BUILT_IN_FLOWS, Augmentation
+from flowjobs.config import (
+    BUILT_IN_ARCHS,
+    BUILT_IN_FLOWS,
+    Augmentation,
+    KeyValues,
+    RunConfig,
+    SlurmConfig,
+    TrainingConfig,
+)
 from flowjobs.drill.facts import ClusterFacts, shortfalls
 from flowjobs.drill.probe import NodeAnswer
+from flowjobs.drill.run import drill as drill_runs
+from flowjobs.errors import SubmissionUnknownError
 from flowjobs.training.same_bits import equal_to_the_bit
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -148,7 +159,10 @@ def test_a_run_that_ends_before_it_is_interrupted_fails_the_drill(flowjobs: Comm
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+    [
+        signal.SIGTERM,
+        *(pytest.param(other, marks=pytest.mark.long) for other in (signal.SIGHUP, signal.SIGINT)),
+    ],
 )
 def test_what_ends_it_leaves_no_jobs_behind(
     slurm: SlurmCluster, study: Path, number: signal.Signals
@@ -165,6 +179,26 @@ def test_what_ends_it_leaves_no_jobs_behind(
     assert process.returncode == 130
     assert said.endswith("cancelled the drill's jobs\n")
     assert slurm.run("squeue", "-h") == ""
+
+
+def test_jobs_that_are_not_known_to_be_cancelled_are_named_and_keep_their_folder(
+    slurm: SlurmCluster,
+    study: Path,
+    site: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flowjobs.drill.run.CANCEL_WAIT_S", 0.5)
+    site("scancel", "exit 1")
+    held = RunConfig(TrainingConfig(), SlurmConfig(sbatch=KeyValues({"hold": True})))
+
+    def end(words: str) -> None:
+        raise KeyboardInterrupt
+
+    study.mkdir()
+    with pytest.raises(SubmissionUnknownError, match="not known to have") as said:
+        drill_runs(study / "drill-1", "slurm", held, time_limit=False, say=end)
+    jobs = sorted(slurm.run("squeue", "-h", "-o", "%i").split(), key=int)
+    assert f": scancel {' '.join(jobs)}; then remove {study}/drill-1" in str(said.value)
 
 
 def test_bad_input_leaves_nothing(slurm: SlurmCluster, flowjobs: Command, study: Path) -> None:
