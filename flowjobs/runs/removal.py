@@ -9,11 +9,9 @@ from pathlib import Path
 
 from flowjobs.errors import RunBusyError
 from flowjobs.runs.lock import held_off, lock_holder
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import REMOVED, Run
 
 logger = logging.getLogger(__name__)
-
-REMOVED = ".removed-"
 
 
 def size_of(run: Run) -> int:
@@ -52,8 +50,12 @@ def remove(run: Run) -> None:
             with contextlib.suppress(OSError):
                 os.rename(weights, run.checkpoints)
             raise
-    for parent in (record.parent, weights.parent):
-        for rest in parent.glob(f"{REMOVED}*"):  # also that of a call that was killed
+    for rest in record.parent.glob(f"{REMOVED}*"):  # also that of a call that was killed
+        _delete(rest)
+    for rest in weights.parent.glob(f"{REMOVED}*"):
+        name = rest.name.removeprefix(REMOVED).rpartition("-")[0]
+        # Killed before it had moved the record: they are all that there is of a run.
+        if name == run.name or not os.path.lexists(record.with_name(name)):
             _delete(rest)
     for rest in (record, weights):
         if os.path.lexists(rest):

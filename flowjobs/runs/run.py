@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import logging
 import os
 import re
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_WAIT_S = 60.0
 SUBMIT_AGAIN = "submit the run again with the options that it had"
+# What a folder is called that is being removed, before its name.
+REMOVED = ".removed-"
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,13 @@ class Run(Submittable):
         left = [file.name for file in self.saved_files()]
         there = f"of its checkpoints only {', '.join(left)} is" if left else "no checkpoint is"
         removal = shlex.join(["rm", "-r", str(self.folder), str(self.checkpoints)])
+        moved = None if left else self._moved_by_rm()
+        if moved and (self.finished(asked) or self.steps_trained() > 0):
+            back = shlex.join(["mv", "-T", str(moved), str(self.checkpoints)])
+            raise CheckpointGoneError(
+                f"a `flowjobs rm {self.name}` was interrupted, and its checkpoints are in {moved}: "
+                f"repeat it, or move them back: {back}"
+            )
         if self.finished(asked):
             if not self.best.exists():
                 raise CheckpointGoneError(
@@ -273,6 +283,14 @@ class Run(Submittable):
                 "best.pt there (of a backup, or one that was set aside), or remove the run to "
                 f"begin anew: {removal}"
             )
+
+    def _moved_by_rm(self) -> Path | None:
+        """Its checkpoints, where a removal was killed between them and the record."""
+        mark = f"{REMOVED}{self.name}-"
+        found = self.checkpoints.parent.glob(f"{glob.escape(mark)}*")
+        # One that was killed later has moved the record too.
+        left = [path for path in found if not self.folder.with_name(path.name).exists()]
+        return next((path for path in left if "-" not in path.name.removeprefix(mark)), None)
 
     def cancel_requested(self) -> bool:
         """Whether a person has cancelled the run and not submitted it since."""

@@ -14,9 +14,10 @@ import pytest
 
 from flowjobs.cli.main import parse
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
-from flowjobs.errors import ConfigError
+from flowjobs.errors import CheckpointGoneError, ConfigError
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
+from flowjobs.runs.removal import remove
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.sweeps.retry import changes_from, with_changes
@@ -296,6 +297,17 @@ def test_rm_asks_and_leaves_no_half_of_a_run(
     assert [path.name for path in (study / "checkpoints").iterdir()] == ["c"]
     assert [path.name for path in scratch.iterdir()] == ["notes.txt"]
     assert kept.exists()
+
+
+def test_what_a_killed_rm_has_moved_is_no_rest_to_another_and_comes_back(study: Path) -> None:
+    half, other = (ended(study, name, Outcome("finished", 0)) for name in ("half", "other"))
+    half.best.write_bytes(b"weights")
+    moved = half.checkpoints.rename(half.checkpoints.with_name(".removed-half-0123abcd"))
+    remove(other)
+    with pytest.raises(CheckpointGoneError, match=f"mv -T {moved} {half.checkpoints}"):
+        half.check_files()
+    remove(half)
+    assert not any((study / part).iterdir() for part in ("runs", "checkpoints"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
