@@ -46,6 +46,18 @@ class Origin:
         kept = {name: text for name, text in os.environ.items() if name not in OF_A_SESSION}
         return cls(os.getcwd(), sys.executable, kept, options)
 
+    def environment_here(self) -> dict[str, str]:
+        """What a job that is submitted from here now inherits: what tells Slurm's commands which
+        cluster to ask, and who asks, is of the place and the moment."""
+        inherited = dict(self.environment)
+        # An origin keeps no token, which is a login and expires: the one of now.
+        here = {name: os.environ[name] for name in ("SLURM_JWT",) if os.environ.get(name)}
+        # A node that gets its settings from the controller has not the login node's file.
+        if not os.path.exists(inherited.get("SLURM_CONF", "/")):
+            del inherited["SLURM_CONF"]
+            here |= {name: os.environ[name] for name in ("SLURM_CONF",) if os.environ.get(name)}
+        return inherited | here
+
     def note(self, run: Submittable, job_id: str) -> None:
         """Keep it beside the job, for this user's eyes alone: there may be tokens in it."""
         write_json(run.origin_file(job_id), asdict(self), mode=0o600)

@@ -93,9 +93,7 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     command.insert(1, "--export=ALL")
     old = entry.job_id
     origin = origin_of(run, old)
-    environment = environment_for_sbatch(origin.environment, run.asked())
-    if token := os.environ.get("SLURM_JWT"):
-        environment["SLURM_JWT"] = token
+    environment = environment_for_sbatch(origin.environment_here(), run.asked())
     log = Path(entry.log) if entry.log else None
     taken: HandedOver | None = None
     with signals_deferred_until_noted("slurm"), cancelled_unless_noted(lambda: taken):
