@@ -1,12 +1,12 @@
 """Watching a run from outside, by its folder alone: the same on Slurm and on this machine."""
 
-import contextlib
 import shutil
 import sys
 import time
 from collections.abc import Callable
 
 from flowjobs.cli.evaluation_table import in_a_line
+from flowjobs.cli.overview import UNKNOWN_AT_MOST
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import Row
@@ -43,6 +43,9 @@ def follow(
 
     Returns:
         The exit code of the run's last attempt; 0 after Ctrl-C.
+
+    Raises:
+        SubmissionError: For some looks in a row nothing is known of the job.
     """
     try:
         status = _watch(run, attempts_before, alive, waits, requeues)
@@ -79,23 +82,33 @@ def _watch(
     gone_at: float | None = None
     asked_at = 0.0
     why = ""
+    unknown, step = 0, None  # looks in a row, since the folder showed a new step
     with LiveLine() as line:
         while True:
             # A scheduler is asked seldom: forty of these may watch at once.
             pause_s = ASK_SLURM_EVERY_S if requeues else 0.0
             if gone_at is None and time.monotonic() - asked_at >= pause_s:
                 asked_at = time.monotonic()
-                with contextlib.suppress(SubmissionError):  # Slurm does not answer: no news
+                try:
                     gone_at = None if alive() else asked_at
-                why = waits()
+                    unknown, why = 0, waits()
+                except SubmissionError as error:  # Slurm does not answer: no news
+                    unknown, why = unknown + 1, str(error)
             status, latest = _progress(run)
+            if latest.get("step") != step:
+                unknown, step = 0, latest.get("step")
             begun = len(status.attempts) > attempts_before
-            if begun:
+            if unknown:
+                line.say(why)
+            elif begun:
                 line.show(status, latest)
             else:
                 line.say(f"waits {why}" if why else "waiting for the job to start")
             if begun and _ended(status, waits_for_requeue=requeues and gone_at is None):
                 return status
+            if unknown == UNKNOWN_AT_MOST:
+                again = hint("status", run.name, study=run.study)
+                raise SubmissionError(f"no longer watching: {why}; {again} looks again")
             if gone_at is not None and time.monotonic() - gone_at > LAST_WORDS_S:
                 if begun or not run.cancel_requested():
                     return None

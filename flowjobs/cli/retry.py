@@ -106,6 +106,9 @@ class Retry(CodeOptions, CommandOptions):
         if others:
             words = ", ".join(f"{count} {stage}" for stage, count in sorted(others.items()))
             print_rows(alone=f"{words}: left as they are")
+        for member in members:
+            if member.jobs_unknown:
+                print_rows(cancelled=f"{member.run.name}: {member.jobs_unknown}")
         starting: list[Member] = []
         for member in (member for cause in found for member in cause.members):
             check_shared(slots, with_changes(member.config, changes).slurm)

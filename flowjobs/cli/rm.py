@@ -76,7 +76,8 @@ def _without_jobs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     alive += [run for run, words in busy.items() if isinstance(words, str)]
     if alive:
         raise ConfigError(f"{list_of(alive)} wait or run: cancel them first; nothing is removed")
-    unknown = {run: members[run].why for run in configs if members[run].stage == "unknown"}
+    unknown = {run: members[run].jobs_unknown for run in configs if members[run].jobs_unknown}
+    unknown |= {run: members[run].why for run in configs if members[run].stage == "unknown"}
     unknown |= {run: str(why) for run, why in busy.items()}
     for run, why in unknown.items():
         print(f"error: {run.name} is left: {why}", file=sys.stderr)

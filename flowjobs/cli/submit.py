@@ -22,7 +22,7 @@ from flowjobs.config import (
     TrainingConfig,
     flag,
 )
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
@@ -83,7 +83,18 @@ class HandOver(CodeOptions, CommandOptions):
             wait_until_ended(run)
         # Also where the config alone is lost.
         there = run.folder.exists()
-        busy = running_job(run) if there and not cancelled else None
+        busy = None
+        try:
+            busy = running_job(run) if there else None
+        except SubmissionError:
+            if not cancelled:  # else a person has said that it is gone
+                raise
+        if busy and cancelled and not plan:
+            again = hint("cancel", run.name, study=run.study)
+            raise SubmissionError(
+                f"{run.name} is cancelled and still has {busy}, which submitting would let train: "
+                f"{again} ends it"
+            )
         merged, note = run.merge(config, in_use=busy is not None)
         if not busy and there:
             run.check_files(merged.training)

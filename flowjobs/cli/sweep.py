@@ -357,6 +357,8 @@ def _still_to_start(
 
 def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
     """What to know of the runs of a stage, to be read behind their number."""
+    from flowjobs.sweeps.plan import held_for
+
     names = [member.run.name for member in members]
     match stage:
         case "failed":
@@ -365,6 +367,8 @@ def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
             return f": {words} ({first_of(names)}); {retry} starts them again"
         case "cancelled":
             return f" ({first_of(names)}); {retry} starts them again"
+        case "waiting":
+            return "".join(f"\n{'':10} waits {why}" for why in held_for(members))
         case "unknown":
             return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
     return ""

@@ -44,7 +44,7 @@ class Wait(InStudy):
 
     def run(self, defaults: Defaults) -> int:
         """Wait. Returns the exit code."""
-        from flowjobs.sweeps.plan import stages
+        from flowjobs.sweeps.plan import held_for, stages
 
         if not self.names:
             raise ConfigError("wait: found no name, expected those of the runs to wait for")
@@ -64,6 +64,7 @@ class Wait(InStudy):
             found |= stages({run: configs[run] for run in open_runs})
             counts = Counter(member.stage for member in found.values())
             words = ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))
+            words += "".join(f"; waits {why}" for why in held_for(found.values()))
             if words != said or time.monotonic() - said_at > SAY_EVERY_S:
                 said, said_at = words, time.monotonic()
                 print(f"{time.strftime('%H:%M:%S')} {words}", flush=True)

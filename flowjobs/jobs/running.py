@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.jobs.array import in_unnoted_arrays, unnoted_tasks
@@ -29,6 +28,7 @@ from flowjobs.runs.submittable import Submission
 from flowjobs.slurm.client import is_here
 from flowjobs.slurm.controller import ENDED, JobRow, queue
 from flowjobs.slurm.jobs import JobAnswer, JobIdentity, Known, Unknown, ask
+from flowjobs.slurm.waiting import why_it_waits
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,8 @@ def _busy_with(
                 # Of one that only leaves, the process may still save: the next one waits for it.
                 row.state != "COMPLETING" or _comes_back(run, known)
             ):
-                return f"{job.words} ({row.state.lower()})"
+                waits = f", waits {why_it_waits(row)}" if row.waits else ""
+                return f"{job.words} ({row.state.lower()}){waits}"
     # Of older ones it does not matter: the newest was submitted when they were gone.
     newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1].job_id else None
     # Unknown is not gone: beside a job that lives, a second one would train the same run.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from flowjobs.config import RunConfig, SlurmConfig, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome, find
+from flowjobs.jobs.overview import IN_VAIN
 from flowjobs.jobs.running import running_jobs
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.code import code_of
@@ -30,6 +31,7 @@ Stage = Literal[
 ]
 TO_START: tuple[Stage, ...] = ("to resume", "new")
 SHOWN_AT_MOST = 10
+HELD_SHOWN = 3
 GPU_MEMORY = "GPU out of memory"
 CHECKPOINTS_GONE = "checkpoints gone"
 
@@ -42,14 +44,18 @@ class Member:
         run: The run.
         config: What is asked for.
         stage: How far it is.
-        why: Of what has failed the cause in a word or two; of what is unknown why, as a sentence.
-            What was cancelled has one only where it cannot be resumed.
+        why: Of what has failed the cause in a word or two; of what is unknown why, as a sentence;
+            of what waits the reason, to be read after "waits", if Slurm says it. What was cancelled
+            has one only where it cannot be resumed.
+        jobs_unknown: Of what is cancelled why it is unknown whether a job of it lives, as a
+            sentence; empty if none does.
     """
 
     run: Run
     config: RunConfig
     stage: Stage
     why: str = ""
+    jobs_unknown: str = ""
 
 
 def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> list[Member]:
@@ -154,16 +160,15 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
     busy = running_jobs([*statuses], statuses)
     for run, words in busy.items():
         if isinstance(words, SubmissionError) and run.cancel_requested():
-            members[run] = Member(
-                run, asked[run], "cancelled"
-            )  # its jobs see that, if there are any
+            # Its jobs see that, if there are any; started again, they would train as well.
+            members[run] = Member(run, asked[run], "cancelled", jobs_unknown=str(words))
         elif isinstance(words, SubmissionError):
             members[run] = Member(run, asked[run], "unknown", str(words))
         else:
             # Of a job that several share, some may wait for their turn.
             begun = "(pending)" not in words and statuses[run].open_attempt is not None
             stage: Stage = "running" if begun else "waiting"
-            members[run] = Member(run, asked[run], stage)
+            members[run] = Member(run, asked[run], stage, words.partition(", waits ")[2])
     free = [run for run in statuses if run not in busy]
     findings = find(free)
     for run in free:
@@ -177,8 +182,8 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
             case Unclear(why):
                 members[run] = Member(run, asked[run], "unknown", why)
                 continue
-            case Waits():
-                members[run] = Member(run, asked[run], "waiting")
+            case Waits(why):
+                members[run] = Member(run, asked[run], "waiting", why)
                 continue
         try:
             members[run] = _without_job(run, asked[run], status)
@@ -233,6 +238,12 @@ def _cause(status: RunStatus) -> str:
     if kind == "no progress" and "time limit" in status.reason:
         return "time limit"
     return kind or "failed"
+
+
+def held_for(members: Iterable[Member]) -> list[str]:
+    """Why some of the runs wait that will not start as they are; the first few reasons."""
+    waiting = {member.why for member in members if member.stage == "waiting"}
+    return sorted(why for why in waiting if why.startswith(IN_VAIN))[:HELD_SHOWN]
 
 
 def _has_begun(member: Member) -> bool:

@@ -51,7 +51,7 @@ def causes(members: Sequence[Member]) -> list[Cause]:
     """The runs that may be started again, by what they have failed of."""
     by_cause: dict[str, list[Member]] = {}
     for member in members:
-        if member.stage in ("failed", "cancelled"):
+        if member.stage in ("failed", "cancelled") and not member.jobs_unknown:
             by_cause.setdefault(member.why or member.stage, []).append(member)
     return [_cause(words, found) for words, found in sorted(by_cause.items())]
 

@@ -1,4 +1,4 @@
-"""`flowjobs wait` beside runs of which nothing can be said."""
+"""Watching runs of which nothing can be said."""
 
 import shutil
 import time
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.cli import wait
+from flowjobs.cli import follow, wait
 from flowjobs.cli.defaults import Defaults
+from flowjobs.errors import SubmissionError
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.status import JobInfo
 from tests.cli.test_many import failed, without_checkpoints
@@ -50,3 +51,24 @@ def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_
     assert "failed: gone, lives (checkpoints gone, killed)" in said
     assert f"no run removed in {study}" in said
     assert f"unknown: damaged, removed, {unknown.name}" in said
+
+
+def test_who_follows_a_job_of_which_nothing_is_known_hears_why_and_is_not_kept_for_ever(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = failed(study, "a", "killed")
+    looks: list[float] = []
+
+    def alive() -> bool:
+        if len(looks) == 2:  # what trains needs no word of Slurm
+            run.metrics_file.write_text('{"step": 5}\n')
+        raise SubmissionError("Slurm does not answer")
+
+    monkeypatch.setattr(follow, "ASK_SLURM_EVERY_S", 0.0)
+    monkeypatch.setattr(time, "sleep", looks.append)
+    with pytest.raises(
+        SubmissionError, match="no longer watching: Slurm does not answer; flowjobs"
+    ):
+        follow.follow(run, 1, alive, requeues=True)
+    assert len(looks) == 2 + wait.UNKNOWN_AT_MOST
+    assert "Slurm does not answer" in capsys.readouterr().out

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.rm import Rm
 from flowjobs.errors import SubmissionUnknownError
 from flowjobs.jobs.running import running_job, running_jobs
 from flowjobs.runs.run import Run
@@ -21,6 +23,8 @@ from flowjobs.runs.status import RunStatus
 from flowjobs.slurm import submission
 from flowjobs.slurm.cluster import cluster_name, kill_wait_s, partitions
 from flowjobs.slurm.controller import job_record
+from flowjobs.sweeps.plan import stages
+from flowjobs.sweeps.retry import causes
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -162,11 +166,10 @@ def test_a_job_whose_submitter_dies_as_it_is_taken_is_found_trains_and_is_cancel
     assert f"already has job {first} (pending)" in flowjobs("submit", *HELD, "--name", "a").stdout
     # Slurm is asked as often about two of them as about one.
     site("squeue", f'echo x >> {tmp_path}/calls; exec $real "$@"')
-    assert running_job(runs[0]) == f"job {first} (pending)"
+    assert str(running_job(runs[0])).startswith(f"job {first} (pending), waits held by its user")
     calls = (tmp_path / "calls").read_text()
-    assert running_jobs(runs) == dict(
-        zip(runs, (f"job {first} (pending)", f"job {second} (pending)"), strict=True)
-    )
+    jobs = [str(busy).partition(" (pending)")[0] for busy in running_jobs(runs).values()]
+    assert jobs == [f"job {first}", f"job {second}"]
     assert (tmp_path / "calls").read_text() == 2 * calls
     slurm.run("scontrol", "release", first)
     wait_until(lambda: runs[0].status().attempts, "the first to train", 120)
@@ -327,6 +330,24 @@ def test_what_is_unknown_is_said_and_nothing_is_done(
     assert run.cancel_requested()
     assert queue_of(slurm) == jobs
     assert entry.job_id in jobs
+
+
+def test_a_run_that_was_cancelled_while_slurm_was_away_keeps_its_one_job(
+    slurm: SlurmCluster, submitted: Submit, flowjobs: Command, study: Path, site: Site
+) -> None:
+    run = submitted()
+    site("squeue", "exit 1")
+    assert "it is noted as cancelled" in flowjobs("cancel", "a").stderr
+    member = stages({run: run.config()})[run]
+    assert (member.stage, causes([member])) == ("cancelled", [])
+    assert Rm(names=("a",), yes=True, study=study).run(Defaults()) == 2
+    assert run.exists()
+    site("squeue", 'exec $real "$@"')
+    done = flowjobs("submit", *HELD, "--name", "a")
+    assert done.returncode == 2
+    assert f"a is cancelled and still has job {job_of(run)} (pending)" in done.stderr
+    assert run.cancel_requested()
+    assert queue(slurm) == [job_of(run)]
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -125,6 +125,18 @@ def test_whether_a_job_of_another_host_starts_is_unknown_from_here(study: Path) 
     assert stages_of([run], find([run])) == {"unknown"}
 
 
+def test_a_restart_asks_slurm_as_this_place_does_where_the_submission_s_settings_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_JWT", "new")
+    away = Origin("/", "python", {"SLURM_CONF": "/nonexistent", "A": "1"})
+    assert away.environment_here() == {"A": "1", "SLURM_JWT": "new"}
+    monkeypatch.setenv("SLURM_CONF", "/etc/hosts")
+    assert away.environment_here()["SLURM_CONF"] == "/etc/hosts"
+    there = Origin("/", "python", {"SLURM_CONF": "/etc/passwd"})
+    assert there.environment_here()["SLURM_CONF"] == "/etc/passwd"
+
+
 def test_train_waits_for_a_process_that_was_cancelled_before_it_clears_the_mark(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
