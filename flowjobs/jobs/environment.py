@@ -76,14 +76,11 @@ def this_process(run: Submittable) -> JobProcess:
 def forget_what_is_not_here() -> None:
     """Drop variables that a job inherits from where it was submitted, and that do not hold in it.
 
-    A temporary folder of the login node, which wandb-core trusts blindly; its file of Slurm's
-    settings; and a token for Slurm, which has run out when the job ends: on a node, Slurm's
-    commands need none.
+    A temporary folder of the login node, which wandb-core trusts blindly, and a token for Slurm,
+    which has run out when the job ends: on a node, Slurm's commands need none.
     """
     if not Path(os.environ.get("TMPDIR", "/")).is_dir():
         del os.environ["TMPDIR"]
-    if not os.path.exists(os.environ.get("SLURM_CONF", "/")):
-        del os.environ["SLURM_CONF"]
     if submitted_for_run():
         os.environ.pop("SLURM_JWT", None)
 

@@ -271,13 +271,10 @@ def _environment_of(
 ) -> Iterator[None]:
     """What a job inherits, while the block lasts."""
     saved = dict(os.environ)
-    inherited = {**origin.environment}
+    inherited = origin.environment_here()
     inherited.pop(CONTINUES, None)
     if continues:
         inherited[CONTINUES] = continues
-    # An origin keeps no token, which is a login and expires: the one of now.
-    if token := saved.get("SLURM_JWT"):
-        inherited["SLURM_JWT"] = token
     _replace_environment(inherited)
     try:
         match cluster:

@@ -7,6 +7,7 @@ in offline files, and on a server with `-m long`.
 
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -372,9 +373,15 @@ def test_where_the_partition_cancels_the_run_goes_on(start: Start, whole: Run) -
 
 
 def test_where_requeuing_is_forbidden_the_run_goes_on_as_a_new_job(
-    start: Start, whole: Run
+    slurm: SlurmCluster, start: Start, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = start("--partition", "preempt", "--sbatch", "nodelist=n1", "no-requeue=True")
+    # Nodes may get Slurm's settings from the controller: the login node's file is not there.
+    settings = Path("settings").absolute()
+    shutil.copytree(Path(slurm.env["SLURM_CONF"]).parent, settings)
+    with monkeypatch.context() as login:
+        login.setenv("SLURM_CONF", str(settings / "slurm.conf"))
+        job = start("--partition", "preempt", "--sbatch", "nodelist=n1", "no-requeue=True")
+    shutil.rmtree(settings)
     preempt_and_wait(job)
     job.wait_for_state("finished")
     assert job.attempts() == [("preempted", "preempted"), ("finished", "")]

@@ -13,7 +13,8 @@ import pytest
 from flowjobs.config import RunConfig
 from flowjobs.errors import SubmissionUnknownError
 from flowjobs.jobs.environment import waited_while_cancelled
-from flowjobs.jobs.origin import jobs_of, noted_identity
+from flowjobs.jobs.origin import noted_identity
+from flowjobs.jobs.running import jobs_of
 from flowjobs.runs.run import Run
 from flowjobs.slurm.controller import job_record
 from flowjobs.slurm.jobs import JobAnswer, Known, Unknown, ask_one
