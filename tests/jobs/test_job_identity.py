@@ -123,6 +123,10 @@ def test_a_job_that_sbatch_got_no_answer_for_is_not_said_to_be_refused(
     with pytest.raises(SubmissionUnknownError, match="whether the job was taken is unknown"):
         submission.sbatch(["sbatch", "x.sh"], os.environ)
     site("squeue", "exit 1")
+    # In its own process, too, it waits for no job that comes late.
+    patch = "from flowjobs.slurm import submission\nsubmission.TAKEN_WITHIN_S = 0.0\n"
+    Path("sitecustomize.py").write_text(patch)
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
     assert flowjobs("submit", *HELD, "--name", "a").returncode == 75
     assert Run(study, "a").exists()  # of a job that may come yet, and would train it
     site("squeue", 'exec $real "$@"')
@@ -318,7 +322,9 @@ def test_what_is_unknown_is_said_and_nothing_is_done(
     for command in silent:
         site(command, "exit 0")
     jobs, before = queue_of(slurm), contents(run.folder)
-    for command in (("status",), ("reconcile",), ("submit", *HELD, "--name", "a")):
+    # Without scontrol nobody knows which cluster answers: nothing would be submitted to it anyway.
+    here = ("--cluster", "local") if "scontrol" in silent else ()
+    for command in (("status",), ("reconcile",), ("submit", *HELD, "--name", "a", *here)):
         done = flowjobs(*command)
         assert said in done.stderr, command
         assert "Traceback" not in done.stderr
