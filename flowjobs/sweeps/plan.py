@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from flowjobs.config import RunConfig, SlurmConfig, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
-from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome, find
+from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
 from flowjobs.jobs.overview import IN_VAIN
 from flowjobs.jobs.running import running_jobs
 from flowjobs.jobs.snapshot import CodePlan
@@ -158,38 +158,44 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
         except (FlowjobsError, OSError) as error:
             members[run] = Member(run, config, "unknown", str(error))
     busy = running_jobs([*statuses], statuses)
-    for run, words in busy.items():
-        if isinstance(words, SubmissionError) and run.cancel_requested():
-            # Its jobs see that, if there are any; started again, they would train as well.
-            members[run] = Member(run, asked[run], "cancelled", jobs_unknown=str(words))
-        elif isinstance(words, SubmissionError):
-            members[run] = Member(run, asked[run], "unknown", str(words))
-        else:
-            # Of a job that several share, some may wait for their turn.
-            begun = "(pending)" not in words and statuses[run].open_attempt is not None
-            stage: Stage = "running" if begun else "waiting"
-            members[run] = Member(run, asked[run], stage, words.partition(", waits ")[2])
-    free = [run for run in statuses if run not in busy]
-    findings = find(free)
-    for run in free:
-        status = statuses[run]
-        match findings.get(run):
-            case Dead(waits=True):
-                members[run] = Member(run, asked[run], "waiting")
-                continue
-            case Dead() as dead:
-                status.close(final_outcome(run, status, dead))
-            case Unclear(why):
-                members[run] = Member(run, asked[run], "unknown", why)
-                continue
-            case Waits(why):
-                members[run] = Member(run, asked[run], "waiting", why)
-                continue
+    findings = find([run for run in statuses if run not in busy])
+    for run, status in statuses.items():
         try:
-            members[run] = _without_job(run, asked[run], status)
+            if run in busy:
+                members[run] = _with_job(run, asked[run], status, busy[run])
+            else:
+                members[run] = _as_found(run, asked[run], status, findings.get(run))
         except (FlowjobsError, OSError) as error:
             members[run] = Member(run, asked[run], "unknown", str(error))
     return members
+
+
+def _with_job(
+    run: Run, config: RunConfig, status: RunStatus, words: str | SubmissionError
+) -> Member:
+    """A run of which a job waits or runs, or may; see `running_jobs`."""
+    if isinstance(words, SubmissionError):
+        if run.cancel_requested():
+            # Its jobs see that, if there are any; started again, they would train as well.
+            return Member(run, config, "cancelled", jobs_unknown=str(words))
+        return Member(run, config, "unknown", str(words))
+    # Of a job that several share, some may wait for their turn.
+    begun = "(pending)" not in words and status.open_attempt is not None
+    return Member(run, config, "running" if begun else "waiting", words.partition(", waits ")[2])
+
+
+def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding | None) -> Member:
+    """A run of which no job is known to wait or run, by what was found of its newest."""
+    match finding:
+        case Dead(waits=True):
+            return Member(run, config, "waiting")
+        case Dead() as dead:
+            status.close(final_outcome(run, status, dead))
+        case Unclear(why):
+            return Member(run, config, "unknown", why)
+        case Waits(why):
+            return Member(run, config, "waiting", why)
+    return _without_job(run, config, status)
 
 
 def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:

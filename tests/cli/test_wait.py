@@ -36,8 +36,10 @@ def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_
                 shutil.rmtree(removed.folder)
                 damaged.config_file.write_text("")  # as a file server that is away for a moment
                 lock.symlink_to(lock)
+                unknown.cancel_file.symlink_to(unknown.cancel_file)
             case 3:
                 lock.unlink()
+                unknown.cancel_file.unlink()
                 damaged.config_file.write_text(config)
             case 10:
                 holder.__exit__(None, None, None)
