@@ -46,6 +46,8 @@ class _Cancelling:
         run: The run.
         unnoted: Why it could not be noted as cancelled; its jobs are ended all the same.
         jobs: Its Slurm jobs, the newest last.
+        newest: Its newest job, if that is of Slurm: of older ones it does not matter whether they
+            are known, since it was submitted when they were gone.
         alive: Those of them that wait or run, and may be ended.
         ended: What was ended, as text.
         error: Why a job of it may live on.
@@ -54,6 +56,7 @@ class _Cancelling:
     run: Run
     unnoted: OSError | None = None
     jobs: list[JobIdentity] = field(default_factory=list)
+    newest: JobIdentity | None = None
     alive: list[JobIdentity] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     error: SubmissionError | None = None
@@ -161,6 +164,8 @@ def _end_slurm_jobs(cancelling: Sequence[_Cancelling]) -> None:
             each.error = SubmissionError(f"its jobs are unknown ({entries})")
         else:
             each.jobs = [noted_identity(entry) for entry in entries if entry.cluster == "slurm"]
+            if entries and entries[-1].cluster == "slurm":
+                each.newest = each.jobs[-1]
     answers = ask([job for each in cancelling for job in each.jobs])
     for each in cancelling:
         each.alive = [job for job in each.jobs if _lives(answers[job]) and job.is_mine()]
@@ -177,7 +182,7 @@ def _end_slurm_jobs(cancelling: Sequence[_Cancelling]) -> None:
         own = [job for job in each.alive if job not in lives_on]
         each.ended = [f"its place in {job.words}" for job in shared] + [job.words for job in own]
         failed = refused if own else None
-        each.error = each.error or failed or _not_ended(each.jobs, answers)
+        each.error = each.error or failed or _not_ended(each, answers)
 
 
 def _shared_with_others(cancelling: Sequence[_Cancelling]) -> set[JobIdentity]:
@@ -206,14 +211,13 @@ def _lives(answer: JobAnswer) -> bool:
 
 
 def _not_ended(
-    jobs: Sequence[JobIdentity], answers: Mapping[JobIdentity, JobAnswer]
+    cancelling: _Cancelling, answers: Mapping[JobIdentity, JobAnswer]
 ) -> SubmissionError | None:
     why = ""
-    for job in jobs:
+    for job in cancelling.jobs:
         answer = answers[job]
         if _lives(answer) and not job.is_mine():
             why = f"{job.words} is theirs to cancel (scancel {job.job_id})"
-        elif isinstance(answer, Unknown) and job == jobs[-1]:
-            # Of older ones it does not matter: the newest was submitted when they were gone.
+        elif isinstance(answer, Unknown) and job == cancelling.newest:
             why = f"{job.words} was not cancelled: {answer.why}"
     return SubmissionError(why) if why else None

@@ -125,6 +125,15 @@ def test_whether_a_job_of_another_host_starts_is_unknown_from_here(study: Path) 
     assert stages_of([run], find([run])) == {"unknown"}
 
 
+def test_an_older_job_that_is_unknown_keeps_no_run_of_this_machine_from_being_cancelled(
+    study: Path,
+) -> None:
+    run = ended(study, "a", Outcome("preempted", 75, kind="preempted"))
+    run.add_submission("5", "slurm", None, identity={"slurm_cluster": "other"})
+    run.add_submission("2", "local", None, identity={"process": "another boot:1"})
+    assert "nothing will start it again" in cancel(run)
+
+
 def test_a_restart_asks_slurm_as_this_place_does_where_the_submission_s_settings_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
