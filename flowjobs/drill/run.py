@@ -15,10 +15,11 @@ from flowjobs.drill.probe import NodeAnswer, NodeProbe, NodeQuestion
 from flowjobs.drill.report import Drilled, Report, make_report
 from flowjobs.errors import SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.cancel import cancel, cancel_together
+from flowjobs.jobs.deferred_signals import signals_deferred
 from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.origin import identity_of
 from flowjobs.jobs.reconcile import reconcile
-from flowjobs.jobs.submit import SubmittedJob, signals_deferred, submit
+from flowjobs.jobs.submit import SubmittedJob, submit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from flowjobs.errors import SubmissionError
+from flowjobs.jobs.deferred_signals import signals_deferred_until_noted
 from flowjobs.jobs.origin import Origin, origin_of
-from flowjobs.jobs.submit import signals_deferred_until_noted
 from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slurm.controller import JobRecord, job_record, write_batch_script
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch

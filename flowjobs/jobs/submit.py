@@ -6,11 +6,9 @@ import io
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from submitit.core.core import Job
 from submitit.local.debug import DebugJob
@@ -18,6 +16,7 @@ from submitit.local.debug import DebugJob
 from flowjobs.config import KeyValues, SlurmConfig
 from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.array import Array
+from flowjobs.jobs.deferred_signals import signals_deferred_until_noted
 from flowjobs.jobs.executors import (
     Cluster,
     SlurmExecutorAnywhere,
@@ -219,50 +218,6 @@ def submit_array(
                 "mend that, and the same command completes it"
             ) from error
     return job.job_id
-
-
-# Ctrl-C, an end by `kill` or `timeout`, a terminal that is closed.
-TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextlib.contextmanager
-def signals_deferred(*numbers: signal.Signals) -> Iterator[None]:
-    """Keep signals waiting while the block lasts: a job that nobody noted could not be cancelled.
-
-    Not by a mask: the signal may reach another thread, and Python handles it in the main one.
-
-    Args:
-        numbers: Which ones; default: all that end a command.
-    """
-    before: dict[signal.Signals, Any] = {}
-    came: list[int] = []
-    # Python lets no other thread set a handler.
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in numbers or TOLD_TO_END}
-    # None is a handler that Python has not set, and could not put back.
-    kept = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in kept:
-        signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-        for told in came[:1]:
-            signal.raise_signal(told)
-
-
-@contextlib.contextmanager
-def signals_deferred_until_noted(cluster: Cluster) -> Iterator[None]:
-    """Keep signals that end a command waiting, from handing a job over until it is noted."""
-    # sbatch gets Ctrl-C at a terminal too, and inherits the mask; so would a job on this machine.
-    shielded = set(TOLD_TO_END) if cluster == "slurm" else set()
-    with signals_deferred():
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, shielded)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

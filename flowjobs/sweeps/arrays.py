@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.array import new_array
+from flowjobs.jobs.deferred_signals import signals_deferred
 from flowjobs.jobs.snapshot import CodePlan, carry_out_together
-from flowjobs.jobs.submit import signals_deferred, submit_array
+from flowjobs.jobs.submit import submit_array
 from flowjobs.jobs.tasks import ArrayTask
 from flowjobs.runs.files import flush_files
 from flowjobs.runs.pack import Pack, new_pack

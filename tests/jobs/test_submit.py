@@ -17,12 +17,12 @@ from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.jobs import plain_sbatch, running
 from flowjobs.jobs.cancel import cancel
+from flowjobs.jobs.deferred_signals import signals_deferred
 from flowjobs.jobs.findings import find
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.overview import stages_of
 from flowjobs.jobs.restart import is_cancelled
 from flowjobs.jobs.running import running_job, running_jobs
-from flowjobs.jobs.submit import signals_deferred
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
