@@ -16,7 +16,7 @@ from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import prepare_sweep
+from flowjobs.cli.prepare_sweep import prepare_sweep
 from flowjobs.cli.start_many import (
     cluster_flag,
     only_submitter,

@@ -1,0 +1,87 @@
+"""From a sweep to its runs: checks everything that can be checked without torch."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare import check_parts, with_absolute_paths
+from flowjobs.config import RunConfig, TrainingConfig, flag
+from flowjobs.errors import ConfigError
+from flowjobs.models.size import with_fixed_width
+from flowjobs.runs.datasets import row_shape
+from flowjobs.runs.pack import check_shared
+from flowjobs.runs.run import Run, check_run_name
+from flowjobs.sweeps.applying import ARGUMENT, applying
+from flowjobs.sweeps.grid import TABLES, Sweep, run_names_of, slurm_of, training_of
+from flowjobs.sweeps.kept import names_kept
+from flowjobs.training.pinned import with_pinned_files
+from flowjobs.words import counted
+
+
+def prepare_sweep(
+    defaults: Defaults, study: Path, name: str, sweep: Sweep
+) -> tuple[dict[Run, RunConfig], frozenset[str]]:
+    """The runs of a sweep, and the config of each. Writes nothing; prints what is left out.
+
+    Args:
+        defaults: For the values that the sweep does not have, and the user's names of models.
+        study: Root of the study, absolute.
+        name: Name of the sweep.
+        sweep: What was asked for.
+
+    Returns:
+        The runs; and of "epochs" and "patience" those that are asked for of any.
+
+    Raises:
+        FlowjobsError: Something in it cannot be used.
+    """
+    parts = {
+        part: dataclasses.replace(defaults.fill(cls), **getattr(sweep, part))
+        for part, cls in TABLES.items()
+    }
+    base = defaults.fill(TrainingConfig)
+    points, left_out_of = applying(sweep.points(), base)
+    if not points:
+        raise ConfigError(f"the sweep {name} has no runs: all are excluded")
+    if unused := sweep.unused_exclusions():
+        print(f"note: no run has what [[exclude]] {', '.join(unused)} says: none is left out")
+    for varied, n in left_out_of.items():
+        option = flag(varied.removeprefix(ARGUMENT))
+        print(f"note: {option} is left out of {counted(n)} without a use for it")
+    configs = [with_absolute_paths(defaults.resolve_arch(training_of(p, base))) for p in points]
+    _check_each(configs, study, defaults)
+    names = run_names_of(configs)
+    shapes = {data: row_shape(data, study) for data in {c.dataset for c in configs if c.params}}
+    configs = [with_fixed_width(c, shapes.get(c.dataset)) for c in configs]
+    names = names_kept(study, name, configs, names)
+    if name in names:
+        raise ConfigError(f"the sweep's name: found {name}, one of its runs; give another")
+    runs: dict[Run, RunConfig] = {}
+    for point, config, run_name in zip(points, configs, names, strict=True):
+        check_run_name(run_name)
+        run, training = Run(study, run_name), config
+        if training.init_from is not None or training.reflow_from is not None:
+            before = run.config().training if run.exists() else None
+            training = with_pinned_files(training, study, before)
+        slurm = slurm_of(point, parts["slurm"])
+        check_shared(sweep.runs_per_gpu, slurm)
+        if slurm.mps and sweep.runs_per_gpu == 1:
+            raise ConfigError("--mps: expected --runs-per-gpu 2 or more, which share a GPU")
+        runs[run] = RunConfig(training, slurm, parts["tracking"], parts["restarts"])
+    defaults.check_variables(parts["slurm"])
+    given = {"epochs", "patience"} & {field for point in points for field in point}
+    return runs, frozenset(given)
+
+
+def _check_each(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -> None:
+    """Raise if one of the runs cannot be meant; runs that differ in numbers alone are one."""
+    different: dict[tuple[object, ...], TrainingConfig] = {}
+    for config in configs:
+        names = (config.arch, config.flow, config.dataset, config.source, config.reflow_from)
+        numbers = (config.model_args, config.params, config.sigma == 0, config.ot_batch)
+        times = (config.time_sampling, config.time_mean, config.time_std)
+        added = (config.aug, config.aug_strength is None)
+        different.setdefault((*names, *times, *added, *map(str, numbers)), config)
+    for config in different.values():
+        check_parts(config, study, defaults)
