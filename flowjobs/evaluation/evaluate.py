@@ -43,6 +43,7 @@ from torch import Tensor
 
 from flowjobs.data.batches import normalized
 from flowjobs.data.dataset import FlowDataset, rows_of_chunk
+from flowjobs.data.memory import free_memory_bytes
 from flowjobs.data.randomness import generator_for
 from flowjobs.errors import ConfigError, DataError, SamplingError
 from flowjobs.evaluation import measures
@@ -55,9 +56,12 @@ logger = logging.getLogger(__name__)
 # Up to here n points tell the exact transport cost well enough: its bias falls as n^(-2/dim).
 SMALL_DIM = 4
 FEWEST = measures.K_NEAREST + 1
+# What that takes of memory for each pair of points: the costs, the plan and the solver's arcs.
+TRANSPORT_BYTES = 45
 
 HIGHER_IS_BETTER = frozenset({"precision", "recall", "density", "coverage"})
-NEITHER_IS_BETTER = frozenset({"nn_train"})
+# Paths of less energy than the shortest lead nowhere near the data; npe ranks them.
+NEITHER_IS_BETTER = frozenset({"nn_train", "path_energy"})
 # Chance: a classifier that is wrong more often than not tells samples from data as well.
 BEST = {"c2st": 0.5, "memorization": 0.5}
 # Two distances are the same if they differ by less than this part of the data's deviation.
@@ -107,7 +111,7 @@ class Scope:
         """The n that the data allow.
 
         Raises:
-            ConfigError, DataError: There are too few rows.
+            ConfigError, DataError: There are too few rows, or too many for the memory.
         """
         there = min(len(train), len(val))
         if self.n is not None and self.n > there:
@@ -120,7 +124,14 @@ class Scope:
                 f"{val.name}: {there} rows are too few to compare samples with: expected at least "
                 f"{FEWEST}, in the training part too"
             )
-        return self.n or min(there, self.at_most)
+        n = self.n or min(there, self.at_most)
+        needed, free = TRANSPORT_BYTES * n**2, free_memory_bytes()
+        if val.dim <= SMALL_DIM and needed > free:
+            raise ConfigError(
+                f"-n: found {n}, whose exact transport (wasserstein2) takes {needed / 1e9:.1f} GB, "
+                f"and {free / 1e9:.1f} GB are free: give fewer"
+            )
+        return n
 
 
 # At the end of every run: one chunk of samples a repeat, and nothing that is slow to load.
@@ -156,7 +167,7 @@ def evaluate(
 
     Raises:
         SamplingError: The model cannot be sampled.
-        ConfigError, DataError: There are too few rows.
+        ConfigError, DataError: There are too few rows, or too many for the memory.
     """
     work = _Evaluation(trained, train, val, scope, check, {} if floors is None else floors)
     repeats = [work.repeat(number) for number in range(scope.repeats)]
@@ -271,7 +282,7 @@ class _Evaluation:
         energy = float(samples.path_energy.double().mean())
         x_0 = samples.x_0.flatten(1).double()
         stats = self._trained.stats
-        mean, std = stats["mean"].double().cpu(), stats["std"].double().cpu()
+        mean, std = (stats[key].double().cpu().flatten() for key in ("mean", "std"))
 
         def squared_distance(points: Tensor) -> float:
             """Of the noise to these rows."""
@@ -302,7 +313,9 @@ class _Evaluation:
             self._nearest(x, part, f"memorization {number}", m) for part in (self._train, self._val)
         )
         apart = to_train - to_val
-        tied = apart.abs() < TIE * y.std()
+        # Within the columns: how far their means are apart says nothing of distances.
+        deviation = (y - y.mean(0)).square().mean().sqrt()
+        tied = apart.abs() < TIE * deviation
         nearer = torch.where(tied, 0.5, (apart < 0).double())
         return {
             "nn_train": (

@@ -10,6 +10,7 @@ scikit-learn 0.9, more than all of them together. The tests hold them against PO
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,9 +26,12 @@ SIMPLEX_STEPS = 100_000_000
 BANDWIDTH_ROWS = 2000
 # Neighbours whose farthest makes a point's ball (Naeem et al.).
 K_NEAREST = 5
+# Distances that are held at once, of which several copies are made: 128 MB each.
+AT_ONCE = 2**24
 # Of the directions and the classifier.
 SEED = 0
 FOLDS = 5
+LARGEST = 1e30
 TREES = 100
 
 
@@ -60,7 +64,8 @@ def squared_wasserstein2(samples: Tensor, reference: Tensor) -> float:
     With equal weights the best plan is a permutation, which SciPy finds; POT's network simplex
     takes a third of its time (5 s for 5,000 points), and pays for its loading where there are many.
     """
-    cost = _distances(samples, reference).square().cpu().numpy()
+    distances = torch.cat([*_distances_by_rows(samples, reference)])
+    cost = distances.square_().cpu().numpy()
     if len(cost) > ASSIGN_AT_MOST:
         import ot
 
@@ -80,14 +85,16 @@ def mmd(samples: Tensor, reference: Tensor) -> float:
     apart = torch.pdist(reference[:BANDWIDTH_ROWS])
     scale = 2 * (float(apart.median()) or float(apart.mean()) or 1.0) ** 2
 
-    def kernel(first: Tensor, second: Tensor) -> Tensor:
-        return (-_distances(first, second).square() / scale).exp()
+    def kernels(first: Tensor, second: Tensor) -> float:
+        """The sum over all pairs."""
+        parts = _distances_by_rows(first, second)
+        return sum(float((-part.square() / scale).exp().sum()) for part in parts)
 
     n, m = len(samples), len(reference)
     # Without a point's kernel with itself, which is 1.
-    among_samples = float(kernel(samples, samples).sum() - n) / (n * (n - 1))
-    among_reference = float(kernel(reference, reference).sum() - m) / (m * (m - 1))
-    return among_samples + among_reference - 2 * float(kernel(samples, reference).mean())
+    among_samples = (kernels(samples, samples) - n) / (n * (n - 1))
+    among_reference = (kernels(reference, reference) - m) / (m * (m - 1))
+    return among_samples + among_reference - 2 * kernels(samples, reference) / (n * m)
 
 
 def energy_distance(samples: Tensor, reference: Tensor) -> float:
@@ -95,11 +102,15 @@ def energy_distance(samples: Tensor, reference: Tensor) -> float:
 
     The squared distance of Székely and Rizzo (https://doi.org/10.1016/j.jspi.2013.03.018).
     """
+
+    def distances(first: Tensor, second: Tensor) -> float:
+        """The sum over all pairs."""
+        return sum(float(part.sum()) for part in _distances_by_rows(first, second))
+
     n, m = len(samples), len(reference)
-    between = float(_distances(samples, reference).mean())
-    among_samples = float(_distances(samples, samples).sum()) / (n * (n - 1))
-    among_reference = float(_distances(reference, reference).sum()) / (m * (m - 1))
-    return 2 * between - among_samples - among_reference
+    among_samples = distances(samples, samples) / (n * (n - 1))
+    among_reference = distances(reference, reference) / (m * (m - 1))
+    return 2 * distances(samples, reference) / (n * m) - among_samples - among_reference
 
 
 def frechet(samples: Tensor, reference: Tensor) -> float:
@@ -131,20 +142,29 @@ def prdc(samples: Tensor, reference: Tensor) -> dict[str, float]:
     https://arxiv.org/abs/1904.06991, https://arxiv.org/abs/2002.09797. A point's ball reaches to
     its k-th nearest neighbour among its own.
     """
-    between = _distances(reference, samples)
     reference_ball, sample_ball = (_kth_neighbour(points) for points in (reference, samples))
-    in_reference_ball = between < reference_ball.unsqueeze(1)
+    # Of each sample, the reference's balls that it is in; of each reference point, whether it is in
+    # a sample's ball, and whether a sample is in its own.
+    balls = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
+    recalled, covered, start = 0, 0, 0
+    for between in _distances_by_rows(reference, samples):
+        own_ball = reference_ball[start : start + len(between)]
+        start += len(between)
+        balls += (between < own_ball.unsqueeze(1)).sum(0)
+        recalled += int((between < sample_ball).any(1).sum())
+        covered += int((between.amin(1) < own_ball).sum())
+    n, m = len(samples), len(reference)
     return {
-        "precision": float(in_reference_ball.any(0).double().mean()),
-        "recall": float((between < sample_ball).any(1).double().mean()),
-        "density": float(in_reference_ball.double().sum(0).mean()) / K_NEAREST,
-        "coverage": float((between.amin(1) < reference_ball).double().mean()),
+        "precision": float((balls > 0).sum()) / n,
+        "recall": recalled / m,
+        "density": float(balls.sum()) / (n * K_NEAREST),
+        "coverage": covered / m,
     }
 
 
 def nearest_distances(points: Tensor, others: Tensor) -> Tensor:
     """The distance of each point to the nearest of others, shape (n,)."""
-    return _distances(points, others).amin(1)
+    return torch.cat([part.amin(1) for part in _distances_by_rows(points, others)])
 
 
 def c2st(samples: Tensor, reference: Tensor) -> float:
@@ -156,24 +176,31 @@ def c2st(samples: Tensor, reference: Tensor) -> float:
     from sklearn.ensemble import ExtraTreesClassifier
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-    points = torch.cat([samples, reference]).cpu().numpy()
+    # The trees take float32, where columns far from 0 lose digits and large numbers are infinite.
+    mean, std = reference.mean(0), reference.std(0)
+    units = (torch.cat([samples, reference]) - mean) / torch.where(std > 0, std, 1.0)
+    points = units.clamp(-LARGEST, LARGEST).float().cpu().numpy()
     labels = np.repeat([0, 1], [len(samples), len(reference)])
     classifier = ExtraTreesClassifier(n_estimators=TREES, random_state=SEED)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
     return float(cross_val_score(classifier, points, labels, cv=folds).mean())
 
 
-def _distances(first: Tensor, second: Tensor) -> Tensor:
-    """Euclidean distances, shape (n, m)."""
+def _distances_by_rows(first: Tensor, second: Tensor) -> Iterator[Tensor]:
+    """Euclidean distances of some points of `first` at a time to all of `second`, in order."""
     # By matrix products where both are large. Near points far from the origin would lose digits.
     centre = second.mean(0)
-    found: Tensor = torch.cdist(first - centre, second - centre)
-    if first is second:
-        found.fill_diagonal_(0.0)
-    return found
+    others, start = second - centre, 0
+    for points in torch.split(first - centre, max(1, AT_ONCE // len(second))):
+        found: Tensor = torch.cdist(points, others)
+        if first is second:
+            found.diagonal(start).zero_()
+        start += len(points)
+        yield found
 
 
 def _kth_neighbour(points: Tensor) -> Tensor:
     """The distance of each point to its k-th nearest neighbour, shape (n,)."""
     k = min(K_NEAREST, len(points) - 1)
-    return _distances(points, points).kthvalue(k + 1, dim=1).values
+    parts = _distances_by_rows(points, points)
+    return torch.cat([part.kthvalue(k + 1, dim=1).values for part in parts])

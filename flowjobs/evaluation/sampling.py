@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowjobs.data.randomness import seeded
 from flowjobs.data.source import NormalSource, Source
 from flowjobs.errors import SamplingError
 from flowjobs.evaluation.solver import Solver
@@ -44,7 +45,7 @@ class Samples:
 
     Attributes:
         x_0: The points of the source that they come from, of the shape of `x_1`, float32.
-        x_1: The samples in the data's own units, shape (n, dim), of the type of the stats.
+        x_1: The samples in the data's own units, shape (n, *shape), of the type of the stats.
         nfe: Network calls that each of them took; with dopri5 a mean over the chunks.
         path_energy: See `Solution`; in the model's units, where the data are normalized.
     """
@@ -70,7 +71,7 @@ def integrate(
     """Follow a velocity from t = 0 to t = 1 with one of torchdiffeq's solvers.
 
     Args:
-        velocity: Of x of shape (batch, dim) and t of shape (batch,).
+        velocity: Of x of shape (batch, *shape) and t of shape (batch,).
         x_0: The points at t = 0.
         solver: Which solver, and how fine.
         with_energy: Integrate the squared velocity along the paths too.
@@ -115,7 +116,7 @@ def integrate(
         if with_energy:
             if solver.adaptive:  # its steps are those that it takes without
                 options["norm"] = lambda state: state[0].abs().square().mean().sqrt()
-            x, energy = odeint(with_power, (x_0, torch.zeros_like(x_0[:, 0])), **arguments)
+            x, energy = odeint(with_power, (x_0, x_0.new_zeros(len(x_0))), **arguments)
             return Solution(x[-1], nfe, energy[-1])
         return Solution(odeint(counted, x_0, **arguments)[-1], nfe)
     except AssertionError as error:  # how torchdiffeq says it
@@ -179,7 +180,10 @@ def sample_chunks(
     velocity = checked_velocity(model, input_dtype(model), type(model).__name__)
     for chunk, start in enumerate(range(first * CHUNK, n, CHUNK), first):
         x_0 = source.starts(seed, chunk, CHUNK)
-        found = integrate(velocity, x_0.to(device), solver, with_energy=with_energy, check=check)
+        with seeded(device, seed, "model", chunk):  # for a model that draws random numbers
+            found = integrate(
+                velocity, x_0.to(device), solver, with_energy=with_energy, check=check
+            )
         asked = slice(min(CHUNK, n - start))
         x_1 = (found.x_1 * std + mean)[asked].cpu()
         if not bool(torch.isfinite(x_1).all()):

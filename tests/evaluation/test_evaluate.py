@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,14 +38,17 @@ class ToNearest(nn.Module):
         return 20 * (self.rows[torch.cdist(x, self.rows).argmin(1)] - x)
 
 
-def trained(model: nn.Module, dim: int = 2) -> TrainedModel:
-    stats = {"mean": torch.zeros(dim), "std": torch.ones(dim)}
-    source = NormalSource((dim,))
+def trained(model: nn.Module, *shape: int) -> TrainedModel:
+    shape = shape or (2,)
+    stats = {"mean": torch.zeros(shape), "std": torch.ones(shape)}
+    source = NormalSource(shape)
     return TrainedModel("a", model, stats, TrainingConfig(), 7, torch.device("cpu"), source)
 
 
-def normal_data(n: int, seed: int, dim: int = 2) -> FlowDataset:
-    return FlowDataset(torch.randn((n, dim), generator=torch.Generator().manual_seed(seed)))
+def normal_data(n: int, seed: int, *shape: int) -> FlowDataset:
+    return FlowDataset(
+        torch.randn((n, *(shape or (2,))), generator=torch.Generator().manual_seed(seed))
+    )
 
 
 SCOPE = Scope(n=200, repeats=3, with_c2st=False, solver=Solver("midpoint", 20))
@@ -62,9 +64,20 @@ def test_a_perfect_model_scores_its_floor_and_its_paths_are_the_shortest() -> No
     assert found["measures"]["path_energy"]["value"] == 0
     better = {name: of["lower_is_better"] for name, of in found["measures"].items()}
     assert (better["frechet"], better["coverage"], better["nn_train"]) == (True, False, None)
+    assert better["path_energy"] is None  # that of a model which leads nowhere is the least
     assert list(found["by_nfe"]) == ["1", "2", "4", "8", "16", "32", "64", "dopri5"]
     assert found["nfe_of_dopri5"] > 0
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 1)])
+def test_small_rows_of_any_shape_are_measured_as_vectors(shape: tuple[int, ...]) -> None:
+    n = math.prod(shape)
+    rows, flat = (
+        evaluate(trained(Still(), *of), normal_data(60, 1, *of), normal_data(60, 2, *of), FEW)
+        for of in (shape, (n,))
+    )
+    assert rows == flat
 
 
 def test_the_energy_of_a_shift_is_the_squared_distance() -> None:
@@ -91,13 +104,21 @@ class Detour(nn.Module):
         return torch.ones_like(x) * (6 * (1 - t)).unsqueeze(1)
 
 
+FAR = torch.zeros(16, dtype=torch.float64).index_fill(0, torch.tensor(3), 1e7)
+
+
 def test_a_model_that_memorizes_is_found_out() -> None:
     train, val = normal_data(60, 1, 16), normal_data(60, 2, 16)
-    memorized = trained(ToNearest(train.data), dim=16)
+    memorized = trained(ToNearest(train.data), 16)
     found = evaluate(memorized, train, val, FEW)["measures"]
     assert found["memorization"]["value"] == 1
     assert found["nn_train"]["value"] < 0.01 * found["nn_train"]["floor"]
-    found = evaluate(trained(Still(), dim=16), train, val, FEW)["measures"]
+    # Columns that are far from one another are no farther from a row.
+    moved = dataclasses.replace(memorized, stats={**memorized.stats, "mean": FAR})
+    parts = [FlowDataset(part.data + FAR) for part in (train, val)]
+    found = evaluate(moved, *parts, FEW)["measures"]
+    assert found["memorization"]["value"] == 1
+    found = evaluate(trained(Still(), 16), train, val, FEW)["measures"]
     assert found["memorization"]["value"] == pytest.approx(0.5, abs=0.15)
     assert "wasserstein2" not in found  # 16 dimensions are too many for 50 points
     assert "npe" not in found
@@ -107,7 +128,7 @@ def test_rows_that_both_parts_have_are_not_memorized() -> None:
     rows = normal_data(60, 1, 4).data
     train, val = FlowDataset(rows), FlowDataset(rows.flip(0))
     for model in (ToNearest(rows), Still()):
-        found = evaluate(trained(model, dim=4), train, val, FEW)["measures"]
+        found = evaluate(trained(model, 4), train, val, FEW)["measures"]
         assert found["memorization"]["value"] == 0.5
 
 
@@ -115,7 +136,7 @@ def test_too_few_points_for_a_covariance_are_said() -> None:
     parts = normal_data(60, 1, 50), normal_data(60, 2, 50)
     for n, noted in ((50, True), (51, False)):
         scope = dataclasses.replace(FEW, n=n, repeats=1, euler_steps=())
-        found = evaluate(trained(Still(), dim=50), *parts, scope)["measures"]
+        found = evaluate(trained(Still(), 50), *parts, scope)["measures"]
         assert bool(found["frechet"]["note"]) is noted
 
 
@@ -161,12 +182,17 @@ def test_a_solver_that_fails_leaves_the_others(
     assert "dopri5 does not reach t = 1" in caplog.text
 
 
-def test_too_few_rows_are_said(tmp_path: Path) -> None:
+def test_too_few_rows_and_too_many_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = normal_data(5, 1), normal_data(50, 2)
     with pytest.raises(DataError, match="5 rows are too few"):
         evaluate(trained(Still()), many, few, QUICK)
     with pytest.raises(ConfigError, match=r"-n: found 60, expected at most 50"):
         evaluate(trained(Still()), many, many, Scope(n=60))
+    free = 1e5
+    monkeypatch.setattr(evaluation, "free_memory_bytes", lambda: free)
+    with pytest.raises(ConfigError, match=r"-n: found 50, whose exact transport.*give fewer"):
+        evaluate(trained(Still()), many, many, Scope())
+    assert Scope().rows(*[normal_data(50, 1, 5)] * 2) == 50  # of which none is computed
     with pytest.raises(ConfigError, match=r"-n: found 2, expected at least 6"):
         Scope(n=2)
     with pytest.raises(ConfigError, match=r"--repeats: found 0"):

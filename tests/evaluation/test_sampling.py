@@ -1,17 +1,20 @@
 """Samples: the solvers' orders, what a sample depends on, and what its picture looks like."""
 
 import math
+import random
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from flowjobs.data.source import NormalSource
 from flowjobs.errors import ConfigError, RunInterrupted, SamplingError
 from flowjobs.evaluation.pictures import GAP, GAP_LEVEL, draw_grid
-from flowjobs.evaluation.sampling import CHUNK, integrate, sample
+from flowjobs.evaluation.sampling import CHUNK, integrate, joined, sample, sample_chunks
 from flowjobs.evaluation.solver import Method, Solver
 
 CPU = torch.device("cpu")
@@ -109,6 +112,24 @@ def test_a_sample_is_the_same_alone_and_among_others(method: Method) -> None:
     other = sample(model, 7, STATS, CPU, seed=1, solver=solver)
     assert not torch.isclose(other.x_1, many.x_1[:7]).any()
     assert len(torch.unique(many.x_0, dim=0)) == CHUNK + 50
+
+
+def test_a_sample_follows_from_the_seed_where_the_model_draws_too() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return torch.rand_like(x) + random.random() + float(np.random.rand())
+
+    def drawn(n: int, seed: int = 0, first: int = 0) -> Tensor:
+        arguments = (Noisy(), n, STATS, CPU, seed, Solver("euler", 2))
+        parts = sample_chunks(*arguments, source=NormalSource((2,)), first=first)
+        return joined(list(parts)).x_1
+
+    state = torch.get_rng_state()
+    whole = drawn(CHUNK + 9)
+    assert torch.equal(drawn(9), whole[:9])
+    assert torch.equal(drawn(CHUNK + 9, first=1), whole[CHUNK:])  # as interrupted pairs go on
+    assert not torch.equal(drawn(9, seed=1), whole[:9])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_may_change_what_it_is_given() -> None:
