@@ -13,7 +13,9 @@ from flowjobs.data.randomness import derive_seed, generator_for
 DEFAULT_STRENGTH = {"noise": 0.1, "mixup": 0.2, "dropout": 0.1}
 
 
-def augmented(x_1: Tensor, config: TrainingConfig, step: int, rank: int) -> Tensor:
+def augmented(
+    x_1: Tensor, config: TrainingConfig, step: int, rank: int, *, paired: bool = False
+) -> Tensor:
     """The rows of a step as `--aug` has them.
 
     Args:
@@ -21,6 +23,7 @@ def augmented(x_1: Tensor, config: TrainingConfig, step: int, rank: int) -> Tens
         config: Gives the augmentation, its strength and the seed.
         step: The step, from 0.
         rank: This process among those that share a batch.
+        paired: Whether each row has a partner of its own already, and must stay mostly itself.
     """
     if config.aug == "none":
         return x_1
@@ -39,5 +42,7 @@ def augmented(x_1: Tensor, config: TrainingConfig, step: int, rank: int) -> Tens
             # torch draws none of Beta from a generator of one's own.
             drawn = np.random.default_rng(derive_seed(*place)).beta(strength, strength, len(x_1))
             share = torch.from_numpy(drawn).to(x_1).view(-1, *[1] * (x_1.dim() - 1))
+            if paired:
+                share = torch.maximum(share, 1 - share)
             others = torch.randperm(len(x_1), generator=generator, device=device)
             return x_1[others].lerp(x_1, share)

@@ -64,6 +64,9 @@ def entropic(x_0: Tensor, x_1: Tensor, sigma: float, seed: int) -> Tensor:
     import ot
 
     cost = _cost(x_0, x_1)
+    if 2 * sigma**2 < np.finfo(np.float64).eps * cost.max():
+        # Below the rounding of the costs: a plan of such an ε would be of NaN.
+        return exact(x_0, x_1, sigma, seed)
     n = len(cost)
     weights = np.full(n, 1 / n)
     _, log = ot.emd(weights, weights, cost, numItermax=SIMPLEX_STEPS, log=True)

@@ -187,6 +187,12 @@ def _check_with(flow: Flow, config: TrainingConfig) -> None:
 def _own_flow(config: TrainingConfig) -> Flow:
     found = imported("--flow", config.flow_path)
     if isinstance(found, Flow):
+        for what, given in (("path", found.path), ("couple", found.couple or exact)):
+            if not callable(given):
+                raise ConfigError(
+                    f"--flow {config.flow}: its {what} is a {type(given).__name__}, expected a "
+                    "function"
+                )
         return found
     if inspect.isfunction(found):
         return Flow(found)

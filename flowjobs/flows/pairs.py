@@ -18,6 +18,8 @@ from flowjobs.errors import ConfigError
 from flowjobs.flows.flow import BUILT_IN_COUPLINGS, Coupling, Flow
 
 Pair = tuple[Tensor, Tensor]
+# What a plan may be of; numbers of another type are a mask, or no index.
+INDICES = (torch.int64, torch.int32)
 
 
 class Pairs(Protocol):
@@ -51,7 +53,7 @@ class GivenPairs:
     def at(self, step: int) -> Pair:
         """See `Pairs`."""
         x_0, x_1 = self._batches.rows(step).unbind(1)
-        return x_0, augmented(x_1, self._config, step, self._rank)
+        return x_0, augmented(x_1, self._config, step, self._rank, paired=True)
 
 
 class CoupledPairs:
@@ -122,12 +124,40 @@ def plan_of(couple: Coupling, pair: Pair, sigma: float, seed: int) -> Tensor:
         pair: x_0 and x_1, each of shape (n, *shape).
         sigma: Of the config.
         seed: Of the plan.
+
+    Raises:
+        ConfigError: A coupling of the user's own returns something else.
     """
     x_0, x_1 = (part.flatten(1) for part in pair)
     if couple in BUILT_IN_COUPLINGS:  # in a thread: what others draw from is not to be touched
         return couple(x_0, x_1, sigma, seed)
     with seeded(x_0.device, seed):
-        return couple(x_0, x_1, sigma, seed)
+        plan: object = couple(x_0, x_1, sigma, seed)
+    # Any other indexes something as well, and pairs rows that nobody meant.
+    n, words = len(x_0), _described(plan)
+    if isinstance(plan, Tensor) and plan.dtype in INDICES and plan.shape == (n,):
+        least, most = (int(end) for end in plan.aminmax())
+        if least >= 0 and most < n:
+            return plan
+        words += f", from {least} to {most}"
+    raise ConfigError(
+        f"--flow: for {n} rows the coupling returns {words}, expected a tensor of type int64 and "
+        f"shape ({n},): for each row of x_1 the row of x_0 (0 to {n - 1}) that it is paired with"
+    )
+
+
+def _described(found: object) -> str:
+    """What was returned, in an error's words."""
+    match found:
+        case Tensor():
+            dtype = str(found.dtype).removeprefix("torch.")
+            return f"a tensor of type {dtype} and shape {tuple(found.shape)}"
+        case tuple() | list():
+            return f"a {type(found).__name__} of {len(found)}"
+        case None:
+            return "None"
+        case _:
+            return f"a {type(found).__name__}"
 
 
 def make_pairs(
@@ -172,12 +202,20 @@ def sample_path(flow: Flow, pair: Pair, t: Tensor, sigma: float, noise: Tensor |
         t: Times in [0, 1], shape (batch,).
         sigma: Standard deviation around the paths.
         noise: Standard normal, of the shape of x_0; None where sigma is 0.
+
+    Raises:
+        ConfigError: A path of the user's own returns something else.
     """
     x_0, x_1 = pair
-    x_t, dx_t = flow.path(x_0, x_1, t.view(-1, *[1] * (x_0.dim() - 1)), sigma, noise)
-    if x_t.shape != x_0.shape or dx_t.shape != x_0.shape:
-        raise ConfigError(
-            f"--flow: for x_0 of shape {tuple(x_0.shape)} the path returns x_t of "
-            f"{tuple(x_t.shape)} and dx_t of {tuple(dx_t.shape)}, expected the same shape"
-        )
-    return x_t, dx_t
+    found: object = flow.path(x_0, x_1, t.view(-1, *[1] * (x_0.dim() - 1)), sigma, noise)
+    match found:
+        case (Tensor() as x_t, Tensor() as dx_t):
+            if all(part.shape == x_0.shape and part.is_floating_point() for part in (x_t, dx_t)):
+                return x_t, dx_t
+            words = f"x_t as {_described(x_t)} and dx_t as {_described(dx_t)}"
+        case _:
+            words = _described(found)
+    raise ConfigError(
+        f"--flow: for x_0 of shape {tuple(x_0.shape)} the path returns {words}, expected "
+        "(x_t, dx_t), both floats of that shape"
+    )

@@ -87,6 +87,14 @@ def test_a_small_sigma_pairs_as_the_exact_plan_does_and_a_large_one_by_chance() 
     assert float((entropic(x_0, x_1, 100.0, 0) == plan).double().mean()) < 0.2
 
 
+@pytest.mark.parametrize(("sigma", "scale"), [(1e-8, 1), (1e-200, 1), (1e-2, 1e6)])
+def test_an_entropy_below_what_floats_resolve_leaves_the_exact_plan(
+    sigma: float, scale: float
+) -> None:
+    x_0, x_1 = (scale * part for part in clouds(256, 64))
+    assert torch.equal(entropic(x_0, x_1, sigma, 0), exact(x_0, x_1, 0, 0))
+
+
 def test_a_draw_follows_from_its_seed_alone() -> None:
     x_0, x_1 = clouds(64, 2)
     np.random.seed(1)

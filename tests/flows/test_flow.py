@@ -12,7 +12,7 @@ from flowjobs.config import BUILT_IN_FLOWS, TrainingConfig
 from flowjobs.data.randomness import generator_for
 from flowjobs.errors import ConfigError
 from flowjobs.flows.flow import FLOWS, LEAST_VARIANCE, Flow, flow_of
-from flowjobs.flows.pairs import sample_path, sample_times
+from flowjobs.flows.pairs import plan_of, sample_path, sample_times
 from flowjobs.flows.uses import check_uses
 
 SIGMA = 0.3
@@ -196,7 +196,7 @@ def my_path(
 
 
 MINE = Flow(my_path, any_source=False)
-TOO_WIDE = Flow(lambda x_0, x_1, t, sigma, noise: (torch.cat([x_0, x_1]), x_1))
+NO_FUNCTION: Any = Flow(my_path, couple="exact")  # type: ignore[arg-type]
 
 
 def test_a_flow_of_the_users_own_is_found_by_its_import_path() -> None:
@@ -205,9 +205,45 @@ def test_a_flow_of_the_users_own_is_found_by_its_import_path() -> None:
     assert flow_of(config) is MINE
     assert config.run_name == "mlp-squared-digits-none"
     assert config.user_modules == (__name__,)
+    with pytest.raises(ConfigError, match=r"NO_FUNCTION: its couple is a str, expected a function"):
+        flow_of(TrainingConfig(flow=f"{__name__}:NO_FUNCTION"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        (lambda x_0, x_1: None, "None"),
+        (lambda x_0, x_1: x_1, r"a tensor of type float64 and shape \(256, 3\)"),
+        (lambda x_0, x_1: (x_0, x_1, x_1), "a tuple of 3"),
+        (lambda x_0, x_1: (x_0, x_1.numpy()), "a tuple of 2"),
+        (lambda x_0, x_1: (torch.cat([x_0, x_1]), x_1), r"x_t as .* shape \(512, 3\) and dx_t"),
+        (lambda x_0, x_1: (x_0, x_1 * 1j), r".*dx_t as a tensor of type complex128"),
+    ],
+)
+def test_what_is_no_path_is_said(returned: Any, found: str) -> None:
     x_0, x_1, t, _ = draws()
-    with pytest.raises(ConfigError, match=r"returns x_t of \(512, 3\) .* expected the same shape"):
-        sample_path(TOO_WIDE, (x_0, x_1), t, 0.0, None)
+    flow = Flow(lambda x_0, x_1, t, sigma, noise: returned(x_0, x_1))
+    with pytest.raises(ConfigError, match=rf"returns {found}.*expected \(x_t, dx_t\), both floats"):
+        sample_path(flow, (x_0, x_1), t, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        (lambda n: None, "None"),
+        (lambda n: (torch.arange(n), torch.arange(n)), "a tuple of 2"),
+        (torch.eye, r"a tensor of type float32 and shape \(256, 256\)"),
+        (lambda n: torch.ones(n).bool(), r"a tensor of type bool and shape \(256,\)"),
+        (lambda n: torch.arange(n - 1), r".* shape \(255,\)"),
+        (lambda n: torch.arange(n).unsqueeze(1), r".* shape \(256, 1\)"),
+        (lambda n: torch.arange(n) - 1, ".*, from -1 to 254"),
+        (lambda n: torch.arange(n) + 1, ".*, from 1 to 256"),
+    ],
+)
+def test_what_is_no_plan_is_said(returned: Any, found: str) -> None:
+    x_0, x_1, *_ = draws()
+    with pytest.raises(ConfigError, match=f"for 256 rows the coupling returns {found}, expected"):
+        plan_of(lambda x_0, x_1, sigma, seed: returned(len(x_1)), (x_0, x_1), 0.0, 0)
 
 
 def test_times_follow_the_distribution_that_is_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""EMA, schedule, randomness, model: the small parts of a step."""
+"""EMA, schedule, randomness, augmentation, model: the small parts of a step."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.data.augmentation import augmented
 from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import derive_seed, epoch_order, seed_step
 from flowjobs.data.source import NormalSource
@@ -97,6 +98,15 @@ def test_validation_calls_the_model_on_no_more_rows_than_a_step_does(
         losses.append(validation.loss(velocity))
         assert (max(called), sum(called)) == (rows, 1500)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # of the same noise and times
+
+
+def test_mixup_leaves_a_row_mostly_itself_where_it_has_a_partner() -> None:
+    rows, config = torch.eye(200), TrainingConfig(aug="mixup")
+    own = {paired: augmented(rows, config, 0, 0, paired=paired).diag() for paired in (True, False)}
+    assert ((own[True] >= 0.5) & (own[True] <= 1)).all()
+    assert float((own[False] < 0.5).double().mean()) > 0.3
+    # The same draws: the share of the row itself, or of the other where that is more.
+    assert torch.allclose(own[True], own[False].maximum(1 - own[False]))
 
 
 def test_an_epochs_order_follows_from_seed_and_epoch() -> None:
