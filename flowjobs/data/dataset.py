@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from flowjobs.data.tensor_file import write_tensor
 from flowjobs.data.toy import toy_set
 from flowjobs.errors import DataError
 from flowjobs.runs.data_file import (
+    FLOATS,
     ONE_TENSOR,
     DataContent,
     check_shape,
@@ -52,21 +54,13 @@ class FlowDataset(Dataset[Tensor]):
             are read when they are asked for, which ends in a DataError if it has changed since.
 
     Raises:
-        DataError: The file is missing, unreadable, of another shape or type, empty, or holds a
-            value that is not finite; the text names the file and the row.
+        DataError: It is something else, or the file is missing or unreadable; or the rows are of
+            another shape or type, empty, or hold a value that is not finite: the text names the
+            file and the row.
     """
 
     def __init__(self, source: str | Path | Tensor | np.ndarray[Any, Any]) -> None:
-        if isinstance(source, np.ndarray):
-            # A copy where torch could not use the memory, or would warn that it is read-only.
-            native = source.astype(source.dtype.newbyteorder("="), copy=False)
-            source = torch.from_numpy(np.require(native, requirements=["C", "W"]))
-        self.name = "tensor" if isinstance(source, Tensor) else str(source)
-        if isinstance(source, Tensor) and source.requires_grad:
-            source = source.detach()  # each step's loss would reach back into its graph
-        if isinstance(source, Tensor):
-            source = source.cpu()  # rows are taken by indices there; `data_placement` moves them
-        self._source = source if isinstance(source, Tensor) else _load(Path(source))
+        self.name, self._source = _opened(source)
         if isinstance(self._source, Tensor):
             check_shape(tuple(self._source.shape), _word(self._source.dtype), self.name)
         self._index: Tensor | None = None
@@ -374,6 +368,45 @@ def same_rows(first: FlowDataset, second: FlowDataset) -> bool:
     return all(torch.equal(one, other) for one, other in pairs)
 
 
+def _opened(source: object) -> tuple[str, Tensor | RowReader]:
+    """What errors call the rows, and the rows."""
+    match source:
+        case Tensor():
+            return "tensor", _dense(source, "tensor")
+        case np.ndarray():
+            return "array", _as_tensor(source)
+        case str() | os.PathLike():
+            return str(source), _load(Path(source))
+    raise DataError(
+        f"FlowDataset: found a {type(source).__name__}, expected the path of a .pt or .npy file, a "
+        "tensor, or an array: numpy.asarray(rows, dtype=numpy.float32), say"
+    )
+
+
+def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    if np.ma.is_masked(array):
+        raise DataError("array: some of its values are masked; fill them, or leave out their rows")
+    # A copy where torch could not use the memory, or would warn that it is read-only.
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    try:
+        return torch.from_numpy(np.require(native, requirements=["C", "W"]))
+    except TypeError as error:
+        raise DataError(
+            f"array is of type {array.dtype.name}, expected floats ({', '.join(FLOATS)}); "
+            "numpy.asarray(rows, dtype=numpy.float32), say"
+        ) from error
+
+
+def _dense(found: Tensor, name: str) -> Tensor:
+    """A tensor on the CPU, where rows are taken by indices; `data_placement` moves them."""
+    if found.is_meta:
+        raise DataError(f"{name} is of the device meta, which has no numbers")
+    if found.layout is not torch.strided:
+        raise DataError(f"{name} is of layout {found.layout}, expected a dense one (.to_dense())")
+    # Of a graph, each step's loss would reach back into it.
+    return (found.detach() if found.requires_grad else found).cpu()
+
+
 def _load(path: Path) -> Tensor | RowReader:
     if not path.exists():
         raise DataError(f"{path}: no such file")
@@ -410,11 +443,7 @@ def _load(path: Path) -> Tensor | RowReader:
         raise DataError(
             f"{path} holds a {type(loaded).__name__}, expected one tensor: {ONE_TENSOR}"
         )
-    if loaded.is_meta:
-        raise DataError(f"{path} holds a tensor of the device meta, which has no numbers")
-    if loaded.layout is not torch.strided:
-        raise DataError(f"{path} holds a tensor of layout {loaded.layout}, expected a dense one")
-    return loaded.detach()  # saved from a graph, it would ask for gradients
+    return _dense(loaded, f"the tensor of {path}")
 
 
 def _check_room(path: Path) -> None:

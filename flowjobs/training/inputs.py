@@ -15,7 +15,7 @@ from flowjobs.data.dataset import (
     normalization_stats,
 )
 from flowjobs.data.source import Sources, sources_of
-from flowjobs.errors import RunInterrupted
+from flowjobs.errors import DataError, RunInterrupted
 from flowjobs.flows.flow import Flow
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import PAIRS
@@ -72,7 +72,18 @@ def inputs_of(
         FlowjobsError: Something in it cannot be read, or does not fit the data.
         RunInterrupted: `stop_reason` asked to leave.
     """
+    for part, given in zip(("training", "validation"), data, strict=True):
+        if not isinstance(given, FlowDataset):
+            raise DataError(
+                f"the {part} part is a {type(given).__name__}, expected a FlowDataset of its rows: "
+                "flowjobs.training.FlowDataset(rows)"
+            )
     train, val = data
+    if train.shape != val.shape:
+        raise DataError(
+            f"the training part has rows of shape {train.shape}, the validation part of shape "
+            f"{val.shape}: both must be of one shape"
+        )
     stats = (normalization_stats if config.normalize == "columns" else no_normalization)(train)
     mean, std = stats["mean"].to(device), stats["std"].to(device)
     sources = sources_of(config, study, mean, std)

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,29 @@ def test_an_array_or_a_tensor_of_any_origin() -> None:
         dataset = FlowDataset(source)
         assert torch.equal(dataset.data, data)
         assert not dataset.data.requires_grad
+
+
+ROWS = np.ones((3, 2))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (ROWS.astype(object), "array is of type object, expected floats"),
+        (ROWS.astype(str), "array is of type str.*, expected floats"),
+        (ROWS.astype("datetime64[s]"), "array is of type datetime64"),
+        (ROWS.astype(np.longdouble), r"array is of type .*float.*numpy\.float32"),
+        (ROWS.astype(int), "array is of type int64, expected floats"),
+        (np.ma.masked_equal(ROWS * [[1, 2]], 2), "array: some of its values are masked"),
+        (ROWS.tolist(), r"found a list, expected the path .* numpy\.asarray"),
+        (None, "found a NoneType"),
+        (torch.ones(3, 2, device="meta"), "tensor is of the device meta"),
+        (torch.ones(3, 2).to_sparse(), r"tensor is of layout torch\.sparse_coo, .*to_dense"),
+    ],
+)
+def test_what_is_no_array_of_floats_is_said(source: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        FlowDataset(source)
 
 
 def test_stats_normalize_the_training_part(study: Path) -> None:
