@@ -53,7 +53,8 @@ OptionalPath = Optional[Path]  # noqa: UP045
 
 # The training fields that do not decide what a step computes, so that a run keeps its name and
 # its signature when they change. `epochs` and `patience` say how long; more extends the run.
-# `dataset` says where the data are; what they are is known by their content (runs/data_file.py).
+# `dataset` says where the data are; what they are is known by their content (runs/data_file.py),
+# and so it is with `source` where that is a file.
 NOT_IN_SIGNATURE = frozenset(
     {
         "dataset",
@@ -67,6 +68,9 @@ NOT_IN_SIGNATURE = frozenset(
     }
 )
 
+
+# Those that name data, by the path of a file or otherwise.
+DATA_FIELDS = ("dataset", "source")
 
 # Those that came later, and change nothing at their defaults: runs from before keep their own
 # signature.
@@ -514,7 +518,7 @@ def value_in_name(field: str, value: Any) -> str:
         return label or path.rpartition(":")[2]
     if field in ("init_from", "reflow_from"):
         return Path(str(value).partition(PINNED)[0]).name
-    if field in ("dataset", "source") and is_data_file(str(value)):
+    if field in DATA_FIELDS and is_data_file(str(value)):
         return Path(str(value)).stem
     return str(value)
 
@@ -556,6 +560,8 @@ def _relevant(training: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in whole.items() if key not in NOT_IN_SIGNATURE}
     for key in ("init_from", "reflow_from"):
         found[key] = found[key] and found[key].rpartition(PINNED)[2]
+    if is_data_file(str(found["source"])):
+        found["source"] = "a file"
     # By whichever option it was given.
     if arguments := _model_args(found):
         found["arch_args"] = arguments

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from flowjobs.config import KeyValues, is_data_file
+from flowjobs.config import DATA_FIELDS, KeyValues, is_data_file
 from flowjobs.runs.run import absolute
 
 
@@ -35,9 +35,7 @@ def typed_value(name: str, value: Any, hint: Any, folder: Path) -> Any:
             return KeyValues(value)
         if option is Path and isinstance(value, str):
             return absolute(folder / os.path.expanduser(value))
-        is_path = name == "init_from" or (
-            name in ("dataset", "source") and is_data_file(str(value))
-        )
+        is_path = name == "init_from" or (name in DATA_FIELDS and is_data_file(str(value)))
         if isinstance(value, str) and is_path:
             return str(absolute(folder / os.path.expanduser(value)))
         if option is float and type(value) is int and abs(value) <= sys.float_info.max:

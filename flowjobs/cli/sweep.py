@@ -28,6 +28,7 @@ from flowjobs.cli.start_many import (
     train_many_here,
 )
 from flowjobs.config import (
+    DATA_FIELDS,
     KeyValues,
     OptionalInt,
     OptionalStr,
@@ -213,7 +214,7 @@ class Sweep(CodeOptions, CommandOptions):
                 for item in given:
                     (key, value), *_ = KeyValues.parse([item]).items()
                     values.setdefault(f"{ARGUMENT}{key}", []).append(value)
-            elif known.name in ("dataset", "source"):
+            elif known.name in DATA_FIELDS:
                 values[known.name] = [
                     str(absolute(Path(each))) if is_data_file(each) else each for each in given
                 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs.config import (
+    DATA_FIELDS,
     NOT_IN_SIGNATURE,
     PINNED,
     RunConfig,
@@ -21,6 +22,7 @@ from flowjobs.config import (
     TrainingConfig,
     config_to_dict,
     fault_of_text,
+    flag,
     run_config_from_dict,
     signature_differences,
     signature_of,
@@ -315,7 +317,14 @@ class Run(Submittable):
         """Its user wants the run restarted after all."""
         self.cancel_file.unlink(missing_ok=True)
 
-    def create(self, config: RunConfig, *, in_use: bool = False, flush: bool = True) -> str:
+    def create(
+        self,
+        config: RunConfig,
+        *,
+        in_use: bool = False,
+        flush: bool = True,
+        data_are_given: bool = False,
+    ) -> str:
         """Make the run's folder and config, or check that it is the same run.
 
         What does not change the result (the partition, the time limit, the W&B mode) is taken
@@ -326,6 +335,7 @@ class Run(Submittable):
             config: What is asked for.
             in_use: Whether a job of the run waits or runs, so that its config must stay.
             flush: Wait for the disk; whoever makes many runs does that once, with `flush_files`.
+            data_are_given: See `merge`.
 
         Returns:
             What a person should know, or "": that the run is extended, say.
@@ -344,7 +354,7 @@ class Run(Submittable):
             ) from error
         # Ranks and sweeps create the same run at once.
         with self._config_lock():
-            merged, note = self.merge(config, in_use=in_use)
+            merged, note = self.merge(config, in_use=in_use, data_are_given=data_are_given)
             if not settled_identity(self.folder, self._there):
                 give_identity(self.folder, flush=flush)
             content = config_to_dict(merged)
@@ -371,8 +381,16 @@ class Run(Submittable):
         files = {file: _bytes_of(file) for file in own} if self.folder not in folders else {}
         return Before(self, folders, files, len(self.submissions()))
 
-    def merge(self, asked: RunConfig, *, in_use: bool = False) -> tuple[RunConfig, str]:
+    def merge(
+        self, asked: RunConfig, *, in_use: bool = False, data_are_given: bool = False
+    ) -> tuple[RunConfig, str]:
         """What `create` would write, and what a person should know of it. Writes nothing.
+
+        Args:
+            asked: What is asked for.
+            in_use: Whether a job of the run waits or runs.
+            data_are_given: The run's data are not those that the config names: whoever has them
+                compares them with what was noted (`take_data`).
 
         Raises:
             RunMismatchError: A run of this name has another signature.
@@ -380,21 +398,30 @@ class Run(Submittable):
         if not self.exists():
             return asked, ""
         found = self.config()
-        if same_file(found.training.dataset, asked.training.dataset):
-            same_data = replace(asked.training, dataset=found.training.dataset)
-            asked = replace(asked, training=same_data)
-        moved = found.training.dataset != asked.training.dataset
+        same = {
+            name: getattr(found.training, name)
+            for name in DATA_FIELDS
+            if same_file(getattr(found.training, name), getattr(asked.training, name))
+        }
+        asked = replace(asked, training=replace(asked.training, **same))
+        moved = {
+            name: here
+            for name in DATA_FIELDS
+            if (here := getattr(asked.training, name)) != getattr(found.training, name)
+        }
         other = found.training.signature != asked.training.signature
         if (other or moved) and not (in_use or self.started()):
             return asked, f"{self.name} had not trained a step; it takes over this config"
         if other:
             raise RunMismatchError(self._differences(found, asked))
         notes = []
-        if moved:
-            self._check_same_content(found.training.dataset, asked.training)
-            notes.append(f"the data of {self.name} are at {asked.training.dataset} now")
-        elif not self.finished() and (data := content_of_data(asked.training, self.study)):
-            self.check_data(data)  # data without files are known to the trainer alone
+        if moved and not data_are_given:
+            self._check_same_content(found.training, asked.training, moved)
+            notes += [f"the {name} of {self.name} is at {here} now" for name, here in moved.items()]
+        elif not (data_are_given or self.finished()) and (
+            data := content_of_data(asked.training, self.study)
+        ):
+            self.check_data(data)
         length = replace(
             asked.training,
             epochs=max(found.training.epochs, asked.training.epochs),
@@ -463,13 +490,19 @@ class Run(Submittable):
                 "data are taken as they are"
             ) from error
 
-    def _check_same_content(self, there: str, asked: TrainingConfig) -> None:
+    def _check_same_content(
+        self, found: TrainingConfig, asked: TrainingConfig, moved: Mapping[str, str]
+    ) -> None:
         noted, now = self.data(), content_of_data(asked, self.study)
         changed = differences(noted, now)
         unknown = not noted or None in now.values()
         if changed or unknown:
-            text = [f"a run named {self.name} exists on another dataset:"]
-            text += [f"  --dataset: {there} there, {asked.dataset} asked for", *changed]
+            text = [f"a run named {self.name} exists on another {' and '.join(moved)}:"]
+            text += [
+                f"  {flag(name)}: {getattr(found, name)} there, {here} asked for"
+                for name, here in moved.items()
+            ]
+            text += changed
             if unknown and not changed:
                 text += ["  whether it holds the same rows cannot be told"]
             text += [f"give this one a name of its own, as --name {self.name}-2"]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowjobs.config import TrainingConfig
+from flowjobs.config import DATA_FIELDS, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunMismatchError, RunNotFoundError
 from flowjobs.nearest import LIST_AT_MOST, meant
 from flowjobs.runs.files import replaced_whole
@@ -58,19 +58,23 @@ def names_kept(
     when the sweep grows (`--seed 0 1`).
     """
     left = [old for old in _runs_before(study, name) if old not in set(new)]
-    by_signature: dict[tuple[str, str], str] = {}
+    by_signature: dict[tuple[str, ...], str] = {}
     for old in left:
         try:
             training = Run(study, old).config().training
         except FlowjobsError:
             continue  # it was never made, or is broken: it is no run of this sweep then
-        by_signature[training.signature, training.dataset] = old
+        by_signature[_identity(training)] = old
     names = []
     for config, own in zip(configs, new, strict=True):
         # A signature takes time, and seldom is a run left over.
-        before = by_signature.pop((config.signature, config.dataset), "") if by_signature else ""
+        before = by_signature.pop(_identity(config), "") if by_signature else ""
         names.append(before if before and not Run(study, own).exists() else own)
     return names
+
+
+def _identity(config: TrainingConfig) -> tuple[str, ...]:
+    return (config.signature, *(getattr(config, field) for field in DATA_FIELDS))
 
 
 def keep(study: Path, name: str, sweep: Sweep, runs: Sequence[str]) -> None:

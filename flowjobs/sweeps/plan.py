@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.config import RunConfig, SlurmConfig, signature_differences
+from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, flag, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
 from flowjobs.jobs.overview import IN_VAIN
@@ -118,9 +118,11 @@ def _differences(training: Mapping[str, Any], config: RunConfig) -> list[str]:
         return []  # of most, and they are many
     asked = config.training.to_dict()
     lines = signature_differences(training, asked)
-    there, here = training.get("dataset", ""), asked["dataset"]
-    if there != here and not same_file(there, here):
-        lines.insert(0, f"  --dataset: {there} there, {here} asked for")
+    for field in DATA_FIELDS:
+        there, here = training.get(field, ""), asked[field]
+        known = any(line.startswith(f"  {flag(field)}:") for line in lines)
+        if there != here and not known and not same_file(there, here):
+            lines.insert(0, f"  {flag(field)}: {there} there, {here} asked for")
     return lines
 
 

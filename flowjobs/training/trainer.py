@@ -33,6 +33,7 @@ from flowjobs.flows.flow import is_built_in as is_built_in_flow
 from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
 from flowjobs.models.build import is_built_in
 from flowjobs.models.flops import flops_of_batch, flops_per_sample, parameters_in
+from flowjobs.models.initialization import changed, check_restart, kept_in_evaluation, values_of
 from flowjobs.models.velocity import (
     Velocity,
     check_gradient,
@@ -136,6 +137,8 @@ class FlowTrainer:
         self._stop_reason = stop_reason
         self._leaving = Leaving(self._ranks)
         self._taken_over: RunTakenOverError | None = None
+        self._writes_weights = False
+        self._has_validated = False
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
         check_weights(model)
@@ -163,6 +166,7 @@ class FlowTrainer:
             model.to(device), config, self._steps_per_epoch, inputs.stats, self._data
         )
         rows = min(config.batch_size, len(train_dataset)) // world_size
+        self._batch_shape = (rows, *train_dataset.shape)
         self._flops_per_sample = flops_per_sample(model, train_dataset.shape)
         self._flops = flops_of_batch(model, rows, self._flops_per_sample)
         self._velocity = self._prepare(self.state.model)
@@ -213,7 +217,7 @@ class FlowTrainer:
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
                 )
-        run.create(asked)
+        run.create(asked, data_are_given=True)
         return run
 
     def _difference_to(self, run: Run, found: RunConfig) -> str | None:
@@ -293,6 +297,10 @@ class FlowTrainer:
             if state.step == first_step or state.at_epoch_end:
                 check_parameters(self._named, state.model)
 
+            if state.step == 1 and self._writes_weights:
+                state.take_extra_state()
+                check_restart(state.model, state.ema.model, self._batch_shape, self._device)
+
             if saver and state.step == 1:
                 # Before GPU hours are spent, and before any row: what has steps on record has a
                 # checkpoint, and one that a restart can resume from.
@@ -341,13 +349,19 @@ class FlowTrainer:
         noise = torch.randn_like(x_0) if takes_noise else None
         x_t, dx_t = sample_path(self._flow, pair, t, config.sigma, noise)
 
+        is_first = state.step == 0 and not self._built_in
+        before = values_of(state.model) if is_first else {}
         with self._arithmetic():
             velocity = self._velocity(x_t, t)
+        if is_first:
+            self._writes_weights = changed(state.model, before) is not None
         check_gradient(velocity, config.arch_label)
         loss = functional.mse_loss(velocity, dx_t)
         for parameter in self._parameters:
             parameter.grad = None  # what zero_grad does, without its profiling hooks
         loss.backward()  # type: ignore[no-untyped-call]
+        if is_first:  # each rank's forward may have initialized weights from its own rows
+            self._ranks.take_from_first(weights.data for weights in state.model.parameters())
         grad_norm = nn.utils.get_total_norm(
             [p.grad for p in self._parameters if p.grad is not None]
         )
@@ -380,11 +394,16 @@ class FlowTrainer:
         return {"val/loss": val_loss, "val/best_loss": self.state.best_loss}
 
     def _validation_loss(self) -> float:
+        ema = self.state.ema
         self.state.take_extra_state()
         # Each rank has statistics of its own rows; the first one's are those that are saved.
-        self._ranks.take_from_first(self.state.ema.statistics())
-        with self._arithmetic():
-            return self._validation.loss(self._ema_velocity)
+        self._ranks.take_from_first(ema.statistics())
+        # Once in a process: a restart's model may be as little initialized as the first one's.
+        look = nullcontext() if self._has_validated else kept_in_evaluation(ema.model)
+        with self._arithmetic(), look:
+            loss = self._validation.loss(self._ema_velocity)
+        self._has_validated = True
+        return loss
 
     def _check_finite(self, row: dict[str, float]) -> None:
         for key, value in row.items():

@@ -4,22 +4,24 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from flowjobs.config import KeyValues, RunConfig, TrainingConfig
-from flowjobs.data.dataset import write_splits
+from flowjobs.data.dataset import load_datasets, write_splits
 from flowjobs.errors import (
     CheckpointMismatchError,
     DataError,
     RunInterrupted,
     RunMismatchError,
 )
+from flowjobs.models.build import build_model
 from flowjobs.runs.data_file import content_of_file
 from flowjobs.runs.run import Run
-from flowjobs.training import FlowDataset
+from flowjobs.training import FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint, write_checkpoint
 from tests.training.same import same
 from tests.training.test_trainer import stop_at, train_in
@@ -33,13 +35,14 @@ def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-def config_of(dataset: str | Path) -> TrainingConfig:
-    return TrainingConfig(dataset=str(dataset), epochs=3, batch_size=32, arch_args=SMALL)
+def config_of(dataset: str | Path, source: str | Path = "normal") -> TrainingConfig:
+    names = {"dataset": str(dataset), "source": str(source)}
+    return TrainingConfig(**names, epochs=3, batch_size=32, arch_args=SMALL)
 
 
-def interrupted(run: Run, dataset: str | Path) -> None:
+def interrupted(run: Run, dataset: str | Path, source: str | Path = "normal") -> None:
     with pytest.raises(RunInterrupted):
-        train_in(run, config_of(dataset), stop_reason=stop_at(3))
+        train_in(run, config_of(dataset, source), stop_reason=stop_at(3))
 
 
 def cut_short(path: Path) -> None:
@@ -87,23 +90,48 @@ def test_a_file_that_was_cut_short_is_named(study: Path, tmp_path: Path) -> None
         train_in(run, config_of(path))
 
 
-def test_a_run_goes_on_with_data_that_moved(study: Path, tmp_path: Path) -> None:
-    old, new, other = tmp_path / "old.npy", tmp_path / "new.pt", tmp_path / "other.npy"
+@pytest.mark.parametrize("moved", ["dataset", "source"])
+def test_a_run_goes_on_with_data_that_moved(study: Path, tmp_path: Path, moved: str) -> None:
+    kept, old = tmp_path / "kept.npy", tmp_path / "old.npy"
+    new, other = tmp_path / "new.pt", tmp_path / "other.npy"
     np.save(old, DATA.numpy())
+    np.save(kept, DATA.numpy() + 1)
+
+    def paths(of: Path) -> tuple[Path, Path]:
+        return (of, kept) if moved == "dataset" else (kept, of)
+
     whole, run = Run(study, "whole"), Run(study, "run")
-    train_in(whole, config_of(old))
-    interrupted(run, old)
+    train_in(whole, config_of(*paths(old)))
+    interrupted(run, *paths(old))
+    (tmp_path / "link.npy").symlink_to(old)
+    assert run.create(RunConfig(config_of(*paths(tmp_path / "link.npy")))) == ""
     old.unlink()
     torch.save(DATA, new)
     np.save(other, DATA.flip(0).numpy())
     with pytest.raises(
-        RunMismatchError, match=r"(?s)old\.npy there, .*other\.npy asked for\n.*now"
+        RunMismatchError,
+        match=rf"(?s)--{moved}: .*old\.npy there, .*other\.npy asked for\n.*now",
     ):
-        train_in(run, config_of(other))
-    assert run.create(RunConfig(config_of(new))) == f"the data of run are at {new} now"
-    train_in(run, config_of(new))
+        train_in(run, config_of(*paths(other)))
+    assert run.create(RunConfig(config_of(*paths(new)))) == f"the {moved} of run is at {new} now"
+    train_in(run, config_of(*paths(new)))
     ended, expected = read_checkpoint(run.last), read_checkpoint(whole.last)
     assert same(ended["model_state_dict"], expected["model_state_dict"])
+
+
+def test_a_script_resumes_on_data_of_its_own_whatever_its_config_names(study: Path) -> None:
+    load_datasets("digits", study)
+    train, val = (FlowDataset(part) for part in DATA.split(150))
+    config = TrainingConfig(epochs=3, batch_size=32, arch_args=SMALL)
+
+    def trainer(train: FlowDataset = train, **options: Any) -> FlowTrainer:
+        return FlowTrainer(build_model(config, 4), config, train, val, "cpu", name="run", **options)
+
+    with pytest.raises(RunInterrupted):
+        trainer(stop_reason=stop_at(3)).train()
+    with pytest.raises(RunMismatchError, match="trained on other data"):
+        trainer(FlowDataset(DATA[:150] * 2)).train()
+    trainer().train()
 
 
 def test_a_normalization_that_was_rounded_otherwise_is_no_other_data(

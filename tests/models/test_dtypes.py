@@ -254,6 +254,17 @@ def test_another_default_type_trains_as_well(study: Path) -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def test_parts_that_do_not_fit_are_refused_at_the_start(study: Path) -> None:
+    rows = torch.randn(50, 3)
+    for val, said in (
+        (FlowDataset(rows[:, :2]), r"rows of shape \(3,\), the validation part of shape \(2,\)"),
+        (rows, "the validation part is a Tensor, expected a FlowDataset"),
+    ):
+        with pytest.raises(DataError, match=said):
+            FlowTrainer(net(), CONFIG, FlowDataset(rows), val, CPU)  # type: ignore[arg-type]
+    assert not study.exists()
+
+
 class FromFirstBatch(Net):
     """Like ActNorm: takes its scale from the first batch; counts its calls; normalizes batches."""
 
@@ -276,6 +287,41 @@ def test_a_model_is_called_for_its_steps_alone(study: Path) -> None:
     train(model)
     assert model.calls == model.norm.num_batches_tracked == 2 * (85 // 16)
     assert ((model.scale > 0.3) & (model.scale < 3)).all()
+
+
+class WritesScale(Net):
+    """Writes its scale where a function of it says so; that it has, it knows, but not its state."""
+
+    def __init__(self, now: Any) -> None:
+        super().__init__()
+        self.scale, self.begun, self.now = nn.Parameter(torch.zeros(3)), False, now
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.now(self):
+            self.scale.data.copy_(1 / x.std(0))
+        self.begun = True
+        return super().forward(x * self.scale, t)
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (lambda model: not model.begun, "initializes scale from the first batch, and would again"),
+        (lambda model: model.training and not model.begun, "initializes scale"),
+        (lambda model: True, "changes scale in evaluation mode"),
+        (lambda model: not model.training and not model.begun, "changes scale in evaluation mode"),
+    ],
+)
+def test_weights_that_forward_writes_anew_in_each_process_are_refused(
+    study: Path, now: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"forward {said}.*a buffer.*register_buffer"):
+        train(WritesScale(now))
+    assert not list(study.glob("checkpoints/*/best.pt"))
+
+
+def test_weights_that_forward_normalizes_in_each_step_are_no_harm(study: Path) -> None:
+    assert train(WritesScale(lambda model: model.training)) < 3
 
 
 def puts_a_parameter(model: Any) -> None:
