@@ -52,6 +52,9 @@ def load(
 ) -> "TrainedModel":
     """The trained model of a run: `flowjobs.load(NAME).sample(1000)`. Loads torch.
 
+    A model of the user's own is built from the code that the run keeps, whatever the process has
+    imported; what its modules import only as they are called comes from where the process imports.
+
     Args:
         name: Name of the run.
         study: Root of the study; by default $FLOWJOBS_STUDY, else ./study.
@@ -62,8 +65,14 @@ def load(
     Raises:
         RunNotFoundError: There is no such run.
         CheckpointError: It has no best.pt yet, or one that cannot be used.
+        ConfigError: The code that it keeps is gone or was changed.
     """
+    from flowjobs.runs.code import importing_from_snapshot
     from flowjobs.runs.run import Run, absolute, default_study
     from flowjobs.training.trained import load_trained
 
-    return load_trained(Run(absolute(Path(study or default_study())), name), device, model)
+    run = Run(absolute(Path(study or default_study())), name)
+    if model is not None:
+        return load_trained(run, device, model)
+    with importing_from_snapshot(run):
+        return load_trained(run, device)

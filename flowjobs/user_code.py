@@ -21,6 +21,12 @@ IN_SNAPSHOT = re.compile(r".*/code/[0-9a-f]{16}/")
 NO_FILES = ("<frozen", "<string>", "<__array_function__")
 
 
+def is_installed(path: Path) -> bool:
+    """Whether a module's file, or its folder, is of an installed package or of Python itself."""
+    installed = {"site-packages", "dist-packages"} & {*path.parts}
+    return bool(installed) or path.is_relative_to(STDLIB)
+
+
 def user_place(error: BaseException, *, installed: bool = True) -> str | None:
     """`my_models.py, line 12, in forward`: the innermost frame outside of libraries and flowjobs.
 

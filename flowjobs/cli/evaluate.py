@@ -12,7 +12,7 @@ from flowjobs.cli.evaluation_table import print_evaluation
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
-from flowjobs.cli.sample import SAY_EVERY_S, best_of
+from flowjobs.cli.sample import SAY_EVERY_S, best_of, data_of
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.evaluation.solver import (
@@ -22,7 +22,6 @@ from flowjobs.evaluation.solver import (
     Method,
     Solver,
 )
-from flowjobs.runs.datasets import content_of_data
 from flowjobs.runs.files import write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import names_one_run
@@ -103,7 +102,6 @@ class Evaluate(InStudy):
         self, run: Run, solver: Solver, floors: dict[tuple[str, ...], "Floors"]
     ) -> dict[str, Any]:
         with best_of(run, self.device) as trained:
-            from flowjobs.data.dataset import load_datasets
             from flowjobs.evaluation.evaluate import Scope, evaluate
 
             scope = Scope(
@@ -114,10 +112,8 @@ class Evaluate(InStudy):
                 seed=self.seed,
             )
             config = trained.config
-            if content := content_of_data(config, run.study):
-                run.check_data(content)
-            data = load_datasets(config.dataset, run.study)
             key = (config.dataset, config.source, config.normalize)
+            data = data_of(run)
             return evaluate(trained, *data, scope, _Progress(run.name), floors.setdefault(key, {}))
 
 

@@ -16,9 +16,11 @@ from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import DATA_FILE_SUFFIXES, MAX_SEED
 from flowjobs.errors import ConfigError
 from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
+from flowjobs.runs.datasets import content_of_data
 from flowjobs.runs.run import Run
 
 if TYPE_CHECKING:
+    from flowjobs.data.dataset import FlowDataset
     from flowjobs.evaluation.sampling import Samples
     from flowjobs.evaluation.trained import TrainedModel
 
@@ -68,12 +70,14 @@ class Sample(InStudy):
         with best_of(run, self.device) as trained:
             from flowjobs.evaluation.sampling import joined
 
+            pictures = any(path.suffix == ".png" for path in self.out)
+            reference = data_of(run)[1] if pictures else None
             started = time.monotonic()
             parts = trained.chunks(self.n, self.seed, solver)
             found = joined(list(_with_progress(parts, self.n)))
             seconds = time.monotonic() - started
         for path in self.out:
-            _write(path, found, run)
+            _write(path, found, run, reference)
             print(f"samples   {path}")
         shape = " x ".join(str(size) for size in found.x_1.shape)
         print(f"drawn     {shape}, from step {trained.step} of {run.name}, seed {self.seed}")
@@ -102,19 +106,28 @@ def best_of(run: Run, device: str) -> Iterator["TrainedModel"]:
     """The model of a run's best.pt, as its own code builds it, and as many threads as help."""
     # Read when torch is loaded: a thread that waits leaves its core to the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from flowjobs.evaluation.sampling import CHUNK
-    from flowjobs.models.flops import flops_of_batch, flops_per_sample
     from flowjobs.runs.code import import_from_snapshot
-    from flowjobs.training.compute import computing
-    from flowjobs.training.ranks import single_process
     from flowjobs.training.trained import load_trained
 
     import_from_snapshot(run)
     trained = load_trained(run, device)
-    model = trained.model
-    flops = flops_of_batch(model, CHUNK, flops_per_sample(model, trained.stats["mean"].shape))
-    with computing(single_process(trained.device), flops):
+    with trained.on_its_threads():
         yield trained
+
+
+def data_of(run: Run) -> "tuple[FlowDataset, FlowDataset]":
+    """The training and the validation part that a run's config names.
+
+    Raises:
+        DataError: They cannot be read, or the run was trained on others: they have changed since,
+            or a script gave its trainer data of its own.
+    """
+    from flowjobs.data.dataset import load_datasets
+
+    config = run.config().training
+    data = load_datasets(config.dataset, run.study)
+    run.check_data(content_of_data(config, run.study))
+    return data
 
 
 def _with_progress(parts: "Iterable[Samples]", n: int) -> "Iterable[Samples]":
@@ -128,20 +141,18 @@ def _with_progress(parts: "Iterable[Samples]", n: int) -> "Iterable[Samples]":
         yield part
 
 
-def _write(path: Path, samples: "Samples", run: Run) -> None:
+def _write(path: Path, samples: "Samples", run: Run, reference: "FlowDataset | None") -> None:
     import numpy as np
     import torch
 
-    from flowjobs.data.dataset import load_datasets
     from flowjobs.evaluation.pictures import draw_samples
     from flowjobs.runs.files import replaced_whole
 
-    dataset = run.config().training.dataset
     match path.suffix:
         case ".png":
-            draw_samples(
-                path, dataset, samples.x_1, lambda: load_datasets(dataset, run.study)[1][:500]
-            )
+            assert reference is not None
+            dataset = run.config().training.dataset
+            draw_samples(path, dataset, samples.x_1, lambda: reference[:500])
         case ".npy":
             with replaced_whole(path) as file:
                 np.save(file, samples.x_1.numpy())

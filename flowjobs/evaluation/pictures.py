@@ -18,6 +18,8 @@ TILE_SIDE = 96
 GAP = 8
 GAP_LEVEL = 96
 MOST_TILES = 64
+# Of scikit-learn's digits.
+DIGIT_SIDE, DIGIT_MOST = 8, 16
 
 
 def draw_samples(
@@ -31,8 +33,9 @@ def draw_samples(
         samples: Shape (n, *shape).
         reference: Gives the data to compare with, shape (m, *shape), where they are needed.
     """
-    if dataset == DIGITS:
-        draw_grid(path, samples[:MOST_TILES].reshape(-1, 8, 8) / 16)
+    if dataset == DIGITS and samples[0].numel() == DIGIT_SIDE**2:
+        tiles = samples[:MOST_TILES].reshape(-1, DIGIT_SIDE, DIGIT_SIDE)
+        draw_grid(path, tiles / DIGIT_MOST)
     else:
         draw_projection(path, samples, reference())
 

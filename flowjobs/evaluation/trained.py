@@ -1,6 +1,7 @@
 """A trained model to sample from."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ class TrainedModel:
         step: Optimizer steps that it is the best of.
         device: Where the model is.
         source: Where its paths start.
+        threads: On the CPU, of which the last bits of a sample depend; None: as torch is set.
     """
 
     name: str
@@ -34,6 +36,7 @@ class TrainedModel:
     step: int
     device: torch.device
     source: Source
+    threads: int | None = None
 
     def sample(
         self,
@@ -60,7 +63,18 @@ class TrainedModel:
             SamplingError: A sample is not finite, or dopri5 does not get to the end.
             ConfigError: There is no such solver.
         """
-        return joined(list(self.chunks(n, seed, Solver(solver, steps, tolerance)))).x_1
+        with self.on_its_threads():
+            return joined(list(self.chunks(n, seed, Solver(solver, steps, tolerance)))).x_1
+
+    @contextmanager
+    def on_its_threads(self) -> Iterator[None]:
+        """Compute with the model's number of threads while the block lasts."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def chunks(
         self,

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from flowjobs.models.imports import OURS, files_of_modules
 from flowjobs.runs.code import Code, code_of, digest_of, read_snapshot, write_snapshot
 from flowjobs.runs.files import replaced_whole, write_json
 from flowjobs.runs.run import Run
+from flowjobs.user_code import is_installed
 
 # "ask": changed code is an error that lists it. "live": none is kept, modules are imported from
 # where they are.
@@ -263,13 +263,8 @@ def _import_roots(modules: tuple[str, ...]) -> list[Path]:
             roots += [Path(folder).parent for folder in spec.submodule_search_locations]
         elif spec and spec.origin:
             roots.append(Path(spec.origin).parent)
-    found = [root.resolve() for root in roots if root.is_dir() and not _is_installed(root)]
+    found = [root.resolve() for root in roots if root.is_dir() and not is_installed(root)]
     return list(dict.fromkeys(found))
-
-
-def _is_installed(folder: Path) -> bool:
-    installed = {"site-packages", "dist-packages"} & {*folder.parts}
-    return bool(installed) or folder.is_relative_to(sysconfig.get_path("stdlib"))
 
 
 @dataclass

@@ -7,19 +7,23 @@ run names its own in `code.json`, by the digest alone, so that a study can be mo
 import errno
 import hashlib
 import importlib
+import itertools
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import ModuleType
 
 from flowjobs.errors import ConfigError
 from flowjobs.from_json import from_json
 from flowjobs.runs.files import flush_folder, read_json
 from flowjobs.runs.run import Run
+from flowjobs.user_code import is_installed
 
 DIGEST_DIGITS = 16  # user_code.py knows a snapshot's path by them
 WRITERS = 16
@@ -92,6 +96,54 @@ def import_from_snapshot(run: Run) -> None:
         sys.path.insert(0, str(root))
     # Python remembers what a folder held when it last looked into it.
     importlib.invalidate_caches()
+
+
+@contextmanager
+def importing_from_snapshot(run: Run) -> Iterator[None]:
+    """Import the user's modules from the run's snapshot while the block lasts.
+
+    Also those that this process has imported from elsewhere: in a notebook they may be another
+    version by now, and it has them again afterwards. What is built in the block keeps its code, but
+    what that imports only as it is called comes from where the process imports.
+
+    Raises:
+        ConfigError: The snapshot is gone or was changed.
+    """
+    code = code_of(run)
+    if code is None:
+        yield
+        return
+    path, modules = [*sys.path], {**sys.modules}
+    names = _module_names(read_snapshot(run.study, code.digest), code.roots)
+    for name in names & modules.keys():
+        if _may_be_a_persons(modules[name]):
+            del sys.modules[name]
+    try:
+        import_from_snapshot(run)
+        yield
+    finally:
+        sys.path[:] = path
+        for name in names & sys.modules.keys():
+            if _may_be_a_persons(sys.modules[name]):
+                del sys.modules[name]
+        sys.modules.update(modules)
+
+
+def _may_be_a_persons(module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    # A package without a file is a folder; a module without one is built into Python.
+    return hasattr(module, "__path__") if file is None else not is_installed(Path(file))
+
+
+def _module_names(files: Iterable[str], roots: Iterable[str]) -> set[str]:
+    """The names of the modules in a snapshot, and of the packages that they are in."""
+    names: set[str] = set()
+    for root, file in itertools.product(roots, map(PurePath, files)):
+        if file.suffix == ".py" and file.is_relative_to(root):
+            *packages, name = file.relative_to(root).with_suffix("").parts
+            parts = packages if name == "__init__" else [*packages, name]
+            names |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    return names
 
 
 def _forget_snapshots(snapshots: Path, but: Path | None) -> None:

@@ -78,20 +78,25 @@ def computing(
         flops: Of the forward pass of this rank's part of a step (`flops_of_batch`).
         environment: OMP_NUM_THREADS is obeyed; Slurm says how many cores the process has.
     """
-    before = torch.get_num_threads()
-    threads = threads_asked_for(environment)
-    if threads is None:
-        threads = usable_cores(ranks.world_size, environment=environment)
-        if ranks.device.type == "cpu":
-            of_a_job = any(name in environment for name in SLURM_CORES)
-            own = of_a_job and submitted_for_run(environment)
-            each = FLOPS_PER_OWN_CORE if own else FLOPS_PER_THREAD
-            threads = min(threads, max(1, flops // each))
+    before, threads = torch.get_num_threads(), threads_for(ranks, flops, environment)
     torch.set_num_threads(threads)
     try:
         yield Compute(ranks.world_size, threads, _name_of(ranks.device), str(torch.__version__))
     finally:
         torch.set_num_threads(before)
+
+
+def threads_for(ranks: Ranks, flops: int, environment: Mapping[str, str] = os.environ) -> int:
+    """How many threads help and may be used; the arguments are those of `computing`."""
+    if asked := threads_asked_for(environment):
+        return asked
+    threads = usable_cores(ranks.world_size, environment=environment)
+    if ranks.device.type == "cpu":
+        of_a_job = any(name in environment for name in SLURM_CORES)
+        own = of_a_job and submitted_for_run(environment)
+        each = FLOPS_PER_OWN_CORE if own else FLOPS_PER_THREAD
+        threads = min(threads, max(1, flops // each))
+    return threads
 
 
 def computing_as_before(

@@ -8,10 +8,14 @@ from torch import nn
 from flowjobs.data.randomness import random_numbers_kept
 from flowjobs.data.source import sources_of
 from flowjobs.errors import CheckpointGoneError, CheckpointMismatchError, ConfigError
+from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.evaluation.trained import TrainedModel
 from flowjobs.models.build import build_model
+from flowjobs.models.flops import flops_of_batch, flops_per_sample
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.compute import threads_for
+from flowjobs.training.ranks import single_process
 
 
 def load_trained(
@@ -55,7 +59,9 @@ def load_trained(
         ) from error
     model = model.to(device).requires_grad_(False).eval()
     source = sources_of(config, run.study, stats["mean"], stats["std"]).held_out
-    return TrainedModel(run.name, model, stats, config, best["step"], device, source)
+    flops = flops_of_batch(model, CHUNK, flops_per_sample(model, stats["mean"].shape))
+    threads = threads_for(single_process(device), flops)
+    return TrainedModel(run.name, model, stats, config, best["step"], device, source, threads)
 
 
 def _device(asked: torch.device | str) -> torch.device:

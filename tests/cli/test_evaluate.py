@@ -1,7 +1,9 @@
 """flowjobs evaluate, and the evaluation at the end of every run."""
 
+import importlib
 import json
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import flowjobs as package
 from flowjobs.cli.evaluation_table import print_evaluation
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.evaluation import evaluate as evaluation
@@ -86,8 +89,8 @@ def test_runs_of_one_dataset_are_measured_by_the_same_rows(flowjobs: Command, st
     assert json.loads(alone.stdout) == found[1]
 
 
-def test_each_run_is_measured_with_its_own_code(
-    flowjobs: Command, study: Path, workplace: Path
+def test_each_run_is_measured_and_loaded_with_its_own_code(
+    flowjobs: Command, study: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = "import torch\nclass Net(torch.nn.Linear):\n"
     net += "    def __init__(self, dim):\n        super().__init__(dim, dim)\n"
@@ -100,6 +103,19 @@ def test_each_run_is_measured_with_its_own_code(
     quick = ("-n", "20", "--repeats", "1", "--steps", "2", "--nfe", "--json")
     together = json.loads(flowjobs("evaluate", "one", "hundred", *quick).stdout)
     assert together[1] == json.loads(flowjobs("evaluate", "hundred", *quick).stdout)
+
+    # A notebook goes on with the version that it has.
+    (workplace / "nets.py").write_text("VERSION = 3\n")
+    monkeypatch.syspath_prepend(workplace)
+    module = importlib.import_module("nets")
+    path, modules = [*sys.path], {*sys.modules}
+    x, t = torch.ones(1, 64), torch.zeros(1)
+    for name, factor in (("one", 1), ("hundred", 100), ("one", 1)):
+        model = package.load(name, study).model
+        expected = torch.nn.functional.linear(x, model.weight, model.bias)
+        assert torch.equal(model(x, t), factor * expected)
+    assert (sys.path, sys.modules.pop("nets")) == (path, module)
+    assert "nets" in modules
 
 
 def trained(run: Run, config: TrainingConfig, stop_reason: Callable[[], str | None]) -> None:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 import flowjobs as package
+from flowjobs.cli.main import run as command
+from flowjobs.models.build import build_model
 from flowjobs.runs.run import Run
 from tests.conftest import Command
 
@@ -17,7 +19,9 @@ SMALL = ("--arch-args", "width=16", "depth=1")
 QUICK = ("--epochs", "1", *SMALL, "--wandb-mode", "disabled", "--name", "a")
 
 
-def test_samples_are_written_and_the_same_from_python(flowjobs: Command, study: Path) -> None:
+def test_samples_are_written_and_the_same_from_python(
+    flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert flowjobs("train", *QUICK).returncode == 0
     done = flowjobs("sample", "a", "-n", "40", "--steps", "7", "--out", "x.npy", "x.pt", "x.png")
     assert done.returncode == 0, done.stderr
@@ -41,6 +45,14 @@ def test_samples_are_written_and_the_same_from_python(flowjobs: Command, study: 
     assert torch.equal(before[0], torch.get_rng_state())  # a notebook's own numbers are left alone
     assert before[1] == np.random.get_state()[1].tolist()
     assert not trained.model.training
+    # The last bits depend on the threads, of which a small model has one, as for the command.
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    with package.load("a", study).on_its_threads():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
 
     for device in ("tpu", "cuda:99"):
         with pytest.raises(
@@ -82,6 +94,14 @@ def test_a_model_of_a_notebook_is_given(workplace: Path) -> None:
     assert torch.allclose(drawn.mean(0), rows.data.mean(0), atol=0.15)
     with pytest.raises(package.FlowjobsError, match=r"another model than MLP .*model=…"):
         package.load("mine")
+
+    # Its data are not those that its config names by default, of which a picture would be.
+    plain = FlowTrainer(build_model(config, 3), config, rows, rows, "cpu", name="plain")
+    plain.train()
+    for arguments in (["sample", "plain", "--out", "x.png"], ["evaluate", "plain"]):
+        with pytest.raises(package.FlowjobsError, match="the data of plain are not those that it"):
+            command(arguments)
+    assert command(["sample", "plain", "--out", "x.npy"]) == 0
 
 
 class Scale(torch.nn.Module):
