@@ -151,16 +151,26 @@ class _Drill:
         """End every job, and wait until they are gone. Returns those that may not be, by id."""
         self._question.close()
         deadline = time.monotonic() + CANCEL_WAIT_S
-        left = self._jobs
+        left = {run: [job.job_id] for run, job in self._jobs}
         with suppress(KeyboardInterrupt):  # whoever does not want to wait hears what is left
             while left and time.monotonic() < deadline:
                 # Again and again: Slurm may be away, and a process that only starts has not said
                 # yet who it is.
-                for _ in cancel_together([*dict.fromkeys(run for run, _ in left)]):
+                for _ in cancel_together([*left]):
                     pass  # whether it could be shows below
                 time.sleep(1)
-                left = [(run, job) for run, job in left if _may_live(run, job)]
-        return [job.job_id for _, job in left]
+                alive = {run: self._may_live(run) for run in left}
+                left = {run: job_ids for run, job_ids in alive.items() if job_ids}
+        return [job_id for job_ids in left.values() for job_id in job_ids]
+
+    def _may_live(self, run: Run) -> list[str]:
+        """The jobs of a run that are not known to have ended, by id; it may have got new ones."""
+        if self._cluster != "slurm":
+            return [job.job_id for other, job in self._jobs if other == run and job.alive(run)]
+        try:
+            return [row.job_id for row in _live_jobs(run)]
+        except SubmissionError:
+            return [entry.job_id for entry in run.submissions()]
 
     def watch(self) -> NodeAnswer | None:
         """Interrupt the runs, and wait until their jobs are gone and the node has answered.
@@ -270,13 +280,6 @@ def _live_jobs(run: Run) -> list[JobRow]:
     if unknown := [answer.why for answer in answers if isinstance(answer, Unknown)]:
         raise SubmissionError(unknown[0])
     return [answer.newest for answer in answers if isinstance(answer, Known) and not answer.over]
-
-
-def _may_live(run: Run, job: SubmittedJob) -> bool:
-    try:
-        return job.alive(run)
-    except SubmissionError:
-        return True
 
 
 def _interrupt(watched: Watched, how: Interruption, attempt: AttemptRecord) -> None:

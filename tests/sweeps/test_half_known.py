@@ -84,6 +84,7 @@ def test_an_array_whose_submitter_dies_before_it_is_noted_is_found_by_its_mark(
     site("scontrol", '$real "$@"')
     again = flowjobs("sweep", "ablation")
     assert counts(again) == {"waiting": 6}
+    assert "waits held by its user: `scontrol release" in again.stdout
     assert "had been submitted and not noted: it is now" in again.stdout
     assert noted(study) == tasks(slurm)
     assert flowjobs("cancel", "ablation").returncode == 0
