@@ -106,7 +106,10 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
         RunBusyError: Another attempt trains the run.
         FlowjobsError: The config cannot be trained.
     """
-    process = this_process(run)
+    try:
+        process = this_process(run)
+    except OSError as error:
+        return _begins_later(error)
     if process.job.cluster == "none" and process.job.log:
         log_to_file(Path(process.job.log))
     # Read once, when torch is loaded: a thread that waits leaves its core to the others. By default
@@ -118,11 +121,22 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
         code = _train(attempt, run, resume_path)
     except Exception as error:
         code = outcome_of(error).exit_code
-        raise
+        if not attempt.may_begin_later:
+            raise
+        code = _begins_later(error)
     finally:
         if process.job.cluster != "debug":  # there the process is a person's, in the debugger
             end_in_time(code)
     return code
+
+
+def _begins_later(error: Exception) -> int:
+    """The exit code of a job in which the run could not begin for a file server that is away: it is
+    started again. Any other error is raised."""
+    if exit_cause.passing_kind(error) != "file system":
+        raise error
+    logger.error("%s: the run has not begun, and its job is started again", error)
+    return EXIT_PREEMPTED
 
 
 def _train(attempt: "TrainingJob", run: Run, resume_path: Path | None) -> int:
@@ -170,6 +184,11 @@ class TrainingJob:
         tell all to end, the first one in the middle of its last words.
         """
         return self._process.rank == 0
+
+    @property
+    def may_begin_later(self) -> bool:
+        """Whether no attempt has begun in this start of a job that can be started again."""
+        return self.is_first and self._recorder is None and self.cluster == "slurm"
 
     @property
     def cluster(self) -> str:

@@ -1,5 +1,6 @@
 """What must not be closed as dead, without Slurm: its commands would not be found."""
 
+import os
 import subprocess
 import sys
 import time
@@ -121,3 +122,23 @@ def test_a_run_that_was_cancelled_before_its_first_start_does_not_start(run: Run
     done = subprocess.run([sys.executable, "-c", task], capture_output=True, check=False)
     assert done.returncode == 130, done.stderr
     assert run.status() == RunStatus()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_run_that_could_not_begin_for_its_file_system_is_to_be_started_again(study: Path) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig(TrainingConfig(epochs=1), tracking=DISABLED))
+    # A slot of a Slurm job; close_ended_job and close_in_slot start again what ends with 75.
+    slot = {"FLOWJOBS_SLOTS": "2", "FLOWJOBS_JOB": "7", "SLURM_JOB_ID": "7"}
+    read_only = f"mount --bind {study} {study} && mount -o remount,ro,bind {study} && exec "
+    train = f"{sys.executable} -m flowjobs.jobs {run.folder}"
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", read_only + train],
+        env={**os.environ, **slot, "SUBMITIT_EXECUTOR": "slurm"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 75, done.stderr
+    assert "Read-only file system" in done.stderr
+    assert "the run has not begun, and its job is started again" in done.stderr
