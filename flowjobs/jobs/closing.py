@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from flowjobs.errors import RunBusyError
 from flowjobs.jobs import exit_cause
-from flowjobs.jobs.findings import Dead, final_outcome, seen_of
+from flowjobs.jobs.findings import Dead, final_outcome, version_of
 from flowjobs.jobs.origin import check_own
 from flowjobs.runs.lock import RECONCILE, RunLock, Verdict, system_lock_decides
 from flowjobs.runs.run import Run
@@ -35,13 +35,13 @@ def close_attempt(run: Run, dead: Dead) -> Outcome | None:
     try:
         with RunLock(run.folder, me, judge) as lock:
             status = run.status()
-            if seen_of(status) != dead.seen or not lock.is_held():
+            if version_of(status) != dead.version or not lock.is_held():
                 return None
-            if not dead.started:
+            if not dead.attempt_began:
                 record = AttemptRecord(len(status.attempts) + 1, dead.job, started=now())
                 status.attempts.append(record)
             outcome = final_outcome(run, status, dead)
-            if outcome.state == "preempted" and not (dead.waits or dead.slot_lives):
+            if outcome.state == "preempted" and not (dead.slurm_restarts_it or dead.job_still_runs):
                 check_own(run, dead.job.job_id)
             status.close(outcome)
             status.write(run.status_file)
@@ -63,14 +63,14 @@ def close_in_slot(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         run.
     """
     status = run.status()
-    attempt, seen = status.open_attempt, seen_of(status)
+    attempt, version = status.open_attempt, version_of(status)
     processes = [(known.job.job_id, known.job.host, known.job.pid) for known in status.attempts]
     this = (job.job_id, job.host, job.pid)
     if attempt and processes[-1] == this:
         # Of one process of its job Slurm knows nothing.
         outcome = exit_cause.cause_of(run, attempt, exit_code, answer=Gone())
-        return close_attempt(run, Dead(attempt.job, outcome, seen, slot_lives=True))
+        return close_attempt(run, Dead(attempt.job, outcome, version, job_still_runs=True))
     if attempt or this in processes or exit_code in (0, EXIT_PREEMPTED, EXIT_CANCELLED):
         return None
     outcome = exit_cause.cause_of_no_start(job, exit_code)
-    return close_attempt(run, Dead(job, outcome, seen, started=False, slot_lives=True))
+    return close_attempt(run, Dead(job, outcome, version, attempt_began=False, job_still_runs=True))

@@ -31,7 +31,7 @@ from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, as
 from flowjobs.slurm.waiting import why_it_waits
 
 # How many attempts there are, whether the newest one has ended, and why.
-Seen = tuple[int, bool, str]
+Version = tuple[int, bool, str]
 
 # Accounting is some seconds behind the controller, or more: after this long the cause is told as
 # far as the log shows it.
@@ -45,21 +45,21 @@ class Dead:
     Attributes:
         job: The job.
         outcome: How it ended, if nobody starts it again.
-        seen: What the status said of attempts when it was looked at; see `seen_of`.
-        waits: Whether Slurm starts the job again by itself.
-        started: Whether an attempt of the job had begun.
+        version: What the status said of attempts when it was looked at; see `version_of`.
+        slurm_restarts_it: Whether Slurm starts the job again by itself.
+        attempt_began: Whether an attempt of the job had begun.
         cause_known: Whether Slurm says how it ended; the log alone does not tell a scancel from
             what may be tried again.
-        slot_lives: Whether it was one process of a job that lives and can start it again.
+        job_still_runs: Whether it was one process of a job that runs on and can start it again.
     """
 
     job: JobInfo
     outcome: Outcome
-    seen: Seen
-    waits: bool = False
-    started: bool = True
+    version: Version
+    slurm_restarts_it: bool = False
+    attempt_began: bool = True
     cause_known: bool = True
-    slot_lives: bool = False
+    job_still_runs: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def final_outcome(run: Run, status: RunStatus, dead: Dead) -> Outcome:
     if run.cancel_requested():
         reason = f"{CANCELLED.reason} ({outcome.reason})"
         return cancelled_outcome(reason)
-    again = dead.waits or _should_start_again(run, status, dead)
+    again = dead.slurm_restarts_it or _should_start_again(run, status, dead)
     if outcome.state == "failed" and again:
         reason = f"{outcome.reason}; starts again"
         return replace(outcome, state="preempted", exit_code=EXIT_PREEMPTED, reason=reason)
@@ -150,7 +150,7 @@ def final_outcome(run: Run, status: RunStatus, dead: Dead) -> Outcome:
     return outcome
 
 
-def seen_of(status: RunStatus) -> Seen:
+def version_of(status: RunStatus) -> Version:
     """What must be the same when a finding is noted, since finding it out takes a while."""
     return len(status.attempts), status.open_attempt is None, status.reason
 
@@ -177,7 +177,7 @@ def _newest_job(run: Run, status: RunStatus, entries: Sequence[Submission]) -> J
 
 
 def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer) -> Finding | None:
-    attempt, seen = status.open_attempt, seen_of(status)
+    attempt, version = status.open_attempt, version_of(status)
     match answer:
         case Unknown(why):
             return Unclear(why)
@@ -185,16 +185,16 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
             if attempt and answer.restarted_since(job.restart):
                 if answer.newest.state == "COMPLETING":
                     return None  # Slurm counts the next start, and this one may still save
-                return _find_dead_life(run, status, attempt, answer, waits=True)
+                return _find_dead_life(run, status, attempt, answer, restarts=True)
             if answer.newest.waits:
                 return Waits(why_it_waits(answer.newest))
             return _find_slot(run, status, job)
         case Known() if answer.newest.state == "CANCELLED" and (
             attempt is None or answer.restarted_since(job.restart)
         ):
-            started = any(known.job.job_id == job.job_id for known in status.attempts)
+            began = any(known.job.job_id == job.job_id for known in status.attempts)
             outcome = exit_cause.cause_of_no_start(job, answer=answer)
-            return Dead(job, outcome, seen, started=started)
+            return Dead(job, outcome, version, attempt_began=began)
     if attempt:
         return _find_dead_life(run, status, attempt, answer)
     if any(known.job.job_id == job.job_id for known in status.attempts):
@@ -203,16 +203,16 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         if isinstance(answer, Gone):
             # It may as well have been cancelled while it waited.
             return Unclear(f"{reason}, and Slurm keeps no record of why: submit it again")
-        return Dead(job, Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted"), seen)
+        return Dead(job, Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted"), version)
     if pack_of(run, job.job_id):
         reason = f"job {job.job_id} ended before the run had a slot"
         outcome = Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
-        return Dead(job, outcome, seen, started=False)
+        return Dead(job, outcome, version, attempt_began=False)
     if isinstance(answer, Gone) and not exit_cause.log_tail(job.log):
         return Unclear(
             f"job {job.job_id} is gone, and Slurm keeps no record of why: submit it again"
         )
-    return Dead(job, exit_cause.cause_of_no_start(job, answer=answer), seen, started=False)
+    return Dead(job, exit_cause.cause_of_no_start(job, answer=answer), version, attempt_began=False)
 
 
 def _find_slot(run: Run, status: RunStatus, job: JobInfo) -> Waits | None:
@@ -223,7 +223,12 @@ def _find_slot(run: Run, status: RunStatus, job: JobInfo) -> Waits | None:
 
 
 def _find_dead_life(
-    run: Run, status: RunStatus, attempt: AttemptRecord, answer: JobAnswer, *, waits: bool = False
+    run: Run,
+    status: RunStatus,
+    attempt: AttemptRecord,
+    answer: JobAnswer,
+    *,
+    restarts: bool = False,
 ) -> Dead | None:
     known = isinstance(answer, Known) and answer.life(attempt.job.restart) is not None
     # Guessed now, it would end for good: on an unknown cause nothing is restarted.
@@ -231,7 +236,9 @@ def _find_dead_life(
     if not known and isinstance(answer, Known) and age < CAUSE_KNOWN_AFTER:
         return None  # accounting will know soon
     outcome = exit_cause.cause_of(run, attempt, answer=answer)
-    return Dead(attempt.job, outcome, seen_of(status), waits=waits, cause_known=known)
+    return Dead(
+        attempt.job, outcome, version_of(status), slurm_restarts_it=restarts, cause_known=known
+    )
 
 
 def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding | None:
@@ -245,10 +252,10 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding 
     if process_lives(pid, job.process):
         return _find_slot(run, status, job)
     if status.open_attempt:
-        return Dead(job, exit_cause.cause_of(run, status.open_attempt), seen_of(status))
+        return Dead(job, exit_cause.cause_of(run, status.open_attempt), version_of(status))
     if job.cluster != "local":
         return None
-    return Dead(job, exit_cause.cause_of_no_start(job), seen_of(status), started=False)
+    return Dead(job, exit_cause.cause_of_no_start(job), version_of(status), attempt_began=False)
 
 
 def _should_start_again(run: Run, status: RunStatus, dead: Dead) -> bool:
@@ -257,7 +264,7 @@ def _should_start_again(run: Run, status: RunStatus, dead: Dead) -> bool:
     # Unknown starts nothing: the end may have been a scancel.
     if outcome.state == "cancelled" or not dead.cause_known:
         return False
-    if dead.job.cluster != "slurm" and not dead.slot_lives:
+    if dead.job.cluster != "slurm" and not dead.job_still_runs:
         return False
     restarts = run.config().restarts
     if outcome.kind in ("preempted", "time limit"):

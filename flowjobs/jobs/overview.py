@@ -155,7 +155,7 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
         case Dead():
             run = Run(study, glance.name)
             outcome = final_outcome(run, run.status(), finding)
-            if finding.waits:
+            if finding.slurm_restarts_it:
                 return Standing(glance, "waiting", outcome.reason)
             ended = replace(glance, state=outcome.state, reason=outcome.reason, kind=outcome.kind)
             if outcome.state == "preempted":

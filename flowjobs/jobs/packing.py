@@ -24,7 +24,7 @@ from flowjobs.jobs.closing import close_attempt, close_in_slot
 from flowjobs.jobs.entry import exit_with
 from flowjobs.jobs.environment import this_process
 from flowjobs.jobs.exit_cause import cancelled_while_requeued
-from flowjobs.jobs.findings import Dead, seen_of
+from flowjobs.jobs.findings import Dead, version_of
 from flowjobs.jobs.mps import mps_daemon
 from flowjobs.jobs.restart import restart
 from flowjobs.jobs.signals import StopSignals
@@ -315,8 +315,10 @@ class _Slots:
         for run in self._pack.left(self._job.job_id):
             try:
                 status = run.status()
-                started = any(known.job.job_id == self._job.job_id for known in status.attempts)
-                if close_attempt(run, Dead(self._job, outcome, seen_of(status), started=started)):
+                began = any(known.job.job_id == self._job.job_id for known in status.attempts)
+                if close_attempt(
+                    run, Dead(self._job, outcome, version_of(status), attempt_began=began)
+                ):
                     close_session(run, wait=False)
             except (FlowjobsError, OSError) as error:
                 logger.error("%s: that it is cancelled is not noted: %s", run.name, error)

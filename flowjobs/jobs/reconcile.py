@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.closing import close_attempt
-from flowjobs.jobs.findings import Dead, Unclear, Waits, find, seen_of
+from flowjobs.jobs.findings import Dead, Unclear, Waits, find, version_of
 from flowjobs.jobs.restart import restart, resubmit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.hint import hint
@@ -75,7 +75,7 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
             continue
         if outcome:
             results.append(Reconciled(run, outcome))
-        if outcome and outcome.state == "preempted" and not found.waits:
+        if outcome and outcome.state == "preempted" and not found.slurm_restarts_it:
             # Once, however many share the job.
             avoid = _node_to_avoid(run, found)
             again[pack_of(run, found.job.job_id) or run] = found, avoid
@@ -140,7 +140,7 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
             begun |= (job.job_id, job.restart) in lives
             if status.open_attempt and lives[-1] == (job.job_id, job.restart):
                 cause = exit_cause.cause_of(run, status.open_attempt, exit_code)
-                dead = Dead(status.open_attempt.job, cause, seen_of(status))
+                dead = Dead(status.open_attempt.job, cause, version_of(status))
                 if outcome := close_attempt(run, dead):
                     closed[run] = outcome
     left = pack.left(job.job_id)
@@ -151,7 +151,7 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
         cause = exit_cause.cause_of_no_start(job, exit_code)
         for run in left:  # they would end so again
             with keeping_others(run):
-                dead = Dead(job, cause, seen_of(run.status()), started=False)
+                dead = Dead(job, cause, version_of(run.status()), attempt_began=False)
                 if run not in unclear and (outcome := close_attempt(run, dead)):
                     closed[run] = outcome
     for run in closed:
@@ -171,7 +171,7 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         How the attempt ended; None if it has said so itself.
     """
     status = run.status()
-    attempt, seen = status.open_attempt, seen_of(status)
+    attempt, version = status.open_attempt, version_of(status)
     lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
     life = (job.job_id, job.restart)
     if exit_code == EXIT_PREEMPTED and life not in lives:
@@ -180,7 +180,7 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
             restart(run, job, "waiting", task_of(run))
         return None
     if attempt and (attempt.job.job_id, attempt.job.restart) == life:
-        dead = Dead(job, exit_cause.cause_of(run, attempt, exit_code), seen)
+        dead = Dead(job, exit_cause.cause_of(run, attempt, exit_code), version)
     elif attempt or life in lives or exit_code == EXIT_CANCELLED:
         # It has said so itself, or another job holds the run.
         entries = run.submissions()  # none, if the disk did not take the line
@@ -190,7 +190,7 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
             restart(run, job, status.attempts[-1].kind, task_of(run))
         return None
     else:
-        dead = Dead(job, exit_cause.cause_of_no_start(job, exit_code), seen, started=False)
+        dead = Dead(job, exit_cause.cause_of_no_start(job, exit_code), version, attempt_began=False)
     outcome = close_attempt(run, dead)
     if outcome and outcome.state == "preempted":
         restart(run, job, outcome.kind, task_of(run), _node_to_avoid(run, dead))

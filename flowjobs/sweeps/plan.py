@@ -189,7 +189,7 @@ def _with_job(
 def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding | None) -> Member:
     """A run of which no job is known to wait or run, by what was found of its newest."""
     match finding:
-        case Dead(waits=True):
+        case Dead(slurm_restarts_it=True):
             return Member(run, config, "waiting")
         case Dead() as dead:
             status.close(final_outcome(run, status, dead))

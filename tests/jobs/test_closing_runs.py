@@ -53,7 +53,7 @@ def test_a_job_that_was_refused_says_nothing_of_the_run(run: Run) -> None:
 def test_nothing_is_closed_once_another_attempt_has_begun(run: Run) -> None:
     killed = Outcome("failed", 137, "killed")
     first = JobInfo("slurm", "12", None, "n1", 1)
-    dead = Dead(first, killed, seen=(1, False, ""))
+    dead = Dead(first, killed, version=(1, False, ""))
     attempt = Attempt(run, first)
     attempt.__enter__()
     attempt._stack.close()  # as a kill would leave it: no word, and the lock is free
