@@ -13,7 +13,7 @@ from flowjobs.jobs.origin import noted_identity
 from flowjobs.jobs.running import jobs_of
 from flowjobs.runs.files import FILES_AT_ONCE
 from flowjobs.runs.lock import lock_holder
-from flowjobs.runs.pack import Pack, may_be_left, pack_of
+from flowjobs.runs.pack import Pack, may_remain, pack_of
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.status import CANCELLED, same_host
@@ -203,7 +203,7 @@ def _trains_others(pack: Pack, job_id: str, cancelled: Collection[Run]) -> bool:
         runs = pack.runs
     except ConfigError:  # its folder is gone; the runs know their job
         runs = [Run(pack.study, name) for name in run_names(pack.study)]
-    return any(may_be_left(run, job_id) for run in runs if run not in cancelled)
+    return any(may_remain(run, job_id) for run in runs if run not in cancelled)
 
 
 def _lives(answer: JobAnswer) -> bool:

@@ -157,11 +157,11 @@ def _train(attempt: "TrainingJob", run: Run, resume_path: Path | None) -> int:
         except RunTakenOverError as error:
             logger.warning("%s", error)
             return EXIT_PREEMPTED
-        except RunInterrupted as left:
-            logger.warning("%s", left)
-            if left.kind == "cancelled":
+        except RunInterrupted as interrupted:
+            logger.warning("%s", interrupted)
+            if interrupted.kind == "cancelled":
                 return EXIT_CANCELLED
-            return attempt.restart(left.kind)
+            return attempt.restart(interrupted.kind)
     return 0
 
 
@@ -242,8 +242,8 @@ class TrainingJob:
         """Train as a rank that is not the first."""
         try:
             train()
-        except (RunInterrupted, RunTakenOverError) as left:
-            logger.warning("%s", left)
+        except (RunInterrupted, RunTakenOverError) as interrupted:
+            logger.warning("%s", interrupted)
         except Exception as error:
             if not exit_cause.failure_of(error, self._process).is_consequence:
                 raise
@@ -297,10 +297,10 @@ class TrainingJob:
         """Adds to what ends the block what only the scheduler knows, and what may be retried."""
         try:
             yield
-        except RunInterrupted as left:
+        except RunInterrupted as interrupted:
             signals.stand_down()  # the state is saved
             if notice := self._notice():  # else the signal's name must do
-                raise RunInterrupted(notice.reason, left.step, notice.why) from None
+                raise RunInterrupted(notice.reason, interrupted.step, notice.why) from None
             raise
         except Exception as error:
             signals.stand_down()

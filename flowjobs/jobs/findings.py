@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.origin import identity_among
-from flowjobs.runs.pack import is_left, pack_of
+from flowjobs.runs.pack import is_remaining, pack_of
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
 from flowjobs.runs.run import Run
@@ -217,7 +217,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
 
 def _find_slot(run: Run, status: RunStatus, job: JobInfo) -> Waits | None:
     """Whether a run has no process in its job, which lives, and waits for one."""
-    if status.open_attempt or not pack_of(run, job.job_id) or not is_left(run, job.job_id):
+    if status.open_attempt or not pack_of(run, job.job_id) or not is_remaining(run, job.job_id):
         return None
     return Waits(f"for a slot of job {job.job_id}")
 

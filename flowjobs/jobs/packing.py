@@ -30,7 +30,7 @@ from flowjobs.jobs.restart import restart
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.jobs.stop_cause import notice_of, seconds_left
 from flowjobs.runs.files import AWAY_AT_MOST_S, warn_once
-from flowjobs.runs.pack import Pack, is_left
+from flowjobs.runs.pack import Pack, is_remaining
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_CANCELLED,
@@ -89,7 +89,7 @@ def train_pack(pack: Pack) -> int:
             with _clients_of_mps(pack) as variables:
                 slots.train(signals.received, variables)
         signals.stand_down()  # all have ended
-        if signals.received() and pack.left(job.job_id):
+        if signals.received() and pack.remaining(job.job_id):
             return slots.restart(signals.received())
     slots.tell_wandb()
     return slots.exit_code()
@@ -150,7 +150,7 @@ class _Slots:
         """
         self._variables = variables
         passed_on = False
-        self._waiting.extend(self._pack.left(self._job.job_id))
+        self._waiting.extend(self._pack.remaining(self._job.job_id))
         try:
             while self._running or self._waiting:
                 number = told()
@@ -174,7 +174,7 @@ class _Slots:
     def _start_next(self) -> None:
         run = self._waiting.popleft()
         try:
-            if is_left(run, self._job.job_id):  # not cancelled meanwhile, say
+            if is_remaining(run, self._job.job_id):  # not cancelled meanwhile, say
                 self._start(run)
         except (FlowjobsError, OSError) as error:
             logger.warning("%s does not start now: %s", run.name, error)
@@ -231,7 +231,7 @@ class _Slots:
             code = process.popen.poll()
             if code is None:
                 continue
-            left = began = False
+            remaining = began = False
             try:
                 if run.removed():
                     logger.warning("%s was removed", run.name)
@@ -239,7 +239,7 @@ class _Slots:
                     continue
                 # Popen has a signal as -n, and everything here as the shell does, 128 + n.
                 self._close(run, process.popen.pid, code if code >= 0 else 128 - code)
-                left = again and is_left(run, self._job.job_id)
+                remaining = again and is_remaining(run, self._job.job_id)
                 attempts = run.status().attempts
                 began = bool(attempts) and attempts[-1].job.pid == process.popen.pid
             except (FlowjobsError, OSError) as error:
@@ -249,7 +249,7 @@ class _Slots:
                 # Unknown: it is not started again.
                 logger.error("%s: how it ended could not be written down: %s", run.name, error)
             del self._running[run]
-            if left:
+            if remaining:
                 self._put_behind(run, began=began)
 
     def _is_noted_later(self, process: _Process) -> bool:
@@ -312,7 +312,7 @@ class _Slots:
         """The user cancelled the job just as it asked to be requeued: nothing of it continues."""
         logger.info("the job was cancelled: submit its runs again to resume them")
         outcome = cancelled_outcome("cancelled")
-        for run in self._pack.left(self._job.job_id):
+        for run in self._pack.remaining(self._job.job_id):
             try:
                 status = run.status()
                 began = any(known.job.job_id == self._job.job_id for known in status.attempts)
@@ -353,7 +353,7 @@ class _Slots:
         """Wait until W&B knows how those ended that could not say it."""
         for run in self._pack.runs:
             try:
-                ended = self._is_mine(run) and not is_left(run, self._job.job_id)
+                ended = self._is_mine(run) and not is_remaining(run, self._job.job_id)
                 if ended and pending_outcome(run):
                     close_session(run)
             except (FlowjobsError, OSError) as error:
@@ -366,7 +366,7 @@ class _Slots:
 
     def exit_code(self) -> int:
         """That of the worst outcome; where that is unknown, as if something were left."""
-        if self._pack.left(self._job.job_id):
+        if self._pack.remaining(self._job.job_id):
             return EXIT_PREEMPTED
         try:
             mine = [run for run in self._pack.runs if self._is_mine(run)]

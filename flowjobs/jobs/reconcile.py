@@ -102,7 +102,7 @@ def _with_those_beside(runs: Iterable[Run]) -> list[Run]:
         newest = run.newest_job()
         if newest and newest.pack:
             with contextlib.suppress(ConfigError):  # the pack's folder is gone
-                found |= dict.fromkeys(Pack(run.study, newest.pack).left(newest.job_id))
+                found |= dict.fromkeys(Pack(run.study, newest.pack).remaining(newest.job_id))
     return [*found]
 
 
@@ -133,7 +133,7 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
             unclear.add(run)
 
     begun = False
-    for run in pack.left(job.job_id):
+    for run in pack.remaining(job.job_id):
         with keeping_others(run):
             status = run.status()
             lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
@@ -143,13 +143,13 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
                 dead = Dead(status.open_attempt.job, cause, version_of(status))
                 if outcome := close_attempt(run, dead):
                     closed[run] = outcome
-    left = pack.left(job.job_id)
+    remaining = pack.remaining(job.job_id)
     # Killed, and it had begun: another try may do. One that never began would end so again.
-    if left and begun and exit_code > 128:
+    if remaining and begun and exit_code > 128:
         restart(pack, job, "killed", task_of(pack), job.host)
     else:
         cause = exit_cause.cause_of_no_start(job, exit_code)
-        for run in left:  # they would end so again
+        for run in remaining:  # they would end so again
             with keeping_others(run):
                 dead = Dead(job, cause, version_of(run.status()), attempt_began=False)
                 if run not in unclear and (outcome := close_attempt(run, dead)):

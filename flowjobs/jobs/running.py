@@ -20,7 +20,7 @@ from flowjobs.runs.lock import (
     lock_holder,
     system_lock_decides,
 )
-from flowjobs.runs.pack import is_left
+from flowjobs.runs.pack import is_remaining
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus, same_host
@@ -67,7 +67,7 @@ def running_jobs(
                 noted_identity(entry)
                 for entry in noted
                 # A job that it shares may live on for others.
-                if entry.cluster == "slurm" and (not entry.pack or is_left(run, entry.job_id))
+                if entry.cluster == "slurm" and (not entry.pack or is_remaining(run, entry.job_id))
             ]
         except (SubmissionError, OSError) as error:
             found[run] = _unreadable(run, error)

@@ -77,7 +77,7 @@ class Pack(Submittable):
         """Whether nothing of it is left to train, as a person has cancelled the last of it."""
         jobs = self.submissions()
         cancelled = any(run.cancel_requested() for run in self.runs)
-        return cancelled and bool(jobs) and not self.left(jobs[-1].job_id)
+        return cancelled and bool(jobs) and not self.remaining(jobs[-1].job_id)
 
     def starts_of(self, job_id: str) -> int:
         """See `Submittable`."""
@@ -91,9 +91,9 @@ class Pack(Submittable):
         """Note that a job of it has started."""
         append_line(self.starts_file, json.dumps({"job_id": job_id, "time": now()}))
 
-    def left(self, job_id: str) -> list[Run]:
+    def remaining(self, job_id: str) -> list[Run]:
         """The runs that a job of it has still to train, or may have, in their order."""
-        return [run for run in self.runs if may_be_left(run, job_id)]
+        return [run for run in self.runs if may_remain(run, job_id)]
 
     def add_submission(
         self,
@@ -109,7 +109,7 @@ class Pack(Submittable):
 
         Those are all; of a job that continues another one, what that one has left.
         """
-        runs = [run for run in self.runs if continues is None or is_left(run, continues)]
+        runs = [run for run in self.runs if continues is None or is_remaining(run, continues)]
         shared = {**(identity or {}), "pack": self.name, "job_log": str(log or "")}
         for run in runs:
             if run.removed():
@@ -165,7 +165,7 @@ def pack_of(run: Run, job_id: str) -> Pack | None:
     return Pack(run.study, entry.pack) if entry and entry.pack else None
 
 
-def is_left(run: Run, job_id: str) -> bool:
+def is_remaining(run: Run, job_id: str) -> bool:
     """Whether a job that the run shares has still to train it, now or when there is a slot.
 
     Not once it has ended in that job, is cancelled, or has been submitted as another job.
@@ -181,10 +181,10 @@ def is_left(run: Run, job_id: str) -> bool:
     return status.state not in ("failed", "cancelled")
 
 
-def may_be_left(run: Run, job_id: str) -> bool:
+def may_remain(run: Run, job_id: str) -> bool:
     """The same, or whether that is unknown now: a file server may be away for a moment."""
     try:
-        return is_left(run, job_id)
+        return is_remaining(run, job_id)
     except OSError as error:
         warn_once(f"whether {run.name} is still to be trained is unknown: {error}")
         return True

@@ -122,9 +122,9 @@ def draw_and_measure(
         if recorder:
             values = {name: of["value"] for name, of in found["measures"].items()}
             recorder.summarize({f"eval/{name}": value for name, value in values.items()})
-    except RunInterrupted as left:
+    except RunInterrupted as interrupted:
         again = hint("evaluate", run.name, study=run.study)
-        logger.warning("%s while samples were measured: `%s` measures them", left, again)
+        logger.warning("%s while samples were measured: `%s` measures them", interrupted, again)
     except FlowjobsError as error:
         logger.warning("the samples were not measured: %s", error)
     except Exception:

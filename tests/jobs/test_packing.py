@@ -152,7 +152,7 @@ def test_a_death_leaves_the_others_alone_and_its_slot_is_filled(
         assert_equal_to(whole, run)
     assert attempts_of(waits) == [("finished", "")]
     wait_for_log(pack, "d was removed")
-    assert pack.left(job.job_id) == [broken]  # a person restores its config, and submits it
+    assert pack.remaining(job.job_id) == [broken]  # a person restores its config, and submits it
     assert status_of(broken).attempts == []
     assert mps
     calls = Path(f"{control}.calls").read_text().split()

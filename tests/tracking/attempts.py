@@ -137,8 +137,8 @@ def main(arguments: Sequence[str]) -> None:
     folder, last_step, pace_s = arguments
     try:
         attempt(Run.at(Path(folder)), int(last_step), float(pace_s))
-    except RunInterrupted as left:
-        print(left, file=sys.stderr)
+    except RunInterrupted as interrupted:
+        print(interrupted, file=sys.stderr)
         sys.exit(75)
 
 
