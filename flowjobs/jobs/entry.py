@@ -218,27 +218,27 @@ class TrainingJob:
                 from flowjobs.training.run_training import run_training
 
                 import_from_snapshot(self._run)
-                ranks = self._join(group)
+                ranks = self._join_group(group)
                 run_training(self._run, recorder, ranks, signals.reason, resume_path)
             except (RunInterrupted, RunTakenOverError, KeyboardInterrupt):
                 raise  # agreed by all
             except BaseException as error:
-                self._note(error)  # before the others see this one leave
+                self._note_rank_failure(error)  # before the others see this one leave
                 raise
 
         # Left last: where the other ranks hang, leaving may, and the outcome is told by then.
         with ExitStack() as group:
             if not self.is_first:
-                self._follow(lambda: train_as_rank(None))
+                self._train_as_other_rank(lambda: train_as_rank(None))
                 return
             # Before torch is loaded: what tracks the run starts beside that, on a free core.
-            with self._recording(group) as self._recorder, self._explained(signals):
+            with self._recording(group) as self._recorder, self._with_slurms_reason(signals):
                 if self._is_cancelled():
                     # Since the last look: `cancel` did not know this process yet, to tell it.
                     signal.raise_signal(signal.SIGTERM)
                 train_as_rank(self._recorder)
 
-    def _follow(self, train: Callable[[], None]) -> None:
+    def _train_as_other_rank(self, train: Callable[[], None]) -> None:
         """Train as a rank that is not the first."""
         try:
             train()
@@ -249,7 +249,7 @@ class TrainingJob:
                 raise
             logger.error("the other ranks are gone: %s", error)
 
-    def _note(self, error: BaseException) -> None:
+    def _note_rank_failure(self, error: BaseException) -> None:
         if self._process.world_size == 1:
             return
         try:
@@ -258,7 +258,7 @@ class TrainingJob:
         except OSError as refused:
             logger.warning("how this rank failed could not be noted: %s", refused)
 
-    def _join(self, group: ExitStack) -> "Ranks":
+    def _join_group(self, group: ExitStack) -> "Ranks":
         from flowjobs.training.ranks import joined_ranks
 
         process, use_gpu = self._process, self._run.config().slurm.gpus_per_node > 0
@@ -285,7 +285,7 @@ class TrainingJob:
                 except Exception:
                     if self._process.world_size > 1:
                         with suppress(Exception):
-                            self._join(group)  # they see it leave, and leave too
+                            self._join_group(group)  # they see it leave, and leave too
                     raise
                 yield recorder
         except NoProgressError:
@@ -293,13 +293,13 @@ class TrainingJob:
             raise
 
     @contextmanager
-    def _explained(self, signals: StopSignals) -> Iterator[None]:
+    def _with_slurms_reason(self, signals: StopSignals) -> Iterator[None]:
         """Adds to what ends the block what only the scheduler knows, and what may be retried."""
         try:
             yield
         except RunInterrupted as interrupted:
             signals.stand_down()  # the state is saved
-            if notice := self._notice():  # else the signal's name must do
+            if notice := self._stop_cause():  # else the signal's name must do
                 raise RunInterrupted(notice.reason, interrupted.step, notice.why) from None
             raise
         except Exception as error:
@@ -308,15 +308,19 @@ class TrainingJob:
                 # What a process runs into as others of its job are told to end.
                 logger.exception("%s", CANCELLED.reason)
                 raise RunInterrupted(CANCELLED.reason, kind=CANCELLED.kind) from error
-            self._explain_failure(error)
+            self._raise_root_cause(error)
             raise
         signals.stand_down()
 
-    def _explain_failure(self, error: Exception) -> None:
+    def _raise_root_cause(self, error: Exception) -> None:
         """Raise what is behind an error of this rank, unless that is the error itself."""
-        failure = self._failure_behind(error)
+        failure = self._root_cause(error)
         kind = failure.outcome.kind
-        if failure.is_consequence and (notice := self._notice()) and notice.why in ENDED_BY_SLURM:
+        if (
+            failure.is_consequence
+            and (notice := self._stop_cause())
+            and notice.why in ENDED_BY_SLURM
+        ):
             raise RunInterrupted(notice.reason, kind=notice.why) from error
         may_retry = self._may_retry(kind)
         its_own = failure.rank == 0 and not failure.is_consequence
@@ -331,7 +335,7 @@ class TrainingJob:
             raise RunInterrupted(reason, kind=kind) from error
         raise failure.as_error() from error
 
-    def _failure_behind(self, error: Exception) -> RankFailure:
+    def _root_cause(self, error: Exception) -> RankFailure:
         """The failure of another rank that the first one's follows from; else its own."""
         mine = exit_cause.failure_of(error, self._process)
         if self._process.world_size == 1:
@@ -350,7 +354,7 @@ class TrainingJob:
     def _first_failure(self) -> RankFailure | None:
         return exit_cause.first_failure(noted_failures(self._run, self._process.life), self._job)
 
-    def _notice(self) -> Notice | None:
+    def _stop_cause(self) -> Notice | None:
         """What the signal meant that this process got; None if that is unknown now."""
         # Slurm does not answer, say, or a file server fails over.
         with suppress(FlowjobsError, OSError):
@@ -408,7 +412,7 @@ class TrainingJob:
 
     def _left_hanging(self) -> RunInterrupted:
         reason = "told to leave, and no step ended in time"
-        if (notice := self._notice()) and notice.why == "cancelled":
+        if (notice := self._stop_cause()) and notice.why == "cancelled":
             return RunInterrupted(f"{notice.reason}; {reason}", kind="cancelled")
         return RunInterrupted(reason, kind="hung")
 
