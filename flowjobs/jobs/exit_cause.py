@@ -278,7 +278,7 @@ def _told_by_exit_code(life: JobRow | None, log: str, exit_code: int | None) -> 
     if OVER_LIMIT.search(log) or OOM_KILL.search(log):
         return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
     if code is None:
-        words = "ended without a word (as after SIGKILL or os._exit)"
+        words = "died silently (as after SIGKILL or os._exit)"
         return words, "killed", "failed", EXIT_FAILED
     if number := _signal_of(code):
         return _explain_signal(number)

@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 STATUS_EVERY_S = 5.0
 
 
-def ended_without_a_word(record: AttemptRecord) -> Outcome:
+def died_silently(record: AttemptRecord) -> Outcome:
     """The default outcome of an attempt whose process died silently."""
-    reason = f"attempt {record.number} ended without a word, {record.job.words}"
+    reason = f"attempt {record.number} died silently, {record.job.words}"
     return Outcome("failed", EXIT_FAILED, reason, kind="killed")
 
 
@@ -54,7 +54,7 @@ class Attempt:
         run: Run,
         job: JobInfo,
         judge: Judge = system_lock_decides,
-        explain: Callable[[AttemptRecord], Outcome] = ended_without_a_word,
+        explain: Callable[[AttemptRecord], Outcome] = died_silently,
     ) -> None:
         self.run = run
         self.job = job

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-from flowjobs.runs.attempt import Attempt, ended_without_a_word
+from flowjobs.runs.attempt import Attempt, died_silently
 from flowjobs.runs.lock import Judge, system_lock_decides
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
@@ -119,7 +119,7 @@ def recording(
     run: Run,
     job: JobInfo,
     judge: Judge = system_lock_decides,
-    explain: Callable[[AttemptRecord], Outcome] = ended_without_a_word,
+    explain: Callable[[AttemptRecord], Outcome] = died_silently,
     track: Track = untracked,
 ) -> Iterator[Recorder]:
     """Hold the run and track it for as long as the block lasts.

@@ -99,10 +99,10 @@ def test_a_killed_job_is_shown_as_dead_is_closed_and_goes_on_when_submitted(
     let_go()
     wait_until(lambda: "failed" in flowjobs("status", "local").stdout, "status to notice", 120)
     assert status_of(run).state == "running"  # looking has changed nothing
-    assert "local: failed: ended without a word" in flowjobs("reconcile").stdout
+    assert "local: failed: died silently" in flowjobs("reconcile").stdout
     status = status_of(run)
     assert (status.state, status.exit_code) == ("failed", 1)
-    assert status.reason.startswith("ended without a word (as after SIGKILL or os._exit) on")
+    assert status.reason.startswith("died silently (as after SIGKILL or os._exit) on")
     assert_in_wandb(run, "failed", 1, status.reason)
     assert flowjobs("reconcile").stdout == ""  # nothing is left to close
     submit(flowjobs)

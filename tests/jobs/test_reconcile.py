@@ -1,4 +1,4 @@
-"""Runs whose job is gone without a word, on the real Slurm: who finds out, and what they say."""
+"""Runs whose job is gone silently, on the real Slurm: who finds out, and what they say."""
 
 import contextlib
 import os

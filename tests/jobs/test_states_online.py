@@ -80,7 +80,7 @@ def test_a_cancelled_run_has_not_failed(start: Start, backend: Backend) -> None:
 
 
 @pytest.mark.long
-def test_a_run_whose_process_was_requeued_without_a_word_is_one_run(
+def test_a_run_whose_process_was_requeued_silently_is_one_run(
     start: Start, backend: Backend
 ) -> None:
     job = start(*ONLINE, "--checkpoint-every-s", "1", "--sbatch", "nodelist=n1")

@@ -57,7 +57,7 @@ def state_of(run: Run, backend: Backend | None) -> tuple[str, int | None, list[s
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_a_death_without_a_word_is_failed_with_its_reason(tracked_run: MakeRun, mode: str) -> None:
+def test_a_silent_death_is_failed_with_its_reason(tracked_run: MakeRun, mode: str) -> None:
     run, backend = tracked_run(mode)
     attempt_that_is_killed(run)
     write_end(run, OUT_OF_MEMORY)
