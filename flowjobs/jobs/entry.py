@@ -254,7 +254,7 @@ class TrainingJob:
             return
         try:
             failure = exit_cause.failure_of(error, self._process)
-            note_failure(self._run, self._process.life, failure)
+            note_failure(self._run, self._process.start, failure)
         except OSError as refused:
             logger.warning("how this rank failed could not be noted: %s", refused)
 
@@ -352,7 +352,7 @@ class TrainingJob:
         return mine if first.rank == 0 else first
 
     def _first_failure(self) -> RankFailure | None:
-        return exit_cause.first_failure(noted_failures(self._run, self._process.life), self._job)
+        return exit_cause.first_failure(noted_failures(self._run, self._process.start), self._job)
 
     def _stop_cause(self) -> Notice | None:
         """What the signal meant that this process got; None if that is unknown now."""

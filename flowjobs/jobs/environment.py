@@ -35,11 +35,11 @@ class JobProcess:
         rank: This process among all of the job, from 0.
         world_size: How many there are.
         local_rank: This process among those on its node, from 0.
-        life: This start of the job, by the same name for all its ranks.
+        start: This start of the job, by the same name for all its ranks.
     """
 
     job: JobInfo
-    life: str
+    start: str
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -56,7 +56,7 @@ def this_process(run: Submittable) -> JobProcess:
     if environment is None:
         log = run.logs / f"{socket.gethostname()}-{os.getpid()}.log"
         alone = dataclasses.replace(JobInfo.in_foreground(log), ranks=1)
-        return JobProcess(alone, alone.life)
+        return JobProcess(alone, alone.start)
     if environment.num_tasks > 1:
         from submitit.helpers import TorchDistributedEnvironment
 
@@ -66,7 +66,7 @@ def this_process(run: Submittable) -> JobProcess:
     step = f"{environment.job_id}.{os.environ.get('SLURM_STEP_ID')}"
     return JobProcess(
         job,
-        step if job.cluster == "none" else job.life,
+        step if job.cluster == "none" else job.start,
         rank=environment.global_rank,
         world_size=environment.num_tasks,
         local_rank=environment.local_rank,

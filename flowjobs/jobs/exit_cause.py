@@ -86,15 +86,15 @@ def cause_of(
     job = attempt.job
     if answer is None and job.cluster == "slurm":
         answer = ask_one(identity_of(run, job.job_id, job.log))
-    life = answer.life(job.restart) if isinstance(answer, Known) else None
+    start = answer.start(job.restart) if isinstance(answer, Known) else None
     log = log_tail(job.log)
     # A requeued job appends to the same file.
     log = log[max(0, log.rfind(f"attempt {attempt.number} at ")) :]
     when = f"attempt {attempt.number}{_step(attempt)}"
-    told = _told_by_slurm(life, log, restarted and exit_code is None)
-    if told is None and (failure := first_failure(noted_failures(run, job.life), job, log)):
+    told = _told_by_slurm(start, log, restarted and exit_code is None)
+    if told is None and (failure := first_failure(noted_failures(run, job.start), job, log)):
         return replace(failure.outcome, reason=f"{failure.reason}, {when}")
-    words, kind, state, code = told or _told_by_exit_code(life, log, exit_code)
+    words, kind, state, code = told or _told_by_exit_code(start, log, exit_code)
     return Outcome(state, code, f"{words} on {job.host}, {when}", _last_words(log), kind)
 
 
@@ -188,14 +188,14 @@ def cause_of_no_start(
 
 def failed_node(run: Run, job: JobInfo) -> str:
     """The node whose process died first, as far as is known; else the one of the first rank."""
-    if failure := first_failure(noted_failures(run, job.life), job):
+    if failure := first_failure(noted_failures(run, job.start), job):
         return failure.host
     found = FAILED_TASK.search(_newest_attempt(job))
     return found.group(1) if found else job.host
 
 
 def cancelled_while_requeued(job: JobInfo) -> bool:
-    """Whether the user cancelled the job's earlier life just as it asked to be requeued.
+    """Whether the user cancelled the job's earlier start just as it asked to be requeued.
 
     Slurm then starts it again all the same, and accounting says REQUEUED. What is left is what
     slurmstepd wrote to the job's output: every other end has its reason there (DUE TO …).
@@ -249,9 +249,9 @@ def log_tail(log: str | None) -> str:
 Told = tuple[str, str, State, int]
 
 
-def _told_by_slurm(life: JobRow | None, log: str, restarted: bool) -> Told | None:
+def _told_by_slurm(start: JobRow | None, log: str, restarted: bool) -> Told | None:
     """What Slurm itself has done to the job, or knows of its nodes."""
-    match life.state if life else "":
+    match start.state if start else "":
         case "NODE_FAIL" | "BOOT_FAIL":
             return "node failure", "node failure", "preempted", EXIT_PREEMPTED
         # REQUEUED also where the job was preempted and had itself requeued before Slurm did.
@@ -264,16 +264,16 @@ def _told_by_slurm(life: JobRow | None, log: str, restarted: bool) -> Told | Non
         case "OUT_OF_MEMORY":
             return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL
     # Accounting is seconds behind the rerun, or is not there; the rerun itself is proof enough.
-    if restarted and life is None:
+    if restarted and start is None:
         return "lost, and started again by Slurm", "preempted", "preempted", EXIT_PREEMPTED
     return None
 
 
-def _told_by_exit_code(life: JobRow | None, log: str, exit_code: int | None) -> Told:
+def _told_by_exit_code(start: JobRow | None, log: str, exit_code: int | None) -> Told:
     """What the exit code of a process, or else of its job, stands for."""
     code = exit_code
-    if code is None and life is not None:
-        code = 128 + life.signal if life.signal else life.exit_code
+    if code is None and start is not None:
+        code = 128 + start.signal if start.signal else start.exit_code
     # Before the code: without cgroups Slurm shows such a kill as FAILED by signal 9.
     if OVER_LIMIT.search(log) or OOM_KILL.search(log):
         return _memory_words(log), "out of memory", "failed", 128 + signal.SIGKILL

@@ -40,7 +40,7 @@ CAUSE_KNOWN_AFTER = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Dead:
-    """A run whose newest job, or the life of it that trained, is over, and nobody has noted it.
+    """A run whose newest job, or the start of it that trained, is over, and nobody has noted it.
 
     Attributes:
         job: The job.
@@ -185,7 +185,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
             if attempt and answer.restarted_since(job.restart):
                 if answer.newest.state == "COMPLETING":
                     return None  # Slurm counts the next start, and this one may still save
-                return _find_dead_life(run, status, attempt, answer, restarts=True)
+                return _find_dead_start(run, status, attempt, answer, restarts=True)
             if answer.newest.waits:
                 return Waits(why_it_waits(answer.newest))
             return _find_slot(run, status, job)
@@ -196,7 +196,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
             outcome = exit_cause.cause_of_no_start(job, answer=answer)
             return Dead(job, outcome, version, attempt_began=began)
     if attempt:
-        return _find_dead_life(run, status, attempt, answer)
+        return _find_dead_start(run, status, attempt, answer)
     if any(known.job.job_id == job.job_id for known in status.attempts):
         # It left in good order, but had no time, or no way, to be started again.
         reason = f"{status.reason}; then no job of it was left"
@@ -222,7 +222,7 @@ def _find_slot(run: Run, status: RunStatus, job: JobInfo) -> Waits | None:
     return Waits(f"for a slot of job {job.job_id}")
 
 
-def _find_dead_life(
+def _find_dead_start(
     run: Run,
     status: RunStatus,
     attempt: AttemptRecord,
@@ -230,7 +230,7 @@ def _find_dead_life(
     *,
     restarts: bool = False,
 ) -> Dead | None:
-    known = isinstance(answer, Known) and answer.life(attempt.job.restart) is not None
+    known = isinstance(answer, Known) and answer.start(attempt.job.restart) is not None
     # Guessed now, it would end for good: on an unknown cause nothing is restarted.
     age = datetime.now(UTC) - datetime.fromisoformat(status.updated)
     if not known and isinstance(answer, Known) and age < CAUSE_KNOWN_AFTER:

@@ -19,7 +19,7 @@ def judge_for(run: Run, me: JobInfo) -> Judge:
             return system_lock_decides(holder, lock_is_free)
         if me.cluster == "slurm" and holder.job_id == me.job_id:
             if me.restart > holder.restart:
-                # Slurm has started the job again, so its earlier life is over, even if a process
+                # Slurm has started the job again, so its earlier start is over, even if a process
                 # of it still runs on a node that Slurm has lost.
                 return "gone"
             return system_lock_decides(holder, lock_is_free)

@@ -136,9 +136,9 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
     for run in pack.remaining(job.job_id):
         with keeping_others(run):
             status = run.status()
-            lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
-            begun |= (job.job_id, job.restart) in lives
-            if status.open_attempt and lives[-1] == (job.job_id, job.restart):
+            starts = [(known.job.job_id, known.job.restart) for known in status.attempts]
+            begun |= (job.job_id, job.restart) in starts
+            if status.open_attempt and starts[-1] == (job.job_id, job.restart):
                 cause = exit_cause.cause_of(run, status.open_attempt, exit_code)
                 dead = Dead(status.open_attempt.job, cause, version_of(status))
                 if outcome := close_attempt(run, dead):
@@ -172,19 +172,19 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     """
     status = run.status()
     attempt, version = status.open_attempt, version_of(status)
-    lives = [(known.job.job_id, known.job.restart) for known in status.attempts]
-    life = (job.job_id, job.restart)
-    if exit_code == EXIT_PREEMPTED and life not in lives:
+    starts = [(known.job.job_id, known.job.restart) for known in status.attempts]
+    start = (job.job_id, job.restart)
+    if exit_code == EXIT_PREEMPTED and start not in starts:
         # It has not got the run, since another attempt may still have it: later, then.
         if job.restart < run.config().restarts.give_up_after:
             restart(run, job, "waiting", task_of(run))
         return None
-    if attempt and (attempt.job.job_id, attempt.job.restart) == life:
+    if attempt and (attempt.job.job_id, attempt.job.restart) == start:
         dead = Dead(job, exit_cause.cause_of(run, attempt, exit_code), version)
-    elif attempt or life in lives or exit_code == EXIT_CANCELLED:
+    elif attempt or start in starts or exit_code == EXIT_CANCELLED:
         # It has said so itself, or another job holds the run.
         entries = run.submissions()  # none, if the disk did not take the line
-        newest = lives[-1:] == [life] and (not entries or entries[-1].job_id == job.job_id)
+        newest = starts[-1:] == [start] and (not entries or entries[-1].job_id == job.job_id)
         if newest and status.state == "preempted" and exit_code != EXIT_PREEMPTED:
             # Killed before it could have itself started again: another rank of it had died.
             restart(run, job, status.attempts[-1].kind, task_of(run))

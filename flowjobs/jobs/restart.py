@@ -68,12 +68,12 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
     if record is None or record.fields.get("BatchFlag") in (None, "0"):
         logger.info("%s is no batch job: run the same command again to resume", job.job_id)
         return
-    # Its count grows while this life still has its grace; a second requeue would fail.
+    # Its count grows while this start still has its grace; a second requeue would fail.
     if record.restarts > job.restart:
         logger.info("Slurm starts job %s again by itself", job.job_id)
         return
     # Between the answer above and the request below a `scancel` would be undone; the signal that
-    # it sends is found in the log by the next life (jobs/exit_cause.py).
+    # it sends is found in the log by the next start (jobs/exit_cause.py).
     if record.cancelled or is_cancelled(run):
         logger.info("job %s was cancelled; the run stays as it is", job.job_id)
         return

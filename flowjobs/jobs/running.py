@@ -182,8 +182,8 @@ def _ended_for_good(run: Run, job_id: str) -> bool:
 def _comes_back(run: Run, job: Known) -> bool:
     """Whether Slurm will start a job that ends again."""
     attempts = run.status().attempts
-    lives = [known.job.restart for known in attempts if known.job.job_id == job.newest.job_id]
-    return job.restarted_since(max(lives, default=0))
+    starts = [known.job.restart for known in attempts if known.job.job_id == job.newest.job_id]
+    return job.restarted_since(max(starts, default=0))
 
 
 def jobs_of(

@@ -62,7 +62,7 @@ def _slurm_notice(run: Submittable, job: JobInfo, signal_name: str) -> Notice:
     seconds = max(0.0, record.seconds_left) + wait_s
     ends_soon = record.seconds_left < run.asked().signal_delay_s + 60
     if record.restarts > job.restart:
-        # The record is that of its next life already.
+        # The record is that of its next start already.
         return Notice("requeued", f"requeued by Slurm ({signal_name})", wait_s)
     if record.preempted:
         return Notice("preempted", f"preempted ({signal_name})", seconds)

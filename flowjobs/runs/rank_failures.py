@@ -53,25 +53,25 @@ class RankFailure:
         return RankFailedError(self.reason, outcome.kind, outcome.exit_code, outcome.traceback)
 
 
-def note_failure(run: Run, life: str, failure: RankFailure) -> None:
+def note_failure(run: Run, start: str, failure: RankFailure) -> None:
     """Write down how this rank failed.
 
     Args:
         run: The run.
-        life: The job and its restart; see `JobInfo.life`.
+        start: The job and its restart; see `JobInfo.start`.
         failure: How.
 
     Raises:
         OSError: It cannot be written.
     """
-    write_json(run.rank_file(life, failure.rank), asdict(failure))
+    write_json(run.rank_file(start, failure.rank), asdict(failure))
 
 
-def noted_failures(run: Run, life: str) -> list[RankFailure]:
-    """What the ranks of a job's life have noted; a file that is damaged is left out."""
+def noted_failures(run: Run, start: str) -> list[RankFailure]:
+    """What the ranks of a job's start have noted; a file that is damaged is left out."""
     found = []
     # Listed anew: NFS remembers for a while that a file which was asked for by name is not there.
-    for file in run.rank_files(life):
+    for file in run.rank_files(start):
         try:
             found.append(from_json(RankFailure, read_json(file)))
         except (OSError, ValueError):

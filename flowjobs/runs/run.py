@@ -114,13 +114,13 @@ class Run(Submittable):
         """The address of its page in W&B, once a server has been told of it."""
         return self.folder / "wandb" / "page.txt"
 
-    def rank_file(self, life: str, rank: int) -> Path:
+    def rank_file(self, start: str, rank: int) -> Path:
         """How a rank of a job failed; see `runs.rank_failures`."""
-        return self.logs / f"{life}-rank{rank}.json"
+        return self.logs / f"{start}-rank{rank}.json"
 
-    def rank_files(self, life: str) -> list[Path]:
+    def rank_files(self, start: str) -> list[Path]:
         """Those files that are there."""
-        return sorted(self.logs.glob(f"{life}-rank*.json"))
+        return sorted(self.logs.glob(f"{start}-rank*.json"))
 
     @property
     def cancel_file(self) -> Path:

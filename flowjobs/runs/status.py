@@ -114,8 +114,8 @@ class JobInfo:
         restart: How often the scheduler has started this job again.
         continues: Whether the job was submitted by flowjobs itself, to continue an earlier one.
         ranks: Processes that train together; None if that was not noted.
-        packed: Whether other runs share the job: this one may start in its second life, or start
-            again in its first, and `continues` alone says which.
+        packed: Whether other runs share the job: this one may begin in the job's second start, or
+            begin again in its first, and `continues` alone says which.
         process: Tells the process from a later one of its id; see `process_mark`.
     """
 
@@ -132,7 +132,7 @@ class JobInfo:
     process: str | None = None
 
     @property
-    def life(self) -> str:
+    def start(self) -> str:
         """This start of the job, as text: "12-0"."""
         return f"{self.job_id}-{self.restart}"
 

@@ -56,7 +56,7 @@ _LINES_OF_THEIR_OWN = ("Command=", "WorkDir=", "StdOut=", "StdErr=", "StdIn=", "
 
 @dataclass(frozen=True)
 class JobRow:
-    """One line on a job: as the controller has it, or one life of it in accounting.
+    """One line on a job: as the controller has it, or one start of it in accounting.
 
     Attributes:
         job_id: As submitted (`12_3` for an array task; of tasks that wait still together,
@@ -273,7 +273,7 @@ def start_soon(job_id: str) -> None:
     """Let a job of one's own that is requeued start in some seconds, where that is allowed.
 
     Slurm lets it wait for two minutes by default. Not at once: a node that still knows the job's
-    earlier life refuses it, or is drained ("Duplicate jobid").
+    earlier start refuses it, or is drained ("Duplicate jobid").
     """
     run("scontrol", "update", f"jobid={job_id}", "StartTime=now+3")
 

@@ -18,8 +18,8 @@ from flowjobs.slurm.controller import ENDED, REVOKED, JobRow, queue
 from flowjobs.slurm.sacct import accounting
 from flowjobs.slurm.submission import CLOCKS_S
 
-# Accounting's last row of a job may be that of an earlier life, if it says one of these: the row of
-# the next life comes some seconds later, or when a database that was away is back.
+# Accounting's last row of a job may be that of an earlier start, if it says one of these: the next
+# start's comes some seconds later, or when a database that was away is back.
 AGAIN = frozenset({"REQUEUED", "PREEMPTED", "NODE_FAIL"})
 SETTLED_AFTER_S = 600.0
 
@@ -83,12 +83,12 @@ class Known:
 
     Attributes:
         newest: The controller's word on it; accounting's where that has forgotten the job.
-        lives: Accounting's rows, one for each start, oldest first: some seconds behind, and none
+        starts: Accounting's rows, one for each start, oldest first: some seconds behind, and none
             where it was not asked or does not answer.
     """
 
     newest: JobRow
-    lives: tuple[JobRow, ...] = ()
+    starts: tuple[JobRow, ...] = ()
 
     @property
     def over(self) -> bool:
@@ -99,14 +99,14 @@ class Known:
         """Whether Slurm has started, or will start, the job again after that start of it."""
         if self.newest.restarts is not None:
             return self.newest.restarts > restart
-        return len(self.lives) > restart + 1
+        return len(self.starts) > restart + 1
 
-    def life(self, restart: int) -> JobRow | None:
+    def start(self, restart: int) -> JobRow | None:
         """How that start of the job ended (0 is the first); None if that is not known (yet)."""
         # The controller knows how a job ended some seconds before accounting does.
         if self.newest.restarts == restart and self.over:
             return self.newest
-        rows = [row for row in self.lives[restart : restart + 1] if row.ended is not None]
+        rows = [row for row in self.starts[restart : restart + 1] if row.ended is not None]
         return rows[0] if rows else None
 
 
@@ -139,7 +139,7 @@ def ask(
 ) -> dict[JobIdentity, JobAnswer]:
     """Ask Slurm about all these jobs together.
 
-    Once, if all of them wait or run in their first life; else accounting too; and where there is
+    Once, if all of them wait or run in their first start; else accounting too; and where there is
     none, which cluster this is: only the one that had a job can say that it is gone.
 
     Args:
@@ -155,7 +155,7 @@ def ask(
         return {job: Unknown(str(error)) for job in jobs}
     queued = _by_id(rows)
     known = {job: row for job in jobs for row in _rows_of(job, queued)}
-    # Of one that was started again only accounting has the earlier lives.
+    # Of one that was started again only accounting has the earlier starts.
     told = {job for job, row in known.items() if row.state not in ENDED and not row.restarts}
     try:
         # By the array: tasks that ended before they were told apart are on one row of it.
@@ -170,16 +170,16 @@ def ask(
     arrays = {row.job_id.partition("_")[0]: row for row in books or () if "_" in row.job_id}
     for job in jobs:
         rows = _rows_of(job, by_id)
-        lives = tuple([row for row in rows if row.job_id == job.job_id] or rows)
-        newest = known[job] if job in known else lives[-1] if lives else None
+        starts = tuple([row for row in rows if row.job_id == job.job_id] or rows)
+        newest = known[job] if job in known else starts[-1] if starts else None
         if newest and newest.state == REVOKED:
             answers[job] = Unknown(
                 f"{job.words} waits, or runs, on another cluster of the federation: ask from there"
             )
         elif job in known:
-            answers[job] = Known(known[job], lives)
-        elif lives:
-            answers[job] = _last_of(job, lives)
+            answers[job] = Known(known[job], starts)
+        elif starts:
+            answers[job] = _last_of(job, starts)
         elif (array := arrays.get(job.job_id.partition("_")[0])) and _is_task_of(job, array):
             # Slurm forgets at once a task that is cancelled by itself before it has started; any
             # other of an array that both know is known to one of them.
@@ -255,12 +255,12 @@ def _is_task_of(job: JobIdentity, array: JobRow) -> bool:
     return "_" in job.job_id and replace(job, job_id=array.job_id).matches(array)
 
 
-def _last_of(job: JobIdentity, lives: tuple[JobRow, ...]) -> JobAnswer:
+def _last_of(job: JobIdentity, starts: tuple[JobRow, ...]) -> JobAnswer:
     """The answer where the controller does not know the job (any more) and accounting does."""
-    last = lives[-1]
+    last = starts[-1]
     settled = last.ended is not None and time.time() - last.ended > SETTLED_AFTER_S
     if last.state in ENDED | AGAIN and (settled or last.state not in AGAIN):
-        return Known(last, lives)
+        return Known(last, starts)
     return Unknown(f"the controller does not know {job.words}, and accounting says {last.state}")
 
 

@@ -15,7 +15,7 @@ def accounting_answers() -> bool:
 
 
 def accounting(job_ids: Collection[str]) -> list[JobRow] | None:
-    """Every life of all jobs that have or had these ids on this cluster, oldest first.
+    """Every start of all jobs that have or had these ids on this cluster, oldest first.
 
     One call for all of them. Accounting is some seconds behind the controller.
 
@@ -68,7 +68,7 @@ def accounting(job_ids: Collection[str]) -> list[JobRow] | None:
 def _ask_accounting(
     job_ids: Collection[str], fields: Sequence[str]
 ) -> subprocess.CompletedProcess[str]:
-    # -D for every life, and for older jobs of the same id; -X without the steps.
+    # -D for every start, and for older jobs of the same id; -X without the steps.
     return run(
         *("sacct", "-X", "-D", "-n", "-P", f"--delimiter={SEPARATOR}"),
         *("-j", ",".join(sorted(job_ids)), "-o", ",".join(fields)),

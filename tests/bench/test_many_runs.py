@@ -29,12 +29,12 @@ def make(folder: Path, number: int, state: State) -> None:
     status = RunStatus(state, "", 4600, 4600, 200, 200, 50, 0.88, 0)
     status.attempts = [
         AttemptRecord(
-            life + 1,
-            JobInfo("slurm", str(number), None, "n1", 1, restart=life),
+            start + 1,
+            JobInfo("slurm", str(number), None, "n1", 1, restart=start),
             *("2025-01-01T00:01:00+00:00", 0, 100, "2025-01-01T01:00:00+00:00"),
-            "preempted" if life < 2 else state,
+            "preempted" if start < 2 else state,
         )
-        for life in range(3)
+        for start in range(3)
     ]
     (folder / "status.json").write_text(json.dumps(dataclasses.asdict(status), indent=2))
     for file in folder.iterdir():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.cluster.waiting import ClusterError
 
-# Of sacct, in this order; -D adds a row for every earlier life of a requeued job.
+# Of sacct, in this order; -D adds a row for every earlier start of a requeued job.
 ACCOUNTING_FIELDS = (
     "JobID",
     "JobIDRaw",
@@ -73,7 +73,7 @@ def parse_fields(line: str) -> dict[str, str]:
 
 
 def accounting_command(job_id: str) -> tuple[str, ...]:
-    """The sacct call for every life of a job."""
+    """The sacct call for every start of a job."""
     fields = ",".join(ACCOUNTING_FIELDS)
     return ("sacct", "-XDnP", f"--delimiter={_SEPARATOR}", "-j", job_id, "-o", fields)
 

@@ -71,7 +71,7 @@ class Node:
         """Starts slurmd, unless it runs, and does not wait for it."""
         if not self.processes():
             # After a power failure the node's own disk is empty, as it is where nodes boot over the
-            # network: slurmd, cleaning up after jobs, would be in the way of their next lives.
+            # network: slurmd, cleaning up after jobs, would be in the way of their next starts.
             shutil.rmtree(self._spool, ignore_errors=True)
         self._spool.mkdir(parents=True, exist_ok=True)
         self.slurmd.start()

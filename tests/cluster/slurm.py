@@ -106,7 +106,7 @@ class SlurmCluster:
         return client.parse_fields(text.splitlines()[0])
 
     def accounting(self, job_id: str | int) -> list[dict[str, str]]:
-        """sacct's rows of a job by `client.ACCOUNTING_FIELDS`, one for each life, oldest first."""
+        """sacct's rows of a job by `client.ACCOUNTING_FIELDS`, one for each start, oldest first."""
         return client.parse_accounting(self.run(*client.accounting_command(str(job_id))))
 
     def wait_state(
@@ -136,7 +136,7 @@ class SlurmCluster:
 
         wait_until(waits, f"job {job_id} to wait in the queue", timeout_s)
         if self.job(job_id)["JobState"] == "PENDING":
-            # Started in the second in which its last life ended, a job is refused by the node:
+            # Started in the second in which its last start ended, a job is refused by the node:
             # "already killed, do not launch".
             self.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
 

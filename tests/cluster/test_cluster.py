@@ -46,7 +46,7 @@ def _wait_text(path: Path, text: str, timeout_s: float = 15) -> None:
 
 
 def _last_state(slurm: SlurmCluster, job: str, index: int) -> str:
-    """sacct's state of one life of a job, once it says so: its rows come seconds late."""
+    """sacct's state of one start of a job, once it says so: its rows come seconds late."""
     end = time.monotonic() + 10
     while True:
         states = [row["State"] for row in slurm.accounting(job)]
@@ -128,7 +128,7 @@ def test_job_of_a_killed_node_is_requeued(slurm: SlurmCluster, tmp_path: Path) -
     slurm.start_node("n2")
     slurm.hurry(job)
     slurm.wait_state(job, "RUNNING")
-    time.sleep(1)  # its end would be the old life's, come late
+    time.sleep(1)  # its end would be the old start's, come late
     assert slurm.job(job)["JobState"] == "RUNNING"
     assert _last_state(slurm, job, 0) == "NODE_FAIL"
 
