@@ -208,7 +208,7 @@ def _cells(row: "Row", notice_s: float | None) -> list[str]:
     return [
         row.way,
         row.signal or "-",
-        row.went_on or "no",
+        row.resumed_as or "no",
         "-" if row.steps_lost is None else str(row.steps_lost),
         saved,
         "-" if row.same_bits is None else _yes(row.same_bits),

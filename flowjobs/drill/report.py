@@ -17,7 +17,7 @@ class Drilled:
     Attributes:
         run: The run.
         how: How it was interrupted; None for the one that was left in peace.
-        told: The number of the attempt that was interrupted; 0 if none was.
+        interrupted: The number of the attempt that was interrupted; 0 if none was.
         saved_s: From the interruption until its end was noted, as seen from here; None if that was
             not seen.
         reached: The last step that was seen before the run went on.
@@ -27,7 +27,7 @@ class Drilled:
 
     run: Run
     how: Interruption | None
-    told: int = 0
+    interrupted: int = 0
     saved_s: float | None = None
     reached: int = 0
     by_drill: bool = False
@@ -41,7 +41,7 @@ class Row:
     Attributes:
         way: The interruption.
         signal: What the process says has reached it; None if it could not say.
-        went_on: How the run went on, in words; None if it did not.
+        resumed_as: How the run resumed, in words; None if it did not.
         steps_lost: Steps that had to be done again.
         saved_s: Seconds from the interruption to a state that is saved, at most.
         same_bits: Whether it ended with the bits of the undisturbed run; None if it did not end.
@@ -51,7 +51,7 @@ class Row:
 
     way: str
     signal: str | None
-    went_on: str | None
+    resumed_as: str | None
     steps_lost: int | None
     saved_s: float | None
     same_bits: bool | None
@@ -98,13 +98,13 @@ def _row(drilled: Drilled, undisturbed: Run) -> Row:
     assert drilled.how is not None
     status = drilled.run.status()
     hosts = _hosts(status)
-    before, after = _both_sides(status.attempts, drilled.told)
+    before, after = _both_sides(status.attempts, drilled.interrupted)
     if before is None or after is None:
         problem = drilled.problem or _problem_of_no_restart(status, before)
         return Row(drilled.how.way, None, None, None, None, None, hosts, problem)
     steps_lost = max(drilled.reached, before.last_step or 0) - (after.first_step or 0)
     same_job = before.job.job_id == after.job.job_id
-    went_on = "same job" if same_job else f"new job {after.job.job_id}"
+    resumed_as = "same job" if same_job else f"new job {after.job.job_id}"
     signal = re.search(r"SIG[A-Z]+\d*", before.reason)
     finished = status.state == "finished"
     differs = differences(drilled.run, undisturbed) if finished else []
@@ -118,7 +118,7 @@ def _row(drilled: Drilled, undisturbed: Run) -> Row:
     return Row(
         way=drilled.how.way,
         signal=signal.group() if signal else None,
-        went_on="submitted again" if drilled.by_drill else went_on,
+        resumed_as="submitted again" if drilled.by_drill else resumed_as,
         steps_lost=steps_lost,
         saved_s=drilled.saved_s if drilled.how.saves else None,
         same_bits=not differs if finished else None,

@@ -29,7 +29,7 @@ from flowjobs.slurm.jobs import Known, Unknown, ask
 
 POLL_S = 0.2
 ASK_SLURM_EVERY_S = 2.0
-HURRY_EVERY_S = 15.0
+EXPEDITE_EVERY_S = 15.0
 # Steps that an attempt does before it is interrupted.
 STEPS_BEFORE = 20
 # A job that left the queue may be back in a moment, under a new id; its files may be late.
@@ -46,18 +46,18 @@ class Watched(Drilled):
 
     Attributes:
         job: Its first job.
-        told_at: When it was interrupted, by this process's monotonic clock; None if unknown.
+        interrupted_at: When it was interrupted, by this process's monotonic clock; None if unknown.
         waits_for: Why the job waits, by Slurm's word; empty if it does not.
-        hurried_at: When Slurm was last asked to start it sooner.
+        expedited_at: When Slurm was last asked to start it sooner.
         last_seen: What was last seen of it.
         changed_at: When that was new.
         done: Whether there is nothing more to wait for.
     """
 
     job: SubmittedJob
-    told_at: float | None = None
+    interrupted_at: float | None = None
     waits_for: str = ""
-    hurried_at: float = -math.inf
+    expedited_at: float = -math.inf
     last_seen: object = None
     changed_at: float = field(default_factory=time.monotonic)
     done: bool = False
@@ -209,11 +209,11 @@ class _Drill:
         run = watched.run
         status = run.status()
         step = int(latest_values(run.metrics_file).get("step", 0))
-        if watched.told:
-            ended = status.attempts[watched.told - 1].ended
-            if ended and watched.told_at and watched.saved_s is None:
-                watched.saved_s = time.monotonic() - watched.told_at
-            if len(status.attempts) == watched.told:
+        if watched.interrupted:
+            ended = status.attempts[watched.interrupted - 1].ended
+            if ended and watched.interrupted_at and watched.saved_s is None:
+                watched.saved_s = time.monotonic() - watched.interrupted_at
+            if len(status.attempts) == watched.interrupted:
                 watched.reached = max(watched.reached, step)
         elif watched.how and (attempt := status.open_attempt):
             begun = attempt.first_step is not None and step >= attempt.first_step + STEPS_BEFORE
@@ -233,19 +233,19 @@ class _Drill:
             if self._cluster == "slurm":
                 live = _live_jobs(watched.run)
                 alive = bool(live)
-                watched.waits_for = self._hurry(
+                watched.waits_for = self._expedite(
                     watched, [row for row in live if row.state == "PENDING"]
                 )
             else:
                 alive = watched.job.alive(watched.run)
             self._judge(watched, alive)
 
-    def _hurry(self, watched: Watched, waiting: list[JobRow]) -> str:
+    def _expedite(self, watched: Watched, waiting: list[JobRow]) -> str:
         """Why jobs of a run wait; one that is only to wait before it is started again need not."""
         for row in waiting:
-            due = time.monotonic() - watched.hurried_at > HURRY_EVERY_S
+            due = time.monotonic() - watched.expedited_at > EXPEDITE_EVERY_S
             if row.reason == "BeginTime" and due:
-                watched.hurried_at = time.monotonic()
+                watched.expedited_at = time.monotonic()
                 start_soon(row.job_id)
         return waiting[-1].reason if waiting else ""
 
@@ -261,7 +261,7 @@ class _Drill:
         elif self._cluster == "slurm":
             if still_s > GONE_S:
                 reconcile([watched.run])  # writes down how it ended
-        elif watched.told and watched.how and not watched.by_drill:
+        elif watched.interrupted and watched.how and not watched.by_drill:
             # On this machine TERM is its user's, and nobody else notices that a job was killed.
             watched.by_drill = True
             watched.job = self._submit(watched.run)
@@ -283,9 +283,9 @@ def _live_jobs(run: Run) -> list[JobRow]:
 
 
 def _interrupt(watched: Watched, how: Interruption, attempt: AttemptRecord) -> None:
-    watched.told = attempt.number
+    watched.interrupted = attempt.number
     if how.way != "time limit":  # that one comes by itself, nobody knows when
-        watched.told_at = time.monotonic()
+        watched.interrupted_at = time.monotonic()
     try:
         how.happen_to(attempt.job)
     except SubmissionError as error:

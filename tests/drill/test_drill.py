@@ -58,7 +58,7 @@ def test_on_slurm_every_interruption_ends_in_the_same_bits(
     code, found = drill(flowjobs, "--partition", "preempt", *what, *STEPS)
     assert code == 0, found
     rows = {row["way"]: row for row in found["rows"]}
-    assert {way: (row["signal"], row["went_on"]) for way, row in rows.items()} == {
+    assert {way: (row["signal"], row["resumed_as"]) for way, row in rows.items()} == {
         "user signal": ("SIGUSR2", "same job"),
         "TERM": ("SIGTERM", "same job"),
         "requeue": ("SIGTERM", "same job"),
@@ -86,7 +86,7 @@ def test_where_requeuing_is_forbidden_it_says_that_runs_get_new_jobs(
     code, found = drill(flowjobs, "--partition", "preempt-nograce", *options, *STEPS)
     assert code == 0, found
     assert [row["way"] for row in found["rows"]] == ["user signal", "TERM", "SIGKILL"]
-    assert all(row["went_on"].startswith("new job ") for row in found["rows"])
+    assert all(row["resumed_as"].startswith("new job ") for row in found["rows"])
     assert all(row["same_bits"] for row in found["rows"])
     no_grace, forbidden = (shortfall["what"] for shortfall in found["shortfalls"])
     assert no_grace.startswith("GraceTime 0")
