@@ -29,7 +29,8 @@ def print_overview(groups: "Sequence[Group]") -> None:
                 trouble.setdefault((standing.stage, kind), []).append(standing)
     for (stage, kind), some in sorted(trouble.items()):
         for standing in some[:LISTED]:
-            print(f"{standing.glance.name} {stage}: {standing.why}")
+            how = "waits" if stage == "waiting" else f"{stage}:"
+            print(f"{standing.glance.name} {how} {standing.why}")
         if len(some) > LISTED:
             print(f"and {len(some) - LISTED} more {stage}: {kind}")
 

@@ -13,6 +13,7 @@ from flowjobs.runs.files import warn_once
 from flowjobs.runs.listing import Glance, glances
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
+from flowjobs.slurm.waiting import never_starts
 
 # As sweeps/plan.py has them, in the order in which they are shown. "stopped" is a run of which no
 # job is left, and that nothing starts by itself: there "to resume" or "new". Two more differ, since
@@ -20,8 +21,6 @@ from flowjobs.runs.selection import runs_of_sweep, sweep_names
 # there alone, and one that is finished and asked to be longer is "to resume" there alone.
 Stage = Literal["finished", "running", "waiting", "stopped", "cancelled", "failed", "unknown"]
 NEEDS_A_PERSON = ("failed", "stopped", "unknown")
-# What Slurm will never start as it is; see slurm/waiting.py.
-IN_VAIN = ("in vain", "held", "for jobs that can never end")
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,7 @@ class Standing:
     @property
     def needs_a_person(self) -> bool:
         """Whether nothing more happens to it by itself."""
-        return self.stage in NEEDS_A_PERSON or (
-            self.stage == "waiting" and self.why.startswith(IN_VAIN)
-        )
+        return self.stage in NEEDS_A_PERSON or (self.stage == "waiting" and never_starts(self.why))
 
 
 @dataclass(frozen=True)

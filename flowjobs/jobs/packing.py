@@ -133,7 +133,7 @@ class _Slots:
         self._job = job
         self._waiting: deque[Run] = deque()
         self._running: dict[Run, _Process] = {}
-        self._in_vain: Counter[Run] = Counter()
+        self._fruitless: Counter[Run] = Counter()
         self._memory_kills = memory_kills()
         self._looked_at = 0.0
         self._starts_from = 0.0
@@ -180,7 +180,7 @@ class _Slots:
             logger.warning("%s does not start now: %s", run.name, error)
             self._put_behind(run, began=False)
             # A file server is away, or the node has no memory left: later, and later still.
-            self._starts_from = time.monotonic() + 2 ** self._in_vain[run]
+            self._starts_from = time.monotonic() + 2 ** self._fruitless[run]
 
     def _start(self, run: Run) -> None:
         environment = {**os.environ, **self._variables, SLOTS: str(self._pack.slots)}
@@ -277,12 +277,12 @@ class _Slots:
 
     def _put_behind(self, run: Run, *, began: bool) -> None:
         """Put a run behind the others, unless its starts do not even get hold of it."""
-        self._in_vain[run] = 0 if began else self._in_vain[run] + 1
+        self._fruitless[run] = 0 if began else self._fruitless[run] + 1
         try:
             give_up_after = run.config().restarts.give_up_after
         except (FlowjobsError, OSError):  # its own process says what is wrong with it
             give_up_after = RestartConfig().give_up_after
-        if self._in_vain[run] < give_up_after:
+        if self._fruitless[run] < give_up_after:
             self._waiting.append(run)
         else:
             logger.error("%s is not started again: see %s", run.name, run.logs)

@@ -5,8 +5,8 @@ import time
 from flowjobs.slurm.controller import JobRow
 
 # By the beginning of Slurm's word, the longer before the shorter; `squeue -o %r` has about 200.
-# Some are sentences, which scontrol prints with underscores.
-WORDS = (
+# Some are sentences, which scontrol prints with underscores. First what never starts as it is.
+STUCK = (
     ("JobHeldUser", "held by its user: `scontrol release {job}` lets it start"),
     ("JobHeldAdmin", "held by an administrator, who must release it"),
     ("JobHoldMaxRequeue", "held after too many restarts: `scontrol release {job}`"),
@@ -19,31 +19,40 @@ WORDS = (
         "user_env_retrieval_failed",
         "held, for its environment was not found: `scontrol release {job}`",
     ),
+    ("DependencyNeverSatisfied", "for jobs that can never end as it was told to wait: cancel it"),
+    (
+        "PartitionTimeLimit",
+        "and cannot start: its time limit is above the partition's (--timeout-min)",
+    ),
+    ("PartitionNodeLimit", "and cannot start: the partition allows fewer nodes (--nodes)"),
+    ("PartitionConfig", "and cannot start: the partition does not allow what it asks for"),
+    ("QOSMaxWall", "and cannot start: its time limit is above that of its QOS (--timeout-min)"),
+    ("QOSNotAllowed", "and cannot start: its QOS is not allowed in this partition (--qos)"),
+    ("InvalidAccount", "and cannot start: its account is not valid (--account)"),
+    ("InvalidQOS", "and cannot start: its QOS is not valid (--qos)"),
+    (
+        "AccountNotAllowed",
+        "and cannot start: its account is not allowed in this partition (--account)",
+    ),
+    ("BadConstraints", "and cannot start: no node has what it asks for"),
+)
+WORDS = (
+    *STUCK,
     ("BeginTime", "for its start time{start}"),
     ("Resources", "for nodes or GPUs to become free{start}"),
     ("Priority", "behind jobs of higher priority{start}"),
-    ("DependencyNeverSatisfied", "for jobs that can never end as it was told to wait: cancel it"),
     ("Dependency", "for other jobs to end{dependency}"),
     ("ReqNodeNotAvail", "for nodes that are down, drained or reserved{start}"),
     ("Nodes_required", "for nodes that are down, drained or reserved{start}"),
     ("NodeDown", "for a node that is down"),
     ("PartitionDown", "for its partition, which is down"),
     ("PartitionInactive", "for its partition, which is inactive"),
-    ("PartitionTimeLimit", "in vain: its time limit is above the partition's (--timeout-min)"),
-    ("PartitionNodeLimit", "in vain: the partition allows fewer nodes (--nodes)"),
-    ("PartitionConfig", "in vain: the partition does not allow what it asks for"),
     ("AssociationJobLimit", "for your account's limit on jobs"),
     ("Assoc", "for a limit of your account"),
-    ("QOSMaxWall", "in vain: its time limit is above that of its QOS (--timeout-min)"),
-    ("QOSNotAllowed", "in vain: its QOS is not allowed in this partition (--qos)"),
     ("QOS", "for a limit of its QOS"),
     ("MaxGRES", "for a limit on GPUs"),
     ("MaxCpu", "for a limit on CPUs"),
     ("MaxMemory", "for a limit on memory"),
-    ("InvalidAccount", "in vain: its account is not valid (--account)"),
-    ("InvalidQOS", "in vain: its QOS is not valid (--qos)"),
-    ("AccountNotAllowed", "in vain: its account is not allowed in this partition (--account)"),
-    ("BadConstraints", "in vain: no node has what it asks for"),
     ("Reservation", "for its reservation to begin"),
     ("Licenses", "for licenses to become free"),
     ("JobArrayTaskLimit", "for other tasks of its array"),
@@ -67,6 +76,11 @@ def why_it_waits(row: JobRow) -> str:
             text = words.format(job=row.job_id, start=start, dependency=dependency)
             return f"{text} ({reason})"
     return f"for Slurm's reason {reason or 'unknown'}"
+
+
+def never_starts(why: str) -> bool:
+    """Whether a job that waits so, in the words of `why_it_waits`, never starts as it is."""
+    return why.startswith(tuple(words.partition("{")[0] for _, words in STUCK))
 
 
 def _clock(seconds: float) -> str:

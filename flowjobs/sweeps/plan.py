@@ -14,7 +14,6 @@ from typing import Any, Literal
 from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, flag, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
-from flowjobs.jobs.overview import IN_VAIN
 from flowjobs.jobs.running import running_jobs
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.code import code_of
@@ -22,6 +21,7 @@ from flowjobs.runs.datasets import same_file
 from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.status import RunStatus, read_sound_status
+from flowjobs.slurm.waiting import never_starts
 from flowjobs.words import counted, first_of
 
 # As jobs/overview.py has them, but for "stopped": "new" has no job yet; "to resume" has saved its
@@ -251,7 +251,7 @@ def _cause(status: RunStatus) -> str:
 def held_for(members: Iterable[Member]) -> list[str]:
     """Why some of the runs wait that will not start as they are; the first few reasons."""
     waiting = {member.why for member in members if member.stage == "waiting"}
-    return sorted(why for why in waiting if why.startswith(IN_VAIN))[:HELD_SHOWN]
+    return sorted(why for why in waiting if never_starts(why))[:HELD_SHOWN]
 
 
 def _has_begun(member: Member) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from flowjobs.runs.run import Run
 from flowjobs.slurm.controller import JobRow
-from flowjobs.slurm.waiting import why_it_waits
+from flowjobs.slurm.waiting import never_starts, why_it_waits
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -26,7 +26,7 @@ ROW = JobRow("12", "PENDING", 0, "test", "a", 0.0)
         ("Resources", "nodes or GPUs"),
         ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "down, drained or reserved (ReqNodeNotAvail,"),
         ("QOSMaxGRESPerUser", "a limit of its QOS (QOSMaxGRESPerUser)"),
-        ("QOSMaxWallDurationPerJobLimit", "in vain: its time limit"),
+        ("QOSMaxWallDurationPerJobLimit", "and cannot start: its time limit"),
         ("AssocGrpGRESMinutes", "a limit of your account"),
         ("PartitionDown", "which is down"),
         ("launch failed requeued held", "could not start it: `scontrol release 12`"),
@@ -34,7 +34,9 @@ ROW = JobRow("12", "PENDING", 0, "test", "a", 0.0)
     ],
 )
 def test_slurms_words_are_said_in_a_persons(reason: str, words: str) -> None:
-    assert words in why_it_waits(JobRow(**{**vars(ROW), "reason": reason}))
+    why = why_it_waits(JobRow(**{**vars(ROW), "reason": reason}))
+    assert words in why
+    assert never_starts(why) == words.startswith(("held", "and cannot", "could not"))
 
 
 def test_status_and_follow_say_why_a_job_waits(
