@@ -41,11 +41,12 @@ def only_submitter(study: Path, locks: bool) -> Iterator[None]:
 
 def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[CodePlan]":
     """What code each run is trained with; what they have in common is taken once."""
-    from flowjobs.jobs.snapshot import Takes, plan_code
+    from flowjobs.jobs.snapshot import Snapshots, plan_code
 
-    takes = Takes()
+    snapshots = Snapshots()
     return [
-        plan_code(member.run, member.config.training, choice, takes=takes) for member in members
+        plan_code(member.run, member.config.training, choice, snapshots=snapshots)
+        for member in members
     ]
 
 

@@ -86,7 +86,7 @@ def carry_out_together(plans: Iterable[CodePlan]) -> list[Path]:
     written: set[int] = set()
     files = []
     for plan in plans:
-        # Those of one `Takes` share what was read.
+        # Those of one `Snapshots` share what was read.
         if plan.files and id(plan.files) not in written:
             written.add(id(plan.files))
             write_snapshot(plan.run.study, plan.files)
@@ -94,17 +94,17 @@ def carry_out_together(plans: Iterable[CodePlan]) -> list[Path]:
     return files
 
 
-class Takes:
-    """Takes the snapshot of the same modules once, for many runs that are submitted together."""
+class Snapshots:
+    """The snapshots of a submission of many runs: of the same modules one is taken, once."""
 
     def __init__(self) -> None:
-        self._taken: dict[tuple[tuple[str, ...], Path], _Taken | None] = {}
+        self._taken: dict[tuple[tuple[str, ...], Path], Snapshot | None] = {}
 
-    def of(self, modules: tuple[str, ...], study: Path) -> "_Taken | None":
+    def of(self, modules: tuple[str, ...], study: Path) -> "Snapshot | None":
         """The snapshot as it is now, or was the first time."""
         key = (modules, study)
         if key not in self._taken:
-            self._taken[key] = _take(modules, study)
+            self._taken[key] = take_snapshot(modules, study)
         return self._taken[key]
 
 
@@ -114,7 +114,7 @@ def plan_code(
     choice: CodeChoice = "ask",
     *,
     in_use: bool = False,
-    takes: Takes | None = None,
+    snapshots: Snapshots | None = None,
 ) -> CodePlan:
     """What code a run that is submitted now is trained with. Writes nothing.
 
@@ -123,7 +123,7 @@ def plan_code(
         training: What is asked for.
         choice: What to do where the code is not what it was.
         in_use: Whether a job of the run waits or runs, so that its code must stay.
-        takes: What has been taken for other runs.
+        snapshots: What has been taken for other runs.
 
     Raises:
         RunMismatchError: The code has changed, and `choice` does not say which one is meant.
@@ -133,37 +133,48 @@ def plan_code(
     if not modules:
         return CodePlan(run)
     kept = code_of(run)
-    if choice == "live":
-        where = "imports its code from where it is, as it is then"
-        return CodePlan(run, f"{run.name} {where}" if kept else "", forget=True)
     begun = in_use or run.started()
-    if choice == "keep" and (kept or begun):
-        return CodePlan(run)
-    taken = (takes or Takes()).of(modules, run.study)
-    if taken is None:
-        if kept and begun:
-            raise RunMismatchError(
-                f"the code of {run.name} cannot be compared: no source of {', '.join(modules)} is "
-                f"found from {Path.cwd()}; --keep-code resumes with the code that it has, "
-                "--no-snapshot with what is installed"
-            )
+    match choice:
+        case "live":
+            where = "imports its code from where it is, as it is then"
+            return CodePlan(run, f"{run.name} {where}" if kept else "", forget=True)
+        case "keep" if kept or begun:
+            return CodePlan(run)
+    now = (snapshots or Snapshots()).of(modules, run.study)
+    if now is None and not (kept and begun):
         return CodePlan(run, forget=kept is not None)
+    if now is None:
+        raise RunMismatchError(
+            f"the code of {run.name} cannot be compared: no source of {', '.join(modules)} is "
+            f"found from {Path.cwd()}; --keep-code resumes with the code that it has, "
+            "--no-snapshot with what is installed"
+        )
     if kept is None or not begun:
-        return _plan(run, taken, [] if kept == taken.code else [taken.words(run.study)])
-    if kept.digest == taken.code.digest:
-        return CodePlan(run, files=taken.files)  # it may have been removed
+        return now.plan_for(run, "" if kept == now.code else now.words(run.study))
+    if kept.digest == now.code.digest:
+        return CodePlan(run, files=now.files)  # it may have been removed
     if choice == "new":
-        earlier = (*kept.earlier, kept.digest)
-        taken = dataclasses.replace(taken, code=dataclasses.replace(taken.code, earlier=earlier))
-        return _plan(run, taken, [f"{run.name} has new code from here", taken.words(run.study)])
-    before = read_snapshot(run.study, kept.digest)
+        code = dataclasses.replace(now.code, earlier=(*kept.earlier, kept.digest))
+        note = f"{run.name} has new code from here\n{now.words(run.study)}"
+        return dataclasses.replace(now, code=code).plan_for(run, note)
+    return _keep_unless_it_matters(run, modules, kept, now)
+
+
+def _keep_unless_it_matters(
+    run: Run, modules: tuple[str, ...], kept: Code, now: "Snapshot"
+) -> CodePlan:
+    """Keep the code that a run has if what has changed since is nothing that it imports.
+
+    Raises:
+        RunMismatchError: It is; the text lists it.
+    """
     folder = kept.snapshot(run.study)
     used_before = {
         str(path.relative_to(folder))
         for path in files_of_modules(modules, kept.import_roots(run.study))
     }
-    differ = _differences(before, taken.files)
-    matter = [path for path in differ if path in used_before | taken.used]
+    differ = _differences(read_snapshot(run.study, kept.digest), now.files)
+    matter = [path for path in differ if path in used_before | now.used]
     if not matter:
         others = _shortened([f"{path} ({how})" for path, how in differ.items()], 3)
         return CodePlan(run, f"{run.name} keeps its code; it imports nothing of {others}")
@@ -176,8 +187,16 @@ def plan_code(
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """A snapshot in memory; `used` are the paths in it of what the user's modules are made of."""
+class Snapshot:
+    """A snapshot in memory.
+
+    Attributes:
+        files: Their content, by path.
+        used: The paths of what the user's modules are made of.
+        code: What a run with it is to say of it.
+        diff: What git's commit lacks.
+        remarks: What a person should know of how it was taken.
+    """
 
     files: Mapping[str, bytes]
     used: frozenset[str]
@@ -185,17 +204,18 @@ class _Taken:
     diff: bytes
     remarks: tuple[str, ...]
 
+    def plan_for(self, run: Run, note: str) -> CodePlan:
+        """The plan of a run that is to have this code."""
+        return CodePlan(run, note, self.files, self.code, self.diff)
+
     def words(self, study: Path) -> str:
+        """What a person should know of it."""
         number = f"{len(self.files)} files" if len(self.files) > 1 else "1 file"
         place = self.code.snapshot(study)
         lines = [f"its code is kept: {number} of {self.code.folder} in {place}", *self.remarks]
         if self.code.left_out:
             lines.append(f"  without {_shortened(self.code.left_out, 5)}: too large")
         return "\n".join(lines)
-
-
-def _plan(run: Run, taken: _Taken, notes: Iterable[str]) -> CodePlan:
-    return CodePlan(run, "\n".join(notes), taken.files, taken.code, taken.diff)
 
 
 def _differences(before: Mapping[str, bytes], now: Mapping[str, bytes]) -> dict[str, str]:
@@ -212,7 +232,7 @@ def _shortened(words: Iterable[str], at_most: int, between: str = ", ") -> str:
     return between.join([*shown[:at_most], *more])
 
 
-def _take(modules: tuple[str, ...], study: Path) -> _Taken | None:
+def take_snapshot(modules: tuple[str, ...], study: Path) -> Snapshot | None:
     """The snapshot as it would be taken now; None if all modules are of installed packages."""
     roots = _import_roots(modules)
     used = files_of_modules(modules, roots)
@@ -251,7 +271,7 @@ def _take(modules: tuple[str, ...], study: Path) -> _Taken | None:
         left_out=tuple(left_out),
     )
     remarks = tuple(f"  {tree.why}" for tree in trees.values() if tree.why)
-    return _Taken(files, frozenset(wanted), code, first.diff, remarks)
+    return Snapshot(files, frozenset(wanted), code, first.diff, remarks)
 
 
 def _import_roots(modules: tuple[str, ...]) -> list[Path]:
