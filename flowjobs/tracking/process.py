@@ -20,25 +20,25 @@ from flowjobs.tracking.record import Session
 # itself, or to bring the server up to date with what was tracked elsewhere.
 Role = Literal["follow", "close", "sync"]
 
-# All that wandb may know of WANDB_*, and of its settings files: what it takes to reach the server
-# and to be let in. Any other is the run's own, and told by arguments, or another run's: a sweep's
-# id, a fork, a team, a folder.
-WANDB_VARIABLES = [
-    "WANDB_API_KEY",
-    "WANDB_APP_URL",
-    "WANDB_BASE_URL",
-    "WANDB_CACHE_DIR",
-    "WANDB_CREDENTIALS_FILE",
-    "WANDB_DATA_DIR",
-    "WANDB_ERROR_REPORTING",
-    "WANDB_HTTPS_PROXY",
-    "WANDB_HTTP_PROXY",
-    "WANDB_HTTP_TIMEOUT",
-    "WANDB_IDENTITY_TOKEN_FILE",
-    "WANDB_INSECURE_DISABLE_SSL",
-    "WANDB_X_EXTRA_HTTP_HEADERS",
-    "WANDB__EXTRA_HTTP_HEADERS",
-    "WANDB__PROXIES",
+# All that wandb may know of WANDB_* variables and of its settings files: what it takes to reach the
+# server and to be let in. Any other is the run's own, and told by arguments, or another run's: a
+# sweep's id, a fork, a team, a folder.
+SERVER_SETTINGS = [
+    "api_key",
+    "app_url",
+    "base_url",
+    "cache_dir",
+    "credentials_file",
+    "data_dir",
+    "error_reporting",
+    "https_proxy",
+    "http_proxy",
+    "http_timeout",
+    "identity_token_file",
+    "insecure_disable_ssl",
+    "x_extra_http_headers",
+    "_extra_http_headers",
+    "_proxies",
 ]
 
 # Variables that hold a path, which may be relative to the directory that the mirror leaves.
@@ -100,10 +100,10 @@ def mirror_environment(mode: str) -> dict[str, str]:
         if not name.lstrip("_").startswith("WANDB")
     }
     settings = settings_of_user()
-    for name in WANDB_VARIABLES:
+    for setting in SERVER_SETTINGS:
+        name = f"WANDB_{setting.upper()}"
         # A key out of a file ends with its newline, which wandb refuses; an empty one is none.
-        setting = settings.get(name.removeprefix("WANDB_").lower(), "")
-        if value := os.environ.get(name, "").strip() or setting.strip():
+        if value := os.environ.get(name, "").strip() or settings.get(setting, "").strip():
             kept[name] = value
     for name, value in kept.items():
         if value and PATHS.fullmatch(name):

@@ -67,13 +67,13 @@ def run_to_the_end(run: Run, last_step: int) -> str:
     return finish_and_tell(run, attempts.start(run, last_step))
 
 
-def finish_and_tell(run: Run, process: "subprocess.Popen[str]") -> str:
-    """Wait for an attempt that finishes. Returns what it said.
+def finish_and_tell(run: Run, process: "subprocess.Popen[str]", exit_code: int = 0) -> str:
+    """Wait for an attempt that ends with this code. Returns what it said.
 
     On a machine that is busy with other things W&B may come too late for it; it is told then.
     """
     code, said = attempts.finish(process)
-    assert code == 0, said
+    assert code == exit_code, said
     for _ in range(3):
         if pending_outcome(run):
             close_session(run)

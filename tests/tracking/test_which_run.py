@@ -161,12 +161,13 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     tracked_run: MakeRun, backend: Backend, flowjobs: Command, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, _ = tracked_run("online")
-    process = attempts.start(run, 1000, pace_s=0.02)
+    process = attempts.start(run, 100_000, pace_s=0.02)
     attempts.wait_for_rows(run, 20)
     wait_until_open(run, backend)
     deleted = run.tracking_id()
     backend.delete(deleted)
-    said = finish_and_tell(run, process)
+    process.terminate()
+    said = finish_and_tell(run, process, 75)
     remedy = f"flowjobs sync {run.name} --as-new"
     assert remedy in said + caplog.text
     shown = flowjobs("status").stdout
@@ -183,7 +184,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     assert (done.returncode, done.stderr) == (0, "")
     assert run.tracking_id() != deleted
     assert_history_is_exact(run, backend)
-    assert on_server(run, backend).state == "finished"
+    assert on_server(run, backend).state == "preempted"
     assert "W&B" not in flowjobs("status").stdout
     # Interrupted and repeated it makes no third one.
     new = run.tracking_id()
