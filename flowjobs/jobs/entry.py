@@ -109,7 +109,7 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
     try:
         process = this_process(run)
     except OSError as error:
-        return _begins_later(error)
+        return begins_later(error)
     if process.job.cluster == "none" and process.job.log:
         log_to_file(Path(process.job.log))
     # Read once, when torch is loaded: a thread that waits leaves its core to the others. By default
@@ -123,19 +123,19 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
         code = outcome_of(error).exit_code
         if not attempt.may_begin_later:
             raise
-        code = _begins_later(error)
+        code = begins_later(error)
     finally:
         if process.job.cluster != "debug":  # there the process is a person's, in the debugger
             end_in_time(code)
     return code
 
 
-def _begins_later(error: Exception) -> int:
-    """The exit code of a job in which the run could not begin for a file server that is away: it is
-    started again. Any other error is raised."""
+def begins_later(error: Exception) -> int:
+    """The exit code of a job that could not begin for a file server that is away: its batch script
+    has it started again. Any other error is raised."""
     if exit_cause.passing_kind(error) != "file system":
         raise error
-    logger.error("%s: the run has not begun, and its job is started again", error)
+    logger.error("%s: nothing has begun, and the job is started again", error)
     return EXIT_PREEMPTED
 
 

@@ -21,7 +21,7 @@ from flowjobs.cgroups import memory_kills
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs.closing import close_attempt, close_in_slot
-from flowjobs.jobs.entry import exit_with
+from flowjobs.jobs.entry import begins_later, exit_with
 from flowjobs.jobs.environment import this_process
 from flowjobs.jobs.exit_cause import cancelled_while_requeued
 from flowjobs.jobs.findings import Dead, version_of
@@ -75,8 +75,11 @@ def train_pack(pack: Pack) -> int:
         The exit code: 0 if all that was left is finished, 75 if the job is to continue, 1 if a run
         failed, 130 if one was cancelled.
     """
-    job = this_process(pack).job
-    slots = _Slots(pack, job)
+    try:
+        job = this_process(pack).job
+        slots = _Slots(pack, job)
+    except (FlowjobsError, OSError) as error:
+        return begins_later(error)
     # Before anything that takes a while: a job may be preempted as soon as it has begun.
     with StopSignals(slots.seconds_left, slots.too_late, process_ends=True) as signals:
         try:

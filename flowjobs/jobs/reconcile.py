@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.closing import close_attempt
@@ -119,6 +120,10 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
         How those ended that have not said so themselves.
     """
     closed: dict[Run, Outcome] = {}
+    if exit_code == EXIT_PREEMPTED and not _has_begun(pack, job):
+        if job.restart < RestartConfig().give_up_after:
+            restart(pack, job, "waiting", task_of(pack))
+        return closed
     if exit_code in (EXIT_PREEMPTED, EXIT_CANCELLED):
         return closed  # the job left in good order: it has written down all, and started it again
     unclear: set[Run] = set()
@@ -157,6 +162,13 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
     for run in closed:
         close_session(run)
     return closed
+
+
+def _has_begun(pack: Pack, job: JobInfo) -> bool:
+    """Whether this start of a pack's job is on record, or the job has another one after it."""
+    newest = pack.newest_job()
+    continued = newest is not None and newest.job_id != job.job_id
+    return continued or pack.starts_of(job.job_id) > job.restart
 
 
 def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:

@@ -141,4 +141,4 @@ def test_a_run_that_could_not_begin_for_its_file_system_is_to_be_started_again(s
     )
     assert done.returncode == 75, done.stderr
     assert "Read-only file system" in done.stderr
-    assert "the run has not begun, and its job is started again" in done.stderr
+    assert "nothing has begun, and the job is started again" in done.stderr

@@ -20,13 +20,14 @@ from flowjobs.config import (
     TrainingConfig,
 )
 from flowjobs.jobs.executors import Cluster
+from flowjobs.jobs.reconcile import close_ended_pack
 from flowjobs.jobs.running import running_job
 from flowjobs.jobs.submit import SubmittedJob, submit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.pack import Pack, new_pack, pack_of
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import Outcome, RunStatus
+from flowjobs.runs.status import JobInfo, Outcome, RunStatus
 from tests.cli.test_many import ended
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -267,3 +268,20 @@ def test_a_run_that_was_removed_keeps_no_other_of_its_pack_from_being_noted(stud
     assert other.submission("9")
     assert pack.submissions()[-1].job_id == "9"
     assert not removed.folder.exists()
+
+
+def test_a_job_that_could_not_even_begin_is_started_again_for_its_runs(
+    slurm: SlurmCluster, study: Path
+) -> None:
+    pack = new_pack(study, "shared", [made(study, "a"), made(study, "b")], 2, SlurmConfig())
+    job_id = slurm.submit("--output=/dev/null", "--wrap", "sleep 600")
+    pack.add_submission(job_id, "slurm", None)
+    slurm.wait_state(job_id, "RUNNING")
+    job = JobInfo("slurm", job_id, None, "n1", 1)
+    pack.note_start(job_id)
+    assert close_ended_pack(pack, job, 75) == {}  # that one has begun, and left in good order
+    assert slurm.job(job_id)["Restarts"] == "0"
+    pack.starts_file.unlink()
+    assert close_ended_pack(pack, job, 75) == {}
+    assert slurm.job(job_id)["Restarts"] == "1"
+    assert [run.status().state for run in pack.runs] == ["submitted", "submitted"]
