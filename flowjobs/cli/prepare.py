@@ -91,11 +91,12 @@ def check_parts(training: TrainingConfig, study: Path, defaults: Defaults) -> No
 
 def with_absolute_paths(training: TrainingConfig) -> TrainingConfig:
     """The config with the paths of data from the root."""
-
-    def from_root(value: str) -> str:
-        return str(absolute(Path(value))) if is_data_file(value) else value
-
     dataset, source = from_root(training.dataset), from_root(training.source)
     if (dataset, source) == (training.dataset, training.source):
         return training  # as of most runs of a sweep, and they are many
     return dataclasses.replace(training, dataset=dataset, source=source)
+
+
+def from_root(dataset: str) -> str:
+    """The path of a data file from the root; the name of splits as it is."""
+    return str(absolute(Path(dataset))) if is_data_file(dataset) else dataset

@@ -16,6 +16,7 @@ from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.parser import Flag
+from flowjobs.cli.prepare import from_root
 from flowjobs.cli.prepare_sweep import prepare_sweep
 from flowjobs.cli.start_many import (
     cluster_flag,
@@ -38,7 +39,6 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
     flag,
-    is_data_file,
 )
 from flowjobs.errors import ConfigError
 from flowjobs.models.size import size_words
@@ -215,9 +215,7 @@ class Sweep(CodeOptions, CommandOptions):
                     (key, value), *_ = KeyValues.parse([item]).items()
                     values.setdefault(f"{ARGUMENT}{key}", []).append(value)
             elif known.name in DATA_FIELDS:
-                values[known.name] = [
-                    str(absolute(Path(each))) if is_data_file(each) else each for each in given
-                ]
+                values[known.name] = [from_root(each) for each in given]
             else:
                 values[known.name] = list(given) or [True]  # --compile alone
         return values
