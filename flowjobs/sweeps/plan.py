@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, flag, signature_differences
+from flowjobs.config import (
+    DATA_FIELDS,
+    RunConfig,
+    SlurmConfig,
+    flag,
+    is_data_file,
+    signature_differences,
+)
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
 from flowjobs.jobs.running import running_jobs
@@ -120,8 +127,9 @@ def _differences(training: Mapping[str, Any], config: RunConfig) -> list[str]:
     lines = signature_differences(training, asked)
     for field in DATA_FIELDS:
         there, here = training.get(field, ""), asked[field]
-        known = any(line.startswith(f"  {flag(field)}:") for line in lines)
-        if there != here and not known and not same_file(there, here):
+        # Of a source the signature tells all but one file from another.
+        of_signature = field == "source" and not (is_data_file(str(there)) and is_data_file(here))
+        if there != here and not of_signature and not same_file(there, here):
             lines.insert(0, f"  {flag(field)}: {there} there, {here} asked for")
     return lines
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.errors import RunMismatchError
 from flowjobs.sweeps.plan import look_at, stages
 from tests.cli.test_many import without_checkpoints
 from tests.report.made_up import made_run
@@ -40,6 +41,24 @@ def test_a_run_whose_files_are_damaged_is_unknown_and_the_others_as_they_are(
     assert (unknown.stage, finished.stage) == ("unknown", "finished")
     assert said in unknown.why
     assert unknown.why.startswith(str(damaged.folder))
+
+
+def test_other_data_are_another_config_and_an_older_run_starts_at_noise(study: Path) -> None:
+    options = {"dataset": "/a/x.npy", "source": "/a/z.npy"}
+    run, older = (
+        made_run(study, [1.0] * 3, name="a", **options),
+        made_run(study, [1.0] * 3, name="b"),
+    )
+    config = json.loads(older.config_file.read_text())
+    del config["training"]["source"]
+    older.config_file.write_text(json.dumps(config))
+    asked = {older: RunConfig(TrainingConfig())}
+    assert [member.stage for member in look_at(asked, frozenset())] == ["finished"]
+    for field, other in (("dataset", "/b/x.npy"), ("source", "/b/z.npy"), ("source", "moons")):
+        asked |= {run: RunConfig(TrainingConfig(**{**options, field: other}))}  # type: ignore[arg-type]
+        said = f"a:\n  --{field}: {options[field]} there, {other} asked for\nask for"
+        with pytest.raises(RunMismatchError, match=said):
+            look_at(asked, frozenset())
 
 
 def test_a_run_whose_checkpoints_are_gone_has_failed_unless_their_disk_is_away(study: Path) -> None:
