@@ -392,25 +392,25 @@ class TrainingJob:
             os._exit(0)
         code = EXIT_PREEMPTED
         try:
-            left = self._left_hanging()
-            if left.kind == "hung" and (failure := self._first_failure()):
+            interrupted = self._interrupted_while_hanging()
+            if interrupted.kind == "hung" and (failure := self._first_failure()):
                 # It waits for a rank that is dead, and srun told it to end for that. The batch
                 # script's last lines say so, and restart the run if it may be.
                 logger.error("%s\n%s", failure.reason, failure.outcome.traceback)
                 code = failure.outcome.exit_code
                 return
-            logger.error("%s: the run is as its last checkpoint has it", left)
+            logger.error("%s: the run is as its last checkpoint has it", interrupted)
             if self._recorder is not None:
-                self._recorder.attempt.close(outcome_of(left))
-            if left.kind == "cancelled":
+                self._recorder.attempt.close(outcome_of(interrupted))
+            if interrupted.kind == "cancelled":
                 code = EXIT_CANCELLED
             elif self._recorder is not None:
-                code = self.restart(left.kind)
+                code = self.restart(interrupted.kind)
         finally:
             # Not sys.exit: it would wait for the thread that hangs.
             os._exit(code)
 
-    def _left_hanging(self) -> RunInterrupted:
+    def _interrupted_while_hanging(self) -> RunInterrupted:
         reason = "told to leave, and no step ended in time"
         if (notice := self._stop_cause()) and notice.why == "cancelled":
             return RunInterrupted(f"{notice.reason}; {reason}", kind="cancelled")
