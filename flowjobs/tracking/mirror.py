@@ -51,8 +51,8 @@ from flowjobs.tracking.session import (
     LOWEST,
     NotUploadedError,
     WandbSession,
-    lacking,
-    may_pass_at_once,
+    may_succeed_at_once,
+    missing_on_server,
     tear_down_wandb,
 )
 
@@ -107,7 +107,7 @@ class Mirror:
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
         self._sent = 0
 
-    def follow_to_the_end(self) -> int:
+    def follow(self) -> int:
         """Mirror until told to finish, or left alone. Returns the exit code."""
         # A forked worker of the parent may outlive it, and keeps the pipe open.
         while not self._asked_to_finish and os.getppid() == self._parent:
@@ -144,7 +144,9 @@ class Mirror:
         outcome = state.outcome or died
         uploads = True
         try:
-            uploads = bool(lacking(self._run, last_step_of(self._run), self._session, outcome))
+            uploads = bool(
+                missing_on_server(self._run, last_step_of(self._run), self._session, outcome)
+            )
         except Exception as error:  # of any kind; opening a session tells more of it
             logger.info("the server does not say what it has: %s", error)
         if uploads:
@@ -171,11 +173,11 @@ class Mirror:
             # A preempted job has no time for it, and its next session logs what the server lacks.
             leaves = outcome.state in ("preempted", "cancelled")
             if self._session.mode == "online" and not (self._role == "follow" and leaves):
-                self._see_that_server_has_all()
+                self._verify_on_server()
         except Exception as error:
             # A signal to all processes of the job has killed wandb's own, or that gave up on a
             # server that answers again: then once more, anew.
-            retry = retry and may_pass_at_once(error)
+            retry = retry and may_succeed_at_once(error)
             self._retry_later(error, silently=retry)
             return retry and self._finish(outcome, retry=False)
         return not is_superseded(self._run, self._session)
@@ -190,7 +192,7 @@ class Mirror:
         summary = summary_of(read_rows(self._run.metrics_file)) | self._session.summary
         self._wandb.finish(self._session, outcome, summary, picture)
 
-    def _see_that_server_has_all(self) -> None:
+    def _verify_on_server(self) -> None:
         """Ask the server, since wandb's `finish` says nothing of what it had to throw away.
 
         Raises:
@@ -199,7 +201,7 @@ class Mirror:
         # Where nothing was sent, the server said itself that it has all rows, as the session began.
         last_step = last_step_of(self._run) if self._sent else -1
         give_up_at = time.monotonic() + SEEN_WITHIN_S[self._role]
-        while lacks := lacking(self._run, last_step):
+        while lacks := missing_on_server(self._run, last_step):
             if time.monotonic() > give_up_at:
                 raise NotUploadedError(f"the server lacks {lacks}")
             time.sleep(ASK_EVERY_S)
@@ -362,7 +364,7 @@ def main() -> None:
                 case "follow":
                     note_surroundings(run, here)
                     note_refusal(run, None)  # each attempt is a new try
-                    code = mirror.follow_to_the_end()
+                    code = mirror.follow()
                 case "close":
                     code = mirror.finish()
                 case "sync":

@@ -202,7 +202,7 @@ def run_on_server(run: Run) -> RunOnServer | None:
         raise
 
 
-def lacking(
+def missing_on_server(
     run: Run, last_step: int, session: Session | None = None, outcome: Outcome | None = None
 ) -> str:
     """What the server lacks of a run that has ended, in words; "" if it has all.
@@ -243,7 +243,7 @@ def tear_down_wandb() -> None:
         logger.info("wandb.teardown", exc_info=True)
 
 
-def may_pass_at_once(error: Exception) -> bool:
+def may_succeed_at_once(error: Exception) -> bool:
     """Whether a new session may do: wandb's own process died, and not a server that refuses."""
     return not isinstance(error, wandb.Error | TrackingError | TimeoutError | RetryUselessError)
 
