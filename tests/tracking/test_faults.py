@@ -21,6 +21,7 @@ from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
 from tests.tracking.history import (
     assert_history_is_exact,
+    finish_and_tell,
     on_server,
     run_to_the_end,
     without_picture,
@@ -138,8 +139,7 @@ def test_a_mirror_that_is_killed_costs_no_row(tracked_run: MakeRun, mode: str) -
     mirror, core = attempts.mirror_and_core(process.pid)
     attempts.wait_for_rows(run, 40)
     attempts.kill(mirror, core)
-    code, said = attempts.finish(process)
-    assert code == 0, said
+    finish_and_tell(run, process)
     assert pending_outcome(run) is None
     assert_history_is_exact(run, backend)
 
