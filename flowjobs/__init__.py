@@ -67,12 +67,7 @@ def load(
         CheckpointError: It has no best.pt yet, or one that cannot be used.
         ConfigError: The code that it keeps is gone or was changed.
     """
-    from flowjobs.runs.code import importing_from_snapshot
     from flowjobs.runs.run import Run, absolute, default_study
     from flowjobs.training.trained import load_trained
 
-    run = Run(absolute(Path(study or default_study())), name)
-    if model is not None:
-        return load_trained(run, device, model)
-    with importing_from_snapshot(run):
-        return load_trained(run, device)
+    return load_trained(Run(absolute(Path(study or default_study())), name), device, model)

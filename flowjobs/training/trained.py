@@ -12,6 +12,7 @@ from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.evaluation.trained import TrainedModel
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_of_batch, flops_per_sample
+from flowjobs.runs.code import importing_from_snapshot
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import threads_for
@@ -26,12 +27,12 @@ def load_trained(
     Args:
         run: The run; it may still train.
         device: Where to put it; "auto" is the GPU where there is one.
-        model: Takes the weights; by default one of the run's `--arch`.
+        model: Takes the weights; by default one of the run's `--arch`, built from its own code.
 
     Raises:
         RunNotFoundError: There is no such run.
         CheckpointError: It has no best.pt, or not one of this model.
-        ConfigError: There is no such model or device.
+        ConfigError: There is no such model or device, or the run's code is gone or was changed.
         DataError: The data that its paths start from are gone.
     """
     config = run.config().training
@@ -47,7 +48,8 @@ def load_trained(
     best = read_checkpoint(run.best, device)
     stats = best["normalization_stats"]
     if model is None:
-        with random_numbers_kept():
+        # This process may have imported other code: another run's, or newer than the run.
+        with importing_from_snapshot(run), random_numbers_kept():
             model = build_model(config, tuple(stats["mean"].shape))
     try:
         model.load_state_dict(best["ema_shadow"])

@@ -17,6 +17,7 @@ from flowjobs.cli.evaluation_table import print_evaluation
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.evaluation import evaluate as evaluation
 from flowjobs.jobs.signals import StopSignals
+from flowjobs.runs.code import import_from_snapshot
 from flowjobs.runs.recorder import Untracked, recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -104,18 +105,22 @@ def test_each_run_is_measured_and_loaded_with_its_own_code(
     together = json.loads(flowjobs("evaluate", "one", "hundred", *quick).stdout)
     assert together[1] == json.loads(flowjobs("evaluate", "hundred", *quick).stdout)
 
-    # A notebook goes on with the version that it has.
+    # A notebook has another version and keeps it, as a job does that takes another run's pairs.
     (workplace / "nets.py").write_text("VERSION = 3\n")
     monkeypatch.syspath_prepend(workplace)
-    module = importlib.import_module("nets")
-    path, modules = [*sys.path], {*sys.modules}
     x, t = torch.ones(1, 64), torch.zeros(1)
-    for name, factor in (("one", 1), ("hundred", 100), ("one", 1)):
-        model = package.load(name, study).model
-        expected = torch.nn.functional.linear(x, model.weight, model.bias)
-        assert torch.equal(model(x, t), factor * expected)
-    assert (sys.path, sys.modules.pop("nets")) == (path, module)
-    assert "nets" in modules
+    for of_job in (False, True):
+        if of_job:
+            import_from_snapshot(Run(study, "one"))
+            del sys.modules["nets"]
+        module, path = importlib.import_module("nets"), [*sys.path]
+        assert hasattr(module, "VERSION") is not of_job
+        for name, factor in (("one", 1), ("hundred", 100), ("one", 1)):
+            model = package.load(name, study).model
+            expected = torch.nn.functional.linear(x, model.weight, model.bias)
+            assert torch.equal(model(x, t), factor * expected)
+            assert (sys.path, sys.modules["nets"]) == (path, module)
+    del sys.modules["nets"]
 
 
 def trained(run: Run, config: TrainingConfig, stop_reason: Callable[[], str | None]) -> None:
