@@ -26,7 +26,7 @@ from flowjobs.runs.status import (
     cancelled_outcome,
     same_host,
 )
-from flowjobs.runs.submittable import Submission
+from flowjobs.runs.submittable import Submission, attempts_of
 from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask
 from flowjobs.slurm.waiting import why_it_waits
 
@@ -160,7 +160,7 @@ def _awaits_an_end(run: Run, status: RunStatus, entries: Sequence[Submission]) -
         return True
     if not entries or (status.state == "finished" and run.finished()):
         return False
-    if any(attempt.job.job_id == entries[-1].job_id for attempt in status.attempts):
+    if attempts_of(entries[-1], status.attempts):
         return status.state == "preempted" and entries[-1].cluster == "slurm"
     # A job that came too late, and was refused or found nothing to do, says nothing of the run.
     ended = status.attempts[-1].ended if status.attempts else None
@@ -192,12 +192,12 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         case Known() if answer.newest.state == "CANCELLED" and (
             attempt is None or answer.restarted_since(job.restart)
         ):
-            began = any(known.job.job_id == job.job_id for known in status.attempts)
+            began = _has_begun(run, status, job)
             outcome = exit_cause.cause_of_no_start(job, answer=answer)
             return Dead(job, outcome, version, attempt_began=began)
     if attempt:
         return _find_dead_start(run, status, attempt, answer)
-    if any(known.job.job_id == job.job_id for known in status.attempts):
+    if _has_begun(run, status, job):
         # It left in good order, but had no time, or no way, to be started again.
         reason = f"{status.reason}; then no job of it was left"
         if isinstance(answer, Gone):
@@ -213,6 +213,13 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
             f"job {job.job_id} is gone, and Slurm keeps no record of why: submit it again"
         )
     return Dead(job, exit_cause.cause_of_no_start(job, answer=answer), version, attempt_began=False)
+
+
+def _has_begun(run: Run, status: RunStatus, job: JobInfo) -> bool:
+    """Whether there is an attempt of a job, which is that of the open one, or the newest."""
+    entry = run.submission(job.job_id)
+    own = attempts_of(entry, status.attempts) if entry else []
+    return bool(own) or (status.open_attempt is not None and status.open_attempt.job == job)
 
 
 def _find_slot(run: Run, status: RunStatus, job: JobInfo) -> Waits | None:

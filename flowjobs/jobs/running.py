@@ -24,7 +24,7 @@ from flowjobs.runs.pack import is_remaining
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus, same_host
-from flowjobs.runs.submittable import Submission
+from flowjobs.runs.submittable import Submission, attempts_of
 from flowjobs.slurm.client import is_here
 from flowjobs.slurm.controller import ENDED, JobRow, queue
 from flowjobs.slurm.jobs import JobAnswer, JobIdentity, Known, Unknown, ask
@@ -112,7 +112,7 @@ def _busy_with(
     if (
         newest
         and isinstance(answer := answers[newest], Unknown)
-        and not _ended_for_good(run, newest.job_id)
+        and not _ended_for_good(run, entries[-1])
     ):
         cancel = hint("cancel", run.name, study=run.study)
         return SubmissionError(
@@ -134,7 +134,7 @@ def local_job(run: Run, entries: Sequence[Submission]) -> str | None:
     entry = entries[-1]
     if not (entry.host and entry.process and same_host(entry.host, socket.gethostname())):
         return None  # the lock alone tells
-    if _ended_for_good(run, entry.job_id) or not process_lives(int(entry.job_id), entry.process):
+    if _ended_for_good(run, entry) or not process_lives(int(entry.job_id), entry.process):
         return None
     return f"local job {entry.job_id} on {entry.host}"
 
@@ -169,9 +169,9 @@ def wait_until_ended(run: Run) -> None:
         time.sleep(POLL_S)
 
 
-def _ended_for_good(run: Run, job_id: str) -> bool:
+def _ended_for_good(run: Run, job: Submission) -> bool:
     """Whether it is on record how the job's attempt ended, and that nobody was to restart it."""
-    ended = [known for known in run.status().attempts if known.job.job_id == job_id]
+    ended = attempts_of(job, run.status().attempts)
     if not ended:
         return False
     # A local job that was told to leave was so by its user: see `restart`.
@@ -181,8 +181,9 @@ def _ended_for_good(run: Run, job_id: str) -> bool:
 
 def _comes_back(run: Run, job: Known) -> bool:
     """Whether Slurm will start a job that ends again."""
-    attempts = run.status().attempts
-    starts = [known.job.restart for known in attempts if known.job.job_id == job.newest.job_id]
+    entry, attempts = run.submission(job.newest.job_id), run.status().attempts
+    own = attempts_of(entry, attempts) if entry else attempts[-1:]
+    starts = [known.job.restart for known in own if known.job.job_id == job.newest.job_id]
     return job.restarted_since(max(starts, default=0))
 
 

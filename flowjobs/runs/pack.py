@@ -24,7 +24,7 @@ from flowjobs.from_json import from_json
 from flowjobs.runs.files import append_line, read_json, warn_once, write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import now
-from flowjobs.runs.submittable import Submittable
+from flowjobs.runs.submittable import Submittable, attempts_of
 
 FOLDER = "packs"
 
@@ -176,7 +176,7 @@ def is_remaining(run: Run, job_id: str) -> bool:
     if _at_its_end(run):
         return False
     status = run.status()
-    if not status.attempts or status.attempts[-1].job.job_id != job_id:
+    if not attempts_of(newest, status.attempts[-1:]):
         return True
     return status.state not in ("failed", "cancelled")
 

@@ -5,19 +5,23 @@ import json
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from flowjobs.config import SlurmConfig
 from flowjobs.from_json import value_from_json
 from flowjobs.runs.files import append_line, warn_once
-from flowjobs.runs.status import now
+from flowjobs.runs.status import AttemptRecord, now
 
 # In `logs/`: what a job does; and the batch file of one that is handed over and not noted yet.
 TASK = "task.pkl"
 BATCH_FILE = "submission.sh"
+
+# How far the clocks of two machines may differ.
+CLOCKS = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,18 @@ class Submission:
     pack: str = ""
     continues: str = ""
     again: list[str] = field(default_factory=list)
+
+
+def attempts_of(job: Submission, attempts: Iterable[AttemptRecord]) -> list[AttemptRecord]:
+    """Those of a run's attempts that are of a job, and of no earlier one that had its id.
+
+    A cluster whose controller lost its state uses ids again, and so does a machine.
+    """
+    own = [attempt for attempt in attempts if attempt.job.job_id == job.job_id]
+    if job.array or not job.submitted:  # it may have been noted long after it has begun
+        return own
+    earliest = datetime.fromisoformat(job.submitted) - CLOCKS
+    return [attempt for attempt in own if attempt.started >= earliest.isoformat()]
 
 
 class Submittable(ABC):

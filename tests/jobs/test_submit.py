@@ -18,7 +18,7 @@ from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.jobs import plain_sbatch, running
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.deferred_signals import signals_deferred
-from flowjobs.jobs.findings import find
+from flowjobs.jobs.findings import Unclear, find
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.overview import stages_of
 from flowjobs.jobs.restart import is_cancelled
@@ -132,6 +132,22 @@ def test_an_older_job_that_is_unknown_keeps_no_run_of_this_machine_from_being_ca
     run.add_submission("5", "slurm", None, identity={"slurm_cluster": "other"})
     run.add_submission("2", "local", None, identity={"process": "another boot:1"})
     assert "nothing will start it again" in cancel(run)
+
+
+def test_what_an_older_job_of_its_id_has_done_says_nothing_of_a_new_one(study: Path) -> None:
+    run = ended(study, "a", Outcome("failed", 1, kind="failed"))  # in job 7
+    run.add_submission("7", "slurm", None, identity={"slurm_cluster": "other"})
+    assert running_job(run) is None
+    status = run.status()
+    status.attempts[-1].started = status.attempts[-1].ended = "2025-01-01T00:00:00+00:00"
+    status.write(run.status_file)
+    # The controller has lost its state, or a machine has come round to the number of a process.
+    with pytest.raises(SubmissionError, match="what became of job 7 of a is unknown"):
+        running_job(run)
+    assert isinstance(find([run])[run], Unclear)
+    pack = new_pack(study, "shared", [run], 1, run.asked())
+    pack.add_submission("7", "slurm", None)
+    assert pack.remaining("7") == [run]
 
 
 def test_a_restart_asks_slurm_as_this_place_does_where_the_submission_s_settings_are_not(
