@@ -100,9 +100,11 @@ def pairs_of(
             if not train_file.exists():
                 teacher = _teacher(teacher_run, digest, stats, device)
                 # The validation part first: where train.pt is, both are.
-                for file, n in zip((val_file, train_file), reversed(sizes), strict=True):
-                    if not file.exists():
-                        _make(file, n, teacher, check, made)
+                parts = zip((val_file, train_file), reversed(sizes), strict=True)
+                with teacher.on_its_threads():
+                    for file, n in parts:
+                        if not file.exists():
+                            _make(file, n, teacher, check, made)
     return FlowDataset(train_file), FlowDataset(val_file)
 
 
