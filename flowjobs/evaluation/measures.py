@@ -70,7 +70,8 @@ def squared_wasserstein2(samples: Tensor, reference: Tensor) -> float:
     if len(cost) > ASSIGN_AT_MOST:
         import ot
 
-        return float(ot.emd2([], [], cost, numItermax=SIMPLEX_STEPS))
+        unit = cost.max() or 1.0  # to the solver, all below 1e-15 are the same
+        return float(unit * ot.emd2([], [], cost / unit, numItermax=SIMPLEX_STEPS))
     from scipy.optimize import linear_sum_assignment
 
     return float(cost[linear_sum_assignment(cost)].mean())

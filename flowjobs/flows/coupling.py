@@ -41,7 +41,7 @@ def exact(x_0: Tensor, x_1: Tensor, sigma: float, seed: int) -> Tensor:
     if x_0.shape[1] <= POT_UP_TO_DIM and len(cost) >= POT_FROM_ROWS:
         import ot  # not at the start of runs without it
 
-        plan = ot.emd([], [], cost, numItermax=SIMPLEX_STEPS)
+        plan = ot.emd([], [], cost / _unit(cost), numItermax=SIMPLEX_STEPS)
         return _indices(plan.argmax(axis=1), x_0)
     from scipy.optimize import linear_sum_assignment
 
@@ -69,7 +69,8 @@ def entropic(x_0: Tensor, x_1: Tensor, sigma: float, seed: int) -> Tensor:
         return exact(x_0, x_1, sigma, seed)
     n = len(cost)
     weights = np.full(n, 1 / n)
-    _, log = ot.emd(weights, weights, cost, numItermax=SIMPLEX_STEPS, log=True)
+    unit = _unit(cost)
+    _, log = ot.emd(weights, weights, cost / unit, numItermax=SIMPLEX_STEPS, log=True)
     plan = ot.bregman.sinkhorn_stabilized(
         weights,
         weights,
@@ -78,13 +79,20 @@ def entropic(x_0: Tensor, x_1: Tensor, sigma: float, seed: int) -> Tensor:
         tau=ABSORB_ABOVE,
         numItermax=SINKHORN_STEPS,
         stopThr=SINKHORN_TOLERANCE / math.sqrt(n),
-        warmstart=(log["u"], log["v"]),
+        warmstart=(unit * log["u"], unit * log["v"]),
         warn=False,
     )
     shares = np.cumsum(plan, axis=1)
     drawn = np.random.default_rng(seed).random((n, 1)) * shares[:, -1:]
     partners = (shares <= drawn).sum(axis=1).clip(max=n - 1)
     return _indices(partners, x_0)
+
+
+def _unit(cost: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> float:
+    """What small costs are measured in: to POT's exact solver, all below 1e-15 are the same."""
+    most = float(cost.max())
+    # A power of two, which changes no digit.
+    return 2.0 ** math.frexp(most)[1] if 0 < most < 1 else 1.0
 
 
 def _cost(x_0: Tensor, x_1: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

@@ -33,7 +33,9 @@ def test_wasserstein2_is_that_of_pot_and_in_one_dimension_that_of_sorting(
     theirs = ot.emd2([], [], ot.dist(x.numpy(), y.numpy(), metric="sqeuclidean"))
     for at_most in (1000, 100):
         monkeypatch.setattr(measures, "ASSIGN_AT_MOST", at_most)
-        assert measures.wasserstein2(x, y) == pytest.approx(math.sqrt(theirs))
+        for scale in (1.0, 1e-9, 1e9):
+            found = measures.wasserstein2(scale * x, scale * y)
+            assert found == pytest.approx(scale * math.sqrt(theirs))
     x, y = x[:, :1], y[:, :1]
     by_sorting = (x.sort(0).values - y.sort(0).values).square().mean().sqrt()
     assert measures.wasserstein2(x, y) == pytest.approx(float(by_sorting))

@@ -32,6 +32,8 @@ def test_the_exact_plan_is_a_permutation_of_the_cost_that_pot_finds(n: int, dim:
     x_0, x_1 = clouds(n, dim)
     plan = exact(x_0, x_1, 0.0, 0)
     assert sorted(plan.tolist()) == list(range(n))
+    for scale in (2.0**-30, 2.0**30):
+        assert torch.equal(exact(scale * x_0, scale * x_1, 0.0, 0), plan)
     costs = torch.cdist(x_1.double(), x_0.double()).square().numpy()
     assert cost_of(x_0[plan], x_1) == pytest.approx(float(ot.emd2([], [], costs)), rel=1e-9)
 
@@ -93,6 +95,12 @@ def test_an_entropy_below_what_floats_resolve_leaves_the_exact_plan(
 ) -> None:
     x_0, x_1 = (scale * part for part in clouds(256, 64))
     assert torch.equal(entropic(x_0, x_1, sigma, 0), exact(x_0, x_1, 0, 0))
+
+
+def test_a_plan_does_not_depend_on_the_unit() -> None:
+    x_0, x_1 = clouds(64, 2)
+    plans = [entropic(scale * x_0, scale * x_1, scale * 0.05, 0) for scale in (1.0, 2.0**-40)]
+    assert torch.equal(*plans)
 
 
 def test_a_draw_follows_from_its_seed_alone() -> None:
