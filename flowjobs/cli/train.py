@@ -75,10 +75,11 @@ class Train(CodeOptions):
         wanted = by_person and not waited_while_cancelled(run)
         if wanted and run.cancel_requested():
             wait_until_ended(run)
-        in_use = run.exists() and lock_holder(run.folder) is not None
+        there = run.folder.exists()  # also where its config alone is lost
+        in_use = there and lock_holder(run.folder) is not None
         merged, _ = run.merge(config, in_use=in_use)
         code = plan_code(run, merged.training, choice, in_use=in_use)
-        if run.exists() and resume is None and not in_use:
+        if there and resume is None and not in_use:
             run.check_files(merged.training)
         if note := run.create(config, in_use=in_use):
             print(note)

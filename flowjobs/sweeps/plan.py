@@ -86,10 +86,11 @@ def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> lis
     for run, wanted in asked.items():
         try:
             before = _json(run.config_file)
-            if before is None:
+            if before is None and not run.status_file.exists():
                 found[run] = Member(run, wanted, "new")
                 continue
-            training = before.get("training", {})
+            # Where the config alone is lost, that is an error.
+            training = (before or run.read_config_file()).get("training", {})
             config = _with_own_length(wanted, training, length_given)
             if lines := _differences(training, config):
                 differing[run] = lines

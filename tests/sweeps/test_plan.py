@@ -22,6 +22,7 @@ from tests.report.made_up import made_run
         ("config.json", {"training": {"init_from": 5}}, "init_from: found 5, expected"),
         ("config.json", {"training": {"dataset": None}}, "dataset: found None, expected"),
         ("config.json", "[" * 100_000, "config.json holds no JSON object"),
+        ("config.json", None, "config.json is missing: restore it, or submit the run again"),
         ("status.json", {"epoch": None}, "status.json is damaged (epoch: found None, expected"),
         ("status.json", {"epoch": 0, "epochs": "3"}, "is damaged (epochs: found '3', expected"),
         ("status.json", {"state": "done"}, "status.json is damaged (state: found 'done', expected"),
@@ -29,13 +30,17 @@ from tests.report.made_up import made_run
     ],
 )
 def test_a_run_whose_files_are_damaged_is_unknown_and_the_others_as_they_are(
-    study: Path, file: str, change: dict[str, Any] | str, said: str
+    study: Path, file: str, change: dict[str, Any] | str | None, said: str
 ) -> None:
     damaged, other = (made_run(study, [1.0] * 3, name=f"s{seed}", seed=seed) for seed in (0, 1))
-    path, text = damaged.folder / file, change
-    if not isinstance(change, str):
-        text = json.dumps(json.loads(path.read_text()) | change)
-    path.write_text(str(text))
+    path = damaged.folder / file
+    match change:
+        case None:
+            path.unlink()
+        case str():
+            path.write_text(change)
+        case _:
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
     asked = {run: RunConfig(TrainingConfig(seed=int(run.name[1:]))) for run in (damaged, other)}
     unknown, finished = look_at(asked, frozenset())
     assert (unknown.stage, finished.stage) == ("unknown", "finished")
