@@ -21,6 +21,7 @@ from flowjobs.errors import RunInterrupted, RunTakenOverError
 from flowjobs.flows.flow import Flow
 from flowjobs.models.build import build_model
 from flowjobs.runs import attempt
+from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.recorder import Recorder, recording
 from flowjobs.runs.run import Run
@@ -211,10 +212,10 @@ def test_an_attempt_that_has_lost_the_run_stops_and_writes_nothing_more(
         train(run, CONFIG, steps=7)
     summaries = []
 
-    def check_held(recorder: Recorder) -> None:
+    def check_held(attempt: Attempt) -> None:
         raise RunTakenOverError("job 2 holds the run")
 
-    monkeypatch.setattr(Recorder, "check_held", check_held)
+    monkeypatch.setattr(Attempt, "check_held", check_held)
     monkeypatch.setattr(Recorder, "summarize", lambda recorder, values: summaries.append(values))
     monkeypatch.setattr(saving, "COST_SHARE", 1e9)
     before = {file: file.read_bytes() for file in run.checkpoints.iterdir()}
@@ -232,15 +233,15 @@ def test_a_run_that_is_lost_between_two_saves_stops_too(
     with pytest.raises(RunInterrupted):
         train(run, CONFIG, steps=7)
     before = {file: file.read_bytes() for file in run.checkpoints.iterdir()}
-    real = Recorder.progress
+    real = Attempt.progress
 
-    def progress(recorder: Recorder, step: int, *rest: Any) -> None:
+    def progress(attempt: Attempt, step: int, *rest: Any) -> None:
         if step == 10:
             raise RunTakenOverError("job 2 holds the run")
         assert step < 10
-        real(recorder, step, *rest)
+        real(attempt, step, *rest)
 
-    monkeypatch.setattr(Recorder, "progress", progress)
+    monkeypatch.setattr(Attempt, "progress", progress)
     with pytest.raises(RunTakenOverError, match="job 2 holds the run"):
         train(run, CONFIG)
     assert {file: file.read_bytes() for file in run.checkpoints.iterdir()} == before
