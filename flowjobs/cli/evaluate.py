@@ -1,5 +1,6 @@
 """flowjobs evaluate."""
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from flowjobs.evaluation.solver import (
     Method,
     Solver,
 )
-from flowjobs.runs.files import write_json
+from flowjobs.report.results import way_of
+from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import EXIT_BAD_INPUT
+from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.evaluation.evaluate import Floors
@@ -81,6 +84,7 @@ class Evaluate(InStudy):
         runs, broken = readable_runs(self.study, self.names)
         evaluations: list[dict[str, Any]] = []
         floors: dict[tuple[str, ...], Floors] = {}
+        replaced: list[str] = []
         for run in runs:
             try:
                 found = self._evaluated(run, solver, floors)
@@ -90,10 +94,18 @@ class Evaluate(InStudy):
                 print(f"error: {run.name}: {error}", file=sys.stderr)
                 broken.append(run)
                 continue
+            if _was_taken_otherwise(run, found):
+                replaced.append(run.name)
             write_json(run.evaluation_file, found)
             evaluations.append(found)
             if not self.json:
                 print_evaluation(found)
+        if replaced:
+            print(
+                f"{first_of(replaced)}: measured in another way before; the report compares by "
+                "these values from now on: evaluate all runs that it compares alike",
+                file=sys.stderr,
+            )
         if self.json:
             print_json(evaluations[0] if one else evaluations)
         return EXIT_BAD_INPUT if broken else 0
@@ -115,6 +127,13 @@ class Evaluate(InStudy):
             key = (config.dataset, config.source, config.normalize)
             data = data_of(run)
             return evaluate(trained, *data, scope, _Progress(run.name), floors.setdefault(key, {}))
+
+
+def _was_taken_otherwise(run: Run, found: dict[str, Any]) -> bool:
+    """Whether the evaluation that is to be replaced has another number of samples, say."""
+    with contextlib.suppress(OSError, ValueError):
+        return way_of(read_json(run.evaluation_file)) != way_of(found)
+    return False
 
 
 class _Progress:

@@ -16,7 +16,8 @@ from flowjobs.errors import ConfigError
 from flowjobs.flows.uses import has_use
 from flowjobs.nearest import did_you_mean
 from flowjobs.report.metric import AtStep, Metric, choose_metric
-from flowjobs.report.results import Result
+from flowjobs.report.results import Result, way_of
+from flowjobs.words import first_of
 
 # What repeats a run and is averaged over.
 SEED = "seed"
@@ -316,14 +317,17 @@ def _is_better(one: Mapping[Key, float], other: Mapping[Key, float]) -> bool:
 def _incomparable(results: Sequence[Result], metric: Metric) -> str:
     """Why no two cells of the table are ranked, or ""."""
     if metric.is_measure:
-        keys = ("n", "repeats", "solver")
-        ways = {tuple(result.evaluation.get(key) for key in keys) for result in results}
-        if len(ways - {(None, None, None)}) > 1:
-            return (
-                f"{metric.title} was taken in other ways (n, repeats, solver) for some runs: "
-                "nothing is marked; `flowjobs evaluate` them alike"
-            )
-        return ""
+        ways: dict[str, list[str]] = {}
+        for result in results:
+            if result.measures:
+                ways.setdefault(way_of(result.evaluation), []).append(result.run.name)
+        if len(ways) < 2:
+            return ""
+        found = "; ".join(f"{way}: {first_of(names)}" for way, names in ways.items())
+        return (
+            f"{metric.title} was taken in other ways for some runs, so that nothing is marked, and "
+            f"means over them mislead: `flowjobs evaluate` them alike ({found})"
+        )
     varies = [
         name
         for name in metric.floors

@@ -118,6 +118,11 @@ def read_result(run: Run) -> Result:
     return Result(run, fields_of(run), status, evaluation)
 
 
+def way_of(evaluation: Mapping[str, Any]) -> str:
+    """How measures were taken, which their values depend on: "n 256, repeats 2, solver heun"."""
+    return ", ".join(f"{key} {evaluation.get(key)}" for key in ("n", "repeats", "solver"))
+
+
 def _is_number(row: Row, key: str) -> bool:
     return isinstance(row.get(key), int | float) and math.isfinite(row[key])
 

@@ -45,6 +45,7 @@ def test_a_run_is_evaluated_at_its_end_and_when_asked(
     options = ("-n", "60", "--repeats", "1", "--steps", "5")
     done = flowjobs("evaluate", "a", "--json", *options)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("a: measured in another way before; the report compares by these")
     asked = json.loads(done.stdout)
     assert asked == json.loads(run.evaluation_file.read_text())
     assert (asked["n"], asked["nfe"]) == (60, 10)
