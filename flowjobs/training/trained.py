@@ -47,6 +47,7 @@ def load_trained(
     device = _device(device)
     best = read_checkpoint(run.best, device)
     stats = best["normalization_stats"]
+    given = model is not None
     if model is None:
         # This process may have imported other code: another run's, or newer than the run.
         with importing_from_snapshot(run), random_numbers_kept():
@@ -55,6 +56,11 @@ def load_trained(
         model.load_state_dict(best["ema_shadow"])
     except RuntimeError as error:
         missing = textwrap.shorten(str(error).partition("\n")[2], 120, placeholder=" …")
+        if not given and _was_trained_from_python(run):
+            raise CheckpointMismatchError(
+                f"{run.name} was trained from Python, with a model that its config does not name: "
+                f"load it there, with one of that class: flowjobs.load({run.name!r}, model=…)"
+            ) from error
         raise CheckpointMismatchError(
             f"{run.best} is of another model than {type(model).__name__} is now ({missing}): "
             "restore the code that it was trained with, or give flowjobs.load the model: model=…"
@@ -64,6 +70,12 @@ def load_trained(
     flops = flops_of_batch(model, CHUNK, flops_per_sample(model, stats["mean"].shape))
     threads = threads_for(single_process(device), flops)
     return TrainedModel(run.name, model, stats, config, best["step"], device, source, threads)
+
+
+def _was_trained_from_python(run: Run) -> bool:
+    """Whether a `FlowTrainer` on its own began the run: every process of ours has a log of its."""
+    first = next(iter(run.status().attempts), None)
+    return first is not None and first.job.cluster == "none" and first.job.log is None
 
 
 def _device(asked: torch.device | str) -> torch.device:

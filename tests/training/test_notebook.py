@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SETUP = """
-import numpy as np, torch
+import flowjobs, numpy as np, torch
 from flowjobs.errors import ConfigError, RunMismatchError
 from flowjobs.training import FlowDataset, FlowTrainer, TrainingConfig
 
@@ -64,10 +64,16 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
         "        trainer(name=name)\n"
         "    except ConfigError as error:\n"
         "        print('refused', repr(name) in str(error))\n"
-        "print(trainer(width=5, name='mine').train()['epochs_run'])"
+        "print(trainer(width=5, name='mine').train()['epochs_run'])\n"
+        "try:\n"
+        "    flowjobs.load('mine')\n"
+        "except flowjobs.FlowjobsError as error:\n"
+        "    print(error)\n"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["refused True"] * 6 + ["3"]
+    *others, told = done.stdout.splitlines()
+    assert others == ["refused True"] * 6 + ["3"]
+    assert told.startswith("mine was trained from Python, with a model that its config does not n")
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == record
     assert (study / "runs/mine/status.json").exists()
     assert {path.name for path in (study / "runs").iterdir()} == {folder.name, "mine"}
