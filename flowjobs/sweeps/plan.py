@@ -28,6 +28,7 @@ from flowjobs.runs.datasets import same_file
 from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.status import RunStatus, read_sound_status
+from flowjobs.runs.submittable import attempts_of
 from flowjobs.slurm.waiting import never_starts
 from flowjobs.words import counted, first_of
 
@@ -191,8 +192,19 @@ def _with_job(
             return Member(run, config, "cancelled", jobs_unknown=str(words))
         return Member(run, config, "unknown", str(words))
     # Of a job that several share, some may wait for their turn.
-    begun = "(pending)" not in words and status.open_attempt is not None
+    begun = "(pending)" not in words and (status.open_attempt is not None or _ends(run, status))
     return Member(run, config, "running" if begun else "waiting", words.partition(", waits ")[2])
+
+
+def _ends(run: Run, status: RunStatus) -> bool:
+    """Whether the newest job is one of this machine that has trained: its process is about to end.
+
+    Or to start again, as after a time limit, which nothing queues.
+    """
+    job = run.newest_job()
+    if job is None or job.cluster != "local" or job.pack:
+        return False
+    return bool(attempts_of(job, status.attempts))
 
 
 def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding | None) -> Member:
