@@ -157,8 +157,6 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
         # Shown, not noted: that is what `reconcile` is for, and the run's own jobs.
         status.close(final_outcome(run, status, finding))
     described = {"run": run.name, **dataclasses.asdict(status)}
-    if status.attempts:  # a row may be newer than the attempt's own last word
-        described["attempts"][-1]["last_step"] = status.step
     if not status.epochs:  # its job has not begun
         described["epochs"] = run.config().training.epochs
     described["state_in_words"] = state_in_words(status)
@@ -193,7 +191,7 @@ def print_attempts(run: dict[str, Any]) -> None:
         reason = attempt["reason"]
         # "cancelled by scancel" has the state in it.
         stated = reason.startswith((attempt["state"], "interrupted"))
-        ended = reason if stated else f"{attempt['state']} {reason}"
+        ended = reason if stated else ": ".join(filter(None, (attempt["state"], reason)))
         line = (
             f"attempt {attempt['number']}: {_local_time(attempt['started'])}"
             f" for {_duration(attempt)}, {where} on {job['host']}, {steps}, {ended}"

@@ -159,5 +159,6 @@ class Attempt:
     def close(self, outcome: Outcome) -> None:
         """Write down how the attempt ended, if it still holds the run."""
         if self._lock.is_held():
+            self._status.catch_up(self.run.metrics_file)
             self._status.close(outcome)
             self._status.write(self.run.status_file)

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
+METRICS_FILE = "metrics.jsonl"
 # Enough for the last few dozen rows.
 TAIL_BYTES = 8192
 

@@ -42,7 +42,7 @@ from flowjobs.runs.datasets import content_of_data, differences, same_file
 from flowjobs.runs.extending import explain_extension
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import read_json, replaced_whole, write_json
-from flowjobs.runs.metrics import latest_values
+from flowjobs.runs.metrics import METRICS_FILE, latest_values
 from flowjobs.runs.run_id import (
     NOTHING,
     Inherited,
@@ -87,7 +87,7 @@ class Run(Submittable):
     @property
     def metrics_file(self) -> Path:
         """A row a logged step."""
-        return self.folder / "metrics.jsonl"
+        return self.folder / METRICS_FILE
 
     @property
     def data_file(self) -> Path:
@@ -418,7 +418,7 @@ class Run(Submittable):
         if moved and not data_are_given:
             self._check_same_content(found.training, asked.training, moved)
             notes += [f"the {name} of {self.name} is at {here} now" for name, here in moved.items()]
-        elif not (data_are_given or self.finished()) and (
+        elif not (data_are_given or self.finished(asked.training)) and (
             data := content_of_data(asked.training, self.study)
         ):
             self.check_data(data)

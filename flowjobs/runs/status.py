@@ -1,5 +1,6 @@
 """`status.json`: what a run is doing, and each attempt at it; `outcome_of` names its end."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -20,6 +21,7 @@ from flowjobs.errors import (
 )
 from flowjobs.from_json import from_json
 from flowjobs.runs.files import read_json, warn_once, write_json
+from flowjobs.runs.metrics import METRICS_FILE, latest_values
 from flowjobs.runs.process import process_mark
 from flowjobs.user_code import user_place
 
@@ -236,6 +238,15 @@ class RunStatus:
         kind = self.attempts[-1].kind if self.attempts else ""
         return Outcome(self.state, self.exit_code or 0, self.reason, self.traceback, kind)
 
+    def catch_up(self, metrics_file: Path) -> None:
+        """Bring the open attempt up to its newest row, which reaches the disk before the status."""
+        attempt = self.open_attempt
+        # Before its first step, the rows are those of the attempt before it.
+        if attempt and attempt.first_step is not None:
+            with contextlib.suppress(OSError):  # its own word must do
+                newest = latest_values(metrics_file).get("step", 0)
+                attempt.last_step = max(attempt.last_step or 0, newest)
+
     def close(self, outcome: Outcome) -> None:
         """Note how the newest attempt ended: that is the run's state from now on."""
         if self.open_attempt:
@@ -263,7 +274,7 @@ def read_status(path: Path) -> RunStatus:
 
 
 def read_sound_status(path: Path) -> RunStatus:
-    """The same; fields of a newer version are left out.
+    """The same; fields of a newer version are left out. The rows beside it may know of more steps.
 
     Raises:
         ConfigError: The file is damaged.
@@ -273,6 +284,7 @@ def read_sound_status(path: Path) -> RunStatus:
         times = [(each.started, each.ended, each.trains) for each in status.attempts]
         for time in (status.updated, *itertools.chain(*times)):
             _check_time(time)
+        status.catch_up(path.with_name(METRICS_FILE))
         return status
     except FileNotFoundError:
         return RunStatus()

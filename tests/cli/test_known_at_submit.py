@@ -16,6 +16,7 @@ from flowjobs.data.dataset import write_splits
 from flowjobs.errors import DataError
 from flowjobs.runs.datasets import check_data
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import RunStatus
 from flowjobs.training import FlowDataset
 
 # Imports torch where it is imported; submit must not.
@@ -76,9 +77,16 @@ def test_data_that_changed_are_refused_at_submit(workplace: Path, study: Path) -
     run.take_data(dict(zip(("train", "val"), (part.content for part in parts), strict=True)))
     run.last.touch()  # it has work to lose
     write_splits(FlowDataset(torch.randn(40, 2)), study, {"mine": None}, overwrite=True)
+    said = "the data of run are not those that it has been trained on:\n  train: "
     done = submit("--dataset", "mine", "--name", "run")
-    assert done.returncode == 2
-    assert "the data of run are not those that it has been trained on:\n  train: " in done.stderr
+    assert (done.returncode, said in done.stderr) == (2, True)
+    # Finished, it needs them again to be trained for longer.
+    epochs = TrainingConfig().epochs
+    RunStatus("finished", epoch=epochs, epochs=epochs).write(run.status_file)
+    run.best.touch()
+    longer = submit("--dataset", "mine", "--name", "run", "--epochs", str(epochs + 1))
+    assert (longer.returncode, said in longer.stderr) == (2, True)
+    assert "run is finished" in submit("--dataset", "mine", "--name", "run").stdout
 
 
 def widths_that_differ(folder: Path) -> None:

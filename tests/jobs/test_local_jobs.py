@@ -97,14 +97,20 @@ def test_a_killed_job_is_shown_as_dead_is_closed_and_goes_on_when_submitted(
     pid = status_of(run).attempts[-1].job.pid
     os.kill(pid, signal.SIGKILL)
     let_go()
+    reached = [row["step"] for row in read_rows(run.metrics_file)][-1]
     wait_until(lambda: "failed" in flowjobs("status", "local").stdout, "status to notice", 120)
     assert status_of(run).state == "running"  # looking has changed nothing
     assert "local: failed: died silently" in flowjobs("reconcile").stdout
     status = status_of(run)
     assert (status.state, status.exit_code) == ("failed", 1)
     assert status.reason.startswith("died silently (as after SIGKILL or os._exit) on")
+    assert f"attempt 1, step {reached}" in status.reason
+    assert status.attempts[0].last_step == reached
+    shown = f"steps 0 to {reached}, failed: died silently"
+    assert shown in flowjobs("status", "local").stdout
     assert_in_wandb(run, "failed", 1, status.reason)
     assert flowjobs("reconcile").stdout == ""  # nothing is left to close
     submit(flowjobs)
     wait_for(run, "finished")
+    assert shown in flowjobs("status", "local").stdout  # though the rows came again
     assert_equal_to(whole, run)
