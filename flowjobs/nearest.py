@@ -29,6 +29,9 @@ def meant(word: str, known: Collection[str], what: str) -> str:
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """ "; did you mean NAME?" to add to a text that lists what there is, or ""."""
+    parts = word.split(",")
+    if len(parts) > 1 and any(part in known for part in parts):
+        return f"; several values are separated by spaces: {' '.join(parts)}"
     near = _nearest(word, known)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 

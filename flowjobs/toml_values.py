@@ -1,14 +1,42 @@
 """Values of a TOML file, as the fields of a config hold them."""
 
 import os
+import re
 import sys
+import tomllib
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from flowjobs.config import DATA_FIELDS, KeyValues, is_data_file
+from flowjobs.errors import ConfigError
 from flowjobs.runs.run import absolute
+
+# A word without quotes: `partition = preempt`.
+_BARE_WORD = re.compile(r"\s*([\w.\"'-]+)\s*=\s*([^\s\"'#\[{][^\"'#\[{]*?)\s*(?:#.*)?")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: It cannot be read, or is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        at = re.search(r"at line (\d+)", str(error))
+        line = text.splitlines()[int(at[1]) - 1] if at else ""
+        if (found := _BARE_WORD.fullmatch(line)) and "Invalid value" in str(error):
+            raise ConfigError(
+                f'{path}, line {at[1] if at else ""}: text needs quotes: {found[1]} = "{found[2]}"'
+            ) from error
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def typed_value(name: str, value: Any, hint: Any, folder: Path) -> Any:

@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass
 
 from flowjobs.cli.defaults import Defaults, InStudy
-from flowjobs.cli.runs_named import RunNames, list_of, runs_matching
-from flowjobs.errors import ConfigError, SubmissionError
+from flowjobs.cli.runs_named import RunNames, check_named, list_of, runs_matching
+from flowjobs.errors import SubmissionError
 from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
@@ -21,8 +21,7 @@ class Cancel(InStudy):
         """Cancel. Returns the exit code."""
         from flowjobs.jobs.cancel import cancel_together
 
-        if not self.names:
-            raise ConfigError("cancel: found no name, expected those of the runs to cancel")
+        check_named("cancel", self.names)
         # One whose config is damaged has jobs all the same.
         runs, broken = runs_matching(self.study, self.names)
         if len(runs) > 1 or not names_one_run(self.study, self.names):

@@ -9,6 +9,7 @@ import tyro
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
+from flowjobs.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Checkpoint:
         """Print. Returns the exit code."""
         from flowjobs.training.checkpoint import read_checkpoint
 
+        if self.path.is_dir():
+            raise ConfigError(f"{self.path} is a folder: name best.pt or last.pt in it")
         found = describe(self.path, read_checkpoint(self.path))
         if self.json:
             print_json(found)

@@ -47,8 +47,8 @@ class Data(InStudy):
         written = write_splits(whole, study, sizes, overwrite=self.overwrite)
         for name, rows in written.items():
             print(f"{split_files(study, name)[0]}: {rows} training rows of width {whole.dim}")
-        kept = f"{len(split(whole)[1])} of all {len(whole)} rows, of width {whole.dim},"
-        print(f"{kept} are for validation, in each val.pt")
+        kept = f"the same {len(split(whole)[1])} of {len(whole)} rows (width {whole.dim})"
+        print(f"validation: {kept} in each val.pt; train with --dataset {next(iter(written))}")
         return 0
 
 

@@ -7,9 +7,8 @@ folder above, SBATCH_* variables and WANDB_ENTITY, flags.
 
 import dataclasses
 import os
-import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
 from flowjobs.runs.run import default_study
 from flowjobs.slurm.options import fields_from, variables_of
-from flowjobs.toml_values import typed_value
+from flowjobs.toml_values import read_toml, typed_value
 from flowjobs.tracking.mode import entity_of_settings
 
 FILE_NAME = "flowjobs.toml"
@@ -112,13 +111,16 @@ class Defaults:
 
 
 def load_defaults(
-    environment: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()
+    environment: Mapping[str, str] = os.environ,
+    arguments: Sequence[str] = (),
+    warn: Callable[[str], None] | None = None,
 ) -> Defaults:
     """Read the files and the variables.
 
     Args:
         environment: For sbatch's variables and the user's config folder.
         arguments: The command line, for the flags that are in it.
+        warn: Is told of a file that cannot be used, which is no error then.
 
     Raises:
         ConfigError: A file that is not TOML, a key that is no field, a value of another type.
@@ -128,7 +130,12 @@ def load_defaults(
     if entity:
         defaults.values["wandb_entity"], defaults.sources["wandb_entity"] = entity, file
     for path in _files(environment):
-        _read_file(path, defaults)
+        try:
+            _read_file(path, defaults)
+        except ConfigError as error:
+            if warn is None:
+                raise
+            warn(str(error))
     _read_variables(environment, defaults)
     flags = (word.partition("=")[0] for word in arguments if word.startswith("--"))
     defaults.flags = frozenset(flag(word[2:]) for word in flags)
@@ -169,10 +176,7 @@ def _files(environment: Mapping[str, str]) -> list[Path]:
 
 
 def _read_file(path: Path, defaults: Defaults) -> None:
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    found = read_toml(path)
     archs = found.pop("arch", {})
     if isinstance(archs, dict):
         for name, place in archs.items():

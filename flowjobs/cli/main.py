@@ -171,6 +171,10 @@ def command_of(name: str) -> Any:
     return getattr(importlib.import_module(f"flowjobs.cli.{module}"), cls)
 
 
+def _warn_of_file(error: str) -> None:
+    print(f"warning: {error}; what the file says is not used", file=sys.stderr)
+
+
 def _named(name: str) -> Any:
     """A command without its options, to be listed."""
     described = dataclasses.make_dataclass(name, (), namespace={"__doc__": COMMANDS[name][1]})
@@ -181,7 +185,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     """The command that is meant, and the defaults that it was filled with."""
     if arguments[:1] == ["sweep"]:
         arguments = command_of("sweep").spelled_out(arguments)
-    defaults = load_defaults(arguments=arguments)
+    looks = arguments[:1] and arguments[0] in LOOKING
+    defaults = load_defaults(arguments=arguments, warn=_warn_of_file if looks else None)
     if "study" in defaults.values:
         # Every command looks there for the study, and a flag wins over it.
         study = str(defaults.values.pop("study"))

@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import (
@@ -90,6 +90,8 @@ def _registry() -> ConstructorRegistry:
     registry.primitive_rule(_key_values)
     registry.primitive_rule(_choice)
     registry.primitive_rule(_path)
+    registry.primitive_rule(_number)
+    registry.primitive_rule(_several)
     registry.struct_rule(_options)
     return registry
 
@@ -145,6 +147,60 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
         instance_from_str=given,
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda path: [str(path)],
+    )
+
+
+def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A number, or none where that is a choice, as tyro has it, but for the error."""
+    options = get_args(info.type) if get_origin(info.type) is Union else (info.type,)
+    kinds = [option for option in options if option is not type(None)]
+    if kinds not in ([int], [float]):
+        return None
+    is_optional, kind = len(options) > 1, kinds[0]
+
+    def given(words: list[str]) -> int | float | None:
+        if is_optional and words[0] == "None":
+            return None
+        try:
+            return kind(words[0])  # type: ignore[no-any-return]
+        except ValueError:
+            raise ValueError(_no_number(words[0], kind)) from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=given,
+        is_instance=lambda value: (
+            value is None if is_optional and value is None else type(value) in (int, kind)
+        ),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _no_number(word: str, kind: type) -> str:
+    text = f"found {word!r}, expected a {'whole ' if kind is int else ''}number"
+    if re.fullmatch(r"[\d.]+ *[A-Za-z]+", word):
+        return f"{text} without a unit: the option has its own (see --help)"
+    if "," in word:
+        return f"{text}; several values are separated by spaces: {' '.join(word.split(','))}"
+    return text
+
+
+def _several(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Several numbers or choices, as tyro has them, but for the error: it says which one is bad."""
+    of = get_args(info.type)
+    if get_origin(info.type) is not tuple or of[1:] != (Ellipsis,):
+        return None
+    one = PrimitiveTypeInfo.make(of[0], info.markers)
+    spec = _number(one) or _choice(one)
+    if spec is None:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{spec.metavar} [{spec.metavar} ...]]",
+        instance_from_str=lambda words: tuple(spec.instance_from_str([word]) for word in words),
+        is_instance=lambda value: isinstance(value, tuple) and all(map(spec.is_instance, value)),
+        str_from_instance=lambda values: [str(value) for value in values],
     )
 
 

@@ -77,8 +77,9 @@ class Report(InStudy):
         if len(asked) > 1:
             raise ConfigError(f"found --{' and --'.join(asked)}, expected one of them")
         results, broken = self._results()
-        found = compare(results, self.rows, self.columns, self.metric, self.at_step)
-        if missing := never_made(absolute(self.study), self.names):
+        missing = never_made(absolute(self.study), self.names)
+        found = compare(results, self.rows, self.columns, self.metric, self.at_step, missing)
+        if missing:
             note = f"of the sweep, {first_of(missing)} never submitted: run it again"
             found = dataclasses.replace(found, notes=[*found.notes, note])
         if self.html is not None:

@@ -18,4 +18,4 @@ class Resume(HandOver):
         """Submit, and follow if asked to. Returns the exit code."""
         run = existing_run(self.study, self.name)
         # Like its config, its code is what it has, whichever folder this is.
-        return self.hand_over(run, run.config(), self.code_choice(default="keep"))
+        return self.hand_over(run, run.config(), self.code_choice(default="submitted"))

@@ -12,7 +12,7 @@ from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.runs_named import RunNames, readable_runs
+from flowjobs.cli.runs_named import RunNames, check_named, readable_runs
 from flowjobs.cli.start_many import (
     cluster_flag,
     only_submitter,
@@ -63,8 +63,7 @@ class Retry(CodeOptions, CommandOptions):
         from flowjobs.sweeps.plan import stages
         from flowjobs.sweeps.retry import RUNS_PER_GPU, changes_from
 
-        if not self.names:
-            raise ConfigError("retry: found no name, expected those of the runs to start again")
+        check_named("retry", self.names)
         check_counts(parallel=self.parallel)
         changes = changes_from(self.changes)
         slots: int = changes.get(RUNS_PER_GPU, 1)
@@ -105,7 +104,7 @@ class Retry(CodeOptions, CommandOptions):
         )
         if others:
             words = ", ".join(f"{count} {stage}" for stage, count in sorted(others.items()))
-            print_rows(alone=f"{words}: left as they are")
+            print_rows(unchanged=words)
         for member in members:
             if member.jobs_unknown:
                 print_rows(cancelled=f"{member.run.name}: {member.jobs_unknown}")
@@ -117,7 +116,8 @@ class Retry(CodeOptions, CommandOptions):
             helps = {*changes, *([NEW_CODE] if self.new_code else [])}
             held = bool(cause.needs) and not helps & {*cause.needs}
             advice = f"; not started, it would fail again: {cause.advice}" if held else ""
-            print(f"{len(cause.members):10} {cause.words}: {names}{advice}")
+            title = "held" if held else "restarts"
+            print(f"{title:10} {len(cause.members)} ({cause.words}): {names}{advice}")
             if not held:
                 starting += [
                     replace(member, config=with_changes(member.config, changes))

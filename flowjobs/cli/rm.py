@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.runs_named import RunNames, list_of, runs_matching
+from flowjobs.cli.runs_named import RunNames, check_named, list_of, runs_matching
 from flowjobs.config import RunConfig
 from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_BAD_INPUT, read_sound_status
-from flowjobs.words import counted
+from flowjobs.words import bytes_words, counted, first_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +31,20 @@ class Rm(InStudy):
         """Remove them. Returns the exit code."""
         from flowjobs.runs.removal import remove, size_of
 
-        if not self.names:
-            raise ConfigError("rm: found no name, expected those of the runs to remove")
+        check_named("rm", self.names)
         runs, broken = runs_matching(self.study, self.names)
-        runs, unknown = _without_jobs(runs)
+        runs, unknown = self._without_jobs(runs)
         broken += unknown
         if not runs:
             return EXIT_BAD_INPUT
-        size_gb = sum(size_of(run) for run in runs) / 1e9
-        print(f"removes {list_of(runs)}; {size_gb:.3g} GB", flush=True)
+        size = bytes_words(sum(size_of(run) for run in runs))
+        print(f"removes {list_of(runs)}; {size}", flush=True)
         if not self.yes:
             question = f"remove {counted(len(runs))} for good?"
-            if not confirmed(question, "rm: there is no one to ask: --yes removes them"):
+            if not confirmed(question, "rm asks first, and stdin is not a terminal: add --yes"):
                 return 0
             # Another terminal may have submitted one of them while the question stood.
-            runs, unknown = _without_jobs(runs)
+            runs, unknown = self._without_jobs(runs)
             broken += unknown
         for run in runs:
             try:
@@ -54,31 +54,35 @@ class Rm(InStudy):
                 broken.append(run)
         return EXIT_BAD_INPUT if broken else 0
 
+    def _without_jobs(self, runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+        """Those of which no job waits or runs, and those of which that is unknown, which it says.
 
-def _without_jobs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Those of which no job waits or runs, and those of which that is unknown, which it says.
+        Raises:
+            ConfigError: A job of one of them does.
+        """
+        from flowjobs.jobs.running import running_jobs
+        from flowjobs.sweeps.plan import stages
 
-    Raises:
-        ConfigError: A job of one of them does.
-    """
-    from flowjobs.jobs.running import running_jobs
-    from flowjobs.sweeps.plan import stages
-
-    configs: dict[Run, RunConfig] = {}
-    for run in runs:
-        with contextlib.suppress(ConfigError):
-            read_sound_status(run.status_file)
-            configs[run] = run.config()
-    members = stages(configs)
-    # Whether a job of one with damaged files lives is told by Slurm and the lock alone.
-    busy = running_jobs([run for run in runs if run not in configs])
-    alive = [run for run in configs if members[run].stage in ("waiting", "running")]
-    alive += [run for run, words in busy.items() if isinstance(words, str)]
-    if alive:
-        raise ConfigError(f"{list_of(alive)} wait or run: cancel them first; nothing is removed")
-    unknown = {run: members[run].jobs_unknown for run in configs if members[run].jobs_unknown}
-    unknown |= {run: members[run].why for run in configs if members[run].stage == "unknown"}
-    unknown |= {run: str(why) for run, why in busy.items()}
-    for run, why in unknown.items():
-        print(f"error: {run.name} is left: {why}", file=sys.stderr)
-    return [run for run in runs if run not in unknown], [*unknown]
+        configs: dict[Run, RunConfig] = {}
+        for run in runs:
+            with contextlib.suppress(ConfigError):
+                read_sound_status(run.status_file)
+                configs[run] = run.config()
+        members = stages(configs)
+        # Whether a job of one with damaged files lives is told by Slurm and the lock alone.
+        busy = running_jobs([run for run in runs if run not in configs])
+        alive = [run for run in configs if members[run].stage in ("waiting", "running")]
+        alive += [run for run, words in busy.items() if isinstance(words, str)]
+        if alive:
+            one = len(alive) == 1
+            waits = "waits or runs: cancel it" if one else "wait or run: cancel them"
+            raise ConfigError(
+                f"{first_of([run.name for run in alive])} {waits} first "
+                f"({hint('cancel', *self.names, study=self.study)}); nothing was removed"
+            )
+        unknown = {run: members[run].jobs_unknown for run in configs if members[run].jobs_unknown}
+        unknown |= {run: members[run].why for run in configs if members[run].stage == "unknown"}
+        unknown |= {run: str(why) for run, why in busy.items()}
+        for run, why in unknown.items():
+            print(f"error: {run.name} is left: {why}", file=sys.stderr)
+        return [run for run in runs if run not in unknown], [*unknown]

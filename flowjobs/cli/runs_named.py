@@ -25,8 +25,14 @@ def existing_run(study: Path, name: str) -> Run:
     """
     runs = select(study, [name]).runs
     if len(runs) > 1:
-        raise ConfigError(f"found {name}, which are {list_of(runs)}; expected one run")
+        raise ConfigError(f"{name} is {list_of(runs)}; expected one run")
     return runs[0]
+
+
+def check_named(command: str, words: Sequence[str]) -> None:
+    """Raise a ConfigError unless a command that acts on runs is told on which."""
+    if not words:
+        raise ConfigError(f"{command}: name runs, groups or sweeps (flowjobs {command} NAME)")
 
 
 def runs_matching(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:

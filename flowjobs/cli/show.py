@@ -40,7 +40,8 @@ class Show(InStudy):
             time = {**dataclasses.asdict(spent), "goodput": spent.goodput}
             print_json({**described, "config": changed, "time": time, "files": files}, indent=None)
             return 0
-        why = described["waits"] or described["unknown"] or described["reason"]
+        waits = f"waits {described['waits']}" if described["waits"] else ""
+        why = waits or described["unknown"] or described["reason"]
         print(f"{run.name}: {described['state_in_words']}{f', {why}' if why else ''}")
         for name, value in changed.items():
             print(f"  {flag(name)} {value}")

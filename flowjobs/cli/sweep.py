@@ -55,7 +55,7 @@ from flowjobs.sweeps.kept import (
 )
 from flowjobs.sweeps.toml_file import read_sweep
 from flowjobs.tracking.mode import resolve_mode
-from flowjobs.words import counted, first_of
+from flowjobs.words import bytes_words, counted, first_of
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodePlan
@@ -187,7 +187,7 @@ class Sweep(CodeOptions, CommandOptions):
             name = name if self.sweep is None else self.sweep
             sweep = read_kept(study, name)
         sweep = sweep.with_values(values)
-        if self.zip:
+        if "--zip" in defaults.flags:
             sweep = sweep.zipped(self.zip)
         options: dict[str, Any] = {
             part: {**getattr(sweep, part), **_given(getattr(self, part), defaults)}
@@ -253,15 +253,15 @@ class Sweep(CodeOptions, CommandOptions):
             if others := with_other_code(members, code):
                 print(f"with other code than the new ones: {first_of(others)}")
             if lost := left_out(study, name, names):
-                print(f"no longer of the sweep, and left as they are: {first_of(lost)}")
+                print(f"no longer in the sweep, unchanged: {first_of(lost)}")
             if self.dry_run:
                 return 0
             if len(starting) > ASKS_ABOVE and not self.yes:
                 stack.close()  # nobody is to wait for an answer, and what there is may change
                 if not confirmed(
                     f"submit {len(starting)} runs?",
-                    f"{len(starting)} runs would be submitted, and there is no one to ask: --yes "
-                    "submits them, --first N some",
+                    f"{len(starting)} runs: sweep asks first, and stdin is not a terminal: add "
+                    "--yes, or --first N for some of them",
                 ):
                     return 0
                 stack.enter_context(only_submitter(study, locks))
@@ -334,7 +334,7 @@ def _print_plan(
     if sweep.parallel:
         print(f"{'':10} {sweep.parallel} at a time")
     if disk := checkpoint_bytes(members, starting):
-        wanted, free = (f"{size / 1e9:.3g} GB" for size in disk)
+        wanted, free = map(bytes_words, disk)
         print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
 
 
@@ -348,7 +348,7 @@ def _still_to_start(
     stages = Counter(now[member.run].stage for member in starting)
     for stage, count in stages.items():
         if stage not in TO_START:
-            print(f"{stage:10} {count} of them by now: left as they are")
+            print(f"{stage:10} {count} of them by now: not started")
     both = zip(starting, code, strict=True)
     left = [(now[m.run], plan) for m, plan in both if now[m.run].stage in TO_START]
     return [member for member, _ in left], [plan for _, plan in left]

@@ -9,11 +9,14 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-# A name is not cut shorter than to these; columns go first, from the one that says least.
+# A name is not cut shorter than to these.
 NAME_AT_LEAST = 16
 # Columns that are left out where they say nothing.
 SELDOM = ("speed", "left", "tries")
-DISPENSABLE = ("tries", "step", "job", "speed", "left", "best", "epoch")
+# Columns that go before a name is cut, and those that go where a cut one has no room either: each
+# from the one that says least.
+BEFORE_A_CUT = ("tries", "best", "job")
+DISPENSABLE = ("step", "speed", "left", "epoch")
 
 
 def plain_console(*, width: int | None = None, soft_wrap: bool = False) -> Console:
@@ -50,11 +53,14 @@ def print_table(runs: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         for title in seldom:
             del row[title]
-    print_fitting(rows, DISPENSABLE)
+    print_fitting(rows, DISPENSABLE, before_a_cut=BEFORE_A_CUT)
 
 
 def print_fitting(
-    rows: Sequence[Mapping[str, Any]], dispensable: Sequence[str], right: Sequence[str] = ()
+    rows: Sequence[Mapping[str, Any]],
+    dispensable: Sequence[str],
+    right: Sequence[str] = (),
+    before_a_cut: Sequence[str] = (),
 ) -> None:
     """Print rows of cells by their titles, of which the first is a name.
 
@@ -62,13 +68,15 @@ def print_fitting(
         rows: At least one.
         dispensable: Columns that are left out, in this order, until the others have room.
         right: Columns of numbers.
+        before_a_cut: Columns that are left out first, until there is room for whole names.
     """
     console = plain_console(width=None if sys.stdout.isatty() else 1000)
     unbound = console.options.update(max_width=1000)
     shown = [*rows[0]]
     table = _table(rows, shown, right)
-    for title in dispensable:
-        if Measurement.get(console, unbound, table).minimum <= console.width:
+    for title in (*before_a_cut, *dispensable):
+        needed = Measurement.get(console, unbound, table)
+        if (needed.maximum if title in before_a_cut else needed.minimum) <= console.width:
             break
         shown = [other for other in shown if other != title]
         table = _table(rows, shown, right)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.overview import UNKNOWN_AT_MOST
-from flowjobs.cli.runs_named import RunNames, readable_runs
+from flowjobs.cli.runs_named import RunNames, check_named, readable_runs
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.selection import never_made
@@ -46,8 +46,7 @@ class Wait(InStudy):
         """Wait. Returns the exit code."""
         from flowjobs.sweeps.plan import held_for, stages
 
-        if not self.names:
-            raise ConfigError("wait: found no name, expected those of the runs to wait for")
+        check_named("wait", self.names)
         if not self.hours > 0:
             raise ConfigError(f"--hours: found {self.hours}, expected more than 0")
         runs, broken = readable_runs(self.study, self.names)

@@ -25,6 +25,7 @@ from flowjobs.runs.data_file import (
     DataContent,
     check_shape,
     content_of,
+    not_finite_words,
     read_layout,
 )
 from flowjobs.runs.datasets import (
@@ -145,11 +146,17 @@ class FlowDataset(Dataset[Tensor]):
         return self._source[places]
 
     def _check_finite(self) -> None:
+        first: tuple[int, int] | None = None
+        count = 0
         for indices, rows in self.in_order_of_file():
-            finite = torch.isfinite(rows).flatten(1).all(dim=1)
-            if not bool(finite.all()):
-                row = int(indices[~finite][0])
-                raise DataError(f"{self.name}: row {row} has a value that is NaN or infinite")
+            finite = torch.isfinite(rows).flatten(1)
+            bad = ~finite.all(dim=1)
+            if bool(bad.any()):
+                column = int((~finite[bad][0]).nonzero()[0])
+                first = first or (int(indices[bad][0]), column)
+                count += int(bad.sum())
+        if first:
+            raise DataError(f"{self.name}: {not_finite_words(*first, count)}")
 
 
 def rows_of_chunk(dim: int) -> int:

@@ -44,6 +44,7 @@ class _Cancelling:
 
     Attributes:
         run: The run.
+        before: Whether it was cancelled already.
         unnoted: Why it could not be noted as cancelled; its jobs are ended all the same.
         jobs: Its Slurm jobs, the newest last.
         newest: Its newest job, if that is of Slurm: of older ones it does not matter whether they
@@ -54,6 +55,7 @@ class _Cancelling:
     """
 
     run: Run
+    before: bool = False
     unnoted: OSError | None = None
     jobs: list[JobIdentity] = field(default_factory=list)
     newest: JobIdentity | None = None
@@ -94,11 +96,14 @@ def _is_finished(run: Run) -> bool:
 
 def _mark(run: Run) -> _Cancelling:
     """Note a run as cancelled."""
+    before = False
+    with contextlib.suppress(OSError):
+        before = run.cancel_requested()
     try:
         run.request_cancel()
     except OSError as error:
-        return _Cancelling(run, error)
-    return _Cancelling(run)
+        return _Cancelling(run, unnoted=error)
+    return _Cancelling(run, before)
 
 
 def _end_and_note(cancelling: _Cancelling) -> str:
@@ -119,6 +124,8 @@ def _end_and_note(cancelling: _Cancelling) -> str:
         raise SubmissionError(f"{run.name}: {done}; {noted}; mend that, and cancel it again")
     if ended:
         return f"{run.name}: cancelled {', '.join(ended)}; submit it again to resume"
+    if cancelling.before:
+        return f"{run.name} is already cancelled; no job of it waits or runs"
     return f"{run.name}: no job of it waits or runs; nothing will start it again"
 
 
@@ -152,7 +159,7 @@ def _end_process(run: Run) -> list[str]:
         return []
     except PermissionError:
         raise SubmissionError(f"process {job.pid} is another user's to end") from None
-    return [f"process {job.pid}"]
+    return [job.words]
 
 
 def _end_slurm_jobs(cancelling: Sequence[_Cancelling]) -> None:

@@ -24,9 +24,9 @@ from flowjobs.runs.files import replaced_whole, write_json
 from flowjobs.runs.run import Run
 from flowjobs.user_code import is_installed
 
-# "ask": changed code is an error that lists it. "live": none is kept, modules are imported from
-# where they are.
-CodeChoice = Literal["ask", "keep", "new", "live"]
+# "ask": changed code is an error that lists it. "submitted": what the run has is kept, and what has
+# changed since is said. "live": none is kept, modules are imported from where they are.
+CodeChoice = Literal["ask", "submitted", "keep", "new", "live"]
 
 SOURCES = {".py", ".pyi", ".pyx", ".pxd", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"}
 # Taken only if git tracks them: a study or another program's output has such files too.
@@ -140,6 +140,8 @@ def plan_code(
             return CodePlan(run, f"{run.name} {where}" if kept else "", forget=True)
         case "keep" if kept or begun:
             return CodePlan(run)
+        case "submitted" if kept or begun:
+            return CodePlan(run, _changed_words(run, modules, kept) if kept else "")
     now = (snapshots or Snapshots()).of(modules, run.study)
     if now is None and not (kept and begun):
         return CodePlan(run, forget=kept is not None)
@@ -168,22 +170,45 @@ def _keep_unless_it_matters(
     Raises:
         RunMismatchError: It is; the text lists it.
     """
-    folder = kept.snapshot(run.study)
-    used_before = {
-        str(path.relative_to(folder))
-        for path in files_of_modules(modules, kept.import_roots(run.study))
-    }
-    differ = _differences(read_snapshot(run.study, kept.digest), now.files)
-    matter = [path for path in differ if path in used_before | now.used]
+    differ, matter = _changes(run, modules, kept, now)
     if not matter:
         others = _shortened([f"{path} ({how})" for path, how in differ.items()], 3)
         return CodePlan(run, f"{run.name} keeps its code; it imports nothing of {others}")
     lines = _shortened([f"  {path}: {differ[path]}" for path in matter], SHOWN_AT_MOST, "\n")
     raise RunMismatchError(
         f"the code of {run.name} has changed since it was submitted:\n{lines}\n"
-        f"--keep-code resumes with the code that it has ({folder}), --new-code with the code as "
-        "it is now; or give the run on the new code another --name"
+        f"--keep-code resumes with the code that it has ({kept.snapshot(run.study)}), --new-code "
+        "with the code as it is now; or give the run on the new code another --name"
     )
+
+
+def _changed_words(run: Run, modules: tuple[str, ...], kept: Code) -> str:
+    """What has changed of the code that a run keeps; empty where nothing has that it imports, or
+    where the code of now is not to be found from here."""
+    try:
+        now = take_snapshot(modules, run.study)
+        if now is None or now.code.digest == kept.digest:
+            return ""
+        _, matter = _changes(run, modules, kept, now)
+    except ConfigError:  # what is not here, or lost, is found where the run starts
+        return ""
+    if not matter:
+        return ""
+    changed = _shortened(matter, 3)
+    return f"{run.name} keeps its code; changed since: {changed} (--new-code resumes with that)"
+
+
+def _changes(
+    run: Run, modules: tuple[str, ...], kept: Code, now: "Snapshot"
+) -> tuple[dict[str, str], list[str]]:
+    """What has changed since a run's code was kept, by path, and what of that the run imports."""
+    folder = kept.snapshot(run.study)
+    used_before = {
+        str(path.relative_to(folder))
+        for path in files_of_modules(modules, kept.import_roots(run.study))
+    }
+    differ = _differences(read_snapshot(run.study, kept.digest), now.files)
+    return differ, [path for path in differ if path in used_before | now.used]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from flowjobs.config import NOT_IN_SIGNATURE, SIZE_FIELDS, TrainingConfig
+from flowjobs.config import IN_NAME, NOT_IN_SIGNATURE, SIZE_FIELDS, TrainingConfig
 from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.flows.uses import has_use
@@ -47,7 +47,7 @@ class Cell:
         results: The runs, by their names.
         values: Of those that have one, by what pairs them with the runs of other cells: the seed,
             and what else is averaged over.
-        expected: How many there are in a full cell.
+        expected: How many there are in the cell once all of its runs are made and have a value.
         states: What the others do, in words, and how many of each.
         marked: Whether it is the best, or cannot be told from it.
         floor: What the measure is for real data, if that is known.
@@ -117,6 +117,7 @@ def compare(
     columns: Sequence[str] | None = None,
     metric: str | None = None,
     at_step: AtStep = None,
+    missing: Sequence[str] = (),
 ) -> Comparison:
     """The table of some runs.
 
@@ -127,6 +128,7 @@ def compare(
         metric: See `Metric.name`; None: a measure of the samples if all finished runs have it, else
             the best validation loss.
         at_step: Where validation losses are compared.
+        missing: The names of runs of the sweeps among them that were never made.
 
     Raises:
         ConfigError: There is no such field or metric, or cells would average what has no common
@@ -149,10 +151,12 @@ def compare(
             f"or select one ({mixed[0]}=…)"
         )
     pairing = (SEED, *averaged)
-    expected = len({_key(result, pairing) for result in results})
+    in_cell = (*row_fields, *column_fields)
+    most = len({_key(result, pairing) for result in results})
     cells = {
-        place: _cell(some, chosen, pairing, max(expected, len(some)))
+        place: _cell(some, chosen, pairing, max(len(some), min(most, len(some) + to_come)))
         for place, some in members.items()
+        for to_come in [sum(_would_be_with(name, some[0], in_cell) for name in missing)]
     }
     notes = _notes(results, chosen, averaged)
     incomparable = _incomparable(results, chosen)
@@ -244,6 +248,15 @@ def _rank(value: Any) -> tuple[int, float, str]:
     if (count := parse_count(str(value))) is not None:
         return 0, float(count), ""  # --params 500k, a dataset 10k
     return 1, 0.0, str(value)
+
+
+def _would_be_with(name: str, result: Result, fields: Sequence[str]) -> bool:
+    """Whether a run that a sweep has not made would be in the cell of another, by its name: that
+    begins as the other's, and says what the sweep varies beyond that (`-lr0.1`)."""
+    begin = "-".join(map(result.shown, IN_NAME))
+    others = [other for other in fields if other not in IN_NAME and f"-{other}" in name]
+    parts = [f"-{other}{result.shown(other)}-" for other in others]
+    return f"{name}-".startswith(f"{begin}-") and all(part in f"{name}-" for part in parts)
 
 
 def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str], expected: int) -> Cell:

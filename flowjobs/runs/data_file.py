@@ -15,9 +15,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from flowjobs.errors import DataError
+from flowjobs.words import counted
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Up to here all bytes of a file decide its digest; of a larger one, as many in blocks at even
 # distances. That takes a tenth of a second, where all of it could take minutes at each start. What
@@ -164,12 +168,35 @@ def check_file(path: Path) -> Layout | None:
             return layout
         row_bytes = layout.n_bytes // layout.shape[0]
         read = _reader(file, layout)
+        first: int | None = None
+        rows: set[int] = set()
         for start, size in _blocks(layout.n_bytes, WHOLE_CHECK_BYTES):
-            at = _first_not_finite(read(start, size), layout.dtype)
-            if at is not None:
-                row = (start + at) // row_bytes
-                raise DataError(f"{path}: row {row} has a value that is NaN or infinite")
+            places = start + _not_finite(read(start, size), layout.dtype)
+            if places.size:
+                first = int(places[0]) if first is None else first
+                rows.update((places // row_bytes).tolist())
+        if first is not None:
+            row, place = divmod(first, row_bytes)
+            column = place // BYTES_OF_TYPE[layout.dtype]
+            whole = layout.n_bytes <= WHOLE_CHECK_BYTES
+            raise DataError(f"{path}: {not_finite_words(row, column, len(rows), whole=whole)}")
     return layout
+
+
+def not_finite_words(row: int, column: int, rows: int, *, whole: bool = True) -> str:
+    """What is said of data with values that are not finite.
+
+    Args:
+        row: The first row that has one.
+        column: Where in that row, counted as if it were flat.
+        rows: How many rows have one.
+        whole: Whether all rows were looked at.
+    """
+    count = f"{'' if whole else 'at least '}{counted(rows, 'row')}"
+    return (
+        f"row {row} has a value that is NaN or infinite (in column {column}), as "
+        f"{'has' if rows == 1 else 'have'} {count} in all"
+    )
 
 
 def shape_of_file(path: Path) -> tuple[int, ...] | None:
@@ -259,15 +286,15 @@ def _blocks(n_bytes: int, whole: int) -> Iterator[tuple[int, int]]:
         yield number * (n_bytes - BLOCK_BYTES) // (count - 1) // 16 * 16, BLOCK_BYTES
 
 
-def _first_not_finite(block: bytes | bytearray | memoryview, dtype: str) -> int | None:
-    """Where in a block of numbers the first is that is NaN or infinite, in bytes."""
+def _not_finite(block: bytes | bytearray | memoryview, dtype: str) -> "np.ndarray[Any, Any]":
+    """Where in a block of numbers those are that are NaN or infinite, in bytes."""
     import numpy as np  # slow to load, and not needed for the embedded data
 
     if dtype == "bfloat16":  # numpy has none: a float32 without its last two bytes
         bad = (np.frombuffer(block, np.uint16) & 0x7F80) == 0x7F80
     else:
         bad = ~np.isfinite(np.frombuffer(block, dtype))
-    return int(bad.argmax()) * BYTES_OF_TYPE[dtype] if bad.any() else None
+    return np.flatnonzero(bad) * BYTES_OF_TYPE[dtype]
 
 
 def _npy_layout(file: BinaryIO) -> Layout | None:

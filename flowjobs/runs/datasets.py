@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flowjobs.config import PINNED, TrainingConfig, is_data_file
+from flowjobs.config import DATA_FILE_SUFFIXES, PINNED, TrainingConfig, is_data_file
 from flowjobs.errors import DataError
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.data_file import DataContent, check_file, content_of_file, shape_of_file
@@ -59,6 +59,9 @@ def check_dataset(dataset: str, study: Path, option: str = "--dataset") -> None:
     if missing and Path(dataset).is_file():
         raise DataError(f"{option}: found {dataset}, expected a .pt or .npy file")
     if missing:
+        alike = [f"{dataset}{suffix}" for suffix in DATA_FILE_SUFFIXES]
+        if files := [file for file in alike if Path(file).is_file()]:
+            raise DataError(f"{option}: no dataset {dataset}; did you mean the file {files[0]}?")
         there = {*EMBEDDED, *(file.parent.name for file in train_file.parent.parent.glob("*/*.pt"))}
         raise DataError(
             f"{option} {dataset}: no {' and no '.join(missing)}; "

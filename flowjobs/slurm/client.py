@@ -46,8 +46,9 @@ def controller_answers() -> tuple[bool | None, str]:
         return True, "sbatch is there and the controller answers"
     # Whatever else it says, there may be a cluster; also where its settings are not to be read now.
     none = _NO_CLUSTER.search(answer.stdout + answer.stderr) and not os.environ.get("SLURM_CONF")
-    why = f"sbatch is there, but no controller answers: {first_line(answer)}"
-    return False if none else None, why
+    if none:
+        return False, "sbatch is there, but Slurm is not configured: no slurm.conf"
+    return None, f"sbatch is there, but no controller answers: {first_line(answer)}"
 
 
 def cells_of(printed: str, count: int) -> list[list[str]]:
@@ -94,7 +95,10 @@ def run(
         )
         answer.returncode = answer.returncode or int(bool(_FAILED.search(answer.stderr)))
         return answer
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        said = f"{command[0]} did not answer within {timeout_s:g} s"
+        return subprocess.CompletedProcess(command, returncode=1, stdout="", stderr=said)
+    except OSError as error:
         return subprocess.CompletedProcess(command, returncode=1, stdout="", stderr=str(error))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -29,7 +29,9 @@ SBATCH_TIMEOUT_S = 180.0
 SAY_AFTER_S = 5.0
 
 # An answer that did not come: a busy controller may take the job all the same, and later.
-UNANSWERED = re.compile(r"timed out|Message (send|receive) failure|Zero Bytes", re.IGNORECASE)
+UNANSWERED = re.compile(
+    r"timed out|did not answer|Message (send|receive) failure|Zero Bytes", re.IGNORECASE
+)
 TAKEN_WITHIN_S = 20.0
 ASK_EVERY_S = 1.0
 

@@ -55,12 +55,12 @@ WORDS = (
     ("MaxMemory", "for a limit on memory"),
     ("Reservation", "for its reservation to begin"),
     ("Licenses", "for licenses to become free"),
-    ("JobArrayTaskLimit", "for other tasks of its array"),
+    ("JobArrayTaskLimit", "for other tasks of the array"),
     ("Cleaning", "for its last start to be cleaned up on the node"),
     ("Prolog", "for its nodes to be made ready"),
     ("FrontEndDown", "for the front end, which is down"),
     ("SystemFailure", "after a failure of Slurm itself: an administrator must look"),
-    ("None", "to be looked at by the scheduler"),
+    ("None", "for Slurm to schedule it"),
 )
 
 
@@ -74,7 +74,7 @@ def why_it_waits(row: JobRow) -> str:
             start = f", about {_clock(row.starts)}" if row.starts else ""
             dependency = f" ({row.dependency})" if row.dependency else ""
             text = words.format(job=row.job_id, start=start, dependency=dependency)
-            return f"{text} ({reason})"
+            return text if word == "None" else f"{text} ({reason})"
     return f"for Slurm's reason {reason or 'unknown'}"
 
 

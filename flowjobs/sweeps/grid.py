@@ -119,10 +119,10 @@ class Sweep:
         varied = {shown(name): name for name in self.grid}
         unknown = [name for name in names if name.replace("-", "_") not in varied]
         if unknown or len(names) < 2:
-            found = unknown[0] if unknown else " ".join(names)
+            found = unknown[0] if unknown else " ".join(names) or "no field"
             raise ConfigError(
                 f"--zip: found {found}, expected two or more fields that have several values: "
-                f"{', '.join(varied) or 'none has'}"
+                f"{' '.join(varied) or 'none has'}"
             )
         chosen = [varied[name.replace("-", "_")] for name in names]
         group = {name: self.grid[name] for name in chosen}

@@ -27,6 +27,7 @@ from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import same_file
 from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run, has_done
+from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.runs.status import RunStatus, read_sound_status
 from flowjobs.runs.submittable import attempts_of
 from flowjobs.slurm.waiting import never_starts
@@ -285,12 +286,16 @@ def _mismatch(differing: Mapping[Run, Sequence[str]]) -> str:
     runs_with: dict[str, list[str]] = {}
     for run, lines in differing.items():
         runs_with.setdefault("\n".join(lines), []).append(run.name)
-    text = [f"{len(differing)} of the runs exist with another config:"]
+    study = next(iter(differing)).study
+    names_of = {sweep: {*runs_of_sweep(study, sweep)} for sweep in sweep_names(study)}
+    sweeps = [s for s, names in names_of.items() if any(run.name in names for run in differing)]
+    there = f" (of the sweep {first_of(sweeps)})" if sweeps else ""
+    text = [f"{len(differing)} of the runs exist with another config{there}:"]
     for lines, names in list(runs_with.items())[:SHOWN_AT_MOST]:
         text += [f"{first_of(names)}:", lines]
     text += [
-        "ask for the values there to resume those runs; or give the sweep a --study of its "
-        "own, or remove those runs (flowjobs rm)"
+        "ask for the values there to resume those runs; or give several values of what differs, so "
+        "that it is in the names of the new ones; or give the sweep a --study of its own"
     ]
     return "\n".join(text)
 

@@ -29,7 +29,6 @@ the training.
 """
 
 import json
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
 from flowjobs.sweeps.applying import ARGUMENT
 from flowjobs.sweeps.grid import TABLES, TRAINING, Point, Sweep, check_lengths, shown
-from flowjobs.toml_values import typed_value
+from flowjobs.toml_values import read_toml, typed_value
 
 
 class _Reader:
@@ -52,10 +51,7 @@ class _Reader:
         self._run_hints = hints(SlurmConfig) | hints(TrainingConfig)
 
     def read(self) -> Sweep:
-        try:
-            found = tomllib.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-            raise ConfigError(f"{self._path}: {error}") from error
+        found = read_toml(self._path)
         tables = {"base", "grid", "zip", "include", "exclude", *TABLES}
         known = {*tables, "one_at_a_time", "parallel", "runs_per_gpu"}
         for key in found:

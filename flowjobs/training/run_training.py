@@ -25,6 +25,7 @@ from flowjobs.training.compute import computing
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.trained import load_trained
 from flowjobs.training.trainer import FlowTrainer
+from flowjobs.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,9 @@ def run_training(
             run, ema, (train_dataset, val_dataset), ranks.device, recorder, stop_reason
         )
     logger.info(
-        "finished %s: %d epochs in %.1f s, best validation loss %.4f, %s, %s",
+        "finished %s: %s in %.1f s, best validation loss %.4f, %s, %s",
         run.name,
-        result["epochs_run"],
+        counted(result["epochs_run"], "epoch"),
         result["time_s"],
         result["best_val_loss"],
         result["checkpoint_path"],

@@ -107,9 +107,10 @@ def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjob
     done = flowjobs("retry", "*", "--cluster", "local", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert [line.split(";")[0].strip() for line in done.stdout.splitlines()[1:9]] == [
-        *("alone      1 finished: left as they are", "1 GPU out of memory: e-cuda"),
-        *("1 cancelled: g-ended", "1 checkpoints gone: i-gone", "1 diverged: h-nan"),
-        *("1 killed: a-killed", "2 out of memory: b-memory, c-memory", "1 time limit: d-time"),
+        *("unchanged  1 finished", "held       1 (GPU out of memory): e-cuda"),
+        *("restarts   1 (cancelled): g-ended", "held       1 (checkpoints gone): i-gone"),
+        *("held       1 (diverged): h-nan", "restarts   1 (killed): a-killed"),
+        *("held       2 (out of memory): b-memory, c-memory", "held       1 (time limit): d-time"),
     ]
     assert done.stdout.count("not started, it would fail again") == 5
     assert "--with mem_gb=32\n" in done.stdout
@@ -174,7 +175,7 @@ def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_wa
         done = flowjobs(*retry, "--with", "mem_gb=2", "--parallel", "2")
         # All of them but one that cannot be read.
         assert (done.returncode, "error: d: " in done.stderr) == (2, True), done.stderr
-        assert "a 3 out of memory" not in done.stdout
+        assert "3 (out of memory)" not in done.stdout
 
     # Submitted from another terminal while the question stands.
     assert answer("y", retried) == 2
@@ -184,10 +185,10 @@ def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_wa
     assert runs[0].config().slurm.mem_gb == pytest.approx(2.0)
 
     again = flowjobs(*retry)
-    assert "3 waiting: left as they are" in again.stdout
+    assert "unchanged  3 waiting" in again.stdout
     living = flowjobs("rm", "a", "b", "--yes")
     assert living.returncode == 2
-    assert "2 runs: a, b wait or run: cancel them first" in living.stderr
+    assert "a, b wait or run: cancel them first (flowjobs cancel" in living.stderr
 
     assert flowjobs("cancel", "a").returncode == 0
     assert runs[0].status().state == "cancelled"
@@ -204,7 +205,7 @@ def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_wa
     assert waited.returncode == 0, waited.stdout + waited.stderr
     assert waited.stdout.splitlines()[-1].endswith(" 1 finished")
     assert flowjobs("wait", "a", "b", "c").returncode == 130
-    assert "2 cancelled: a, b" in flowjobs(*retry, "--dry-run").stdout
+    assert "2 (cancelled): a, b" in flowjobs(*retry, "--dry-run").stdout
 
 
 def test_wait_ends_with_what_came_of_the_runs(study: Path, flowjobs: Command) -> None:
@@ -266,7 +267,7 @@ def test_a_run_whose_files_are_damaged_can_be_removed_unless_it_is_trained(
         *(str(os.getpid()), "local", None), identity={"process": process_mark(os.getpid())}
     )
     done = flowjobs("rm", "damaged", "torn", "--yes")
-    assert (done.returncode, "damaged wait or run" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "damaged waits or runs" in done.stderr) == (2, True), done.stderr
     damaged.jobs_file.unlink()
     done = flowjobs("rm", "damaged", "torn", "lost", "--yes")
     assert done.returncode == 0, done.stderr
@@ -288,7 +289,7 @@ def test_rm_asks_and_leaves_no_half_of_a_run(
 
     asked = flowjobs("rm", "a", "b")
     assert asked.returncode == 2
-    assert "there is no one to ask: --yes" in asked.stderr
+    assert "rm asks first, and stdin is not a terminal: add --yes" in asked.stderr
     assert "removes 2 runs: a, b" in asked.stdout
     assert here.exists()
     assert there.exists()

@@ -42,4 +42,4 @@ def test_cancel_says_first_what_it_will_touch_and_leaves_what_it_cannot_read(
 
 def test_a_command_for_one_run_takes_no_more(flowjobs: Command, grid: Path) -> None:
     done = flowjobs("logs", "otcfm-*")
-    assert (done.returncode, "which are 3 runs: otcfm-0, " in done.stderr) == (2, True)
+    assert (done.returncode, " is 3 runs: otcfm-0, " in done.stderr) == (2, True)

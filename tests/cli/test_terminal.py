@@ -109,7 +109,7 @@ def test_status_breaks_no_word(workplace: Path, study: Path, columns: int) -> No
     beginning, _, end = cells[0].partition("…")
     assert name.startswith(beginning)
     assert name.endswith(end)
-    assert ("…" in cells[0]) == (columns < 100)
+    assert ("…" in cells[0]) == (columns < 80)
     assert len(cells) == len(head.split())
     # No best is shown that is worse than the loss beside it.
     values = dict(zip(head.split(), cells, strict=True))

@@ -126,7 +126,12 @@ def test_changed_code_is_listed_and_a_person_says_which_one_is_meant(run: Run) -
     assert lines[:3] == ["  own/blocks.py: changed", "  own/more.py: new", "  own/nets.py: changed"]
     assert lines[3].startswith("--keep-code resumes with the code that it has (")
     assert submit(run, "keep") == first
-    assert code_of(run) == first
+    resumed = plan_code(run, TRAINING, "submitted")  # by name, from wherever
+    changed = "own/blocks.py, own/more.py, own/nets.py"
+    assert resumed.note == (
+        f"net keeps its code; changed since: {changed} (--new-code resumes with that)"
+    )
+    assert (resumed.code, resumed.forget, code_of(run)) == (None, False, first)
     second = submit(run, "new")
     assert second.earlier == (first.digest,)
     assert kept(run)["own/blocks.py"] == b"SCALE = 2"

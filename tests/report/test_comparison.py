@@ -101,14 +101,17 @@ def test_what_is_missing_fails_or_runs_is_said(study: Path) -> None:
     made_run(study, [2.0], "failed", lr=0.2, seed=1)
     made_run(study, lr=0.2, seed=2)
     made_run(study, [3.0], "cancelled", lr=0.3, seed=2)
-    found = compared(study)
-    words = {row[0]: count_words(cell(found, row)) for row in found.rows}
-    assert words == {
-        "0.001": "n=3",
-        "0.1": "1/3 seeds, 1 failed",
-        "0.2": "2 failed, 1 waiting",
-        "0.3": "1 cancelled, 2 not submitted",
-    }
+    # Of a sweep that has made no more of them.
+    name = "mlp-icfm-digits-none-lr0.3-seed"
+    for missing, said in (([], ""), ([f"{name}0", f"{name}1"], ", 2 not submitted")):
+        found = compared(study, missing=missing)
+        words = {row[0]: count_words(cell(found, row)) for row in found.rows}
+        assert words == {
+            "0.001": "n=3",
+            "0.1": "1/2 seeds, 1 failed",
+            "0.2": "2 failed, 1 waiting",
+            "0.3": f"1 cancelled{said}",
+        }
 
 
 def test_unfinished_runs_are_compared_at_the_last_step_that_all_have(study: Path) -> None:

@@ -225,7 +225,7 @@ def test_who_is_asked_keeps_nobody_waiting_and_starts_nothing_cancelled_meanwhil
             said += sweep.communicate(timeout=120)[0]
         finally:
             os.close(ours)  # where nobody answers, it hears that
-    assert "cancelled  1 of them by now: left as they are" in said
+    assert "cancelled  1 of them by now: not started" in said
     assert "0-99" in Path("asked").read_text()
     assert run.cancel_requested()
 
