@@ -15,7 +15,7 @@ class Cancel(InStudy):
     """Cancel runs for good: nothing starts them again until they are submitted again."""
 
     names: RunNames
-    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed)."""
 
     def run(self, defaults: Defaults) -> int:
         """Cancel. Returns the exit code."""

@@ -45,7 +45,7 @@ class Retry(CodeOptions, CommandOptions):
     """
 
     names: RunNames
-    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed)."""
 
     changes: Annotated[tuple[str, ...], tyro.conf.arg(name="with", metavar="KEY=VALUE")] = ()
     """Other options of the cluster for these runs: mem_gb=64 timeout_min=240 partition=long; or

@@ -22,7 +22,7 @@ class Rm(InStudy):
     """Remove runs with their weights, records and logs; asks first. W&B keeps what it has."""
 
     names: RunNames
-    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed)."""
 
     yes: Flag = False
     """Do not ask."""

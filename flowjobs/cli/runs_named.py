@@ -1,18 +1,23 @@
 """The runs that the words of a command line mean, and what is said of those that are unreadable."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
 
-from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.nearest import LIST_AT_MOST
+from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
+from flowjobs.nearest import LIST_AT_MOST, did_you_mean
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run
-from flowjobs.runs.selection import select
+from flowjobs.runs.selection import Selection, select
 from flowjobs.words import counted
+
+STATE = "state="
+# What `status` says of a run, and how far it is by that; see `sweeps.plan.Stage`.
+SHOWN_AS = {"preempted": "to resume", "interrupted": "to resume", "submitted": "waiting"}
 
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunNames = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -23,7 +28,7 @@ def existing_run(study: Path, name: str) -> Run:
 
     The path of its folder, as a shell completes it, is a name too, and says which study it is in.
     """
-    runs = select(study, [name]).runs
+    runs = _meant(study, [name]).runs
     if len(runs) > 1:
         raise ConfigError(f"{name} is {list_of(runs)}; expected one run")
     return runs[0]
@@ -38,10 +43,44 @@ def check_named(command: str, words: Sequence[str]) -> None:
 def runs_matching(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
     """The runs that are meant, all without a word, whether or not their records can be read; and
     those of which it cannot be read whether they are meant, said on stderr."""
-    meant = select(study, words)
+    meant = _meant(study, words)
     for run, why in meant.unreadable.items():
         print(f"error: {run.name}: {why}", file=sys.stderr)
     return meant.runs, [*meant.unreadable]
+
+
+def _meant(study: Path, words: Sequence[str]) -> Selection:
+    """What `select` finds, and of that the runs in a state that is asked for (state=failed).
+
+    The record alone does not know it: a job may have died unnoticed, or wait.
+    """
+    asked = [word.removeprefix(STATE) for word in words if word.startswith(STATE)]
+    found = select(study, [word for word in words if not word.startswith(STATE)])
+    if not asked:
+        return found
+    from flowjobs.sweeps.plan import Stage, stages
+
+    known = [*get_args(Stage), *SHOWN_AS]
+    for state in asked:
+        if state not in known:
+            raise ConfigError(
+                f"state=: found {state or repr(state)}, expected one of {', '.join(known)}"
+                f"{did_you_mean(state, known)}"
+            )
+    configs, unreadable = {}, dict(found.unreadable)
+    for run in found.runs:
+        try:
+            configs[run] = run.config()
+        except (FlowjobsError, OSError) as error:
+            unreadable[run] = str(error)
+    stage_of = {run: member.stage for run, member in stages(configs).items()}
+    wanted = {SHOWN_AS.get(state, state) for state in asked}
+    runs = [run for run in configs if stage_of[run] in wanted]
+    if not runs and not unreadable:
+        counts = Counter(stage_of.values())
+        there = ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))
+        raise RunNotFoundError(f"no run is {' or '.join(asked)}: {there or 'there are none'}")
+    return Selection(runs, unreadable)
 
 
 def readable_runs(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:

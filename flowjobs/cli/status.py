@@ -37,7 +37,7 @@ class Status(InStudy):
     """Show how the sweeps and groups of a study stand, or its runs, or one run's attempts."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
-    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0); default: all."""
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed); default: all."""
 
     runs: Flag = False
     """A line for each run, where there are many; a selection has one anyway."""

@@ -37,7 +37,7 @@ class Wait(InStudy):
     """
 
     names: RunNames
-    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm seed=0)."""
+    """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed)."""
 
     hours: float = 168.0
     """Wait so long at most."""

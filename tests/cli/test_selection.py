@@ -1,12 +1,16 @@
 """Commands on a selection of runs."""
 
 import json
+import re
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
 from tests.conftest import Command
 
 
@@ -25,6 +29,25 @@ def test_status_of_a_selection(flowjobs: Command, grid: Path) -> None:
     # A selection of one run is a list too; a run's own name gives the run.
     assert len(json.loads(flowjobs("status", "otcfm-[1]", "--json").stdout)) == 1
     assert json.loads(flowjobs("status", "otcfm-1", "--json").stdout)["run"] == "otcfm-1"
+
+
+def test_runs_are_selected_by_how_far_they_are(flowjobs: Command, grid: Path) -> None:
+    RunStatus("failed").write(Run(grid, "otcfm-0").status_file)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    died = replace(JobInfo.in_foreground(), job_id=str(ended.pid), pid=ended.pid, process="1 1")
+    status = RunStatus("running", attempts=[AttemptRecord(1, died, started=now())])
+    status.write(Run(grid, "icfm-1").status_file)  # which nobody has noted
+    found = json.loads(flowjobs("status", "state=failed", "--json").stdout)
+    assert [run["run"] for run in found] == ["icfm-1", "otcfm-0"]
+    assert flowjobs("show", "state=failed").stderr.startswith("error: found state=failed, which")
+    for word, said in (
+        ("state=running", "no run is running: 2 failed, 4 new"),
+        ("state=faild", "state=: found faild, expected one of finished, .*did you mean failed"),
+    ):
+        done = flowjobs("status", word)
+        assert done.returncode == 2
+        assert re.search(said, done.stderr), done.stderr
 
 
 def test_cancel_says_first_what_it_will_touch_and_leaves_what_it_cannot_read(
