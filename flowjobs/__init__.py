@@ -16,7 +16,7 @@ The rooms, each of which imports only those behind it:
     flows  models  data
     runs        a run on disk; every other room reads and writes it only through this one
     slurm       asking Slurm; knows no run
-Beside them, for all: config, errors, user_code; notebook, the trainer that a script imports; and
+Beside them, for all: config, errors, user_code, user_source; notebook, the trainer of a script; and
 small ones (cgroups, counts, from_json, learning_rate, nearest, slots, toml_values, words).
 """
 

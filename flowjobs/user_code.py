@@ -2,10 +2,11 @@
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,22 @@ def is_import_path(path: str) -> bool:
     """Whether this is `package.module:name`."""
     module, _, name = path.partition(":")
     return bool(module) and name.isidentifier()
+
+
+def check_call(signature: inspect.Signature, what: str, arguments: Sequence[str]) -> None:
+    """Raise a ConfigError unless a function can be called with so many positional arguments.
+
+    Args:
+        signature: Of the function; of a method without `self`.
+        what: For the error's text.
+        arguments: Their names.
+    """
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{what} takes {signature}, expected to be called with ({', '.join(arguments)})"
+        ) from error
 
 
 def imported(option: str, path: str) -> Any:

@@ -21,7 +21,7 @@ ROWS = (
     ("data",),
     ("toml_values",),
     ("runs", "slurm"),
-    ("config", "user_code"),
+    ("config", "user_code", "user_source"),
     ("counts", "errors", "from_json", "learning_rate", "nearest", "cgroups", "slots", "words"),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}

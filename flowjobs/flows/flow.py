@@ -14,16 +14,18 @@ Names as in torchcfm. Sources:
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.flows.coupling import entropic, exact
-from flowjobs.user_code import check_module, imported
+from flowjobs.flows.source import COUPLE, PATH, check_flow_source
+from flowjobs.user_code import check_call, check_module, imported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,6 +154,7 @@ def check_flow(config: TrainingConfig) -> None:
     """Raise a ConfigError where a flow cannot be used with this config. Imports no user code."""
     if ":" in config.flow:
         check_module("--flow", config.flow)
+        check_flow_source(config)
     if flow := FLOWS.get(config.flow_path):
         _check_with(flow, config)
 
@@ -193,10 +196,18 @@ def _own_flow(config: TrainingConfig) -> Flow:
                     f"--flow {config.flow}: its {what} is a {type(given).__name__}, expected a "
                     "function"
                 )
+        _check_call(found.path, f"--flow {config.flow}: its path", PATH)
+        _check_call(found.couple or exact, f"--flow {config.flow}: its couple", COUPLE)
         return found
     if inspect.isfunction(found):
+        _check_call(found, f"--flow {config.flow}", PATH)
         return Flow(found)
     raise ConfigError(
         f"--flow {config.flow}: found a {type(found).__name__}, expected a path, as a function of "
         "(x_0, x_1, t, sigma, noise) that returns (x_t, dx_t), or a flowjobs.flows.flow.Flow"
     )
+
+
+def _check_call(function: Callable[..., object], what: str, arguments: Sequence[str]) -> None:
+    with contextlib.suppress(ValueError):  # one that is not Python's does not say what it takes
+        check_call(inspect.signature(function), what, arguments)

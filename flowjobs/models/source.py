@@ -1,4 +1,4 @@
-"""What the source of a model says of its constructor, read without running it.
+"""What the source of a model says of how it is built and called, read without running it.
 
 `submit` runs nothing of the user's and loads no torch. Where the source does not say for certain
 what there will be (a class made by a function, a decorator, a base class from elsewhere), nothing
@@ -7,27 +7,23 @@ is refused here; where the run starts, the class itself is asked.
 
 import ast
 import difflib
-import importlib.util
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flowjobs.config import BUILT_IN_ARCHS, SIZE_FIELDS, TrainingConfig, flag
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import did_you_mean
-from flowjobs.user_code import check_module, is_import_path
+from flowjobs.user_code import check_call, check_module, is_import_path
+from flowjobs.user_source import Found, as_class, binding_in, method_of
 
 BUILT_IN_SOURCES = {
     "mlp": "flowjobs.models.mlp:MLP",
     "unet": "flowjobs.models.unet:UNet",
     "dit": "flowjobs.models.dit:DiT",
 }
-# From one module to the next that it imports the class from.
-FOLLOW_AT_MOST = 5
-# With these a module may make names that its source does not show.
-DYNAMIC = {"globals", "locals", "vars", "exec", "eval", "setattr"}
+# What a model is called with: points, and their times.
+FORWARD = ("x", "t")
 
 
 def check_arch(config: TrainingConfig, labels: Iterable[str] = ()) -> None:
@@ -51,48 +47,32 @@ def check_arch(config: TrainingConfig, labels: Iterable[str] = ()) -> None:
 
 
 def check_model(config: TrainingConfig) -> None:
-    """Raise a ConfigError where the source of `--arch` shows that it cannot be built.
+    """Raise a ConfigError where the source of `--arch` shows that it cannot be built or called.
 
-    The class is not in its module, or does not take these arguments, or the module is no Python.
+    The class is not in its module, or does not take these arguments, or its forward not (x, t), or
+    the module is no Python.
     """
-    module, _, name = BUILT_IN_SOURCES.get(config.arch_path, config.arch_path).partition(":")
-    try:
-        file = _file_of(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--arch {config.arch}: {error}") from error
-    if file is None:
+    path = BUILT_IN_SOURCES.get(config.arch_path, config.arch_path)
+    found = as_class(binding_in(f"--arch {config.arch}", path, ast.ClassDef))
+    if found is None:
         return
-    source = _Source.read(file, module)
-    if isinstance(source, SyntaxError):
-        raise ConfigError(f"--arch {config.arch}: {file}:{source.lineno}: {source.msg}")
-    found = _definition(source, name) if source else None
-    if isinstance(found, _Missing):
-        near = difflib.get_close_matches(name, found.classes, n=1)
-        there = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"its classes: {', '.join(found.classes) or 'none'}"
-        )
-        raise ConfigError(f"--arch {config.arch}: {file} has no {name}; {there}")
-    signature = _constructor(found) if found else None
-    if signature is None:
-        return
-    check_arguments(signature, name, config)
-    if config.arch_path in BUILT_IN_ARCHS:
-        _check_types(signature, config.model_args)
+    if forward := _forward(found):
+        check_call(forward, f"--arch {config.arch}: its forward", FORWARD)
+    if signature := _constructor(found):
+        check_arguments(signature, path.partition(":")[2], config)
+        if config.arch_path in BUILT_IN_ARCHS:
+            _check_types(signature, config.model_args)
 
 
 def may_take(arch: str, argument: str) -> bool:
     """Whether a model takes an argument of this name; yes where its source does not say."""
     path = arch.rpartition("=")[2]
-    module, _, name = BUILT_IN_SOURCES.get(path, path).partition(":")
+    path = BUILT_IN_SOURCES.get(path, path)
     try:
-        file = _file_of(module) if name else None
-    except ModuleNotFoundError:
+        found = as_class(binding_in("--arch", path, ast.ClassDef)) if ":" in path else None
+    except ConfigError:
         return True  # which is said elsewhere
-    source = _Source.read(file, module) if file else None
-    found = _definition(source, name) if isinstance(source, _Source) else None
-    signature = _constructor(found) if isinstance(found, _Found) else None
+    signature = _constructor(found) if found else None
     if signature is None:
         return True
     kinds = {parameter.kind for parameter in signature.parameters.values()}
@@ -179,211 +159,11 @@ def _check_types(signature: inspect.Signature, arguments: Mapping[str, Any]) -> 
         )
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A module's text, parsed."""
-
-    module: str
-    is_package: bool
-    tree: ast.Module
-
-    @classmethod
-    def read(cls, file: Path, module: str) -> "_Source | SyntaxError | None":
-        try:
-            tree = ast.parse(file.read_bytes())
-        except SyntaxError as error:
-            return error
-        except (OSError, ValueError, RecursionError):
-            return None
-        return cls(module, file.name == "__init__.py", tree)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A class in the module that defines it."""
-
-    source: _Source
-    node: ast.ClassDef
-
-
-@dataclass(frozen=True)
-class _Missing:
-    """The module has no such name for certain; these classes it has."""
-
-    classes: list[str]
-
-
-def _file_of(module: str) -> Path | None:
-    """The source of a module, found without importing what it is in; None if that is not certain.
-
-    Raises:
-        ModuleNotFoundError: There is no such module in a package that shows what is in it.
-    """
-    package, *parts = module.split(".")
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        return None
-    if spec is None:
-        return None
-    if not parts:
-        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    for number, part in enumerate(parts):
-        packages = [folder / part for folder in folders if (folder / part).is_dir()]
-        files = [folder / f"{part}.py" for folder in folders if (folder / f"{part}.py").is_file()]
-        is_last = number == len(parts) - 1
-        if is_last and files and not packages:
-            return files[0]
-        if is_last and packages and (packages[0] / "__init__.py").is_file():
-            return packages[0] / "__init__.py"
-        if not packages and folders and not _has_hidden_modules(folders, part):
-            where = " or ".join(str(folder) for folder in folders)
-            raise ModuleNotFoundError(f"no module {part} in {where}")
-        if not packages:
-            return None
-        folders = packages
-    return None
-
-
-def _has_hidden_modules(folders: list[Path], part: str) -> bool:
-    """Whether a package may have a module that is no .py file of that name in its folders."""
-    if any(any(folder.glob(f"{part}.*")) for folder in folders):
-        return True  # compiled
-    inits = [folder / "__init__.py" for folder in folders]
-    texts = [init.read_bytes() for init in inits if init.is_file()]
-    return any(word in text for text in texts for word in (b"__path__", b"sys.modules"))
-
-
-def _definition(source: _Source, name: str, followed: int = 0) -> _Found | _Missing | None:
-    """Where a class is defined; None where the source does not say."""
-    statements = list(_statements(source.tree.body))
-    bindings: list[ast.AST] = []
-    for statement in statements:
-        if name in _names_bound(statement):
-            bindings.append(statement)
-    if len(bindings) == 1 and isinstance(node := bindings[0], ast.ClassDef):
-        return _Found(source, node)
-    if len(bindings) == 1 and isinstance(node := bindings[0], ast.ImportFrom):
-        return _imported(source, node, name, followed)
-    if bindings or _may_have_more(source.tree, statements):
-        return None
-    return _Missing([node.name for node in statements if isinstance(node, ast.ClassDef)])
-
-
-def _imported(
-    source: _Source, node: ast.ImportFrom, name: str, followed: int
-) -> _Found | _Missing | None:
-    original = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
-    parts = source.module.split(".")
-    base = parts[: len(parts) - node.level + source.is_package] if node.level else []
-    module = ".".join([*base, *([node.module] if node.module else [])])
-    try:
-        file = _file_of(module) if module and followed < FOLLOW_AT_MOST else None
-    except ModuleNotFoundError:
-        file = None  # the import may be one that is tried
-    there = _Source.read(file, module) if file else None
-    if not isinstance(there, _Source):
-        return None
-    found = _definition(there, original, followed + 1)
-    # What is missing there may be a module of that package.
-    return found if isinstance(found, _Found) else None
-
-
-def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that a module runs itself, also within if, try, with and loops."""
-    for statement in body:
-        yield statement
-        if not isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            for child in ast.iter_child_nodes(statement):
-                if isinstance(child, ast.stmt):
-                    yield from _statements([child])
-                elif isinstance(child, (ast.ExceptHandler, ast.match_case)):
-                    yield from _statements(child.body)
-
-
-def _names_bound(statement: ast.stmt) -> set[str]:
-    match statement:
-        case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
-            return {statement.name}
-        case ast.Import() | ast.ImportFrom():
-            return {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
-    own = [child for child in ast.iter_child_nodes(statement) if not isinstance(child, ast.stmt)]
-    return {
-        node.id
-        for child in own
-        for node in ast.walk(child)
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
-    }
-
-
-def _may_have_more(tree: ast.Module, statements: list[ast.stmt]) -> bool:
-    """Whether a module may have names that its statements do not bind."""
-    for statement in statements:
-        if isinstance(statement, ast.FunctionDef) and statement.name == "__getattr__":
-            return True
-        if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
-            return True
-        if isinstance(statement, ast.ClassDef):
-            continue  # a model may well call setattr on itself
-        if any(isinstance(n, ast.Name) and n.id in DYNAMIC for n in ast.walk(statement)):
-            return True
-        if any(isinstance(n, ast.Attribute) and n.attr == "modules" for n in ast.walk(statement)):
-            return True  # sys.modules[__name__]
-    return any(isinstance(node, (ast.Global, ast.NamedExpr)) for node in ast.walk(tree))
-
-
-def _constructor(found: _Found | None) -> inspect.Signature | None:
+def _constructor(found: Found[ast.ClassDef]) -> inspect.Signature | None:
     """The signature of a class's constructor, without `self`; None where it is not certain."""
-    for _ in range(FOLLOW_AT_MOST):
-        if not isinstance(found, _Found):
-            return None
-        node = found.node
-        if node.decorator_list or node.keywords:
-            return None
-        bound = [s for s in _statements(node.body) if _names_bound(s) & {"__init__", "__new__"}]
-        match bound:
-            case [ast.FunctionDef("__init__") as init] if init in node.body:
-                return None if init.decorator_list else _signature(init.args)
-        if bound or len(node.bases) != 1 or not isinstance(base := node.bases[0], ast.Name):
-            return None
-        there = _definition(found.source, base.id)
-        found = there if isinstance(there, _Found) else None
-    return None
+    return method_of(found, "__init__", other="__new__")
 
 
-class _AsWritten(str):
-    """A piece of source that a signature shows as it is."""
-
-    __slots__ = ()
-    __repr__ = str.__str__
-
-
-def _signature(arguments: ast.arguments) -> inspect.Signature:
-    positional = [*arguments.posonlyargs, *arguments.args]
-    defaults = [None] * (len(positional) - len(arguments.defaults)) + [*arguments.defaults]
-    parameters = []
-    for number, (argument, default) in enumerate(zip(positional, defaults, strict=True)):
-        kind = (
-            inspect.Parameter.POSITIONAL_ONLY
-            if number < len(arguments.posonlyargs)
-            else inspect.Parameter.POSITIONAL_OR_KEYWORD
-        )
-        parameters.append(_parameter(argument, kind, default))
-    if arguments.vararg:
-        parameters.append(_parameter(arguments.vararg, inspect.Parameter.VAR_POSITIONAL))
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        parameters.append(_parameter(argument, inspect.Parameter.KEYWORD_ONLY, default))
-    if arguments.kwarg:
-        parameters.append(_parameter(arguments.kwarg, inspect.Parameter.VAR_KEYWORD))
-    return inspect.Signature(parameters[1:] if positional else parameters)
-
-
-def _parameter(argument: ast.arg, kind: Any, default: ast.expr | None = None) -> inspect.Parameter:
-    empty = inspect.Parameter.empty
-    return inspect.Parameter(
-        argument.arg,
-        kind,
-        default=_AsWritten(ast.unparse(default)) if default else empty,
-        annotation=_AsWritten(ast.unparse(argument.annotation)) if argument.annotation else empty,
-    )
+def _forward(found: Found[ast.ClassDef]) -> inspect.Signature | None:
+    """The same of how a model is called."""
+    return method_of(found, "forward", other="__call__")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from flowjobs.config import BUILT_IN_FLOWS, TrainingConfig
 from flowjobs.data.randomness import generator_for
 from flowjobs.errors import ConfigError
-from flowjobs.flows.flow import FLOWS, LEAST_VARIANCE, Flow, flow_of
+from flowjobs.flows.flow import FLOWS, LEAST_VARIANCE, Flow, check_flow, flow_of
 from flowjobs.flows.pairs import plan_of, sample_path, sample_times
 from flowjobs.flows.uses import check_uses
 
@@ -196,7 +197,50 @@ def my_path(
 
 
 MINE = Flow(my_path, any_source=False)
+NO_PLAN = Flow(my_path, couple=lambda x_0, x_1: x_0)  # type: ignore[misc, arg-type]
 NO_FUNCTION: Any = Flow(my_path, couple="exact")  # type: ignore[arg-type]
+
+
+OWN = """
+from functools import partial, wraps
+from flowjobs.flows.flow import Flow
+raise SystemExit("run")
+def path(x_0, x_1, t): ...
+def right(x_0, x_1, t, sigma, noise=None): ...
+def plan(x_0, x_1, sigma): ...
+@wraps(right)
+def wrapped(x_0): ...
+NO_PATH = Flow(path)
+NO_PLAN = Flow(right, couple=plan)
+LAMBDA: Flow = Flow(path=lambda x_0, x_1: x_0)
+ANY = [Flow(*[]), partial(path, t=1)]
+FITS = Flow(right, lambda *all: all[0])
+UNKNOWN = Flow(wrapped, partial(plan, 1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("path", r"takes \(x_0, x_1, t\), expected to be called with \(x_0, x_1, t, sigma, noise"),
+        ("NO_PATH", r"NO_PATH: its path takes \(x_0, x_1, t\)"),
+        ("NO_PLAN", r"its couple takes \(x_0, x_1, sigma\), .* with \(x_0, x_1, sigma, seed\)"),
+        ("LAMBDA", r"its path takes \(x_0, x_1\)"),
+        ("pathh", "has no pathh; did you mean path"),
+        *((name, None) for name in ("right", "wrapped", "ANY", "FITS", "UNKNOWN")),
+    ],
+)
+def test_how_a_flow_is_called_is_known_at_submit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str | None
+) -> None:
+    (tmp_path / "own_flow.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = TrainingConfig(flow=f"own_flow:{name}")
+    if said is None:
+        check_flow(config)
+        return
+    with pytest.raises(ConfigError, match=said):
+        check_flow(config)
 
 
 def test_a_flow_of_the_users_own_is_found_by_its_import_path() -> None:
@@ -207,6 +251,8 @@ def test_a_flow_of_the_users_own_is_found_by_its_import_path() -> None:
     assert config.user_modules == (__name__,)
     with pytest.raises(ConfigError, match=r"NO_FUNCTION: its couple is a str, expected a function"):
         flow_of(TrainingConfig(flow=f"{__name__}:NO_FUNCTION"))
+    with pytest.raises(ConfigError, match=r"its couple takes \(x_0, x_1\), expected"):
+        flow_of(TrainingConfig(flow=f"{__name__}:NO_PLAN"))
 
 
 @pytest.mark.parametrize(

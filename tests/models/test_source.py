@@ -30,6 +30,15 @@ class FromElsewhere(Foundation): ...
 class Open(nn.Module):
     def __init__(self, *args, **kwargs): ...
 
+class NoTime(nn.Module):
+    def __init__(self, dim): ...
+    def forward(self, x): ...
+
+class Timeless(NoTime): ...
+
+class Assigned(NoTime):
+    def __call__(self, *args): ...
+
 @functools.cache
 class Decorated(nn.Module):
     def __init__(self): ...
@@ -94,6 +103,7 @@ def check(arch: str, **arguments: object) -> None:
         ("my_models.nets:Inherits", {"deph": 3}, "did you mean depth"),
         ("my_models.nets:FromElsewhere", {"group": 3}, "did you mean groups"),
         ("my_models.nets:NeedsRank", {}, "missing a required argument: 'rank'"),
+        ("my_models.nets:Timeless", {}, r"Timeless: its forward takes \(x\), expected .* \(x, t\)"),
         ("my_models.nets:NoDim", {}, r"takes no argument that the data's width could be"),
     ],
 )
@@ -128,6 +138,7 @@ def test_what_is_right_passes() -> None:
     check("my_models.nets:WideNet", width=3, depth=1)
     check("my_models.nets:NeedsRank", rank=2)
     check("my_models.deep:Deep", depth=1)
+    check("my_models.nets:Assigned")
 
 
 def test_an_arch_is_checked_without_importing_it() -> None:
