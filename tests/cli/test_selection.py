@@ -40,7 +40,7 @@ def test_runs_are_selected_by_how_far_they_are(flowjobs: Command, grid: Path) ->
     status.write(Run(grid, "icfm-1").status_file)  # which nobody has noted
     found = json.loads(flowjobs("status", "state=failed", "--json").stdout)
     assert [run["run"] for run in found] == ["icfm-1", "otcfm-0"]
-    assert flowjobs("show", "state=failed").stderr.startswith("error: found state=failed, which")
+    assert "state=failed is 2 runs: icfm-1, otcfm-0" in flowjobs("show", "state=failed").stderr
     for word, said in (
         ("state=running", "no run is running: 2 failed, 4 new"),
         ("state=faild", "state=: found faild, expected one of finished, .*did you mean failed"),

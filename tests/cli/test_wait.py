@@ -17,7 +17,8 @@ from tests.cli.test_many import failed, without_checkpoints
 def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_ends(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lives = failed(study, "lives", "killed")
+    lives = failed(study, "lives", "killed")  # and its process is about to end
+    lives.add_submission(lives.status().attempts[-1].job.job_id, "local", None)
     without_checkpoints(study, "gone")
     unknown, removed, damaged = (
         without_checkpoints(study, name) for name in ("unknown", "removed", "damaged")
@@ -50,6 +51,8 @@ def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_
     assert wait.Wait(names=("*",), study=study).run(Defaults()) == 1
     assert len(looks) == 10 + wait.UNKNOWN_AT_MOST - 1
     said = capsys.readouterr().out
+    assert "1 running, " in said
+    assert "waiting" not in said
     assert "failed: gone, lives (checkpoints gone, killed)" in said
     assert f"no run removed in {study}" in said
     assert f"unknown: damaged, removed, {unknown.name}" in said
