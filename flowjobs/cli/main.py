@@ -172,7 +172,7 @@ def command_of(name: str) -> Any:
 
 
 def _warn_of_file(error: str) -> None:
-    print(f"warning: {error}; what the file says is not used", file=sys.stderr)
+    print(f"warning: {error}; the file is not used", file=sys.stderr)
 
 
 def _named(name: str) -> Any:

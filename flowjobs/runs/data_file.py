@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from flowjobs.errors import DataError
-from flowjobs.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,11 +191,10 @@ def not_finite_words(row: int, column: int, rows: int, *, whole: bool = True) ->
         rows: How many rows have one.
         whole: Whether all rows were looked at.
     """
-    count = f"{'' if whole else 'at least '}{counted(rows, 'row')}"
-    return (
-        f"row {row} has a value that is NaN or infinite (in column {column}), as "
-        f"{'has' if rows == 1 else 'have'} {count} in all"
-    )
+    text = f"row {row} has a value that is NaN or infinite (column {column})"
+    if rows > 1:
+        return f"{text}; {'' if whole else 'at least '}{rows} rows have one"
+    return f"{text}; no other row has one" if whole else text
 
 
 def shape_of_file(path: Path) -> tuple[int, ...] | None:

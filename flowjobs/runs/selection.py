@@ -206,7 +206,9 @@ class _Lookup:
         near = meant(word, self.names, "runs")
         others = [f"; sweeps: {', '.join(sweeps)}" if (sweeps := sweep_names(self._study)) else ""]
         others += [f"; groups: {', '.join(sorted(groups))}" if groups else ""]
-        return RunNotFoundError(f"no run {word} in {self._study}: {near}{''.join(others)}")
+        return RunNotFoundError(
+            f"no run, sweep or group {word} in {self._study}: {near}{''.join(others)}"
+        )
 
     def _check_field(self, field: str, runs: Sequence[Run]) -> None:
         known = {SWEEP, *(key.name for cls in PARTS.values() for key in dataclasses.fields(cls))}

@@ -68,6 +68,7 @@ def test_the_cluster_of_a_file_is_that_of_each_command_that_starts_runs(
     ("text", "said"),
     [
         ("partition = ", "Invalid value"),
+        ("nodes = 1\npartition = preempt", 'line 2: text needs quotes: partition = "preempt"'),
         ("partitoin = 'gpu'", "partitoin is no option; did you mean partition"),
         ("nodes = 'two'", "nodes = 'two', expected int"),
         ("partition = 3", "partition = 3, expected str"),
@@ -86,6 +87,16 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         load_defaults().fill(Submit)
     assert "flowjobs.toml" in str(caught.value)
+
+
+def test_a_bad_file_keeps_nobody_from_looking(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "flowjobs.toml", "partition = preempt")
+    parse(["status"])
+    assert "warning: " in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="text needs quotes"):
+        parse(["cancel", "a"])
 
 
 def test_a_time_limit_in_sbatchs_words(monkeypatch: pytest.MonkeyPatch) -> None:

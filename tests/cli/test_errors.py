@@ -47,8 +47,8 @@ from tests.conftest import Command
             ["train", "--resume", "none.pt", "--wandb-mode", "disabled"],
             "--resume: found no file none.pt",
         ),
-        (["logs", "no-run"], "no run no-run in .*there are no runs yet"),
-        (["status", "no-run"], "no run no-run in"),
+        (["logs", "no-run"], "no run, sweep or group no-run in .*there are no runs yet"),
+        (["status", "no-run"], "no run, sweep or group no-run in"),
         (["data", "split", "none.npy"], "none.npy: no such file"),
         (["data", "split", __file__], r"cannot be read as a .py file: expected a .pt file"),
         (

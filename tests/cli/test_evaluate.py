@@ -61,7 +61,7 @@ def test_a_run_is_evaluated_at_its_end_and_when_asked(
     for arguments, said in (
         (("a", "-n", "271"), "-n: found 271, expected at most 270"),
         (("a", "--nfe", "0"), "--nfe: found 0, expected at least 1"),
-        (("b",), "no run b in"),
+        (("b",), "no run, sweep or group b in"),
         ((), "found no run"),
     ):
         refused = flowjobs("evaluate", *arguments)

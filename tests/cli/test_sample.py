@@ -79,7 +79,7 @@ def test_samples_are_written_and_the_same_from_python(
 
 def test_a_run_that_is_not_there(flowjobs: Command, workplace: Path) -> None:
     done = flowjobs("sample", "b", "--out", "x.npy")
-    assert (done.returncode, "no run b in" in done.stderr) == (2, True)
+    assert (done.returncode, "no run, sweep or group b in" in done.stderr) == (2, True)
     with pytest.raises(package.FlowjobsError, match="no run b in"):
         package.load("b")
 

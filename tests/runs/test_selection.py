@@ -78,7 +78,7 @@ def test_no_word_means_all(grid: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "error", "said"),
     [
-        (["wied"], RunNotFoundError, "no run wied in .*did you mean wide"),
+        (["wied"], RunNotFoundError, "no run, sweep or group wied in .*did you mean wide"),
         (["widht"], RunNotFoundError, "sweeps: later, ones; groups: ablation, widths"),
         (["mpl-*"], RunNotFoundError, "no run matches mpl-"),
         (["later"], RunNotFoundError, "the sweep later in .* has no runs yet"),
@@ -91,7 +91,7 @@ def test_no_word_means_all(grid: Path) -> None:
         (["flow=otcfm", "width=512"], RunNotFoundError, "has flow=otcfm and width=512 together"),
         (["flwo=icfm"], ConfigError, "flwo=: found no such field.*did you mean flow"),
         (["haeds=2"], ConfigError, "of a model: heads; did you mean heads"),
-        (["wide", "no-run"], RunNotFoundError, "no run no-run"),
+        (["wide", "no-run"], RunNotFoundError, "no run, sweep or group no-run"),
     ],
 )
 def test_words_that_mean_nothing(
