@@ -290,7 +290,8 @@ def _mismatch(differing: Mapping[Run, Sequence[str]]) -> str:
     names_of = {sweep: {*runs_of_sweep(study, sweep)} for sweep in sweep_names(study)}
     sweeps = [s for s, names in names_of.items() if any(run.name in names for run in differing)]
     there = f" (of the sweep {first_of(sweeps)})" if sweeps else ""
-    text = [f"{len(differing)} of the runs exist with another config{there}:"]
+    one = "s" if len(differing) == 1 else ""
+    text = [f"{len(differing)} of the runs exist{one} with another config{there}:"]
     for lines, names in list(runs_with.items())[:SHOWN_AT_MOST]:
         text += [f"{first_of(names)}:", lines]
     text += [

@@ -77,6 +77,7 @@ def test_cancel_ends_the_job_and_the_next_one_starts_once_it_has_left(
     Path("control").write_text("hold")  # in a step that takes long
     done = flowjobs("cancel", "local")
     assert done.returncode == 0, done.stderr
+    assert f"cancelled local job {run.submissions()[-1].job_id} on " in done.stdout
     assert "nothing to cancel" not in flowjobs("cancel", "local").stdout
     again = [sys.executable, "-m", "flowjobs", "submit", *OPTIONS, *LOCAL]
     with subprocess.Popen(again, stderr=subprocess.PIPE, text=True) as waiting:

@@ -131,7 +131,7 @@ def test_an_older_job_that_is_unknown_keeps_no_run_of_this_machine_from_being_ca
     run = ended(study, "a", Outcome("preempted", 75, kind="preempted"))
     run.add_submission("5", "slurm", None, identity={"slurm_cluster": "other"})
     run.add_submission("2", "local", None, identity={"process": "another boot:1"})
-    assert "is already cancelled" in cancel(run)
+    assert "nothing will start it again" in cancel(run)
 
 
 def test_what_an_older_job_of_its_id_has_done_says_nothing_of_a_new_one(study: Path) -> None:

@@ -57,11 +57,14 @@ def test_other_data_are_another_config_and_an_older_run_starts_at_noise(study: P
     config = json.loads(older.config_file.read_text())
     del config["training"]["source"]
     older.config_file.write_text(json.dumps(config))
+    (study / "sweeps").mkdir()
+    (study / "sweeps" / "first.runs").write_text("a\n")
     asked = {older: RunConfig(TrainingConfig())}
     assert [member.stage for member in look_at(asked, frozenset())] == ["finished"]
     for field, other in (("dataset", "/b/x.npy"), ("source", "/b/z.npy"), ("source", "moons")):
         asked |= {run: RunConfig(TrainingConfig(**{**options, field: other}))}  # type: ignore[arg-type]
-        said = f"a:\n  --{field}: {options[field]} there, {other} asked for\nask for"
+        line = f"  --{field}: {options[field]} there, {other} asked for"
+        said = f"config .of the sweep first.:\na:\n{line}\nask for"
         with pytest.raises(RunMismatchError, match=said):
             look_at(asked, frozenset())
 
