@@ -37,6 +37,8 @@ class Data(InStudy):
 
     def run(self, defaults: Defaults) -> int:
         """Write the splits. Returns the exit code."""
+        if not self.sizes:
+            raise ConfigError("--sizes: found no value, expected one or more (1k 5k all)")
         prefix = "" if self.name is None else f"{self.name}-"
         sizes = {f"{prefix}{size}": _rows(size) for size in self.sizes}
         for name in sizes:

@@ -65,6 +65,8 @@ class Retry(CodeOptions, CommandOptions):
 
         check_named("retry", self.names)
         check_counts(parallel=self.parallel)
+        if "--with" in defaults.flags and not self.changes:
+            raise ConfigError("--with: found no value, expected KEY=VALUE (mem_gb=64)")
         changes = changes_from(self.changes)
         slots: int = changes.get(RUNS_PER_GPU, 1)
         cluster, why = choose_cluster(self.cluster)

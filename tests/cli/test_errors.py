@@ -56,6 +56,8 @@ from tests.conftest import Command
             "takes no argument that the data's width",
         ),
         (["data", "split", "none.npy", "--sizes", "many"], "--sizes: found 'many'"),
+        (["data", "split", "none.npy", "--sizes"], "--sizes: found no value, expected one or more"),
+        (["retry", "a", "--with"], "--with: found no value, expected KEY=VALUE"),
         (["submit", "--seed", "99999999999999999999"], "--seed: found 9+, expected less than"),
         (["submit", "--mem-gb", "inf"], "--mem-gb: found inf, expected a finite number"),
         (["submit", "--study", "/dev/null", "--cluster", "local"], "--study /dev/null"),

@@ -92,7 +92,7 @@ def test_a_model_of_a_notebook_is_given(workplace: Path) -> None:
     FlowTrainer(Scale(), config, rows, rows, "cpu", name="mine").train()
     drawn = package.load("mine", model=Scale()).sample(2000)
     assert torch.allclose(drawn.mean(0), rows.data.mean(0), atol=0.15)
-    with pytest.raises(package.FlowjobsError, match=r"another model than MLP .*model=…"):
+    with pytest.raises(package.FlowjobsError, match=r"trained from Python, with a model .*model=…"):
         package.load("mine")
 
     # Its data are not those that its config names by default, of which a picture would be.

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from flowjobs.runs.run import Run
+from flowjobs.slurm.client import first_line
+from flowjobs.slurm.client import run as run_command
 from flowjobs.slurm.controller import JobRow
+from flowjobs.slurm.submission import UNANSWERED
 from flowjobs.slurm.waiting import never_starts, why_it_waits
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -30,6 +33,7 @@ ROW = JobRow("12", "PENDING", 0, "test", "a", 0.0)
         ("AssocGrpGRESMinutes", "a limit of your account"),
         ("PartitionDown", "which is down"),
         ("launch failed requeued held", "could not start it: `scontrol release 12`"),
+        ("None", "for Slurm to schedule it"),
         ("SomethingNew", "Slurm's reason SomethingNew"),
     ],
 )
@@ -37,6 +41,12 @@ def test_slurms_words_are_said_in_a_persons(reason: str, words: str) -> None:
     why = why_it_waits(JobRow(**{**vars(ROW), "reason": reason}))
     assert words in why
     assert never_starts(why) == words.startswith(("held", "and cannot", "could not"))
+
+
+def test_a_command_that_does_not_answer_is_named() -> None:
+    answer = run_command("sleep", "9", timeout_s=0.1)
+    said = "sleep did not answer within 0.1 s"
+    assert (answer.returncode, first_line(answer), bool(UNANSWERED.search(said))) == (1, said, True)
 
 
 def test_status_and_follow_say_why_a_job_waits(
