@@ -5,7 +5,6 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 
 class Output(io.TextIOWrapper):
@@ -15,37 +14,45 @@ class Output(io.TextIOWrapper):
     """
 
     def __init__(self, number: int, encoding: str) -> None:
-        self._file = _File(number, "w", closefd=False)
+        # Errors are seen above the buffer: in a `write` of Python's below it, Ctrl-C could come
+        # when the bytes are out and before the buffer knows, which then writes them again.
+        binary = io.BufferedWriter(io.FileIO(number, "w", closefd=False))
         # Where the locale is C, or a file's name is no text, a print must not fail.
-        super().__init__(
-            io.BufferedWriter(self._file), encoding, errors="replace", line_buffering=True
-        )
+        super().__init__(binary, encoding, errors="replace", line_buffering=True)
+        self._ends = False
+        self._error: OSError | None = None
 
     def ends_with_its_reader(self) -> None:
         """From now on the program ends where nothing can be written: it only looks."""
-        self._file.ends = True
+        self._ends = True
 
     def check(self) -> None:
         """Raise what something could not be written for, unless that its reader has gone."""
-        if self._file.error and not isinstance(self._file.error, BrokenPipeError):
-            raise self._file.error
+        if self._error and not isinstance(self._error, BrokenPipeError):
+            raise self._error
 
-
-class _File(io.FileIO):
-    ends = False
-    error: OSError | None = None
-
-    def write(self, data: Any, /) -> int:
+    def write(self, text: str, /) -> int:
+        """Write it, as far as that is possible."""
         try:
-            return super().write(data)
+            return super().write(text)
         except OSError as error:
-            error.filename = "standard output"
-            with open(os.devnull, "wb") as nowhere:  # for the processes that it starts, too
-                os.dup2(nowhere.fileno(), self.fileno())
-            if self.ends:
-                raise (SystemExit(0) if isinstance(error, BrokenPipeError) else error) from None
-            self.error = error
-            return memoryview(data).nbytes
+            self._to_nowhere(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, as far as that is possible."""
+        try:
+            super().flush()
+        except OSError as error:
+            self._to_nowhere(error)
+
+    def _to_nowhere(self, error: OSError) -> None:
+        error.filename = "standard output"
+        with open(os.devnull, "wb") as nowhere:  # for the processes that it starts, too
+            os.dup2(nowhere.fileno(), self.fileno())
+        if self._ends:
+            raise (SystemExit(0) if isinstance(error, BrokenPipeError) else error) from None
+        self._error = error
 
 
 @contextlib.contextmanager

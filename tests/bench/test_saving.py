@@ -68,8 +68,8 @@ def train(study: Path, *, saving: bool) -> float:
     An epoch has a hundred steps: each one that is the best so far is copied at its end.
 
     Returns:
-        Seconds from the end of the first epoch on: the first checkpoint, which is loaded back, is
-        a part of the start.
+        Seconds from the end of the first epoch to that of the last: the first checkpoint, which is
+        loaded back, is a part of the start, and the last one of the end.
     """
     config = TrainingConfig(epochs=50, lr=1e-4)
     run = Run(study, "bench")
@@ -89,7 +89,7 @@ def train(study: Path, *, saving: bool) -> float:
         )
         with ends_of_epochs(recorder) as ends:
             trainer.train()
-    return time.perf_counter() - ends[0]
+    return ends[-1] - ends[0]
 
 
 @pytest.mark.usefixtures("one_thread")
