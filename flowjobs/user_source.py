@@ -1,4 +1,4 @@
-"""What the source of a person's module says of its classes and functions, read without running it.
+"""What the source of a user's module says of its classes and functions, read without running it.
 
 Where it does not say for certain what there will be (a class made by a function, a decorator, a
 name that is bound twice), the answer is None: nothing is refused then.

@@ -17,7 +17,12 @@ from flowjobs.words import counted
 
 STATE = "state="
 # What `status` says of a run, and how far it is by that; see `sweeps.plan.Stage`.
-SHOWN_AS = {"preempted": "to resume", "interrupted": "to resume", "submitted": "waiting"}
+SHOWN_AS = {
+    "preempted": ("to resume",),
+    "interrupted": ("to resume",),
+    "stopped": ("to resume", "new"),
+    "submitted": ("waiting",),
+}
 
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunNames = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -74,7 +79,7 @@ def _meant(study: Path, words: Sequence[str]) -> Selection:
         except (FlowjobsError, OSError) as error:
             unreadable[run] = str(error)
     stage_of = {run: member.stage for run, member in stages(configs).items()}
-    wanted = {SHOWN_AS.get(state, state) for state in asked}
+    wanted = {stage for state in asked for stage in SHOWN_AS.get(state, (state,))}
     runs = [run for run in configs if stage_of[run] in wanted]
     if not runs and not unreadable:
         counts = Counter(stage_of.values())

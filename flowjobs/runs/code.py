@@ -116,7 +116,7 @@ def importing_from_snapshot(run: Run) -> Iterator[None]:
     path, modules = [*sys.path], {**sys.modules}
     names = _module_names(read_snapshot(run.study, code.digest), code.roots)
     for name in names & modules.keys():
-        if _may_be_a_persons(modules[name]):
+        if _may_be_users(modules[name]):
             del sys.modules[name]
     try:
         import_from_snapshot(run)
@@ -124,12 +124,12 @@ def importing_from_snapshot(run: Run) -> Iterator[None]:
     finally:
         sys.path[:] = path
         for name in names & sys.modules.keys():
-            if _may_be_a_persons(sys.modules[name]):
+            if _may_be_users(sys.modules[name]):
                 del sys.modules[name]
         sys.modules.update(modules)
 
 
-def _may_be_a_persons(module: ModuleType) -> bool:
+def _may_be_users(module: ModuleType) -> bool:
     file = getattr(module, "__file__", None)
     # A package without a file is a folder; a module without one is built into Python.
     return hasattr(module, "__path__") if file is None else not is_installed(Path(file))

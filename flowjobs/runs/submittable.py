@@ -216,9 +216,8 @@ def _read(line: str) -> Submission:
     found = json.loads(line)
     known = {}
     for name, hint in _TYPES.items():
-        with contextlib.suppress(
-            ValueError, KeyError
-        ):  # of another type it is as good as not known
+        # What is of another type is as good as not known.
+        with contextlib.suppress(ValueError, KeyError):
             known[name] = value_from_json(hint, found[name])
     return Submission(**known)
 
