@@ -112,7 +112,7 @@ def _busy_with(
     if (
         newest
         and isinstance(answer := answers[newest], Unknown)
-        and not _ended_for_good(run, entries[-1])
+        and not ended_for_good(run, entries[-1])
     ):
         cancel = hint("cancel", run.name, study=run.study)
         return SubmissionError(
@@ -134,7 +134,7 @@ def local_job(run: Run, entries: Sequence[Submission]) -> str | None:
     entry = entries[-1]
     if not (entry.host and entry.process and same_host(entry.host, socket.gethostname())):
         return None  # the lock alone tells
-    if _ended_for_good(run, entry) or not process_lives(int(entry.job_id), entry.process):
+    if ended_for_good(run, entry) or not process_lives(int(entry.job_id), entry.process):
         return None
     return f"local job {entry.job_id} on {entry.host}"
 
@@ -169,7 +169,7 @@ def wait_until_ended(run: Run) -> None:
         time.sleep(POLL_S)
 
 
-def _ended_for_good(run: Run, job: Submission) -> bool:
+def ended_for_good(run: Run, job: Submission) -> bool:
     """Whether it is on record how the job's attempt ended, and that nobody was to restart it."""
     ended = attempts_of(job, run.status().attempts)
     if not ended:

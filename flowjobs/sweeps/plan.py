@@ -21,7 +21,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
-from flowjobs.jobs.running import running_jobs
+from flowjobs.jobs.running import ended_for_good, running_jobs
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import same_file
@@ -29,7 +29,6 @@ from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.runs.status import RunStatus, read_sound_status
-from flowjobs.runs.submittable import attempts_of
 from flowjobs.slurm.waiting import never_starts
 from flowjobs.words import counted, first_of
 
@@ -193,19 +192,19 @@ def _with_job(
             return Member(run, config, "cancelled", jobs_unknown=str(words))
         return Member(run, config, "unknown", str(words))
     # Of a job that several share, some may wait for their turn.
-    begun = "(pending)" not in words and (status.open_attempt is not None or _ends(run, status))
+    begun = "(pending)" not in words and (status.open_attempt is not None or _ends(run))
     return Member(run, config, "running" if begun else "waiting", words.partition(", waits ")[2])
 
 
-def _ends(run: Run, status: RunStatus) -> bool:
+def _ends(run: Run) -> bool:
     """Whether the newest job is one of this machine that has trained: its process is about to end.
 
-    Or to start again, as after a time limit, which nothing queues.
+    One that starts again, as after a time limit, waits.
     """
     job = run.newest_job()
     if job is None or job.cluster != "local" or job.pack:
         return False
-    return bool(attempts_of(job, status.attempts))
+    return ended_for_good(run, job)
 
 
 def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding | None) -> Member:

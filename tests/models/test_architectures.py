@@ -1,5 +1,6 @@
 """The built-in models: what each promises, whatever the width of the data."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,9 @@ def test_a_checkpoint_of_the_mlp_as_it_was_before_is_refused_in_words(study: Pat
         CheckpointMismatchError, match=r"blocks.0.linear_time.weight: .* there, abs"
     ):
         train(run, CONFIG)
+    status = run.status()
+    status.attempts[0].job = replace(status.attempts[0].job, log="a log")  # as a job has
+    status.write(run.status_file)
     with pytest.raises(
         CheckpointMismatchError, match=r"another model than MLP is now .*restore the"
     ):
