@@ -60,7 +60,7 @@ class Rm(InStudy):
         Raises:
             ConfigError: A job of one of them does.
         """
-        from flowjobs.jobs.running import running_jobs
+        from flowjobs.jobs.running import RunningJob, running_jobs
         from flowjobs.sweeps.plan import stages
 
         configs: dict[Run, RunConfig] = {}
@@ -72,7 +72,7 @@ class Rm(InStudy):
         # Whether a job of one with damaged files lives is told by Slurm and the lock alone.
         busy = running_jobs([run for run in runs if run not in configs])
         alive = [run for run in configs if members[run].stage in ("waiting", "running")]
-        alive += [run for run, words in busy.items() if isinstance(words, str)]
+        alive += [run for run, job in busy.items() if isinstance(job, RunningJob)]
         if alive:
             one = len(alive) == 1
             waits = "waits or runs: cancel it" if one else "wait or run: cancel them"

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.jobs.array import in_unnoted_arrays, unnoted_tasks
@@ -33,8 +34,27 @@ from flowjobs.slurm.waiting import why_it_waits
 logger = logging.getLogger(__name__)
 
 
-def running_job(run: Run) -> str | None:
-    """The run's job that is pending or running, as text; None if there is none.
+@dataclass(frozen=True)
+class RunningJob:
+    """A job of a run that is pending or running, or the process that holds the run.
+
+    Attributes:
+        words: Which it is.
+        state: As Slurm has it, in small letters; "" of one that is not Slurm's.
+        waits: What it waits for, if Slurm says that, to be read after "waits".
+    """
+
+    words: str
+    state: str = ""
+    waits: str = ""
+
+    def __str__(self) -> str:
+        state = f" ({self.state})" if self.state else ""
+        return f"{self.words}{state}{', waits ' if self.waits else ''}{self.waits}"
+
+
+def running_job(run: Run) -> RunningJob | None:
+    """The run's job that is pending or running; None if there is none.
 
     Raises:
         SubmissionError: There was a Slurm job, and what became of it is unknown.
@@ -47,9 +67,9 @@ def running_job(run: Run) -> str | None:
 
 def running_jobs(
     runs: Sequence[Run], statuses: Mapping[Run, RunStatus] | None = None
-) -> dict[Run, str | SubmissionError]:
-    """Those of the runs that have a job which is pending or running, as text; or of which that is
-    unknown, and why. Slurm is asked about all of them together.
+) -> dict[Run, RunningJob | SubmissionError]:
+    """Those of the runs that have a job which is pending or running; or of which that is unknown,
+    and why. Slurm is asked about all of them together.
 
     Args:
         runs: The runs.
@@ -57,7 +77,7 @@ def running_jobs(
     """
     entries: dict[Run, list[Submission]] = {}
     jobs: dict[Run, list[JobIdentity]] = {}
-    found: dict[Run, str | SubmissionError] = {}
+    found: dict[Run, RunningJob | SubmissionError] = {}
     for run, noted in jobs_of(runs, statuses).items():
         try:
             if isinstance(noted, Exception):
@@ -97,15 +117,15 @@ def _busy_with(
     entries: Sequence[Submission],
     jobs: Sequence[JobIdentity],
     answers: Mapping[JobIdentity, JobAnswer],
-) -> str | SubmissionError | None:
+) -> RunningJob | SubmissionError | None:
     for job in reversed(jobs):
         match answers[job]:
             case Known(row) as known if not known.over and (
                 # Of one that only leaves, the process may still save: the next one waits for it.
                 row.state != "COMPLETING" or _comes_back(run, known)
             ):
-                waits = f", waits {why_it_waits(row)}" if row.waits else ""
-                return f"{job.words} ({row.state.lower()}){waits}"
+                waits = why_it_waits(row) if row.waits else ""
+                return RunningJob(job.words, row.state.lower(), waits)
     # Of older ones it does not matter: the newest was submitted when they were gone.
     newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1].job_id else None
     # Unknown is not gone: beside a job that lives, a second one would train the same run.
@@ -124,7 +144,8 @@ def _busy_with(
         verdict = judge_for(run, JobInfo.in_foreground())(holder, lock_is_free)
         return "gone" if verdict == "leaving" else verdict  # as above
 
-    return lock_holder(run.folder, judge) or local_job(run, entries)
+    holder = lock_holder(run.folder, judge) or local_job(run, entries)
+    return RunningJob(holder) if holder else None
 
 
 def local_job(run: Run, entries: Sequence[Submission]) -> str | None:

@@ -21,14 +21,13 @@ from flowjobs.errors import ConfigError
 from flowjobs.runs.files import read_json, replaced_whole
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import State
+from flowjobs.runs.submittable import CLOCKS
 
 VERSION = 1
 # Fewer are read in no time.
 INDEX_FROM = 200
 # A file that is written again within this time may keep its time and size.
 SETTLED_AFTER_NS = 2_000_000_000
-# The clock of a file server and that of a node.
-CLOCKS_S = 60.0
 FILES = ("config.json", "status.json", "jobs.jsonl")
 
 # Time and size of each of FILES; 0 where there is none.
@@ -132,7 +131,9 @@ def _look(run: Run, stamp: Stamp) -> Glance:
             status["epoch"] >= epochs
             or ((status.get("epochs") or 0) >= epochs and (status.get("patience") or 0) >= patience)
         )
-        submitted_since = stamp[4] / 1e9 > (_seconds(ended) if ended else 0.0) - CLOCKS_S
+        submitted_since = (
+            stamp[4] / 1e9 > (_seconds(ended) if ended else 0.0) - CLOCKS.total_seconds()
+        )
         return Glance(
             run.name,
             group,

@@ -21,7 +21,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
-from flowjobs.jobs.running import ended_for_good, running_jobs
+from flowjobs.jobs.running import RunningJob, ended_for_good, running_jobs
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import same_file
@@ -183,17 +183,17 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
 
 
 def _with_job(
-    run: Run, config: RunConfig, status: RunStatus, words: str | SubmissionError
+    run: Run, config: RunConfig, status: RunStatus, job: RunningJob | SubmissionError
 ) -> Member:
     """A run of which a job waits or runs, or may; see `running_jobs`."""
-    if isinstance(words, SubmissionError):
+    if isinstance(job, SubmissionError):
         if run.cancel_requested():
             # Its jobs see that, if there are any; started again, they would train as well.
-            return Member(run, config, "cancelled", jobs_unknown=str(words))
-        return Member(run, config, "unknown", str(words))
+            return Member(run, config, "cancelled", jobs_unknown=str(job))
+        return Member(run, config, "unknown", str(job))
     # Of a job that several share, some may wait for their turn.
-    begun = "(pending)" not in words and (status.open_attempt is not None or _ends(run))
-    return Member(run, config, "running" if begun else "waiting", words.partition(", waits ")[2])
+    begun = job.state != "pending" and (status.open_attempt is not None or _ends(run))
+    return Member(run, config, "running" if begun else "waiting", job.waits)
 
 
 def _ends(run: Run) -> bool:

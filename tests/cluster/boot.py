@@ -145,4 +145,4 @@ def _remove(path: Path) -> None:
         return not path.exists()
 
     # More than once: what a killed boot had started may go on to write for a moment.
-    wait_until(gone, f"{path} to be removed", 30)
+    wait_until(gone, f"{path} to be removed", 60)

@@ -114,7 +114,7 @@ class Daemon:
                 stderr=log,
                 check=True,
             )
-        wait_until(self.pid_file.exists, f"{self.name} to start", 10, self.log_tail)
+        wait_until(self.pid_file.exists, f"{self.name} to start", 60, self.log_tail)
 
     def wait_ready(self, is_ready: Callable[[], bool], timeout_s: float = 60) -> None:
         """Waits until it serves.
@@ -161,7 +161,7 @@ class Daemon:
         pid = self.pid()
         if pid is not None:
             send_signal(pid, signal.SIGKILL)
-            wait_until(lambda: self.pid() is None, f"{self.name} to die", 10)
+            wait_until(lambda: self.pid() is None, f"{self.name} to die", 60)
 
     def log_tail(self, lines: int = 15) -> str:
         """The end of its log, for an error text."""

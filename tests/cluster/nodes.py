@@ -65,7 +65,7 @@ class Node:
             return not pids
 
         # More than once, for what forks in between.
-        wait_until(none_left, f"{what} of node {self.name} to die", 10)
+        wait_until(none_left, f"{what} of node {self.name} to die", 60)
 
     def start(self) -> None:
         """Starts slurmd, unless it runs, and does not wait for it."""

@@ -81,7 +81,7 @@ class Services:
         self.slurmctld.start()
         self.slurmctld.wait_ready(answers)
 
-    def end_jobs(self, timeout_s: float = 30) -> None:
+    def end_jobs(self, timeout_s: float = 60) -> None:
         """Kills the processes of every job, cancels it and waits until the queue is empty."""
 
         def queue_is_empty() -> bool:

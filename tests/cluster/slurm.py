@@ -198,7 +198,7 @@ class SlurmCluster:
             return
         write_settings(self.root, Ports.load(self.root), user_signal=on)
         self.run("scontrol", "reconfigure")
-        wait_until(lambda: self._user_signal() == on, "the new settings to hold", 10)
+        wait_until(lambda: self._user_signal() == on, "the new settings to hold", 60)
 
     def _user_signal(self) -> bool:
         return "preempt_send_user_signal" in self.run("scontrol", "show", "config")

@@ -35,7 +35,7 @@ def _kill(slurm: SlurmCluster, daemon: str) -> None:
     pid = slurm.daemons()[daemon]
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: slurm.daemons()[daemon] is None, f"{daemon} to die", 10)
+    wait_until(lambda: slurm.daemons()[daemon] is None, f"{daemon} to die", 60)
 
 
 def _wait_text(path: Path, text: str, timeout_s: float = 15) -> None:

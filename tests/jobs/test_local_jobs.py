@@ -27,7 +27,7 @@ def run(flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     Path("control").write_text("await 25")
     submit(flowjobs)
     run = Run(study, "local")
-    assert "local job" in (running_job(run) or "")  # before it has the lock
+    assert "local job" in str(running_job(run))  # before it has the lock
     wait_until(lambda: len(list(read_rows(run.metrics_file))) > 1, "the run to train", 120)
     yield run
     Path("control").unlink(missing_ok=True)

@@ -191,7 +191,7 @@ def test_a_sweep_whose_runs_share_a_job_is_requeued_once_and_each_run_ends_in_it
     wait_for_steps(pack, last)
     assert attempts_of(killed) == [("failed", "killed")]
     assert running_job(killed) is None  # it may be submitted again, though the job lives
-    assert running_job(first) == f"job {job_id} (running)"
+    assert str(running_job(first)) == f"job {job_id} (running)"
 
     disturbed = Disturbed(first, job_id, slurm)
     preempt_and_wait(disturbed)

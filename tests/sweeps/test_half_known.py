@@ -55,7 +55,7 @@ def test_an_array_whose_submitter_dies_before_it_is_noted_is_found_by_its_mark(
     # For all commands its tasks are jobs of their runs.
     runs = [Run.at(folder) for folder in sorted((study / "runs").iterdir())]
     busy = running_jobs(runs)
-    assert {str(words).partition(" (pending)")[0] for words in busy.values()} == {
+    assert {str(job).partition(" (pending)")[0] for job in busy.values()} == {
         f"job {task}" for task in tasks(slurm)
     }
     # They may be another user's, or sbatch may just be taking it.
