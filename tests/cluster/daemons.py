@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,8 +174,13 @@ class Daemon:
         return f"The end of {self.log_file}:\n{tail or '(empty)'}"
 
     def _is_process(self, pid: int) -> bool:
-        try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:
-            return False
+        # While a process becomes another program (exec), its environment reads as empty.
+        for _ in range(50):
+            try:
+                environment = Path(f"/proc/{pid}/environ").read_bytes()
+            except OSError:
+                return False
+            if environment or _thread_state(pid, pid) != "alive":
+                break
+            time.sleep(0.01)
         return f"{_MARK}={self._mark}".encode() in environment.split(b"\0")
