@@ -466,6 +466,7 @@ def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
     assert (noted.job_id, noted.slurm_cluster) == (waiting, first.slurm_cluster)
 
 
+@pytest.mark.long
 def test_a_task_of_an_array_goes_on_like_a_job_of_its_own(
     hand_made: tuple[str, ...], study: Path, slurm: SlurmCluster, whole: Run
 ) -> None:
@@ -510,6 +511,7 @@ def test_a_task_of_a_sweep_continues_as_a_job_of_its_own_where_requeuing_is_forb
     assert "finished   1\n" in flowjobs("sweep", "one").stdout
 
 
+@pytest.mark.long
 def test_two_nodes_of_two_ranks_leave_at_one_step_and_lose_nothing(
     start: Start, flowjobs: Command, study: Path
 ) -> None:

@@ -231,6 +231,7 @@ def test_a_job_that_waits_is_cancelled_with_the_last_of_its_runs(
     assert slurm.run("squeue", "-h") == ""
 
 
+@pytest.mark.long
 def test_a_job_that_dies_itself_is_started_again_for_all_of_them(
     study: Path, whole: Run, slurm: SlurmCluster
 ) -> None:

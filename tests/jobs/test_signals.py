@@ -44,7 +44,7 @@ def wait_for_steps(run: Run, process: "subprocess.Popen[str]", steps: int) -> No
         (signal.SIGTERM, "loader"),
         (signal.SIGUSR2, "device"),
         (signal.SIGINT, "device"),
-        (signal.SIGHUP, "device"),
+        pytest.param(signal.SIGHUP, "device", marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_all_processes_loses_no_step(

@@ -252,7 +252,7 @@ def kill_often(run: Run, backend: Backend, kills: int, synced_between: bool) -> 
     return sync(run, backend)
 
 
-@pytest.mark.parametrize("synced_between", [False, True])
+@pytest.mark.parametrize("synced_between", [pytest.param(False, marks=pytest.mark.long), True])
 def test_after_six_kills_the_server_has_every_step_once(
     run: Run, backend: Backend, synced_between: bool
 ) -> None:
