@@ -1,5 +1,6 @@
 """What a study keeps of a sweep: `sweeps/NAME.toml` as it was asked for, `NAME.runs` its runs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,26 +56,37 @@ def names_kept(
     """The names of a sweep's runs: those that it gives them, or that they have got before.
 
     A run that was named when less varied (`mlp-icfm-digits-none`, of seed 0 alone) keeps its name
-    when the sweep grows (`--seed 0 1`).
+    when the sweep grows (`--seed 0 1`). Where the sweep has several runs that differ in their length
+    alone, the name is that of the run which is as long.
     """
     left = [old for old in _runs_before(study, name) if old not in set(new)]
-    by_signature: dict[tuple[str, ...], str] = {}
+    before: dict[tuple[str, ...], dict[tuple[int, int], str]] = {}
     for old in left:
         try:
             training = Run(study, old).config().training
         except FlowjobsError:
             continue  # it was never made, or is broken: it is no run of this sweep then
-        by_signature[_identity(training)] = old
+        before.setdefault(_identity(training), {})[_length(training)] = old
+    if not before:
+        return [*new]  # as mostly, and a signature takes time
+    identities = [_identity(config) for config in configs]
+    asked = Counter(identities)
     names = []
-    for config, own in zip(configs, new, strict=True):
-        # A signature takes time, and seldom is a run left over.
-        before = by_signature.pop(_identity(config), "") if by_signature else ""
-        names.append(before if before and not Run(study, own).exists() else own)
+    for config, identity, own in zip(configs, identities, new, strict=True):
+        olds = before.get(identity, {})
+        kept = olds.pop(_length(config), "")
+        if not kept and len(olds) == asked[identity] == 1:
+            kept = olds.popitem()[1]  # the same run: it is to be longer, or is long enough
+        names.append(kept if kept and not Run(study, own).exists() else own)
     return names
 
 
 def _identity(config: TrainingConfig) -> tuple[str, ...]:
     return (config.signature, *(getattr(config, field) for field in DATA_FIELDS))
+
+
+def _length(config: TrainingConfig) -> tuple[int, int]:
+    return config.epochs, config.patience
 
 
 def keep(study: Path, name: str, sweep: Sweep, runs: Sequence[str]) -> None:

@@ -1,0 +1,33 @@
+"""The runs that a sweep has got before, when it is asked for more."""
+
+from pathlib import Path
+
+import pytest
+
+from flowjobs.config import TrainingConfig
+from flowjobs.sweeps.grid import Sweep
+from flowjobs.sweeps.kept import keep, names_kept
+from tests.report.made_up import made_run
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "expected"),
+    [
+        # The run that is as long; none that is longer passes for one of 50 epochs, and none is
+        # trained on where another is asked for beside it.
+        ([200], [50, 200], ["new-50", "old-200"]),
+        ([50], [100, 50], ["new-100", "old-50"]),
+        ([50], [100, 200], ["new-100", "new-200"]),
+        ([50, 200], [200, 50, 400], ["old-200", "old-50", "new-400"]),
+        # The same run, to be longer.
+        ([50], [100], ["old-50"]),
+    ],
+)
+def test_a_run_keeps_its_name_where_a_sweep_has_several_lengths(
+    study: Path, there: list[int], asked: list[int], expected: list[str]
+) -> None:
+    for epochs in there:
+        made_run(study, [1.0], name=f"old-{epochs}", epochs=epochs)
+    keep(study, "m", Sweep(), [f"old-{epochs}" for epochs in there])
+    configs = [TrainingConfig(epochs=epochs) for epochs in asked]
+    assert names_kept(study, "m", configs, [f"new-{epochs}" for epochs in asked]) == expected
