@@ -72,6 +72,9 @@ NOT_IN_SIGNATURE = frozenset(
 # Those that name data, by the path of a file or otherwise.
 DATA_FIELDS = ("dataset", "source")
 
+# Those that may be the path of a file.
+FILE_FIELDS = ("init_from", *DATA_FIELDS)
+
 # Those that came later, and change nothing at their defaults: runs from before keep their own
 # signature.
 LATER = frozenset(
@@ -509,6 +512,11 @@ def differences_from_defaults(config: RunConfig) -> dict[str, Any]:
 def is_data_file(dataset: str) -> bool:
     """Whether `--dataset` is the path of a file rather than the name of splits."""
     return dataset.endswith(DATA_FILE_SUFFIXES)
+
+
+def is_path(field: str, value: str) -> bool:
+    """Whether the value of a field is the path of a file."""
+    return field == "init_from" or (field in DATA_FIELDS and is_data_file(value))
 
 
 def value_in_name(field: str, value: Any) -> str:

@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from flowjobs.config import DATA_FIELDS, KeyValues, is_data_file
+from flowjobs.config import KeyValues, is_path
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import absolute
 
@@ -63,8 +63,7 @@ def typed_value(name: str, value: Any, hint: Any, folder: Path) -> Any:
             return KeyValues(value)
         if option is Path and isinstance(value, str):
             return absolute(folder / os.path.expanduser(value))
-        is_path = name == "init_from" or (name in DATA_FIELDS and is_data_file(str(value)))
-        if isinstance(value, str) and is_path:
+        if isinstance(value, str) and is_path(name, value):
             return str(absolute(folder / os.path.expanduser(value)))
         if option is float and type(value) is int and abs(value) <= sys.float_info.max:
             return float(value)

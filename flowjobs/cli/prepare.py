@@ -2,16 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.config import (
+    FILE_FIELDS,
     RestartConfig,
     RunConfig,
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
     flag,
-    is_data_file,
+    is_path,
 )
 from flowjobs.errors import ConfigError
 from flowjobs.flows.flow import check_flow
@@ -90,13 +92,14 @@ def check_parts(training: TrainingConfig, study: Path, defaults: Defaults) -> No
 
 
 def with_absolute_paths(training: TrainingConfig) -> TrainingConfig:
-    """The config with the paths of data from the root."""
-    dataset, source = from_root(training.dataset), from_root(training.source)
-    if (dataset, source) == (training.dataset, training.source):
+    """The config with the paths of files from the root."""
+    fields = {name: getattr(training, name) for name in FILE_FIELDS}
+    rooted: dict[str, Any] = {name: v and from_root(name, v) for name, v in fields.items()}
+    if rooted == fields:
         return training  # as of most runs of a sweep, and they are many
-    return dataclasses.replace(training, dataset=dataset, source=source)
+    return dataclasses.replace(training, **rooted)
 
 
-def from_root(dataset: str) -> str:
-    """The path of a data file from the root; the name of splits as it is."""
-    return str(absolute(Path(dataset))) if is_data_file(dataset) else dataset
+def from_root(field: str, value: str) -> str:
+    """The value of a field, the path of a file from the root."""
+    return str(absolute(Path(value))) if is_path(field, value) else value

@@ -29,7 +29,7 @@ from flowjobs.cli.start_many import (
     train_many_here,
 )
 from flowjobs.config import (
-    DATA_FIELDS,
+    FILE_FIELDS,
     KeyValues,
     OptionalInt,
     OptionalStr,
@@ -214,8 +214,8 @@ class Sweep(CodeOptions, CommandOptions):
                 for item in given:
                     (key, value), *_ = KeyValues.parse([item]).items()
                     values.setdefault(f"{ARGUMENT}{key}", []).append(value)
-            elif known.name in DATA_FIELDS:
-                values[known.name] = [from_root(each) for each in given]
+            elif known.name in FILE_FIELDS:
+                values[known.name] = [from_root(known.name, each) for each in given]
             else:
                 values[known.name] = list(given) or [True]  # --compile alone
         return values

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import IN_NAME, PARTS, KeyValues, SlurmConfig, TrainingConfig, flag
+from flowjobs.config import (
+    IN_NAME,
+    PARTS,
+    PINNED,
+    KeyValues,
+    SlurmConfig,
+    TrainingConfig,
+    flag,
+    value_in_name,
+)
 from flowjobs.errors import ConfigError
 from flowjobs.flows.uses import has_use
 from flowjobs.sweeps.applying import ARGUMENT
@@ -160,7 +169,11 @@ def run_names_of(configs: Sequence[TrainingConfig]) -> list[str]:
     varied = _varied(found)
     names: dict[str, int] = {}
     for number, (config, values) in enumerate(zip(configs, found, strict=True)):
-        parts = [f"{shown(name)}{_word(values[name])}" for name in varied if name in values]
+        parts = [
+            f"{shown(name)}{_word(values[name], folders)}"
+            for name, folders in varied.items()
+            if name in values
+        ]
         name = _short("-".join([config.run_name, *parts]))
         if name in names:
             raise ConfigError(_same_name(name, found[names[name]], values))
@@ -174,15 +187,31 @@ def _flat(config: TrainingConfig) -> Point:
     return values | {f"{ARGUMENT}{name}": value for name, value in config.arch_args.items()}
 
 
-def _varied(found: Sequence[Point]) -> list[str]:
-    """The fields with several values, in the order of the config."""
-    names = dict.fromkeys(name for values in found for name in values if name not in IN_NAME)
-    return [
-        name
+def _varied(found: Sequence[Point]) -> dict[str, int]:
+    """The fields with several values, in the order of the config, and of each how many of the
+    folders above a file are in its word."""
+    data = {values["dataset"] for values in found}
+    # As clip/train.npy and dino/train.npy: the part of the name that all runs have is the same.
+    alike = len({value_in_name("dataset", each) for each in data}) < len(data)
+    names = dict.fromkeys(name for values in found for name in values)
+    return {
+        name: _folders({str(values[name]) for values in found if name in values})
         for name in names
-        if (name.startswith(ARGUMENT) and any(name not in values for values in found))
-        or _differ(values[name] for values in found if name in values)
-    ]
+        if (name not in IN_NAME or (alike and name == "dataset"))
+        and (
+            (name.startswith(ARGUMENT) and any(name not in values for values in found))
+            or _differ(values[name] for values in found if name in values)
+        )
+    }
+
+
+def _folders(values: Iterable[str]) -> int:
+    """How many folders above a file it takes to tell the values apart, as a name has them."""
+    different = {value.partition(PINNED)[0] for value in values}
+    for folders in range(max(value.count("/") for value in different)):
+        if len({_word(value, folders) for value in different}) == len(different):
+            return folders
+    return 0
 
 
 def _differ(values: Iterable[Any]) -> bool:
@@ -191,9 +220,12 @@ def _differ(values: Iterable[Any]) -> bool:
     return any(type(value) is not type(first) or value != first for value in others)
 
 
-def _word(value: Any) -> str:
-    """A value as a part of a name; of a path what a person would call it."""
-    text = Path(value.partition("@sha256:")[0]).stem if "/" in str(value) else str(value)
+def _word(value: Any, folders: int = 0) -> str:
+    """A value as a part of a name; of a path what a person would call it, with so many folders."""
+    text = str(value)
+    if "/" in text:
+        file = Path(text.partition(PINNED)[0])
+        text = "_".join([*file.parts[:-1][max(0, len(file.parts) - 1 - folders) :], file.stem])
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_")
 
 

@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from flowjobs.config import DATA_FIELDS, TrainingConfig
+from flowjobs.config import DATA_FIELDS, PINNED, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunMismatchError, RunNotFoundError
 from flowjobs.nearest import LIST_AT_MOST, meant
 from flowjobs.runs.files import replaced_whole
@@ -56,8 +57,8 @@ def names_kept(
     """The names of a sweep's runs: those that it gives them, or that they have got before.
 
     A run that was named when less varied (`mlp-icfm-digits-none`, of seed 0 alone) keeps its name
-    when the sweep grows (`--seed 0 1`). Where the sweep has several runs that differ in their length
-    alone, the name is that of the run which is as long.
+    when the sweep grows (`--seed 0 1`). Where several runs of the sweep differ in their length
+    alone, it is the name of the one that is as long.
     """
     left = [old for old in _runs_before(study, name) if old not in set(new)]
     before: dict[tuple[str, ...], dict[tuple[int, int], str]] = {}
@@ -82,7 +83,11 @@ def names_kept(
 
 
 def _identity(config: TrainingConfig) -> tuple[str, ...]:
-    return (config.signature, *(getattr(config, field) for field in DATA_FIELDS))
+    # Without the digests, which what is asked for does not have yet.
+    names = {field: getattr(config, field) for field in ("init_from", "reflow_from")}
+    asked = {field: name and name.partition(PINNED)[0] for field, name in names.items()}
+    signature = (config if asked == names else replace(config, **asked)).signature
+    return (signature, *(getattr(config, field) for field in DATA_FIELDS))
 
 
 def _length(config: TrainingConfig) -> tuple[int, int]:

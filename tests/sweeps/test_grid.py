@@ -182,13 +182,35 @@ def test_what_cannot_be_meant_is_said(tmp_path: Path, text: str, said: str) -> N
     ("grid", "same"),
     [
         ({"arch": ["one:Net", "other:Net"]}, "--arch: one:Net and other:Net"),
-        ({"dataset": ["/a/x.npy", "/b/x.npy"]}, "--dataset: /a/x.npy and /b/x.npy"),
+        ({"dataset": ["/a/x.npy", "/a/x.pt"]}, "--dataset: /a/x.npy and /a/x.pt"),
         ({"mem_gb": [8.0, 16.0]}, "options of the cluster alone"),
     ],
 )
 def test_two_runs_of_one_name_are_refused(grid: dict[str, Any], same: str) -> None:
     with pytest.raises(ConfigError, match=f"would both be named(.|\n)*{same}"):
         names(Sweep(grid=grid))
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({"init_from": ["/s/a/best.pt", "/s/b/last.pt"]}, ["init_frombest", "init_fromlast"]),
+        # Every checkpoint of flowjobs is called so.
+        ({"init_from": ["/s/a/best.pt", "/s/b/best.pt"]}, ["init_froma_best", "init_fromb_best"]),
+        (
+            {"init_from": [None, "/s/a/best.pt", "/t/a/best.pt"]},
+            ["init_fromNone", "init_froms_a_best", "init_fromt_a_best"],
+        ),
+        ({"dataset": ["/c/train.npy", "/d/val.npy"]}, []),
+        ({"dataset": ["/c/train.npy", "/d/train.npy"]}, ["datasetc_train", "datasetd_train"]),
+        ({"source": ["/c/x.npy", "/d/x.npy", "x"]}, ["sourcec_x", "sourced_x", "sourcex"]),
+    ],
+)
+def test_files_of_one_name_are_told_apart_by_their_folders(
+    grid: dict[str, Any], words: list[str]
+) -> None:
+    found = names(Sweep(grid=grid))
+    assert [name.split("-", 4)[4:] for name in found] == ([[word] for word in words] or [[], []])
 
 
 def test_names_fit_a_folder_and_differ_when_they_are_cut() -> None:
