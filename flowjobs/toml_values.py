@@ -13,6 +13,8 @@ from flowjobs.config import KeyValues, is_path
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import absolute
 
+# What stands for None, as on the command line: TOML has no word for it.
+NO_VALUE = "None"
 # A word without quotes: `partition = preempt`.
 _BARE_WORD = re.compile(r"\s*([\w.\"'-]+)\s*=\s*([^\s\"'#\[{][^\"'#\[{]*?)\s*(?:#.*)?")
 
@@ -52,15 +54,13 @@ def typed_value(name: str, value: Any, hint: Any, folder: Path) -> Any:
         TypeError: It is of another type.
     """
     options = get_args(hint) if get_origin(hint) is typing.Union else (hint,)
-    if value == "None" and types.NoneType in options:
-        return None  # TOML has no word for it; the command line takes this one
+    if value == NO_VALUE and types.NoneType in options:
+        return None
     for option in options:
         if option is Any:
-            _check_json(value)
-            return value
+            return _json_of(value)
         if option is KeyValues and isinstance(value, dict):
-            _check_json(value)
-            return KeyValues(value)
+            return KeyValues(_json_of(value))
         if option is Path and isinstance(value, str):
             return absolute(folder / os.path.expanduser(value))
         if isinstance(value, str) and is_path(name, value):
@@ -79,17 +79,15 @@ def typed_value(name: str, value: Any, hint: Any, folder: Path) -> Any:
     raise TypeError(f"{value!r}, expected {expected}")
 
 
-def _check_json(value: Any, where: str = "") -> None:
-    """Raise a TypeError if a value of a TOML file is none that JSON has: a date or a time."""
+def _json_of(value: Any, where: str = "") -> Any:
+    """A value of a TOML file as JSON has it; a TypeError if it is a date or a time."""
     match value:
         case dict():
-            for key, each in value.items():
-                _check_json(each, f"{where}{key} = ")
+            return {key: _json_of(each, f"{where}{key} = ") for key, each in value.items()}
         case list():
-            for each in value:
-                _check_json(each, where)
+            return [_json_of(each, where) for each in value]
         case str() | bool() | int() | float():
-            pass
+            return None if value == NO_VALUE else value
         case _:
             raise TypeError(
                 f"{where}{value}, expected text (in quotes), a number, true, false, or a list or "

@@ -39,7 +39,7 @@ from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
 from flowjobs.sweeps.applying import ARGUMENT
 from flowjobs.sweeps.grid import TABLES, TRAINING, Point, Sweep, check_lengths, shown
-from flowjobs.toml_values import read_toml, typed_value
+from flowjobs.toml_values import NO_VALUE, read_toml, typed_value
 
 
 class _Reader:
@@ -177,7 +177,7 @@ def to_toml(sweep: Sweep) -> str:
         "parallel": sweep.parallel,
         "runs_per_gpu": sweep.runs_per_gpu if sweep.runs_per_gpu > 1 else None,
     }
-    blocks.append(_lines("", top))
+    blocks.append(_lines("", {name: value for name, value in top.items() if value is not None}))
     for name in ("base", "grid"):
         blocks.append(_lines(f"[{name}]", getattr(sweep, name)))
     for name in ("zip", "include", "exclude"):
@@ -188,12 +188,11 @@ def to_toml(sweep: Sweep) -> str:
 
 
 def _lines(head: str, table: Mapping[str, Any]) -> str:
-    given = {name: value for name, value in table.items() if value is not None}
-    if not given:
+    if not table:
         return ""
     lines = [head] if head else []
     # A dotted key is that argument in the table arch_args.
-    for name, value in given.items():
+    for name, value in table.items():
         argument = name.startswith(ARGUMENT)
         key = f"{ARGUMENT}{_quoted(shown(name))}" if argument else name
         lines.append(f"{key} = {_toml(value)}")
@@ -210,8 +209,10 @@ def _toml(value: Any) -> str:
         case float():
             # TOML wants digits on both sides of a point, or an exponent.
             return repr(value)
-        case str() | None:
-            return _quoted(str(value))  # TOML has no word for None
+        case None:
+            return _quoted(NO_VALUE)
+        case str():
+            return _quoted(value)
     return json.dumps(value)
 
 

@@ -100,6 +100,20 @@ def test_a_field_may_have_no_value_in_some_runs(tmp_path: Path) -> None:
     assert [point["ot_batch"] for point in sweep.points()] == [None, 128]
     file.write_text(to_toml(sweep))
     assert read_sweep(file) == sweep
+    # Of an argument of a model, whose own default may be another, and of a changed default.
+    file.write_text(
+        "[base]\nparams = 'None'\narch_args.dropout = 'None'\narch_args.norms = ['None', 'layer']\n"
+        "[grid]\narch_args.chunk = ['None', 8]\n"
+    )
+    sweep = read_sweep(file)
+    assert sweep.base == {
+        "params": None,
+        "arch_args.dropout": None,
+        "arch_args.norms": [None, "layer"],
+    }
+    assert sweep.grid == {"arch_args.chunk": [None, 8]}
+    file.write_text(to_toml(sweep))
+    assert read_sweep(file) == sweep
 
 
 @pytest.mark.parametrize(
