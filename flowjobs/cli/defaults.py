@@ -78,9 +78,12 @@ class Defaults:
 
     def resolve_arch(self, config: TrainingConfig) -> TrainingConfig:
         """The config with a name from the `[arch]` table replaced by LABEL=package.module:Name."""
-        if config.arch not in self.archs:
-            return config
-        return dataclasses.replace(config, arch=f"{config.arch}={self.archs[config.arch]}")
+        arch = self.arch_named(config.arch)
+        return config if arch == config.arch else dataclasses.replace(config, arch=arch)
+
+    def arch_named(self, arch: str) -> str:
+        """LABEL=package.module:Name of a name from the `[arch]` table; another as it is."""
+        return f"{arch}={self.archs[arch]}" if arch in self.archs else arch
 
     def source_of(self, config: Any, name: str) -> str:
         """Where the value of a parsed config's field came from."""

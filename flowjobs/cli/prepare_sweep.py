@@ -40,8 +40,12 @@ def prepare_sweep(
         part: dataclasses.replace(defaults.fill(cls), **getattr(sweep, part))
         for part, cls in TABLES.items()
     }
-    base = defaults.fill(TrainingConfig)
-    points, left_out_of = applying(sweep.points(), base)
+    base = defaults.resolve_arch(defaults.fill(TrainingConfig))
+    points = sweep.points()
+    for point in points:
+        if "arch" in point:
+            point["arch"] = defaults.arch_named(point["arch"])
+    points, left_out_of = applying(points, base)
     if not points:
         raise ConfigError(f"the sweep {name} has no runs: all are excluded")
     if unused := sweep.unused_exclusions():
@@ -49,7 +53,7 @@ def prepare_sweep(
     for varied, n in left_out_of.items():
         option = flag(varied.removeprefix(ARGUMENT))
         print(f"note: {option} is left out of {counted(n)} without a use for it")
-    configs = [with_absolute_paths(defaults.resolve_arch(training_of(p, base))) for p in points]
+    configs = [with_absolute_paths(training_of(point, base)) for point in points]
     _check_each(configs, study, defaults)
     names = run_names_of(configs)
     shapes = {data: row_shape(data, study) for data in {c.dataset for c in configs if c.params}}

@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from flowjobs.cli.defaults import load_defaults
+from flowjobs.cli.main import parse
+from flowjobs.cli.prepare_sweep import prepare_sweep
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.sweeps.applying import applying
@@ -154,6 +157,22 @@ def test_an_option_is_of_the_runs_that_have_a_use_for_it(
     # Alone, a value of no use stays, and is refused as that of a single run.
     one = [{"flow": "icfm", "ot_batch": 128}]
     assert applying(one, TrainingConfig()) == (one, {})
+
+
+def test_an_option_that_a_model_of_flowjobs_toml_does_not_take_is_left_out_of_its_runs(
+    study: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(workplace)
+    (workplace / "narrow_models.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n    def __init__(self, dim): ...\n"
+    )
+    (workplace / "flowjobs.toml").write_text('[arch]\nnarrow = "narrow_models:Net"\n')
+    sweep = Sweep(grid={"arch": ["dit", "narrow"], "arch_args.heads": [2, 8]})
+    runs, _ = prepare_sweep(load_defaults({}), study, "a", sweep)
+    assert [(c.training.arch, c.training.arch_args) for c in runs.values()] == [
+        *(("dit", {"heads": 2}), ("dit", {"heads": 8})),
+        ("narrow=narrow_models:Net", {}),
+    ]
 
 
 @pytest.mark.parametrize(
