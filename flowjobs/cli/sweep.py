@@ -186,19 +186,16 @@ class Sweep(CodeOptions, CommandOptions):
         else:
             name = name if self.sweep is None else self.sweep
             sweep = read_kept(study, name)
-        sweep = sweep.with_values(values)
+        sweep = sweep.with_values(values, _given(self.slurm, defaults))
         if "--zip" in defaults.flags:
             sweep = sweep.zipped(self.zip)
-        options: dict[str, Any] = {
-            part: {**getattr(sweep, part), **_given(getattr(self, part), defaults)}
-            for part in grid.TABLES
-        }
         return name, dataclasses.replace(
             sweep,
+            tracking={**sweep.tracking, **_given(self.tracking, defaults)},
+            restarts={**sweep.restarts, **_given(self.restarts, defaults)},
             one_at_a_time=self.one_at_a_time or sweep.one_at_a_time,
             parallel=self.parallel or sweep.parallel,
             runs_per_gpu=self.runs_per_gpu or sweep.runs_per_gpu,
-            **options,
         )
 
     def _values(self, defaults: Defaults) -> dict[str, list[Any]]:
@@ -296,7 +293,7 @@ def _given(part: Any, defaults: Defaults) -> dict[str, Any]:
     return {
         known.name: getattr(part, known.name)
         for known in dataclasses.fields(part)
-        if flag(known.name) in defaults.flags
+        if defaults.flags & {flag(known.name), flag(f"no_{known.name}")}
     }
 
 

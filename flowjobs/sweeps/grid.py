@@ -106,17 +106,20 @@ class Sweep:
             if not any(_has(point, values) for point in points)
         ]
 
-    def with_values(self, values: Mapping[str, Sequence[Any]]) -> "Sweep":
-        """With these values of fields in place of those that there are, also of included runs."""
+    def with_values(self, values: Mapping[str, Sequence[Any]], slurm: Mapping[str, Any]) -> "Sweep":
+        """With these values of fields, and options of the cluster, in place of those that there
+        are, also of included runs."""
         one = {name: chosen[0] for name, chosen in values.items() if len(chosen) == 1}
         several = {name: chosen for name, chosen in values.items() if len(chosen) != 1}
-        zips = [{n: v for n, v in group.items() if n not in values} for group in self.zips]
+        given, of_all = {*values, *slurm}, {*one, *slurm}
+        zips = [{n: v for n, v in group.items() if n not in given} for group in self.zips]
         return replace(
             self,
-            base={n: v for n, v in self.base.items() if n not in values} | one,
-            grid={n: v for n, v in self.grid.items() if n not in values} | several,
+            base={n: v for n, v in self.base.items() if n not in given} | one,
+            grid={n: v for n, v in self.grid.items() if n not in given} | several,
             zips=tuple(group for group in zips if group),
-            include=tuple({n: v for n, v in p.items() if n not in one} for p in self.include),
+            include=tuple({n: v for n, v in p.items() if n not in of_all} for p in self.include),
+            slurm={**self.slurm, **slurm},
         )
 
     def zipped(self, names: Sequence[str]) -> "Sweep":

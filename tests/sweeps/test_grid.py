@@ -264,11 +264,20 @@ def test_what_is_given_twice_or_excludes_nothing_is_counted_as_it_is() -> None:
     assert sweep.unused_exclusions() == ["seed=7", "seed=1 lr=1.0"]
 
 
-def test_flags_win_over_a_file() -> None:
-    there = Sweep(
-        base={"lr": 1.0}, grid={"seed": [0, 1]}, zips=({"epochs": [1, 2], "flow": ["icfm"] * 2},)
-    )
-    found = there.with_values({"seed": [5], "lr": [2.0, 3.0], "epochs": [7]})
+def test_flags_win_over_a_file(study: Path, workplace: Path) -> None:
+    (workplace / "a.toml").write_text("""
+        base = { lr = 1 }
+        grid = { seed = [0, 1], qos = ["low", "high"] }
+        zip = [{ epochs = [1, 2], flow = ["icfm", "otcfm"], mem_gb = [8, 16] }]
+        include = [{ seed = 9, mem_gb = 32, nodes = 2 }]
+        slurm = { partition = "gpu", mps = true, nodes = 1 }
+    """)
+    given = "--seed 5 --lr 2 3 --epochs 7 --mem-gb 64 --qos high --partition preempt --no-mps"
+    command, defaults = parse(["sweep", "a.toml", *given.split()])
+    _, found = command._asked(study, defaults)
     assert found.base == {"seed": 5, "epochs": 7}
     assert found.grid == {"lr": [2.0, 3.0]}
-    assert found.zips == ({"flow": ["icfm", "icfm"]},)
+    assert found.zips == ({"flow": ["icfm", "otcfm"]},)
+    assert found.include == ({"nodes": 2},)
+    slurm = {"partition": "preempt", "mem_gb": 64.0, "qos": "high", "mps": False, "nodes": 1}
+    assert found.slurm == slurm
