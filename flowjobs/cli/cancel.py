@@ -24,7 +24,7 @@ class Cancel(InStudy):
         check_named("cancel", self.names)
         # One whose config is damaged has jobs all the same.
         runs, broken = runs_matching(self.study, self.names)
-        if len(runs) > 1 or not names_one_run(self.study, self.names):
+        if len(runs) > 1 or (runs and not names_one_run(self.study, self.names)):
             print(f"cancels {list_of(runs)}", flush=True)
         failed = bool(broken)
         for _, said in cancel_together(runs):

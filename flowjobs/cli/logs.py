@@ -18,6 +18,7 @@ from flowjobs.cli.runs_named import RunNames, existing_run, readable_runs
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.runs.run import Run, absolute
+from flowjobs.words import counted
 
 FROM_PYTHON = "has no log: it was trained from Python, which shows its output itself"
 
@@ -108,10 +109,24 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
     Raises:
         RunNotFoundError: None did.
     """
-    runs, _ = readable_runs(study, names)
-    ended = {run: status.updated for run in runs if (status := run.status()).state == "failed"}
+    from flowjobs.jobs.findings import Dead, Unclear, final_outcome, find
+
+    runs, broken = readable_runs(study, names)
+    # The record alone does not know it: a process may have been killed unnoticed.
+    findings = find(runs, at_most_twice=True)
+    ended = {}
+    for run in runs:
+        status, finding = run.status(), findings.get(run)
+        if isinstance(finding, Dead):
+            status.close(final_outcome(run, status, finding))
+        if status.state == "failed":
+            ended[run] = status.updated
     if not ended:
-        raise RunNotFoundError(f"no run of {len(runs)} in {absolute(study)} has failed")
+        unknown = len(broken) + sum(isinstance(found, Unclear) for found in findings.values())
+        of_others = f"; of {counted(unknown)} it is unknown" if unknown else ""
+        raise RunNotFoundError(
+            f"no run of {len(runs) + len(broken)} in {absolute(study)} has failed{of_others}"
+        )
     run = max(ended, key=lambda run: ended[run])
     print(f"{run.name} failed at {ended[run]}", file=sys.stderr)
     return run

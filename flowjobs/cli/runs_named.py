@@ -13,7 +13,7 @@ from flowjobs.nearest import LIST_AT_MOST, did_you_mean
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import Selection, select
-from flowjobs.words import counted
+from flowjobs.words import counted, first_of
 
 STATE = "state="
 # What `status` says of a run, and how far it is by that; see `sweeps.plan.Stage`.
@@ -33,7 +33,10 @@ def existing_run(study: Path, name: str) -> Run:
 
     The path of its folder, as a shell completes it, is a name too, and says which study it is in.
     """
-    runs = _meant(study, [name]).runs
+    runs, unreadable = runs_matching(study, [name])
+    if not runs:
+        names = first_of([run.name for run in unreadable])
+        raise RunNotFoundError(f"no run is known to be {name}; of {names} it cannot be read")
     if len(runs) > 1:
         raise ConfigError(f"{name} is {list_of(runs)}; expected one run")
     return runs[0]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.errors import RunNotFoundError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
 from tests.conftest import Command
@@ -50,6 +52,23 @@ def test_runs_are_selected_by_how_far_they_are(flowjobs: Command, grid: Path) ->
         done = flowjobs("status", word)
         assert done.returncode == 2
         assert re.search(said, done.stderr), done.stderr
+    with pytest.raises(RunNotFoundError, match="icfm-1 has no log"):
+        run_command(["logs", "--failed", "icfm-*"])
+
+
+def test_of_a_run_that_cannot_be_read_its_state_is_unknown(
+    grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Run(grid, "otcfm-1").config_file.write_text("{")
+    for words, said in (
+        ("show state=failed", "no run is known to be state=failed; of otcfm-1 it cannot be read"),
+        ("logs --failed", "no run of 6 in .* has failed; of 1 run it is unknown"),
+    ):
+        with pytest.raises(RunNotFoundError, match=said):
+            run_command(words.split())
+        assert "error: otcfm-1: " in capsys.readouterr().err
+    assert run_command(["cancel", "state=failed"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 def test_cancel_says_first_what_it_will_touch_and_leaves_what_it_cannot_read(
