@@ -20,7 +20,7 @@ from flowjobs.runs.hint import hint
 from flowjobs.runs.listing import glances
 from flowjobs.runs.progress import current_progress, state_in_words, steps_per_s, time_left_s
 from flowjobs.runs.run import Run, absolute
-from flowjobs.runs.selection import names_one_run
+from flowjobs.runs.selection import names_one_run, never_made
 from flowjobs.runs.status import RunStatus
 from flowjobs.words import first_of
 
@@ -78,9 +78,12 @@ class Status(InStudy):
         found = [describe(run, findings.get(run)) for run in runs]
         found += [_describe_broken(run) for run in broken]
         found.sort(key=itemgetter("run"))
+        missing = never_made(study, self.names)
+        of_sweep = f"of the sweep, never submitted: {first_of(missing)}\n" if missing else ""
         if not found:
             print(f"there are no runs in {study}", file=sys.stderr)
         if self.json:
+            print(of_sweep, end="", file=sys.stderr)
             print_json(found[0] if named else found)
             return ()
         if len(seen) > 1:
@@ -91,6 +94,7 @@ class Status(InStudy):
 
             print_table(found)
         _print_waits(found)
+        print(of_sweep, end="")
         for run in found:
             _print_notes(run, named=named)
         if named:

@@ -103,7 +103,7 @@ def runs_of_sweep(study: Path, name: str) -> list[str]:
 def never_made(study: Path, words: Sequence[str]) -> list[str]:
     """The runs of the sweeps among the words that were never made: the cluster had no room, say."""
     there, sweeps = {*run_names(study)}, {*sweep_names(study)} - {*run_names(study)}
-    named = [word for word in words if word in sweeps]
+    named = [name for word in words if (name := word.removeprefix(f"{SWEEP}=")) in sweeps]
     return [run for name in named for run in runs_of_sweep(study, name) if run not in there]
 
 

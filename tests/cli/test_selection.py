@@ -71,6 +71,20 @@ def test_of_a_run_that_cannot_be_read_its_state_is_unknown(
     assert capsys.readouterr().out == ""
 
 
+def test_status_of_a_sweep_says_what_of_it_was_never_submitted(
+    grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (grid / "sweeps").mkdir()
+    (grid / "sweeps" / "a.runs").write_text("icfm-0\notcfm-1\nlater\n")
+    for word in ("a", "sweep=a"):
+        run_command(["status", word])
+        assert capsys.readouterr().out.endswith("of the sweep, never submitted: later\n")
+    run_command(["status", "a", "--json"])
+    shown = capsys.readouterr()
+    assert [run["run"] for run in json.loads(shown.out)] == ["icfm-0", "otcfm-1"]
+    assert shown.err == "of the sweep, never submitted: later\n"
+
+
 def test_cancel_says_first_what_it_will_touch_and_leaves_what_it_cannot_read(
     flowjobs: Command, grid: Path
 ) -> None:
