@@ -99,13 +99,17 @@ class HandOver(CodeOptions, CommandOptions):
         if not busy and there:
             run.check_files(merged.training)
         code = plan_code(run, merged.training, code_choice, in_use=busy is not None)
+        if busy and not cancelled:
+            would_be = "would be" if plan else "was"
+            print(f"{run.name} already has {busy}; nothing {would_be} submitted")
+            return 0
         if plan:
+            if there and run.finished(merged.training):
+                _print_finished(run)
+                return 0
             for said in filter(None, (note, code.note, note_on_ranks(run, ranks))):
                 print(said)
             plan(run, config, f"{cluster} ({why})")
-            return 0
-        if busy:
-            print(f"{run.name} already has {busy}; nothing was submitted")
             return 0
         with run.undone_if_refused():
             return self._submit(run, config, code, cluster, why)
@@ -120,10 +124,7 @@ class HandOver(CodeOptions, CommandOptions):
         if note := run.create(config):
             print(note)
         if run.finished():
-            picture = run.samples_picture
-            print(f"{run.name} is finished: {run.best}", end="")
-            print(f", {picture}" if picture.exists() else f"; {picture} is gone")
-            print("to train on, give it more --epochs, or more --patience if it stopped early")
+            _print_finished(run)
             return 0
 
         code.carry_out()
@@ -221,6 +222,13 @@ class Submit(HandOver):
                 reason = DECIDED.get(name, "the batch file says it")
                 end = "read by sbatch" if name in seen_by_sbatch else f"not used: {reason}"
                 print(f"{name} {seen_by_sbatch.get(name, os.environ[name])}  ({end})")
+
+
+def _print_finished(run: Run) -> None:
+    picture = run.samples_picture
+    print(f"{run.name} is finished: {run.best}", end="")
+    print(f", {picture}" if picture.exists() else f"; {picture} is gone")
+    print("to train on, give it more --epochs, or more --patience if it stopped early")
 
 
 def _print_rows(**rows: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from flowjobs.cli.follow import follow
+from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.findings import find
@@ -42,7 +43,9 @@ def test_status_names_its_columns_and_a_path_is_a_name(flowjobs: Command, workpl
     )
 
 
-def test_submit_trains_here_to_the_end(flowjobs: Command, study: Path) -> None:
+def test_submit_trains_here_to_the_end(
+    flowjobs: Command, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = flowjobs("submit", "--arch", "mlp", "--flow", "icfm", "--epochs", "3", *QUICK)
     assert done.returncode == 0, done.stderr
     run = Run(study, "mlp-icfm-digits-none")
@@ -65,6 +68,9 @@ def test_submit_trains_here_to_the_end(flowjobs: Command, study: Path) -> None:
     again = flowjobs("submit", "--epochs", "3", *QUICK)
     assert (again.returncode, len(run.submissions())) == (0, 1)
     assert "is finished" in again.stdout
+    capsys.readouterr()
+    assert run_command(["submit", "--epochs", "3", *QUICK, "--dry-run"]) == 0
+    assert capsys.readouterr().out == again.stdout
 
     logs = flowjobs("logs", run.name)
     assert "finished mlp-icfm-digits-none: 3 epochs" in logs.stdout
@@ -123,7 +129,9 @@ def test_a_job_that_is_cancelled_before_it_begins_ends_the_watching(study: Path)
     assert follow(run, 0, alive, requeues=True) == 130
 
 
-def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> None:
+def test_ctrl_c_detaches_and_the_job_goes_on(
+    workplace: Path, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     endless = ("--epochs", "20000", "--patience", "20000")  # a minute or two
     submitting = subprocess.Popen(
         [sys.executable, "-m", "flowjobs", "submit", *endless, *QUICK],
@@ -140,6 +148,8 @@ def test_ctrl_c_detaches_and_the_job_goes_on(workplace: Path, study: Path) -> No
     assert "no longer watching" in said
     again = subprocess.run(submitting.args, capture_output=True, text=True, check=True)
     assert "already has local job" in again.stdout
+    assert run_command(["submit", *endless, *QUICK, "--dry-run"]) == 0
+    assert capsys.readouterr().out == again.stdout.replace("was submitted", "would be submitted")
     rows_then = run.metrics_file.stat().st_size
     wait_for(lambda: run.metrics_file.stat().st_size > rows_then)
     # A kill is its user's: it saves, says so, and stays away.
