@@ -243,12 +243,12 @@ def _short(name: str) -> str:
 def _same_name(name: str, one: Point, other: Point) -> str:
     differ = [n for n in {**one, **other} if one.get(n) != other.get(n)]
     lines = [f"  {flag(shown(n))}: {one.get(n)} and {other.get(n)}" for n in differ]
-    label = "; LABEL=package.module:Name gives a model a name of its own"
+    label = "; LABEL=package.module:name gives a model or a flow a name of its own"
     return "\n".join(
         [
             f"two runs of the sweep would both be named {name}:",
             *(lines or ["  they differ in options of the cluster alone"]),
-            f"leave one out{label if 'arch' in differ else ''}",
+            f"leave one out{label if {'arch', 'flow'} & {*differ} else ''}",
         ]
     )
 

@@ -214,7 +214,8 @@ def test_what_cannot_be_meant_is_said(tmp_path: Path, text: str, said: str) -> N
 @pytest.mark.parametrize(
     ("grid", "same"),
     [
-        ({"arch": ["one:Net", "other:Net"]}, "--arch: one:Net and other:Net"),
+        ({"arch": ["one:Net", "other:Net"]}, "--arch: one:Net and other:Net(.|\n)*LABEL="),
+        ({"flow": ["one:path", "other:path"]}, "--flow: one:path and other:path(.|\n)*LABEL="),
         ({"dataset": ["/a/x.npy", "/a/x.pt"]}, "--dataset: /a/x.npy and /a/x.pt"),
         ({"mem_gb": [8.0, 16.0]}, "options of the cluster alone"),
     ],
