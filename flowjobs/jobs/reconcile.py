@@ -27,6 +27,7 @@ from flowjobs.runs.status import (
     EXIT_PREEMPTED,
     JobInfo,
     Outcome,
+    RunStatus,
 )
 from flowjobs.runs.submittable import Submittable
 from flowjobs.tracking.closing import close_session, pending_outcome
@@ -201,6 +202,9 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
             # Killed before it could have itself started again: another rank of it had died.
             restart(run, job, status.attempts[-1].kind, task_of(run))
         return None
+    elif run.finished() or not _is_newest(run, job, status):
+        # Refused for a mistyped option, say, before the run knew of it: its own output says why.
+        return None
     else:
         dead = Dead(job, exit_cause.cause_of_no_start(job, exit_code), version, attempt_began=False)
     outcome = close_attempt(run, dead)
@@ -209,6 +213,15 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     if outcome:
         close_session(run)
     return outcome
+
+
+def _is_newest(run: Run, job: JobInfo, status: RunStatus) -> bool:
+    """Whether the run has no job but this, or none after it."""
+    noted = [entry.job_id for entry in run.submissions()]
+    begun = [attempt.job.job_id for attempt in status.attempts]
+    # The disk may not have taken its line.
+    known = noted if job.job_id in noted or not begun else begun
+    return known[-1:] in ([], [job.job_id])
 
 
 def _node_to_avoid(run: Run, dead: Dead) -> str | None:

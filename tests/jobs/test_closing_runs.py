@@ -13,11 +13,18 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.closing import close_attempt
 from flowjobs.jobs.findings import Dead
-from flowjobs.jobs.reconcile import close_ended_pack, reconcile
+from flowjobs.jobs.reconcile import close_ended_job, close_ended_pack, reconcile
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
+from flowjobs.runs.status import (
+    EXIT_BAD_INPUT,
+    AttemptRecord,
+    JobInfo,
+    Outcome,
+    RunStatus,
+    now,
+)
 
 DISABLED = TrackingConfig(wandb_mode="disabled")
 
@@ -48,6 +55,25 @@ def test_a_job_that_was_refused_says_nothing_of_the_run(run: Run) -> None:
     with pytest.raises(ValueError, match="bug"):
         train_and_fail()
     assert reconcile([run]) == []
+
+
+def test_a_job_by_hand_that_was_refused_says_nothing_of_the_run(run: Run) -> None:
+    own, mistyped = (JobInfo("slurm", job_id, None, "n1", 1) for job_id in ("11", "12"))
+    with Attempt(run, JobInfo.in_foreground()):
+        pass
+    assert close_ended_job(run, mistyped, EXIT_BAD_INPUT) is None
+    assert run.finished()
+    # Nor while another job of the run waits to go on.
+    run.add_submission("11", "slurm", None)
+    left = AttemptRecord(1, own, now(), ended=now(), state="preempted")
+    RunStatus("preempted", attempts=[left]).write(run.status_file)
+    assert close_ended_job(run, mistyped, EXIT_BAD_INPUT) is None
+    assert run.status().state == "preempted"
+    # That one itself says something if it cannot begin.
+    outcome = close_ended_job(run, replace(own, restart=1), 1)
+    assert outcome is not None
+    assert outcome.kind == "never started"
+    assert run.status().state == "failed"
 
 
 def test_nothing_is_closed_once_another_attempt_has_begun(run: Run) -> None:
