@@ -58,9 +58,11 @@ def _slurm_notice(run: Submittable, job: JobInfo, signal_name: str) -> Notice:
     wait_s = kill_wait_s()
     if record is None:
         return Notice("told to leave", f"told to leave ({signal_name})", wait_s)
-    # At the end of what it grants, Slurm says TERM and waits KillWait.
-    seconds = max(0.0, record.seconds_left) + wait_s
-    ends_soon = record.seconds_left < run.asked().signal_delay_s + 60
+    # At the end of what it grants, Slurm says TERM and waits KillWait; where it does not say how
+    # much it grants, that alone is sure.
+    left = record.seconds_left
+    seconds = max(0.0, left or 0.0) + wait_s
+    ends_soon = left is not None and left < run.asked().signal_delay_s + 60
     if record.restarts > job.restart:
         # The record is that of its next start already.
         return Notice("requeued", f"requeued by Slurm ({signal_name})", wait_s)

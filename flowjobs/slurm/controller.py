@@ -175,7 +175,8 @@ class JobRecord:
         state: "RUNNING", "COMPLETING", "PENDING", …
         restarts: How often Slurm has started the job again, or is about to.
         preempted: Whether its place was given to another job.
-        seconds_left: Until Slurm kills it: to the time limit, or to the end of the grace.
+        seconds_left: Until Slurm kills it: to the time limit, or to the end of the grace; None if
+            Slurm does not say: of a job without a time limit it says neither.
         over_limit: Whether it ran until its time limit.
         requeue: Whether Slurm may start it again.
         submitted: When it was submitted, or requeued, in seconds of the epoch.
@@ -185,7 +186,7 @@ class JobRecord:
     state: str
     restarts: int
     preempted: bool
-    seconds_left: float
+    seconds_left: float | None
     over_limit: bool
     requeue: bool
     submitted: float
@@ -224,17 +225,15 @@ def job_record(job_id: str) -> JobRecord | None:
             continue
         for key, value in FIELD.findall(line):
             fields.setdefault(key, value)
-    start, end = timestamp(fields.get("StartTime")), timestamp(fields.get("EndTime"))
-    limit_s = _limit_s(fields.get("TimeLimit", ""))
-    state = fields.get("JobState", "").split()[0]
-    # While a job runs, the end that is written there is the one at its time limit.
-    known = None not in (start, end, limit_s) and state != "RUNNING"
+    end, limit_s = timestamp(fields.get("EndTime")), _limit_s(fields.get("TimeLimit", ""))
+    # Without the time that it was suspended, which does not count towards the limit.
+    ran_s = _elapsed_s(fields.get("RunTime", ""))
     return JobRecord(
-        state=state,
+        state=fields.get("JobState", "").split()[0],
         restarts=int(fields.get("Restarts", "0")),
         preempted=timestamp(fields.get("PreemptTime")) is not None,
-        seconds_left=float("inf") if end is None else end - time.time(),
-        over_limit=known and end - start >= limit_s,  # type: ignore[operator]
+        seconds_left=None if end is None else end - time.time(),
+        over_limit=limit_s is not None and ran_s >= limit_s,
         requeue=fields.get("Requeue") == "1",
         submitted=timestamp(fields.get("SubmitTime")) or 0.0,
         fields=fields,
@@ -330,3 +329,10 @@ def _limit_s(text: str) -> float | None:
         return 60.0 * minutes(text)
     except ValueError:
         return None
+
+
+def _elapsed_s(text: str) -> float:
+    """A time that has passed, as Slurm writes it (`1-02:03:04`), in seconds; 0 if it is none."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    days, hours, mins, secs = (int(part or 0) for part in found.groups()) if found else (0,) * 4
+    return 86_400.0 * days + 3_600 * hours + 60 * mins + secs
