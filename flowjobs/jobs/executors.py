@@ -235,7 +235,7 @@ def _parameters(name: str, asked: SlurmConfig) -> dict[str, Any]:
         "mem": None if memory is None else f"{round(memory * 1024)}M",
         "time": asked.timeout_min,
         "signal_delay_s": asked.signal_before_end_s,
-        "comment": asked.comment,
+        "comment": asked.sbatch.get("comment", asked.comment),
         "wckey": None,
         "stderr_to_stdout": True,
         "srun_args": srun_args,

@@ -84,10 +84,15 @@ def test_the_id_that_is_noted_is_that_of_the_job(
     assert run.submissions()[0].slurm_cluster == "flowjobs"
 
 
+@pytest.mark.parametrize(
+    "comment",
+    [("--comment", "project  x"), ("--sbatch", "comment=project  x", "hold=True")],
+    ids=["--comment", "--sbatch"],
+)
 def test_our_mark_stands_beside_the_users_own_comment(
-    slurm: SlurmCluster, submitted: Submit
+    slurm: SlurmCluster, submitted: Submit, comment: tuple[str, ...]
 ) -> None:
-    run = submitted("a", "--comment", "project  x")
+    run = submitted("a", *comment)
     (entry,) = run.submissions()
     assert slurm.job(entry.job_id)["Comment"] == f"project x flowjobs:{entry.mark}"
 
