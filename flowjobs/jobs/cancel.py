@@ -144,7 +144,7 @@ def _note_end(run: Run) -> None:
 def _end_process(run: Run) -> list[str]:
     """End the process that trains the run on this machine, as no job of Slurm."""
     attempt = run.status().open_attempt
-    if not (attempt and attempt.job.cluster in ("local", "none") and lock_holder(run.folder)):
+    if not (attempt and attempt.job.cluster != "slurm" and lock_holder(run.folder)):
         return []
     job = attempt.job
     # A process id means another process, or none, on another host.

@@ -37,7 +37,7 @@ def notice_of(run: Submittable, job: JobInfo, number: signal.Signals | None) -> 
     name = number.name if number else "no signal"
     if number is signal.SIGINT:
         return Notice("told to leave", "interrupted by Ctrl-C")
-    if job.cluster == "none" and run.cancel_requested():
+    if job.cluster in ("none", "debug") and run.cancel_requested():
         return Notice("cancelled", CANCELLED.reason)
     if job.cluster == "local":
         seconds = float(run.asked().signal_before_end_s)

@@ -1,6 +1,7 @@
 """What must not be closed as dead, without Slurm: its commands would not be found."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.closing import close_attempt
 from flowjobs.jobs.findings import Dead
 from flowjobs.jobs.reconcile import close_ended_job, close_ended_pack, reconcile
+from flowjobs.jobs.stop_cause import notice_of
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.pack import new_pack
+from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_BAD_INPUT,
@@ -106,6 +109,16 @@ def test_cancel_ends_no_process_that_has_got_the_id_of_a_dead_one(run: Run) -> N
             assert "no job of it waits or runs" in cancel(run)
         assert another.poll() is None
         another.kill()
+
+
+def test_cancel_ends_a_run_that_is_trained_in_the_debugger(run: Run) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        here = replace(JobInfo.in_foreground(), cluster="debug", pid=process.pid)
+        job = replace(here, process=process_mark(process.pid))
+        with Attempt(run, job):
+            assert cancel(run) == f"a: cancelled {job.words}; submit it again to resume"
+        assert process.wait(60) == -signal.SIGTERM
+    assert notice_of(run, job, signal.SIGTERM).why == "cancelled"
 
 
 def test_one_bad_run_keeps_no_other_from_being_cancelled(run: Run, study: Path) -> None:
