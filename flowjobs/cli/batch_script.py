@@ -4,6 +4,8 @@ python -m flowjobs.cli.batch_script ARGUMENTS         those of `flowjobs train`
 python -m flowjobs.cli.batch_script --lines-of FILE   those on the line of the array's task
 """
 
+import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -14,9 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowjobs.cli.defaults import Defaults, load_defaults
 from flowjobs.cli.main import exit_with, parse
 from flowjobs.cli.reconcile import close_in_batch_script
 from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.slots import JOB_OF_RUN
 from flowjobs.slurm.options import SCRIPT_ARGUMENTS
 
@@ -31,18 +35,20 @@ def main() -> None:
 
 def run(script_arguments: Sequence[str]) -> int:
     """Train under srun, and close the run if that died. Returns srun's exit code."""
-    arguments = list(script_arguments)
-    if arguments[:1] == ["--lines-of"]:
-        script_arguments = arguments[1:]
-        arguments = _arguments_on_line(script_arguments)
     os.environ[JOB_OF_RUN] = os.environ.get("SLURM_JOB_ID", "")
-    # What cannot be meant ends here, and not on every rank.
-    command, defaults = parse(["train", *arguments])
-    run = command.prepare(defaults)[0]
+    files = script_arguments[1:] if script_arguments[:1] == ["--lines-of"] else None
+    if run := _run_so_far(script_arguments, files):
+        command = ["flowjobs.jobs", str(run.folder)]
+    else:
+        arguments = script_arguments if files is None else _arguments_on_line(files)
+        # What cannot be meant ends here, and not on every rank.
+        train, defaults = parse(["train", *arguments])
+        run = train.prepare(defaults)[0]
+        command = ["flowjobs", "train", *arguments]
     for number in OUTLIVED:
         # A handler, unlike SIG_IGN, is not inherited by srun.
         signal.signal(number, lambda number, frame: None)
-    code = _train(arguments, script_arguments)
+    code = _train(command, script_arguments if files is None else files)
     if code and run.exists():
         # Of a death that could not speak: what it was, and a restart if there may be one.
         try:
@@ -50,6 +56,32 @@ def run(script_arguments: Sequence[str]) -> int:
         except FlowjobsError as error:
             print(f"error: {error}", file=sys.stderr)
     return code
+
+
+def _run_so_far(script_arguments: Sequence[str], files: Sequence[str] | None) -> Run | None:
+    """The run that an earlier start of this job has trained: a restart goes on with that one, as it
+    was configured, whatever a list of runs or flowjobs.toml says by now.
+
+    None if this is the first start, or none got so far.
+    """
+    from flowjobs.jobs.environment import batch_script_job_id, started_by_person
+    from flowjobs.jobs.plain_sbatch import run_of_job
+
+    if started_by_person():
+        return None
+    arguments, defaults = script_arguments, Defaults()
+    with contextlib.suppress(ConfigError):
+        arguments = script_arguments if files is None else _arguments_on_line(files)
+        defaults = load_defaults()
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--study", type=Path, default=os.environ.get("FLOWJOBS_STUDY"))
+    known.add_argument("--resume")
+    given = known.parse_known_args(arguments)[0]
+    study = given.study or defaults.values.get("study") or default_study()
+    run = run_of_job(absolute(Path(study)), batch_script_job_id())
+    if run and given.resume and not run.started():
+        return None  # which checkpoint it begins with is in its arguments alone
+    return run
 
 
 def _arguments_on_line(files: Sequence[str]) -> list[str]:
@@ -71,7 +103,8 @@ def _arguments_on_line(files: Sequence[str]) -> list[str]:
     return arguments
 
 
-def _train(arguments: Sequence[str], script_arguments: Sequence[str]) -> int:
+def _train(module: Sequence[str], script_arguments: Sequence[str]) -> int:
+    """Run a module with its arguments under srun. Returns the exit code."""
     environment = {
         **os.environ,
         SCRIPT_ARGUMENTS: json.dumps(list(script_arguments)),
@@ -83,7 +116,7 @@ def _train(arguments: Sequence[str], script_arguments: Sequence[str]) -> int:
     command = ["srun", "--unbuffered", "--kill-on-bad-exit"]
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         command.append(f"--cpus-per-task={cpus}")
-    command += [*_guard(), sys.executable, "-u", "-m", "flowjobs", "train", *arguments]
+    command += [*_guard(), sys.executable, "-u", "-m", *module]
     code = subprocess.run(command, env=environment, check=False).returncode
     return code if code >= 0 else 128 - code
 

@@ -1,4 +1,4 @@
-"""python -m flowjobs.jobs FOLDER: trains the run in a folder, in a job that it shares."""
+"""python -m flowjobs.jobs FOLDER: trains the run in a folder, that a job shares or continues."""
 
 import sys
 

@@ -122,10 +122,7 @@ def _submitit_environment() -> JobEnvironment | None:
 def batch_script_job(run: Submittable) -> JobInfo:
     """The job whose batch script has started this process, outside of srun."""
     forget_what_is_not_here()
-    array_id = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job_id = os.environ["SLURM_JOB_ID"]
-    if array_id:
-        job_id = f"{array_id}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    job_id = batch_script_job_id()
     return JobInfo(
         cluster="slurm",
         job_id=job_id,
@@ -135,6 +132,13 @@ def batch_script_job(run: Submittable) -> JobInfo:
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         continues=CONTINUES in os.environ,
     )
+
+
+def batch_script_job_id() -> str:
+    """Its id (`12_3` for an array task)."""
+    if array_id := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array_id}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def started_by_person() -> bool:

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs.deferred_signals import signals_deferred_until_noted
 from flowjobs.jobs.origin import Origin, origin_of
+from flowjobs.runs.files import FILES_AT_ONCE
+from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slurm.controller import JobRecord, job_record, write_batch_script
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
@@ -75,6 +78,23 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     file = Path(log) if log else None
     run.add_submission(job_id, "slurm", file, continues=continues, again=again, identity=identity)
     return log
+
+
+def run_of_job(study: Path, job_id: str) -> Run | None:
+    """The run that a job, or the one that it continues, has been noted for by its first start."""
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    ids = {job_id, os.environ.get(CONTINUES, job_id)}
+    runs = [Run(study, name) for name in run_names(study)]
+
+    def noted(run: Run) -> str:
+        entries = [run.submission(each, cluster) for each in ids]
+        return max((entry.submitted for entry in entries if entry and entry.again), default="")
+
+    with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
+        noted_at = dict(zip(runs, threads.map(noted, runs), strict=True))
+    # A cluster uses ids again: the job that was noted last is this one.
+    newest = max(runs, key=noted_at.__getitem__, default=None)
+    return newest if newest and noted_at[newest] else None
 
 
 def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:

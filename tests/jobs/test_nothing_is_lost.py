@@ -434,6 +434,7 @@ def test_a_job_by_hand_goes_on_as_a_new_job_where_requeuing_is_forbidden(
 ) -> None:
     where = ("-p", "preempt", "-w", "n1", "--no-requeue", "--mem=1G")
     job = by_hand(study, slurm, "train.sh", hand_made, *where)
+    Path("flowjobs.toml").write_text("lr = 0.5\n")  # for the runs to come
     preempt_and_wait(job)
     job.wait_for_state("finished")
     assert job.steps_lost() == 0
@@ -475,6 +476,9 @@ def test_a_task_of_an_array_goes_on_like_a_job_of_its_own(
     where = ("--array=1-2", "-p", "preempt", "-w", "n1")
     job = by_hand(study, slurm, "array.sh", ("runs.txt",), *where)
     job.wait_for_step(10)
+    # For the runs to come: it goes on with its own, as that was when it was submitted.
+    Path("runs.txt").write_text(f"{other}\n{other}\n{' '.join(hand_made)}\n")
+    Path("flowjobs.toml").write_text("lr = 0.5\n")
     preempt_and_wait(job)
     job.wait_for_state("finished")
     assert job.status().attempts[0].job.job_id == f"{job.job_id}_2"
