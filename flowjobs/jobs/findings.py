@@ -26,7 +26,7 @@ from flowjobs.runs.status import (
     cancelled_outcome,
     same_host,
 )
-from flowjobs.runs.submittable import Submission, attempts_of
+from flowjobs.runs.submittable import CLOCKS, Submission, attempts_of
 from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask
 from flowjobs.slurm.waiting import why_it_waits
 
@@ -164,8 +164,12 @@ def _awaits_an_end(run: Run, status: RunStatus, entries: Sequence[Submission]) -
         return status.state == "preempted" and entries[-1].cluster == "slurm"
     # A job that came too late, and was refused or found nothing to do, says nothing of the run.
     ended = status.attempts[-1].ended if status.attempts else None
-    # Both are noted to the second.
-    return ended is None or entries[-1].submitted >= ended
+    submitted = entries[-1].submitted
+    if ended is None or submitted >= ended:  # both are noted to the second
+        return True
+    # By two clocks, but of `submit` it is known that it hands over none while an attempt runs.
+    at = datetime.fromisoformat(submitted) if entries[-1].mark and submitted else None
+    return at is not None and at + CLOCKS >= datetime.fromisoformat(ended)
 
 
 def _newest_job(run: Run, status: RunStatus, entries: Sequence[Submission]) -> JobInfo:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.closing import close_attempt
-from flowjobs.jobs.findings import Dead
+from flowjobs.jobs.findings import Dead, find
 from flowjobs.jobs.reconcile import close_ended_job, close_ended_pack, reconcile
 from flowjobs.jobs.stop_cause import notice_of
 from flowjobs.runs.attempt import Attempt
@@ -58,6 +59,16 @@ def test_a_job_that_was_refused_says_nothing_of_the_run(run: Run) -> None:
     with pytest.raises(ValueError, match="bug"):
         train_and_fail()
     assert reconcile([run]) == []
+
+
+def test_a_job_that_was_submitted_after_a_failure_is_seen_though_a_node_is_ahead(run: Run) -> None:
+    ahead = (datetime.now(UTC) + timedelta(seconds=40)).isoformat(timespec="seconds")
+    on_node = JobInfo("slurm", "98", None, "n1", 1)
+    failed = AttemptRecord(1, on_node, started=now(), ended=ahead, state="failed")
+    RunStatus("failed", attempts=[failed]).write(run.status_file)
+    for job_id in ("98", "99"):
+        run.add_submission(job_id, "slurm", None, identity={"mark": job_id})
+    assert [*find([run])] == [run]  # Slurm is asked about it
 
 
 def test_a_job_by_hand_that_was_refused_says_nothing_of_the_run(run: Run) -> None:
