@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.origin import identity_among
+from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import is_remaining, pack_of
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.restarts import fruitless_attempts, may_retry
@@ -257,8 +258,10 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding 
         return None  # of submitit's debug executor: the process that submitted it was its job
     pid = job.pid or int(job.job_id)
     if not same_host(job.host, socket.gethostname()):
-        if status.open_attempt:
+        if status.open_attempt and lock_holder(run.folder):
             return None  # its status says what it does
+        if status.open_attempt:
+            return Unclear(f"{job.words} seems to be gone: reconcile it there, or submit it again")
         return Unclear(f"whether its job on {job.host} starts cannot be seen from here: ask there")
     if process_lives(pid, job.process):
         return _find_slot(run, status, job)

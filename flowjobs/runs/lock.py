@@ -3,10 +3,12 @@
 Two things make the lock. The operating system's lock on `.lock` is freed when its process dies,
 however it dies. `.lock-holder.json` names the attempt that holds the run: where the system's lock
 cannot be trusted (a process that lives on beside its rerun, a file system that knows no locks, or
-none between nodes), the scheduler's word on that attempt's job decides. Whoever is not named there
-any more has lost the run and must write nothing.
+none between nodes), the scheduler's word on that attempt's job decides, and of one that is no job
+of a scheduler whether it still writes. Whoever is not named there any more has lost the run and
+must write nothing.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,6 +25,7 @@ from flowjobs.errors import RunBusyError, RunHolderUnknownError, RunTakenOverErr
 from flowjobs.from_json import from_json
 from flowjobs.runs.file_lock import SAY_AFTER_S, NoLocksError, locked, try_lock
 from flowjobs.runs.files import read_json, write_json
+from flowjobs.runs.metrics import METRICS_FILE
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.status import JobInfo, same_host
 
@@ -41,6 +44,8 @@ LEAVING_WAIT_S = 90.0
 # Whoever looks whether the run is held (`status`) holds it for an instant.
 GLANCE_S = 1.0
 GATE_WAIT_S = 60.0
+# Who has written within this time lives, whatever the lock looks like. Shorter than the wait above.
+QUIET_S = 60.0
 POLL_S = 0.25
 # Another's run, or a read-only disk: whether it is locked cannot be seen.
 NOT_OURS_TO_LOCK = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -161,7 +166,7 @@ class RunLock:
         if found is None:
             # Nobody is named, but the lock is taken: by one who leaves, or who only looks.
             return "leaving" if free is False else "gone"
-        return _judged(found, free, self._judge)
+        return _judged(self._folder, found, free, self._judge)
 
 
 def held_off(folder: Path) -> AbstractContextManager[None]:
@@ -182,7 +187,7 @@ def lock_holder(folder: Path, judge: Judge = system_lock_decides) -> str | None:
         lock, free = None, None
     if lock is not None:
         lock.release()
-    return None if _judged(found, free, judge) == "gone" else _describe(found)
+    return None if _judged(folder, found, free, judge) == "gone" else _describe(found)
 
 
 def _look_at_lock(file: Path) -> "tuple[FileLock | None, bool | None]":
@@ -194,13 +199,27 @@ def _look_at_lock(file: Path) -> "tuple[FileLock | None, bool | None]":
     return lock, lock is not None
 
 
-def _judged(found: dict[str, Any], free: bool | None, judge: Judge) -> Verdict:
+def _judged(folder: Path, found: dict[str, Any], free: bool | None, judge: Judge) -> Verdict:
     try:
-        return judge(from_json(JobInfo, found), free)
+        holder = from_json(JobInfo, found)
     except ValueError:  # written by another version
         if free is None:
             return "unknown"
         return "gone" if free else "alive"
+    # Of a job Slurm says it. Some file systems know locks, but none between nodes.
+    elsewhere = holder.cluster != "slurm" and not same_host(holder.host, socket.gethostname())
+    if free and elsewhere and _written_lately(folder):
+        free = None
+    return judge(holder, free)
+
+
+def _written_lately(folder: Path) -> bool:
+    """Whether an attempt has written to the run in `folder` in the last minute."""
+    written = 0.0
+    for name in ("status.json", METRICS_FILE):
+        with contextlib.suppress(FileNotFoundError):
+            written = max(written, (folder / name).stat().st_mtime)
+    return time.time() - written < QUIET_S
 
 
 def _holder_file(folder: Path) -> Path:

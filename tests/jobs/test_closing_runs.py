@@ -14,8 +14,9 @@ import pytest
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.closing import close_attempt
-from flowjobs.jobs.findings import Dead, find
+from flowjobs.jobs.findings import Dead, Unclear, find
 from flowjobs.jobs.reconcile import close_ended_job, close_ended_pack, reconcile
+from flowjobs.jobs.running import running_job
 from flowjobs.jobs.stop_cause import notice_of
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.pack import new_pack
@@ -69,6 +70,23 @@ def test_a_job_that_was_submitted_after_a_failure_is_seen_though_a_node_is_ahead
     for job_id in ("98", "99"):
         run.add_submission(job_id, "slurm", None, identity={"mark": job_id})
     assert [*find([run])] == [run]  # Slurm is asked about it
+
+
+def test_a_process_elsewhere_that_is_gone_is_unknown_and_no_longer_said_to_run(run: Run) -> None:
+    attempt = Attempt(run, replace(JobInfo.in_foreground(), host="n5"))
+    attempt.__enter__()
+    assert find([run]) == {}
+    holder = run.folder / ".lock-holder.json"
+    named = holder.read_bytes()
+    attempt._stack.close()
+    holder.write_bytes(named)  # as a kill would leave it
+    assert find([run]) == {}  # it may live, where a file system knows no locks between nodes
+    assert running_job(run) is not None
+    for file in (run.status_file, run.metrics_file):
+        if file.exists():
+            os.utime(file, (0, 0))
+    assert isinstance(find([run])[run], Unclear)
+    assert run.status().state == "running"
 
 
 def test_a_job_by_hand_that_was_refused_says_nothing_of_the_run(run: Run) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.errors import RunBusyError, RunTakenOverError
+from flowjobs.errors import RunBusyError, RunHolderUnknownError, RunTakenOverError
 from flowjobs.runs import lock as lock_module
 from flowjobs.runs.lock import Judge, RunLock, Verdict, lock_holder
 from flowjobs.runs.status import JobInfo
@@ -85,6 +85,27 @@ def test_a_holder_whose_lock_is_not_seen_from_here_is_believed_to_live(tmp_path:
         pass
     with RunLock(tmp_path, JOB, judge_that_says("gone")):
         pass
+
+
+def test_a_process_of_another_host_whose_lock_is_not_seen_keeps_its_run_while_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "LEAVING_WAIT_S", 0.5)
+    elsewhere = replace(JobInfo.in_foreground(), host="n9")
+    lock = RunLock(tmp_path, elsewhere)
+    lock.__enter__()
+    assert lock._lock is not None
+    lock._lock.release()
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.touch()
+    here = RunLock(tmp_path, JobInfo.in_foreground())
+    with pytest.raises(RunHolderUnknownError, match="on n9, which may not have ended"), here:
+        pass
+    assert lock_holder(tmp_path) == elsewhere.words
+    os.utime(metrics, (0, 0))
+    assert lock_holder(tmp_path) is None
+    with here:
+        assert not lock.is_held()
 
 
 def test_a_holder_that_leaves_is_waited_for(
