@@ -1,7 +1,8 @@
 """All runs of a study at a glance: two files a run are read, or none where an index knows them.
 
 The index is a cache in the user's cache folder: it is used for what has not changed since, as the
-times and sizes of the files say, and deleting it changes nothing. A study of few runs has none.
+times and sizes of the files say, and deleting it changes nothing: what could not be read is not in
+it. A study of few runs has none.
 """
 
 import contextlib
@@ -19,11 +20,11 @@ from typing import Any, get_args
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.runs.files import read_json, replaced_whole
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import Run, folder_names
 from flowjobs.runs.status import State
 from flowjobs.runs.submittable import CLOCKS
 
-VERSION = 1
+VERSION = 2
 # Fewer are read in no time.
 INDEX_FROM = 200
 # A file that is written again within this time may keep its time and size.
@@ -72,12 +73,16 @@ def glances(study: Path, names: Sequence[str] | None = None) -> list[Glance]:
         names: Those to look at; None: all.
     """
     if names is None:
-        names = _folders(study / "runs")
+        names = folder_names(study / "runs")
     index = _Index(study) if len(names) >= INDEX_FROM else None
     known = index.entries if index else {}
     found, news = [], {}
     for name in names:
-        stamp = _stamp(study / "runs" / name)
+        try:
+            stamp = _stamp(study / "runs" / name)
+        except OSError as error:
+            found.append(Glance(name, "", "unknown", str(error)))
+            continue
         if not (stamp[0] or stamp[2]):
             continue  # a folder that is no run
         before = known.get(name)
@@ -85,19 +90,14 @@ def glances(study: Path, names: Sequence[str] | None = None) -> list[Glance]:
             glance = Glance(name, *before[1])
         else:
             glance = _look(Run(study, name), stamp)
-            if max(stamp[0::2]) < time.time_ns() - SETTLED_AFTER_NS:
+            # What kept it from being read may pass, and leaves no mark on the files.
+            settled = max(stamp[0::2]) < time.time_ns() - SETTLED_AFTER_NS
+            if settled and glance.state != "unknown":
                 news[name] = (stamp, list(dataclasses.astuple(glance)[1:]))
         found.append(glance)
     if index and news:
         index.write(news, names)
     return found
-
-
-def _folders(runs: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in os.scandir(runs) if not entry.name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _stamp(folder: Path) -> Stamp:
@@ -106,7 +106,7 @@ def _stamp(folder: Path) -> Stamp:
         try:
             found = os.stat(f"{folder}/{name}")
             stamp += [found.st_mtime_ns, found.st_size ^ found.st_ino << 40]
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             stamp += [0, 0]
     return stamp
 

@@ -612,14 +612,34 @@ def _bytes_of(file: Path) -> bytes | None:
 
 
 def run_names(study: Path) -> list[str]:
-    """The names of the runs in a study, sorted; also of those whose config.json is lost.
+    """The names of the runs in a study, sorted; also of those whose config.json is lost, and of
+    folders in which nobody can look now (another's, a file server that is away): they may be runs.
+    """
+    return [name for name in folder_names(study / "runs") if may_be_run(study / "runs" / name)]
+
+
+def folder_names(runs: Path) -> list[str]:
+    """What is in the folder of a study's runs, sorted, run or not.
 
     What begins with a dot is being removed.
     """
-    files = (
-        file for name in ("config", "status") for file in study.glob(f"runs/[!.]*/{name}.json")
-    )
-    return sorted({file.parent.name for file in files})
+    try:
+        return sorted(entry.name for entry in os.scandir(runs) if not entry.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def may_be_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or cannot be looked into now."""
+    for name in ("config.json", "status.json"):
+        try:
+            os.stat(f"{folder}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            pass
+        return True
+    return False
 
 
 def absolute(path: Path) -> Path:

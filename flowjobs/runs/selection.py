@@ -14,7 +14,7 @@ from typing import Any
 from flowjobs.config import PARTS, SIZE_FIELDS, literal_or_text, value_in_name
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.nearest import did_you_mean, meant
-from flowjobs.runs.run import Run, absolute, run_names
+from flowjobs.runs.run import Run, absolute, may_be_run, run_names
 
 # What is no field of a config and selects all the same.
 SWEEP = "sweep"
@@ -71,7 +71,7 @@ def names_one_run(study: Path, words: Sequence[str]) -> bool:
     """Whether the words are one run's own name, rather than a selection that has one run."""
     if len(words) != 1 or is_condition(words[0]):
         return False
-    return _by_path(words[0]) is not None or _is_there(Run(absolute(study), words[0]))
+    return _by_path(words[0]) is not None or may_be_run(Run(absolute(study), words[0]).folder)
 
 
 def sweep_names(study: Path) -> list[str]:
@@ -127,11 +127,11 @@ class _Lookup:
             RunNotFoundError: There is none.
         """
         if (run := _by_path(word)) is not None:
-            if not _is_there(run):
+            if not may_be_run(run.folder):
                 run.config()  # the error lists those that there are
             return [run]
         run = Run(self._study, word)
-        if "/" not in word and _is_there(run):
+        if "/" not in word and may_be_run(run.folder):
             return [run]
         if set(word) & set("*?["):
             found = [name for name in self.names if fnmatchcase(name, word)]
@@ -263,11 +263,6 @@ def fields_of(run: Run) -> dict[str, Any]:
 @functools.cache
 def _defaults(part: str) -> dict[str, Any]:
     return dataclasses.asdict(PARTS[part]())
-
-
-def _is_there(run: Run) -> bool:
-    """Whether there is such a run, if its config.json is lost as well."""
-    return run.exists() or run.status_file.exists()
 
 
 def _by_path(word: str) -> Run | None:

@@ -91,6 +91,28 @@ def test_a_sweep_whose_list_of_runs_cannot_be_read_hides_no_other(
     assert f"{damaged} cannot be read" in named.stderr
 
 
+def test_a_run_that_cannot_be_looked_at_is_unknown_and_hides_no_other(
+    flowjobs: Command, study: Path
+) -> None:
+    made_run(study, [1.0] * 3, name="a")
+    # Any error of the file system but "there is none": as of a server that is away.
+    (study / "runs/away").symlink_to("away")
+    (study / "runs/empty").mkdir()
+    (study / "runs/a-file").touch()
+    (study / "sweeps").mkdir()
+    (study / "sweeps/both.runs").write_text("a\naway\n")
+    assert {glance.name: glance.state for glance in glances(study)} == {
+        "a": "finished",
+        "away": "unknown",
+    }
+    done = flowjobs("status", "both")
+    assert (done.returncode, done.stderr.count("away: [Errno ")) == (0, 1), done.stderr
+    lines = [line.split()[:2] for line in done.stdout.splitlines()]
+    assert lines == [["run", "state"], ["a", "finished"], ["away", "unknown"]]
+    named = flowjobs("show", "away")
+    assert (named.returncode, "Too many levels of symbolic links" in named.stderr) == (2, True)
+
+
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
@@ -146,6 +168,8 @@ def test_the_index_is_a_cache(study: Path, tmp_path: Path) -> None:
     [index] = cache_folder().glob("index-*.json")
     assert str(cache_folder()).startswith(str(tmp_path))
     assert glances(study) == first
+    # What could not be read may be readable again, and no file tells: it is looked at each time.
+    assert {*json.loads(index.read_text())["runs"]} == {g.name for g in first} - {"torn"}
     # It is used: what it says of an unchanged run is what is seen.
     index.write_text(index.read_text().replace("1.5 of 1.5 GiB", "told by the index"))
     assert next(glance.reason for glance in glances(study)) == "out of memory: told by the index"
