@@ -15,10 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def size_of(run: Run) -> int:
-    """What a run takes of the disk, in bytes."""
+    """What removing a run frees of the disk, in bytes."""
+    folders = [run.checkpoints] if run.folder.is_symlink() else [run.folder, run.checkpoints]
     return sum(
         file.lstat().st_size
-        for folder in (run.folder, run.checkpoints)
+        for folder in folders
         for file in folder.rglob("*")
         if not file.is_dir()
     )
@@ -26,6 +27,8 @@ def size_of(run: Run) -> int:
 
 def remove(run: Run) -> None:
     """Remove a run. Look first whether a job of it waits.
+
+    Of a record that is a link only that is removed, and said: it may be the run of another study.
 
     Moved out of sight first: whoever is killed here leaves no half of a run, and the next call
     removes the rest. Writes nothing, so that it works on a full disk.
@@ -51,18 +54,28 @@ def remove(run: Run) -> None:
                 os.rename(weights, run.checkpoints)
             raise
     for rest in record.parent.glob(f"{REMOVED}*"):  # also that of a call that was killed
-        _delete(rest)
+        if rest.is_symlink():
+            there = os.path.realpath(rest)
+            rest.unlink(missing_ok=True)
+            link = rest.with_name(_name_of(rest))
+            logger.warning("%s was a link: what is in %s is left", link, there)
+        else:
+            shutil.rmtree(rest, ignore_errors=True)
     for rest in weights.parent.glob(f"{REMOVED}*"):
-        name = rest.name.removeprefix(REMOVED).rpartition("-")[0]
+        name = _name_of(rest)
         # Killed before it had moved the record: they are all that there is of a run.
         if name == run.name or not os.path.lexists(record.with_name(name)):
-            _delete(rest)
+            _delete_weights(rest)
     for rest in (record, weights):
         if os.path.lexists(rest):
             logger.warning("%s is left of %s: the next rm tries again", rest, run.name)
 
 
-def _delete(folder: Path) -> None:
+def _name_of(moved: Path) -> str:
+    return moved.name.removeprefix(REMOVED).rpartition("-")[0]
+
+
+def _delete_weights(folder: Path) -> None:
     """Delete as much of a folder as can be: it may be another's, or be deleted by another now."""
     if not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,7 @@ from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConf
 from flowjobs.errors import CheckpointGoneError, ConfigError
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
-from flowjobs.runs.removal import remove
+from flowjobs.runs.removal import remove, size_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.sweeps.retry import changes_from, with_changes
@@ -302,6 +302,20 @@ def test_rm_asks_and_leaves_no_half_of_a_run(
     assert [path.name for path in (study / "checkpoints").iterdir()] == ["c"]
     assert [path.name for path in scratch.iterdir()] == ["notes.txt"]
     assert kept.exists()
+
+
+def test_rm_of_a_run_whose_record_is_a_link_says_what_is_left(
+    study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = without_checkpoints(study, "a")
+    there = shutil.move(run.folder, tmp_path / "another-study-s")
+    run.folder.symlink_to(there)
+    run.best.write_bytes(b"weights")
+    assert size_of(run) == len(b"weights")
+    remove(run)
+    assert (run.folder.is_symlink(), run.checkpoints.exists()) == (False, False)
+    assert (there / "config.json").exists()
+    assert caplog.messages == [f"{run.folder} was a link: what is in {there} is left"]
 
 
 def test_what_a_killed_rm_has_moved_is_no_rest_to_another_and_comes_back(study: Path) -> None:
