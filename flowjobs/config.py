@@ -100,6 +100,9 @@ SIZE_FIELDS = ("width", "depth")
 # What the name of a run is made of.
 IN_NAME = ("arch", "flow", "dataset", "aug")
 
+# Where a run is in W&B, which it keeps.
+PLACE_FIELDS = ("wandb_project", "wandb_entity")
+
 # Between the path of a file and the digest of its content, in `init_from` and `reflow_from`.
 PINNED = "@sha256:"
 
@@ -457,6 +460,11 @@ class TrackingConfig:
 
     wandb_mode: WandbMode = "auto"
     """auto: online where there is a login, else offline; disabled leaves W&B out altogether."""
+
+    @property
+    def place(self) -> str:
+        """Where in W&B: "the-lab/study"."""
+        return "/".join(filter(None, [self.wandb_entity, self.wandb_project]))
 
     def __post_init__(self) -> None:
         _require_choice("wandb_mode", self.wandb_mode, WandbMode)

@@ -17,6 +17,7 @@ from flowjobs.config import (
     DATA_FIELDS,
     NOT_IN_SIGNATURE,
     PINNED,
+    PLACE_FIELDS,
     RunConfig,
     SlurmConfig,
     TrainingConfig,
@@ -349,9 +350,15 @@ class Run(Submittable):
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"--study {self.study}: {error.strerror}: {error.filename}"
-            ) from error
+            text = f"--study {self.study}: {error.strerror}: {error.filename}"
+            if os.path.islink(error.filename) and not os.path.exists(error.filename):
+                there = os.path.realpath(error.filename)
+                text = (
+                    f"{error.filename} is a link to {there}, which is not there: if it was removed,"
+                    f" make it anew (mkdir -p {shlex.quote(there)}); if it is not mounted here, go "
+                    "to where it is"
+                )
+            raise ConfigError(text) from error
         # Ranks and sweeps create the same run at once.
         with self._config_lock():
             merged, note = self.merge(config, in_use=in_use, data_are_given=data_are_given)
@@ -435,13 +442,14 @@ class Run(Submittable):
             fewer = getattr(asked.training, key)
             if fewer < own:
                 notes.append(f"{self.name} keeps its {key} of {own} (--{key} {fewer} is fewer)")
-        place = {"wandb_project", "wandb_entity"}
-        kept = {key: getattr(found.tracking, key) for key in place}
-        asked_for = {key: getattr(asked.tracking, key) for key in place}
-        if any(value not in (None, kept[key]) for key, value in asked_for.items()):
-            notes.append(f"{self.name} stays in the W&B project {kept['wandb_project']}")
-        merged = replace(asked, training=length, tracking=replace(asked.tracking, **kept))
-        return merged, "\n".join(notes)
+        tracking = asked.tracking
+        if in_use or self.started():
+            kept = {key: getattr(found.tracking, key) for key in PLACE_FIELDS}
+            asked_for = {key: getattr(tracking, key) for key in PLACE_FIELDS}
+            if any(value not in (None, kept[key]) for key, value in asked_for.items()):
+                notes.append(f"{self.name} stays in {found.tracking.place} of W&B")
+            tracking = replace(tracking, **kept)
+        return replace(asked, training=length, tracking=tracking), "\n".join(notes)
 
     def check_data(self, now: Mapping[str, DataContent | None]) -> None:
         """Raise unless the data are those that the run has been trained on, as far as is known.

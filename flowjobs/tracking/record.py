@@ -251,8 +251,7 @@ def refusal_of(error: Exception, run: Run) -> Refusal | None:
             "login",
         )
     if PLACE.search(said):
-        tracking = run.config().tracking
-        place = "/".join(filter(None, [tracking.wandb_entity, tracking.wandb_project]))
+        place = run.config().tracking.place
         return Refusal(
             f"W&B refuses it ({said}): see whether you may write to {place} there, or name "
             f"another place in {run.config_file}, then `{sync}`",

@@ -85,14 +85,41 @@ def test_a_config_that_never_trained_a_step_is_replaced(study: Path) -> None:
     assert run.tracking_id() == before
 
 
-def test_a_run_stays_in_its_wandb_project(study: Path) -> None:
+def test_a_run_that_has_trained_stays_where_it_is_in_wandb(study: Path) -> None:
     run = created(study)
-    tracking = TrackingConfig(wandb_project="other", wandb_mode="disabled")
-    assert "stays in the W&B project flow-matching-study" in run.create(
-        RunConfig(tracking=tracking)
+    place = TrackingConfig("mine", "my-lab")
+    assert run.create(RunConfig(tracking=place)) == ""  # a typo is mended before it trains
+    assert run.config().tracking == place
+    other = RunConfig(tracking=TrackingConfig("mine", "my-lba", "disabled"))
+    assert run.create(other, in_use=True) == "a stays in my-lab/mine of W&B"
+    run.last.touch()
+    assert run.create(other) == "a stays in my-lab/mine of W&B"
+    assert run.config().tracking == dataclasses.replace(place, wandb_mode="disabled")
+    assert run.create(RunConfig(tracking=TrackingConfig("mine"))) == ""  # none is asked for
+    assert run.config().tracking.wandb_entity == "my-lab"
+
+
+def test_a_link_to_where_nothing_is_any_more_is_named(study: Path, tmp_path: Path) -> None:
+    run = created(study)
+    run.checkpoints.rmdir()
+    run.checkpoints.symlink_to(tmp_path / "purged/a")
+    with pytest.raises(ConfigError) as caught:
+        run.create(RunConfig())
+    link, target = run.checkpoints, tmp_path / "purged/a"
+    assert str(caught.value) == (
+        f"{link} is a link to {target}, which is not there: if it was removed, make it anew "
+        f"(mkdir -p {target}); if it is not mounted here, go to where it is"
     )
-    assert run.config().tracking.wandb_project == "flow-matching-study"
-    assert run.config().tracking.wandb_mode == "disabled"
+    run.checkpoints.unlink()
+    run.checkpoints.parent.rmdir()
+    run.checkpoints.parent.symlink_to("../../purged")
+    for name in ("a", "new"):
+        with pytest.raises(ConfigError, match=rf"^{study}/checkpoints is a link to .*/purged, whi"):
+            Run(study, name).create(RunConfig())
+    run.checkpoints.parent.unlink()
+    run.checkpoints.parent.touch()
+    with pytest.raises(ConfigError, match=r"^--study .*: Not a directory: .*checkpoints/a$"):
+        run.create(RunConfig())
 
 
 def test_a_damaged_status_is_written_anew(study: Path) -> None:
