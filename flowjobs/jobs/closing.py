@@ -43,7 +43,7 @@ def close_attempt(run: Run, dead: Dead) -> Outcome | None:
             outcome = final_outcome(run, status, dead)
             if outcome.state == "preempted" and not (dead.slurm_restarts_it or dead.job_still_runs):
                 check_own(run, dead.job.job_id)
-            status.close(outcome)
+            status.close_dead(outcome, run.metrics_file)
             status.write(run.status_file)
     except RunBusyError:
         return None

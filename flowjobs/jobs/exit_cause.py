@@ -22,7 +22,9 @@ from flowjobs.runs.status import (
     Outcome,
     State,
     cancelled_outcome,
+    now,
     outcome_of,
+    utc,
 )
 from flowjobs.slurm.controller import JobRow
 from flowjobs.slurm.jobs import JobAnswer, Known, ask_one
@@ -91,11 +93,14 @@ def cause_of(
     # A requeued job appends to the same file.
     log = log[max(0, log.rfind(f"attempt {attempt.number} at ")) :]
     when = f"attempt {attempt.number}{_step(attempt)}"
+    ended = utc(start.ended) if start and start.ended else None
+    if exit_code is not None:  # a moment ago: its job has not ended yet
+        ended = now()
     told = _told_by_slurm(start, log, restarted and exit_code is None)
     if told is None and (failure := first_failure(noted_failures(run, job.start), job, log)):
-        return replace(failure.outcome, reason=f"{failure.reason}, {when}")
+        return replace(failure.outcome, reason=f"{failure.reason}, {when}", ended=ended)
     words, kind, state, code = told or _told_by_exit_code(start, log, exit_code)
-    return Outcome(state, code, f"{words} on {job.host}, {when}", _last_words(log), kind)
+    return Outcome(state, code, f"{words} on {job.host}, {when}", _last_words(log), kind, ended)
 
 
 def first_failure(

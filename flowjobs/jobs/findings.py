@@ -141,7 +141,7 @@ def final_outcome(run: Run, status: RunStatus, dead: Dead) -> Outcome:
     outcome = dead.outcome
     if run.cancel_requested():
         reason = f"{CANCELLED.reason} ({outcome.reason})"
-        return cancelled_outcome(reason)
+        return replace(cancelled_outcome(reason), ended=outcome.ended)
     again = dead.slurm_restarts_it or _should_start_again(run, status, dead)
     if outcome.state == "failed" and again:
         reason = f"{outcome.reason}; starts again"

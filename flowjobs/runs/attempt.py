@@ -70,7 +70,7 @@ class Attempt:
             self._status = self.run.status()
             if before := self._status.open_attempt:
                 outcome = self._explain(before)
-                self._status.close(outcome)
+                self._status.close_dead(outcome, self.run.metrics_file)
                 logger.warning("%s", outcome.reason)
             self._open()
             self._stack = self._stack.pop_all()  # all is well: the lock is kept

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import os
 import socket
+import time
 import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ class Outcome:
         reason: Why, as a sentence; empty for a finished run.
         traceback: The traceback of an exception that is a bug, else empty.
         kind: The reason in a word or two, the same for all of its kind ("out of memory").
+        ended: When, of an attempt that could not note it itself; None if that is not known.
     """
 
     state: State
@@ -45,6 +47,7 @@ class Outcome:
     reason: str = ""
     traceback: str = ""
     kind: str = ""
+    ended: str | None = None
 
 
 # EX_TEMPFAIL of sysexits.h: not a failure, the same command resumes from here.
@@ -254,6 +257,19 @@ class RunStatus:
         self.state, self.exit_code = outcome.state, outcome.exit_code
         self.reason, self.traceback = outcome.reason, outcome.traceback
 
+    def close_dead(self, outcome: Outcome, metrics_file: Path) -> None:
+        """The same of an attempt that could not note it itself, and may have ended long ago.
+
+        It ended when its job did, as far as that is known, else when it was last heard of.
+        """
+        attempt, heard = self.open_attempt, self.updated
+        self.close(outcome)
+        if attempt and attempt.ended:
+            with contextlib.suppress(OSError):
+                heard = max(heard, utc(metrics_file.stat().st_mtime))
+            # Neither before it began nor later than now, which other clocks may say.
+            attempt.ended = max(attempt.started, min(outcome.ended or heard, attempt.ended))
+
     def write(self, path: Path, *, flush: bool = True) -> None:
         """Replace the file at `path`; without `flush`, not waiting for the disk."""
         self.updated = now()
@@ -282,8 +298,8 @@ def read_sound_status(path: Path) -> RunStatus:
     try:
         status = from_json(RunStatus, read_json(path))
         times = [(each.started, each.ended, each.trains) for each in status.attempts]
-        for time in (status.updated, *itertools.chain(*times)):
-            _check_time(time)
+        for text in (status.updated, *itertools.chain(*times)):
+            _check_time(text)
         status.catch_up(path.with_name(METRICS_FILE))
         return status
     except FileNotFoundError:
@@ -302,4 +318,9 @@ def _check_time(text: str | None) -> None:
 
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return utc(time.time())
+
+
+def utc(seconds: float) -> str:
+    """A time in seconds of the epoch as `now` gives it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

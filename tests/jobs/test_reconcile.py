@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,8 @@ def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(
     assert done.stdout.startswith("disturbed: failed: killed (SIGKILL) on n1, attempt 1, step")
     status = job.status()
     assert (status.state, status.exit_code) == ("failed", 137)
+    ended = datetime.fromisoformat(job.slurm.job(job.job_id)["EndTime"]).astimezone(UTC)
+    assert status.attempts[-1].ended == ended.isoformat()
     assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL)")
     assert_in_wandb(job.run, "failed", 137, "> attempt 1 at disturbed")  # its log's last lines
     again = flowjobs("reconcile")

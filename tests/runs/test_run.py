@@ -1,10 +1,13 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import resource
 import signal
+import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -18,10 +21,11 @@ from flowjobs.errors import (
     RunNotFoundError,
 )
 from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.goodput import time_spent
 from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import MetricsFile, latest_values, read_rows
 from flowjobs.runs.run import Run, absolute, run_names
-from flowjobs.runs.status import JobInfo, RunStatus, outcome_of
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, outcome_of, utc
 
 JOB = JobInfo.in_foreground()
 
@@ -206,6 +210,29 @@ def test_an_attempt_writes_down_how_it_ended(
     assert (status.state, status.exit_code, said) == (state, exit_code, reason)
     assert status.attempts[0].ended is not None
     assert json.loads(run.status_file.read_text())["attempts"][0]["job"]["pid"] == JOB.pid
+
+
+def test_an_attempt_that_could_not_say_it_ended_when_it_was_last_heard_of(study: Path) -> None:
+    run = created(study)
+    dead = AttemptRecord(1, JOB, utc(10_000), 0, 20, trains=utc(10_100))
+    RunStatus("running", step=20, attempts=[dead]).write(run.status_file)
+    found = json.loads(run.status_file.read_text())
+    run.status_file.write_text(json.dumps({**found, "updated": utc(13_000)}))
+    run.metrics_file.write_text('{"step": 20, "train/loss": 1.0}\n')
+    os.utime(run.metrics_file, (13_600, 13_600))
+    with Attempt(run, JOB):
+        pass
+    status = run.status()
+    assert status.attempts[0].ended == utc(13_600)  # and not now
+    spent = time_spent(dataclasses.replace(status, attempts=status.attempts[:1]), [])
+    assert (spent.starting_s, spent.progress_s) == (100, 3500)
+
+    # Where it is known when its job ended, that counts; no clock makes it later than now.
+    for told, noted in (13_800, 13_800), (1, 10_000), (2**33, time.time()):
+        status.attempts = [dataclasses.replace(dead)]
+        status.close_dead(Outcome("failed", 1, ended=utc(told)), run.metrics_file)
+        ended = datetime.fromisoformat(status.attempts[0].ended or "").timestamp()
+        assert ended == pytest.approx(noted, abs=5)
 
 
 def test_a_second_attempt_is_refused_with_who_holds_the_run(study: Path) -> None:
