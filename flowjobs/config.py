@@ -101,7 +101,7 @@ SIZE_FIELDS = ("width", "depth")
 IN_NAME = ("arch", "flow", "dataset", "aug")
 
 # Where a run is in W&B, which it keeps.
-PLACE_FIELDS = ("wandb_project", "wandb_entity")
+PLACE_FIELDS = ("wandb_project", "wandb_entity", "wandb_base_url")
 
 # Between the path of a file and the digest of its content, in `init_from` and `reflow_from`.
 PINNED = "@sha256:"
@@ -458,13 +458,17 @@ class TrackingConfig:
     wandb_entity: OptionalStr = None
     """User or team in W&B; default: your own."""
 
+    wandb_base_url: OptionalStr = None
+    """Server, as https://wandb.my-lab.org; default: W&B's own."""
+
     wandb_mode: WandbMode = "auto"
     """auto: online where there is a login, else offline; disabled leaves W&B out altogether."""
 
     @property
     def place(self) -> str:
-        """Where in W&B: "the-lab/study"."""
-        return "/".join(filter(None, [self.wandb_entity, self.wandb_project]))
+        """Where in W&B: "the-lab/study", "study at https://wandb.my-lab.org"."""
+        place = "/".join(filter(None, [self.wandb_entity, self.wandb_project]))
+        return f"{place} at {self.wandb_base_url}" if self.wandb_base_url else place
 
     def __post_init__(self) -> None:
         _require_choice("wandb_mode", self.wandb_mode, WandbMode)

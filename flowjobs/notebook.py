@@ -2,11 +2,12 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import cast
 
-from flowjobs.config import TrackingConfig
+from flowjobs.config import TrackingConfig, WandbMode
 from flowjobs.runs.recorder import Tracker
 from flowjobs.runs.run import Run
-from flowjobs.tracking.mode import entity_here
+from flowjobs.tracking.mode import entity_here, mode_of_settings, server_here
 from flowjobs.tracking.tracker import tracked
 from flowjobs.training import trainer
 
@@ -19,6 +20,12 @@ class FlowTrainer(trainer.FlowTrainer):
         return tracked(run)
 
     def tracking(self) -> TrackingConfig:
-        """As it was asked for; without an entity, that of W&B's own settings here."""
+        """As it was asked for; else as W&B's own settings here have it."""
         asked = super().tracking()
-        return replace(asked, wandb_entity=asked.wandb_entity or entity_here())
+        mode, _ = mode_of_settings()
+        return replace(
+            asked,
+            wandb_entity=asked.wandb_entity or entity_here(),
+            wandb_base_url=server_here(),
+            wandb_mode=cast(WandbMode, mode) if mode else asked.wandb_mode,
+        )

@@ -1,8 +1,8 @@
 """Where a value comes from when no flag gives it: flowjobs.toml, and sbatch's own variables.
 
-In order, the later wins: the built-in default, the entity of W&B's own settings files,
-flowjobs.toml in the user's config folder, the flowjobs.toml of the working directory or the nearest
-folder above, SBATCH_* variables and WANDB_ENTITY, flags.
+In order, the later wins: the built-in default, the entity, server and mode of W&B's own settings
+files, flowjobs.toml in the user's config folder, the flowjobs.toml of the working directory or the
+nearest folder above, SBATCH_* variables, WANDB_ENTITY and WANDB_BASE_URL, flags.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from flowjobs.nearest import meant
 from flowjobs.runs.run import default_study
 from flowjobs.slurm.options import fields_from, variables_of
 from flowjobs.toml_values import read_toml, typed_value
-from flowjobs.tracking.mode import entity_of_settings
+from flowjobs.tracking.mode import entity_of_settings, mode_of_settings, server_of_settings
 
 FILE_NAME = "flowjobs.toml"
 
@@ -129,9 +129,14 @@ def load_defaults(
         ConfigError: A file that is not TOML, a key that is no field, a value of another type.
     """
     defaults = Defaults()
-    entity, file = entity_of_settings()
-    if entity:
-        defaults.values["wandb_entity"], defaults.sources["wandb_entity"] = entity, file
+    of_wandb = {
+        "wandb_entity": entity_of_settings(),
+        "wandb_base_url": server_of_settings(),
+        "wandb_mode": mode_of_settings(),
+    }
+    for name, (value, file) in of_wandb.items():
+        if value:
+            defaults.values[name], defaults.sources[name] = value, file
     for path in _files(environment):
         try:
             _read_file(path, defaults)
@@ -146,16 +151,17 @@ def load_defaults(
 
 
 def _read_variables(environment: Mapping[str, str], defaults: Defaults) -> None:
-    if entity := environment.get("WANDB_ENTITY"):
-        # Read once, here: an attempt that found another value would write to another W&B run.
-        defaults.values["wandb_entity"], defaults.sources["wandb_entity"] = entity, "WANDB_ENTITY"
-    for name, (variable, value) in fields_from(environment).items():
-        if value is None:
+    for name in ("wandb_entity", "wandb_base_url"):
+        if value := environment.get(variable := name.upper(), "").strip():
+            # Read once, here: an attempt that found another value would write to another W&B run.
+            defaults.values[name], defaults.sources[name] = value, variable
+    for name, (variable, found) in fields_from(environment).items():
+        if found is None:
             defaults.values.pop(name, None)
             defaults.unread[name] = f"{variable}={environment[variable]}"
             defaults.sources[name] = f"{defaults.unread[name]}, which sbatch reads"
         else:
-            defaults.values[name] = value
+            defaults.values[name] = found
             defaults.sources[name] = variable
     # Options of a file that have a variable of their own and no field.
     options = defaults.values.get("sbatch", {})

@@ -64,13 +64,17 @@ class Sync(InStudy):
         Returns:
             Whether something failed.
         """
-        from flowjobs.tracking.mode import check_login
+        from flowjobs.tracking.mode import server_of, server_url
         from flowjobs.tracking.record import read_uploaded
 
-        check_login()
-        failures: set[str] = set()
+        servers = {run: server_of(run.config().tracking) for run in runs}
+        # These would not do more for their other runs.
+        refused = _without_login({*servers.values()} or {server_url()})
+        failures = {*refused.values()}
         try:
             for run in runs:
+                if servers[run] in refused:
+                    continue
                 refusal = read_uploaded(run).refusal
                 if refusal and said is not None:  # until somebody has done what it says
                     failures.add(f"{run.name}: {refusal.text}")
@@ -80,8 +84,9 @@ class Sync(InStudy):
                 except LoginError:
                     raise
                 except ServerError as error:
+                    refused[servers[run]] = str(error)
                     failures.add(str(error))
-                    break  # it would not do more for the other runs
+                    continue
                 except (FlowjobsError, OSError) as error:
                     failures.add(f"{run.name}: {error}")
                     continue
@@ -110,6 +115,26 @@ class Sync(InStudy):
                 return sync_as_new(run, judge)
             # Of a whole study, and at each look of a watch, that would be too many questions.
             return sync_run(run, judge, ask=bool(self.names) and not self.watch)
+
+
+def _without_login(servers: set[str]) -> dict[str, str]:
+    """Those of the servers that there is no login for here, and what to do about it.
+
+    Raises:
+        ConfigError: One is no address.
+        LoginError: There is none for any.
+    """
+    from flowjobs.tracking.mode import check_login
+
+    found = {}
+    for server in sorted(servers):
+        try:
+            check_login(server)
+        except LoginError as error:
+            found[server] = str(error)
+            if found.keys() == servers:
+                raise
+    return found
 
 
 def _in_words(done: "Synced") -> str:

@@ -446,8 +446,10 @@ class Run(Submittable):
         if in_use or self.started():
             kept = {key: getattr(found.tracking, key) for key in PLACE_FIELDS}
             asked_for = {key: getattr(tracking, key) for key in PLACE_FIELDS}
+            # Where none is noted, its jobs have gone to the one of whoever submitted them.
+            kept["wandb_base_url"] = kept["wandb_base_url"] or tracking.wandb_base_url
             if any(value not in (None, kept[key]) for key, value in asked_for.items()):
-                notes.append(f"{self.name} stays in {found.tracking.place} of W&B")
+                notes.append(f"{self.name} stays in W&B's {found.tracking.place}")
             tracking = replace(tracking, **kept)
         return replace(asked, training=length, tracking=tracking), "\n".join(notes)
 

@@ -6,7 +6,7 @@ import subprocess
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
-from flowjobs.tracking.mode import ResolvedMode, resolve_mode
+from flowjobs.tracking.mode import ResolvedMode, has_login, is_here, resolve_mode, server_of
 from flowjobs.tracking.process import start_mirror, upload_limit_s
 from flowjobs.tracking.record import (
     Session,
@@ -41,6 +41,11 @@ def close_session(run: Run, *, wait: bool = True) -> bool:
     mode: ResolvedMode = before.mode if before else resolve_mode(run.config().tracking)[0]
     if mode == "disabled" or _unreported_outcome(run) is None:
         return False
+    server = server_of(run.config().tracking)
+    if mode == "online" and not (is_here(server) or has_login(server)):
+        # The server's own word would count for all who ask from elsewhere.
+        logger.warning("W&B could not be told how %s ended: no login for %s", run.name, server)
+        return True
     try:
         session = new_session(run, mode)
         write_session(run, session)

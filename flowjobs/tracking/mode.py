@@ -6,18 +6,23 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import urlsplit
 
-from flowjobs.config import TrackingConfig
+from flowjobs.config import TrackingConfig, WandbMode
 from flowjobs.errors import ConfigError, LoginError, ServerError
 
 # Where wandb goes without WANDB_BASE_URL: 0.31 and later, and before.
 DEFAULT_HOSTS = ["api.forge.coreweave.com", "api.wandb.ai"]
 
+# A key in them is for the server that is meant here, and goes to no other.
+CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+
 PROBE_TIMEOUT_S = 3.0
 
 ResolvedMode = Literal["online", "offline", "disabled"]
+# wandb's older words for them.
+OLDER_WORDS = {"dryrun": "offline", "run": "online"}
 
 
 def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
@@ -28,26 +33,25 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
     asked: str = config.wandb_mode
     why = f"--wandb-mode {asked}"
     environment = os.environ.get("WANDB_MODE", "").lower()
-    words = {"dryrun": "offline", "run": "online"}  # wandb's older ones
-    environment = words.get(environment, environment)
+    environment = OLDER_WORDS.get(environment, environment)
     if environment in ("online", "offline", "disabled"):
         asked, why = environment, f"WANDB_MODE={environment}"
     match asked:
         case "online" | "offline" | "disabled":
             return asked, why
-    if has_login():
+    server = server_of(config)
+    if has_login(server):
         return "online", "there is a login"
+    if not is_here(server):
+        return "offline", f"no login for {server} here: {_to_log_in(server)}"
     return "offline", "no login here: `wandb login` or WANDB_API_KEY would make it online"
 
 
-def has_login() -> bool:
+def has_login(server: str) -> bool:
     """Whether wandb would find credentials: in the environment or in the netrc file."""
-    names = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-    if any(os.environ.get(name, "").strip() for name in names):
+    if is_here(server) and any(os.environ.get(name, "").strip() for name in CREDENTIALS):
         return True
-    host = urlsplit(server_url()).netloc
-    # A login at the one name of W&B's own server is good for the other.
-    hosts = DEFAULT_HOSTS if host in DEFAULT_HOSTS else [host]
+    hosts = _names_of(server)
     home = Path(os.path.expanduser("~"))
     for file in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
         with suppress(OSError, ValueError, netrc.NetrcParseError):  # of bytes that are no text
@@ -57,37 +61,47 @@ def has_login() -> bool:
     return False
 
 
-def check_login() -> None:
-    """Raise what keeps this machine from any server.
+def check_login(server: str) -> None:
+    """Raise what keeps this machine from a server.
 
     Raises:
-        ConfigError: WANDB_BASE_URL is no address.
-        LoginError: There is no key.
+        ConfigError: It is no address.
+        LoginError: There is no key for it.
     """
-    url = urlsplit(server_url())
+    url = urlsplit(server)
     is_address = False
     with suppress(ValueError):  # the port is no number
         is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     if not is_address:
         raise ConfigError(
-            f"WANDB_BASE_URL: found {server_url()!r}, expected an address as https://{DEFAULT_HOSTS[0]}"
+            f"WANDB_BASE_URL: found {server!r}, expected an address as https://{DEFAULT_HOSTS[0]}"
         )
-    if not has_login():
-        raise LoginError(
-            f"no login for W&B at {server_url()}: run `wandb login` once on this machine, or set "
-            "WANDB_API_KEY (and WANDB_BASE_URL for a server of your own)"
-        )
+    if not has_login(server):
+        raise LoginError(f"no login for W&B at {server}: {_to_log_in(server)}")
 
 
-def check_server_answers() -> None:
-    """Raise a ServerError if nothing listens at W&B's address.
+def _to_log_in(server: str) -> str:
+    if is_here(server):
+        return (
+            "run `wandb login` once on this machine, or set WANDB_API_KEY (and WANDB_BASE_URL for "
+            "a server of your own)"
+        )
+    return (
+        f"run `wandb login --host {server}` once on this machine, or set WANDB_BASE_URL={server} "
+        "and its WANDB_API_KEY"
+    )
+
+
+def check_server_answers(server: str = "") -> None:
+    """Raise a ServerError if nothing listens at W&B's address; default: the one here.
 
     `wandb.init` would find out in half a minute; `wandb.setup()` would wait for ever if wandb's own
     process is killed as it starts (0.31).
     """
     from urllib.request import getproxies  # loads ssl, which no command line's start needs
 
-    url = urlsplit(server_url())
+    server = server or server_url()
+    url = urlsplit(server)
     proxy = f"WANDB_{url.scheme.upper()}_PROXY"
     if getproxies().get(url.scheme) or os.environ.get(proxy):
         return
@@ -96,13 +110,42 @@ def check_server_answers() -> None:
         socket.create_connection(address, PROBE_TIMEOUT_S).close()
     except OSError as error:
         why = error.strerror or error
-        raise ServerError(f"cannot reach W&B at {server_url()} ({why})") from error
+        raise ServerError(f"cannot reach W&B at {server} ({why})") from error
+
+
+def server_of(config: TrackingConfig) -> str:
+    """The address of the server that a run is at; where its config names none, of the one here."""
+    return (config.wandb_base_url or server_url()).rstrip("/")
 
 
 def server_url() -> str:
-    """The server's address: the environment's, or the one of `wandb login --host`."""
-    url = os.environ.get("WANDB_BASE_URL", "").strip() or settings_of_user().get("base_url")
-    return (url or f"https://{DEFAULT_HOSTS[0]}").rstrip("/")
+    """The server's address here, of which a key in the environment is."""
+    return (server_here() or f"https://{DEFAULT_HOSTS[0]}").rstrip("/")
+
+
+def server_here() -> str | None:
+    """The server that the environment, or `wandb login --host`, names here; None where none do.
+
+    For a run to be read once, as the entity is.
+    """
+    return os.environ.get("WANDB_BASE_URL", "").strip() or server_of_settings()[0] or None
+
+
+def server_of_settings() -> tuple[str, str]:
+    """The server that W&B's settings file of this user names, and the file; "" if it names none."""
+    server = settings_of_user().get("base_url", "").strip()
+    return (server, str(_user_file())) if server else ("", "")
+
+
+def is_here(server: str) -> bool:
+    """Whether a server is the one that is meant here."""
+    return _names_of(server) == _names_of(server_url())
+
+
+def _names_of(server: str) -> list[str]:
+    host = urlsplit(server).netloc
+    # A login at the one name of W&B's own server is good for the other.
+    return DEFAULT_HOSTS if host in DEFAULT_HOSTS else [host]
 
 
 def settings_of_user() -> dict[str, str]:
@@ -121,11 +164,22 @@ def entity_here() -> str | None:
 
 def entity_of_settings() -> tuple[str, str]:
     """The entity that W&B's settings files name, and the file that does; "" where none does."""
+    return _of_settings("entity")
+
+
+def mode_of_settings() -> tuple[str, str]:
+    """The same for the mode, which `wandb offline`, `online` and `disabled` write."""
+    mode, file = _of_settings("mode")
+    mode = OLDER_WORDS.get(mode, mode)
+    return (mode, file) if mode in get_args(WandbMode) else ("", "")
+
+
+def _of_settings(name: str) -> tuple[str, str]:
     # wandb's own order: the working directory's wins.
     folder = ".wandb" if Path(".wandb").exists() else "wandb"
     for file in (Path(folder) / "settings", _user_file()):
-        if entity := _settings_in(file).get("entity", "").strip():
-            return entity, str(file)
+        if value := _settings_in(file).get(name, "").strip():
+            return value, str(file)
     return "", ""
 
 

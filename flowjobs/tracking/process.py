@@ -13,7 +13,7 @@ from typing import Literal
 
 import flowjobs
 from flowjobs.runs.run import Run
-from flowjobs.tracking.mode import settings_of_user
+from flowjobs.tracking.mode import CREDENTIALS, is_here, settings_of_user
 from flowjobs.tracking.record import Session
 
 # What a mirror is for: to follow a training, to report how an attempt ended that could not do it
@@ -81,18 +81,22 @@ def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[byt
                 stdin=pipe,
                 stdout=pipe,
                 stderr=output,
-                env=mirror_environment("online" if role == "sync" else session.mode),
+                env=mirror_environment(
+                    "online" if role == "sync" else session.mode,
+                    run.config().tracking.wandb_base_url,
+                ),
                 start_new_session=True,
             )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def mirror_environment(mode: str) -> dict[str, str]:
+def mirror_environment(mode: str, server: str | None = None) -> dict[str, str]:
     """The environment of a mirror: this process's, without what could lead wandb to another run.
 
     Args:
         mode: "online" or "offline".
+        server: That of the run; None if it has noted none.
     """
     kept = {
         name: value
@@ -105,6 +109,11 @@ def mirror_environment(mode: str) -> dict[str, str]:
         # A key out of a file ends with its newline, which wandb refuses; an empty one is none.
         if value := os.environ.get(name, "").strip() or settings.get(setting, "").strip():
             kept[name] = value
+    if server:
+        if not is_here(server):  # a key here is another's
+            for name in ("WANDB_APP_URL", *CREDENTIALS):
+                kept.pop(name, None)
+        kept["WANDB_BASE_URL"] = server
     for name, value in kept.items():
         if value and PATHS.fullmatch(name):
             kept[name] = os.path.abspath(os.path.expanduser(value))

@@ -21,7 +21,7 @@ from flowjobs.errors import LoginError, ServerError, TrackingError
 from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
-from flowjobs.tracking.mode import check_server_answers, server_url
+from flowjobs.tracking.mode import check_server_answers, server_of
 from flowjobs.tracking.process import start_mirror, upload_limit_s
 from flowjobs.tracking.record import (
     Session,
@@ -78,7 +78,8 @@ def sync_run(run: Run, judge: Judge = system_lock_decides, *, ask: bool = False)
         run.settle_tracking_id()  # first: a copy of a run that was deleted is not deleted
         if (refusal := read_uploaded(run).refusal) and refusal.kind == "deleted":
             raise TrackingError(refusal.text)
-        if not ask and read_uploaded(run).reported == state_to_report(run, server_url()):
+        server = server_of(run.config().tracking)
+        if not ask and read_uploaded(run).reported == state_to_report(run, server):
             return Synced(run.name, "unchanged")
         session = read_session(run)
         if session is None:  # damaged
@@ -131,7 +132,7 @@ def _upload(run: Run, session: Session) -> int | None:
         TrackingError: It could not; see `sync_run`.
     """
     # Here, before a second is spent on loading wandb for each of a hundred runs.
-    check_server_answers()
+    check_server_answers(server_of(run.config().tracking))
     with start_mirror(run, session, "sync") as mirror:
         try:
             output, _ = mirror.communicate(timeout=upload_limit_s(run))

@@ -91,13 +91,14 @@ def test_a_config_that_never_trained_a_step_is_replaced(study: Path) -> None:
 
 def test_a_run_that_has_trained_stays_where_it_is_in_wandb(study: Path) -> None:
     run = created(study)
-    place = TrackingConfig("mine", "my-lab")
+    place = TrackingConfig("mine", "my-lab", "https://wandb.test")
     assert run.create(RunConfig(tracking=place)) == ""  # a typo is mended before it trains
     assert run.config().tracking == place
-    other = RunConfig(tracking=TrackingConfig("mine", "my-lba", "disabled"))
-    assert run.create(other, in_use=True) == "a stays in my-lab/mine of W&B"
+    other = RunConfig(tracking=TrackingConfig("mine", "my-lba", wandb_mode="disabled"))
+    stays = "a stays in W&B's my-lab/mine at https://wandb.test"
+    assert run.create(other, in_use=True) == stays
     run.last.touch()
-    assert run.create(other) == "a stays in my-lab/mine of W&B"
+    assert run.create(other) == stays
     assert run.config().tracking == dataclasses.replace(place, wandb_mode="disabled")
     assert run.create(RunConfig(tracking=TrackingConfig("mine"))) == ""  # none is asked for
     assert run.config().tracking.wandb_entity == "my-lab"
@@ -134,9 +135,9 @@ def test_a_damaged_status_is_written_anew(study: Path) -> None:
     with Attempt(run, JOB):
         pass
     found = json.loads(run.status_file.read_text())
-    for time in ("", "yesterday", "2026-11-25T10:00:00"):
-        of_attempt = {**found["attempts"][0], "started": time}
-        for damaged in ({"updated": time}, {"attempts": [of_attempt]}):
+    for text in ("", "yesterday", "2026-11-25T10:00:00"):
+        of_attempt = {**found["attempts"][0], "started": text}
+        for damaged in ({"updated": text}, {"attempts": [of_attempt]}):
             run.status_file.write_text(json.dumps(found | damaged))
             assert run.status() == RunStatus()
     run.status_file.write_text(json.dumps({**found, "of a newer version": 1}))

@@ -13,15 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
 from flowjobs.errors import RunInterrupted, TrackingError
+from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import RunStatus
+from flowjobs.runs.status import JobInfo, RunStatus
+from flowjobs.tracking.closing import close_session, pending_outcome
 from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking.backend import KEY, Backend, RunOnServer
@@ -497,6 +500,41 @@ def test_the_entity_is_the_one_that_the_run_was_submitted_with(
     there = sync(run, backend)
     assert there.entity == "the-lab"
     assert_equal_histories(run, there)
+
+
+def test_the_server_is_the_one_that_the_run_was_submitted_with(
+    study: Path, backend: Backend, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = Run(study, "tracked"), new_run(study, "other")
+    there = TrackingConfig(wandb_base_url=backend.url, wandb_mode="online")
+    run.create(RunConfig(TrainingConfig(), tracking=there))
+    with contextlib.suppress(ValueError), Attempt(run, JobInfo.in_foreground()):
+        raise ValueError
+    # Here is another server, whose key is not sent to that one.
+    elsewhere = Backend()
+    for name, value in elsewhere.environment.items():
+        monkeypatch.setenv(name, value)
+    assert close_session(run)
+    alone, all_runs = flowjobs("sync", run.name), flowjobs("sync")
+    refused = f"no login for W&B at {backend.url}: run `wandb login --host {backend.url}` once"
+    assert (alone.returncode, refused in alone.stderr) == (2, True), alone.stderr
+    assert (all_runs.returncode, refused in all_runs.stderr) == (1, True), all_runs.stderr
+    assert all_runs.stdout == f"{other.name}: not tracked\n"
+    assert (backend.requests, elsewhere.requests) == ([], [])
+
+    # Nor was that taken for the server's own refusal.
+    login = study.parent / "netrc"
+    monkeypatch.setenv("NETRC", str(login))
+    login.write_text(f"machine {urlsplit(backend.url).netloc} login user password {KEY}\n")
+    login.chmod(0o600)
+    assert close_session(run)
+    assert pending_outcome(run) is None
+    done = flowjobs("sync", run.name)
+    assert (done.returncode, done.stdout) == (0, f"{run.name}: all of it is on the server\n")
+    assert_equal_histories(run, backend.run(run.tracking_id()))
+    assert elsewhere.requests == []
+    assert "was all on the server when it was last asked" in flowjobs("sync").stdout
+    elsewhere.go_down()
 
 
 def wandb_sync(run: Run) -> None:

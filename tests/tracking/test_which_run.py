@@ -108,6 +108,25 @@ def test_the_entity_of_wandbs_settings_is_read_as_a_run_is_made(
     assert found() == (entity_here(), "WANDB_ENTITY")
 
 
+def test_server_and_mode_of_wandbs_settings_are_read_as_a_run_is_made(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> tuple[str | None, str]:
+        tracking = load_defaults().fill(TrackingConfig)
+        return tracking.wandb_base_url, tracking.wandb_mode
+
+    assert made() == (None, "auto")
+    write_settings(workplace, "https://wandb.lab.test")
+    assert made() == ("https://wandb.lab.test", "disabled")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://another.test\n")
+    settings = workplace / "wandb/settings"
+    for written, mode in (("offline", "offline"), ("dryrun", "offline"), ("shared", "auto")):
+        settings.write_text(f"[default]\nmode = {written}\n")
+        assert made() == ("https://another.test", mode)
+    Path("flowjobs.toml").write_text('wandb_mode = "online"')
+    assert made() == ("https://another.test", "online")
+
+
 def test_paths_in_the_environment_mean_the_same_to_the_mirror(
     monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:
