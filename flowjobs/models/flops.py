@@ -66,7 +66,8 @@ def flops_per_sample(model: nn.Module, shape: Iterable[int]) -> int | None:
     try:
         # Attention as matrix products: the CPU's own kernel for it has no formula.
         with random_numbers_kept(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            counted = copy.deepcopy(model).eval()
+            counted = copy.deepcopy(model)
+            counted.eval()  # a `train` of the model's own may return nothing
             dtype = input_dtype(counted)
             x = torch.zeros(1, *shape, dtype=dtype, device=device)
             with counter, warnings.catch_warnings():

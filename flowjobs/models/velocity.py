@@ -90,6 +90,15 @@ def check_weights(model: nn.Module) -> None:
                 "small updates are lost in rounding, expected float32 or float64; --precision "
                 "bf16 computes in bfloat16 with weights in float32"
             )
+        # AdamW's fused kernel takes value by value as they lie in memory, and its moments are
+        # dense: on a CPU it would train other values, and write between them. Transposed ones are
+        # dense as well: what torch makes like them has their strides.
+        if torch.empty_like(weights, device="meta").stride() != weights.stride():
+            raise ConfigError(
+                f"--arch {name}: the parameter {key} is a slice of a larger tensor, with memory "
+                "between its values that is not its own, which AdamW cannot train; give it memory "
+                "of its own: nn.Parameter(values.clone(memory_format=torch.contiguous_format))"
+            )
 
 
 def check_parameters(trained: Mapping[str, nn.Parameter], model: nn.Module) -> None:

@@ -30,7 +30,11 @@ class EMAModel:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
-        self.model = _copy(model).requires_grad_(False).eval()
+        # Each as a statement: `train`, which `eval` returns, may be the model's own, that returns
+        # nothing.
+        self.model = _copy(model)
+        self.model.requires_grad_(False)
+        self.model.eval()
         self.decay = decay
         self.updates = 0
         self._averaged, self._unaveraged = _parameters(self.model)

@@ -65,7 +65,9 @@ def load_trained(
             f"{run.best} is of another model than {type(model).__name__} is now ({missing}): "
             "restore the code that it was trained with, or give flowjobs.load the model: model=…"
         ) from error
-    model = model.to(device).requires_grad_(False).eval()
+    model.to(device)
+    model.requires_grad_(False)
+    model.eval()  # a `train` of the model's own may return nothing
     source = sources_of(config, run.study, stats["mean"], stats["std"]).held_out
     flops = flops_of_batch(model, CHUNK, flops_per_sample(model, stats["mean"].shape))
     threads = threads_for(single_process(device), flops)

@@ -16,9 +16,11 @@ from flowjobs.data.batches import make_batches
 from flowjobs.data.dataset import is_same_normalization, normalization_stats, split
 from flowjobs.errors import ConfigError, DataError, RunInterrupted
 from flowjobs.evaluation.sampling import sample
+from flowjobs.models.flops import flops_per_sample
 from flowjobs.runs.run import Run
 from flowjobs.training import EMAModel, FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.trained import load_trained
 from tests.training.same import same
 
 CPU = torch.device("cpu")
@@ -65,6 +67,10 @@ TRAINED = {
     "bfloat16 that is not trained": constant("table", torch.ones(3, dtype=torch.bfloat16)),
     "a parameter of integers": constant("table", torch.arange(3)),
     "a complex parameter that is not trained": constant("table", torch.ones(3) * 1j),
+    "a slice that is not trained": constant("table", torch.ones(3, 9)[:, :3]),
+    "a transposed parameter": lambda model: setattr(
+        model.second, "weight", nn.Parameter(model.second.weight.data.t().contiguous().t())
+    ),
     "buffers": lambda model: (
         model.register_buffer("steps", torch.tensor(0)),
         model.register_buffer("phase", torch.ones(2) * 1j),
@@ -105,6 +111,10 @@ REFUSED = {
     "values that share their memory": (
         constant("scale", torch.ones(1).expand(3)),
         r"several values of scale share their memory \(expand\)",
+    ),
+    "a slice of a larger tensor": (
+        lambda model: setattr(model, "scale", nn.Parameter(torch.ones(3, 9)[:, :3])),
+        "the parameter scale is a slice of a larger tensor.*contiguous_format",
     ),
     "sparse gradients": (
         lambda model: setattr(model, "table", nn.Embedding(9, 3, sparse=True)),
@@ -164,6 +174,21 @@ def test_a_velocity_that_cannot_be_trained_is_refused(study: Path, forward: Any,
             train(model)
     finally:
         torch.set_grad_enabled(True)
+
+
+class Silent(Net):
+    """Its `train` returns nothing, which no loop needs that calls it as a statement."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_a_train_of_ones_own_may_return_nothing(study: Path) -> None:
+    torch.manual_seed(0)
+    model = Silent()
+    assert train(model, "silent") == train(net(), "none")
+    assert flops_per_sample(model, (3,)) == flops_per_sample(net(), (3,)) == 2 * 2 * 3 * 8
+    assert not load_trained(Run(study, "silent"), CPU, Silent()).model.training
 
 
 class KeepsABatch(Net):
@@ -289,7 +314,7 @@ def test_a_model_is_called_for_its_steps_alone(study: Path) -> None:
     assert ((model.scale > 0.3) & (model.scale < 3)).all()
 
 
-class WritesScale(Net):
+class WritesScale(Silent):
     """Writes its scale where a function of it says so; that it has, it knows, but not its state."""
 
     def __init__(self, now: Any) -> None:
