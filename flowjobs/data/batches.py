@@ -66,18 +66,18 @@ class Order:
         self._share = self.batch_size // world_size
         self._offset = rank * self._share
         self._device = device
-        self._epoch = -1
-        self._permutation = torch.empty(0, dtype=torch.int64)
+        # Of an epoch; as one value, since Ctrl-C in a notebook may come between two.
+        self._permutation = (-1, torch.empty(0, dtype=torch.int64))
 
     def indices(self, step: int) -> Tensor:
         """The rows that this rank takes at `step`, int64 of shape (batch_size / world_size,)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         # Made anew from the seed, never carried over: a restart at any step gets the same order.
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = epoch_order(self._n, self._seed, epoch).to(self._device)
+        if epoch != self._permutation[0]:
+            order = epoch_order(self._n, self._seed, epoch).to(self._device)
+            self._permutation = (epoch, order)
         start = position * self.batch_size + self._offset
-        return self._permutation[start : start + self._share]
+        return self._permutation[1][start : start + self._share]
 
 
 class ResidentBatches:

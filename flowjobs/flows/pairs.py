@@ -1,6 +1,7 @@
 """The pairs of source and data that a step trains on, normalized and on the device."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
@@ -86,6 +87,8 @@ class CoupledPairs:
         self._group = -1
         self._pairs: Pair | None = None
         self._coming: ReadAhead[Pair] | None = None
+        # Where they begin anew, the thread of those before may still read.
+        self._reading = threading.Lock()
 
     def at(self, step: int) -> Pair:
         """See `Pairs`. Steps that follow one another are solved ahead."""
@@ -97,7 +100,10 @@ class CoupledPairs:
                 self._coming = ReadAhead(
                     self._solves_from(group), n_threads, f"the plan of {self._config.flow}"
                 )
-            self._group, self._pairs = group, self._coming.next()
+            # First of all, since the wait may be broken off (Ctrl-C in a notebook): the plan is no
+            # more among the coming ones then, and they begin anew.
+            self._group, self._pairs = group, None
+            self._pairs = self._coming.next()
         x_0, x_1 = (part.chunk(self._steps)[place] for part in self._pairs)
         return x_0, x_1
 
@@ -107,9 +113,10 @@ class CoupledPairs:
 
     def _solve(self, group: int) -> Pair:
         steps = range(group * self._steps, (group + 1) * self._steps)
-        x_1 = torch.cat(
-            [augmented(self._batches.rows(s), self._config, s, self._rank) for s in steps]
-        )
+        with self._reading:
+            rows = [self._batches.rows(step) for step in steps]
+        parts = zip(rows, steps, strict=True)
+        x_1 = torch.cat([augmented(of, self._config, step, self._rank) for of, step in parts])
         place = (self._config.seed, "pairs", group, self._rank)
         x_0 = self._source.draw(len(x_1), generator_for(x_1.device, *place), x_1.device)
         plan = plan_of(self._couple, (x_0, x_1), self._config.sigma, derive_seed(*place, "plan"))

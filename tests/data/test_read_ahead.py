@@ -17,8 +17,12 @@ from torch import Tensor
 
 from flowjobs.config import KeyValues, TrainingConfig
 from flowjobs.data import read_ahead
+from flowjobs.data.batches import Order
 from flowjobs.data.read_ahead import ReadAhead
+from flowjobs.data.source import NormalSource
 from flowjobs.errors import DataError
+from flowjobs.flows.coupling import exact
+from flowjobs.flows.pairs import CoupledPairs
 from flowjobs.jobs.exit_cause import passing_kind
 from flowjobs.models.build import build_model
 from flowjobs.runs.run import Run
@@ -99,6 +103,60 @@ def test_a_run_reads_the_same_rows_with_any_number_of_threads(study: Path) -> No
         train_in(run, replace(CONFIG, num_workers=n))
     first, *others = (read_checkpoint(run.last) for run in runs)
     assert all(same(first["model_state_dict"], other["model_state_dict"]) for other in others)
+
+
+class StepNumbers:
+    """Batches of rows that say of which step they are, as the threads of a run read them."""
+
+    steps_per_epoch = 100
+
+    def __init__(self) -> None:
+        self._one_reads = threading.Lock()
+        self.both_read = threading.Event()
+
+    def rows(self, step: int) -> Tensor:
+        if not self._one_reads.acquire(blocking=False):
+            self.both_read.set()
+            self._one_reads.acquire()
+        if step == 6:
+            self.both_read.wait(0.2)
+        self._one_reads.release()
+        return torch.full((4, 2), float(step))
+
+
+def broken_off(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_after_ctrl_c_in_a_wait_each_step_gets_its_own_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a notebook, which keeps the exception, and with it the reader whose result is lost."""
+    config, batches = TrainingConfig(flow="otcfm", batch_size=4, ot_batch=8), StepNumbers()
+    pairs = CoupledPairs(batches, NormalSource((2,)), exact, config, 0)
+    assert [float(pairs.at(step)[1][0, 0]) for step in range(4)] == [0, 1, 2, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(ReadAhead, "_wait_for", broken_off)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            pairs.at(4)
+    assert [float(pairs.at(step)[1][0, 0]) for step in range(2, 9)] == list(range(2, 9))
+    assert not batches.both_read.is_set()
+    assert kept.type is KeyboardInterrupt
+
+
+def test_after_ctrl_c_in_the_shuffle_an_epoch_has_its_own_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def order() -> Order:
+        return Order(64, CONFIG, 0, 1, torch.device("cpu"))
+
+    interrupted = order()
+    interrupted.indices(0)
+    with monkeypatch.context() as patch:
+        patch.setattr("flowjobs.data.batches.epoch_order", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.indices(1)
+    assert torch.equal(interrupted.indices(1), order().indices(1))
 
 
 HANGS_AND_RAISES = """
