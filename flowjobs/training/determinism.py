@@ -12,13 +12,22 @@ import torch
 CUBLAS_WORKSPACE = ":4096:8"
 
 
+def set_cublas_workspace() -> None:
+    """Let cuBLAS give the same bits, unless its variable is set already.
+
+    Before the first matrix product on a GPU in this process: torch looks at the variable there, and
+    keeps the answer, whether deterministic algorithms are on by then or not. So it stays set.
+    """
+    if not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACE
+
+
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Use only deterministic algorithms while the block lasts, and what was set before after it.
 
-    On a CPU this costs nothing and changes no bit of what flowjobs computes. cuBLAS reads its
-    variable when CUDA starts in this process, so the block begins before the first tensor on the
-    GPU.
+    On a CPU this costs nothing and changes no bit of what flowjobs computes. On a GPU
+    `set_cublas_workspace` comes before.
 
     Args:
         wanted: Whether to; if not, nothing is changed.
@@ -30,8 +39,6 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or CUBLAS_WORKSPACE
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True)
     # A write to every new tensor, only to find code that reads what it has not written.
@@ -42,5 +49,3 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(was_on, warn_only=was_warning)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-        if workspace is None:
-            del os.environ["CUBLAS_WORKSPACE_CONFIG"]

@@ -22,6 +22,7 @@ from flowjobs.runs.hint import hint
 from flowjobs.runs.recorder import Recorder
 from flowjobs.runs.run import Run
 from flowjobs.training.compute import computing
+from flowjobs.training.determinism import set_cublas_workspace
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.trained import load_trained
 from flowjobs.training.trainer import FlowTrainer
@@ -50,6 +51,8 @@ def run_training(
     # 0.2 s of the time that a preempted job has.
     atexit.register(gc.freeze)
     config = run.config().training
+    if config.deterministic:  # before a model of the user's own computes on the GPU as it is built
+        set_cublas_workspace()
     train_dataset, val_dataset = load_datasets(config.dataset, run.study)
     model = build_model(config, train_dataset.shape)
     trainer = FlowTrainer(

@@ -53,7 +53,7 @@ from flowjobs.training.checkpoint import (
     sweep_unfinished,
 )
 from flowjobs.training.compute import computing, computing_as_before
-from flowjobs.training.determinism import deterministic_algorithms
+from flowjobs.training.determinism import deterministic_algorithms, set_cublas_workspace
 from flowjobs.training.inputs import inputs_of
 from flowjobs.training.leaving import Leave, Leaving
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
@@ -121,6 +121,8 @@ class FlowTrainer:
         ranks: Ranks | None = None,
         stop_reason: Callable[[], str | None] = lambda: None,
     ) -> None:
+        if config.deterministic:  # what is computed here, as FLOPs are counted, is on the GPU too
+            set_cublas_workspace()
         device = torch.device(device)
         study = default_study().absolute() if run is None else run.study
         there = run or Run(study, name or config.run_name)
@@ -162,9 +164,8 @@ class FlowTrainer:
             inputs.val, self._flow, inputs.sources.held_out, config, mean, std, self._ranks
         )
         self._steps_per_epoch = batches.steps_per_epoch
-        self.state = TrainState(
-            model.to(device), config, self._steps_per_epoch, inputs.stats, self._data
-        )
+        model.to(device)
+        self.state = TrainState(model, config, self._steps_per_epoch, inputs.stats, self._data)
         rows = min(config.batch_size, len(train_dataset)) // world_size
         self._batch_shape = (rows, *train_dataset.shape)
         self._flops_per_sample = flops_per_sample(model, train_dataset.shape)

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -28,7 +28,11 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowDataset, FlowTrainer, saving
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.determinism import CUBLAS_WORKSPACE, deterministic_algorithms
+from flowjobs.training.determinism import (
+    CUBLAS_WORKSPACE,
+    deterministic_algorithms,
+    set_cublas_workspace,
+)
 from tests.training.same import same
 
 CPU = torch.device("cpu")
@@ -258,7 +262,9 @@ def test_what_killed_attempts_left_is_swept_at_the_next_start(study: Path) -> No
 
 
 class Watching(nn.Linear):
-    """Notes what is set while it computes."""
+    """Notes what is set while it computes, and what cuBLAS found also where a copy did before."""
+
+    workspaces: ClassVar[list[str | None]] = []
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim)
@@ -266,6 +272,7 @@ class Watching(nn.Linear):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         self.seen.append(settings())
+        self.workspaces.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
         return super().forward(x)
 
 
@@ -276,7 +283,6 @@ def settings() -> tuple[object, ...]:
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
         torch.utils.deterministic.fill_uninitialized_memory,
-        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     )
 
 
@@ -284,23 +290,30 @@ def settings() -> tuple[object, ...]:
 def test_deterministic_holds_while_the_run_trains_and_no_longer(
     workplace: Path, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     before = settings()
     model = Watching(6)
+    model.workspaces.clear()
     config = TrainingConfig(epochs=1, batch_size=8, deterministic=wanted)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    FlowTrainer(model, config, data(40, 1), data(20, 2), CPU).train()
-    expected = (True, False, True, False, False, CUBLAS_WORKSPACE) if wanted else before
+    trainer = FlowTrainer(model, config, data(40, 1), data(20, 2), CPU)
+    assert model.workspaces  # the first product on a GPU is where FLOPs are counted
+    trainer.train()
+    assert set(model.workspaces) == {CUBLAS_WORKSPACE if wanted else None}
+    expected = (True, False, True, False, False) if wanted else before
     assert set(model.seen) == {expected}
     assert settings() == before
 
 
 def test_what_was_set_before_is_set_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    set_cublas_workspace()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         before = settings()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
         with contextlib.suppress(ZeroDivisionError), deterministic_algorithms(True):
-            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
             raise ZeroDivisionError
         assert settings() == before
     finally:
