@@ -1,10 +1,16 @@
 import dataclasses
 import json
+import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from flowjobs.config import (
     KeyValues,
+    RestartConfig,
     RunConfig,
     SlurmConfig,
     TrackingConfig,
@@ -86,6 +92,52 @@ def test_a_bad_value_is_refused_by_its_flag(field: str, value: object, said: str
         dataclasses.replace(TrainingConfig(), **{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "given", "taken"),
+    [
+        ("seed", np.int64(3), 3),
+        ("seed", torch.tensor(3), 3),
+        ("epochs", 1e2, 100),
+        ("batch_size", np.float64(64), 64),
+        ("lr", np.float32(0.5), 0.5),
+        ("lr", 1, 1),  # kept, as it is in the signatures of runs
+        ("compile", np.bool_(True), True),
+        ("dataset", Path("x.npy"), "x.npy"),
+        ("arch_args", {"width": np.int64(8), "scales": (1, 2)}, {"width": 8, "scales": [1, 2]}),
+    ],
+)
+def test_a_value_from_python_is_of_its_fields_type(field: str, given: Any, taken: Any) -> None:
+    config = RunConfig(TrainingConfig(**{field: given}))
+    found = getattr(config.training, field)
+    assert (found, type(found)) == (taken, KeyValues if field == "arch_args" else type(taken))
+    assert run_config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "given", "said"),
+    [
+        (TrainingConfig, "epochs", "20", "--epochs: found '20', expected a whole number"),
+        (TrainingConfig, "epochs", 2.5, "--epochs: found 2.5, expected a whole number"),
+        (TrainingConfig, "patience", math.inf, "--patience: found inf, expected a whole number"),
+        (TrainingConfig, "seed", True, "--seed: found True, expected a whole number"),
+        (TrainingConfig, "seed", np.arange(3), "--seed: found array.*, expected a whole number"),
+        (TrainingConfig, "grad_clip", None, "--grad-clip: found None, expected a number"),
+        (TrainingConfig, "width", "8", "--width: found '8', expected a whole number or None"),
+        (TrainingConfig, "compile", 1, "--compile: found 1, expected True or False"),
+        (TrainingConfig, "arch", None, "--arch: found None, expected text"),
+        (TrainingConfig, "aug", 3, "--aug: found 3, expected text"),
+        (TrainingConfig, "arch_args", [1], r"--arch-args: found \[1\], expected a dict"),
+        (TrainingConfig, "arch_args", {"act": max}, "--arch-args: found <.*max>, expected a numb"),
+        (SlurmConfig, "mem_gb", "64", "--mem-gb: found '64', expected a number or None"),
+        (TrackingConfig, "wandb_project", None, "--wandb-project: found None, expected text"),
+        (RestartConfig, "retries", 0.5, "--retries: found 0.5, expected a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(cls: Any, field: str, given: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        cls(**{field: given})
+
+
 def test_an_sbatch_option_is_named_without_dashes() -> None:
     with pytest.raises(ConfigError, match="without its dashes"):
         SlurmConfig(sbatch=KeyValues({"--exclusive": True}))
@@ -105,6 +157,11 @@ def test_a_project_that_wandb_would_refuse_is_refused(project: str) -> None:
 def test_key_values_are_literals_or_strings() -> None:
     parsed = KeyValues.parse(["width=512", "norm=layer", "scales=(1, 2)", "gres=gpu:2", "x=1=2"])
     assert parsed == {"width": 512, "norm": "layer", "scales": [1, 2], "gres": "gpu:2", "x": "1=2"}
+    # A text that says false would be true to a model, whatever language the word is of.
+    for text in ("a=false", "a=False", "a=FALSE"):
+        assert KeyValues.parse([text])["a"] is False
+    parsed = KeyValues.parse(["a=true", "b=null", "c=none", "d='true'", "e=[true, null]", "f=NaN"])
+    assert parsed == {"a": True, "b": None, "c": "none", "d": "true", "e": [True, None], "f": "NaN"}
 
 
 @pytest.mark.parametrize("text", ["{[1]}", "{1}", "-" * 3000 + "1", "(" * 300, "b'x'", "'", "x\0"])

@@ -282,5 +282,5 @@ def _matches(field: str, found: Any, asked: str) -> bool:
     if any(fnmatchcase(word, asked) for word in words):
         return True
     # 3e-4 is 0.0003; but True is not 1.
-    value = asked == "true" if asked in ("true", "false") else literal_or_text(asked)
+    value = literal_or_text(asked)
     return isinstance(found, bool) is isinstance(value, bool) and bool(found == value)
