@@ -92,7 +92,20 @@ def check_module(option: str, value: str) -> None:
     path = value.rpartition("=")[2]
     if not is_import_path(path):
         raise ConfigError(f"{option}: found {value!r}, expected package.module:name")
-    package = path.partition(":")[0].partition(".")[0]
+    module, _, name = path.partition(":")
+    package = module.partition(".")[0]
+    if "/" in module or module.endswith(".py") or not package:
+        parts = Path(module).with_suffix("").parts
+        meant = f"; did you mean {'.'.join(parts)}:{name}?"
+        raise ConfigError(
+            f"{option}: found {value!r}, expected package.module:name, as Python imports it"
+            f"{meant if parts and all(part.isidentifier() for part in parts) else ''}"
+        )
+    if package == "__main__":
+        raise ConfigError(
+            f"{option}: found {value!r}, the script or notebook itself, which no job can import: "
+            "put it into a file of its own, my_models.py, and give my_models:Name"
+        )
     if importlib.util.find_spec(package) is None:
         beside = {file.stem for file in Path.cwd().glob("*.py")}
         raise ConfigError(

@@ -246,7 +246,7 @@ def _names_bound(statement: ast.stmt) -> set[str]:
 def _may_have_more(tree: ast.Module, statements: list[ast.stmt]) -> bool:
     """Whether a module may have names that its statements do not bind."""
     for statement in statements:
-        if isinstance(statement, ast.FunctionDef) and statement.name == "__getattr__":
+        if "__getattr__" in _names_bound(statement):  # also of a lazy loader's, as SPEC 1 has it
             return True
         if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
             return True

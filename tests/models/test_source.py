@@ -7,6 +7,7 @@ import pytest
 
 from flowjobs.config import KeyValues, TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.flows.flow import check_flow
 from flowjobs.models.source import check_arch, check_model
 
 NETS = """
@@ -72,6 +73,11 @@ def package(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (folder / "broken.py").write_text("class Net(:\n")
     (folder / "lazy.py").write_text("def __getattr__(name): ...\n")
+    (folder / "attached.py").write_text(
+        "import lazy_loader as lazy\n"
+        "__getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={'nets': ['Net']})\n"
+    )
+    (folder / "borrowed.py").write_text("from ._lazy import __getattr__\n")
     (folder / "star.py").write_text("from .blocks import *\n")
     (folder / "made.py").write_text("for n in 'AB':\n    globals()[n] = type(n, (), {})\n")
     (folder / "deep" / "__init__.py").write_text("from ..nets import WideNet as Deep\n")
@@ -121,7 +127,7 @@ def test_a_mistake_that_the_source_shows(
             f"my_models.nets:{name}"
             for name in ("Open", "Decorated", "New", "Unknown", "Either", "Alias")
         ),
-        "my_models.lazy:Net",
+        *(f"my_models.{name}:Net" for name in ("lazy", "attached", "borrowed")),
         "my_models.star:Block",
         "my_models.made:A",
         "my_models.nets.more:Net",  # as six.moves is one
@@ -146,5 +152,22 @@ def test_an_arch_is_checked_without_importing_it() -> None:
     check_arch(TrainingConfig(arch="short=torch.nn:Module"))
     with pytest.raises(ConfigError, match="found 'mpl', expected one of mlp"):
         check_arch(TrainingConfig(arch="mpl"))
-    with pytest.raises(ConfigError, match="no module nowhere"):
-        check_arch(TrainingConfig(arch="nowhere.models:Net"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "said"),
+    [
+        ("nowhere.models:Net", "no module nowhere"),
+        ("my_models/nets.py:Net", "found .*, expected package.module:name, .* my_models.nets:Net?"),
+        ("./my_models.py:Net", "did you mean my_models:Net?"),
+        ("wide=my_models.py:Net", "found 'wide=.*did you mean my_models:Net?"),
+        ("/lab/my_models.py:Net", "expected package.module:name, as Python imports it$"),
+        (".my_models:Net", "expected package.module:name, as Python imports it"),
+        ("__main__:Net", "the script or notebook itself, which no job can import"),
+    ],
+)
+def test_what_is_no_module_is_said(arch: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        check_arch(TrainingConfig(arch=arch))
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        check_flow(TrainingConfig(flow=arch))
