@@ -69,7 +69,9 @@ class FlowDataset(Dataset[Tensor]):
         self._check_finite()
 
     def part(self, index: Tensor, name: str) -> "FlowDataset":
-        """Some of the rows, in the order of `index`, int64 of shape (m,). Copies none."""
+        """Some of the rows, in the order of `index`, int64 of shape (m,); or of a mask. Copies none."""
+        if index.dtype == torch.bool:
+            index = torch.arange(len(self))[index]
         part = copy.copy(self)
         part._index = index if self._index is None else self._index[index]
         part.name = name

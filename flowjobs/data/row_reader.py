@@ -55,6 +55,10 @@ class RowReader:
             places = np.arange(*index.indices(self._n))
         else:
             places = np.asarray(index)
+        if places.dtype == bool:
+            if places.shape != (self._n,):
+                raise IndexError(f"a mask of shape {places.shape} is none of {self._n} rows")
+            places = np.flatnonzero(places)
         if places.ndim == 0:
             return self.rows([int(places)])[0]
         places = np.where(places < 0, places + self._n, places)

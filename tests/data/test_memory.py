@@ -242,8 +242,15 @@ def test_rows_that_are_read_are_those_of_the_file(
         assert torch.equal(read[[]], rows[[]])
         assert torch.equal(torch.stack(list(read)), rows)
         assert torch.equal(read.part(torch.tensor([9, 2, 3]), "")[0:2], rows[[9, 2]])
-        with pytest.raises(IndexError):
-            read[[len(rows)]]
+        mask = rows[:, 0] > 0
+        for of in (mask, mask.tolist()):
+            assert torch.equal(read[of], rows[mask])
+        part = read.part(mask, "")
+        assert torch.equal(part.data.float(), rows[mask])
+        assert len(part) == int(mask.sum())
+        for wrong in ([len(rows)], mask[1:]):
+            with pytest.raises(IndexError):
+                read[wrong]
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_is_named(
