@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
-from flowjobs.errors import RankFailedError
+from flowjobs.errors import ConfigError, RankFailedError
 from flowjobs.slots import nvidia_gpus
 
 logger = logging.getLogger(__name__)
@@ -125,9 +125,11 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
     """
     device = torch.device("cpu")
     given_a_gpu = use_gpu and os.environ.get("CUDA_VISIBLE_DEVICES") and nvidia_gpus()
-    if given_a_gpu and torch.version.cuda and not torch.cuda.is_available():
-        # A GPU that was lost must not turn the run into one on the CPU, with other bits.
-        raise RuntimeError("CUDA error: the job was given a GPU, and torch finds none")
+    if given_a_gpu and not torch.cuda.is_available():
+        if torch.version.cuda:
+            # A GPU that was lost must not turn the run into one on the CPU, with other bits.
+            raise RuntimeError("CUDA error: the job was given a GPU, and torch finds none")
+        _refuse_build_without_cuda()
     if use_gpu and torch.cuda.is_available():
         # A job step may see all of the node's GPUs or its own alone.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -147,6 +149,17 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
         yield Ranks(rank, world_size, device)
     finally:
         _leave_group()
+
+
+def _refuse_build_without_cuda() -> None:
+    """Raise a ConfigError where a job's GPU is held for a torch that computes on the CPU alone."""
+    found = f"torch {torch.__version__} is a build without CUDA, which cannot use the GPU"
+    if "SLURM_JOB_ID" in os.environ:
+        raise ConfigError(
+            f"{found} that the job was given: install torch's CUDA build, or give "
+            "--gpus-per-node 0 to train on the CPU"
+        )
+    logger.warning("%s of this machine: training on the CPU", found)
 
 
 def _leave_group() -> None:

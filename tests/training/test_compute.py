@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from flowjobs.config import KeyValues, TrainingConfig
-from flowjobs.errors import RunInterrupted
+from flowjobs.errors import ConfigError, RunInterrupted
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import computing, computing_as_before, usable_cores
-from flowjobs.training.ranks import Ranks, single_process
+from flowjobs.training.ranks import Ranks, joined_ranks, single_process
 from tests.data.test_memory import machine
 from tests.training.same import same
 from tests.training.test_trainer import train_in
@@ -134,3 +134,23 @@ def test_what_is_another_than_before_is_said_with_what_to_do(
     assert "computed with ranks 4 so far, with 2 now" in caplog.text
     assert "ask for as many (--nodes, --gpus-per-node)" in caplog.text
     assert "computed with threads 4 so far, with 1 now" in caplog.text
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can use a GPU")
+def test_a_gpu_is_not_held_for_a_torch_that_cannot_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "gpus/0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr("flowjobs.slots.GPUS_OF_NVIDIA", tmp_path / "gpus")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with joined_ranks(0, 1, 0, use_gpu=True) as ranks:  # of a laptop it is not worth a refusal
+        assert ranks.device == CPU
+    assert "is a build without CUDA" in caplog.text
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with (
+        pytest.raises(ConfigError, match=r"a build without CUDA.*--gpus-per-node 0"),
+        joined_ranks(0, 1, 0, use_gpu=True),
+    ):
+        pass
+    with joined_ranks(0, 1, 0, use_gpu=False) as ranks:
+        assert ranks.device == CPU
