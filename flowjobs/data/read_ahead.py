@@ -6,6 +6,7 @@ could be full; none can be killed or stopped alone; an error of theirs is raised
 
 import errno
 import logging
+import math
 import os
 import queue
 import threading
@@ -19,7 +20,8 @@ from flowjobs.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# A file system that is away for longer than the first is spoken of, than the second not waited for.
+# A file system that is away for longer than the first is spoken of (and again after four times as
+# long), than the second not waited for.
 SAY_AFTER_S = 10.0
 WAIT_S = 600.0
 # A read that is under way when the training ends.
@@ -36,11 +38,19 @@ class ReadAhead(Generic[T]):
         reads: One read after the other, without an end.
         n_threads: How many read at once; 0: each row is read when it is needed.
         name: Of what is read, for the texts.
+        wait_s: How long one is waited for; None: to its end, where it is computed and comes to one.
     """
 
-    def __init__(self, reads: Iterator[Callable[[], T]], n_threads: int, name: str) -> None:
+    def __init__(
+        self,
+        reads: Iterator[Callable[[], T]],
+        n_threads: int,
+        name: str,
+        wait_s: float | None = WAIT_S,
+    ) -> None:
         self._reads = reads
         self._name = name
+        self._wait_s = wait_s
         self._asked: queue.SimpleQueue[_Asked[T] | None] = queue.SimpleQueue()
         self._coming: deque[Future[T]] = deque()
         # Daemons: one that hangs in a dead file system must not keep the process from its end.
@@ -69,13 +79,17 @@ class ReadAhead(Generic[T]):
         return self._wait_for(self._coming.popleft())
 
     def _wait_for(self, future: "Future[T]") -> T:
-        if not wait([future], SAY_AFTER_S).done:
-            logger.warning("%s has given no rows for %g s; waiting", self._name, SAY_AFTER_S)
-            if not wait([future], WAIT_S - SAY_AFTER_S).done:
+        waited_s, until_s = 0.0, SAY_AFTER_S
+        while not wait([future], until_s - waited_s).done:
+            waited_s = until_s
+            if waited_s == self._wait_s:
                 timeout = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
                 raise DataError(
-                    f"{self._name} has given no rows for {WAIT_S:g} s: does its file system answer?"
+                    f"{self._name} has given no rows for {waited_s:g} s: does its file system "
+                    "answer?"
                 ) from timeout
+            logger.warning("%s has given no rows for %g s; waiting", self._name, waited_s)
+            until_s = min(4 * waited_s, self._wait_s or math.inf)
         return future.result()
 
 

@@ -97,9 +97,11 @@ class CoupledPairs:
             if self._coming is None or group != self._group + 1:
                 beside = self._couple in BUILT_IN_COUPLINGS
                 n_threads = min(1, self._config.num_workers) if beside else 0
-                self._coming = ReadAhead(
-                    self._solves_from(group), n_threads, f"the plan of {self._config.flow}"
-                )
+                n_rows = self._config.ot_batch or self._config.batch_size
+                name = f"the plan of {self._config.flow} for {n_rows} rows (--ot-batch)"
+                # To its end: of many rows it may be computed for longer than any file is read.
+                solves = self._solves_from(group)
+                self._coming = ReadAhead(solves, n_threads, name, wait_s=None)
             # First of all, since the wait may be broken off (Ctrl-C in a notebook): the plan is no
             # more among the coming ones then, and they begin anew.
             self._group, self._pairs = group, None

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import logging
 import subprocess
 import sys
 import threading
@@ -62,15 +63,39 @@ def test_a_read_that_does_not_end_is_an_error_with_its_text(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(read_ahead, "SAY_AFTER_S", 0.1)
-    monkeypatch.setattr(read_ahead, "WAIT_S", 0.2)
     monkeypatch.setattr(read_ahead, "END_S", 0.1)
     comes_back = threading.Event()
-    ahead = ReadAhead(numbers(lambda number: comes_back.wait(60) and None), 1, "train.pt")
+    never = numbers(lambda number: comes_back.wait(60) and None)
+    ahead = ReadAhead(never, 1, "train.pt", wait_s=0.2)
     with pytest.raises(DataError, match=r"train\.pt has given no rows for 0.2 s") as raised:
         ahead.next()
     assert "train.pt has given no rows for 0.1 s; waiting" in caplog.text
     assert passing_kind(raised.value) == "file system"
     comes_back.set()
+
+
+def test_a_plan_is_waited_for_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(read_ahead, "SAY_AFTER_S", 0.01)
+    monkeypatch.setattr(read_ahead, "WAIT_S", 0.02)
+    config = TrainingConfig(flow="otcfm", batch_size=4, ot_batch=8)
+    computed = threading.Event()
+
+    class Said(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "0.04 s" in record.getMessage():
+                computed.set()
+
+    def slow(x_0: Tensor, x_1: Tensor, sigma: float, seed: int) -> Tensor:
+        assert computed.wait(60)
+        return exact(x_0, x_1, sigma, seed)
+
+    monkeypatch.setattr("flowjobs.flows.pairs.BUILT_IN_COUPLINGS", {slow})
+    monkeypatch.setattr(read_ahead.logger, "handlers", [Said()])
+    pairs = CoupledPairs(StepNumbers(), NormalSource((2,)), slow, config, 0)
+    assert len(pairs.at(0)[1]) == 4
+    assert "the plan of otcfm for 8 rows (--ot-batch) has given no rows for 0.01 s" in caplog.text
 
 
 def test_a_file_that_is_cut_short_or_unreadable_ends_the_training_with_its_name(
