@@ -16,11 +16,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Optional, get_args, get_origin
 
 from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
-from flowjobs.from_json import from_json
+from flowjobs.from_json import fields_of, from_json
 from flowjobs.nearest import did_you_mean
 
 BUILT_IN_ARCHS = ("mlp", "unet", "dit")
@@ -664,8 +664,8 @@ def _take_types(config: Any) -> None:
     Raises:
         ConfigError: A value means none of that type.
     """
-    given = vars(config)
-    for name, kinds in _kinds_of_fields(type(config)):
+    given, cls = vars(config), config.__class__
+    for name, kinds in _kinds_of_fields(cls):
         value = given[name]
         if type(value) not in kinds or (KeyValues in kinds and value):
             object.__setattr__(config, name, _as_one_of(kinds, value, flag(name)))
@@ -675,7 +675,7 @@ def _take_types(config: Any) -> None:
 def _kinds_of_fields(cls: Any) -> list[tuple[str, frozenset[type]]]:
     """Of each field the types that its values may be of."""
     kinds = []
-    for name, hint in get_type_hints(cls).items():
+    for name, hint in fields_of(cls)[0].items():
         options = {str} if get_origin(hint) is Literal else {*(get_args(hint) or [hint])}
         if float in options:
             options.add(int)

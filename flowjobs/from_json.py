@@ -22,7 +22,7 @@ def from_json(cls: type[Record], found: Any) -> Record:
     """
     if not isinstance(found, dict):
         raise ValueError(f"found {found!r}, expected an object")
-    hints, needed = _fields_of(typing.cast(Any, cls))
+    hints, needed = fields_of(typing.cast(Any, cls))
     if missing := needed - found.keys():
         raise ValueError(f"found no {', '.join(sorted(missing))}")
     values = {}
@@ -64,7 +64,8 @@ def value_from_json(hint: Any, found: Any) -> Any:
 
 
 @functools.cache
-def _fields_of(cls: Any) -> tuple[dict[str, Any], set[str]]:
+def fields_of(cls: Any) -> tuple[dict[str, Any], set[str]]:
+    """The types of a dataclass's fields by their names, and those that have no default."""
     fields = dataclasses.fields(cls)
     missing = dataclasses.MISSING
     needed = {each.name for each in fields if each.default is each.default_factory is missing}
