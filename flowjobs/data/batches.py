@@ -67,7 +67,7 @@ class Order:
         self._offset = rank * self._share
         self._device = device
         # Of an epoch; as one value, since Ctrl-C in a notebook may come between two.
-        self._permutation = (-1, torch.empty(0, dtype=torch.int64))
+        self._permutation = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
 
     def indices(self, step: int) -> Tensor:
         """The rows that this rank takes at `step`, int64 of shape (batch_size / world_size,)."""

@@ -69,9 +69,9 @@ class FlowDataset(Dataset[Tensor]):
         self._check_finite()
 
     def part(self, index: Tensor, name: str) -> "FlowDataset":
-        """Some of the rows, in the order of `index`, int64 of shape (m,); or of a mask. Copies none."""
+        """Some of the rows, in the order of `index`, int64 of shape (m,) or a mask; copies none."""
         if index.dtype == torch.bool:
-            index = torch.arange(len(self))[index]
+            index = torch.arange(len(self), device="cpu")[index]
         part = copy.copy(self)
         part._index = index if self._index is None else self._index[index]
         part.name = name
@@ -136,7 +136,9 @@ class FlowDataset(Dataset[Tensor]):
             The indices of some rows in this dataset, int64 of shape (m,), and the rows, of shape
             (m, *shape) and the file's type.
         """
-        order = torch.arange(len(self)) if self._index is None else self._index.argsort()
+        order = (
+            torch.arange(len(self), device="cpu") if self._index is None else self._index.argsort()
+        )
         for indices in torch.split(order, rows_of_chunk(self.dim)):
             yield indices, self._rows(indices)
 
@@ -209,8 +211,8 @@ def no_normalization(dataset: FlowDataset) -> dict[str, Tensor]:
     """The `mean` and `std` that leave the data as they are."""
     dtype = torch.float64 if dataset.dtype == torch.float64 else torch.float32
     return {
-        "mean": torch.zeros(dataset.shape, dtype=dtype),
-        "std": torch.ones(dataset.shape, dtype=dtype),
+        "mean": torch.zeros(dataset.shape, dtype=dtype, device="cpu"),
+        "std": torch.ones(dataset.shape, dtype=dtype, device="cpu"),
     }
 
 
@@ -249,7 +251,7 @@ class _Columns:
 
     def __init__(self, dim: int) -> None:
         self.n = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.mean = torch.zeros(dim, dtype=torch.float64, device="cpu")
         self.squares = torch.zeros_like(self.mean)
         self.low = torch.full_like(self.mean, math.inf)
         self.high = -self.low
@@ -295,7 +297,9 @@ def _write_embedded(dataset: str, study: Path) -> None:
         write_splits(FlowDataset(load_digits()), study, {DIGITS: None})
         return
     whole = FlowDataset(toy_set(dataset))
-    train, val = (whole.part(part, dataset) for part in torch.arange(len(whole)).chunk(2))
+    train, val = (
+        whole.part(part, dataset) for part in torch.arange(len(whole), device="cpu").chunk(2)
+    )
     _write_split(study, dataset, train, val)
 
 
@@ -316,7 +320,8 @@ def load_digits() -> Tensor:
 def split(whole: FlowDataset) -> tuple[FlowDataset, FlowDataset]:
     """The training and the validation part after a shuffle that is always the same."""
     # Not the run's seed: runs of several seeds are compared on the same validation rows.
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(whole), generator=generator, device="cpu")
     n_val = max(1, round(VAL_SHARE * len(whole)))
     return (
         whole.part(order[n_val:], f"{whole.name} (training)"),
@@ -352,7 +357,7 @@ def write_splits(
                 f"--sizes: {name} asks for {size} training rows; {len(train)} are left of "
                 f"{len(whole)} after {len(val)} for validation"
             )
-        parts[name] = train.part(torch.arange(len(train))[:size], name)
+        parts[name] = train.part(torch.arange(len(train), device="cpu")[:size], name)
         there = split_files(study, name)[0]
         if there.exists() and not overwrite and not same_rows(FlowDataset(there), parts[name]):
             raise DataError(f"{there} holds other rows: remove it, or add --overwrite")

@@ -51,7 +51,7 @@ def seed_python_and_numpy(*parts: int | str) -> None:
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """The order in which an epoch visits the n rows: a permutation, int64 of shape (n,)."""
     generator = generator_for(torch.device("cpu"), seed, "order", epoch)
-    return torch.randperm(n, generator=generator)
+    return torch.randperm(n, generator=generator, device="cpu")
 
 
 @contextmanager

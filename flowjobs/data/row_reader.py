@@ -64,7 +64,7 @@ class RowReader:
         places = np.where(places < 0, places + self._n, places)
         if ((places < 0) | (places >= self._n)).any():
             raise IndexError(f"an index is out of range for {self._n} rows")
-        rows = torch.empty((len(places), *self.shape[1:]), dtype=self.dtype)
+        rows = torch.empty((len(places), *self.shape[1:]), dtype=self.dtype, device="cpu")
         if not len(places):
             return rows
         memory = memoryview(rows.view(torch.uint8).numpy().data).cast("B")

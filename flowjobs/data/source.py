@@ -77,8 +77,10 @@ class RowSource:
 
     def starts(self, seed: int, chunk: int, size: int) -> Tensor:
         """See `Source`. Every row once, before one comes again."""
-        order = torch.randperm(len(self._dataset), generator=generator_for(CPU, seed, "samples"))
-        return self._rows(order[torch.arange(chunk * size, (chunk + 1) * size) % len(order)])
+        generator = generator_for(CPU, seed, "samples")
+        order = torch.randperm(len(self._dataset), generator=generator, device=CPU)
+        places = torch.arange(chunk * size, (chunk + 1) * size, device=CPU)
+        return self._rows(order[places % len(order)])
 
     def _rows(self, index: Tensor) -> Tensor:
         return normalized(self._dataset[index.cpu()], self._mean, self._std)

@@ -42,7 +42,8 @@ def write_tensor(
         ):
             n = math.prod(shape)
             try:
-                empty = torch.from_file(hole.name, shared=True, size=n, dtype=dtype).view(shape)
+                flat = torch.from_file(hole.name, shared=True, size=n, dtype=dtype, device="cpu")
+                empty = flat.view(shape)
             except RuntimeError as error:  # torch's word for a full disk
                 raise DataError(f"{path} cannot be written: {error}") from error
             torch.save(empty, out)

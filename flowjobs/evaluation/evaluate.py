@@ -361,7 +361,7 @@ class _Evaluation:
     def _order(self, dataset: FlowDataset, purpose: str, n: int) -> Tensor:
         """The indices of n rows, the same for every model."""
         generator = generator_for(torch.device("cpu"), "evaluation", purpose)
-        return torch.randperm(len(dataset), generator=generator)[:n]
+        return torch.randperm(len(dataset), generator=generator, device="cpu")[:n]
 
     def _of(self, dataset: FlowDataset, index: Tensor) -> Tensor:
         return dataset[index].flatten(1).double().to(self._trained.device)

@@ -45,7 +45,7 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor) -> float:
     """
     generator = torch.Generator().manual_seed(SEED)
     size = (N_PROJECTIONS, samples.shape[1])
-    directions = torch.randn(size, generator=generator, dtype=torch.float32)
+    directions = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
     directions = functional.normalize(directions.to(samples))
     # NumPy's sort is five times as fast on a CPU as torch's, which sorts indices too.
     first, second = (

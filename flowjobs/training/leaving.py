@@ -55,7 +55,7 @@ class Leaving:
             return mine
         decided = self._count()
         if decided is None:
-            highest = torch.tensor(self._weight(mine))
+            highest = torch.tensor(self._weight(mine), device="cpu")
             work = distributed.all_reduce(highest, distributed.ReduceOp.MAX, async_op=True)
             self._vote = _Vote(work, highest, mine)
         return decided

@@ -96,11 +96,11 @@ class Ranks:
 
 
 def _tell(word: int) -> None:
-    distributed.broadcast(torch.tensor([word]), src=0)
+    distributed.broadcast(torch.tensor([word], device="cpu"), src=0)
 
 
 def _from_first() -> int:
-    word = torch.zeros(1, dtype=torch.int64)
+    word = torch.zeros(1, dtype=torch.int64, device="cpu")
     distributed.broadcast(word, src=0)
     return int(word)
 

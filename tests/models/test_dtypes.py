@@ -4,6 +4,7 @@ import itertools
 import math
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowjobs.config import TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.batches import make_batches
-from flowjobs.data.dataset import is_same_normalization, normalization_stats, split
+from flowjobs.data.dataset import (
+    is_same_normalization,
+    load_datasets,
+    normalization_stats,
+    split,
+    write_splits,
+)
 from flowjobs.errors import ConfigError, DataError, RunInterrupted
+from flowjobs.evaluation.measures import sliced_wasserstein
 from flowjobs.evaluation.sampling import sample
 from flowjobs.models.flops import flops_per_sample
 from flowjobs.runs.run import Run
@@ -277,6 +285,35 @@ def test_another_default_type_trains_as_well(study: Path) -> None:
         assert model.first.weight.dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("flow", ["icfm", "otcfm"])
+def test_another_default_device_is_none_of_flowjobs_own_tensors(
+    study: Path, monkeypatch: pytest.MonkeyPatch, flow: str
+) -> None:
+    """As a model's module sets cuda; what is made on meta cannot be used."""
+    monkeypatch.setattr("flowjobs.data.dataset.LARGE_BYTES", 1)
+    rows = torch.randn(120, 3, generator=torch.Generator().manual_seed(1))
+    torch.save(rows, "rows.pt")
+    torch.save(rows * 2 + 1, "other.pt")
+    config = replace(CONFIG, flow=flow, dataset="rows.pt", normalize="columns")
+    if flow == "otcfm":
+        config = replace(config, source="other.pt", normalize="none", data_placement="loader")
+
+    def whole_run(name: str) -> Any:
+        model, run = net(), Run(study, name)
+        torch.set_default_device("meta" if name == "other" else None)
+        run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+        data = load_datasets("rows.pt", study)
+        FlowTrainer(model, config, *data, CPU, run=run).train()
+        write_splits(FlowDataset("rows.pt"), study / name, {"all": None})
+        distance = sliced_wasserstein(data[1][:18], data[0][:18])
+        return read_checkpoint(run.last), load_trained(run, CPU, model).sample(20), distance
+
+    try:
+        assert same(whole_run("plain"), whole_run("other"))
+    finally:
+        torch.set_default_device(None)
 
 
 def test_parts_that_do_not_fit_are_refused_at_the_start(study: Path) -> None:
