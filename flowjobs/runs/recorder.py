@@ -76,15 +76,22 @@ class Recorder:
         sizes = {"parameters": parameters, "flops_per_sample": flops_per_sample}
         self._tracker.summarize({key: size for key, size in sizes.items() if size is not None})
 
-    def start_at(self, step: int, extensions: Sequence[Mapping[str, Any]] = ()) -> None:
+    def start_at(
+        self,
+        step: int,
+        extensions: Sequence[Mapping[str, Any]] = (),
+        rows_up_to: int | None = None,
+    ) -> None:
         """Say from which step the rows come; rows on disk past it are dropped.
 
         Args:
             step: The step that the attempt starts at.
             extensions: When the run was given more epochs or patience.
+            rows_up_to: The last step whose row is kept, if that is another one.
         """
         self.attempt.start_at(step, [dict(extension) for extension in extensions])
-        self._metrics = MetricsFile(self._run.metrics_file, after_step=step)
+        kept = step if rows_up_to is None else rows_up_to
+        self._metrics = MetricsFile(self._run.metrics_file, after_step=kept)
         self._tracker.follow()
 
     def record(self, row: Mapping[str, Any], *, is_last: bool = False) -> None:

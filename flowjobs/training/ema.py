@@ -63,7 +63,7 @@ class EMAModel:
         # One fused kernel over all weights; a loop over them takes several times longer.
         torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
         if self._copied:
-            self._copy_buffers()
+            self.copy_buffers()
         if self._unaveraged:
             torch._foreach_copy_(self._unaveraged, self._unaveraged_weights)
 
@@ -84,7 +84,8 @@ class EMAModel:
         for module, copied in self._extra:
             copied.set_extra_state(copy.deepcopy(module.get_extra_state()))
 
-    def _copy_buffers(self) -> None:
+    def copy_buffers(self) -> None:
+        """Give the copy the buffers that the model has now."""
         copies, buffers = [], []
         for (there, name), (here, _) in zip(self._copied, self._buffers, strict=True):
             copied, buffer = there.get(name), here.get(name)

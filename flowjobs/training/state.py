@@ -37,6 +37,10 @@ class TrainState:
         steps_per_epoch: Optimizer steps of an epoch.
         stats: Normalization of the data: `mean` and `std`, each of shape (dim,).
         data: The content of each part of the data.
+
+    Attributes:
+        unvalidated: Between an epoch's last step and the end of its validation, what that step has
+            to log; a run that was saved there validates first. Else None.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class TrainState:
         self.step = 0
         self.best_loss = math.inf
         self.epochs_without_improvement = 0
+        self.unvalidated: dict[str, float] | None = None
         self.resumed_from = ""
         self.computed_with: dict[str, Any] = {}
         self.extensions: list[Extension] = []
@@ -83,14 +88,15 @@ class TrainState:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or patience has run out."""
-        return (
+        """Whether all steps are done and validated, or patience has run out."""
+        return self.unvalidated is None and (
             self.step >= self.total_steps
             or self.epochs_without_improvement >= self._config.patience
         )
 
     def note_val_loss(self, val_loss: float) -> bool:
         """Count an epoch's validation loss; True if it is the best so far."""
+        self.unvalidated = None
         if val_loss < self.best_loss:
             self.best_loss = val_loss
             self.epochs_without_improvement = 0
@@ -131,6 +137,7 @@ class TrainState:
             config=self._config.to_dict(),
             stats=self._stats,
         )
+        payload["unvalidated"] = self.unvalidated
         payload["data"] = {part: asdict(content) for part, content in self._data.items()}
         return payload
 
@@ -235,6 +242,7 @@ class TrainState:
         self.step = payload["step"]
         self.best_loss = payload["best_loss"]
         self.epochs_without_improvement = payload["epochs_without_improvement"]
+        self.unvalidated = payload.get("unvalidated")
         self.resumed_from = payload["resumed_from"]
         self.computed_with = payload.get("computed_with", {})
         self.extensions = [*payload.get("extensions", [])]

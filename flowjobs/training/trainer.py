@@ -249,14 +249,18 @@ class FlowTrainer:
         self.state.computed_with = compute.to_dict()
         if adopted:
             self._adopt(saver)
-        first_step = self.state.step
+        first_step, validates_first = self.state.step, self.state.unvalidated is not None
         if recorder:
             recorder.note_size(parameters_in(self.state.model), self._flops_per_sample)
-            recorder.start_at(first_step, self.state.extensions)
+            # A step that is not validated yet has no row, or its row comes again.
+            recorder.start_at(
+                first_step, self.state.extensions, rows_up_to=first_step - validates_first
+            )
             self._tell_progress(recorder)
         try:
             reason = self._run_steps(saver, recorder)
-            if saver and (self.state.step > first_step or not run.last.exists()):
+            is_new = self.state.step > first_step or validates_first
+            if saver and (is_new or not run.last.exists()):
                 saver.save_and_wait(self.state.payload())
             if recorder:
                 self._tell_progress(recorder)
@@ -293,7 +297,7 @@ class FlowTrainer:
         said_at = time.monotonic()
         first_step = state.step + 1
         while not state.finished:
-            row = self._step()
+            row = self._step_to_validate() if state.unvalidated is None else state.unvalidated
 
             if state.step == first_step or state.at_epoch_end:
                 check_parameters(self._named, state.model)
@@ -308,7 +312,12 @@ class FlowTrainer:
                 saver.save_and_wait(state.payload(), state.prove)
 
             if state.at_epoch_end:
-                row |= self._end_epoch(saver)
+                try:
+                    row = row | self._end_epoch(saver)
+                except RunInterrupted as interrupted:
+                    # What was begun is thrown away, and done again when the run resumes.
+                    state.ema.copy_buffers()
+                    return interrupted.reason
                 if recorder:
                     self._tell_progress(recorder)
                 if time.monotonic() - said_at > SAY_EVERY_S or state.finished:
@@ -336,12 +345,17 @@ class FlowTrainer:
         reason = self._stop_reason()
         return Leave(reason) if reason else None
 
+    def _step_to_validate(self) -> dict[str, float]:
+        """One optimizer step, which is to be validated where it is an epoch's last; see `_step`."""
+        row = self._step()
+        if self.state.at_epoch_end:
+            self.state.unvalidated = row
+        return row
+
     def _step(self) -> dict[str, float]:
         """One optimizer step. Returns values to log; empty at most steps."""
         config, state = self._config, self.state
-        seed_step(self._device, config.seed, state.step, self._ranks.rank)
-        if not self._built_in:
-            seed_python_and_numpy(config.seed, state.step, self._ranks.rank)
+        self._seed()
         learning_rate = state.optimizer.param_groups[0]["lr"]
 
         pair = x_0, _ = self._pairs.at(state.step)
@@ -386,23 +400,42 @@ class FlowTrainer:
         self._check_finite(row)
         return row
 
+    def _seed(self) -> None:
+        """Seed what is drawn from here on, by the number of steps that are done."""
+        place = self._config.seed, self.state.step, self._ranks.rank
+        seed_step(self._device, *place)
+        if not self._built_in:
+            seed_python_and_numpy(*place)
+
     def _end_epoch(self, saver: CheckpointSaver | None) -> dict[str, float]:
-        """Validate and keep the best. Returns what to log."""
-        val_loss = self._validation_loss()
+        """Validate and keep the best. Returns what to log.
+
+        Raises:
+            RunInterrupted: `stop_reason` asked to leave while it validated.
+        """
+
+        def check() -> None:
+            if reason := self._stop_reason():
+                raise RunInterrupted(reason)
+
+        # Several ranks would have to agree, as they do after a step.
+        val_loss = self._validation_loss(check if self._ranks.world_size == 1 else lambda: None)
         self._check_finite({"val/loss": val_loss})  # before such a state could be saved
         if self.state.note_val_loss(val_loss) and saver:
             saver.keep_best(self.state.payload())
         return {"val/loss": val_loss, "val/best_loss": self.state.best_loss}
 
-    def _validation_loss(self) -> float:
+    def _validation_loss(self, check: Callable[[], None] = lambda: None) -> float:
         ema = self.state.ema
+        if not self._built_in:  # it may draw also where it is not trained
+            self._seed()
         self.state.take_extra_state()
         # Each rank has statistics of its own rows; the first one's are those that are saved.
         self._ranks.take_from_first(ema.statistics())
         # Once in a process: a restart's model may be as little initialized as the first one's.
         look = nullcontext() if self._has_validated else kept_in_evaluation(ema.model)
         with self._arithmetic(), look:
-            loss = self._validation.loss(self._ema_velocity)
+            loss = self._validation.loss(self._ema_velocity, check)
         self._has_validated = True
         return loss
 

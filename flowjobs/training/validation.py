@@ -1,5 +1,7 @@
 """The validation loss: the same times and noise at each epoch, of each seed, of each attempt."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -61,11 +63,18 @@ class Validation:
         self._plans: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def loss(self, velocity: Velocity) -> float:
-        """The mean squared error of the velocity over all rows and columns."""
+    def loss(self, velocity: Velocity, check: Callable[[], None] = lambda: None) -> float:
+        """The mean squared error of the velocity over all rows and columns.
+
+        Args:
+            velocity: The model.
+            check: Called between batches; what it raises ends the validation.
+        """
         device = self._mean.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for index in range(self._ranks.rank, len(self._slices), self._ranks.world_size):
+            if index > self._ranks.rank:
+                check()
             generator = generator_for(device, "validation", index)
             x_0, x_1 = self._pair(index, generator)
             t = torch.rand(len(x_1), generator=generator, device=device, dtype=torch.float32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets
 from flowjobs.errors import (
     CheckpointWriteError,
@@ -23,12 +23,15 @@ from flowjobs.evaluation.sampling import sample
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_per_sample, parameters_in
 from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.run_training import draw_and_measure
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
+from flowjobs.training.validation import Validation
 from tests.training.same import same
 
 CPU = torch.device("cpu")
@@ -103,11 +106,65 @@ def test_interrupted_equals_uninterrupted(study: Path, flow: Any, stops: tuple[i
     assert rows["whole"] == rows["parts"]
 
 
-def train_in(run: Run, config: TrainingConfig, **options: Any) -> None:
-    from flowjobs.config import RunConfig, TrackingConfig
-    from flowjobs.runs.recorder import recording
-    from flowjobs.runs.status import JobInfo
+class Draws(nn.Module):
+    """One of the user's own that draws and counts its calls wherever it is called."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        velocity: torch.Tensor = self.linear(x + torch.rand(1)) + self.calls
+        return velocity
+
+
+def train_on_few(run: Run, steps_per_epoch: int, **options: Any) -> Any:
+    """Two epochs, each validated in three batches, of which one may be interrupted between two.
+
+    Returns:
+        The checkpoints and the rows.
+    """
+    generator = torch.Generator().manual_seed(1)
+    data = [FlowDataset(torch.randn(n, 3, generator=generator)) for n in (16 * steps_per_epoch, 40)]
+    config = TrainingConfig(flow="otcfm", epochs=2, batch_size=16)
+    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    with recording(run, JobInfo.in_foreground()) as recorder:
+        FlowTrainer(Draws(), config, *data, CPU, run=run, recorder=recorder, **options).train()
+    files = [read_checkpoint(file) for file in (run.last, run.best)]
+    return files, list(read_rows(run.metrics_file))
+
+
+def test_a_validation_that_is_interrupted_is_done_again(study: Path) -> None:
+    whole = train_on_few(Run(study, "whole"), 2)
+    for asked, step in ((1, 2), (2, 2), (6, 4)):  # also in the last one
+        run = Run(study, f"parts{asked}")
+        with pytest.raises(RunInterrupted) as interrupted:
+            train_on_few(run, 2, stop_reason=stop_at(asked))
+        assert interrupted.value.step == read_checkpoint(run.last)["step"] == step
+        assert same(train_on_few(run, 2), whole)
+
+
+@pytest.mark.parametrize("dies_in", [(Validation, "loss"), (CheckpointSaver, "due")])
+def test_an_epoch_of_one_step_is_validated_where_a_run_died_after_its_first_save(
+    study: Path, monkeypatch: pytest.MonkeyPatch, dies_in: tuple[type, str]
+) -> None:
+    def dies(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    run = Run(study, "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(*dies_in, dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_on_few(run, 1)
+    assert read_checkpoint(run.last)["step"] == 1
+    assert not run.best.exists()
+    assert same(train_on_few(run, 1), train_on_few(Run(study, "whole"), 1))
+
+
+def train_in(run: Run, config: TrainingConfig, **options: Any) -> None:
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
     with recording(run, JobInfo.in_foreground()) as recorder:
         make_trainer(run.study, config, run=run, recorder=recorder, **options).train()
