@@ -17,6 +17,7 @@ from flowjobs.data.dataset import FlowDataset, content_by_part, load_datasets
 from flowjobs.data.randomness import generator_for
 from flowjobs.errors import DataError
 from flowjobs.runs.data_file import DataContent
+from flowjobs.runs.datasets import SOURCE
 
 CPU = torch.device("cpu")
 
@@ -123,5 +124,5 @@ def sources_of(config: TrainingConfig, study: Path, mean: Tensor, std: Tensor) -
             f"{tuple(mean.shape)}, as the data have"
         )
     mean, std = mean.cpu(), std.cpu()
-    content = {f"source {part}": of for part, of in content_by_part(train, val).items()}
+    content = {f"{SOURCE}{part}": of for part, of in content_by_part(train, val).items()}
     return Sources(RowSource(train, mean, std), RowSource(val, mean, std), content)

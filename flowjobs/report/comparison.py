@@ -15,8 +15,10 @@ from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.flows.uses import has_use
 from flowjobs.nearest import did_you_mean
+from flowjobs.report.apart import told_apart
 from flowjobs.report.metric import AtStep, Metric, choose_metric
 from flowjobs.report.results import Result, way_of
+from flowjobs.runs.selection import ARGUMENT
 from flowjobs.words import first_of
 
 # What repeats a run and is averaged over.
@@ -134,7 +136,7 @@ def compare(
         ConfigError: There is no such field or metric, or cells would average what has no common
             scale.
     """
-    results = sorted(results, key=lambda result: result.run.name)
+    results = told_apart(sorted(results, key=lambda result: result.run.name))
     varying = varying_fields(results)
     row_fields, column_fields = _layout(results, varying, rows, columns)
     chosen = choose_metric(results, metric, at_step)
@@ -159,6 +161,7 @@ def compare(
         for to_come in [sum(_would_be_with(name, some[0], in_cell) for name in missing)]
     }
     notes = _notes(results, chosen, averaged)
+    notes += [note for some in cells.values() if (note := _code_note(some.results))]
     incomparable = _incomparable(results, chosen)
     if incomparable:
         notes.insert(0, incomparable)
@@ -179,9 +182,7 @@ def compare(
 def varying_fields(results: Sequence[Result]) -> list[str]:
     """The fields that decide a result and differ between runs, in the order of the config."""
     known = [key.name for key in fields(TrainingConfig)]
-    arguments = dict.fromkeys(
-        key for result in results for key in result.fields.get("arch_args") or ()
-    )
+    arguments = dict.fromkeys(name for result in results for name in result.arguments)
     candidates = [name for name in [*known, *arguments] if name not in LEFT_OUT]
 
     return [name for name in dict.fromkeys(candidates) if _varies(name)(results)]
@@ -253,9 +254,13 @@ def _rank(value: Any) -> tuple[int, float, str]:
 def _would_be_with(name: str, result: Result, fields: Sequence[str]) -> bool:
     """Whether a run that a sweep has not made would be in the cell of another, by its name: that
     begins as the other's, and says what the sweep varies beyond that (`-lr0.1`)."""
-    begin = "-".join(map(result.shown, IN_NAME))
-    others = [other for other in fields if other not in IN_NAME and f"-{other}" in name]
-    parts = [f"-{other}{result.shown(other)}-" for other in others]
+    begin = "-".join(map(result.in_name, IN_NAME))
+    others = {
+        other.removeprefix(ARGUMENT): result.in_name(other)
+        for other in fields
+        if other not in IN_NAME
+    }
+    parts = [f"-{other}{word}-" for other, word in others.items() if f"-{other}" in name]
     return f"{name}-".startswith(f"{begin}-") and all(part in f"{name}-" for part in parts)
 
 
@@ -284,7 +289,7 @@ def _with_marks(
     """The cells with the best marked, among those that can be compared: of the same data."""
     groups: dict[Key, list[tuple[Key, Key]]] = {}
     for place, cell in cells.items():
-        scale = tuple(str(cell.results[0].fields.get(name)) for name in metric.floors)
+        scale = _key(cell.results[0], metric.floors)
         groups.setdefault(scale, []).append(place)
     best = {
         place
@@ -376,10 +381,22 @@ def _notes(results: Sequence[Result], metric: Metric, averaged: Sequence[str]) -
     return notes
 
 
+def _code_note(results: Sequence[Result]) -> str:
+    """That the user edited the code between runs of one cell, or ""."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        if result.code:
+            found.setdefault(result.code, []).append(result.run.name)
+    if len(found) < 2:
+        return ""
+    which = "; ".join(f"code {digest}: {first_of(names)}" for digest, names in found.items())
+    return f"a cell averages over runs of code that was edited in between ({which})"
+
+
 def _sizes(results: Sequence[Result]) -> str:
     """How large each model is: "mlp 500k 501k, 0.99M; dit 500k 507k, 7.1M"."""
     varying = varying_fields(results)
-    arguments = {key for result in results for key in result.fields.get("arch_args") or ()}
+    arguments = {name for result in results for name in result.arguments}
     names = [name for name in varying if name in {"arch", "params", *SIZE_FIELDS, *arguments}]
     found: dict[str, str] = {}
     for result in results:

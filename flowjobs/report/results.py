@@ -7,17 +7,19 @@ running: `flowjobs reconcile` records that.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flowjobs.config import value_in_name
 from flowjobs.errors import ConfigError
+from flowjobs.runs.code import code_of
+from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.files import read_json
 from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.progress import state_in_words
 from flowjobs.runs.run import Run
-from flowjobs.runs.selection import fields_of
+from flowjobs.runs.selection import ARGUMENT, fields_of
 from flowjobs.runs.status import RunStatus, read_sound_status
 
 BEST_LOSS = "best_val_loss"
@@ -34,17 +36,34 @@ class Result:
         fields: Its config's fields, and its model's arguments, by name.
         status: As its folder says.
         evaluation: Its `evaluation.json`; empty if there is none.
+        code: The digest of the user's code that it keeps; empty of a built-in model and flow.
+        data: What its data are, by part; empty where that was not noted.
+        words: By field, where the report has another word for the value than a run's name; see
+            `apart`.
     """
 
     run: Run
     fields: Mapping[str, Any]
     status: RunStatus
     evaluation: Mapping[str, Any]
+    code: str = ""
+    data: Mapping[str, DataContent] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
 
-    def shown(self, field: str) -> str:
+    @property
+    def arguments(self) -> list[str]:
+        """The names of its model's arguments among the fields."""
+        given = self.fields.get("arch_args") or ()
+        return [name if (name := f"{ARGUMENT}{key}") in self.fields else key for key in given]
+
+    def shown(self, name: str) -> str:
+        """A field's value in words, by which the report tells it from others."""
+        return self.words.get(name) or self.in_name(name)
+
+    def in_name(self, name: str) -> str:
         """A field's value, as a run's name has it; "-" where the run has none."""
-        value = self.fields.get(field)
-        return "-" if value is None else value_in_name(field, value)
+        value = self.fields.get(name)
+        return "-" if value is None else value_in_name(name, value)
 
     @property
     def state(self) -> str:
@@ -105,7 +124,7 @@ def read_result(run: Run) -> Result:
     """Read a run.
 
     Raises:
-        ConfigError: Its config or status is damaged.
+        ConfigError: A file of it is damaged.
     """
     try:
         evaluation = read_json(run.evaluation_file)
@@ -115,7 +134,10 @@ def read_result(run: Run) -> Result:
         again = hint("evaluate", run.name, study=run.study)
         raise ConfigError(f"{run.evaluation_file} is damaged ({error}): `{again}`") from error
     status = read_sound_status(run.status_file)
-    return Result(run, fields_of(run), status, evaluation)
+    fields = fields_of(run)
+    own = any(":" in str(fields[name]) for name in ("arch", "flow"))
+    code = code_of(run) if own else None
+    return Result(run, fields, status, evaluation, code.digest if code else "", run.data())
 
 
 def way_of(evaluation: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@ TOY_SETS = (
     *("8gaussians", "moons", "scurve"),
     *("8gaussians-tong", "moons-tong", "8gaussians-c2ot", "moons-c2ot"),
 )
-# What a part of a run's data is called that are pairs of reflow.
+# Before the name of a part of a run's data: of what its paths start at, and of pairs of reflow.
+SOURCE = "source "
 PAIRS = "pairs "
 # They need no file: their splits are written where they are first trained on.
 EMBEDDED = (DIGITS, *TOY_SETS)
@@ -149,7 +150,7 @@ def content_of_data(training: TrainingConfig, study: Path) -> dict[str, DataCont
         return {}
     if training.source != "normal":
         of_source = content_of_dataset(training.source, study) or {"train": None, "val": None}
-        found |= {f"source {part}": content for part, content in of_source.items()}
+        found |= {f"{SOURCE}{part}": content for part, content in of_source.items()}
     if training.reflow_from:
         files = zip(("train", "val"), pair_files(study, training.reflow_from), strict=True)
         found |= {f"{PAIRS}{part}": _content(file) for part, file in files}

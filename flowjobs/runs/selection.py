@@ -11,13 +11,22 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import PARTS, SIZE_FIELDS, literal_or_text, value_in_name
+from flowjobs.config import (
+    DATA_FIELDS,
+    PARTS,
+    PINNED,
+    SIZE_FIELDS,
+    literal_or_text,
+    value_in_name,
+)
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.run import Run, absolute, may_be_run, run_names
 
 # What is no field of a config and selects all the same.
 SWEEP = "sweep"
+# Before the name of an argument of a model that the config has a field of, too.
+ARGUMENT = "arch_args."
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ def select(study: Path, words: Sequence[str] = ()) -> Selection:
 def is_condition(word: str) -> bool:
     """Whether a word is `FIELD=VALUE`; a name or a path has no `=` after a plain word."""
     field, equals, _ = word.partition("=")
-    return bool(equals) and field.replace("-", "_").isidentifier()
+    return bool(equals) and field.removeprefix(ARGUMENT).replace("-", "_").isidentifier()
 
 
 def names_one_run(study: Path, words: Sequence[str]) -> bool:
@@ -240,7 +249,8 @@ class _Lookup:
 def fields_of(run: Run) -> dict[str, Any]:
     """The fields of a run's config as JSON has them, by name, those of its model's arguments too.
 
-    Where two parts have a field of one name, the training's counts.
+    Where two parts have a field of one name, the training's counts; an argument of that name is
+    `arch_args.NAME`.
 
     Raises:
         RunNotFoundError: There is no such run.
@@ -255,9 +265,14 @@ def fields_of(run: Run) -> dict[str, Any]:
         flat |= _defaults(part) | given
     arguments = flat.get("arch_args")
     arguments = arguments if isinstance(arguments, dict) else {}
+    named = {
+        f"{ARGUMENT}{key}" if key in flat else key: value
+        for key, value in arguments.items()
+        if key not in SIZE_FIELDS
+    }
     # By whichever option it was given.
     sizes = {name: arguments[name] for name in SIZE_FIELDS if name in arguments}
-    return {**arguments, **flat, **sizes}
+    return {**named, **flat, **sizes}
 
 
 @functools.cache
@@ -279,6 +294,10 @@ def _matches(field: str, found: Any, asked: str) -> bool:
     words = {str(found), value_in_name(field, found)}
     if field == "arch":
         words.add(str(found).rpartition("=")[2])
+    path = str(found).partition(PINNED)[0]
+    # As a report shows it, where several files have one name.
+    if field in (*DATA_FIELDS, "init_from") and path.endswith(f"/{asked}"):
+        return True
     if any(fnmatchcase(word, asked) for word in words):
         return True
     # 3e-4 is 0.0003; but True is not 1.

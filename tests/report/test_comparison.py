@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flowjobs.config import KeyValues
 from flowjobs.errors import ConfigError
 from flowjobs.report.comparison import Cell, Comparison, compare
 from flowjobs.report.results import read_result
@@ -66,8 +67,6 @@ def test_a_field_that_only_differs_between_cells_is_averaged_by_none(study: Path
 
 
 def test_arguments_of_a_model_are_fields_and_sort_by_size(study: Path) -> None:
-    from flowjobs.config import KeyValues
-
     for width in (64, 128, 8):
         made_run(study, [1.0], name=f"w{width}", arch_args=KeyValues(width=width))
     made_run(study, [1.0], name="default")
@@ -216,6 +215,66 @@ def test_samples_are_compared_by_a_measure_where_all_have_it(study: Path) -> Non
     assert count_words(cell(compared(study, metric="sliced"), ["otcfm"])) == (
         "2/3 seeds, 1 not evaluated"
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "shown"),
+    [
+        ("dataset", ("/a/faces/5k.npy", "/a/cars/5k.npy"), ("faces/5k.npy", "cars/5k.npy")),
+        ("source", ("/a/5k.npy", "/a/5k.pt"), ("5k.npy", "5k.pt")),
+        ("init_from", ("/A/a.pt@sha256:aa", "/B/a.pt@sha256:bb"), ("A/a.pt", "B/a.pt")),
+        ("init_from", ("/A/a.pt@sha256:aa", "/A/a.pt@sha256:bb"), ("a.pt (aa)", "a.pt (bb)")),
+        ("reflow_from", ("one@sha256:aa", "one@sha256:bb"), ("one (aa)", "one (bb)")),
+        ("arch", ("ours:Net", "theirs:Net"), ("ours:Net", "theirs:Net")),
+        ("flow", ("ours:path", "theirs:path"), ("ours:path", "theirs:path")),
+        ("arch_args", (KeyValues(k=1), KeyValues(k="1")), ("1 (1)", '1 ("1")')),
+        ("arch_args", (KeyValues(sigma=1), KeyValues(sigma=2)), ("1", "2")),
+    ],
+)
+def test_values_that_a_runs_name_has_one_word_for_are_two_cells(
+    study: Path, field: str, values: Sequence[Any], shown: Sequence[str]
+) -> None:
+    for number, value in enumerate(values):
+        flow = "reflow" if field == "reflow_from" else "icfm"
+        for seed in (0, 1):
+            name = f"{number}-{seed}"
+            made_run(study, [number], name=name, seed=seed, **{"flow": flow, field: value})
+    found = compared(study)
+    argument = next(iter(values[0])) if field == "arch_args" else field
+    assert found.row_fields == ("arch_args.sigma" if argument == "sigma" else argument,)
+    assert {row[0]: of.mean for (row, _), of in found.cells.items()} == dict(
+        zip(shown, (0, 1), strict=True)
+    )
+    if field not in ("init_from", "arch", "arch_args"):
+        with pytest.raises(ConfigError, match=f"has another scale for each {field}"):
+            compared(study, rows=["lr"], columns=[])
+
+
+def test_data_are_the_same_if_their_content_is(study: Path) -> None:
+    def made(where: Path, seed: int, digest: str, dataset: str = "5k") -> Run:
+        run = made_run(where, [1.0], name=f"{digest}{seed}", seed=seed, dataset=dataset)
+        content = {"rows": 9, "dim": 2, "dtype": "float32", "digest": digest}
+        run.data_file.write_text(json.dumps({"train": content, "val": content}))
+        return run
+
+    there = study.with_name("there")
+    runs = [made(study, 0, "aa"), made(study, 1, "aa"), made(there, 2, "aa"), made(there, 0, "bb")]
+    waits = made_run(there, name="waits", dataset="5k", seed=3)
+    found = compare([read_result(run) for run in (*runs[:3], waits)])
+    assert (found.row_fields, count_words(cell(found, []))) == ((), "3/4 seeds, 1 waiting")
+    found = compare([read_result(run) for run in (*runs[:2], runs[3])])
+    assert set(found.rows) == {("study/5k",), ("there/5k",)}
+    made(study, 2, "cc")  # written anew
+    assert set(compared(study).rows) == {("5k (aa, aa)",), ("5k (cc, cc)",)}
+
+
+def test_code_that_was_edited_between_runs_of_a_cell_is_said(study: Path) -> None:
+    for arch, digests in (("nets:Net", "aab"), ("mlp", "ccd")):
+        for seed, digest in enumerate(digests):
+            run = made_run(study, [1.0], arch=arch, seed=seed, name=f"{arch[:3]}{seed}")
+            run.code_file.write_text(json.dumps({"digest": digest, "roots": [], "folder": "/"}))
+    said = "a cell averages over runs of code that was edited in between "
+    assert compared(study).notes == [f"{said}(code a: net0, net1; code b: net2)"]
 
 
 def test_higher_may_be_better(study: Path) -> None:

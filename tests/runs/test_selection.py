@@ -23,7 +23,7 @@ def grid(study: Path) -> Path:
         compile=True,
         group="widths",
         dataset="/data/5k.npy",
-        arch_args=KeyValues(width=512, heads=2),
+        arch_args=KeyValues(width=512, heads=2, seed=7),
     )
     Run(study, "wide").create(
         RunConfig(wide, SlurmConfig(partition="gpu"), restarts=RestartConfig(retries=2))
@@ -57,6 +57,9 @@ def grid(study: Path) -> Path:
         (["arch=w*"], ["wide"]),
         (["dataset=5k"], ["wide"]),
         (["dataset=/data/5k.npy"], ["wide"]),
+        (["dataset=data/5k.npy"], ["wide"]),
+        (["dataset=5k.npy"], ["wide"]),
+        (["arch_args.seed=7"], ["wide"]),
         (["width=512"], ["wide"]),
         (["partition=gpu"], ["wide"]),
         (["compile=true"], ["wide"]),
@@ -90,7 +93,7 @@ def test_no_word_means_all(grid: Path) -> None:
         (["seed=" + "-" * 3000 + "1"], RunNotFoundError, "no run has seed=---"),
         (["flow=otcfm", "width=512"], RunNotFoundError, "has flow=otcfm and width=512 together"),
         (["flwo=icfm"], ConfigError, "flwo=: found no such field.*did you mean flow"),
-        (["haeds=2"], ConfigError, "of a model: heads; did you mean heads"),
+        (["haeds=2"], ConfigError, "arch_args.seed, heads; did you mean heads"),
         (["wide", "no-run"], RunNotFoundError, "no run, sweep or group no-run"),
     ],
 )
