@@ -13,7 +13,10 @@ FIRST_OF_ALL = ("sliced_wasserstein", "coverage", "memorization")
 def in_a_line(run: Run) -> str:
     """The first measures of a run, each with its floor; empty if it has not been evaluated."""
     try:
-        measures = read_json(run.evaluation_file)["measures"]
+        found = read_json(run.evaluation_file)
+        if run.is_outdated(found):
+            return ""
+        measures = found["measures"]
         shown = {name: measures[name] for name in FIRST_OF_ALL}
         return ", ".join(
             f"{name.replace('_', ' ')} {of['value']:.3f} ({of['floor']:.3f})"

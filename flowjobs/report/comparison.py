@@ -373,6 +373,8 @@ def _notes(results: Sequence[Result], metric: Metric, averaged: Sequence[str]) -
             f"{metric.step}"
         )
     notes += dict.fromkeys(note for result in results if (note := result.note_of(metric.name)))
+    if outdated := [result.run.name for result in results if result.finished and result.outdated]:
+        notes.append(f"measured before they were trained on: {first_of(outdated)}")
     missing = sum(result.finished and not result.measures for result in results)
     if missing and (metric.is_measure or any(result.measures for result in results)):
         notes.append(f"{missing} finished runs are not evaluated: `flowjobs evaluate` them")

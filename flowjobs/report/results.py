@@ -36,6 +36,7 @@ class Result:
         fields: Its config's fields, and its model's arguments, by name.
         status: As its folder says.
         evaluation: Its `evaluation.json`; empty if there is none.
+        outdated: Whether there is one of weights that it had before it was trained on.
         code: The digest of the user's code that it keeps; empty of a built-in model and flow.
         data: What its data are, by part; empty where that was not noted.
         words: By field, where the report has another word for the value than a run's name; see
@@ -46,6 +47,7 @@ class Result:
     fields: Mapping[str, Any]
     status: RunStatus
     evaluation: Mapping[str, Any]
+    outdated: bool = False
     code: str = ""
     data: Mapping[str, DataContent] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
@@ -137,7 +139,16 @@ def read_result(run: Run) -> Result:
     fields = fields_of(run)
     own = any(":" in str(fields[name]) for name in ("arch", "flow"))
     code = code_of(run) if own else None
-    return Result(run, fields, status, evaluation, code.digest if code else "", run.data())
+    outdated = run.is_outdated(evaluation)
+    return Result(
+        run,
+        fields,
+        status,
+        {} if outdated else evaluation,
+        outdated,
+        code.digest if code else "",
+        run.data(),
+    )
 
 
 def way_of(evaluation: Mapping[str, Any]) -> str:

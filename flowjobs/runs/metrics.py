@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -137,6 +138,25 @@ def read_rows(path: Path) -> Iterator[Row]:
     except FileNotFoundError:
         return
     yield from _rows_of(text)
+
+
+def best_step(path: Path) -> int | None:
+    """The step of the best validation loss so far, of which best.pt is once it is saved.
+
+    None where the rows do not say: there are none, or a best.pt that was lost was made anew.
+    """
+    best, step, said = math.inf, None, None
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    # A row of an epoch has the word; there are far more of others.
+    lines = (line for line in text.splitlines(keepends=True) if b"val/best_" in line)
+    for row in _rows_of(b"".join(lines)):
+        loss, said = row.get("val/loss"), row.get("val/best_loss")
+        if isinstance(loss, int | float) and loss < best:
+            best, step = loss, row["step"]
+    return step if best == said else None
 
 
 def _rows_of(text: bytes) -> Iterator[Row]:

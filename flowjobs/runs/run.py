@@ -43,7 +43,7 @@ from flowjobs.runs.datasets import content_of_data, differences, same_file
 from flowjobs.runs.extending import explain_extension
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import read_json, replaced_whole, write_json
-from flowjobs.runs.metrics import METRICS_FILE, latest_values
+from flowjobs.runs.metrics import METRICS_FILE, best_step, latest_values
 from flowjobs.runs.run_id import (
     NOTHING,
     Inherited,
@@ -137,6 +137,11 @@ class Run(Submittable):
     def evaluation_file(self) -> Path:
         """What the samples are worth; see `evaluation.evaluate`."""
         return self.folder / "evaluation.json"
+
+    def is_outdated(self, evaluation: Mapping[str, Any]) -> bool:
+        """Whether an evaluation is of weights that the run had before it was trained on."""
+        step, best = evaluation.get("step"), best_step(self.metrics_file)
+        return None not in (step, best) and step != best
 
     @property
     def checkpoints(self) -> Path:

@@ -4,6 +4,7 @@ import atexit
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from flowjobs.evaluation.sampling import CHUNK, joined
 from flowjobs.evaluation.solver import Solver
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_of_batch, flops_per_sample
-from flowjobs.runs.files import write_json
+from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.hint import hint
 from flowjobs.runs.recorder import Recorder
 from flowjobs.runs.run import Run
@@ -115,6 +116,7 @@ def draw_and_measure(
             raise RunInterrupted(reason)
 
     try:
+        _remove_outdated(run)
         trained = load_trained(run, device, model)
         n = min(CHUNK, len(data[1]))
         drawn = joined(list(trained.chunks(n, 0, Solver(), check=check))).x_1
@@ -133,3 +135,11 @@ def draw_and_measure(
         logger.warning("the samples were not measured: %s", error)
     except Exception:
         logger.warning("the samples were not measured", exc_info=True)
+
+
+def _remove_outdated(run: Run) -> None:
+    """Remove what an extended run had of its earlier end: this one may be told to stop first."""
+    run.samples_picture.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        if run.is_outdated(read_json(run.evaluation_file)):
+            run.evaluation_file.unlink()

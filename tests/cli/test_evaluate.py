@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flowjobs as package
-from flowjobs.cli.evaluation_table import print_evaluation
+from flowjobs.cli.evaluation_table import in_a_line, print_evaluation
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.evaluation import evaluate as evaluation
 from flowjobs.jobs.signals import StopSignals
@@ -45,7 +45,7 @@ def test_a_run_is_evaluated_at_its_end_and_when_asked(
     options = ("-n", "60", "--repeats", "1", "--steps", "5")
     done = flowjobs("evaluate", "a", "--json", *options)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("a: measured in another way before; the report compares by these")
+    assert "a: measured in another way before; the report compares by these" in done.stderr
     asked = json.loads(done.stdout)
     assert asked == json.loads(run.evaluation_file.read_text())
     assert (asked["n"], asked["nfe"]) == (60, 10)
@@ -173,13 +173,27 @@ def test_a_signal_while_measuring_ends_it_and_loses_nothing(
         return measure(samples, reference)
 
     run = Run(study, "a")
+    trained(run, TrainingConfig(epochs=1, arch_args=SMALL), lambda: None)
+    at_epoch_1 = run.evaluation_file.read_bytes()
     with monkeypatch.context() as patched, StopSignals() as signals:
         patched.setattr(evaluation.measures, "mmd", preempted_in)
-        trained(run, TrainingConfig(epochs=1, arch_args=SMALL), signals.reason)
+        trained(run, TrainingConfig(epochs=2, arch_args=SMALL), signals.reason)
     assert len(asked) == 2  # the value and its floor: then it was asked
     assert "flowjobs evaluate a" in caplog.text
     assert run.finished()
     assert run.samples_picture.exists()
+    assert not run.evaluation_file.exists()
+    # Where it stands all the same, it is not taken for what the run is worth.
+    run.evaluation_file.write_bytes(at_epoch_1)
+    assert in_a_line(run) == ""
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("flowjobs.training.run_training.draw_samples", full)
+    trained(run, TrainingConfig(epochs=3, arch_args=SMALL), lambda: None)
+    assert run.finished()
+    assert not run.samples_picture.exists()
     assert not run.evaluation_file.exists()
 
 

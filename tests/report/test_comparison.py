@@ -210,6 +210,20 @@ def test_samples_are_compared_by_a_measure_where_all_have_it(study: Path) -> Non
     assert marked(found) == set()
     assert "taken in other ways" in found.notes[0]
     assert f"n 64, repeats 2, solver midpoint, 25 steps: {run.name})" in found.notes[0]
+    # Of step 10, before it was trained on.
+    run.metrics_file.write_text(
+        '{"step": 10, "val/loss": 2.0, "val/best_loss": 2.0}\n{"step": 15, "train/loss": 1}\n'
+        '{"step": 20, "val/loss": 1.0, "val/best_loss": 1.0}\n'
+        '{"step": 30, "val/loss": 1.0, "val/best_loss": 1.0}\n'
+    )
+    for step, taken in ((20, True), (10, False)):
+        of = evaluation({"nn_train": 1.0, "sliced": 0.5}) | {"step": step}
+        run.evaluation_file.write_text(json.dumps(of))
+        found = compared(study, metric="sliced")
+        words = "n=3" if taken else "2/3 seeds, 1 not evaluated"
+        assert count_words(cell(found, ["otcfm"])) == words
+        assert (f"measured before they were trained on: {run.name}" in found.notes) is not taken
+    assert compared(study).metric.name == "best_val_loss"
     run.evaluation_file.unlink()
     assert compared(study).metric.name == "best_val_loss"
     assert count_words(cell(compared(study, metric="sliced"), ["otcfm"])) == (
