@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.cli.sample import SAY_EVERY_S, best_of, data_of
-from flowjobs.config import OptionalInt
+from flowjobs.config import OptionalInt, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.evaluation.solver import (
     DEFAULT_STEPS,
@@ -24,10 +25,11 @@ from flowjobs.evaluation.solver import (
     Solver,
 )
 from flowjobs.report.results import way_of
+from flowjobs.runs.datasets import PAIRS
 from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import names_one_run
-from flowjobs.runs.status import EXIT_BAD_INPUT
+from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED
 from flowjobs.words import first_of
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class Evaluate(InStudy):
         evaluations: list[dict[str, Any]] = []
         floors: dict[tuple[str, ...], Floors] = {}
         replaced: list[str] = []
+        raised = False
         for run in runs:
             try:
                 found = self._evaluated(run, solver, floors)
@@ -93,6 +96,13 @@ class Evaluate(InStudy):
                     raise
                 print(f"error: {run.name}: {error}", file=sys.stderr)
                 broken.append(run)
+                continue
+            except Exception:
+                if one:
+                    raise
+                traceback.print_exc()  # of a model of the user's own: the others may be sound
+                print(f"error: {run.name} was not measured: see above", file=sys.stderr)
+                raised = True
                 continue
             if _was_taken_otherwise(run, found):
                 replaced.append(run.name)
@@ -108,6 +118,8 @@ class Evaluate(InStudy):
             )
         if self.json:
             print_json(evaluations[0] if one else evaluations)
+        if raised:
+            return EXIT_FAILED
         return EXIT_BAD_INPUT if broken else 0
 
     def _evaluated(
@@ -123,10 +135,18 @@ class Evaluate(InStudy):
                 euler_steps=self.nfe,
                 seed=self.seed,
             )
-            config = trained.config
-            key = (config.dataset, config.source, config.normalize)
             data = data_of(run)
+            key = _floors_key(run, trained.config)
             return evaluate(trained, *data, scope, _Progress(run.name), floors.setdefault(key, {}))
+
+
+def _floors_key(run: Run, config: TrainingConfig) -> tuple[str, ...]:
+    """What floors depend on: the content of the data, of which two studies have one name."""
+    content = [
+        f"{part}: {of}" for part, of in sorted(run.data().items()) if not part.startswith(PAIRS)
+    ]
+    where = (str(run.study), config.dataset, config.source)
+    return (*(content or where), config.normalize)
 
 
 def _was_taken_otherwise(run: Run, found: dict[str, Any]) -> bool:

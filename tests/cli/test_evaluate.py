@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import flowjobs as package
+from flowjobs.cli.defaults import load_defaults
+from flowjobs.cli.evaluate import Evaluate
 from flowjobs.cli.evaluation_table import in_a_line, print_evaluation
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.evaluation import evaluate as evaluation
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.runs.code import import_from_snapshot
+from flowjobs.runs.datasets import split_files
 from flowjobs.runs.recorder import Untracked, recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -128,6 +131,41 @@ def trained(run: Run, config: TrainingConfig, stop_reason: Callable[[], str | No
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
     with recording(run, JobInfo.in_foreground()) as recorder:
         run_training(run, recorder, single_process(torch.device("cpu")), stop_reason)
+
+
+def test_runs_of_two_studies_have_their_own_floors_and_a_model_that_raises_stops_no_other(
+    study: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    net = "import torch\nclass Net(torch.nn.Linear):\n"
+    net += "    def __init__(self, dim):\n        super().__init__(dim, dim)\n"
+    net += "    def forward(self, x, t):\n        if len(x) > 100:\n"
+    net += "            raise RuntimeError('out of memory')\n        return super().forward(x)\n"
+    (workplace / "raises.py").write_text(net)
+    monkeypatch.syspath_prepend(workplace)
+    runs = [Run(study, "a"), Run(study, "raises"), Run(study.with_name("there"), "b")]
+    for run in runs:
+        for number, file in enumerate(split_files(run.study, "5k")):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scale = 1 if run.study == study else 100
+            torch.save(scale * torch.randn(64, 2, generator=torch.manual_seed(number)), file)
+        arch, arguments = ("raises:Net", {}) if run.name == "raises" else ("mlp", SMALL)
+        options = {"arch": arch, "arch_args": arguments, "dataset": "5k", "evaluate": False}
+        trained(run, TrainingConfig(epochs=1, batch_size=8, **options), lambda: None)
+
+    def measured(*names: str) -> tuple[int, list[dict[str, Any]]]:
+        command = Evaluate(names=names, n=20, repeats=1, steps=2, nfe=(), json=True)
+        return command.run(load_defaults()), json.loads(capsys.readouterr().out)
+
+    code, together = measured("study/runs/a", "study/runs/raises", "there/runs/b")
+    assert (code, [of["name"] for of in together]) == (1, ["a", "b"])
+    assert together[1] == measured("there/runs/b", "there/runs/b")[1][0]
+    floors = [of["measures"]["sliced_wasserstein"]["floor"] for of in together]
+    assert floors[1] == pytest.approx(100 * floors[0])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measured("study/runs/raises")
 
 
 class Noted(Untracked):
