@@ -9,6 +9,8 @@ from flowjobs.runs.run import Run
 # What a run's last lines say of it.
 FIRST_OF_ALL = ("sliced_wasserstein", "coverage", "memorization")
 
+SMALL = 0.01
+
 
 def in_a_line(run: Run) -> str:
     """The first measures of a run, each with its floor; empty if it has not been evaluated."""
@@ -19,11 +21,16 @@ def in_a_line(run: Run) -> str:
         measures = found["measures"]
         shown = {name: measures[name] for name in FIRST_OF_ALL}
         return ", ".join(
-            f"{name.replace('_', ' ')} {of['value']:.3f} ({of['floor']:.3f})"
+            f"{name.replace('_', ' ')} {_short(of['value'])} ({_short(of['floor'])})"
             for name, of in shown.items()
         )
     except (OSError, ValueError, TypeError, KeyError):
         return ""
+
+
+def _short(value: float) -> str:
+    """Three decimals; of data in small units, three digits."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= SMALL else f"{value:.3g}"
 
 
 def print_evaluation(found: Mapping[str, Any]) -> None:
@@ -43,7 +50,7 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
         spread = "" if of["std"] is None else f" ± {of['std']:.2g}"
         better = {True: "lower", False: "higher", None: "near the floor"}[of["lower_is_better"]]
         if of["best"] is not None:
-            better = f"near {of['best']:g}"
+            better = f"near {of['best']:.3g}"
         table.add_row(name, f"{of['value']:.4g}{spread}", f"{of['floor']:.4g}", better)
     console.print(table)
     for name, of in found["measures"].items():

@@ -141,17 +141,24 @@ def _print_table(found: "Comparison") -> None:
     from rich.text import Text
 
     from flowjobs.cli.table import plain_console
-    from flowjobs.report.text import MARK, cell_words, decimals_of, explanation, grid_of, header_of
+    from flowjobs.report.text import (
+        MARK,
+        cell_words,
+        explanation,
+        grid_of,
+        header_of,
+        number_format,
+    )
 
     console = plain_console(width=None if sys.stdout.isatty() else 1000)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in header_of(found):
         table.add_column(title)
-    decimals = decimals_of(found)
+    form = number_format(found)
     for row, cells in grid_of(found):
         shown = []
         for cell in cells:
-            words = cell_words(cell, decimals)
+            words = cell_words(cell, form)
             marked = cell is not None and cell.marked
             text = words.replace(" (", f"{MARK} (", 1) if marked else words
             shown.append(Text(text, style="bold" if marked else ""))

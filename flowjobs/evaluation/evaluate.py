@@ -6,6 +6,7 @@ Written as a run's `evaluation.json`:
     n, repeats       samples of each repeat, and how many repeats: other noise and other rows
     seed             of the first repeat's noise; the rows are the same for all models
     solver, nfe      in words, and network calls a sample
+    nearest_among    training rows that the nearest one is looked for among
     measures         by name: {"value", "std", "floor", "lower_is_better", "best", "note"}; the mean
                      and standard deviation over the repeats (null for one repeat);
                      `lower_is_better` is null where neither is better; `best` is what a perfect
@@ -23,12 +24,14 @@ smaller than the floor's own deviation means nothing. Values of another n are no
     coverage         see `measures`; wasserstein2 up to SMALL_DIM dimensions, c2st where asked for
     path_energy npe  up to SMALL_DIM dimensions: the integral of the squared velocity, in normalized
                      data, and |path_energy - W2²| / W2², W2 the exact distance between the noise
-                     and the validation rows. Floors: W2², and how far W2² itself is known
+                     and the validation rows. Floors: W2², and how far W2² itself is known. No npe
+                     where the paths start at the rows where they end
     nn_train         mean distance of a sample to the nearest row of the training part; its floor
                      is that of validation rows. Far below it: training rows are reproduced
-    memorization     share of samples that are nearer to training than to as many validation rows,
-                     those that are as near to both (of rows that both have) counting half: 0.5 for
-                     a model that has memorized none
+    memorization     share of samples that are nearer to a training row than to any validation row:
+                     1 for a model that returns what it was trained on. Its floor is the training
+                     rows' share of both, which one that has memorized none scores by chance; so
+                     counts a sample that is as near to both (to a row that both have)
 """
 
 import functools
@@ -63,9 +66,11 @@ HIGHER_IS_BETTER = frozenset({"precision", "recall", "density", "coverage"})
 # Paths of less energy than the shortest lead nowhere near the data; npe ranks them.
 NEITHER_IS_BETTER = frozenset({"nn_train", "path_energy"})
 # Chance: a classifier that is wrong more often than not tells samples from data as well.
-BEST = {"c2st": 0.5, "memorization": 0.5}
+BEST = {"c2st": 0.5}
 # Two distances are the same if they differ by less than this part of the data's deviation.
 TIE = 1e-6
+# Rows are the same if the squared distance is below this, in normalized data: float32 has 1e-7.
+SAME_ROWS = 1e-10
 
 # Value and floor by name.
 _Pairs = dict[str, tuple[float, float]]
@@ -180,30 +185,27 @@ def evaluate(
         "repeats": scope.repeats,
         "seed": scope.seed,
         "solver": str(scope.solver),
+        "nearest_among": min(scope.nearest_among, len(train)),
         "nfe": statistics.fmean(nfe for _, nfe in repeats),
         "measures": {
-            name: _summary(name, [found[name] for found in pairs], work.n, val.dim)
+            name: _summary(name, [found[name] for found in pairs], work.note(name))
             for name in pairs[0]
+            if all(name in found for found in pairs)
         },
         "by_nfe": by_nfe,
         "nfe_of_dopri5": nfe_of_dopri5,
     }
 
 
-def _summary(name: str, pairs: list[tuple[float, float]], n: int, dim: int) -> dict[str, Any]:
+def _summary(name: str, pairs: list[tuple[float, float]], note: str | None) -> dict[str, Any]:
     values, floors = zip(*pairs, strict=True)
     return {
         "value": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "floor": statistics.fmean(floors),
         "lower_is_better": None if name in NEITHER_IS_BETTER else name not in HIGHER_IS_BETTER,
-        "best": BEST.get(name),
-        "note": (
-            f"{n} points are no more than the {dim} dimensions, so that their covariances are "
-            "singular: most of the value is the floor's; give more (-n)"
-            if name == "frechet" and n <= dim
-            else None
-        ),
+        "best": floors[0] if name == "memorization" else BEST.get(name),
+        "note": note,
     }
 
 
@@ -241,6 +243,18 @@ class _Evaluation:
         if samples.path_energy is not None:
             found |= self._energies(samples, number)
         return found | self._neighbours(x, y, number), samples.nfe
+
+    def note(self, name: str) -> str | None:
+        """What to beware of at a measure."""
+        among, there = self._scope.nearest_among, len(self._train)
+        if name == "frechet" and self.n <= self._val.dim:
+            return (
+                f"{self.n} points are no more than the {self._val.dim} dimensions, so that their "
+                "covariances are singular: most of the value is the floor's; give more (-n)"
+            )
+        if name in ("nn_train", "memorization") and among < there:
+            return f"{among} of {there} training rows were looked at: copies of others are not seen"
+        return None
 
     def by_nfe(self) -> tuple[dict[str, dict[str, float]], float | None]:
         """Values by network calls, for the first repeat's noise and rows; the calls of dopri5."""
@@ -296,33 +310,31 @@ class _Evaluation:
                 ("to training", self._held(number)),
             )
         )
-        return {
-            "path_energy": (energy, least),
-            "npe": (abs(energy - least) / least, abs(other - least) / least),
-        }
+        found = {"path_energy": (energy, least)}
+        if least > SAME_ROWS:  # else the paths start at the very rows where they end
+            found["npe"] = abs(energy - least) / least, abs(other - least) / least
+        return found
 
     def _neighbours(self, x: Tensor, y: Tensor, number: int) -> _Pairs:
         """How near the samples are to the rows that the model has seen."""
-
-        def to_seen(points: Tensor) -> float:
-            among = self._scope.nearest_among
-            return float(self._nearest(points, self._train, "nearest", among).mean())
-
-        m = min(self._scope.nearest_among, len(self._train), len(self._val))
+        among = self._scope.nearest_among
         to_train, to_val = (
-            self._nearest(x, part, f"memorization {number}", m) for part in (self._train, self._val)
+            self._nearest(x, part, "nearest", among) for part in (self._train, self._val)
         )
+        seen, held_out = (min(among, len(part)) for part in (self._train, self._val))
+        chance = seen / (seen + held_out)
         apart = to_train - to_val
         # Within the columns: how far their means are apart says nothing of distances.
         deviation = (y - y.mean(0)).square().mean().sqrt()
         tied = apart.abs() < TIE * deviation
-        nearer = torch.where(tied, 0.5, (apart < 0).double())
+        nearer = torch.where(tied, chance, (apart < 0).double())
+
+        def of_data() -> float:
+            return float(self._nearest(y, self._train, "nearest", among).mean())
+
         return {
-            "nn_train": (
-                to_seen(x),
-                self._known("nn_train", number, functools.partial(to_seen, y)),
-            ),
-            "memorization": (float(nearer.mean()), BEST["memorization"]),
+            "nn_train": (float(to_train.mean()), self._known("nn_train", number, of_data)),
+            "memorization": (float(nearer.mean()), chance),
         }
 
     def _nearest(self, points: Tensor, dataset: FlowDataset, purpose: str, n: int) -> Tensor:

@@ -53,6 +53,7 @@ class Cell:
         states: What the others do, in words, and how many of each.
         marked: Whether it is the best, or cannot be told from it.
         floor: What the measure is for real data, if that is known.
+        best: The value that none is better than, where it lies between others.
     """
 
     results: tuple[Result, ...]
@@ -61,6 +62,7 @@ class Cell:
     states: Mapping[str, int]
     marked: bool = False
     floor: float | None = None
+    best: float | None = None
 
     @property
     def mean(self) -> float | None:
@@ -280,7 +282,9 @@ def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str], expect
     found = [result.measure(metric.name, "floor") for result in some]
     floors = [floor for floor in found if floor is not None]
     floor = statistics.fmean(floors) if metric.is_measure and floors else None
-    return Cell(tuple(some), values, expected, states, floor=floor)
+    bests = [result.measure(metric.name, "best") for result in some if metric.is_measure]
+    best = next((best for best in bests if best is not None), None)
+    return Cell(tuple(some), values, expected, states, floor=floor, best=best)
 
 
 def _with_marks(
@@ -296,7 +300,10 @@ def _with_marks(
         for places in groups.values()
         for place in _marked(
             {
-                place: {key: metric.badness(value) for key, value in cells[place].values.items()}
+                place: {
+                    key: metric.badness(value, cells[place].best)
+                    for key, value in cells[place].values.items()
+                }
                 for place in places
             }
         )
@@ -334,22 +341,29 @@ def _is_better(one: Mapping[Key, float], other: Mapping[Key, float]) -> bool:
 
 def _incomparable(results: Sequence[Result], metric: Metric) -> str:
     """Why no two cells of the table are ranked, or ""."""
+    # What is of one set of data is compared with what is of it alone.
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.shown("dataset"), []).append(result)
     if metric.is_measure:
-        ways: dict[str, list[str]] = {}
-        for result in results:
-            if result.measures:
-                ways.setdefault(way_of(result.evaluation), []).append(result.run.name)
-        if len(ways) < 2:
-            return ""
-        found = "; ".join(f"{way}: {first_of(names)}" for way, names in ways.items())
-        return (
-            f"{metric.title} was taken in other ways for some runs, so that nothing is marked, and "
-            f"means over them mislead: `flowjobs evaluate` them alike ({found})"
-        )
+        for some in groups.values():
+            ways: dict[str, list[str]] = {}
+            for result in some:
+                if result.measures:
+                    way = way_of(result.evaluation, metric.name)
+                    ways.setdefault(way, []).append(result.run.name)
+            if len(ways) > 1:
+                found = "; ".join(f"{way}: {first_of(names)}" for way, names in ways.items())
+                return (
+                    f"{metric.title} was taken in other ways for some runs, so that nothing is "
+                    "marked, and means over them mislead: `flowjobs evaluate` them alike "
+                    f"({found})"
+                )
+        return ""
     varies = [
         name
         for name in metric.floors
-        if name != "dataset" and len({result.shown(name) for result in results}) > 1
+        if any(len({result.shown(name) for result in some}) > 1 for some in groups.values())
     ]
     if not varies:
         return ""
@@ -374,7 +388,7 @@ def _notes(results: Sequence[Result], metric: Metric, averaged: Sequence[str]) -
         )
     notes += dict.fromkeys(note for result in results if (note := result.note_of(metric.name)))
     if outdated := [result.run.name for result in results if result.finished and result.outdated]:
-        notes.append(f"measured before they were trained on: {first_of(outdated)}")
+        notes.append(f"evaluated before they were trained further: {first_of(outdated)}")
     missing = sum(result.finished and not result.measures for result in results)
     if missing and (metric.is_measure or any(result.measures for result in results)):
         notes.append(f"{missing} finished runs are not evaluated: `flowjobs evaluate` them")

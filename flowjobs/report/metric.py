@@ -36,8 +36,6 @@ class Metric:
         lower_is_better: None where neither is.
         step: Where the runs are compared; None: at the end of those that are finished.
         floors: The fields of a config that must be the same where two values are compared.
-        best: The value that none is better than, where it lies between others (chance, of a
-            classifier); None: there is no end.
     """
 
     name: str
@@ -45,12 +43,17 @@ class Metric:
     lower_is_better: bool | None = True
     step: int | None = None
     floors: Sequence[str] = FLOOR_OF_MEASURE
-    best: float | None = None
 
-    def badness(self, value: float) -> float:
-        """By what values are ranked, less being better."""
-        if self.best is not None:
-            return abs(value - self.best)
+    def badness(self, value: float, best: float | None = None) -> float:
+        """By what values are ranked, less being better.
+
+        Args:
+            value: Of a run.
+            best: The value that none is better than, where it lies between others (chance, of a
+                classifier).
+        """
+        if best is not None:
+            return abs(value - best)
         return value if self.lower_is_better else -value
 
     @property
@@ -98,7 +101,6 @@ def choose_metric(results: Sequence[Result], name: str | None, at_step: AtStep) 
             True,
             _said(results, of, "lower_is_better"),
             floors=FLOOR_OF_PATHS if of in PATHS else FLOOR_OF_MEASURE,
-            best=_said(results, of, "best"),
         )
         if AT_CALLS in name and not any(result.measure(name) is not None for result in results):
             raise ConfigError(f"--metric: no run has {name}; see by_nfe in its evaluation.json")

@@ -14,10 +14,10 @@ from flowjobs.report.results import BEST_LOSS, Result
 from flowjobs.report.text import (
     MARK,
     count_words,
-    decimals_of,
     explanation,
     grid_of,
     header_of,
+    number_format,
     value_words,
 )
 
@@ -91,7 +91,7 @@ def html_page(found: Comparison, title: str, command: str) -> str:
         result.run: _line(found, result, f"run{number}", varying)
         for number, result in enumerate(found.results)
     }
-    decimals = decimals_of(found)
+    form = number_format(found)
     return environment.get_template("page.html").render(
         title=title,
         command=command,
@@ -105,14 +105,14 @@ def html_page(found: Comparison, title: str, command: str) -> str:
         header=header_of(found),
         column_fields=", ".join(found.column_fields),
         grid=grid_of(found),
-        value_of=lambda cell: value_words(cell, decimals),
+        value_of=lambda cell: value_words(cell, form),
         count_of=count_words,
         is_best_loss=found.metric.name == BEST_LOSS and found.metric.step is None,
         charts=loss_charts(found),
         pictures=_pictures(found),
         varying=varying,
         lines=lines,
-        decimals=decimals,
+        number=lambda value: f"{value:{form}}",
     )
 
 

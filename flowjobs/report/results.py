@@ -25,6 +25,8 @@ from flowjobs.runs.status import RunStatus, read_sound_status
 BEST_LOSS = "best_val_loss"
 # Between a measure and the network calls of its samples: sliced_wasserstein@8.
 AT_CALLS = "@"
+# What is told by the nearest of some training rows.
+OF_NEIGHBOURS = ("nn_train", "memorization")
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,17 @@ def read_result(run: Run) -> Result:
     )
 
 
-def way_of(evaluation: Mapping[str, Any]) -> str:
-    """How measures were taken, which their values depend on: "n 256, repeats 2, solver heun"."""
-    return ", ".join(f"{key} {evaluation.get(key)}" for key in ("n", "repeats", "solver"))
+def way_of(evaluation: Mapping[str, Any], name: str | None = None) -> str:
+    """How measures were taken, which their values depend on: "n 256, repeats 2, solver heun".
+
+    Args:
+        evaluation: As `evaluation.json` has it.
+        name: The measure; None: all of them.
+    """
+    keys = ["n", "repeats", "solver"]
+    if name in (None, *OF_NEIGHBOURS):
+        keys += [key for key in ("nearest_among",) if key in evaluation]
+    return ", ".join(f"{key.replace('_', ' ')} {evaluation.get(key)}" for key in keys)
 
 
 def _is_number(row: Row, key: str) -> bool:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,10 @@ from flowjobs.report.comparison import Cell, Comparison
 
 # Two digits of a typical deviation say as much as is known.
 MOST_DECIMALS = 6
+# Values below are written with an exponent where they need more decimals.
+TINY = 0.01
 MARK = "*"
+EXPONENT = re.compile(r"e([+-]\d+)")
 
 LATEX_ESCAPES = str.maketrans(
     {
@@ -29,8 +33,8 @@ LATEX_ESCAPES = str.maketrans(
 )
 
 
-def decimals_of(found: Comparison) -> int:
-    """How many decimals the values of a table are given with, all alike."""
+def number_format(found: Comparison) -> str:
+    """How the values of a table are written, all alike: ".3f", or ".2e" where they are tiny."""
     cells = found.cells.values()
     deviations = [cell.deviation for cell in cells if cell.deviation]
     means = [abs(cell.mean) for cell in cells if cell.mean]
@@ -39,17 +43,21 @@ def decimals_of(found: Comparison) -> int:
     elif means:
         size = 3 - math.floor(math.log10(min(means)))
     else:
-        return 0
-    return max(0, min(MOST_DECIMALS, size))
+        return ".0f"
+    largest = max(means, default=0.0)
+    if size <= MOST_DECIMALS or largest >= TINY or not largest:
+        return f".{max(0, min(MOST_DECIMALS, size))}f"
+    digits = size + math.floor(math.log10(largest))
+    return f".{max(2, min(MOST_DECIMALS, digits))}e"
 
 
-def value_words(cell: Cell, decimals: int, between: str = " ± ") -> str:
+def value_words(cell: Cell, form: str, between: str = " ± ") -> str:
     """Mean and deviation; empty without a value."""
     if cell.mean is None:
         return ""
     if cell.deviation is None:
-        return f"{cell.mean:.{decimals}f}"
-    return f"{cell.mean:.{decimals}f}{between}{cell.deviation:.{decimals}f}"
+        return f"{cell.mean:{form}}"
+    return f"{cell.mean:{form}}{between}{cell.deviation:{form}}"
 
 
 def count_words(cell: Cell) -> str:
@@ -63,11 +71,11 @@ def count_words(cell: Cell) -> str:
     return ", ".join(parts)
 
 
-def cell_words(cell: Cell | None, decimals: int) -> str:
+def cell_words(cell: Cell | None, form: str) -> str:
     """All of a cell on one line."""
     if cell is None:
         return ""
-    value, count = value_words(cell, decimals), count_words(cell)
+    value, count = value_words(cell, form), count_words(cell)
     return f"{value} ({count})" if value else count
 
 
@@ -76,8 +84,9 @@ def explanation(found: Comparison) -> str:
     text = f"{found.metric.title}: mean ± standard deviation over n seeds"
     better = {True: "lower is better", False: "higher is better", None: ""}
     words = better[found.metric.lower_is_better]
-    if found.metric.best is not None:
-        words = f"the nearer to {found.metric.best:g} the better"
+    bests = {f"{cell.best:.3g}" for cell in found.cells.values() if cell.best is not None}
+    if bests:  # of several sets of data each has its own
+        words = f"the nearer to {' or '.join(sorted(bests))} the better"
     if words:
         text += f"; {words}"
     if found.has_marks:
@@ -105,11 +114,11 @@ def grid_of(found: Comparison) -> list[tuple[Sequence[str], list[Cell | None]]]:
 
 def markdown(found: Comparison) -> str:
     """A table of GitHub's Markdown, with what a reader must know under it."""
-    decimals = decimals_of(found)
+    form = number_format(found)
     header = header_of(found)
     lines = [_markdown_row(header), _markdown_row(["---"] * len(header))]
     for row, cells in grid_of(found):
-        words = [cell_words(cell, decimals) for cell in cells]
+        words = [cell_words(cell, form) for cell in cells]
         marked = [
             f"**{text}**" if cell and cell.marked else text
             for text, cell in zip(words, cells, strict=True)
@@ -152,22 +161,23 @@ def as_csv(found: Comparison) -> str:
 
 def latex(found: Comparison) -> str:
     """A table of the booktabs package, to be put into a paper."""
-    decimals = decimals_of(found)
+    form = number_format(found)
     header = header_of(found)
     lines = [f"% {line}" for line in (explanation(found), *found.notes)]
     lines += ["% needs \\usepackage{booktabs}"]
     lines.append("\\begin{tabular}{" + "l" * len(found.row_fields) + "c" * len(found.columns) + "}")
     lines += ["\\toprule", " & ".join(map(latex_escaped, header)) + " \\\\", "\\midrule"]
     for row, cells in grid_of(found):
-        words = [*map(latex_escaped, row), *(_latex_cell(cell, decimals) for cell in cells)]
+        words = [*map(latex_escaped, row), *(_latex_cell(cell, form) for cell in cells)]
         lines.append(" & ".join(words) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 
-def _latex_cell(cell: Cell | None, decimals: int) -> str:
+def _latex_cell(cell: Cell | None, form: str) -> str:
     if cell is None:
         return ""
-    value, count = value_words(cell, decimals, between=" \\pm "), count_words(cell)
+    value, count = value_words(cell, form, between=" \\pm "), count_words(cell)
+    value = EXPONENT.sub(lambda found: rf" \times 10^{{{int(found[1])}}}", value)
     if not value:
         return latex_escaped(count)
     shown = f"$\\mathbf{{{value}}}$" if cell.marked else f"${value}$"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowjobs.config import TrainingConfig
 from flowjobs.data.dataset import FlowDataset
-from flowjobs.data.source import NormalSource
+from flowjobs.data.source import NormalSource, RowSource
 from flowjobs.errors import ConfigError, DataError, RunInterrupted
 from flowjobs.evaluation import evaluate as evaluation
 from flowjobs.evaluation import sampling
@@ -53,6 +53,7 @@ def normal_data(n: int, seed: int, *shape: int) -> FlowDataset:
 
 SCOPE = Scope(n=200, repeats=3, with_c2st=False, solver=Solver("midpoint", 20))
 FEW = dataclasses.replace(SCOPE, n=50, repeats=2)
+FEW40 = dataclasses.replace(FEW, n=40)
 
 
 def test_a_perfect_model_scores_its_floor_and_its_paths_are_the_shortest() -> None:
@@ -112,6 +113,7 @@ def test_a_model_that_memorizes_is_found_out() -> None:
     memorized = trained(ToNearest(train.data), 16)
     found = evaluate(memorized, train, val, FEW)["measures"]
     assert found["memorization"]["value"] == 1
+    assert found["memorization"]["best"] == found["memorization"]["floor"] == 0.5
     assert found["nn_train"]["value"] < 0.01 * found["nn_train"]["floor"]
     # Columns that are far from one another are no farther from a row.
     moved = dataclasses.replace(memorized, stats={**memorized.stats, "mean": FAR})
@@ -120,6 +122,19 @@ def test_a_model_that_memorizes_is_found_out() -> None:
     assert found["memorization"]["value"] == 1
     found = evaluate(trained(Still(), 16), train, val, FEW)["measures"]
     assert found["memorization"]["value"] == pytest.approx(0.5, abs=0.15)
+    # Whatever the sizes of both parts.
+    train, scope = normal_data(600, 1, 16), dataclasses.replace(FEW, n=60, euler_steps=())
+    for model, value in ((ToNearest(train.data), 1), (Still(), 10 / 11)):
+        found = evaluate(trained(model, 16), train, val, scope)["measures"]
+        of = found["memorization"]
+        assert of["value"] == pytest.approx(value, abs=0.1 if value < 1 else 0)
+        assert (of["floor"], of["note"]) == (pytest.approx(10 / 11), None)
+    # But for the training rows that are not looked at.
+    some = dataclasses.replace(scope, nearest_among=60)
+    found = evaluate(trained(ToNearest(train.data), 16), train, val, some)
+    said = "60 of 600 training rows were looked at: copies of others are not seen"
+    assert [found["measures"][name]["note"] for name in ("nn_train", "memorization")] == [said] * 2
+    assert found["nearest_among"] == 60
     assert "wasserstein2" not in found  # 16 dimensions are too many for 50 points
     assert "npe" not in found
 
@@ -130,6 +145,15 @@ def test_rows_that_both_parts_have_are_not_memorized() -> None:
     for model in (ToNearest(rows), Still()):
         found = evaluate(trained(model, 4), train, val, FEW)["measures"]
         assert found["memorization"]["value"] == 0.5
+
+
+def test_paths_from_the_very_rows_where_they_end_have_no_npe() -> None:
+    train, val = normal_data(60, 1), normal_data(40, 2)
+    model = trained(Still())
+    stats = model.stats["mean"], model.stats["std"]
+    found = evaluate(dataclasses.replace(model, source=RowSource(val, *stats)), train, val, FEW40)
+    assert "npe" not in found["measures"]
+    assert found["measures"]["path_energy"]["floor"] == pytest.approx(0, abs=1e-6)
 
 
 def test_too_few_points_for_a_covariance_are_said() -> None:

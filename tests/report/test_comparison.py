@@ -12,7 +12,7 @@ from flowjobs.config import KeyValues
 from flowjobs.errors import ConfigError
 from flowjobs.report.comparison import Cell, Comparison, compare
 from flowjobs.report.results import read_result
-from flowjobs.report.text import cell_words, count_words, decimals_of, explanation
+from flowjobs.report.text import cell_words, count_words, explanation, number_format
 from flowjobs.runs.run import Run, run_names
 from tests.report.made_up import evaluation, made_run
 
@@ -222,7 +222,9 @@ def test_samples_are_compared_by_a_measure_where_all_have_it(study: Path) -> Non
         found = compared(study, metric="sliced")
         words = "n=3" if taken else "2/3 seeds, 1 not evaluated"
         assert count_words(cell(found, ["otcfm"])) == words
-        assert (f"measured before they were trained on: {run.name}" in found.notes) is not taken
+        assert (
+            f"evaluated before they were trained further: {run.name}" in found.notes
+        ) is not taken
     assert compared(study).metric.name == "best_val_loss"
     run.evaluation_file.unlink()
     assert compared(study).metric.name == "best_val_loss"
@@ -306,6 +308,49 @@ def test_what_is_best_at_chance_is_ranked_by_the_distance_from_it(study: Path) -
     assert marked(found) == {"0.2"}
     assert "the nearer to 0.5 the better" in explanation(found)
     assert "lower is better" not in explanation(found)
+    # Of other data it is another value.
+    for run in [Run(study, name) for name in run_names(study)]:
+        of = evaluation({"memorization": 1.0})
+        of["measures"]["memorization"] |= {"value": 0.8 + run.config().training.lr, "best": 0.9}
+        run.evaluation_file.write_text(json.dumps(of))
+    for seed in range(3):
+        for lr, value in ((0.1, 0.6), (0.2, 0.7)):
+            measures = {"memorization": value + seed / 100}
+            run = made_run(study, [1.0], measures=measures, lr=lr, seed=seed, dataset="moons")
+            of = json.loads(run.evaluation_file.read_text())
+            of["measures"]["memorization"]["best"] = 0.5
+            run.evaluation_file.write_text(json.dumps(of))
+    found = compared(study)
+    assert marked(found) == {"0.1 digits", "0.1 moons"}
+    assert "the nearer to 0.5 or 0.9 the better" in explanation(found)
+
+
+@pytest.mark.parametrize("metric", ["sliced", "nn_train"])
+def test_what_is_taken_alike_for_each_set_of_data_is_ranked(study: Path, metric: str) -> None:
+    runs: dict[str, list[Run]] = {"digits": [], "moons": []}
+    for seed in range(3):
+        for lr in (0.1, 0.2):
+            for dataset, n in (("digits", 270), ("moons", 2000)):
+                run = made_run(study, [1.0], lr=lr, seed=seed, dataset=dataset)
+                of = evaluation({metric: lr + seed / 100}, n=n) | {"nearest_among": 100_000}
+                run.evaluation_file.write_text(json.dumps(of))
+                runs[dataset].append(run)
+    ranked = {"0.1 digits", "0.1 moons"} if metric == "sliced" else set()
+    found = compared(study, metric=metric)
+    assert (marked(found), "taken in other ways" in str(found.notes)) == (ranked, False)
+    # Of which nn_train alone depends.
+    of["nearest_among"] = 10_000
+    run.evaluation_file.write_text(json.dumps(of))
+    found = compared(study, metric=metric)
+    assert marked(found) == ranked
+    assert ("taken in other ways" in str(found.notes)) is (metric == "nn_train")
+    # A loss of other noise where the data are other anyway.
+    for run in runs["moons"]:
+        config = json.loads(run.config_file.read_text())
+        config["training"]["sigma"] = 0.1
+        run.config_file.write_text(json.dumps(config))
+    found = compared(study, metric="best_val_loss", rows=["lr"], columns=["dataset"])
+    assert marked(found) == {"0.1 digits", "0.2 digits", "0.1 moons", "0.2 moons"}
 
 
 def test_the_loss_of_a_coupled_flow_depends_on_the_batch_size(study: Path) -> None:
@@ -371,7 +416,7 @@ def test_the_same_seed_twice_counts_twice_and_what_is_averaged_is_said(study: Pa
     made_run(study, [1.0], name="one")
     made_run(study, [2.0], name="two")
     found = compared(study)
-    assert cell_words(cell(found, []), decimals_of(found)) == "1.50 ± 0.71 (n=2)"
+    assert cell_words(cell(found, []), number_format(found)) == "1.50 ± 0.71 (n=2)"
     made_run(study, [4.0], lr=0.1)
     found = compared(study, rows=[], columns=[])
     assert found.notes == ["each cell averages over lr too: give it to --rows or --columns"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.evaluation_table import FIRST_OF_ALL, in_a_line
 from flowjobs.cli.main import parse
 from flowjobs.config import (
     KeyValues,
@@ -20,8 +21,12 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
 )
+from flowjobs.report import text
+from flowjobs.report.comparison import compare
 from flowjobs.report.origin import command_of, commit_of
-from flowjobs.runs.run import Run
+from flowjobs.report.page import html_page
+from flowjobs.report.results import read_result
+from flowjobs.runs.run import Run, run_names
 from tests.conftest import Command
 from tests.report.made_up import made_run
 
@@ -85,6 +90,29 @@ def test_each_form_has_the_same_table(flowjobs: Command, ablation: Path) -> None
         command = ["pdflatex", "-interaction=batchmode", "-halt-on-error", "table.tex"]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         assert done.returncode == 0, Path("table.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("unit", "shown"),
+    [
+        (1e-9, "1.10e-09 ± 1.00e-10"),
+        (1e-3, "0.00110 ± 0.00010"),
+        (1.0, "1.10 ± 0.10"),
+        (1e9, "1100000000 ± 100000000"),
+    ],
+)
+def test_values_of_any_unit_are_told_apart(study: Path, unit: float, shown: str) -> None:
+    for seed in range(3):
+        measures = {"frechet": unit * (1 + seed / 10)}
+        run = made_run(study, [1.0], measures=measures, seed=seed)
+    found = compare([read_result(Run(study, name)) for name in run_names(study)])
+    assert f"{shown} (n=3)" in text.markdown(found)
+    if "e" in shown:
+        assert r"$1.10 \times 10^{-9} \pm 1.00 \times 10^{-10}$" in text.latex(found)
+        assert shown in html_page(found, "", "")
+    of = {name: {"value": unit, "floor": 0.0} for name in FIRST_OF_ALL}
+    run.evaluation_file.write_text(json.dumps({"measures": of}))
+    assert float(in_a_line(run).partition("coverage ")[2].partition(" (")[0]) == unit
 
 
 def test_names_are_printed_as_they_stand(flowjobs: Command, study: Path) -> None:
