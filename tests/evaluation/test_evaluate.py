@@ -53,7 +53,8 @@ def normal_data(n: int, seed: int, *shape: int) -> FlowDataset:
 
 SCOPE = Scope(n=200, repeats=3, with_c2st=False, solver=Solver("midpoint", 20))
 FEW = dataclasses.replace(SCOPE, n=50, repeats=2)
-FEW40 = dataclasses.replace(FEW, n=40)
+# Without the curve over network calls.
+MEASURES = dataclasses.replace(FEW, euler_steps=())
 
 
 def test_a_perfect_model_scores_its_floor_and_its_paths_are_the_shortest() -> None:
@@ -111,19 +112,19 @@ FAR = torch.zeros(16, dtype=torch.float64).index_fill(0, torch.tensor(3), 1e7)
 def test_a_model_that_memorizes_is_found_out() -> None:
     train, val = normal_data(60, 1, 16), normal_data(60, 2, 16)
     memorized = trained(ToNearest(train.data), 16)
-    found = evaluate(memorized, train, val, FEW)["measures"]
+    found = evaluate(memorized, train, val, MEASURES)["measures"]
     assert found["memorization"]["value"] == 1
     assert found["memorization"]["best"] == found["memorization"]["floor"] == 0.5
     assert found["nn_train"]["value"] < 0.01 * found["nn_train"]["floor"]
     # Columns that are far from one another are no farther from a row.
     moved = dataclasses.replace(memorized, stats={**memorized.stats, "mean": FAR})
     parts = [FlowDataset(part.data + FAR) for part in (train, val)]
-    found = evaluate(moved, *parts, FEW)["measures"]
+    found = evaluate(moved, *parts, MEASURES)["measures"]
     assert found["memorization"]["value"] == 1
-    found = evaluate(trained(Still(), 16), train, val, FEW)["measures"]
+    found = evaluate(trained(Still(), 16), train, val, MEASURES)["measures"]
     assert found["memorization"]["value"] == pytest.approx(0.5, abs=0.15)
     # Whatever the sizes of both parts.
-    train, scope = normal_data(600, 1, 16), dataclasses.replace(FEW, n=60, euler_steps=())
+    train, scope = normal_data(600, 1, 16), dataclasses.replace(MEASURES, n=60)
     for model, value in ((ToNearest(train.data), 1), (Still(), 10 / 11)):
         found = evaluate(trained(model, 16), train, val, scope)["measures"]
         of = found["memorization"]
@@ -149,9 +150,9 @@ def test_rows_that_both_parts_have_are_not_memorized() -> None:
 
 def test_paths_from_the_very_rows_where_they_end_have_no_npe() -> None:
     train, val = normal_data(60, 1), normal_data(40, 2)
-    model = trained(Still())
+    model, scope = trained(Still()), dataclasses.replace(MEASURES, n=40)
     stats = model.stats["mean"], model.stats["std"]
-    found = evaluate(dataclasses.replace(model, source=RowSource(val, *stats)), train, val, FEW40)
+    found = evaluate(dataclasses.replace(model, source=RowSource(val, *stats)), train, val, scope)
     assert "npe" not in found["measures"]
     assert found["measures"]["path_energy"]["floor"] == pytest.approx(0, abs=1e-6)
 
