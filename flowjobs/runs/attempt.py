@@ -115,6 +115,11 @@ class Attempt:
         """Note how large the model is; reaches the disk with what is noted next."""
         self._status.parameters, self._status.flops_per_sample = parameters, flops_per_sample
 
+    def note_divergence(self, after_step: int) -> None:
+        """Note that lost rows past a step come again with other values; reaches the disk so too."""
+        before = self._status.diverged_after
+        self._status.diverged_after = after_step if before is None else min(before, after_step)
+
     def start_at(self, step: int, extensions: Sequence[Extension] = ()) -> None:
         """Note the step that this attempt starts at, before it trains, and how it was extended."""
         self._status.extensions = [*extensions]

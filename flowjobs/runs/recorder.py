@@ -22,14 +22,6 @@ class Tracker(Protocol):
         """The next row is the run's last: its picture belongs into it."""
         ...
 
-    def rows_diverged_after(self, step: int) -> None:
-        """The rows past a step differ from those that an earlier attempt logged and lost."""
-        ...
-
-    def summarize(self, values: Mapping[str, Any]) -> None:
-        """Set values of the run's summary."""
-        ...
-
 
 # Opens the tracker of a run's newest attempt; what ends the block is the attempt's outcome.
 Track = Callable[[Run], AbstractContextManager[Tracker]]
@@ -42,12 +34,6 @@ class Untracked:
         """See `Tracker`."""
 
     def last_row_comes(self) -> None:
-        """See `Tracker`."""
-
-    def rows_diverged_after(self, step: int) -> None:
-        """See `Tracker`."""
-
-    def summarize(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
 
 
@@ -73,8 +59,6 @@ class Recorder:
     def note_size(self, parameters: int, flops_per_sample: int | None) -> None:
         """Say how large the model is, before `start_at`."""
         self.attempt.note_size(parameters, flops_per_sample)
-        sizes = {"parameters": parameters, "flops_per_sample": flops_per_sample}
-        self._tracker.summarize({key: size for key, size in sizes.items() if size is not None})
 
     def start_at(
         self,
@@ -99,14 +83,10 @@ class Recorder:
         assert self._metrics is not None, "start_at comes first"
         last_same = self._metrics.notice_other_values(row)
         if last_same is not None:
-            self._tracker.rows_diverged_after(last_same)
+            self.attempt.note_divergence(last_same)
         if is_last:
             self._tracker.last_row_comes()
         self._metrics.append(row)
-
-    def summarize(self, values: Mapping[str, Any]) -> None:
-        """Set values of the run's summary in the tracker."""
-        self._tracker.summarize(values)
 
     def flush_rows(self) -> None:
         """Return when every row is on the disk, or raise an OSError."""

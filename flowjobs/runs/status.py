@@ -203,6 +203,7 @@ class RunStatus:
         extensions: When it was given more epochs or patience: {"step": 69, "epochs": [3, 6]}.
         parameters: Of its model; None before it has been built.
         flops_per_sample: Operations of the forward pass of one row; None if they are not known.
+        diverged_after: The last step before rows that were lost and came again with other values.
         updated: When it was written; empty where no status is on disk, or a damaged one.
     """
 
@@ -219,6 +220,7 @@ class RunStatus:
     extensions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     parameters: int | None = None
     flops_per_sample: int | None = None
+    diverged_after: int | None = None
     updated: str = ""
     attempts: list[AttemptRecord] = dataclasses.field(default_factory=list)
 

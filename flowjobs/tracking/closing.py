@@ -10,11 +10,10 @@ from flowjobs.tracking.mode import ResolvedMode, has_login, is_here, resolve_mod
 from flowjobs.tracking.process import start_mirror, upload_limit_s
 from flowjobs.tracking.record import (
     Session,
-    new_session,
+    begin_session,
     read_session,
     read_uploaded,
     state_to_report,
-    write_session,
 )
 
 logger = logging.getLogger(__name__)
@@ -47,8 +46,7 @@ def close_session(run: Run, *, wait: bool = True) -> bool:
         logger.warning("W&B could not be told how %s ended: no login for %s", run.name, server)
         return True
     try:
-        session = new_session(run, mode)
-        write_session(run, session)
+        session = begin_session(run, mode)
         mirror = start_mirror(run, session, "close")
         if wait:
             wait_for_mirror(run, session, mirror, upload_limit_s(run))

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from flowjobs.errors import LockHeldError
 from flowjobs.runs.files import append_line
@@ -48,7 +48,6 @@ from flowjobs.tracking.record import (
 )
 from flowjobs.tracking.session import (
     FLUSH_INTERVAL_S,
-    LOWEST,
     NotUploadedError,
     WandbSession,
     may_succeed_at_once,
@@ -126,9 +125,6 @@ class Mirror:
 
     def finish(self) -> int:
         """Tell W&B the state of the run. Returns the exit code."""
-        newest = read_session(self._run)
-        if newest is not None and newest.token == self._session.token:
-            self._session = newest
         state = state_to_report(self._run)
         if (outcome := state.outcome) is None:
             return EXIT_CLOSED  # an attempt has begun, and says itself what comes of it
@@ -144,9 +140,7 @@ class Mirror:
         outcome = state.outcome or died
         uploads = True
         try:
-            uploads = bool(
-                missing_on_server(self._run, last_step_of(self._run), self._session, outcome)
-            )
+            uploads = bool(missing_on_server(self._run, last_step_of(self._run), outcome))
         except Exception as error:  # of any kind; opening a session tells more of it
             logger.info("the server does not say what it has: %s", error)
         if uploads:
@@ -189,8 +183,7 @@ class Mirror:
         if self._held is not None:
             self._log_held_row(picture)
             picture = None
-        summary = summary_of(read_rows(self._run.metrics_file)) | self._session.summary
-        self._wandb.finish(self._session, outcome, summary, picture)
+        self._wandb.finish(outcome, picture)
 
     def _verify_on_server(self) -> None:
         """Ask the server, since wandb's `finish` says nothing of what it had to throw away.
@@ -311,21 +304,6 @@ class Mirror:
     def _send(self, **news: str | bool | int) -> None:
         with suppress(OSError):  # nobody listens any more
             os.write(self._events, (json.dumps(news) + "\n").encode())
-
-
-def summary_of(rows: Iterable[Row]) -> dict[str, Any]:
-    """What a run's summary says of its rows: the lowest losses, the newest of all else.
-
-    Each session says it whole: wandb itself knows only the rows of a session of its own.
-    """
-    summary: dict[str, Any] = {}
-    for row in rows:
-        for key, value in row.items():
-            if key in LOWEST:
-                summary[key] = {"min": min(value, summary.get(key, {}).get("min", value))}
-            elif key != "step":
-                summary[key] = value
-    return summary
 
 
 def end_with(parent: int, role: Role) -> None:

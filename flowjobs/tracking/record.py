@@ -17,9 +17,9 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flowjobs.errors import ConfigError, ServerError
 from flowjobs.from_json import from_json
@@ -62,14 +62,10 @@ class Session:
     Attributes:
         mode: Where its rows go: to the server, or to a file that is synced later.
         token: Tells sessions apart; the newest owns the run in W&B.
-        summary: What the run's summary is to hold beside the last row.
-        diverged_after: The step past which W&B may have rows of lost work that were other values.
     """
 
     mode: Mode
     token: str
-    summary: dict[str, Any] = field(default_factory=dict)
-    diverged_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,12 +117,6 @@ class Uploaded:
     refusal: Refusal | None = None
 
 
-def new_session(run: Run, mode: Mode) -> Session:
-    """A session that takes over what is known of the one before. Writes nothing."""
-    token = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
-    return replace(read_session(run) or Session(mode, token), mode=mode, token=token)
-
-
 def read_session(run: Run) -> Session | None:
     """The newest session; None if there was none, or its file is damaged."""
     try:
@@ -138,10 +128,12 @@ def read_session(run: Run) -> Session | None:
         return None
 
 
-def write_session(run: Run, session: Session) -> None:
-    """Make this the run's newest session: a process that mirrors another one stops."""
+def begin_session(run: Run, mode: Mode) -> Session:
+    """Make a new session the run's newest: a process that mirrors another one stops."""
+    session = Session(mode, f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
     # Not waited for: what W&B is to be told of an end is in status.json.
     write_json(run.tracking_file, asdict(session), flush=False)
+    return session
 
 
 def is_superseded(run: Run, session: Session) -> bool:

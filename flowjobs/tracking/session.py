@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,8 @@ from wandb.apis.public.runs import RunNotFoundError
 from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
-from flowjobs.tracking.identity import config_for_wandb
-from flowjobs.tracking.labels import notes_for, tags_for
 from flowjobs.tracking.mode import check_server_answers
+from flowjobs.tracking.page import LOWEST, config_for_wandb, labels_for, summary_of
 from flowjobs.tracking.process import upload_limit_s
 from flowjobs.tracking.record import (
     DELETED,
@@ -43,8 +42,6 @@ FLUSH_INTERVAL_S = 0.25
 # After a session was cut, the server may still be taking in the last of it.
 SETTLED_AFTER_S = 2.0
 
-# Metrics whose lowest value a run is judged by.
-LOWEST = ("train/loss", "val/loss")
 # What the picture of a finished run is called beside the metrics.
 PICTURE = "samples"
 
@@ -120,7 +117,7 @@ class WandbSession:
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
         tags, notes = self._run.tags or (), self._run.notes or ""
-        self._run.tags, self._run.notes = labels_for(run, session, None, tags, notes)
+        self._run.tags, self._run.notes = labels_for(None, run.status(), tags, notes)
 
     def log(self, row: Mapping[str, Any], timestamp: float, picture: Path | None = None) -> None:
         """Put one row of `metrics.jsonl` on record, with the picture in it if there is one.
@@ -139,23 +136,19 @@ class WandbSession:
         self._run.log(values, step=row["step"], commit=True)
         self.last_step = row["step"]
 
-    def finish(
-        self, session: Session, outcome: Outcome, summary: Mapping[str, Any], picture: Path | None
-    ) -> None:
+    def finish(self, outcome: Outcome, picture: Path | None) -> None:
         """Say how the attempt ended, and wait until it is on record.
 
         Args:
-            session: What is known of it now.
             outcome: How it ended.
-            summary: Values of the run's summary.
             picture: A picture that no row holds.
 
         Raises:
             TimeoutError: The server does not take it.
             RetryUselessError: The disk does not, or the run was deleted in the web page.
         """
-        if summary:
-            self._run.summary.update(dict(summary))
+        if summary := summary_of(self._tracked):
+            self._run.summary.update(summary)
         if picture is not None and PICTURE not in dict(self._run.summary):
             self._run.summary[PICTURE] = wandb.Image(str(picture))
         tags, notes = self._run.tags or (), self._run.notes or ""
@@ -167,7 +160,7 @@ class WandbSession:
                     # wandb says nothing of that: it sends rows to nobody, and "succeeds".
                     raise RetryUselessError(f"run {self._run.id} was {DELETED}")
                 tags, notes = there.tags, there.notes or ""
-        labels = labels_for(self._tracked, session, outcome, tags, notes)
+        labels = labels_for(outcome, self._tracked.status(), tags, notes)
         self._run.tags, self._run.notes = labels
         # A cancelled run is neither finished nor failed; like a preempted one it may be resumed.
         if outcome.state in ("preempted", "cancelled"):
@@ -202,16 +195,13 @@ def run_on_server(run: Run) -> RunOnServer | None:
         raise
 
 
-def missing_on_server(
-    run: Run, last_step: int, session: Session | None = None, outcome: Outcome | None = None
-) -> str:
+def missing_on_server(run: Run, last_step: int, outcome: Outcome | None = None) -> str:
     """What the server lacks of a run that has ended, in words; "" if it has all.
 
     Args:
         run: The run.
         last_step: Of the last row.
-        session: Also look at the tags and notes, which are to show this session's outcome.
-        outcome: That outcome.
+        outcome: Also look at the tags and notes, which are to show this outcome.
     """
     there = run_on_server(run)
     if there is None:
@@ -220,19 +210,11 @@ def missing_on_server(
         return f"rows to step {there.lastHistoryStep} of {last_step}"
     if there.state in ("running", "pending", "crashed"):
         return f"the run's end: its state is {there.state}"
-    if session is not None:
-        tags, notes = labels_for(run, session, outcome, there.tags, there.notes or "")
+    if outcome is not None:
+        tags, notes = labels_for(outcome, run.status(), there.tags, there.notes or "")
         if set(tags) != set(there.tags) or notes != (there.notes or ""):
             return "the run's tags and notes"
     return ""
-
-
-def labels_for(
-    run: Run, session: Session, outcome: Outcome | None, tags: Sequence[str], notes: str
-) -> tuple[tuple[str, ...], str]:
-    """The tags and notes that show an outcome, beside those that its user has there."""
-    ours = notes_for(outcome, run.status(), notes, session.diverged_after)
-    return tags_for(outcome, tags), ours
 
 
 def tear_down_wandb() -> None:

@@ -25,12 +25,11 @@ from flowjobs.tracking.mode import check_server_answers, server_of
 from flowjobs.tracking.process import start_mirror, upload_limit_s
 from flowjobs.tracking.record import (
     Session,
-    new_session,
+    begin_session,
     read_session,
     read_uploaded,
     state_to_report,
     upload_lock,
-    write_session,
 )
 
 # How long a run that another node trains may write nothing, and still be taken to train.
@@ -81,10 +80,7 @@ def sync_run(run: Run, judge: Judge = system_lock_decides, *, ask: bool = False)
         server = server_of(run.config().tracking)
         if not ask and read_uploaded(run).reported == state_to_report(run, server):
             return Synced(run.name, "unchanged")
-        session = read_session(run)
-        if session is None:  # damaged
-            session = new_session(run, "online")
-            write_session(run, session)
+        session = read_session(run) or begin_session(run, "online")  # it is damaged
         rows = _upload(run, session)
     return Synced(run.name, "complete" if rows is None else "uploaded", rows or 0)
 

@@ -1,13 +1,11 @@
 """What a training tells W&B through: starts the mirror, talks to it, never waits for it long."""
 
-import dataclasses
 import json
 import logging
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.recorder import Tracker, Untracked
@@ -18,10 +16,9 @@ from flowjobs.tracking.mode import resolve_mode
 from flowjobs.tracking.process import start_mirror
 from flowjobs.tracking.record import (
     Mode,
+    Session,
+    begin_session,
     is_superseded,
-    new_session,
-    read_uploaded,
-    write_session,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,12 +59,13 @@ class WandbTracker:
 
     def __init__(self, run: Run, mode: Mode) -> None:
         self._run = run
-        self._session = new_session(run, mode)
+        self._mode = mode
         self._connected = False
         self._warned = False
+        self._session: Session | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
         with self._never_stopping():
-            write_session(run, self._session)
+            self._session = begin_session(run, mode)
             self._mirror = start_mirror(run, self._session, "follow")
             # Not a thread to wait for: it ends when the mirror does.
             threading.Thread(target=self._log_news, args=(self._mirror,), daemon=True).start()
@@ -80,30 +78,13 @@ class WandbTracker:
         """See `Tracker`."""
         self._send("last")
 
-    def rows_diverged_after(self, step: int) -> None:
-        """See `Tracker`."""
-        with self._never_stopping():
-            offline = self._session.mode == "offline"
-            if offline and read_uploaded(self._run).step <= step:
-                return  # W&B has none of the rows that were lost
-            if is_superseded(self._run, self._session):
-                return
-            before = self._session.diverged_after
-            step = step if before is None else min(before, step)
-            self._session = dataclasses.replace(self._session, diverged_after=step)
-            write_session(self._run, self._session)
-
-    def summarize(self, values: Mapping[str, Any]) -> None:
-        """See `Tracker`."""
-        summary = self._session.summary | dict(values)
-        self._session = dataclasses.replace(self._session, summary=summary)
-
     def finish(self, outcome: Outcome) -> None:
         """Close the attempt; how it ended is in `status.json`. Waits for a few seconds at most."""
         with self._never_stopping():
+            if self._session is None:
+                self._session = begin_session(self._run, self._mode)
             if is_superseded(self._run, self._session):
                 return
-            write_session(self._run, self._session)
             if self._mirror is None or self._mirror.poll() is not None:
                 # It was killed; another one catches up.
                 self._mirror = start_mirror(self._run, self._session, "close")

@@ -74,9 +74,7 @@ def run_training(
     flops = flops_of_batch(model, CHUNK, flops_per_sample(model, train_dataset.shape))
     with computing(ranks, flops):
         ema = trainer.state.ema.model
-        draw_and_measure(
-            run, ema, (train_dataset, val_dataset), ranks.device, recorder, stop_reason
-        )
+        draw_and_measure(run, ema, (train_dataset, val_dataset), ranks.device, stop_reason)
     logger.info(
         "finished %s: %s in %.1f s, best validation loss %.4f, %s, %s",
         run.name,
@@ -93,7 +91,6 @@ def draw_and_measure(
     model: nn.Module,
     data: tuple[FlowDataset, FlowDataset],
     device: torch.device,
-    recorder: Recorder | None,
     stop_reason: Callable[[], str | None],
 ) -> None:
     """Draw samples of the run's best checkpoint, and measure what they are worth.
@@ -107,7 +104,6 @@ def draw_and_measure(
         model: Takes the weights.
         data: The training and the validation part.
         device: Where to compute.
-        recorder: Takes the measures for W&B.
         stop_reason: Asked between measures and network calls.
     """
 
@@ -123,11 +119,7 @@ def draw_and_measure(
         draw_samples(run.samples_picture, trained.config.dataset, drawn, lambda: data[1][:CHUNK])
         if not trained.config.evaluate:
             return
-        found = evaluate(trained, *data, QUICK, check)
-        write_json(run.evaluation_file, found)
-        if recorder:
-            values = {name: of["value"] for name, of in found["measures"].items()}
-            recorder.summarize({f"eval/{name}": value for name, value in values.items()})
+        write_json(run.evaluation_file, evaluate(trained, *data, QUICK, check))
     except RunInterrupted as interrupted:
         again = hint("evaluate", run.name, study=run.study)
         logger.warning("%s while samples were measured: `%s` measures them", interrupted, again)

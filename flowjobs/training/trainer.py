@@ -271,7 +271,7 @@ class FlowTrainer:
             raise self._taken_over
         if reason:
             raise RunInterrupted(reason, self.state.step)
-        return self._summarize(run, recorder, time.monotonic() - started)
+        return self._result(run, time.monotonic() - started)
 
     def _make_saver(self, run: Run, recorder: Recorder | None) -> CheckpointSaver:
         for path in (run.best, run.last):
@@ -581,9 +581,9 @@ class FlowTrainer:
                 row["val/best_loss"],
             )
 
-    def _summarize(self, run: Run, recorder: Recorder | None, time_s: float) -> TrainingResult:
+    def _result(self, run: Run, time_s: float) -> TrainingResult:
         state = self.state
-        result = TrainingResult(
+        return TrainingResult(
             epochs_run=state.epochs_finished,
             final_epoch=state.epochs_finished - 1,
             steps=state.step,
@@ -591,15 +591,6 @@ class FlowTrainer:
             checkpoint_path=str(run.best),
             time_s=time_s,
         )
-        if recorder:
-            recorder.summarize(
-                {
-                    "final_epoch": result["final_epoch"],
-                    "best_val_loss": result["best_val_loss"],
-                    "checkpoint_path": result["checkpoint_path"],
-                }
-            )
-        return result
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import FlowjobsError
 from flowjobs.runs.run import Run
-from flowjobs.tracking.labels import our_lines
+from flowjobs.tracking.page import our_lines
 from tests.conftest import Command
 
 

@@ -4,10 +4,8 @@ import importlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,9 +19,10 @@ from flowjobs.evaluation import evaluate as evaluation
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.runs.code import import_from_snapshot
 from flowjobs.runs.datasets import split_files
-from flowjobs.runs.recorder import Untracked, recording
+from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
+from flowjobs.tracking.page import summary_of
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.ranks import single_process
 from flowjobs.training.run_training import run_training
@@ -168,23 +167,15 @@ def test_runs_of_two_studies_have_their_own_floors_and_a_model_that_raises_stops
         measured("study/runs/raises")
 
 
-class Noted(Untracked):
-    def __init__(self) -> None:
-        self.summary: dict[str, Any] = {}
-
-    def summarize(self, values: Mapping[str, Any]) -> None:
-        self.summary |= values
-
-
-def test_the_measures_are_in_the_trackers_summary(study: Path) -> None:
-    run, noted = Run(study, "a"), Noted()
-    run.create(RunConfig(TrainingConfig(epochs=1, arch_args=SMALL)))
-    with recording(run, JobInfo.in_foreground(), track=lambda run: nullcontext(noted)) as recorder:
-        run_training(run, recorder, single_process(torch.device("cpu")), lambda: None)
+def test_the_measures_are_in_wandbs_summary(study: Path) -> None:
+    run = Run(study, "a")
+    trained(run, TrainingConfig(epochs=1, arch_args=SMALL), lambda: None)
     measures = json.loads(run.evaluation_file.read_text())["measures"]
+    summary = summary_of(run)
     for name, of in measures.items():
-        assert noted.summary[f"eval/{name}"] == of["value"]
-    assert "best_val_loss" in noted.summary
+        assert summary[f"eval/{name}"] == of["value"]
+    assert summary["best_val_loss"] == run.status().best_val_loss
+    assert summary["parameters"] == run.status().parameters
 
 
 def test_no_evaluate_leaves_it_out_and_changes_no_bit(study: Path) -> None:

@@ -20,7 +20,7 @@ from flowjobs.jobs.findings import find
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
-from flowjobs.tracking.identity import config_for_wandb
+from flowjobs.tracking.page import config_for_wandb
 from flowjobs.training.checkpoint import read_checkpoint
 from tests.cli.test_many import ended
 from tests.conftest import Command

@@ -17,7 +17,7 @@ from flowjobs.jobs import snapshot
 from flowjobs.jobs.snapshot import CodeChoice, plan_code
 from flowjobs.runs.code import Code, code_of, import_from_snapshot, read_snapshot, write_snapshot
 from flowjobs.runs.run import Run
-from flowjobs.tracking.identity import config_for_wandb
+from flowjobs.tracking.page import config_for_wandb
 from flowjobs.user_code import user_place
 from tests.cluster.slurm import SlurmCluster
 from tests.conftest import Command

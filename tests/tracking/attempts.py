@@ -76,7 +76,6 @@ def attempt(run: Run, last_step: int, pace_s: float) -> None:
                 raise RunInterrupted(reason, step)
         time.sleep(float(os.environ.get("PICTURE_AFTER_S", "0")))
         run.samples_picture.write_bytes(PICTURE)
-        recorder.summarize({"final_epoch": 1})
 
 
 def start(run: Run, last_step: int, pace_s: float = 0.0) -> subprocess.Popen[str]:

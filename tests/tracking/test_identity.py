@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.runs.surroundings import git_commit, gpu_names, note_surroundings
-from flowjobs.tracking.identity import config_for_wandb
+from flowjobs.tracking.page import config_for_wandb
 from tests.tracking.attempts import make_run
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus
-from flowjobs.tracking.labels import LINE_CHARACTERS, notes_for, our_lines, tags_for
+from flowjobs.tracking.page import LINE_CHARACTERS, labels_for, our_lines
 
 FAILED = Outcome(
     "failed", 1, "ValueError: the bug", "Traceback:\n" + "  deep\n" * 50 + "ValueError"
@@ -11,6 +11,16 @@ FAILED = Outcome(
 CANCELLED = Outcome("cancelled", 130, "interrupted by Ctrl-C")
 JOB = JobInfo("slurm", "12_3", "/logs/12_3.out", "n3", 1)
 STATUS = RunStatus(step=12_400, attempts=[AttemptRecord(4, JOB, "then")])
+
+
+def tags_for(outcome: Outcome | None, there: tuple[str, ...]) -> tuple[str, ...]:
+    return labels_for(outcome, STATUS, there, "")[0]
+
+
+def notes_for(outcome: Outcome | None, status: RunStatus, there: str) -> str:
+    return labels_for(outcome, status, (), there)[1]
+
+
 NOTES = notes_for(FAILED, STATUS, "")
 
 
@@ -52,7 +62,7 @@ def test_what_a_person_wrote_beside_our_paragraph_stays(there: str, theirs: str)
 
 def test_a_long_reason_of_several_lines_is_all_ours() -> None:
     reason = "no data\nthere are:\n\n  a, b\n" + "x" * 10_000
-    notes = notes_for(Outcome("failed", 2, reason), RunStatus(), "mine", diverged_after=1200)
+    notes = notes_for(Outcome("failed", 2, reason), RunStatus(diverged_after=1200), "mine")
     assert max(map(len, notes.splitlines())) <= LINE_CHARACTERS
     assert "> past step 1,200 work was lost" in notes
     assert notes_for(None, RunStatus(), notes) == "flowjobs: running\n\nmine"

@@ -13,7 +13,7 @@ import pytest
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import outcome_of
-from flowjobs.tracking.record import new_session, read_session, write_session
+from flowjobs.tracking.record import begin_session, read_session
 from flowjobs.tracking.tracker import WandbTracker
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
@@ -49,7 +49,7 @@ def test_one_run_over_three_attempts_has_every_step_once(tracked_run: MakeRun, m
         found = on_server(run, backend)
         assert (found.state, found.exit_code) == ("finished", 0)
         assert found.summary["train/loss"] == {"min": attempts.row_at(1000)["train/loss"]}
-        assert found.summary["final_epoch"] == 1
+        assert found.summary["final_epoch"] == 9
         assert len(found.config["attempts"]) == 3
 
 
@@ -209,9 +209,7 @@ def test_where_repeated_rows_differ_wandb_says_from_which_step_on(
     assert len(kept) > 2
     assert without_picture(found.rows) == kept + rows[len(kept) :]
     assert "> past step 20 work was lost and repeated with other values" in found.notes
-    session = read_session(run)
-    assert session is not None
-    assert session.diverged_after == 20
+    assert run.status().diverged_after == 20
 
 
 def test_a_trainer_that_was_taken_over_does_not_take_the_run_back(tracked_run: MakeRun) -> None:
@@ -219,9 +217,7 @@ def test_a_trainer_that_was_taken_over_does_not_take_the_run_back(tracked_run: M
     tracker = WandbTracker(run, "online")
     assert tracker._mirror is not None
     with tracker._mirror:
-        newest = new_session(run, "online")
-        write_session(run, newest)
-        tracker.rows_diverged_after(20)
+        newest = begin_session(run, "online")
         tracker.finish(outcome_of(None))
         assert read_session(run) == newest
 

@@ -283,7 +283,7 @@ def test_a_finished_run_that_is_sampled_leaves_at_the_next_network_call(
             return "told to leave" if len(calls) >= at else None
 
         data = load_datasets("digits", study)
-        draw_and_measure(run, model, data, CPU, None, stop_reason)
+        draw_and_measure(run, model, data, CPU, stop_reason)
         assert len(calls) == to_leave_at
         assert not run.evaluation_file.exists()
     assert caplog.text.count("told to leave while samples were measured") == 2
