@@ -91,7 +91,7 @@ class Sync(InStudy):
                     failures.add(f"{run.name}: {error}")
                     continue
                 if said is None or done.state == "uploaded":
-                    print(_in_words(done), flush=True)
+                    print(f"{run.name}: {_in_words(done)}", flush=True)
         finally:  # also before what ends the command
             for failure in sorted(failures - (said or set())):
                 print(f"error: {failure}", file=sys.stderr, flush=True)
@@ -106,15 +106,14 @@ class Sync(InStudy):
         from rich.text import Text
 
         from flowjobs.jobs.lock_judge import judge_for
-        from flowjobs.tracking.sync import sync_as_new, sync_run
+        from flowjobs.tracking.sync import sync_run
 
         # Where a file system has no locks, Slurm says whether the run still trains.
         judge = judge_for(run, JobInfo.in_foreground())
         with Console(stderr=True).status(Text(f"uploading {run.name}")):
-            if self.as_new:
-                return sync_as_new(run, judge)
             # Of a whole study, and at each look of a watch, that would be too many questions.
-            return sync_run(run, judge, ask=bool(self.names) and not self.watch)
+            ask = bool(self.names) and not self.watch
+            return sync_run(run, judge, ask=ask, as_new=self.as_new)
 
 
 def _without_login(servers: set[str]) -> dict[str, str]:
@@ -140,11 +139,11 @@ def _without_login(servers: set[str]) -> dict[str, str]:
 def _in_words(done: "Synced") -> str:
     match done.state:
         case "uploaded":
-            return f"{done.run}: {done.rows} rows uploaded, verified"
+            return f"{done.rows} rows uploaded, verified"
         case "complete":
-            return f"{done.run}: all of it is on the server"
+            return "all of it is on the server"
         case "unchanged":
-            return f"{done.run}: was all on the server when it was last asked"
+            return "was all on the server when it was last asked"
         case "running":
-            return f"{done.run}: trains now ({done.note}); sync it when it has stopped"
-    return f"{done.run}: not tracked"
+            return f"trains now ({done.note}); sync it when it has stopped"
+    return "not tracked"

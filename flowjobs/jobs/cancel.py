@@ -19,7 +19,7 @@ from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.status import CANCELLED, same_host
 from flowjobs.slurm.controller import cancel as scancel
 from flowjobs.slurm.jobs import JobAnswer, JobIdentity, Known, Unknown, ask
-from flowjobs.tracking.closing import close_session
+from flowjobs.tracking.process import close_session
 
 # W&B is told by a process for each run, which takes a second of CPU.
 TOLD_AT_ONCE = 4

@@ -43,7 +43,7 @@ from flowjobs.runs.status import (
     cancelled_outcome,
     outcome_of,
 )
-from flowjobs.tracking.closing import close_session
+from flowjobs.tracking.process import close_session
 
 if TYPE_CHECKING:
     from flowjobs.runs.recorder import Recorder

@@ -41,7 +41,7 @@ from flowjobs.runs.status import (
 )
 from flowjobs.slots import SLOTS
 from flowjobs.slurm.options import CONTINUES
-from flowjobs.tracking.closing import close_session, pending_outcome
+from flowjobs.tracking.process import close_session, pending_outcome
 
 logger = logging.getLogger(__name__)
 

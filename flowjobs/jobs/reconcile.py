@@ -30,7 +30,7 @@ from flowjobs.runs.status import (
     RunStatus,
 )
 from flowjobs.runs.submittable import Submittable
-from flowjobs.tracking.closing import close_session, pending_outcome
+from flowjobs.tracking.process import close_session, pending_outcome
 
 logger = logging.getLogger(__name__)
 

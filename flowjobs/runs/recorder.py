@@ -23,7 +23,7 @@ class Tracker(Protocol):
         ...
 
 
-# Opens the tracker of a run's newest attempt; what ends the block is the attempt's outcome.
+# Opens the tracker of a run's newest attempt; its outcome is on disk before the block ends.
 Track = Callable[[Run], AbstractContextManager[Tracker]]
 
 

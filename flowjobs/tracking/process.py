@@ -1,8 +1,9 @@
-"""The process that mirrors a run to W&B: how it is started, with what environment, how it ends.
+"""The process that mirrors a run to W&B: started, waited for, and started for an attempt that died.
 
 Loads no wandb.
 """
 
+import logging
 import os
 import re
 import signal
@@ -12,9 +13,20 @@ from pathlib import Path
 from typing import Literal
 
 import flowjobs
+from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
-from flowjobs.tracking.mode import CREDENTIALS, is_here, settings_of_user
-from flowjobs.tracking.record import Session
+from flowjobs.runs.status import Outcome
+from flowjobs.tracking import record
+from flowjobs.tracking.mode import (
+    CREDENTIALS,
+    has_login,
+    is_here,
+    resolve_mode,
+    server_of,
+    settings_of_user,
+)
+
+logger = logging.getLogger(__name__)
 
 # What a mirror is for: to follow a training, to report how an attempt ended that could not do it
 # itself, or to bring the server up to date with what was tracked elsewhere.
@@ -23,24 +35,11 @@ Role = Literal["follow", "close", "sync"]
 # All that wandb may know of WANDB_* variables and of its settings files: what it takes to reach the
 # server and to be let in. Any other is the run's own, and told by arguments, or another run's: a
 # sweep's id, a fork, a team, a folder.
-SERVER_SETTINGS = [
-    "api_key",
-    "app_url",
-    "base_url",
-    "cache_dir",
-    "credentials_file",
-    "data_dir",
-    "error_reporting",
-    "https_proxy",
-    "http_proxy",
-    "http_timeout",
-    "identity_token_file",
-    "insecure_disable_ssl",
-    "x_extra_http_headers",
-    "_extra_http_headers",
-    "_proxies",
-]
-
+SERVER_VARIABLES = re.compile(
+    "WANDB_(API_KEY|APP_URL|BASE_URL|CACHE_DIR|CREDENTIALS_FILE|DATA_DIR|ERROR_REPORTING"
+    "|HTTPS?_PROXY|HTTP_TIMEOUT|IDENTITY_TOKEN_FILE|INSECURE_DISABLE_SSL"
+    "|X?_EXTRA_HTTP_HEADERS|_PROXIES)"
+)
 # Variables that hold a path, which may be relative to the directory that the mirror leaves.
 PATHS = re.compile(
     "WANDB_.*_(DIR|FILE)|NETRC|SSL_CERT_(DIR|FILE)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
@@ -59,7 +58,7 @@ def upload_limit_s(run: Run) -> float:
     return UPLOAD_BASE_S + size / UPLOAD_BYTES_PER_S
 
 
-def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[bytes]:
+def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Popen[bytes]:
     """Start the process that mirrors a session, which is the one in the run's folder.
 
     Beside a training it waits for commands on its standard input; otherwise it tells W&B the state
@@ -91,6 +90,82 @@ def start_mirror(run: Run, session: Session, role: Role) -> subprocess.Popen[byt
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def wait_for_mirror(
+    run: Run, session: record.Session, mirror: subprocess.Popen[bytes], timeout_s: float
+) -> None:
+    """Wait until W&B knows how a session ended; end the mirror, and warn, if that takes longer."""
+    try:
+        code = mirror.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        mirror.kill()  # wandb's own process sees that and goes too
+        code = mirror.wait()
+    if mirror.stdin is not None:
+        mirror.stdin.close()
+    newest = record.read_session(run)
+    if code == 0 or newest is None or newest.token != session.token:
+        return  # W&B knows, or a later session tells it
+    refusal = record.read_uploaded(run).refusal
+    again = hint("sync", run.name, study=run.study)
+    what_to_do = refusal.text if refusal else f"`{again}` tries again"
+    state = run.status().state
+    logger.warning("W&B does not know that %s is %s: %s", run.name, state, what_to_do)
+
+
+def close_session(run: Run, *, wait: bool = True) -> bool:
+    """Tell W&B how a run's newest attempt ended, as `status.json` has it, and all that it lacks.
+
+    Takes about a second, or a minute where a server does not answer; never raises because of W&B.
+    The caller holds the run's lock, or knows that no attempt is alive.
+
+    Args:
+        run: The run; one whose start failed gets a session in W&B that says so.
+        wait: Return when W&B knows; else a process that outlives this one for a while tells it.
+
+    Returns:
+        Whether there was something to tell: W&B knows it now, or it is the `pending_outcome`.
+    """
+    if _unreported_outcome(run) is None:
+        return False
+    before = record.read_session(run)
+    mode = before.mode if before else resolve_mode(run.config().tracking)[0]
+    server = server_of(run.config().tracking)
+    if mode == "online" and not (is_here(server) or has_login(server)):
+        # The server's own word would count for all who ask from elsewhere.
+        logger.warning("W&B could not be told how %s ended: no login for %s", run.name, server)
+        return True
+    try:
+        session = record.begin_session(run, mode)
+        mirror = start_mirror(run, session, "close")
+        if wait:
+            wait_for_mirror(run, session, mirror, upload_limit_s(run))
+    except OSError as error:
+        logger.warning("W&B could not be told how %s ended: %s", run.name, error)
+    return True
+
+
+def pending_outcome(run: Run) -> Outcome | None:
+    """What W&B is still to be told: `close_session` tells it.
+
+    None where W&B refuses the run: `sync`, which its user asks for, tries again.
+    """
+    return None if record.read_uploaded(run).refusal else _unreported_outcome(run)
+
+
+def _unreported_outcome(run: Run) -> Outcome | None:
+    """How the run's newest attempt ended, if W&B is told of the run and does not know that."""
+    mode, _ = resolve_mode(run.config().tracking)
+    status = run.status()
+    # A session is noted before a run trains: without one, WANDB_MODE kept W&B out there. Nor is it
+    # told of a run without an attempt, which was cancelled before it began.
+    trained = any(attempt.first_step is not None for attempt in status.attempts)
+    untracked = record.read_session(run) is None and (trained or not status.attempts)
+    if mode == "disabled" or untracked:
+        return None
+    known, now = record.read_uploaded(run).reported, record.state_to_report(run)
+    is_known = known and (known.attempts, known.outcome) == (now.attempts, now.outcome)
+    return None if is_known else status.outcome
+
+
 def mirror_environment(mode: str, server: str | None = None) -> dict[str, str]:
     """The environment of a mirror: this process's, without what could lead wandb to another run.
 
@@ -103,12 +178,11 @@ def mirror_environment(mode: str, server: str | None = None) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.lstrip("_").startswith("WANDB")
     }
-    settings = settings_of_user()
-    for setting in SERVER_SETTINGS:
-        name = f"WANDB_{setting.upper()}"
+    settings = {f"WANDB_{name.upper()}": value for name, value in settings_of_user().items()}
+    for name, value in [*settings.items(), *os.environ.items()]:  # the environment wins
         # A key out of a file ends with its newline, which wandb refuses; an empty one is none.
-        if value := os.environ.get(name, "").strip() or settings.get(setting, "").strip():
-            kept[name] = value
+        if SERVER_VARIABLES.fullmatch(name) and value.strip():
+            kept[name] = value.strip()
     if server:
         if not is_here(server):  # a key here is another's
             for name in ("WANDB_APP_URL", *CREDENTIALS):

@@ -29,10 +29,9 @@ from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
+from flowjobs.tracking.mode import ResolvedMode
 
 logger = logging.getLogger(__name__)
-
-Mode = Literal["online", "offline"]
 
 # An upload that is under way may take so long.
 UPLOAD_WAIT_S = 300.0
@@ -40,11 +39,11 @@ UPLOAD_WAIT_S = 300.0
 # The server's own words, as wandb passes them on. It takes such an id never again; an answer of
 # this kind (409) is one that wandb tries again all the same.
 DELETED = "previously created and deleted"
-RETRIED = re.compile("while retrying|timed? ?out|no answer", re.IGNORECASE)
-# Words of this machine, by Python and by Go, the language of wandb's own process: a file that may
-# not be written also is "permission denied".
-NOT_THE_SERVERS = re.compile(
-    r"\[Errno|file not found|\bdial \w+|\b(open|mkdir|l?stat|rename|remove|fork/exec) \S+: ",
+# What may pass: what wandb has tried again, and the words of this machine, by Python and by Go, the
+# language of wandb's own process: a file that may not be written also is "permission denied".
+NO_REFUSAL = re.compile(
+    r"while retrying|timed? ?out|no answer|\[Errno|file not found|\bdial \w+"
+    r"|\b(open|mkdir|l?stat|rename|remove|fork/exec) \S+: ",
     re.IGNORECASE,
 )
 LOGIN = re.compile(
@@ -64,7 +63,7 @@ class Session:
         token: Tells sessions apart; the newest owns the run in W&B.
     """
 
-    mode: Mode
+    mode: ResolvedMode
     token: str
 
 
@@ -128,7 +127,7 @@ def read_session(run: Run) -> Session | None:
         return None
 
 
-def begin_session(run: Run, mode: Mode) -> Session:
+def begin_session(run: Run, mode: ResolvedMode) -> Session:
     """Make a new session the run's newest: a process that mirrors another one stops."""
     session = Session(mode, f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
     # Not waited for: what W&B is to be told of an end is in status.json.
@@ -178,7 +177,13 @@ def read_uploaded(run: Run) -> Uploaded:
 
 
 def write_uploaded(run: Run, uploaded: Uploaded) -> None:
-    """Note it. The caller holds the `upload_lock`, as for all that is noted there."""
+    """Note it, and keep a plain `wandb sync` from all folders that have nothing for it.
+
+    The caller holds the `upload_lock`, as for all that is noted there.
+    """
+    for path in session_files(run):
+        if path.parent.name not in uploaded.folders:
+            path.with_name(f"{path.name}.synced").touch()  # as wandb marks what it has uploaded
     write_json(_uploaded_file(run), asdict(uploaded), flush=False)
 
 
@@ -188,7 +193,6 @@ def note_reported(run: Run, reported: Report) -> None:
     if reported.server:  # a plain `wandb sync` has nothing to do any more
         last_step = max(uploaded.step, last_step_of(run))
         uploaded = replace(uploaded, step=last_step, folders=())
-        mark_synced(run, uploaded)
     write_uploaded(run, uploaded)
 
 
@@ -197,13 +201,6 @@ def note_refusal(run: Run, refusal: Refusal | None) -> None:
     uploaded = read_uploaded(run)
     if uploaded.refusal != refusal:
         write_uploaded(run, replace(uploaded, refusal=refusal))
-
-
-def mark_synced(run: Run, uploaded: Uploaded) -> None:
-    """Keep a plain `wandb sync` from all folders but those that hold what is to be uploaded."""
-    for path in session_files(run):
-        if path.parent.name not in uploaded.folders:
-            path.with_name(f"{path.name}.synced").touch()  # as wandb marks what it has uploaded
 
 
 def session_files(run: Run) -> list[Path]:
@@ -231,9 +228,7 @@ def refusal_of(error: Exception, run: Run) -> Refusal | None:
             "deleted",
         )
     of_the_system = isinstance(error, OSError) and error.errno is not None
-    if of_the_system or isinstance(error, ServerError) or NOT_THE_SERVERS.search(said):
-        return None
-    if RETRIED.search(said):
+    if of_the_system or isinstance(error, ServerError) or NO_REFUSAL.search(said):
         return None
     sync = hint("sync", run.name, study=run.study)
     if LOGIN.search(said):

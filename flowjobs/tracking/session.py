@@ -4,7 +4,6 @@ Its methods may raise whatever wandb raises, and may take long when a server doe
 """
 
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -21,19 +20,10 @@ from wandb.apis.public.runs import RunNotFoundError
 from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
-from flowjobs.tracking.mode import check_server_answers
+from flowjobs.tracking import record
+from flowjobs.tracking.mode import ResolvedMode, check_server_answers
 from flowjobs.tracking.page import LOWEST, config_for_wandb, labels_for, summary_of
 from flowjobs.tracking.process import upload_limit_s
-from flowjobs.tracking.record import (
-    DELETED,
-    Session,
-    mark_synced,
-    read_uploaded,
-    session_files,
-    write_uploaded,
-)
-
-logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 20
 API_TIMEOUT_S = 10
@@ -46,10 +36,6 @@ SETTLED_AFTER_S = 2.0
 PICTURE = "samples"
 
 
-class NotUploadedError(Exception):
-    """The server does not have what it was sent."""
-
-
 class RetryUselessError(Exception):
     """Another session would end so too: the disk is full, or the run was deleted in W&B."""
 
@@ -59,24 +45,25 @@ class WandbSession:
 
     Args:
         run: The run.
-        session: What of it is tracked, and where to.
+        mode: Where to.
         trains_here: Whether the attempt runs on this machine; else only its end is told.
 
     Attributes:
         last_step: The last step that W&B has; -1 if it has none.
     """
 
-    def __init__(self, run: Run, session: Session, *, trains_here: bool) -> None:
+    def __init__(self, run: Run, mode: ResolvedMode, *, trains_here: bool) -> None:
         self._tracked = run
-        self._online = session.mode == "online"
+        self._online = mode == "online"
         run_id = run.settle_tracking_id()
-        self._uploaded = read_uploaded(run)
-        mark_synced(run, self._uploaded)
+        self._uploaded = replace(record.read_uploaded(run), refusal=None)
         # What a parent process, or a session before, left here would be joined.
         os.environ.pop("WANDB_SERVICE", None)
         if self._online:
             check_server_answers()
             _wait_for_killed_session(run)
+        else:
+            record.write_uploaded(run, self._uploaded)  # before there is a folder that is to stay
         config = run.config()
         self._run = wandb.init(
             project=config.tracking.wandb_project,
@@ -86,7 +73,7 @@ class WandbSession:
             id=run_id,
             config=config_for_wandb(run),
             dir=run.folder,
-            mode=session.mode,
+            mode=mode,
             # An attempt resumes the run that the one before it left.
             resume="allow",
             settings=wandb.Settings(
@@ -110,9 +97,7 @@ class WandbSession:
                 run.wandb_page_file.write_text(f"{self._run.url}\n")
             # The server gets the folders' rows now.
             self._uploaded = replace(self._uploaded, step=self.last_step, folders=())
-            mark_synced(run, self._uploaded)
-        self._uploaded = replace(self._uploaded, refusal=None)
-        write_uploaded(run, self._uploaded)
+            record.write_uploaded(run, self._uploaded)
         self._logged_bytes = 0
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
@@ -120,12 +105,10 @@ class WandbSession:
         self._run.tags, self._run.notes = labels_for(None, run.status(), tags, notes)
 
     def log(self, row: Mapping[str, Any], timestamp: float, picture: Path | None = None) -> None:
-        """Put one row of `metrics.jsonl` on record, with the picture in it if there is one.
+        """Put one row of `metrics.jsonl` on record, with a picture in it if there is one.
 
         Args:
-            row: The row.
-            timestamp: When it was written, in seconds of the epoch.
-            picture: A picture file.
+            timestamp: When the row was written, in seconds of the epoch.
         """
         values = {key: value for key, value in row.items() if key != "step"}
         values["_timestamp"] = timestamp
@@ -137,11 +120,7 @@ class WandbSession:
         self.last_step = row["step"]
 
     def finish(self, outcome: Outcome, picture: Path | None) -> None:
-        """Say how the attempt ended, and wait until it is on record.
-
-        Args:
-            outcome: How it ended.
-            picture: A picture that no row holds.
+        """Say how the attempt ended, with a picture that no row holds; wait until it is on record.
 
         Raises:
             TimeoutError: The server does not take it.
@@ -158,7 +137,7 @@ class WandbSession:
                 there = run_on_server(self._tracked)
                 if there is None:
                     # wandb says nothing of that: it sends rows to nobody, and "succeeds".
-                    raise RetryUselessError(f"run {self._run.id} was {DELETED}")
+                    raise RetryUselessError(f"run {self._run.id} was {record.DELETED}")
                 tags, notes = there.tags, there.notes or ""
         labels = labels_for(outcome, self._tracked.status(), tags, notes)
         self._run.tags, self._run.notes = labels
@@ -176,7 +155,7 @@ class WandbSession:
                 raise RetryUselessError(f"{file} is not complete: is the disk full?")
             folders = (*folders, file.parent.name)
         uploaded = replace(self._uploaded, step=self.last_step, folders=folders)
-        write_uploaded(self._tracked, uploaded)
+        record.write_uploaded(self._tracked, uploaded)
 
 
 def run_on_server(run: Run) -> RunOnServer | None:
@@ -219,10 +198,8 @@ def missing_on_server(run: Run, last_step: int, outcome: Outcome | None = None) 
 
 def tear_down_wandb() -> None:
     """Forget everything of a session that broke, so that another one can begin."""
-    try:
+    with suppress(Exception, SystemExit):
         wandb.teardown()
-    except (Exception, SystemExit):
-        logger.info("wandb.teardown", exc_info=True)
 
 
 def may_succeed_at_once(error: Exception) -> bool:
@@ -232,6 +209,6 @@ def may_succeed_at_once(error: Exception) -> bool:
 
 def _wait_for_killed_session(run: Run) -> None:
     """Wait until the server has taken in what a session sent that was killed a moment ago."""
-    online = [path for path in session_files(run) if path.parent.name.startswith("run-")]
+    online = [path for path in record.session_files(run) if path.parent.name.startswith("run-")]
     cut_at = max((path.stat().st_mtime for path in online), default=0.0)
     time.sleep(min(max(0.0, cut_at + SETTLED_AFTER_S - time.time()), SETTLED_AFTER_S))

@@ -21,16 +21,9 @@ from flowjobs.errors import LoginError, ServerError, TrackingError
 from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
+from flowjobs.tracking import record
 from flowjobs.tracking.mode import check_server_answers, server_of
 from flowjobs.tracking.process import start_mirror, upload_limit_s
-from flowjobs.tracking.record import (
-    Session,
-    begin_session,
-    read_session,
-    read_uploaded,
-    state_to_report,
-    upload_lock,
-)
 
 # How long a run that another node trains may write nothing, and still be taken to train.
 QUIET_S = 600.0
@@ -48,13 +41,14 @@ class Synced:
         note: Who trains it, or "".
     """
 
-    run: str
     state: Literal["uploaded", "complete", "unchanged", "running", "untracked"]
     rows: int = 0
     note: str = ""
 
 
-def sync_run(run: Run, judge: Judge = system_lock_decides, *, ask: bool = False) -> Synced:
+def sync_run(
+    run: Run, judge: Judge = system_lock_decides, *, ask: bool = False, as_new: bool = False
+) -> Synced:
     """Make the server have all of a run that does not train now; twice does no harm.
 
     Args:
@@ -62,6 +56,8 @@ def sync_run(run: Run, judge: Judge = system_lock_decides, *, ask: bool = False)
         judge: Says whether who is named as the run's holder still trains it.
         ask: Ask the server also where it had all, and nothing has changed here: there it may be
             deleted.
+        as_new: Ask it, and give the run a new id if it is deleted there. Only the server knows
+            that: repeated, this does not make another run of one that is there.
 
     Raises:
         LoginError: The server refuses the key.
@@ -69,44 +65,27 @@ def sync_run(run: Run, judge: Judge = system_lock_decides, *, ask: bool = False)
         TrackingError: It does not have what was sent.
     """
     if run.config().tracking.wandb_mode == "disabled" or not run.tracking_file.exists():
-        return Synced(run.name, "untracked")
+        return Synced("untracked")
     if trainer := _who_trains(run, judge):
-        return Synced(run.name, "running", note=trainer)
-    with upload_lock(run):
+        return Synced("running", note=trainer)
+    with record.upload_lock(run):
         # Under the lock: another sync may have told it a moment ago.
         run.settle_tracking_id()  # first: a copy of a run that was deleted is not deleted
-        if (refusal := read_uploaded(run).refusal) and refusal.kind == "deleted":
-            raise TrackingError(refusal.text)
-        server = server_of(run.config().tracking)
-        if not ask and read_uploaded(run).reported == state_to_report(run, server):
-            return Synced(run.name, "unchanged")
-        session = read_session(run) or begin_session(run, "online")  # it is damaged
-        rows = _upload(run, session)
-    return Synced(run.name, "complete" if rows is None else "uploaded", rows or 0)
-
-
-def sync_as_new(run: Run, judge: Judge = system_lock_decides) -> Synced:
-    """The same, under a new id where the run was deleted in W&B.
-
-    Only the server knows that: repeated, it does not make another run of one that is there.
-
-    Raises:
-        TrackingError: See `sync_run`.
-    """
-    try:
-        return sync_run(run, judge, ask=True)
-    except TrackingError:
-        if not _is_deleted(run):
-            raise
-    with upload_lock(run):
-        if _is_deleted(run):  # not yet renewed by another sync
-            run.renew_tracking_id()
-    return sync_run(run, judge)
-
-
-def _is_deleted(run: Run) -> bool:
-    refusal = read_uploaded(run).refusal
-    return refusal is not None and refusal.kind == "deleted"
+        known = record.read_uploaded(run)
+        if known.refusal is None or known.refusal.kind != "deleted":
+            there = record.state_to_report(run, server_of(run.config().tracking))
+            if known.reported == there and not (ask or as_new):
+                return Synced("unchanged")
+            try:
+                return _upload(run)
+            except TrackingError:
+                refusal = record.read_uploaded(run).refusal
+                if not (as_new and refusal and refusal.kind == "deleted"):
+                    raise
+        elif not as_new:
+            raise TrackingError(known.refusal.text)
+        run.renew_tracking_id()
+        return _upload(run)
 
 
 def _who_trains(run: Run, judge: Judge) -> str | None:
@@ -121,14 +100,15 @@ def _who_trains(run: Run, judge: Judge) -> str | None:
     return attempt.job.words if time.time() - written < QUIET_S else None
 
 
-def _upload(run: Run, session: Session) -> int | None:
-    """Have the mirror upload what is missing. Returns how many rows; None if nothing was.
+def _upload(run: Run) -> Synced:
+    """Have the mirror upload what is missing.
 
     Raises:
         TrackingError: It could not; see `sync_run`.
     """
     # Here, before a second is spent on loading wandb for each of a hundred runs.
     check_server_answers(server_of(run.config().tracking))
+    session = record.read_session(run) or record.begin_session(run, "online")  # it is damaged
     with start_mirror(run, session, "sync") as mirror:
         try:
             output, _ = mirror.communicate(timeout=upload_limit_s(run))
@@ -141,7 +121,7 @@ def _upload(run: Run, session: Session) -> int | None:
     for line in output.splitlines():
         news |= json.loads(line)
     if mirror.returncode == 0:
-        return news.get("uploaded")
+        return Synced("uploaded", news["uploaded"]) if "uploaded" in news else Synced("complete")
     if "failure" in news:
         kind = {"login": LoginError, "server": ServerError}.get(news["kind"], TrackingError)
         # A refusal has its own remedy in it.

@@ -7,19 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.recorder import Tracker, Untracked
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import Outcome, outcome_of
-from flowjobs.tracking.closing import wait_for_mirror
-from flowjobs.tracking.mode import resolve_mode
-from flowjobs.tracking.process import start_mirror
-from flowjobs.tracking.record import (
-    Mode,
-    Session,
-    begin_session,
-    is_superseded,
-)
+from flowjobs.tracking import record
+from flowjobs.tracking.mode import ResolvedMode, resolve_mode
+from flowjobs.tracking.process import start_mirror, wait_for_mirror
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +22,7 @@ LONG_FINISH_S = 15.0
 
 @contextmanager
 def tracked(run: Run) -> Iterator[Tracker]:
-    """A tracker for as long as the block lasts; an exception in it is the run's outcome."""
+    """A tracker for as long as the block lasts; by its end `status.json` says how that ended."""
     mode, why = resolve_mode(run.config().tracking)
     logger.info("W&B: %s (%s)", mode, why)
     if mode == "disabled":
@@ -39,12 +31,8 @@ def tracked(run: Run) -> Iterator[Tracker]:
     tracker = WandbTracker(run, mode)
     try:
         yield tracker
-    except RunTakenOverError:
-        raise  # its end is not the run's
-    except BaseException as error:
-        tracker.finish(outcome_of(error))
-        raise
-    tracker.finish(outcome_of(None))
+    finally:
+        tracker.finish()
 
 
 class WandbTracker:
@@ -57,15 +45,15 @@ class WandbTracker:
         mode: Where to.
     """
 
-    def __init__(self, run: Run, mode: Mode) -> None:
+    def __init__(self, run: Run, mode: ResolvedMode) -> None:
         self._run = run
         self._mode = mode
         self._connected = False
         self._warned = False
-        self._session: Session | None = None
+        self._session: record.Session | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
         with self._never_stopping():
-            self._session = begin_session(run, mode)
+            self._session = record.begin_session(run, mode)
             self._mirror = start_mirror(run, self._session, "follow")
             # Not a thread to wait for: it ends when the mirror does.
             threading.Thread(target=self._log_news, args=(self._mirror,), daemon=True).start()
@@ -78,18 +66,18 @@ class WandbTracker:
         """See `Tracker`."""
         self._send("last")
 
-    def finish(self, outcome: Outcome) -> None:
-        """Close the attempt; how it ended is in `status.json`. Waits for a few seconds at most."""
+    def finish(self) -> None:
+        """Have W&B told what `status.json` says now. Waits for a few seconds at most."""
         with self._never_stopping():
             if self._session is None:
-                self._session = begin_session(self._run, self._mode)
-            if is_superseded(self._run, self._session):
+                self._session = record.begin_session(self._run, self._mode)
+            if record.is_superseded(self._run, self._session):
                 return
             if self._mirror is None or self._mirror.poll() is not None:
                 # It was killed; another one catches up.
                 self._mirror = start_mirror(self._run, self._session, "close")
             self._send("finish")
-            patient = self._connected and outcome.state in ("finished", "failed")
+            patient = self._connected and self._run.status().state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
             wait_for_mirror(self._run, self._session, self._mirror, limit_s)
 
@@ -106,8 +94,9 @@ class WandbTracker:
             for line in mirror.stdout:
                 news = json.loads(line)
                 self._connected = news.get("connected", self._connected)
-                if "warning" in news:
-                    logger.warning("%s", news["warning"])
+                if "failure" in news:
+                    what = "%s; training continues, and metrics.jsonl has every row"
+                    logger.warning(what, news["failure"])
                 if "info" in news:
                     logger.info("%s", news["info"])
 

@@ -6,7 +6,7 @@ import time
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
-from flowjobs.tracking.closing import close_session, pending_outcome
+from flowjobs.tracking.process import close_session, pending_outcome
 from tests.tracking import attempts
 from tests.tracking.backend import Backend, RunOnServer
 from tests.tracking.leet import offline_rows, session_files

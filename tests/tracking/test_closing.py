@@ -13,7 +13,7 @@ from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.reconcile import reconcile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
-from flowjobs.tracking.closing import close_session, pending_outcome
+from flowjobs.tracking.process import close_session, pending_outcome
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -181,7 +181,7 @@ def test_a_run_that_is_cancelled_before_it_began_is_none_in_wandb(
 
 
 def test_closing_loads_neither_torch_nor_wandb(tmp_path: Path) -> None:
-    code = "import sys, flowjobs.tracking.closing\nprint({'torch', 'wandb'} & set(sys.modules))"
+    code = "import sys, flowjobs.tracking.process\nprint({'torch', 'wandb'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

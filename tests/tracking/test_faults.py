@@ -13,8 +13,8 @@ from wandb.errors import CommError, WandbCoreNotAvailableError
 from flowjobs.errors import ServerError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.closing import close_session, pending_outcome
 from flowjobs.tracking.mode import check_server_answers
+from flowjobs.tracking.process import close_session, pending_outcome
 from flowjobs.tracking.record import read_uploaded, refusal_of
 from tests.tracking import attempts
 from tests.tracking.backend import Backend

@@ -12,7 +12,6 @@ import pytest
 
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import outcome_of
 from flowjobs.tracking.record import begin_session, read_session
 from flowjobs.tracking.tracker import WandbTracker
 from tests.tracking import attempts
@@ -218,7 +217,7 @@ def test_a_trainer_that_was_taken_over_does_not_take_the_run_back(tracked_run: M
     assert tracker._mirror is not None
     with tracker._mirror:
         newest = begin_session(run, "online")
-        tracker.finish(outcome_of(None))
+        tracker.finish()
         assert read_session(run) == newest
 
 

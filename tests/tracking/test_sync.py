@@ -24,7 +24,7 @@ from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus
-from flowjobs.tracking.closing import close_session, pending_outcome
+from flowjobs.tracking.process import close_session, pending_outcome
 from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking.backend import KEY, Backend, RunOnServer

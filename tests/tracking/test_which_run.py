@@ -14,7 +14,7 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.mode import entity_here
 from flowjobs.tracking.process import mirror_environment
-from flowjobs.tracking.sync import sync_as_new, sync_run
+from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking import attempts
 from tests.tracking.attempts import make_run
@@ -207,7 +207,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     assert "W&B" not in flowjobs("status").stdout
     # Interrupted and repeated it makes no third one.
     new = run.tracking_id()
-    assert (sync_as_new(run).state, run.tracking_id()) == ("complete", new)
+    assert (sync_run(run, as_new=True).state, run.tracking_id()) == ("complete", new)
 
 
 @pytest.mark.parametrize(
