@@ -95,9 +95,8 @@ class Mirror:
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
         self._sent = 0
 
-    def follow(self) -> bool:
+    def follow(self, parent: int) -> bool:
         """Mirror until told to finish, or left alone. Returns whether W&B knows the run's end."""
-        parent = os.getppid()
         # A forked worker of the parent may outlive it, and keeps the pipe open.
         while not self._asked_to_finish and os.getppid() == parent:
             if self._is_superseded():
@@ -231,8 +230,6 @@ class Mirror:
             trains_here = self._role == "follow"
             self._wandb = WandbSession(self._run, self._mode, trains_here=trains_here)
             self._send(connected=True)
-            if self._warned:
-                self._send(info="W&B answers again; it gets what it missed")
             self._warned = False
             self._retry_after = FIRST_RETRY_S
         return self._wandb
@@ -254,7 +251,7 @@ class Mirror:
             failure, kind = refusal.text, refusal.kind
         if refusal or not (self._warned or silently):
             self._warned = True
-            self._send(connected=False, failure=failure, kind=kind)
+            self._send(failure=failure, kind=kind)
         tear_down_wandb()
         if not opened:  # a server may be away for days, and each try leaves a folder with no row
             self._remove_new_folders()
@@ -312,7 +309,7 @@ def main() -> None:
             if role == "follow":
                 note_surroundings(run, here)
                 record.note_refusal(run, None)  # each attempt is a new try
-            told = mirror.follow() if role == "follow" else mirror.tell()
+            told = mirror.follow(parent) if role == "follow" else mirror.tell()
     except LockHeldError as error:
         logger.warning("%s; `flowjobs sync` uploads what W&B lacks", error)
         told = False

@@ -48,7 +48,7 @@ class WandbTracker:
     def __init__(self, run: Run, mode: ResolvedMode) -> None:
         self._run = run
         self._mode = mode
-        self._connected = False
+        self._connected: bool | None = None
         self._warned = False
         self._session: record.Session | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
@@ -93,12 +93,12 @@ class WandbTracker:
         with mirror.stdout:
             for line in mirror.stdout:
                 news = json.loads(line)
-                self._connected = news.get("connected", self._connected)
                 if "failure" in news:
                     what = "%s; training continues, and metrics.jsonl has every row"
                     logger.warning(what, news["failure"])
-                if "info" in news:
-                    logger.info("%s", news["info"])
+                elif self._connected is False:
+                    logger.info("W&B answers again; it gets what it missed")
+                self._connected = "failure" not in news
 
     @contextmanager
     def _never_stopping(self) -> Iterator[None]:
