@@ -119,7 +119,7 @@ class Mirror:
         if state.outcome is None and not syncs:
             return True  # an attempt has begun, and says itself what comes of it
         outcome = state.outcome or DIED
-        if not (syncs and self._server_has_all(outcome)):
+        if not (syncs and self._server_has_all(state, outcome)):
             if not self._finish(outcome, retry=True):
                 return False
             if syncs:
@@ -128,7 +128,10 @@ class Mirror:
         record.note_reported(self._run, state)
         return True
 
-    def _server_has_all(self, outcome: Outcome) -> bool:
+    def _server_has_all(self, state: record.Report, outcome: Outcome) -> bool:
+        reported = record.read_uploaded(self._run).reported
+        if state.evaluation != (reported.evaluation if reported else ()):
+            return False  # measured since, by `flowjobs evaluate`
         try:
             return not missing_on_server(self._run, record.last_step_of(self._run), outcome)
         except Exception as error:  # of any kind; opening a session tells more of it

@@ -94,8 +94,11 @@ def summary_of(run: Run) -> dict[str, Any]:
         summary |= {"final_epoch": status.epoch - 1, "best_val_loss": status.best_val_loss}
         summary |= {"checkpoint_path": str(run.best)}
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged
-        measures = read_json(run.evaluation_file)["measures"]
-        summary |= {f"eval/{name}": of["value"] for name, of in measures.items()}
+        found = read_json(run.evaluation_file)
+        if not run.is_outdated(found):
+            summary["eval/n"] = found["n"]
+            for name, of in found["measures"].items():
+                summary |= {f"eval/{name}": of["value"], f"eval/{name}/floor": of["floor"]}
     return {key: value for key, value in summary.items() if value is not None}
 
 

@@ -88,12 +88,14 @@ class Report:
         attempts: How many attempts have begun.
         outcome: How the newest one ended; None if nobody has said so yet.
         rows: Size and time of `metrics.jsonl`; empty without one.
+        evaluation: The same of `evaluation.json`.
         server: The one that has all of it; "" if none has.
     """
 
     attempts: int = 0
     outcome: Outcome | None = None
     rows: tuple[int, ...] = ()
+    evaluation: tuple[int, ...] = ()
     server: str = ""
 
 
@@ -161,8 +163,15 @@ def state_to_report(run: Run, server: str = "") -> Report:
         found = Report(len(status.attempts), status.outcome)
     else:  # missing or damaged: what was reported is all that is known
         found = read_uploaded(run).reported or Report()
-    rows = run.metrics_file.stat() if run.metrics_file.exists() else None
-    return replace(found, rows=(rows.st_size, rows.st_mtime_ns) if rows else (), server=server)
+    rows, evaluation = _version_of(run.metrics_file), _version_of(run.evaluation_file)
+    return replace(found, rows=rows, evaluation=evaluation, server=server)
+
+
+def _version_of(file: Path) -> tuple[int, ...]:
+    if not file.exists():
+        return ()
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def read_uploaded(run: Run) -> Uploaded:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,10 +171,12 @@ def test_runs_of_two_studies_have_their_own_floors_and_a_model_that_raises_stops
 def test_the_measures_are_in_wandbs_summary(study: Path) -> None:
     run = Run(study, "a")
     trained(run, TrainingConfig(epochs=1, arch_args=SMALL), lambda: None)
-    measures = json.loads(run.evaluation_file.read_text())["measures"]
+    found = json.loads(run.evaluation_file.read_text())
     summary = summary_of(run)
-    for name, of in measures.items():
+    assert summary["eval/n"] == found["n"]
+    for name, of in found["measures"].items():
         assert summary[f"eval/{name}"] == of["value"]
+        assert summary[f"eval/{name}/floor"] == of["floor"]
     assert summary["best_val_loss"] == run.status().best_val_loss
     assert summary["parameters"] == run.status().parameters
 

@@ -21,6 +21,7 @@ from PIL import Image
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
 from flowjobs.errors import RunInterrupted, TrackingError
 from flowjobs.runs.attempt import Attempt
+from flowjobs.runs.files import write_json
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus
@@ -127,6 +128,11 @@ def test_a_second_sync_of_all_asks_nothing(run: Run, backend: Backend, flowjobs:
     assert flowjobs("sync", run.name).stdout == "tracked: all of it is on the server\n"
     assert "UpsertBucket" not in backend.requests
     assert backend.requests
+    measures = {"mmd": {"value": 0.2, "floor": 0.1}}  # by `flowjobs evaluate`
+    write_json(run.evaluation_file, {"n": 64, "step": 50, "measures": measures})
+    summary = sync(run, backend).summary
+    assert [summary[f"eval/{key}"] for key in ("n", "mmd", "mmd/floor")] == [64, 0.2, 0.1]
+    assert sync_run(run).state == "unchanged"
 
 
 def test_a_sync_elsewhere_that_finds_all_there_sends_nothing(run: Run, backend: Backend) -> None:
