@@ -58,6 +58,11 @@ def upload_limit_s(run: Run) -> float:
     return UPLOAD_BASE_S + size / UPLOAD_BYTES_PER_S
 
 
+def mirror_log(run: Run) -> Path:
+    """What the mirrors of a run, and wandb, have to say."""
+    return run.folder / "wandb" / "mirror.log"
+
+
 def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Popen[bytes]:
     """Start the process that mirrors a session, which is the one in the run's folder.
 
@@ -67,7 +72,7 @@ def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Po
     Raises:
         OSError: It could not be started.
     """
-    log = run.folder / "wandb" / "mirror.log"
+    log = mirror_log(run)
     log.parent.mkdir(exist_ok=True)
     pipe = subprocess.DEVNULL if role == "close" else subprocess.PIPE
     # -P: a file wandb.py beside the user's code is not wandb.

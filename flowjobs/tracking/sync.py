@@ -23,7 +23,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import check_server_answers, server_of
-from flowjobs.tracking.process import start_mirror, upload_limit_s
+from flowjobs.tracking.process import mirror_log, start_mirror, upload_limit_s
 
 # How long a run that another node trains may write nothing, and still be taken to train.
 QUIET_S = 600.0
@@ -129,5 +129,5 @@ def _upload(run: Run) -> Synced:
         raise kind(f"{news['failure']}{again}")
     raise TrackingError(
         "the server has not taken all of it in time; sync again, it continues from what is there "
-        f"({run.folder / 'wandb' / 'mirror.log'})"
+        f"({mirror_log(run)})"
     )

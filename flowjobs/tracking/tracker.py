@@ -1,5 +1,6 @@
 """What a training tells W&B through: starts the mirror, talks to it, never waits for it long."""
 
+import contextlib
 import json
 import logging
 import subprocess
@@ -11,13 +12,15 @@ from flowjobs.runs.recorder import Tracker, Untracked
 from flowjobs.runs.run import Run
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import ResolvedMode, resolve_mode
-from flowjobs.tracking.process import start_mirror, wait_for_mirror
+from flowjobs.tracking.process import mirror_log, start_mirror, wait_for_mirror
 
 logger = logging.getLogger(__name__)
 
 # A preempted run must be gone before its grace is over; so must one that W&B does not answer.
 SHORT_FINISH_S = 5.0
 LONG_FINISH_S = 15.0
+# How soon a mirror that has died is replaced, and a later one at the latest.
+FIRST_PAUSE_S, LAST_PAUSE_S = 2.0, 600.0
 
 
 @contextmanager
@@ -52,44 +55,80 @@ class WandbTracker:
         self._warned = False
         self._session: record.Session | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
+        # What the mirror was told; one that takes its place is told it too.
+        self._told: list[str] = []
+        self._changing = threading.Lock()
+        self._finishing = threading.Event()
         with self._never_stopping():
-            self._session = record.begin_session(run, mode)
-            self._mirror = start_mirror(run, self._session, "follow")
-            # Not a thread to wait for: it ends when the mirror does.
-            threading.Thread(target=self._log_news, args=(self._mirror,), daemon=True).start()
+            self._start_mirror()
+        # Not a thread to wait for.
+        threading.Thread(target=self._keep_mirror, daemon=True).start()
 
     def follow(self) -> None:
         """See `Tracker`."""
-        self._send("follow")
+        self._tell("follow")
 
     def last_row_comes(self) -> None:
         """See `Tracker`."""
-        self._send("last")
+        self._tell("last")
 
     def finish(self) -> None:
         """Have W&B told what `status.json` says now. Waits for a few seconds at most."""
-        with self._never_stopping():
-            if self._session is None:
-                self._session = record.begin_session(self._run, self._mode)
-            if record.is_superseded(self._run, self._session):
+        self._finishing.set()
+        with self._never_stopping(), self._changing:
+            if self._session and record.is_superseded(self._run, self._session):
                 return
-            if self._mirror is None or self._mirror.poll() is not None:
+            if self._session is None or self._mirror is None or self._mirror.poll() is not None:
                 # It was killed; another one catches up.
+                self._session = self._session or record.begin_session(self._run, self._mode)
                 self._mirror = start_mirror(self._run, self._session, "close")
             self._send("finish")
             patient = self._connected and self._run.status().state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
             wait_for_mirror(self._run, self._session, self._mirror, limit_s)
 
+    def _keep_mirror(self) -> None:
+        """Log what the mirror reports, and start another one where it dies or gives up."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            with self._never_stopping():
+                self._log_news()
+            if self._finishing.wait(pause_s):
+                return
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)
+            with self._never_stopping(), self._changing:
+                if self._finishing.is_set():
+                    return
+                if self._session and record.is_superseded(self._run, self._session):
+                    return
+                log = mirror_log(self._run)
+                logger.warning("the process that tells W&B has ended (%s); another one starts", log)
+                self._connected = None
+                self._start_mirror()
+
+    def _start_mirror(self) -> None:
+        self._session = self._session or record.begin_session(self._run, self._mode)
+        self._mirror = start_mirror(self._run, self._session, "follow")
+        for command in self._told:
+            self._send(command)
+
+    def _tell(self, command: str) -> None:
+        with self._never_stopping(), self._changing:
+            self._told.append(command)
+            self._send(command)
+
     def _send(self, command: str) -> None:
-        with self._never_stopping():  # also a pipe that nobody reads any more
+        # A pipe that nobody reads any more: the next one is told.
+        with contextlib.suppress(BrokenPipeError):
             if self._mirror is not None and self._mirror.stdin is not None:
                 self._mirror.stdin.write(f"{command}\n".encode())
                 self._mirror.stdin.flush()
 
-    def _log_news(self, mirror: subprocess.Popen[bytes]) -> None:
-        """Log what the mirror reports."""
-        assert mirror.stdout is not None
+    def _log_news(self) -> None:
+        """Log what the mirror reports, until it ends."""
+        mirror = self._mirror
+        if mirror is None or mirror.stdout is None:
+            return
         with mirror.stdout:
             for line in mirror.stdout:
                 news = json.loads(line)

@@ -97,17 +97,17 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, 
 
 def children(pid: int) -> list[int]:
     """The child processes of a process, by what the kernel says."""
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()] if path.exists() else []
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for thread in threads for child in thread.read_text().split()]
 
 
-def mirror_and_core(trainer: int) -> tuple[int, int]:
-    """The processes that mirror an attempt: ours and wandb's own. Waits until both are there."""
+def mirror_and_core(trainer: int, but: int | None = None) -> tuple[int, int]:
+    """The processes that mirror an attempt: ours (not `but`) and wandb's own. Waits for both."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         # A process may be gone between two looks at it.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for mirror in children(trainer):
+            for mirror in set(children(trainer)) - {but}:
                 for core in children(mirror):
                     if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes():
                         return mirror, core

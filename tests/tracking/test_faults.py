@@ -14,8 +14,9 @@ from flowjobs.errors import ServerError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.mode import check_server_answers
-from flowjobs.tracking.process import close_session, pending_outcome
+from flowjobs.tracking.process import close_session, mirror_log, pending_outcome
 from flowjobs.tracking.record import read_uploaded, refusal_of
+from tests.cluster.waiting import wait_until
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -135,12 +136,30 @@ def test_a_service_of_another_process_is_not_joined(
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_a_mirror_that_is_killed_costs_no_row(tracked_run: MakeRun, mode: str) -> None:
     run, backend = tracked_run(mode)
-    process = attempts.start(run, 1000, pace_s=0.02)
+    process = attempts.start(run, 4000, pace_s=0.02)
     mirror, core = attempts.mirror_and_core(process.pid)
     attempts.wait_for_rows(run, 40)
     attempts.kill(mirror, core)
+    attempts.mirror_and_core(process.pid, but=mirror)  # takes its place while the attempt trains
     finish_and_tell(run, process)
     assert pending_outcome(run) is None
+    assert_history_is_exact(run, backend)
+
+
+def test_a_mirror_that_cannot_read_what_it_needs_is_started_again(
+    tracked_run: MakeRun, backend: Backend
+) -> None:
+    run, _ = tracked_run("online")
+    # As where a file server is away for a while.
+    surroundings = run.folder / "wandb" / "surroundings.json"
+    surroundings.mkdir(parents=True)
+    process = attempts.start(run, 4000, pace_s=0.02)
+    wait_until(mirror_log(run).exists, "the first to start", 60)
+    wait_until(lambda: "IsADirectoryError" in mirror_log(run).read_text(), "it to end", 60)
+    surroundings.rmdir()
+    attempts.mirror_and_core(process.pid)
+    code, said = attempts.finish(process)
+    assert (code, "another one starts" in said) == (0, True), said
     assert_history_is_exact(run, backend)
 
 
