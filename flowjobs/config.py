@@ -4,23 +4,20 @@ The fields are the command line's flags and their docstrings its help. This modu
 neither torch nor Slurm nor W&B.
 """
 
-import ast
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, get_args, get_origin
+from typing import Any, Literal, Optional, get_args
 
 from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
-from flowjobs.from_json import fields_of, from_json
+from flowjobs.field_values import KeyValues, flag, take_types
+from flowjobs.from_json import from_json
 from flowjobs.nearest import did_you_mean
 
 BUILT_IN_ARCHS = ("mlp", "unet", "dit")
@@ -31,9 +28,6 @@ Normalization = Literal["columns", "none"]
 Precision = Literal["fp32", "bf16"]
 DataPlacement = Literal["auto", "device", "loader"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
-
-# What JSON, YAML and TOML call Python's True, False and None.
-JSON_WORDS = {"true": True, "false": False, "null": None}
 
 MAX_SEED = 2**63 - 1
 DATA_FILE_SUFFIXES = (".pt", ".npy")
@@ -111,49 +105,6 @@ PLACE_FIELDS = ("wandb_project", "wandb_entity", "wandb_base_url")
 
 # Between the path of a file and the digest of its content, in `init_from` and `reflow_from`.
 PINNED = "@sha256:"
-
-
-class KeyValues(dict[str, Any]):
-    """Arguments by name, given on the command line as key=value."""
-
-    @classmethod
-    def parse(cls, items: Iterable[str]) -> "KeyValues":
-        """`["width=512", "norm=layer"]` -> `{"width": 512, "norm": "layer"}`.
-
-        A value is read by `literal_or_text`.
-
-        Raises:
-            ValueError: An item is not of the form key=value.
-        """
-        parsed = cls()
-        for item in items:
-            key, equals, value = item.partition("=")
-            if not (key and equals):
-                raise ValueError(f"found {item!r}, expected key=value")
-            parsed[key] = literal_or_text(value)
-        return parsed
-
-
-def literal_or_text(text: str) -> Any:
-    """What is typed as a value: a literal of Python (a tuple becomes a list) or JSON, or the text.
-
-    true, false and null are no text, in any case, since text is true wherever a model asks; 'null'
-    in quotes is. A literal that JSON does not know (a set) is text as well.
-    """
-    if text.lower() in JSON_WORDS:
-        return JSON_WORDS[text.lower()]
-    for read in (ast.literal_eval, _json_literal):
-        # A key that is a list, and signs or brackets that are nested too deep: see literal_eval.
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return json.loads(json.dumps(read(text)))
-    return text
-
-
-def _json_literal(text: str) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is none of JSON's own")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 @dataclass(frozen=True)
@@ -284,7 +235,7 @@ class TrainingConfig:
     torch, which can be slower, and an error if an operation has none. A CPU does so anyway."""
 
     def __post_init__(self) -> None:
-        _take_types(self)
+        take_types(self)
         for name in ("epochs", "batch_size", "patience"):
             _require(self, name, minimum=1)
         if self.ot_batch is not None and (self.ot_batch < 1 or self.ot_batch % self.batch_size):
@@ -432,7 +383,7 @@ class SlurmConfig:
     """Any other sbatch options: reservation=course exclusive=True."""
 
     def __post_init__(self) -> None:
-        _take_types(self)
+        take_types(self)
         _require(self, "nodes", minimum=1)
         _require(self, "gpus_per_node", minimum=0)
         _require(self, "signal_delay_s", minimum=0)
@@ -489,7 +440,7 @@ class TrackingConfig:
         return f"{place} at {self.wandb_base_url}" if self.wandb_base_url else place
 
     def __post_init__(self) -> None:
-        _take_types(self)
+        take_types(self)
         _require_choice("wandb_mode", self.wandb_mode, WandbMode)
         # W&B would refuse it too, but when the run has started and nobody looks.
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb_project):
@@ -511,7 +462,7 @@ class RestartConfig:
     """Attempts in a row without a new step after which the run stops."""
 
     def __post_init__(self) -> None:
-        _take_types(self)
+        take_types(self)
         _require(self, "retries", minimum=0)
         _require(self, "give_up_after", minimum=1)
 
@@ -648,75 +599,6 @@ def _part_from_dict(name: str, cls: Any, found: Any) -> Any:
         return from_json(cls, found)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-
-
-def flag(name: str) -> str:
-    """The command line's name of a field: `batch_size` -> `--batch-size`."""
-    return "--" + name.replace("_", "-")
-
-
-def _take_types(config: Any) -> None:
-    """Let each field be of its type, so that JSON gives it back as it is.
-
-    From Python a number may be numpy's or torch's, or a whole one as a float (1e2), and a file a
-    Path. An int stays one where a float may be: signatures have it as it was given.
-
-    Raises:
-        ConfigError: A value means none of that type.
-    """
-    given, cls = vars(config), config.__class__
-    for name, kinds in _kinds_of_fields(cls):
-        value = given[name]
-        if type(value) not in kinds or (KeyValues in kinds and value):
-            object.__setattr__(config, name, _as_one_of(kinds, value, flag(name)))
-
-
-@functools.cache
-def _kinds_of_fields(cls: Any) -> list[tuple[str, frozenset[type]]]:
-    """Of each field the types that its values may be of."""
-    kinds = []
-    for name, hint in fields_of(cls)[0].items():
-        options = {str} if get_origin(hint) is Literal else {*(get_args(hint) or [hint])}
-        if float in options:
-            options.add(int)
-        kinds.append((name, frozenset(options)))
-    return kinds
-
-
-def _as_one_of(kinds: frozenset[type], value: Any, option: str) -> Any:
-    found = _plain(value)
-    if KeyValues in kinds and isinstance(found, dict):
-        try:
-            return KeyValues(json.loads(json.dumps(found, default=_plain_or_none_of_json)))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{option}: {error}") from error
-    if type(found) in kinds:
-        return found
-    if int in kinds and isinstance(found, float) and found.is_integer():
-        return int(found)
-    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
-    words |= {KeyValues: "a dict", type(None): "None"}
-    expected = [word for kind, word in words.items() if kind in kinds]
-    if float in kinds:
-        expected.remove(words[int])
-    raise ConfigError(f"{option}: found {value!r}, expected {' or '.join(expected)}")
-
-
-def _plain(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's, and a path as text; what else there is, as it is."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
-        return value.item()
-    return value
-
-
-def _plain_or_none_of_json(value: Any) -> Any:
-    if (found := _plain(value)) is value:
-        raise TypeError(
-            f"found {value!r}, expected a number, text, True, False, None, list or dict"
-        )
-    return found
 
 
 def _require(

@@ -9,8 +9,9 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from flowjobs.config import KeyValues, is_path
+from flowjobs.config import is_path
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues
 from flowjobs.runs.run import absolute
 
 # What stands for None, as on the command line: TOML has no word for it.

@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from flowjobs.config import (
-    KeyValues,
     RestartConfig,
     RunConfig,
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
     config_to_dict,
-    literal_or_text,
     run_config_from_dict,
 )
 from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues, literal_or_text
 
 
 @pytest.mark.parametrize("text", ["5_k", "1__000", "1_", "_1", "1k5", "9" * 400, "9" * 305 + "m"])

@@ -22,6 +22,7 @@ ROWS = (
     ("toml_values",),
     ("runs", "slurm"),
     ("config", "user_code", "user_source"),
+    ("field_values",),
     ("counts", "errors", "from_json", "learning_rate", "nearest", "cgroups", "slots", "words"),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}

@@ -4,8 +4,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.parser import Flag
-from flowjobs.config import flag
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import flag
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodeChoice

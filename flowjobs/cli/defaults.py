@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.config import PARTS, KeyValues, SlurmConfig, TrainingConfig, flag
+from flowjobs.config import PARTS, SlurmConfig, TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues, flag
 from flowjobs.nearest import meant
 from flowjobs.runs.run import default_study
 from flowjobs.slurm.options import fields_from, variables_of

@@ -18,13 +18,13 @@ from flowjobs.cli.prepare import check_parts
 from flowjobs.config import (
     BUILT_IN_ARCHS,
     Augmentation,
-    KeyValues,
     OptionalInt,
     RunConfig,
     SlurmConfig,
     TrainingConfig,
 )
 from flowjobs.errors import ConfigError, FlowjobsError, SubmissionUnknownError
+from flowjobs.field_values import KeyValues
 from flowjobs.runs.run import absolute, default_study
 from flowjobs.runs.status import EXIT_CANCELLED, EXIT_FAILED
 

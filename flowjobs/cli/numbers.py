@@ -2,8 +2,8 @@
 
 import threading
 
-from flowjobs.config import flag
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import flag
 
 
 def check_counts(**counts: int | None) -> None:

@@ -26,7 +26,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from flowjobs.config import KeyValues
+from flowjobs.field_values import KeyValues
 from flowjobs.nearest import did_you_mean
 
 # A switch without its negative (--no-json).

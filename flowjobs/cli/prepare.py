@@ -12,10 +12,10 @@ from flowjobs.config import (
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
-    flag,
     is_path,
 )
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import flag
 from flowjobs.flows.flow import check_flow
 from flowjobs.flows.uses import check_uses
 from flowjobs.models.size import with_fixed_width

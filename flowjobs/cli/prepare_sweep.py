@@ -6,8 +6,9 @@ from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import check_parts, with_absolute_paths
-from flowjobs.config import RunConfig, TrainingConfig, flag
+from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import flag
 from flowjobs.models.size import with_fixed_width
 from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.pack import check_shared

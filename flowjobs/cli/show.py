@@ -8,8 +8,9 @@ from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunName, existing_run
-from flowjobs.config import differences_from_defaults, flag
+from flowjobs.config import differences_from_defaults
 from flowjobs.counts import count_words
+from flowjobs.field_values import flag
 from flowjobs.runs.goodput import TimeSpent, time_spent
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus

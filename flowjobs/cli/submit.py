@@ -20,9 +20,9 @@ from flowjobs.config import (
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
-    flag,
 )
 from flowjobs.errors import ConfigError, SubmissionError
+from flowjobs.field_values import flag
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run

@@ -30,7 +30,6 @@ from flowjobs.cli.start_many import (
 )
 from flowjobs.config import (
     FILE_FIELDS,
-    KeyValues,
     OptionalInt,
     OptionalStr,
     RestartConfig,
@@ -38,9 +37,9 @@ from flowjobs.config import (
     SlurmConfig,
     TrackingConfig,
     TrainingConfig,
-    flag,
 )
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues, flag
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run, absolute

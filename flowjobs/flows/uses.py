@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flowjobs.config import TrainingConfig, flag
+from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import flag
 from flowjobs.flows.flow import may_be_given_pairs, may_couple
 
 # Of each field the one that decides whether there is a use for it, and with which values.

@@ -13,8 +13,9 @@ from pathlib import Path
 from submitit.core.core import Job
 from submitit.local.debug import DebugJob
 
-from flowjobs.config import KeyValues, SlurmConfig
+from flowjobs.config import SlurmConfig
 from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
+from flowjobs.field_values import KeyValues
 from flowjobs.jobs.array import Array
 from flowjobs.jobs.deferred_signals import signals_deferred_until_noted
 from flowjobs.jobs.executors import (

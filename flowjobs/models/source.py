@@ -11,8 +11,9 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flowjobs.config import BUILT_IN_ARCHS, SIZE_FIELDS, TrainingConfig, flag
+from flowjobs.config import BUILT_IN_ARCHS, SIZE_FIELDS, TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import flag
 from flowjobs.nearest import did_you_mean
 from flowjobs.user_code import check_call, check_module, is_import_path
 from flowjobs.user_source import Found, as_class, binding_in, method_of

@@ -3,8 +3,9 @@
 import shlex
 from typing import Any
 
-from flowjobs.config import PINNED, differences_from_defaults, flag, literal_or_text
+from flowjobs.config import PINNED, differences_from_defaults
 from flowjobs.errors import FlowjobsError
+from flowjobs.field_values import flag, literal_or_text
 from flowjobs.runs.code import code_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.surroundings import surroundings_of

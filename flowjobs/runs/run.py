@@ -23,7 +23,6 @@ from flowjobs.config import (
     TrainingConfig,
     config_to_dict,
     fault_of_text,
-    flag,
     run_config_from_dict,
     signature_differences,
     signature_of,
@@ -36,6 +35,7 @@ from flowjobs.errors import (
     RunNotFoundError,
     SubmissionUnknownError,
 )
+from flowjobs.field_values import flag
 from flowjobs.from_json import from_json
 from flowjobs.nearest import meant
 from flowjobs.runs.data_file import DataContent

@@ -11,15 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import (
-    DATA_FIELDS,
-    PARTS,
-    PINNED,
-    SIZE_FIELDS,
-    literal_or_text,
-    value_in_name,
-)
+from flowjobs.config import DATA_FIELDS, PARTS, PINNED, SIZE_FIELDS, value_in_name
 from flowjobs.errors import ConfigError, RunNotFoundError
+from flowjobs.field_values import literal_or_text
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.run import Run, absolute, may_be_run, run_names
 

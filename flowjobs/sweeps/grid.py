@@ -13,17 +13,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import (
-    IN_NAME,
-    PARTS,
-    PINNED,
-    KeyValues,
-    SlurmConfig,
-    TrainingConfig,
-    flag,
-    value_in_name,
-)
+from flowjobs.config import IN_NAME, PARTS, PINNED, SlurmConfig, TrainingConfig, value_in_name
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues, flag
 from flowjobs.flows.uses import has_use
 from flowjobs.sweeps.applying import ARGUMENT
 

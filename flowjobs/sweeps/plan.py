@@ -11,15 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.config import (
-    DATA_FIELDS,
-    RunConfig,
-    SlurmConfig,
-    flag,
-    is_data_file,
-    signature_differences,
-)
+from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, is_data_file, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
+from flowjobs.field_values import flag
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
 from flowjobs.jobs.running import RunningJob, ended_for_good, running_jobs
 from flowjobs.jobs.snapshot import CodePlan

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from flowjobs.config import KeyValues, RestartConfig, RunConfig, SlurmConfig
+from flowjobs.config import RestartConfig, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues
 from flowjobs.nearest import meant
 from flowjobs.runs.pack import Pack
 from flowjobs.sweeps.plan import CHECKPOINTS_GONE, GPU_MEMORY, Member

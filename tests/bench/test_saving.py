@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import FlowDataset
+from flowjobs.field_values import KeyValues
 from flowjobs.models.build import build_model
 from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run

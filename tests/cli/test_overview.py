@@ -15,7 +15,7 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.main import run as run_command
 from flowjobs.cli.overview import UNKNOWN_AT_MOST
 from flowjobs.cli.status import Status
-from flowjobs.config import KeyValues
+from flowjobs.field_values import KeyValues
 from flowjobs.jobs.overview import overview
 from flowjobs.runs.goodput import time_spent
 from flowjobs.runs.listing import cache_folder, glances

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowjobs.config import KeyValues, RunConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets, write_splits
 from flowjobs.errors import (
     CheckpointMismatchError,
@@ -18,6 +18,7 @@ from flowjobs.errors import (
     RunInterrupted,
     RunMismatchError,
 )
+from flowjobs.field_values import KeyValues
 from flowjobs.models.build import build_model
 from flowjobs.runs.data_file import content_of_file
 from flowjobs.runs.run import Run

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from flowjobs.cgroups import memory_kills
-from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.config import TrainingConfig
 from flowjobs.data.dataset import normalization_stats, split
 from flowjobs.data.memory import free_memory_bytes
 from flowjobs.data.tensor_file import write_tensor
 from flowjobs.errors import DataError
+from flowjobs.field_values import KeyValues
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset
 from flowjobs.training.checkpoint import read_checkpoint
@@ -137,7 +138,8 @@ import sys, json
 from pathlib import Path
 import torch
 import flowjobs.training.run_training
-from flowjobs.config import TrainingConfig, KeyValues
+from flowjobs.config import TrainingConfig
+from flowjobs.field_values import KeyValues
 from flowjobs.data.dataset import *
 from flowjobs.data.batches import *
 from flowjobs.training import FlowTrainer

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.config import TrainingConfig
 from flowjobs.data import read_ahead
 from flowjobs.data.batches import Order
 from flowjobs.data.read_ahead import ReadAhead
 from flowjobs.data.source import NormalSource
 from flowjobs.errors import DataError
+from flowjobs.field_values import KeyValues
 from flowjobs.flows.coupling import exact
 from flowjobs.flows.pairs import CoupledPairs
 from flowjobs.jobs.exit_cause import passing_kind

@@ -20,7 +20,6 @@ from flowjobs.config import (
     BUILT_IN_ARCHS,
     BUILT_IN_FLOWS,
     Augmentation,
-    KeyValues,
     RunConfig,
     SlurmConfig,
     TrainingConfig,
@@ -29,6 +28,7 @@ from flowjobs.drill.facts import ClusterFacts, shortfalls
 from flowjobs.drill.probe import NodeAnswer
 from flowjobs.drill.run import drill as drill_runs
 from flowjobs.errors import SubmissionUnknownError
+from flowjobs.field_values import KeyValues
 from flowjobs.training.same_bits import equal_to_the_bit
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until

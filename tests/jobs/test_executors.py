@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import KeyValues, RunConfig, SlurmConfig
+from flowjobs.config import RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError, SubmissionError
+from flowjobs.field_values import KeyValues
 from flowjobs.jobs import executors
 from flowjobs.runs.run import Run
 

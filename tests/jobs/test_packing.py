@@ -11,14 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import (
-    KeyValues,
-    RestartConfig,
-    RunConfig,
-    SlurmConfig,
-    TrackingConfig,
-    TrainingConfig,
-)
+from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
+from flowjobs.field_values import KeyValues
 from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.reconcile import close_ended_pack
 from flowjobs.jobs.running import running_job

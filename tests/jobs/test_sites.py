@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import KeyValues, SlurmConfig
+from flowjobs.config import SlurmConfig
+from flowjobs.field_values import KeyValues
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
 from flowjobs.slurm.options import export_for

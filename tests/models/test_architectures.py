@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from flowjobs.config import BUILT_IN_ARCHS, KeyValues, TrainingConfig
+from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig
 from flowjobs.errors import CheckpointMismatchError, RunInterrupted
+from flowjobs.field_values import KeyValues
 from flowjobs.models.build import build_model
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import previous_of, read_checkpoint, write_checkpoint

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from flowjobs.config import BUILT_IN_ARCHS, KeyValues, TrainingConfig, signature_differences
+from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig, signature_differences
 from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues
 from flowjobs.models.build import build_model
 from flowjobs.models.size import parameters_of, with_fixed_width
 from flowjobs.models.source import check_model

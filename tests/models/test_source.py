@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues
 from flowjobs.flows.flow import check_flow
 from flowjobs.models.source import check_arch, check_model
 

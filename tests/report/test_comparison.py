@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flowjobs.config import KeyValues
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues
 from flowjobs.report.comparison import Cell, Comparison, compare
 from flowjobs.report.results import read_result
 from flowjobs.report.text import cell_words, count_words, explanation, number_format

@@ -13,14 +13,8 @@ import pytest
 
 from flowjobs.cli.evaluation_table import FIRST_OF_ALL, in_a_line
 from flowjobs.cli.main import parse
-from flowjobs.config import (
-    KeyValues,
-    RestartConfig,
-    RunConfig,
-    SlurmConfig,
-    TrackingConfig,
-    TrainingConfig,
-)
+from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
+from flowjobs.field_values import KeyValues
 from flowjobs.report import text
 from flowjobs.report.comparison import compare
 from flowjobs.report.origin import command_of, commit_of

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import KeyValues, RestartConfig, RunConfig, SlurmConfig, TrainingConfig
+from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
+from flowjobs.field_values import KeyValues
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import select
 

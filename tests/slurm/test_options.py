@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from flowjobs.config import KeyValues, SlurmConfig
+from flowjobs.config import SlurmConfig
+from flowjobs.field_values import KeyValues
 from flowjobs.slurm.options import (
     environment_for_sbatch,
     fields_from,

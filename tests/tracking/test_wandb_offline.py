@@ -9,9 +9,10 @@ import pytest
 import torch
 import wandb
 
-from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets
 from flowjobs.errors import RunInterrupted
+from flowjobs.field_values import KeyValues
 from flowjobs.models.build import build_model
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.recorder import recording

@@ -12,7 +12,6 @@ import torch
 from flowjobs.config import (
     BUILT_IN_ARCHS,
     BUILT_IN_FLOWS,
-    KeyValues,
     RestartConfig,
     RunConfig,
     TrackingConfig,
@@ -22,6 +21,7 @@ from flowjobs.data.dataset import FlowDataset, load_datasets, write_splits
 from flowjobs.errors import ConfigError, LockHeldError, RunInterrupted
 from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.evaluation.solver import Solver
+from flowjobs.field_values import KeyValues
 from flowjobs.models.build import build_model
 from flowjobs.runs import file_lock
 from flowjobs.runs.datasets import pair_files

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError, RunInterrupted
+from flowjobs.field_values import KeyValues
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import computing, computing_as_before, usable_cores

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunInterrupted, RunTakenOverError
+from flowjobs.field_values import KeyValues
 from flowjobs.flows.flow import Flow
 from flowjobs.models.build import build_model
 from flowjobs.runs import attempt

@@ -12,7 +12,8 @@ from flowjobs.training.optimizer import LightAdamW
 
 A_RUN = """
 import sys, torch
-from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.config import TrainingConfig
+from flowjobs.field_values import KeyValues
 from flowjobs.training import FlowDataset, FlowTrainer
 from flowjobs.models.build import build_model
 config = TrainingConfig(epochs=2, arch_args=KeyValues(width=16, depth=1))

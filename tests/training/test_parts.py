@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from flowjobs.config import KeyValues, TrainingConfig
+from flowjobs.config import TrainingConfig
 from flowjobs.data.augmentation import augmented
 from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import derive_seed, epoch_order, seed_step
 from flowjobs.data.source import NormalSource
 from flowjobs.errors import ConfigError
+from flowjobs.field_values import KeyValues
 from flowjobs.flows.flow import flow_of
 from flowjobs.models.build import build_model
 from flowjobs.models.mlp import MLP

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowjobs.config import KeyValues, RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets
 from flowjobs.errors import (
     CheckpointWriteError,
@@ -20,6 +20,7 @@ from flowjobs.errors import (
     TrainingDivergedError,
 )
 from flowjobs.evaluation.sampling import sample
+from flowjobs.field_values import KeyValues
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_per_sample, parameters_in
 from flowjobs.runs.metrics import read_rows
