@@ -71,14 +71,16 @@ def _run_so_far(script_arguments: Sequence[str], files: Sequence[str] | None) ->
         return None
     arguments, defaults = script_arguments, Defaults()
     with contextlib.suppress(ConfigError):
-        arguments = script_arguments if files is None else _arguments_on_line(files)
         defaults = load_defaults()
+    with contextlib.suppress(ConfigError):
+        arguments = script_arguments if files is None else _arguments_on_line(files)
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--study", type=Path, default=os.environ.get("FLOWJOBS_STUDY"))
     known.add_argument("--resume")
     given = known.parse_known_args(arguments)[0]
     study = given.study or defaults.values.get("study") or default_study()
-    run = run_of_job(absolute(Path(study)), batch_script_job_id())
+    given_to_script = script_arguments if files is None else files
+    run = run_of_job(absolute(Path(study)), batch_script_job_id(), given_to_script)
     if run and given.resume and not run.started():
         return None  # which checkpoint it begins with is in its arguments alone
     return run

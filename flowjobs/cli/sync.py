@@ -67,13 +67,16 @@ class Sync(InStudy):
         from flowjobs.tracking.mode import server_of, server_url
         from flowjobs.tracking.record import read_uploaded
 
-        servers = {run: server_of(run.config().tracking) for run in runs}
+        places = {run: run.config().tracking for run in runs}
+        servers = {
+            run: server_of(place) for run, place in places.items() if place.wandb_mode != "disabled"
+        }
         # These would not do more for their other runs.
-        refused = _without_login({*servers.values()} or {server_url()})
-        failures = {*refused.values()}
+        refused: dict[str, FlowjobsError] = _without_login({*servers.values()} or {server_url()})
+        failures = {str(error) for error in refused.values()}
         try:
             for run in runs:
-                if servers[run] in refused:
+                if servers.get(run) in refused:
                     continue
                 refusal = read_uploaded(run).refusal
                 if refusal and said is not None:  # until somebody has done what it says
@@ -81,10 +84,11 @@ class Sync(InStudy):
                     continue
                 try:
                     done = self._sync_one(run)
-                except LoginError:
-                    raise
-                except ServerError as error:
-                    refused[servers[run]] = str(error)
+                except (LoginError, ServerError) as error:
+                    refused[servers[run]] = error
+                    # Where no other server is left, that ends the command.
+                    if isinstance(error, LoginError) and refused.keys() >= {*servers.values()}:
+                        raise
                     failures.add(str(error))
                     continue
                 except (FlowjobsError, OSError) as error:
@@ -116,7 +120,7 @@ class Sync(InStudy):
             return sync_run(run, judge, ask=ask, as_new=self.as_new)
 
 
-def _without_login(servers: set[str]) -> dict[str, str]:
+def _without_login(servers: set[str]) -> dict[str, FlowjobsError]:
     """Those of the servers that there is no login for here, and what to do about it.
 
     Raises:
@@ -125,12 +129,12 @@ def _without_login(servers: set[str]) -> dict[str, str]:
     """
     from flowjobs.tracking.mode import check_login
 
-    found = {}
+    found: dict[str, FlowjobsError] = {}
     for server in sorted(servers):
         try:
             check_login(server)
         except LoginError as error:
-            found[server] = str(error)
+            found[server] = error
             if found.keys() == servers:
                 raise
     return found

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,15 +81,29 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     return log
 
 
-def run_of_job(study: Path, job_id: str) -> Run | None:
-    """The run that a job, or the one that it continues, has been noted for by its first start."""
+def run_of_job(study: Path, job_id: str, arguments: Sequence[str]) -> Run | None:
+    """The run that a job, or the one that it continues, has been noted for by its first start.
+
+    Args:
+        study: Where to look.
+        job_id: The job.
+        arguments: Those of its batch script. A job that a person submits out of another job has
+            that one's variables, but not its arguments.
+    """
     cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
     ids = {job_id, os.environ.get(CONTINUES, job_id)}
     runs = [Run(study, name) for name in run_names(study)]
 
     def noted(run: Run) -> str:
-        entries = [run.submission(each, cluster) for each in ids]
-        return max((entry.submitted for entry in entries if entry and entry.again), default="")
+        try:
+            entries = [run.submission(each, cluster) for each in ids]
+        except OSError:
+            return ""  # it cannot be read now
+        times = [entry.submitted for entry in entries if entry and same_arguments(entry.again)]
+        return max(times, default="")
+
+    def same_arguments(command: Sequence[str]) -> bool:
+        return bool(command) and [*command[len(command) - len(arguments) :]] == [*arguments]
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
         noted_at = dict(zip(runs, threads.map(noted, runs), strict=True))

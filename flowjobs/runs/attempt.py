@@ -1,6 +1,7 @@
 """One start of a run: the lock, the entry in `status.json`, and the outcome."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -116,9 +117,11 @@ class Attempt:
         self._status.parameters, self._status.flops_per_sample = parameters, flops_per_sample
 
     def note_divergence(self, after_step: int) -> None:
-        """Note that lost rows past a step come again with other values; reaches the disk so too."""
+        """Note on disk that lost rows past a step come again with other values."""
         before = self._status.diverged_after
         self._status.diverged_after = after_step if before is None else min(before, after_step)
+        self._written_at = -math.inf
+        self._write_now_and_then()
 
     def start_at(self, step: int, extensions: Sequence[Extension] = ()) -> None:
         """Note the step that this attempt starts at, before it trains, and how it was extended."""

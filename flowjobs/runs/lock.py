@@ -208,18 +208,18 @@ def _judged(folder: Path, found: dict[str, Any], free: bool | None, judge: Judge
         return "gone" if free else "alive"
     # Of a job Slurm says it. Some file systems know locks, but none between nodes.
     elsewhere = holder.cluster != "slurm" and not same_host(holder.host, socket.gethostname())
-    if free and elsewhere and _written_lately(folder):
+    if free and elsewhere and written_lately(folder, QUIET_S):
         free = None
     return judge(holder, free)
 
 
-def _written_lately(folder: Path) -> bool:
-    """Whether an attempt has written to the run in `folder` in the last minute."""
+def written_lately(folder: Path, within_s: float) -> bool:
+    """Whether an attempt has written to the run in `folder` within this time."""
     written = 0.0
     for name in ("status.json", METRICS_FILE):
         with contextlib.suppress(FileNotFoundError):
             written = max(written, (folder / name).stat().st_mtime)
-    return time.time() - written < QUIET_S
+    return time.time() - written < within_s
 
 
 def _holder_file(folder: Path) -> Path:

@@ -62,17 +62,13 @@ class MetricsFile:
 
         Returns:
             The last step that came out as before, or 0, if this one does not: on another type of
-            GPU, or with changed code. None if it does, and after that: what was lost is forgotten.
+            GPU, or with changed code; once that is on record, `forget_lost`. None if it does.
         """
         if not self._lost:
             return None
-        same = self._lost.pop(row["step"], row) == row
-        if not same:
-            self._lost.clear()
-        if not self._lost:
-            with suppress(OSError):  # it goes with the next attempt
-                self._lost_file.unlink(missing_ok=True)
-        if same:
+        if self._lost.pop(row["step"], row) == row:
+            if not self._lost:
+                self.forget_lost()
             return None
         logger.warning(
             "step %d does not come out as it did before that work was lost (on another type of "
@@ -81,6 +77,12 @@ class MetricsFile:
             self._path,
         )
         return self._last_step
+
+    def forget_lost(self) -> None:
+        """Compare no more with what was lost, in later attempts neither."""
+        self._lost.clear()
+        with suppress(OSError):  # it goes with the next attempt
+            self._lost_file.unlink(missing_ok=True)
 
     def flush(self) -> None:
         """Return when every row is on the disk.

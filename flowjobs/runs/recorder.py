@@ -84,6 +84,7 @@ class Recorder:
         last_same = self._metrics.notice_other_values(row)
         if last_same is not None:
             self.attempt.note_divergence(last_same)
+            self._metrics.forget_lost()
         if is_last:
             self._tracker.last_row_comes()
         self._metrics.append(row)

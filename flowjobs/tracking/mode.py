@@ -17,6 +17,12 @@ DEFAULT_HOSTS = ["api.forge.coreweave.com", "api.wandb.ai"]
 
 # A key in them is for the server that is meant here, and goes to no other.
 CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+# Of these wandb does not make a login, but sends them.
+MORE_CREDENTIALS = (
+    "WANDB_CREDENTIALS_FILE",
+    "WANDB_X_EXTRA_HTTP_HEADERS",
+    "WANDB__EXTRA_HTTP_HEADERS",
+)
 
 PROBE_TIMEOUT_S = 3.0
 
@@ -68,9 +74,9 @@ def check_login(server: str) -> None:
         ConfigError: It is no address.
         LoginError: There is no key for it.
     """
-    url = urlsplit(server)
     is_address = False
-    with suppress(ValueError):  # the port is no number
+    with suppress(ValueError):  # the port is no number, say
+        url = urlsplit(server)
         is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     if not is_address:
         raise ConfigError(
@@ -143,7 +149,9 @@ def is_here(server: str) -> bool:
 
 
 def _names_of(server: str) -> list[str]:
-    host = urlsplit(server).netloc
+    host = ""
+    with suppress(ValueError):  # it is no address, which `check_login` says
+        host = urlsplit(server).netloc.lower().removesuffix(":443")
     # A login at the one name of W&B's own server is good for the other.
     return DEFAULT_HOSTS if host in DEFAULT_HOSTS else [host]
 

@@ -102,6 +102,11 @@ def summary_of(run: Run) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if value is not None}
 
 
+def is_of_an_end(key: str) -> bool:
+    """Whether a value of the summary is there only once the run has finished, or was measured."""
+    return key.startswith("eval/") or key in ("final_epoch", "best_val_loss", "checkpoint_path")
+
+
 def labels_for(
     outcome: Outcome | None, status: RunStatus, tags: Sequence[str], notes: str
 ) -> tuple[tuple[str, ...], str]:
@@ -141,8 +146,8 @@ def our_lines(outcome: Outcome | None, status: RunStatus) -> list[str]:
         details += outcome.traceback.splitlines()[-TRACEBACK_LINES:]
     if status.diverged_after is not None:
         details.append(
-            f"past step {status.diverged_after:,} work was lost and repeated with other values; "
-            "W&B keeps the first row of a step, metrics.jsonl has the ones that count"
+            f"past step {status.diverged_after:,} work was lost and repeated with other values; of "
+            "a step that W&B had by then it keeps the first row, metrics.jsonl has those that count"
         )
     ours = [f"{OUR_HEAD}{head}", *(f"> {line}" for line in details)]
     return [line[:LINE_CHARACTERS].rstrip() for line in ours]

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from flowjobs.runs.status import Outcome
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import (
     CREDENTIALS,
+    MORE_CREDENTIALS,
     has_login,
     is_here,
     resolve_mode,
@@ -105,7 +107,8 @@ def wait_for_mirror(
         mirror.kill()  # wandb's own process sees that and goes too
         code = mirror.wait()
     if mirror.stdin is not None:
-        mirror.stdin.close()
+        with suppress(BrokenPipeError):  # of one that has died
+            mirror.stdin.close()
     newest = record.read_session(run)
     if code == 0 or newest is None or newest.token != session.token:
         return  # W&B knows, or a later session tells it
@@ -190,7 +193,7 @@ def mirror_environment(mode: str, server: str | None = None) -> dict[str, str]:
             kept[name] = value.strip()
     if server:
         if not is_here(server):  # a key here is another's
-            for name in ("WANDB_APP_URL", *CREDENTIALS):
+            for name in ("WANDB_APP_URL", *CREDENTIALS, *MORE_CREDENTIALS):
                 kept.pop(name, None)
         kept["WANDB_BASE_URL"] = server
     for name, value in kept.items():

@@ -22,7 +22,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import ResolvedMode, check_server_answers
-from flowjobs.tracking.page import LOWEST, config_for_wandb, labels_for, summary_of
+from flowjobs.tracking.page import LOWEST, config_for_wandb, is_of_an_end, labels_for, summary_of
 from flowjobs.tracking.process import upload_limit_s
 
 INIT_TIMEOUT_S = 20
@@ -126,8 +126,11 @@ class WandbSession:
             TimeoutError: The server does not take it.
             RetryUselessError: The disk does not, or the run was deleted in the web page.
         """
-        if summary := summary_of(self._tracked):
-            self._run.summary.update(summary)
+        summary = summary_of(self._tracked)
+        for key in dict(self._run.summary).keys() - summary.keys():
+            if is_of_an_end(key):  # an earlier one, before the run was extended
+                del self._run.summary[key]  # type: ignore[no-untyped-call]
+        self._run.summary.update(summary)
         if picture is not None and PICTURE not in dict(self._run.summary):
             self._run.summary[PICTURE] = wandb.Image(str(picture))
         tags, notes = self._run.tags or (), self._run.notes or ""

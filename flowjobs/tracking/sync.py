@@ -13,12 +13,11 @@ also when its process was killed: whether that was the end is for others to find
 import json
 import socket
 import subprocess
-import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from flowjobs.errors import LoginError, ServerError, TrackingError
-from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides
+from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides, written_lately
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
 from flowjobs.tracking import record
@@ -95,9 +94,7 @@ def _who_trains(run: Run, judge: Judge) -> str | None:
     attempt = run.status().open_attempt
     if attempt is None or same_host(attempt.job.host, socket.gethostname()):
         return None
-    files = [path for path in (run.metrics_file, run.status_file) if path.exists()]
-    written = max((path.stat().st_mtime for path in files), default=0.0)
-    return attempt.job.words if time.time() - written < QUIET_S else None
+    return attempt.job.words if written_lately(run.folder, QUIET_S) else None
 
 
 def _upload(run: Run) -> Synced:

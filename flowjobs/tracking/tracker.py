@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.recorder import Tracker, Untracked
 from flowjobs.runs.run import Run
 from flowjobs.tracking import record
@@ -34,8 +35,13 @@ def tracked(run: Run) -> Iterator[Tracker]:
     tracker = WandbTracker(run, mode)
     try:
         yield tracker
-    finally:
+    except RunTakenOverError:
+        tracker.leave()  # its end is not the run's
+        raise
+    except BaseException:
         tracker.finish()
+        raise
+    tracker.finish()
 
 
 class WandbTracker:
@@ -61,8 +67,9 @@ class WandbTracker:
         self._finishing = threading.Event()
         with self._never_stopping():
             self._start_mirror()
-        # Not a thread to wait for.
-        threading.Thread(target=self._keep_mirror, daemon=True).start()
+        with self._never_stopping():
+            # Not a thread to wait for.
+            threading.Thread(target=self._keep_mirror, daemon=True).start()
 
     def follow(self) -> None:
         """See `Tracker`."""
@@ -71,6 +78,10 @@ class WandbTracker:
     def last_row_comes(self) -> None:
         """See `Tracker`."""
         self._tell("last")
+
+    def leave(self) -> None:
+        """Tell W&B nothing more: another attempt has the run."""
+        self._finishing.set()
 
     def finish(self) -> None:
         """Have W&B told what `status.json` says now. Waits for a few seconds at most."""
@@ -101,9 +112,10 @@ class WandbTracker:
                     return
                 if self._session and record.is_superseded(self._run, self._session):
                     return
-                log = mirror_log(self._run)
-                logger.warning("the process that tells W&B has ended (%s); another one starts", log)
-                self._connected = None
+                if self._mirror is not None:
+                    said = "the process that tells W&B has ended (%s); another one starts"
+                    logger.warning(said, mirror_log(self._run))
+                self._mirror, self._connected = None, False
                 self._start_mirror()
 
     def _start_mirror(self) -> None:

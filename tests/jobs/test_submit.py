@@ -28,6 +28,7 @@ from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, State, now
+from flowjobs.slurm.options import CONTINUES
 from flowjobs.sweeps.plan import stages
 from tests.cli.test_many import ended
 from tests.cluster.slurm import SlurmCluster
@@ -79,6 +80,19 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
     with pytest.raises(KeyboardInterrupt):
         plain_sbatch.resubmit(run, run.submissions()[0], None)
     assert [run.submissions()[-1].job_id] == slurm.run("squeue", "-h", "-o", "%i").split()
+
+
+def test_a_restart_goes_on_with_the_run_of_its_own_arguments(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig(TrainingConfig(epochs=1)))
+    run.add_submission("10", "slurm", None, again=["sbatch", "job.sh", "--name", "a"])
+    (study / "runs" / "loop").symlink_to("loop")  # which nobody can look into
+    monkeypatch.setenv(CONTINUES, "10")
+    assert plain_sbatch.run_of_job(study, "20", ["--name", "a"]) == run
+    # Submitted out of that job by a person: it has its variables alone.
+    assert plain_sbatch.run_of_job(study, "20", ["--name", "b"]) is None
 
 
 def test_the_job_of_an_open_attempt_counts_although_nobody_could_note_it(study: Path) -> None:

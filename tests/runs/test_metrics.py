@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.runs.metrics import MetricsFile, read_rows
+from flowjobs.runs.recorder import recording
+from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
 
 ROWS = [{"step": step, "train/loss": 1 / step} for step in (10, 20, 30)]
 
@@ -15,6 +19,8 @@ def write(path: Path, after_step: int, rows: list[dict[str, float]]) -> list[int
     common = []
     for row in rows:
         common.append(metrics.notice_other_values(row))
+        if common[-1] is not None:
+            metrics.forget_lost()
         metrics.append(row)
     metrics.close()
     return common
@@ -34,6 +40,19 @@ def test_rows_that_come_again_are_there_once_and_other_values_are_said(
     assert list(read_rows(path)) == [ROWS[0], *others]
     assert caplog.text.count("does not come out as it did before") == 1
     assert "step 20 " in caplog.text
+
+
+def test_that_rows_came_again_with_other_values_is_on_record_at_once(study: Path) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig(TrainingConfig()))
+    with recording(run, JobInfo.in_foreground()) as recorder:
+        recorder.start_at(0)
+        for row in ROWS:
+            recorder.record(row)
+    with recording(run, JobInfo.in_foreground()) as recorder:
+        recorder.start_at(10)
+        recorder.record(ROWS[1] | {"train/loss": 0.1})
+        assert run.status().diverged_after == 10  # it may be killed now
 
 
 def test_what_was_lost_is_remembered_until_it_has_come_again(tmp_path: Path) -> None:

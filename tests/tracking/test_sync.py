@@ -135,6 +135,19 @@ def test_a_second_sync_of_all_asks_nothing(run: Run, backend: Backend, flowjobs:
     assert sync_run(run).state == "unchanged"
 
 
+def test_what_an_extended_run_came_to_before_is_gone_from_its_summary(
+    run: Run, backend: Backend
+) -> None:
+    attempt(run, 50)
+    write_json(run.evaluation_file, {"n": 64, "measures": {"mmd": {"value": 0.2, "floor": 0.1}}})
+    assert {"eval/mmd", "final_epoch"} <= sync(run, backend).summary.keys()
+    run.evaluation_file.unlink()
+    attempt(run, 70, "preempt")
+    there = sync(run, backend).summary
+    assert there["epoch"] == 1
+    assert not {"eval/mmd", "eval/n", "final_epoch", "checkpoint_path"} & there.keys()
+
+
 def test_a_sync_elsewhere_that_finds_all_there_sends_nothing(run: Run, backend: Backend) -> None:
     attempt(run, 50)
     sync(run, backend)
@@ -511,7 +524,7 @@ def test_the_entity_is_the_one_that_the_run_was_submitted_with(
 def test_the_server_is_the_one_that_the_run_was_submitted_with(
     study: Path, backend: Backend, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, other = Run(study, "tracked"), new_run(study, "other")
+    run, other = Run(study, "tracked"), new_run(study, "other", "disabled")
     there = TrackingConfig(wandb_base_url=backend.url, wandb_mode="online")
     run.create(RunConfig(TrainingConfig(), tracking=there))
     with contextlib.suppress(ValueError), Attempt(run, JobInfo.in_foreground()):
@@ -524,8 +537,8 @@ def test_the_server_is_the_one_that_the_run_was_submitted_with(
     alone, all_runs = flowjobs("sync", run.name), flowjobs("sync")
     refused = f"no login for W&B at {backend.url}: run `wandb login --host {backend.url}` once"
     assert (alone.returncode, refused in alone.stderr) == (2, True), alone.stderr
-    assert (all_runs.returncode, refused in all_runs.stderr) == (1, True), all_runs.stderr
-    assert all_runs.stdout == f"{other.name}: not tracked\n"
+    assert (all_runs.returncode, refused in all_runs.stderr) == (2, True), all_runs.stderr
+    assert flowjobs("sync", other.name).stdout == f"{other.name}: not tracked\n"
     assert (backend.requests, elsewhere.requests) == ([], [])
 
     # Nor was that taken for the server's own refusal.
