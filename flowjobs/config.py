@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, get_args
+from urllib.parse import urlsplit
 
 from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
@@ -442,6 +443,11 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         take_types(self)
         _require_choice("wandb_mode", self.wandb_mode, WandbMode)
+        if self.wandb_base_url is not None and not is_server(self.wandb_base_url):
+            raise ConfigError(
+                f"--wandb-base-url, WANDB_BASE_URL: found {self.wandb_base_url!r}, expected an "
+                "address as https://wandb.my-lab.org"
+            )
         # W&B would refuse it too, but when the run has started and nobody looks.
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb_project):
             raise ConfigError(
@@ -599,6 +605,15 @@ def _part_from_dict(name: str, cls: Any, found: Any) -> Any:
         return from_json(cls, found)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def is_server(url: str) -> bool:
+    """Whether that is the address of a web server."""
+    try:
+        found = urlsplit(url)
+        return found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+    except ValueError:  # the port is no number, say
+        return False
 
 
 def _require(

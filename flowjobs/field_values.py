@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import json
+import numbers
 import os
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
@@ -114,9 +115,12 @@ def _plain(value: Any) -> Any:
     """A scalar of numpy or torch as Python's, and a path as text; what else there is, as it is."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
-        return value.item()
-    return value
+    if getattr(value, "ndim", 1) != 0:  # nor is an array of one number a number
+        return value
+    number = value.item()
+    # 0.001 of fewer digits is meant as 0.001, which the command line would give.
+    short = isinstance(number, float) and getattr(value, "itemsize", 8) < 8
+    return float(str(value)) if short and isinstance(value, numbers.Number) else number
 
 
 def _plain_or_none_of_json(value: Any) -> Any:

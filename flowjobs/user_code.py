@@ -95,7 +95,7 @@ def check_module(option: str, value: str) -> None:
     module, _, name = path.partition(":")
     package = module.partition(".")[0]
     if "/" in module or module.endswith(".py") or not package:
-        parts = Path(module).with_suffix("").parts
+        parts = Path(module.removesuffix(".py")).parts
         meant = f"; did you mean {'.'.join(parts)}:{name}?"
         raise ConfigError(
             f"{option}: found {value!r}, expected package.module:name, as Python imports it"

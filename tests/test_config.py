@@ -98,7 +98,7 @@ def test_a_bad_value_is_refused_by_its_flag(field: str, value: object, said: str
         ("seed", torch.tensor(3), 3),
         ("epochs", 1e2, 100),
         ("batch_size", np.float64(64), 64),
-        ("lr", np.float32(0.5), 0.5),
+        ("lr", np.float32(0.001), 0.001),
         ("lr", 1, 1),  # kept, as it is in the signatures of runs
         ("compile", np.bool_(True), True),
         ("dataset", Path("x.npy"), "x.npy"),
@@ -119,6 +119,8 @@ def test_a_value_from_python_is_of_its_fields_type(field: str, given: Any, taken
         (TrainingConfig, "epochs", 2.5, "--epochs: found 2.5, expected a whole number"),
         (TrainingConfig, "patience", math.inf, "--patience: found inf, expected a whole number"),
         (TrainingConfig, "seed", True, "--seed: found True, expected a whole number"),
+        (TrainingConfig, "seed", np.array([3]), "--seed: found array.*, expected a whole number"),
+        (TrackingConfig, "wandb_base_url", "wandb.lab", "--wandb-base-url, .*expected an address"),
         (TrainingConfig, "seed", np.arange(3), "--seed: found array.*, expected a whole number"),
         (TrainingConfig, "grad_clip", None, "--grad-clip: found None, expected a number"),
         (TrainingConfig, "width", "8", "--width: found '8', expected a whole number or None"),

@@ -118,9 +118,10 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
     for run in runs:
         status, finding = run.status(), findings.get(run)
         if isinstance(finding, Dead):
-            status.close(final_outcome(run, status, finding))
+            status.close_dead(final_outcome(run, status, finding), run.metrics_file)
         if status.state == "failed":
-            ended[run] = status.updated
+            newest = status.attempts[-1].ended if status.attempts else None
+            ended[run] = newest or status.updated
     if not ended:
         unknown = len(broken) + sum(isinstance(found, Unclear) for found in findings.values())
         of_others = f"; of {counted(unknown)} it is unknown" if unknown else ""

@@ -89,4 +89,6 @@ def _candidates(name: str, word: str, identity: Identity, result: Result) -> lis
     else:
         tails = [text]
     digests = ", ".join(digest[:DIGITS] for digest in _content(result, name))
-    return [*tails, f"{word} ({digests})" if digests else f"{word} ({identity[0]})"]
+    of_files = name in (*DATA_FIELDS, "init_from", "reflow_from")
+    own = "not noted yet" if of_files else identity[0]
+    return [*tails, f"{word} ({digests or own})"]

@@ -3,6 +3,7 @@
 A cell is marked only where chance does not explain that it is better: see `_marked`.
 """
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -163,7 +164,7 @@ def compare(
         for to_come in [sum(_would_be_with(name, some[0], in_cell) for name in missing)]
     }
     notes = _notes(results, chosen, averaged)
-    notes += [note for some in cells.values() if (note := _code_note(some.results))]
+    notes += _code_notes([cell.results for cell in cells.values()])
     incomparable = _incomparable(results, chosen)
     if incomparable:
         notes.insert(0, incomparable)
@@ -393,20 +394,23 @@ def _notes(results: Sequence[Result], metric: Metric, averaged: Sequence[str]) -
     if missing and (metric.is_measure or any(result.measures for result in results)):
         notes.append(f"{missing} finished runs are not evaluated: `flowjobs evaluate` them")
     if metric.is_measure and (floors := _floors(results, metric)):
-        notes.append(f"floor: what real data score in the samples' place: {floors}")
+        real = "what real data score in the samples' place"
+        notes.append(f"floor: {'chance' if metric.name == 'memorization' else real}: {floors}")
     return notes
 
 
-def _code_note(results: Sequence[Result]) -> str:
-    """That the user edited the code between runs of one cell, or ""."""
+def _code_notes(cells: Sequence[Sequence[Result]]) -> list[str]:
+    """That the user edited the code between runs of one cell; empty where that is not so."""
+    mixed = [results for results in cells if len({of.code for of in results if of.code}) > 1]
+    if not mixed:
+        return []
     found: dict[str, list[str]] = {}
-    for result in results:
+    for result in itertools.chain(*mixed):
         if result.code:
             found.setdefault(result.code, []).append(result.run.name)
-    if len(found) < 2:
-        return ""
     which = "; ".join(f"code {digest}: {first_of(names)}" for digest, names in found.items())
-    return f"a cell averages over runs of code that was edited in between ({which})"
+    average = "a cell averages" if len(mixed) == 1 else f"{len(mixed)} cells average"
+    return [f"{average} over runs of code that was edited in between ({which})"]
 
 
 def _sizes(results: Sequence[Result]) -> str:

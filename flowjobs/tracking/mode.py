@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
-from flowjobs.config import TrackingConfig, WandbMode
+from flowjobs.config import TrackingConfig, WandbMode, is_server
 from flowjobs.errors import ConfigError, LoginError, ServerError
 
 # Where wandb goes without WANDB_BASE_URL: 0.31 and later, and before.
@@ -74,11 +74,7 @@ def check_login(server: str) -> None:
         ConfigError: It is no address.
         LoginError: There is no key for it.
     """
-    is_address = False
-    with suppress(ValueError):  # the port is no number, say
-        url = urlsplit(server)
-        is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    if not is_address:
+    if not is_server(server):
         raise ConfigError(
             f"WANDB_BASE_URL: found {server!r}, expected an address as https://{DEFAULT_HOSTS[0]}"
         )

@@ -4,7 +4,6 @@ import atexit
 import gc
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -132,6 +131,11 @@ def draw_and_measure(
 def _remove_outdated(run: Run) -> None:
     """Remove what an extended run had of its earlier end: this one may be told to stop first."""
     run.samples_picture.unlink(missing_ok=True)
-    with suppress(FileNotFoundError):
-        if run.is_outdated(read_json(run.evaluation_file)):
-            run.evaluation_file.unlink()
+    try:
+        outdated = run.is_outdated(read_json(run.evaluation_file))
+    except ValueError:  # damaged
+        outdated = True
+    except FileNotFoundError:
+        return
+    if outdated:
+        run.evaluation_file.unlink()

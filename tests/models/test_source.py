@@ -162,6 +162,7 @@ def test_an_arch_is_checked_without_importing_it() -> None:
         ("my_models/nets.py:Net", "found .*, expected package.module:name, .* my_models.nets:Net?"),
         ("./my_models.py:Net", "did you mean my_models:Net?"),
         ("wide=my_models.py:Net", "found 'wide=.*did you mean my_models:Net?"),
+        ("./:Net", "expected package.module:name, as Python imports it$"),
         ("/lab/my_models.py:Net", "expected package.module:name, as Python imports it$"),
         (".my_models:Net", "expected package.module:name, as Python imports it"),
         ("__main__:Net", "the script or notebook itself, which no job can import"),

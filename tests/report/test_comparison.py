@@ -291,6 +291,11 @@ def test_code_that_was_edited_between_runs_of_a_cell_is_said(study: Path) -> Non
             run.code_file.write_text(json.dumps({"digest": digest, "roots": [], "folder": "/"}))
     said = "a cell averages over runs of code that was edited in between "
     assert compared(study).notes == [f"{said}(code a: net0, net1; code b: net2)"]
+    for seed, digest in enumerate("ab"):
+        run = made_run(study, [1.0], arch="nets:Other", seed=seed, name=f"other{seed}")
+        run.code_file.write_text(json.dumps({"digest": digest, "roots": [], "folder": "/"}))
+    (note,) = compared(study).notes
+    assert note.startswith("2 cells average over runs of code that was edited in between (code a: ")
 
 
 def test_higher_may_be_better(study: Path) -> None:
