@@ -52,7 +52,8 @@ def test_a_thousand_runs_are_submitted_as_fast_as_an_array_by_hand_and_two_secon
         loops.append(submit_s / (sweep_s / RUNS))
         print(f"\nsbatch {raw_s:.3f} s, sweep {sweep_s:.2f} s, one submit {submit_s:.2f} s")
         slurm.cancel_all()
-        shutil.rmtree(study)
+        # Not removed: some file systems make folders slowly for a while after thousands have gone.
+        study.rename(study.with_name(f"study-{number}"))
     print(f"{RUNS} runs: {statistics.median(ratios):.2f} times one sbatch and a second")
     print(f"a loop of submit takes {statistics.median(loops):.0f} times as long a run")
     assert statistics.median(ratios) <= 3

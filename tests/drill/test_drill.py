@@ -93,6 +93,7 @@ def test_where_requeuing_is_forbidden_it_says_that_runs_get_new_jobs(
     assert forbidden.startswith("requeuing is forbidden")
 
 
+@pytest.mark.long
 def test_on_this_machine_it_drills_the_local_executor(flowjobs: Command, study: Path) -> None:
     what = ("--flow", "otcfm", "--arch", "unet", "--aug", "mixup")
     done = flowjobs("drill", *LOCAL, *what, *STEPS, timeout_s=280)
