@@ -2,7 +2,6 @@
 what of ten thousand there is already.
 """
 
-import shutil
 import statistics
 import subprocess
 import time
