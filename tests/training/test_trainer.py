@@ -145,6 +145,10 @@ def test_a_validation_that_is_interrupted_is_done_again(study: Path) -> None:
         with pytest.raises(RunInterrupted) as interrupted:
             train_on_few(run, 2, stop_reason=stop_at(asked))
         assert interrupted.value.step == read_checkpoint(run.last)["step"] == step
+        if step == 2:  # of the first epoch, which is validated once in another run as well
+            another = Run(study, f"from{asked}")
+            last, best = train_on_few(another, 2, resume_path=run.last)[0]
+            assert same([last | {"resumed_from": ""}, best | {"resumed_from": ""}], whole[0])
         assert same(train_on_few(run, 2), whole)
 
 
