@@ -91,7 +91,7 @@ def integrate(
         # dopri5 looks ahead to choose its first step, and a model knows no time after 1.
         t = t.clamp(max=1.0)
         # In memory of their own, which a model may change: the solver keeps x.
-        return velocity(x.clone(), t.repeat(len(x)))
+        return velocity(x.clone(), t.expand(len(x)).clone())
 
     def with_power(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         dx_t = counted(t, state[0])

@@ -175,7 +175,13 @@ def test_second_up_changes_nothing(slurm: SlurmCluster) -> None:
     assert slurm.daemons() == before
 
 
-@pytest.mark.parametrize("name", ["munged", "mariadbd", "slurmdbd", "slurmd-n4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "munged",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("mariadbd", "slurmdbd", "slurmd-n4")),
+    ],
+)
 def test_up_starts_again_what_died(slurm: SlurmCluster, tmp_path: Path, name: str) -> None:
     job = _start(slurm, tmp_path, "-w", "n1")
     before = slurm.daemons()
