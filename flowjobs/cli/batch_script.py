@@ -36,11 +36,12 @@ def main() -> None:
 def run(script_arguments: Sequence[str]) -> int:
     """Train under srun, and close the run if that died. Returns srun's exit code."""
     os.environ[JOB_OF_RUN] = os.environ.get("SLURM_JOB_ID", "")
-    files = script_arguments[1:] if script_arguments[:1] == ["--lines-of"] else None
-    if run := _run_so_far(script_arguments, files):
+    by_line = script_arguments[:1] == ["--lines-of"]
+    given = script_arguments[1:] if by_line else script_arguments  # to sbatch, after the script
+    if run := _run_so_far(given, by_line=by_line):
         command = ["flowjobs.jobs", str(run.folder)]
     else:
-        arguments = script_arguments if files is None else _arguments_on_line(files)
+        arguments = _arguments_on_line(given) if by_line else given
         # What cannot be meant ends here, and not on every rank.
         train, defaults = parse(["train", *arguments])
         run = train.prepare(defaults)[0]
@@ -48,7 +49,7 @@ def run(script_arguments: Sequence[str]) -> int:
     for number in OUTLIVED:
         # A handler, unlike SIG_IGN, is not inherited by srun.
         signal.signal(number, lambda number, frame: None)
-    code = _train(command, script_arguments if files is None else files)
+    code = _train(command, given)
     if code and run.exists():
         # Of a death that could not speak: what it was, and a restart if there may be one.
         try:
@@ -58,7 +59,7 @@ def run(script_arguments: Sequence[str]) -> int:
     return code
 
 
-def _run_so_far(script_arguments: Sequence[str], files: Sequence[str] | None) -> Run | None:
+def _run_so_far(given: Sequence[str], *, by_line: bool) -> Run | None:
     """The run that an earlier start of this job has trained: a restart goes on with that one, as it
     was configured, whatever a list of runs or flowjobs.toml says by now.
 
@@ -69,19 +70,18 @@ def _run_so_far(script_arguments: Sequence[str], files: Sequence[str] | None) ->
 
     if started_by_person():
         return None
-    arguments, defaults = script_arguments, Defaults()
+    arguments, defaults = given, Defaults()
     with contextlib.suppress(ConfigError):
         defaults = load_defaults()
     with contextlib.suppress(ConfigError):
-        arguments = script_arguments if files is None else _arguments_on_line(files)
+        arguments = _arguments_on_line(given) if by_line else given
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--study", type=Path, default=os.environ.get("FLOWJOBS_STUDY"))
     known.add_argument("--resume")
-    given = known.parse_known_args(arguments)[0]
-    study = given.study or defaults.values.get("study") or default_study()
-    given_to_script = script_arguments if files is None else files
-    run = run_of_job(absolute(Path(study)), batch_script_job_id(), given_to_script)
-    if run and given.resume and not run.started():
+    options = known.parse_known_args(arguments)[0]
+    study = options.study or defaults.values.get("study") or default_study()
+    run = run_of_job(absolute(Path(study)), batch_script_job_id(), given)
+    if run and options.resume and not run.started():
         return None  # which checkpoint it begins with is in its arguments alone
     return run
 

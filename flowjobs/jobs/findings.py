@@ -258,9 +258,9 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding 
         return None  # of submitit's debug executor: the process that submitted it was its job
     pid = job.pid or int(job.job_id)
     if not same_host(job.host, socket.gethostname()):
-        if status.open_attempt and lock_holder(run.folder):
-            return None  # its status says what it does
         if status.open_attempt:
+            if lock_holder(run.folder):
+                return None  # its status says what it does
             return Unclear(f"{job.words} seems to be gone: reconcile it there, or submit it again")
         return Unclear(f"whether its job on {job.host} starts cannot be seen from here: ask there")
     if process_lives(pid, job.process):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import DATA_FIELDS, PINNED
+from flowjobs.config import DATA_FIELDS, FILE_FIELDS, PINNED
 from flowjobs.report.results import Result
 from flowjobs.runs.datasets import PAIRS, SOURCE
 
@@ -83,12 +83,11 @@ def _candidates(name: str, word: str, identity: Identity, result: Result) -> lis
     """Words for a value, each longer than the one before; the last is its own."""
     value: Any = result.fields.get(name)
     text = str(value).partition(PINNED)[0]
-    if name in (*DATA_FIELDS, "init_from"):
+    if name in FILE_FIELDS:
         parts = Path(result.run.study, text).parts  # a file may be given by all of its path
         tails = [str(Path(*parts[-length:])) for length in range(1, len(parts) + 1)]
     else:
         tails = [text]
     digests = ", ".join(digest[:DIGITS] for digest in _content(result, name))
-    of_files = name in (*DATA_FIELDS, "init_from", "reflow_from")
-    own = "not noted yet" if of_files else identity[0]
+    own = "not noted yet" if name in (*FILE_FIELDS, "reflow_from") else identity[0]
     return [*tails, f"{word} ({digests or own})"]

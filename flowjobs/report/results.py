@@ -161,8 +161,8 @@ def way_of(evaluation: Mapping[str, Any], name: str | None = None) -> str:
         name: The measure; None: all of them.
     """
     keys = ["n", "repeats", "solver"]
-    if name in (None, *OF_NEIGHBOURS):
-        keys += [key for key in ("nearest_among",) if key in evaluation]
+    if name in (None, *OF_NEIGHBOURS) and "nearest_among" in evaluation:
+        keys.append("nearest_among")
     return ", ".join(f"{key.replace('_', ' ')} {evaluation.get(key)}" for key in keys)
 
 

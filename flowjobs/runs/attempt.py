@@ -1,7 +1,6 @@
 """One start of a run: the lock, the entry in `status.json`, and the outcome."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -120,8 +119,7 @@ class Attempt:
         """Note on disk that lost rows past a step come again with other values."""
         before = self._status.diverged_after
         self._status.diverged_after = after_step if before is None else min(before, after_step)
-        self._written_at = -math.inf
-        self._write_now_and_then()
+        self._write()
 
     def start_at(self, step: int, extensions: Sequence[Extension] = ()) -> None:
         """Note the step that this attempt starts at, before it trains, and how it was extended."""
@@ -150,10 +148,13 @@ class Attempt:
 
     def _write_now_and_then(self) -> None:
         if time.monotonic() - self._written_at > STATUS_EVERY_S:
-            # One that has lost the run would put its own word over the newer attempt's.
-            self._lock.check_held()
-            self._status.write(self.run.status_file, flush=False)
-            self._written_at = time.monotonic()
+            self._write()
+
+    def _write(self) -> None:
+        # One that has lost the run would put its own word over the newer attempt's.
+        self._lock.check_held()
+        self._status.write(self.run.status_file, flush=False)
+        self._written_at = time.monotonic()
 
     def saved(self, seconds: float) -> None:
         """Note how long a checkpoint has held up the training."""

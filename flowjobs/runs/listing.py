@@ -131,9 +131,8 @@ def _look(run: Run, stamp: Stamp) -> Glance:
             status["epoch"] >= epochs
             or ((status.get("epochs") or 0) >= epochs and (status.get("patience") or 0) >= patience)
         )
-        submitted_since = (
-            stamp[4] / 1e9 > (_seconds(ended) if ended else 0.0) - CLOCKS.total_seconds()
-        )
+        ended_s = _seconds(ended) if ended else 0.0
+        submitted_since = stamp[4] / 1e9 > ended_s - CLOCKS.total_seconds()
         return Glance(
             run.name,
             group,

@@ -140,8 +140,11 @@ class Run(Submittable):
 
     def is_outdated(self, evaluation: Mapping[str, Any]) -> bool:
         """Whether an evaluation is of weights that the run had before it was trained on."""
-        step, best = evaluation.get("step"), best_step(self.metrics_file)
-        return None not in (step, best) and step != best
+        step = evaluation.get("step")
+        if step is None:
+            return False
+        best = best_step(self.metrics_file)
+        return best is not None and best != step
 
     @property
     def checkpoints(self) -> Path:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import DATA_FIELDS, PARTS, PINNED, SIZE_FIELDS, value_in_name
+from flowjobs.config import FILE_FIELDS, PARTS, PINNED, SIZE_FIELDS, value_in_name
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.field_values import literal_or_text
 from flowjobs.nearest import did_you_mean, meant
@@ -290,7 +290,7 @@ def _matches(field: str, found: Any, asked: str) -> bool:
         words.add(str(found).rpartition("=")[2])
     path = str(found).partition(PINNED)[0]
     # As a report shows it, where several files have one name.
-    if field in (*DATA_FIELDS, "init_from") and path.endswith(f"/{asked}"):
+    if field in FILE_FIELDS and path.endswith(f"/{asked}"):
         return True
     if any(fnmatchcase(word, asked) for word in words):
         return True

@@ -19,7 +19,7 @@ from flowjobs.slurm.client import (
     timestamp,
 )
 from flowjobs.slurm.cluster import FIELD
-from flowjobs.slurm.options import minutes
+from flowjobs.slurm.options import minutes, seconds
 
 # States of a job that will not run any more, unless it is requeued by hand.
 ENDED = frozenset(
@@ -331,8 +331,8 @@ def _limit_s(text: str) -> float | None:
         return None
 
 
-def _elapsed_s(text: str) -> float:
-    """A time that has passed, as Slurm writes it (`1-02:03:04`), in seconds; 0 if it is none."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    days, hours, mins, secs = (int(part or 0) for part in found.groups()) if found else (0,) * 4
-    return 86_400.0 * days + 3_600 * hours + 60 * mins + secs
+def _elapsed_s(text: str) -> int:
+    try:
+        return seconds(text)
+    except ValueError:
+        return 0

@@ -46,6 +46,18 @@ def minutes(time_limit: str) -> int:
     Raises:
         ValueError: It is of none of those forms, or no limit at all ("UNLIMITED", "0").
     """
+    total = -(-seconds(time_limit) // 60)
+    if total == 0:
+        raise ValueError(time_limit)
+    return total
+
+
+def seconds(time_limit: str) -> int:
+    """The same in seconds; so Slurm writes a time that has passed, too ("1-02:03:04").
+
+    Raises:
+        ValueError: It is of none of those forms.
+    """
     if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", time_limit):
         raise ValueError(time_limit)
     days, dash, rest = time_limit.rpartition("-")
@@ -56,10 +68,7 @@ def minutes(time_limit: str) -> int:
         hours, mins, secs = parts
     else:
         hours, (mins, secs) = 0, (*parts, 0)[:2]
-    total = int(days or 0) * 1440 + hours * 60 + mins + (1 if secs else 0)
-    if total == 0:
-        raise ValueError(time_limit)
-    return total
+    return ((int(days or 0) * 24 + hours) * 60 + mins) * 60 + secs
 
 
 def gigabytes(memory: str) -> float:

@@ -13,7 +13,7 @@ from flowjobs.runs.recorder import Tracker, Untracked
 from flowjobs.runs.run import Run
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import ResolvedMode, resolve_mode
-from flowjobs.tracking.process import mirror_log, start_mirror, wait_for_mirror
+from flowjobs.tracking.process import Role, mirror_log, start_mirror, wait_for_mirror
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class WandbTracker:
         self._changing = threading.Lock()
         self._finishing = threading.Event()
         with self._never_stopping():
-            self._start_mirror()
+            self._start_mirror("follow")
         with self._never_stopping():
             # Not a thread to wait for.
             threading.Thread(target=self._keep_mirror, daemon=True).start()
@@ -89,14 +89,13 @@ class WandbTracker:
         with self._never_stopping(), self._changing:
             if self._session and record.is_superseded(self._run, self._session):
                 return
-            if self._session is None or self._mirror is None or self._mirror.poll() is not None:
-                # It was killed; another one catches up.
-                self._session = self._session or record.begin_session(self._run, self._mode)
-                self._mirror = start_mirror(self._run, self._session, "close")
+            session, mirror = self._session, self._mirror
+            if session is None or mirror is None or mirror.poll() is not None:
+                session, mirror = self._start_mirror("close")  # it was killed: this one catches up
             self._send("finish")
             patient = self._connected and self._run.status().state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
-            wait_for_mirror(self._run, self._session, self._mirror, limit_s)
+            wait_for_mirror(self._run, session, mirror, limit_s)
 
     def _keep_mirror(self) -> None:
         """Log what the mirror reports, and start another one where it dies or gives up."""
@@ -116,13 +115,14 @@ class WandbTracker:
                     said = "the process that tells W&B has ended (%s); another one starts"
                     logger.warning(said, mirror_log(self._run))
                 self._mirror, self._connected = None, False
-                self._start_mirror()
+                self._start_mirror("follow")
 
-    def _start_mirror(self) -> None:
+    def _start_mirror(self, role: Role) -> "tuple[record.Session, subprocess.Popen[bytes]]":
         self._session = self._session or record.begin_session(self._run, self._mode)
-        self._mirror = start_mirror(self._run, self._session, "follow")
+        self._mirror = start_mirror(self._run, self._session, role)
         for command in self._told:
             self._send(command)
+        return self._session, self._mirror
 
     def _tell(self, command: str) -> None:
         with self._never_stopping(), self._changing:

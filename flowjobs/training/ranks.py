@@ -129,7 +129,7 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
         if torch.version.cuda:
             # A GPU that was lost must not turn the run into one on the CPU, with other bits.
             raise RuntimeError("CUDA error: the job was given a GPU, and torch finds none")
-        _refuse_build_without_cuda()
+        _say_build_without_cuda()
     if use_gpu and torch.cuda.is_available():
         # A job step may see all of the node's GPUs or its own alone.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -151,8 +151,8 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
         _leave_group()
 
 
-def _refuse_build_without_cuda() -> None:
-    """Raise a ConfigError where a job's GPU is held for a torch that computes on the CPU alone."""
+def _say_build_without_cuda() -> None:
+    """Say that torch computes on the CPU alone: a ConfigError where a job holds a GPU for it."""
     found = f"torch {torch.__version__} is a build without CUDA, which cannot use the GPU"
     if "SLURM_JOB_ID" in os.environ:
         raise ConfigError(
