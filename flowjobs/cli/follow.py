@@ -54,7 +54,7 @@ def follow(
         return 0
     if status is None:
         print(f"see {hint('logs', run.name, study=run.study)}", file=sys.stderr)
-        print(f"error: the job ended without a result: {_last_line(run)}", file=sys.stderr)
+        print(f"error: the job ended without a result: {_why_it_died(run)}", file=sys.stderr)
         return EXIT_FAILED
     code = 0 if status.exit_code is None else status.exit_code
     if status.state == "finished":
@@ -130,10 +130,15 @@ def _ended(status: RunStatus, *, waits_for_requeue: bool) -> bool:
     return status.state in FINAL_STATES
 
 
-def _last_line(run: Run) -> str:
-    """What is known of a job that could not say how it ended."""
+def _why_it_died(run: Run) -> str:
+    """What is known of a job that could not say how it ended: as `status` has it, if it trained."""
+    from flowjobs.jobs.findings import Dead, final_outcome, find
+
     if shutil.disk_usage(run.folder).free < FULL_BYTES:
         return f"the disk of {run.study} is full; make room, then resume the run"
+    status, finding = run.status(), find([run]).get(run)
+    if status.open_attempt and isinstance(finding, Dead):
+        return final_outcome(run, status, finding).reason
     newest = run.newest_job()
     log = run.log_at(newest.log) if newest else None
     lines = log.read_text(errors="replace").splitlines() if log and log.is_file() else []

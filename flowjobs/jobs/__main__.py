@@ -1,4 +1,4 @@
-"""python -m flowjobs.jobs FOLDER: trains the run in a folder, that a job shares or continues."""
+"""python -m flowjobs.jobs FOLDER: trains a run in a job that it shares, or that is started again."""
 
 import sys
 

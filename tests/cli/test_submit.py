@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.findings import find
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import Outcome
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.tracking.page import config_for_wandb
 from flowjobs.training.checkpoint import read_checkpoint
 from tests.cli.test_many import ended
@@ -117,6 +118,23 @@ def test_a_status_that_is_damaged_does_not_end_the_watching(study: Path) -> None
         return True
 
     assert follow(run, 0, alive, requeues=False) == 130
+
+
+def test_watching_a_job_that_is_killed_ends_with_what_status_says(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(study, "run")
+    run.create(RunConfig())
+    process = subprocess.Popen(["true"])
+    process.wait()
+    log = run.logs / "job.out"
+    log.write_text("W&B: offline\n")  # which has nothing to do with it
+    job = JobInfo("local", str(process.pid), str(log), socket.gethostname(), process.pid)
+    RunStatus("running", attempts=[AttemptRecord(1, job, now())]).write(run.status_file)
+    run.add_submission(job.job_id, "local", log)
+    assert follow(run, 0, lambda: False, requeues=False) == 1
+    said = capsys.readouterr().err
+    assert "error: the job ended without a result: died silently (as after SIGKILL or " in said
 
 
 def test_a_job_that_is_cancelled_before_it_begins_ends_the_watching(study: Path) -> None:
