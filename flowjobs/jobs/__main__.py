@@ -1,4 +1,4 @@
-"""python -m flowjobs.jobs FOLDER: trains a run in a job that it shares, or that is started again."""
+"""python -m flowjobs.jobs FOLDER: trains a run in a job that it shares, or that starts again."""
 
 import sys
 
