@@ -32,10 +32,11 @@ class _Vote:
 
 
 class Leaving:
-    """Asks every rank at each step boundary whether it wants to leave.
+    """Asks every rank at each boundary whether it wants to leave.
 
-    With several ranks the answer is the one to the boundary before: the votes travel while the
-    step between is computed, so that neither a GPU nor another rank is waited for.
+    A boundary is the end of a step, and within a validation of a batch. With several ranks the
+    answer is the one to the boundary before: the votes travel while what is between is computed, so
+    that neither a GPU nor another rank is waited for.
 
     Args:
         ranks: The processes that train together.

@@ -332,18 +332,22 @@ class FlowTrainer:
             if saver and saver.due(epoch_finished=state.at_epoch_end):
                 saver.save(state.payload())
 
-            if not state.finished and (leave := self._leaving.agreed(self._wants_to_leave(saver))):
-                if leave.taken_over:
-                    raise RunTakenOverError(leave.reason)
-                return leave.reason
+            if not state.finished and (reason := self._agreed_to_leave(saver)):
+                return reason
         self._leaving.close()
         return None
 
-    def _wants_to_leave(self, saver: CheckpointSaver | None) -> Leave | None:
+    def _agreed_to_leave(self, saver: CheckpointSaver | None) -> str | None:
+        """Why all ranks leave here, where each of them asks; None if they do not."""
+        mine = None
         if lost := self._taken_over or (saver and saver.taken_over):
-            return Leave(str(lost), taken_over=True)
-        reason = self._stop_reason()
-        return Leave(reason) if reason else None
+            mine = Leave(str(lost), taken_over=True)
+        elif reason := self._stop_reason():
+            mine = Leave(reason)
+        leave = self._leaving.agreed(mine)
+        if leave and leave.taken_over:
+            raise RunTakenOverError(leave.reason)
+        return leave.reason if leave else None
 
     def _step_to_validate(self) -> dict[str, float]:
         """One optimizer step, which is to be validated where it is an epoch's last; see `_step`."""
@@ -411,15 +415,14 @@ class FlowTrainer:
         """Validate and keep the best. Returns what to log.
 
         Raises:
-            RunInterrupted: `stop_reason` asked to leave while it validated.
+            RunInterrupted: The ranks agreed to leave while they validated.
         """
 
         def check() -> None:
-            if reason := self._stop_reason():
+            if reason := self._agreed_to_leave(saver):
                 raise RunInterrupted(reason)
 
-        # Several ranks would have to agree, as they do after a step.
-        val_loss = self._validation_loss(check if self._ranks.world_size == 1 else lambda: None)
+        val_loss = self._validation_loss(check)
         self._check_finite({"val/loss": val_loss})  # before such a state could be saved
         if self.state.note_val_loss(val_loss) and saver:
             saver.keep_best(self.state.payload())

@@ -68,13 +68,17 @@ class Validation:
 
         Args:
             velocity: The model.
-            check: Called between batches; what it raises ends the validation.
+            check: Called between batches, on all ranks after as many; what it raises ends the
+                validation.
         """
         device = self._mean.device
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for index in range(self._ranks.rank, len(self._slices), self._ranks.world_size):
-            if index > self._ranks.rank:
+        for first in range(0, len(self._slices), self._ranks.world_size):
+            if first:
                 check()
+            index = first + self._ranks.rank
+            if index >= len(self._slices):
+                break  # the others' last ones
             generator = generator_for(device, "validation", index)
             x_0, x_1 = self._pair(index, generator)
             t = torch.rand(len(x_1), generator=generator, device=device, dtype=torch.float32)

@@ -71,7 +71,10 @@ with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
 
 
 class Normed(nn.Module):
-    """With chance, and statistics and a first scale that each rank has of its own rows."""
+    """With chance, and statistics and a first scale that each rank has of its own rows.
+
+    The rank that TOLD_IN_VALIDATION names is told to leave while it validates.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -83,6 +86,9 @@ class Normed(nn.Module):
         if not self.begun:
             self.scale.data.copy_(1 / (1 + x.std(0)))
             self.begun.fill_(True)
+        validates = not self.training and len(x) == CONFIG.batch_size  # each steps on half of it
+        if validates and os.environ.get("TOLD_IN_VALIDATION") == os.environ.get("RANK", ""):
+            os.kill(os.getpid(), signal.SIGTERM)
         return self.layers(x) * self.scale
 
 
@@ -126,6 +132,12 @@ def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     whole, parts = Run(study, "whole"), Run(study, "parts")
+    with monkeypatch.context() as patch:
+        patch.setenv("TOLD_IN_VALIDATION", "1")
+        said = end(start_ranks(parts), 75)
+    assert said[0] == said[1]
+    assert said[0].endswith("saved at step 23\n")  # an epoch's end
+    assert "val/loss" not in parts.metrics_file.read_text()
     for rank, number in ((1, signal.SIGUSR2), (0, signal.SIGTERM)):
         processes = start_ranks(parts)
         wait_for_step(parts, processes, 50 if rank else 150)
