@@ -1,16 +1,22 @@
 """What a user would write or take instead of our trainer: the same model, data and steps.
 
 Each loop trains the default model on digits with AdamW, gradient clipping, warm-up and cosine, an
-average of the weights, and a validation with it after every epoch. It returns the seconds from the
-end of its first epoch until it has ended, so that samples a second are compared: what a start
-takes, test_start.py and test_interruption.py measure.
+average of the weights, and a validation with it after every epoch.
+
+`python -m tests.bench.loops LOOP CONFIG STUDY`, as `command_of` has it, runs one, and stops itself
+as the first epoch has ended, where its time begins, so that samples a second are compared: what a
+start takes, test_start.py and test_interruption.py measure.
 """
 
 import copy
+import json
+import os
 import shutil
-import time
+import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +34,18 @@ from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowTrainer, get_cosine_schedule_with_warmup
 
 DECAY = 0.999
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def command_of(loop: str, config: TrainingConfig, study: Path) -> list[str]:
+    """The command that runs a loop."""
+    return [sys.executable, "-m", __name__, loop, json.dumps(config.to_dict()), str(study)]
+
+
+@cache  # each process of a loop stops itself once
+def epoch_has_ended() -> None:
+    """Stop this process at the end of its first epoch, until it is continued."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def normalized_digits(study: Path, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -48,20 +66,20 @@ def flow_loss(model: nn.Module, x_1: Tensor) -> Tensor:
 
 
 @contextmanager
-def ends_of_epochs(recorder: Recorder) -> Iterator[list[float]]:
-    """When each epoch ends in the block, by time.perf_counter."""
-    record, ends = recorder.record, []
+def stopping_after_an_epoch(recorder: Recorder) -> Iterator[None]:
+    """What is trained in the block stops this process as its first epoch has ended."""
+    record = recorder.record
 
     def recorded(row: Mapping[str, Any], *, is_last: bool = False) -> None:
         record(row, is_last=is_last)
         if "val/loss" in row:
-            ends.append(time.perf_counter())
+            epoch_has_ended()
 
     with mock.patch.object(recorder, "record", recorded):
-        yield ends
+        yield
 
 
-def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> float:
+def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
     """Our trainer with all that it does but W&B: record, progress, checkpoints, exact resume."""
     run = Run(study, "bench")
     for folder in (run.folder, run.checkpoints):
@@ -71,14 +89,13 @@ def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> 
     model = build_model(config, 64)
     with recording(run, JobInfo.in_foreground()) as recorder:
         trainer = FlowTrainer(model, config, train, val, device, run=run, recorder=recorder)
-        with ends_of_epochs(recorder) as ends:
+        with stopping_after_an_epoch(recorder):
             assert trainer.train()["epochs_run"] == config.epochs
     status = run.status()
     assert status.attempts[0].first_step == 0, "the steps were not taken here"
-    return time.perf_counter() - ends[0]
 
 
-def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> float:
+def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
     """A bare loop by someone who knows torch: resident data, fused optimizer, foreach EMA."""
     train, val = normalized_digits(study, device)
     model = build_model(config, 64).to(device)
@@ -87,7 +104,6 @@ def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> flo
     optimizer = torch.optim.AdamW(weights, lr=config.lr, fused=True)
     steps = config.epochs * (len(train) // config.batch_size)
     scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, steps)
-    ends = []
     for _ in range(config.epochs):
         order = torch.randperm(len(train), device=device)
         for start in range(0, len(train) - config.batch_size + 1, config.batch_size):
@@ -101,11 +117,10 @@ def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> flo
                 torch._foreach_lerp_(averaged, weights, 1 - DECAY)
         with torch.no_grad():
             flow_loss(ema, val).item()
-        ends.append(time.perf_counter())
-    return ends[-1] - ends[0]
+        epoch_has_ended()
 
 
-def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -> float:
+def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
     """A loop as tutorials have it: DataLoader, default optimizer, EMA parameter by parameter."""
     train, val = normalized_digits(study, torch.device("cpu"))
     loader = DataLoader(TensorDataset(train), config.batch_size, shuffle=True, drop_last=True)
@@ -115,7 +130,6 @@ def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     steps = config.epochs * len(loader)
     scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, steps)
-    ends = []
     for _ in range(config.epochs):
         for (rows,) in loader:
             loss = flow_loss(model, rows.to(device))
@@ -130,11 +144,10 @@ def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -
         with torch.no_grad():
             for (rows,) in val_loader:
                 flow_loss(ema, rows.to(device)).item()
-        ends.append(time.perf_counter())
-    return ends[-1] - ends[0]
+        epoch_has_ended()
 
 
-def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) -> float:
+def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
     """Lightning by its documentation: logger, checkpoints of best and last, EMA callback."""
     import lightning
     from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -143,8 +156,6 @@ def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) ->
     train, val = normalized_digits(study, torch.device("cpu"))
     loader = DataLoader(TensorDataset(train), config.batch_size, shuffle=True, drop_last=True)
     val_loader = DataLoader(TensorDataset(val), config.batch_size)
-
-    ends: list[float] = []
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -160,7 +171,7 @@ def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) ->
             self.log("val/loss", flow_loss(self.model, batch[0]))
 
         def on_validation_epoch_end(self) -> None:
-            ends.append(time.perf_counter())
+            epoch_has_ended()
 
         def configure_optimizers(self) -> object:
             optimizer = torch.optim.AdamW(self.parameters(), lr=config.lr)
@@ -183,4 +194,11 @@ def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) ->
         enable_model_summary=False,
     )
     trainer.fit(Module(), loader, val_loader)
-    return time.perf_counter() - ends[0]
+
+
+if __name__ == "__main__":
+    LOOPS = {
+        loop.__name__: loop for loop in (flowjobs_loop, tuned_loop, dataloader_loop, lightning_loop)
+    }
+    LOOPS[sys.argv[1]](TrainingConfig(**json.loads(sys.argv[2])), Path(sys.argv[3]), DEVICE)
+    os._exit(0)  # its end is not part of it

@@ -1,10 +1,12 @@
 """Timing things against each other in one run, on machines that are shared and noisy."""
 
+import os
 import signal
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from tests.tracking.attempts import children, kill
 
@@ -49,13 +51,49 @@ def paired_ratios(ours: Timed, others: Mapping[str, Timed], rounds: int) -> dict
     return ratios
 
 
+def ratios_in_turns(
+    ours: Sequence[str], others: Mapping[str, Sequence[str]], rounds: int
+) -> dict[str, float]:
+    """How many times longer each of `others` runs than `ours`, in turns of a second.
+
+    Args:
+        ours: The command that is measured; as the others it stops itself where its time begins.
+        others: What a user would take instead, by name.
+        rounds: How often each is timed.
+
+    Returns:
+        The median ratio by name.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    times = [
+        seconds_in_turns({"ours": ours, **others}, environment, from_a_stop=True)
+        for _ in range(rounds)
+    ]
+    print()
+    ratios = {name: statistics.median(s[name] / s["ours"] for s in times) for name in times[0]}
+    for name, ratio in ratios.items():
+        seconds = [s[name] for s in times]
+        print(f"{name:24} {min(seconds):.2f} to {max(seconds):.2f} s  {ratio:.3f}")
+    return ratios
+
+
 def seconds_in_turns(
-    commands: Mapping[str, Sequence[str]], environment: Mapping[str, str], turn_s: float = 1.0
+    commands: Mapping[str, Sequence[str]],
+    environment: Mapping[str, str],
+    turn_s: float = 1.0,
+    *,
+    from_a_stop: bool = False,
 ) -> dict[str, float]:
     """How long each command runs to its end, in seconds, the others being stopped meanwhile.
 
     For commands of minutes: the machine gets slower and faster within them, and turns of a second
     let that hit all alike. What a command starts is stopped with it.
+
+    Args:
+        commands: By name.
+        environment: Of all of them.
+        turn_s: How long each runs at a time.
+        from_a_stop: Count from where a command has stopped itself, by SIGSTOP; all get there first.
 
     Raises:
         CalledProcessError: One failed.
@@ -69,7 +107,10 @@ def seconds_in_turns(
     seconds = dict.fromkeys(commands, 0.0)
     try:
         for process in running.values():
-            process.send_signal(signal.SIGSTOP)
+            if from_a_stop:
+                _wait_for_stop(process)
+            else:
+                process.send_signal(signal.SIGSTOP)
         while running:
             for name, process in list(running.items()):
                 started = time.perf_counter()
@@ -88,6 +129,13 @@ def seconds_in_turns(
             process.kill()
             process.wait()
     return seconds
+
+
+def _wait_for_stop(process: "subprocess.Popen[bytes]") -> None:
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    if not os.WIFSTOPPED(status):
+        process.returncode = os.waitstatus_to_exitcode(status)
+        raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
 def _signal_tree(pid: int, number: signal.Signals) -> None:

@@ -1,5 +1,7 @@
 """Samples a second against a loop written by hand: same network, solver and batch."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,15 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.usefixtures("one_thread"),
 ]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As a run of this size takes by itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @torch.no_grad()

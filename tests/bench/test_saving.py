@@ -1,7 +1,9 @@
 """What saving costs: the step that it stalls, and the training as a whole."""
 
+import os
 import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowTrainer
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
-from tests.bench.loops import ends_of_epochs
-from tests.bench.ratios import paired_ratios
+from tests.bench.loops import stopping_after_an_epoch
+from tests.bench.ratios import ratios_in_turns
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -63,17 +65,15 @@ def test_a_save_stalls_training_for_a_part_of_a_plain_torch_save(tmp_path: Path)
     assert ratio < 0.5
 
 
-def train(study: Path, *, saving: bool) -> float:
+def train(study: Path, *, saving: bool) -> None:
     """Long enough for a save or two: the first one of a run comes after ten seconds.
 
-    An epoch has a hundred steps: each one that is the best so far is copied at its end.
-
-    Returns:
-        Seconds from the end of the first epoch to that of the last: the first checkpoint, which is
-        loaded back, is a part of the start, and the last one of the end.
+    An epoch has a hundred steps: each one that is the best so far is copied at its end. The process
+    stops itself as the first one has ended: the first checkpoint, which is loaded back, is a part
+    of the start.
     """
     config = TrainingConfig(epochs=50, lr=1e-4)
-    run = Run(study, "bench")
+    run = Run(study, "saving" if saving else "not")
     for folder in (run.folder, run.checkpoints):
         shutil.rmtree(folder, ignore_errors=True)
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
@@ -88,16 +88,18 @@ def train(study: Path, *, saving: bool) -> float:
         trainer = FlowTrainer(
             model, config, train_dataset, val_dataset, DEVICE, run=run, recorder=recorder
         )
-        with ends_of_epochs(recorder) as ends:
+        with stopping_after_an_epoch(recorder):
             trainer.train()
-    return ends[-1] - ends[0]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_saving_takes_one_percent_of_training_at_most(study: Path) -> None:
-    ratios = paired_ratios(
-        lambda: train(study, saving=True),
-        {"without saving": lambda: train(study, saving=False)},
-        rounds=5,
+    saves, does_not = (
+        [sys.executable, "-m", __name__, str(study), how] for how in ("saving", "not")
     )
+    ratios = ratios_in_turns(saves, {"without saving": does_not}, rounds=3)
     assert ratios["without saving"] >= 0.99
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), saving=sys.argv[2] == "saving")
+    os._exit(0)  # its end is not part of it
