@@ -71,7 +71,7 @@ def test_follows_a_run_that_starts_later_to_its_end(run: Run, following: Followi
         log.write_text("cut\n")  # short, as on a full disk
         following.wait_for("second\ncut\n")
     add(log, "the last words")
-    assert following.process.wait(timeout=120) == 0
+    assert following.process.wait(timeout=400) == 0
     assert following.printed() == "first\nsecond\ncut\nthe last words\n"
 
 
@@ -98,7 +98,7 @@ def test_goes_on_with_the_log_of_the_next_attempt(run: Run, following: Following
         following.wait_for("one more\n")
         add(next_log, "three")
         following.wait_for("three\n")
-    assert following.process.wait(timeout=120) == 0
+    assert following.process.wait(timeout=400) == 0
     assert following.printed() == "one\ntwo\none more\nthree\n"
 
 
@@ -107,7 +107,7 @@ def test_ends_with_a_job_that_is_cancelled_before_it_begins(
 ) -> None:
     submit_job(run, "1")
     cancel(run)
-    assert following.process.wait(timeout=120) == 0
+    assert following.process.wait(timeout=400) == 0
     run.clear_cancel()
     job, log = submit_job(run, "2")
     add(log, "one")
@@ -116,7 +116,7 @@ def test_ends_with_a_job_that_is_cancelled_before_it_begins(
     submit_job(run, "3")
     cancel(run)
     again = Following(run.name, tmp_path / "again")
-    assert again.process.wait(timeout=120) == 0
+    assert again.process.wait(timeout=400) == 0
     assert again.printed() == "one\n"
 
 
@@ -140,12 +140,12 @@ def test_waits_for_a_job_that_was_submitted_after_the_end(run: Run, tmp_path: Pa
 
     with pytest.raises(ValueError, match="a bug"):
         failed()
-    assert Following(run.name, tmp_path / "of the ended").process.wait(timeout=120) == 0
+    assert Following(run.name, tmp_path / "of the ended").process.wait(timeout=400) == 0
     job, log = submit_job(run, "2")
     following = Following(run.name, tmp_path / "printed")
     with pytest.raises(subprocess.TimeoutExpired):
         following.process.wait(timeout=4)
     with Attempt(run, job):
         add(log, "two")
-    assert following.process.wait(timeout=120) == 0
+    assert following.process.wait(timeout=400) == 0
     assert following.printed() == "one\ntwo\n"

@@ -372,7 +372,7 @@ def answer(word: str, first: Callable[[], object] = lambda: None) -> int:
         process.stdout.readline()  # what it removes: it asks now
         first()
         os.write(ours, f"{word}\n".encode())
-        code = process.wait(60)
+        code = process.wait(240)
     os.close(ours)
     os.close(theirs)
     return code

@@ -197,8 +197,8 @@ def test_watching_ends_with_the_runs_and_repeats_no_line(flowjobs: Command, stud
     here(left, 2**22 - 1)
     left.add_submission(str(2**22 - 1), "local", None)
     made_run(study, name="new")
-    assert flowjobs("status", "--watch", timeout_s=60).stdout == flowjobs("status").stdout
-    assert flowjobs("status", "stopped", "--watch", timeout_s=60).returncode == 0
+    assert flowjobs("status", "--watch", timeout_s=240).stdout == flowjobs("status").stdout
+    assert flowjobs("status", "stopped", "--watch", timeout_s=240).returncode == 0
     done = flowjobs("status", "--watch", "--json")
     assert (done.returncode, "expected one of them" in done.stderr) == (2, True)
 

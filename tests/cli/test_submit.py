@@ -161,7 +161,7 @@ def test_ctrl_c_detaches_and_the_job_goes_on(
     run = Run(study, "mlp-icfm-digits-none")
     wait_for(lambda: run.metrics_file.exists() and run.metrics_file.stat().st_size > 0)
     os.killpg(submitting.pid, signal.SIGINT)
-    _, said = submitting.communicate(timeout=120)
+    _, said = submitting.communicate(timeout=400)
     assert submitting.returncode == 0
     assert "no longer watching" in said
     again = subprocess.run(submitting.args, capture_output=True, text=True, check=True)

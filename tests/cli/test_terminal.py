@@ -55,7 +55,7 @@ def printed_in_terminal(columns: int, *arguments: str, **variables: str) -> str:
             shown += some
     except OSError:
         pass  # the terminal's other side is closed
-    process.wait(timeout=60)
+    process.wait(timeout=240)
     os.close(near)
     return shown.decode()
 

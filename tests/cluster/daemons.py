@@ -117,7 +117,7 @@ class Daemon:
             )
         wait_until(self.pid_file.exists, f"{self.name} to start", 60, self.log_tail)
 
-    def wait_ready(self, is_ready: Callable[[], bool], timeout_s: float = 60) -> None:
+    def wait_ready(self, is_ready: Callable[[], bool], timeout_s: float = 180) -> None:
         """Waits until it serves.
 
         Args:
@@ -144,7 +144,7 @@ class Daemon:
 
         wait_until(ready_or_dead, f"{self.name} to be ready", timeout_s, explain)
 
-    def stop(self, timeout_s: float = 30) -> bool:
+    def stop(self, timeout_s: float = 90) -> bool:
         """Ends it, by force if it takes too long. False if force was needed."""
         pid = self.pid()
         if pid is None:

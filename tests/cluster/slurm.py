@@ -110,7 +110,7 @@ class SlurmCluster:
         return client.parse_accounting(self.run(*client.accounting_command(str(job_id))))
 
     def wait_state(
-        self, job_id: str | int, states: str | Collection[str], timeout_s: float = 30
+        self, job_id: str | int, states: str | Collection[str], timeout_s: float = 120
     ) -> str:
         """Waits until the controller shows the job in one of the states, and returns which.
 
@@ -128,7 +128,7 @@ class SlurmCluster:
 
         return wait_until(state, f"job {job_id} to be {' or '.join(wanted)}", timeout_s, record)
 
-    def hurry(self, job_id: str | int, timeout_s: float = 30) -> None:
+    def hurry(self, job_id: str | int, timeout_s: float = 120) -> None:
         """Starts a requeued job in a second that would wait for its BeginTime, once it waits."""
 
         def waits() -> bool:
@@ -140,7 +140,7 @@ class SlurmCluster:
             # "already killed, do not launch".
             self.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
 
-    def cancel_all(self, timeout_s: float = 30) -> None:
+    def cancel_all(self, timeout_s: float = 120) -> None:
         """Kills the processes of every job, cancels it and waits until the queue is empty."""
         self._services.end_jobs(timeout_s)
 

@@ -54,7 +54,7 @@ def test_results_come_in_the_order_in_which_they_were_asked_for(n_threads: int) 
         if number == 1:
             second.set()
         if number == 0 and n_threads > 1:
-            assert second.wait(60)
+            assert second.wait(240)
 
     ahead = ReadAhead(numbers(first_is_last), n_threads, "data")
     assert [int(ahead.next()) for _ in range(20)] == list(range(20))
@@ -66,7 +66,7 @@ def test_a_read_that_does_not_end_is_an_error_with_its_text(
     monkeypatch.setattr(read_ahead, "SAY_AFTER_S", 0.1)
     monkeypatch.setattr(read_ahead, "END_S", 0.1)
     comes_back = threading.Event()
-    never = numbers(lambda number: comes_back.wait(60) and None)
+    never = numbers(lambda number: comes_back.wait(240) and None)
     ahead = ReadAhead(never, 1, "train.pt", wait_s=0.2)
     with pytest.raises(DataError, match=r"train\.pt has given no rows for 0.2 s") as raised:
         ahead.next()
@@ -89,7 +89,7 @@ def test_a_plan_is_waited_for_to_its_end(
                 computed.set()
 
     def slow(x_0: Tensor, x_1: Tensor, sigma: float, seed: int) -> Tensor:
-        assert computed.wait(60)
+        assert computed.wait(240)
         return exact(x_0, x_1, sigma, seed)
 
     monkeypatch.setattr("flowjobs.flows.pairs.BUILT_IN_COUPLINGS", {slow})

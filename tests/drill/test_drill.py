@@ -45,7 +45,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drill(flowjobs: Command, *options: str) -> tuple[int, dict[str, Any]]:
-    done = flowjobs("drill", "--json", *options, timeout_s=280)
+    done = flowjobs("drill", "--json", *options, timeout_s=800)
     assert done.returncode in (0, 1), done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return done.returncode, found
@@ -96,7 +96,7 @@ def test_where_requeuing_is_forbidden_it_says_that_runs_get_new_jobs(
 @pytest.mark.long
 def test_on_this_machine_it_drills_the_local_executor(flowjobs: Command, study: Path) -> None:
     what = ("--flow", "otcfm", "--arch", "unet", "--aug", "mixup")
-    done = flowjobs("drill", *LOCAL, *what, *STEPS, timeout_s=280)
+    done = flowjobs("drill", *LOCAL, *what, *STEPS, timeout_s=800)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(
         r"^ (.*?)  +(SIG\w+)  +(.*?)  +\d+ .* yes +$", done.stdout, flags=re.MULTILINE
@@ -176,7 +176,7 @@ def test_what_ends_it_leaves_no_jobs_behind(
     )
     wait_until(lambda: len(slurm.run("squeue", "-h").splitlines()) >= 3, "its jobs", 240)
     os.kill(process.pid, number)
-    _, said = process.communicate(timeout=240)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 130
     assert said.endswith("cancelled the drill's jobs\n")
     assert slurm.run("squeue", "-h") == ""

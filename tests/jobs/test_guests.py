@@ -64,4 +64,4 @@ def test_a_guest_saves_and_leaves_and_its_host_lives_on(
         assert record["ExcNodeList"] == "(null)"
         assert slurm.run("squeue", "-h", "-o", "%A").split() == [job_id]
         slurm.run("scancel", job_id)
-        process.wait(60)
+        process.wait(240)

@@ -85,7 +85,7 @@ def test_cancel_ends_the_job_and_the_next_one_starts_once_it_has_left(
         assert waiting.stderr.readline().startswith("waiting for local job")
         assert run.cancel_requested()
         let_go()
-        assert waiting.wait(60) == 0
+        assert waiting.wait(240) == 0
     wait_for(run, "finished")
     assert [attempt.state for attempt in status_of(run).attempts] == ["cancelled", "finished"]
     assert_equal_to(whole, run)

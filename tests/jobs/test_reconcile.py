@@ -102,7 +102,7 @@ def test_two_at_once_close_a_job_once(start: Start) -> None:
     kill_with_its_batch_shell(job)
     command = [sys.executable, "-m", "flowjobs", "reconcile"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = "".join(process.communicate(timeout=240)[0] for process in both)
+    said = "".join(process.communicate(timeout=600)[0] for process in both)
     assert said.count("disturbed: failed: killed (SIGKILL)") == said.count("\n") == 1
     assert job.attempts() == [("failed", "killed")]
     assert_in_wandb(job.run, "failed", 137, "killed (SIGKILL)")

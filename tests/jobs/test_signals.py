@@ -59,7 +59,7 @@ def test_a_signal_to_all_processes_loses_no_step(
     process = start("interrupted", *options)
     wait_for_steps(run, process, 50)
     os.killpg(process.pid, number)
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 75, said
     assert "Traceback" not in said
     status = run.status()
@@ -70,7 +70,7 @@ def test_a_signal_to_all_processes_loses_no_step(
 
     for name in ("interrupted", "whole"):
         process = start(name, *options)
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said
     whole = Run(study, "whole")
     assert list(read_rows(run.metrics_file)) == list(read_rows(whole.metrics_file))
@@ -106,7 +106,7 @@ def test_a_signal_in_any_phase_loses_no_step_and_never_kills(study: Path) -> Non
         time.sleep(delay_s)
         os.killpg(process.pid, signal.SIGTERM)
         os.killpg(process.pid, signal.SIGUSR2)
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=600)
         assert process.returncode in (75, 0), said
         assert "Traceback" not in said
     assert subprocess.run([*command, "--name", run.name], check=False).returncode == 0

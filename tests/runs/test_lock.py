@@ -117,7 +117,7 @@ def test_a_holder_that_leaves_is_waited_for(
     told_at = time.monotonic()
     with pytest.raises(RunBusyError), RunLock(tmp_path, JOB, judge_that_says("leaving")):
         pass
-    assert 1.4 < time.monotonic() - told_at < 10
+    assert 1.4 < time.monotonic() - told_at < 40
 
     def judge(holder: JobInfo, lock_is_free: bool) -> Verdict:
         leaving.__exit__(None, None, None)  # it leaves while it is being asked about

@@ -71,7 +71,7 @@ def test_what_came_while_it_was_down_arrives_later(backend: Backend) -> None:
         stdin=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not backend.runs() and time.monotonic() < deadline:
         time.sleep(0.05)
     backend.go_down()
@@ -80,7 +80,7 @@ def test_what_came_while_it_was_down_arrives_later(backend: Backend) -> None:
     process.stdin.flush()
     time.sleep(1)
     backend.come_back()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=240) == 0
     process.stdin.close()
     assert len(backend.run("a-run").history) == 1
 

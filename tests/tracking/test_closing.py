@@ -19,6 +19,7 @@ from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
 from tests.tracking.history import (
     assert_history_is_exact,
+    finish_and_tell,
     on_server,
     run_to_the_end,
     wait_until_open,
@@ -125,7 +126,7 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_failed(
     process = attempts.start(run, 5000, pace_s=0.02)
     attempts.wait_for_rows(run, 45)
     process.terminate()
-    assert attempts.finish(process)[0] == 75
+    finish_and_tell(run, process, 75)
     assert state_of(run, backend)[0] == "preempted"
     assert not close_session(run)
 

@@ -116,7 +116,7 @@ def test_a_preempted_attempt_does_not_wait_for_a_server_that_went_away(
     began = time.monotonic()
     code, said = attempts.finish(process)
     assert code == 75, said
-    assert time.monotonic() - began < 7
+    assert time.monotonic() - began < 20  # of a minute that W&B may take
     backend.come_back()
     run_to_the_end(run, 1500)
     assert_history_is_exact(run, backend)
@@ -235,6 +235,6 @@ def test_without_an_account_nothing_asks_for_one(
     monkeypatch.delenv("WANDB_API_KEY")
     began = time.monotonic()
     said = run_to_the_end(run, 1000)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
     assert "wandb.ai/authorize" not in said
     assert not os.path.exists(os.path.expanduser("~/.netrc"))

@@ -467,7 +467,7 @@ def test_a_server_that_is_down_is_an_error_at_once(
     backend.go_down()
     started = time.monotonic()
     done = flowjobs("sync")
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40
     assert done.returncode == 1
     assert f"cannot reach W&B at {backend.url}" in done.stderr
 

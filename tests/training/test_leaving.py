@@ -35,7 +35,7 @@ from flowjobs.training.leaving import Leave, Leaving
 import torch
 rank, world_size, port, wishes = int(sys.argv[1]), 3, sys.argv[2], eval(sys.argv[3])
 distributed.init_process_group(
-    "gloo", f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=60), world_size, rank
+    "gloo", f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=200), world_size, rank
 )
 leaving = Leaving(Ranks(rank, world_size, torch.device("cpu")))
 for boundary in range(8):
@@ -114,13 +114,13 @@ def start_ranks(run: Run) -> list[Process]:
 
 def end(processes: list[Process], expected: int) -> list[str]:
     """Wait for all; what each printed."""
-    said = [process.communicate(timeout=100) for process in processes]
+    said = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [expected] * len(processes), said
     return [out for out, _ in said]
 
 
 def wait_for_step(run: Run, processes: list[Process], step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not any(row["step"] >= step for row in read_rows(run.metrics_file)):
         assert [process.poll() for process in processes] == [None, None], end(processes, 0)
         assert time.monotonic() < deadline

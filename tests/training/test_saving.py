@@ -145,7 +145,7 @@ def test_a_slow_disk_stalls_no_step(
 
     def wait(descriptor: int) -> None:
         written.set()
-        assert slow.wait(20)
+        assert slow.wait(120)
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", wait)
@@ -153,12 +153,12 @@ def test_a_slow_disk_stalls_no_step(
     saver = make_saver(every_s=0)
     started = time.monotonic()
     saver.save(state(1))
-    assert written.wait(20)
+    assert written.wait(120)
     for step in range(2, 1000):
         assert not saver.due(epoch_finished=True)
         if step % 100 == 0:
             saver.keep_best(state(step, best_loss=1 / step))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     slow.set()
     saver.settle()
     assert saver.due(epoch_finished=True)
