@@ -61,12 +61,12 @@ def test_submit_runs_on_slurm_to_the_end(
     assert f"already has job {job_id}" in again.stdout
     slurm.run("scontrol", "release", job_id)
 
-    assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED", output_of(run)
+    assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 240) == "COMPLETED", output_of(run)
     # Accounting follows within seconds.
     wait_until(
         lambda: [row["State"] for row in slurm.accounting(job_id)] == ["COMPLETED"],
         "accounting to know the job's end",
-        timeout_s=10,
+        timeout_s=120,
     )
     status = run.status()
     (attempt,) = status.attempts
@@ -163,9 +163,9 @@ def test_submitting_from_inside_a_job(slurm: SlurmCluster, flowjobs: Command, st
     outer = sbatch(
         "-N2", "--ntasks-per-node=3", "--mem=1G", "--output=outer.out", "--wrap", command
     )
-    assert slurm.wait_state(outer, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
+    assert slurm.wait_state(outer, {"COMPLETED", "FAILED"}, 240) == "COMPLETED"
     inner = Run(study, "mlp-icfm-digits-none").submissions()[0].job_id
-    assert slurm.wait_state(inner, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
+    assert slurm.wait_state(inner, {"COMPLETED", "FAILED"}, 240) == "COMPLETED"
     assert slurm.job(inner)["NumNodes"] == "1"
 
 
@@ -175,7 +175,7 @@ def test_sbatch_by_hand_is_the_same_run_as_submit(
     by_submit = submitted(flowjobs("submit", *MODEL, *QUICK, "--name", "by-submit"))
     by_hand = sbatch(str(SBATCH / "train.sh"), *MODEL, *QUICK, "--name", "by-hand")
     for job_id in (by_submit, by_hand):
-        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
+        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 240) == "COMPLETED"
     first, second = Run(study, "by-submit"), Run(study, "by-hand")
     assert list(read_rows(first.metrics_file)) == list(read_rows(second.metrics_file))
     one, other = (read_checkpoint(run.best)["ema_shadow"] for run in (first, second))
@@ -197,7 +197,7 @@ def test_an_array_by_hand_trains_a_list_of_runs(
     array = sbatch("--array=1-2", str(SBATCH / "array.sh"), "runs.txt")
     for task in (1, 2):
         job_id = f"{array}_{task}"
-        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "COMPLETED"
+        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 240) == "COMPLETED"
         status = Run(study, f"seed{task - 1}").status()
         assert (status.state, status.attempts[0].job.job_id) == ("finished", job_id)
 
@@ -222,6 +222,6 @@ def test_ranks_do_not_wait_for_a_first_one_that_finds_the_run_taken(
     run = Run(study, "taken")
     with RunLock(run.folder, JobInfo.in_foreground()):
         subprocess.run(["scontrol", "release", job_id], check=True)
-        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60) == "FAILED"
+        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 240) == "FAILED"
     assert "is being trained by" in output_of(run)
     assert run.status() == RunStatus()

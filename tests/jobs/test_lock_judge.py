@@ -117,7 +117,7 @@ def test_a_start_that_slurm_requeues_keeps_its_run_until_its_processes_are_gone(
         wait_until(lambda: accounting([job_id])[0].state == "REQUEUED", "accounting to know it", 60)
         assert job_verdict(run, run.status().attempts[0].job) == "leaving"
         assert reconcile([run]) == []
-    slurm.wait_state(job_id, "PENDING", 60)
+    slurm.wait_state(job_id, "PENDING", 240)
     (closed,) = reconcile([run])
     assert closed.outcome is not None
     assert closed.outcome.state == "preempted"

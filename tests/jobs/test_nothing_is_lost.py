@@ -312,7 +312,7 @@ def test_cancelled_while_it_waits_to_start_again_it_does_not(
     job = start()
     job.slurm.run("scontrol", "requeue", job.job_id)
     job.wait_for_state("preempted")
-    job.slurm.wait_state(job.job_id, "PENDING", 60)
+    job.slurm.wait_state(job.job_id, "PENDING", 240)
     job.slurm.run("scancel", job.job_id)
     before = contents(job.run.folder)
     shown = flowjobs("status", "disturbed")  # at once: accounting does not know yet
@@ -340,7 +340,7 @@ def test_cancelled_as_it_starts_again_it_is_cancelled(
     job.tell("hold")  # the first step of the next start takes longer than Slurm waits
     job.slurm.hurry(job.job_id, 60)
     if moment == "imports":
-        job.slurm.wait_state(job.job_id, "RUNNING", 60)
+        job.slurm.wait_state(job.job_id, "RUNNING", 240)
     else:
         wait_until(lambda: job.status().attempts[-1].number == 2, "the start", 60, job.explain)
         wait_until(lambda: job.status().attempts[-1].first_step, "the step", 60, job.explain)
@@ -348,7 +348,7 @@ def test_cancelled_as_it_starts_again_it_is_cancelled(
         job.slurm.run("scancel", job.job_id)
     else:
         assert flowjobs("cancel", "disturbed").returncode == 0
-    job.slurm.wait_state(job.job_id, {"CANCELLED", "FAILED", "COMPLETED"}, 60)
+    job.slurm.wait_state(job.job_id, {"CANCELLED", "FAILED", "COMPLETED"}, 240)
     if how == "scancel" and moment == "imports":
         flowjobs("reconcile")  # all that could have said a word may have been killed
     assert job.wait_for_state("cancelled", "failed").state == "cancelled"
