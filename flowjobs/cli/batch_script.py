@@ -35,6 +35,9 @@ def main() -> None:
 
 def run(script_arguments: Sequence[str]) -> int:
     """Train under srun, and close the run if that died. Returns srun's exit code."""
+    from flowjobs.jobs.environment import forget_submitting_job
+
+    forget_submitting_job()
     os.environ[JOB_OF_RUN] = os.environ.get("SLURM_JOB_ID", "")
     by_line = script_arguments[:1] == ["--lines-of"]
     given = script_arguments[1:] if by_line else script_arguments  # to sbatch, after the script

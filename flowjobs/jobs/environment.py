@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,31 @@ from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.runs.submittable import Submittable
-from flowjobs.slots import SLOTS, submitted_for_run
+from flowjobs.slots import JOB_OF_RUN, SLOTS, submitted_for_run
 from flowjobs.slurm.client import MARK
 from flowjobs.slurm.controller import job_record
 from flowjobs.slurm.options import ARRAY, CONTINUES
+
+logger = logging.getLogger(__name__)
+
+# What srun gives the processes of a step, and no batch script has of its own. The next srun takes
+# the last three for its options.
+OF_A_STEP = re.compile(r"SLURM_(STEP|SRUN|PTY|CPU_BIND|MEM_BIND|DISTRIBUTION)\w*")
+# What a job has of its own where a field of its record says so, and otherwise of the job that it
+# was submitted from.
+FIELDS = {
+    "SLURM_RESTART_COUNT": "Restarts",
+    "SLURM_ARRAY_JOB_ID": "ArrayJobId",
+    "SLURM_ARRAY_TASK_ID": "ArrayJobId",
+    "SLURM_MEM_PER_CPU": "MinMemoryCPU",
+    "SLURM_MEM_PER_NODE": "MinMemoryNode",
+    "SLURM_MEM_PER_GPU": "MemPerTres",
+    "SLURM_GPUS": "TresPerJob",
+    "SLURM_GPUS_PER_NODE": "TresPerNode",
+    "SLURM_GPUS_PER_TASK": "TresPerTask",
+    "SLURM_TRES_PER_TASK": "TresPerTask",
+    "SLURM_CPUS_PER_GPU": "CpusPerTres",
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +106,32 @@ def forget_what_is_not_here() -> None:
         del os.environ["TMPDIR"]
     if submitted_for_run():
         os.environ.pop("SLURM_JWT", None)
+
+
+def forget_submitting_job() -> None:
+    """Drop what a batch script that was submitted from inside another job has of that one.
+
+    Plain sbatch passes all variables on, and Slurm replaces those alone that the new job has too.
+    Its id it always has, and Slurm says the rest; if it is silent, the variables are believed.
+    """
+    if JOB_OF_RUN in os.environ:  # of a run's job, which may have continued another
+        os.environ.pop(CONTINUES, None)
+    in_step = "SLURM_STEP_ID" in os.environ
+    for name in [*os.environ]:
+        of_run = name in (JOB_OF_RUN, ARRAY, SLOTS) or name.startswith("SUBMITIT_")
+        if of_run or (in_step and OF_A_STEP.fullmatch(name)):
+            del os.environ[name]
+    in_doubt = [name for name in FIELDS if name in os.environ]
+    if not (in_doubt and "SLURM_JOB_ID" in os.environ):
+        return
+    try:
+        record = job_record(os.environ["SLURM_JOB_ID"])
+    except SubmissionError as error:
+        logger.warning("%s: taken as its environment has it", error)
+        return
+    for name in in_doubt:
+        if record and record.fields.get(FIELDS[name], "0") == "0":
+            del os.environ[name]
 
 
 def _job_of(environment: JobEnvironment, run: Submittable) -> JobInfo:

@@ -1,6 +1,7 @@
 """The main job on the real Slurm: submitted by the command line and by hand."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -158,15 +159,31 @@ def test_what_slurm_got_is_the_flags_value_else_the_variables(
 
 
 def test_submitting_from_inside_a_job(slurm: SlurmCluster, flowjobs: Command, study: Path) -> None:
-    # What an interactive job leaves in the environment would shape the new one.
-    command = f"{sys.executable} -m flowjobs submit {' '.join((*MODEL, *QUICK))}"
+    # What an interactive job, or one of a run, leaves in the environment would shape the new one.
+    inherited = "FLOWJOBS_JOB=$SLURM_JOB_ID FLOWJOBS_CONTINUES=998 FLOWJOBS_SLOTS=2"
+    options = shlex.join((*MODEL, *QUICK))
+    submit = f"{sys.executable} -m flowjobs submit {options}"
+    script = shlex.quote(str(SBATCH / "train.sh"))
+    by_hand = f"SLURM_GPUS=2 sbatch --parsable {script} {options} --name by-hand > by-hand"
+    terminal = f"{sys.executable} -c 'import pty, sys; pty.spawn(sys.argv[1:])'"
+    shell = f"{terminal} srun --pty -n1 -N1 bash -c {shlex.quote(by_hand)}"
+    command = f"export {inherited} SLURM_RESTART_COUNT=2; {submit} && {shell}"
     outer = sbatch(
-        "-N2", "--ntasks-per-node=3", "--mem=1G", "--output=outer.out", "--wrap", command
+        *("--array=3", "-N2", "--ntasks-per-node=3", "--mem=1G"),
+        *("--output=outer.out", "--wrap", command),
     )
     assert slurm.wait_state(outer, {"COMPLETED", "FAILED"}, 240) == "COMPLETED"
     inner = Run(study, "mlp-icfm-digits-none").submissions()[0].job_id
     assert slurm.wait_state(inner, {"COMPLETED", "FAILED"}, 240) == "COMPLETED"
     assert slurm.job(inner)["NumNodes"] == "1"
+
+    job_id = Path("by-hand").read_text().strip()
+    ended = slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60)
+    assert ended == "COMPLETED", Path(f"flowjobs-{job_id}.out").read_text()
+    job = Run(study, "by-hand").status().attempts[0].job
+    assert (job.cluster, job.job_id, job.restart) == ("slurm", job_id, 0)
+    assert job.started_by_person
+    assert not job.packed
 
 
 def test_sbatch_by_hand_is_the_same_run_as_submit(
