@@ -29,6 +29,9 @@ from flowjobs.runs.status import (
 from flowjobs.slurm.controller import JobRow
 from flowjobs.slurm.jobs import JobAnswer, Known, ask_one
 
+# The kind of what ended since srun could start nothing.
+NOT_LAUNCHED = "launch failed"
+
 TAIL_BYTES = 65_536
 LAST_LINES = 30
 
@@ -43,6 +46,16 @@ NOT_BY_THE_USER = re.compile(
 
 # "srun: error: n2: task 1: Killed"; of several nodes at once it gives a list, n[1-2].
 FAILED_TASK = re.compile(r"^srun: error: ([\w.-]+): tasks? (\d+): (.+)$", re.MULTILINE)
+
+# What srun says when its step could not be started, and that may pass: Slurm's controller was busy
+# or away, or a node refused. "More processors requested than permitted" and such come again.
+LAUNCH_FAILED = re.compile(
+    r"^srun: error: (?:Task launch for \S+ failed on node (?P<node>[\w.-]+): .*"
+    r"|Unable to confirm allocation for job .*|.*\blaunch failed: .*"
+    r"|Unable to create step for job \d+: (?:Unable to contact|Socket timed out|Zero Bytes|Message"
+    r"|Communication|Connection|Transport|Protocol|Job/step already completing).*)",
+    re.MULTILINE,
+)
 
 # What a disk or server says that is full, away or hung; others are mistakes, and come again.
 FILE_SYSTEM = frozenset(
@@ -187,8 +200,26 @@ def cause_of_no_start(
     if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, EXIT_PREEMPTED):
         reason = f"job {job.job_id} was told to leave before it could listen"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
+    if refused := launch_failure(job):
+        reason = f"the step of job {job.job_id} was not started: {refused[0]}"
+        return Outcome("preempted", EXIT_PREEMPTED, reason, kind=NOT_LAUNCHED)
     reason = f"job {job.job_id} ended before the run could start: {last_error(log)}"
     return Outcome("failed", EXIT_FAILED, reason, _last_words(log), "never started")
+
+
+def launch_failure(job: JobInfo) -> re.Match[str] | None:
+    """What srun says of a job whose newest start it could not launch; see LAUNCH_FAILED."""
+    said = _last_words(log_tail(job.log))
+    found = list(LAUNCH_FAILED.finditer(said, said.rfind(" I attempt ") + 1))
+    # "Application launch failed" follows the line that says more.
+    found = [each for each in found if "Application launch failed" not in each[0]] or found
+    return found[-1] if found else None
+
+
+def node_that_refused(job: JobInfo) -> str | None:
+    """The node that did not launch a job; None if that is not known, or was the controller."""
+    refused = launch_failure(job)
+    return refused["node"] if refused else None
 
 
 def failed_node(run: Run, job: JobInfo) -> str:

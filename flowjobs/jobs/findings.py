@@ -281,7 +281,7 @@ def _should_start_again(run: Run, status: RunStatus, dead: Dead) -> bool:
     if dead.job.cluster != "slurm" and not dead.job_still_runs:
         return False
     restarts = run.config().restarts
-    if outcome.kind in ("preempted", "time limit"):
+    if outcome.kind in ("preempted", "time limit", exit_cause.NOT_LAUNCHED):
         return fruitless_attempts(status.attempts) + 1 < restarts.give_up_after
     if not status.attempts:
         return False

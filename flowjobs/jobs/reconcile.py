@@ -121,9 +121,10 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
         How those ended that have not said so themselves.
     """
     closed: dict[Run, Outcome] = {}
-    if exit_code == EXIT_PREEMPTED and not _has_begun(pack, job):
+    begins_later = exit_code == EXIT_PREEMPTED or exit_cause.launch_failure(job) is not None
+    if begins_later and not _has_begun(pack, job):
         if job.restart < RestartConfig().give_up_after:
-            restart(pack, job, "waiting", task_of(pack))
+            restart(pack, job, "waiting", task_of(pack), exit_cause.node_that_refused(job))
         return closed
     if exit_code in (EXIT_PREEMPTED, EXIT_CANCELLED):
         return closed  # the job left in good order: it has written down all, and started it again
@@ -227,4 +228,6 @@ def _is_newest(run: Run, job: JobInfo, status: RunStatus) -> bool:
 def _node_to_avoid(run: Run, dead: Dead) -> str | None:
     if dead.outcome.kind in ("preempted", "time limit"):
         return None
+    if dead.outcome.kind == exit_cause.NOT_LAUNCHED:
+        return exit_cause.node_that_refused(dead.job)
     return exit_cause.failed_node(run, dead.job)

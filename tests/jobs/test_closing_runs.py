@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.jobs import exit_cause
 from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.closing import close_attempt
 from flowjobs.jobs.findings import Dead, Unclear, find
@@ -106,6 +107,60 @@ def test_a_job_by_hand_that_was_refused_says_nothing_of_the_run(run: Run) -> Non
     assert outcome is not None
     assert outcome.kind == "never started"
     assert run.status().state == "failed"
+
+
+# As srun says it, with what else it prints then.
+BUSY = (
+    "srun: error: Unable to confirm allocation for job 12: Socket timed out on send/recv operation",
+    "srun: Check SLURM_JOB_ID environment variable. Expired or invalid job 12",
+)
+REFUSED = (
+    "srun: error: Task launch for StepId=12.0 failed on node n3: Job credential expired",
+    "srun: error: Application launch failed: Job credential expired",
+    "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.",
+)
+MISTAKE = (
+    "srun: error: Unable to create step for job 12: More processors requested than permitted",
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "before", "expected", "node"),
+    [
+        (BUSY, 0, ("preempted", "launch failed"), None),
+        (REFUSED, 3, ("preempted", "launch failed"), "n3"),
+        (REFUSED, 4, ("failed", "launch failed"), "n3"),  # --give-up-after 5
+        (MISTAKE, 0, ("failed", "never started"), None),
+        ((*REFUSED, "00:00:00 I attempt 2 at a: …"), 0, ("failed", "never started"), None),
+    ],
+)
+def test_a_step_that_slurm_could_not_launch_is_launched_again_a_few_times(
+    run: Run, said: tuple[str, ...], before: int, expected: tuple[str, str], node: str | None
+) -> None:
+    log = run.logs / "12_0_log.out"
+    log.write_text("\n".join(("00:00:00 I attempt 1 at a: slurm job 12 on n1", *said, "")))
+    job = JobInfo("slurm", "12", str(log), "n1", 1, restart=before + 1)
+    trained = AttemptRecord(1, job, now(), 0, 400, ended=now(), state="preempted")
+    fruitless = [AttemptRecord(2, job, now(), ended=now(), state="preempted")] * before
+    RunStatus("preempted", attempts=[trained, *fruitless]).write(run.status_file)
+    run.add_submission("12", "slurm", log)
+    outcome = close_ended_job(run, replace(job, restart=before + 2), 1)
+    assert outcome is not None
+    assert (outcome.state, outcome.kind) == expected
+    assert said[0] in outcome.reason or outcome.kind == "never started"
+    assert exit_cause.node_that_refused(job) == node
+
+
+@pytest.mark.parametrize(("said", "closes"), [(BUSY, False), (MISTAKE, True)])
+def test_nor_are_the_runs_of_a_pack_failed_that_slurm_could_not_launch(
+    run: Run, said: tuple[str, ...], closes: bool
+) -> None:
+    pack = new_pack(run.study, "pack", [run], 2, run.asked())
+    log = pack.logs / "12_0_log.out"
+    log.write_text("\n".join(said))
+    pack.add_submission("12", "slurm", log)
+    closed = close_ended_pack(pack, JobInfo("slurm", "12", str(log), "n1", 1), exit_code=1)
+    assert [*closed] == [run] * closes
 
 
 def test_nothing_is_closed_once_another_attempt_has_begun(run: Run) -> None:

@@ -223,6 +223,26 @@ def test_a_job_whose_import_fails_is_failed_with_the_reason(
     assert flowjobs("reconcile").stdout == ""
 
 
+def test_a_job_whose_srun_finds_the_controller_away_starts_again(
+    slurm: SlurmCluster,
+    flowjobs: Command,
+    study: Path,
+    site: Callable[[str, str], None],
+) -> None:
+    # Its batch script runs, and the controller restarts.
+    away = "sed 's/^SlurmctldPort=.*/SlurmctldPort=1/' $SLURM_CONF > away.conf"
+    once = f"[ -e away.conf ] || {{ {away}; export SLURM_CONF=$PWD/away.conf; }}"
+    site("srun", f'{once}; exec $real "$@"')
+    done = flowjobs("submit", *OPTIONS[2:4], "--arch=mlp", "--epochs=1", "--name=away")
+    assert done.returncode == 0, done.stderr
+    run = Run(study, "away")
+    job = Disturbed(run, run.submissions()[0].job_id, slurm)
+    job.wait_for_state("finished", "failed")
+    assert job.attempts() == [("preempted", "launch failed"), ("finished", "")], job.explain()
+    assert len(job.job_ids()) == 1
+    assert "Unable to contact slurm controller" in job.status().attempts[0].reason
+
+
 def test_a_job_that_cannot_start_at_all_is_failed_with_the_reason(
     slurm: SlurmCluster, flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
