@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,30 +14,8 @@ from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slurm.controller import JobRecord, job_record, write_batch_script
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
+from flowjobs.slurm.requested import gres_of, options_of
 from flowjobs.slurm.submission import HandedOver, cancelled_unless_noted, sbatch
-
-# What sbatch was told on its command line is not in the script, so it is taken from the job's
-# record: scontrol's name of a field, and the option it came from.
-OPTIONS = {
-    "JobName": "--job-name",
-    "Partition": "--partition",
-    "Account": "--account",
-    "QOS": "--qos",
-    "TimeLimit": "--time",
-    "NumNodes": "--nodes",
-    "CPUs/Task": "--cpus-per-task",
-    "MinMemoryNode": "--mem",
-    "MinMemoryCPU": "--mem-per-cpu",
-    "Features": "--constraint",
-    "ReqNodeList": "--nodelist",
-    "ExcNodeList": "--exclude",
-    "Reservation": "--reservation",
-    "Comment": "--comment",
-    "WorkDir": "--chdir",
-    "StdOut": "--output",
-    "ArrayTaskId": "--array",
-}
-NOTHING = ("", "(null)", "N/A", "UNLIMITED")
 
 
 def known_log(run: Submittable, job_id: str) -> str | None:
@@ -143,20 +120,10 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
 
 
 def _command(record: JobRecord, script: Path) -> list[str]:
-    fields = record.fields
-    options = [
-        f"{option}={fields[name]}"
-        for name, option in OPTIONS.items()
-        if fields.get(name, "") not in NOTHING
-    ]
-    tasks = fields.get("NtasksPerN:B:S:C", "").partition(":")[0]
-    if tasks not in NOTHING:
-        options.append(f"--ntasks-per-node={tasks}")
-    resources = fields.get("TresPerNode", "")
-    if resources not in NOTHING:
+    options = options_of(record.fields)
+    if wanted := gres_of(record.fields):
         # Slurm says gres:gpu:1 for what was asked as --gpus-per-node=1 or as --gres=gpu:1, and
         # adds one to the other: only the one that the script has is replaced.
-        wanted = re.sub("gres[:/]", "", resources)
         if "--gpus-per-node" in script.read_text():
             options.append(f"--gpus-per-node={wanted.removeprefix('gpu:')}")
         else:

@@ -15,6 +15,7 @@ from flowjobs.runs.status import EXIT_PREEMPTED, JobInfo
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm.client import is_here
 from flowjobs.slurm.controller import JobRecord, job_record, requeue
+from flowjobs.slurm.requested import NO_NODE
 from flowjobs.slurm.submission import TAKEN_WITHIN_S, UNANSWERED
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def resubmit(run: Submittable, job: JobInfo, task: Task, exclude: str | None = N
         run: The run.
         job: The job that ends.
         task: What the new job does.
-        exclude: A node to leave out.
+        exclude: A node to leave out, if another one can start the job.
 
     Returns:
         The new job's id.
@@ -150,6 +151,18 @@ def resubmit(run: Submittable, job: JobInfo, task: Task, exclude: str | None = N
     """
     if job.cluster == "local":
         return submit(run, "local", task, continues=job.job_id).job_id
+    if exclude is None:
+        return _resubmit_to_slurm(run, job, task, None)
+    try:
+        return _resubmit_to_slurm(run, job, task, exclude)
+    except SubmissionError as refused:
+        if not NO_NODE.search(str(refused)):
+            raise
+        logger.info("%s may start on %s again: no other node has what it asks", run.name, exclude)
+        return _resubmit_to_slurm(run, job, task, None)
+
+
+def _resubmit_to_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str | None) -> str:
     entries = [entry for entry in run.submissions() if entry.job_id == job.job_id]
     # Submitted by sbatch, with a script of its user's: by that script again.
     if entries and entries[-1].again:

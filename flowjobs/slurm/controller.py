@@ -1,5 +1,6 @@
 """What Slurm's controller knows of jobs, and what it can be asked to do with one."""
 
+import logging
 import os
 import re
 import signal
@@ -20,6 +21,9 @@ from flowjobs.slurm.client import (
 )
 from flowjobs.slurm.cluster import FIELD
 from flowjobs.slurm.options import minutes, seconds
+from flowjobs.slurm.requested import starts_without
+
+logger = logging.getLogger(__name__)
 
 # States of a job that will not run any more, unless it is requeued by hand.
 ENDED = frozenset(
@@ -247,25 +251,36 @@ def requeue(job_id: str, exclude: str | None = None) -> None:
 
     Args:
         job_id: A job that runs; usually this process's own.
-        exclude: A node that it should not start on again.
+        exclude: A node that it should not start on again, if another one can start it.
 
     Raises:
         SubmissionError: Slurm refuses (requeuing is forbidden for the job), or does not answer.
     """
-    record = job_record(job_id) if exclude else None
+    nodes = _without(job_id, exclude) if exclude else ""
     # The job that is requeued is told to end at once, and may be the one that asks.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STEP_SIGNALS)
     try:
         answer = run("scontrol", "requeue", job_id)
         if answer.returncode != 0:
             raise SubmissionError(first_line(answer))
-        if record and exclude:
+        if nodes:
             # Requeued, it is a job that waits, and may be changed. The list is replaced.
-            before = record.fields.get("ExcNodeList", "(null)")
-            nodes = exclude if before == "(null)" else f"{before},{exclude}"
             run("scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _without(job_id: str, node: str) -> str:
+    """All nodes that a job would leave out with one more; empty if it would then never start."""
+    record = job_record(job_id)
+    if record is None:
+        return ""
+    before = record.fields.get("ExcNodeList", "(null)")
+    nodes = node if before == "(null)" else f"{before},{node}"
+    if starts_without(nodes, record.fields):
+        return nodes
+    logger.info("job %s may start on %s again: no other node has what it asks for", job_id, node)
+    return ""
 
 
 def start_soon(job_id: str) -> None:

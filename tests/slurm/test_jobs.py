@@ -13,10 +13,12 @@ import pytest
 from flowjobs.config import RunConfig
 from flowjobs.errors import SubmissionUnknownError
 from flowjobs.jobs.environment import waited_while_cancelled
-from flowjobs.jobs.origin import noted_identity
+from flowjobs.jobs.origin import Origin, noted_identity
+from flowjobs.jobs.restart import resubmit
 from flowjobs.jobs.running import jobs_of
 from flowjobs.runs.run import Run
-from flowjobs.slurm.controller import job_record
+from flowjobs.runs.status import JobInfo
+from flowjobs.slurm.controller import job_record, requeue
 from flowjobs.slurm.jobs import JobAnswer, Known, Unknown, ask_one
 from flowjobs.slurm.submission import cancelled_unless_noted, sbatch
 from tests.cluster.slurm import SlurmCluster
@@ -107,3 +109,32 @@ def test_a_job_that_may_have_been_taken_is_not_refused_and_where_it_went_it_is_c
     for after_s, waited in ((0.5, False), (1.5, True)):
         os.utime(waiting.cancel_file, (record.submitted + after_s,) * 2)
         assert waited_while_cancelled(waiting) == waited
+
+
+def test_a_node_is_left_out_only_where_another_one_can_start_the_job(
+    slurm: SlurmCluster, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_CONSTRAINT", "nowhere")  # of who asks, and not of the job
+    rest = ("--constraint=", "--requeue", "--mem=1G", "--output=/dev/null", "--wrap=sleep 600")
+    # GPUs by --gres, processors, a list of nodes, and a node that is left out already.
+    for asked, left_out in (
+        (("--gres=gpu:1", "--exclude=n2"), "n2,n1"),
+        (("--nodes=4", "--ntasks-per-node=2"), "(null)"),
+        (("--nodelist=n1",), "(null)"),
+        (("--exclude=n[2-4]",), "n[2-4]"),
+    ):
+        job_id = slurm.submit(*asked, *rest)
+        slurm.wait_state(job_id, "RUNNING")
+        requeue(job_id, exclude="n1")
+        assert slurm.job(job_id)["ExcNodeList"] == left_out
+        slurm.run("scancel", job_id)
+    monkeypatch.delenv("SBATCH_CONSTRAINT")
+    # As a new job, too.
+    run = Run(study, "a")
+    run.create(RunConfig())
+    Path("job.sh").write_text("#!/bin/sh\n")
+    Origin.here().note(run, "7")
+    for asked, left_out in (((), "n1"), (("--nodelist=n1",), "(null)")):
+        run.add_submission("7", "slurm", None, again=["sbatch", "--hold", *asked, "job.sh"])
+        new = resubmit(run, JobInfo("slurm", "7", None, "n1", 1), lambda: None, "n1")
+        assert slurm.job(new)["ExcNodeList"] == left_out

@@ -1,0 +1,77 @@
+"""What a job was submitted with, from its record, as options of sbatch for one more like it."""
+
+import os
+import re
+from collections.abc import Mapping
+
+from flowjobs.slurm.client import run
+
+# What sbatch was told on its command line is not in the script, so it is taken from the job's
+# record: scontrol's name of a field, and the option it came from.
+OPTIONS = {
+    "JobName": "--job-name",
+    "Partition": "--partition",
+    "Account": "--account",
+    "QOS": "--qos",
+    "TimeLimit": "--time",
+    "NumNodes": "--nodes",
+    "CPUs/Task": "--cpus-per-task",
+    "MinMemoryNode": "--mem",
+    "MinMemoryCPU": "--mem-per-cpu",
+    "Features": "--constraint",
+    "ReqNodeList": "--nodelist",
+    "ExcNodeList": "--exclude",
+    "Reservation": "--reservation",
+    "Comment": "--comment",
+    "WorkDir": "--chdir",
+    "StdOut": "--output",
+    "ArrayTaskId": "--array",
+}
+NOTHING = ("", "(null)", "N/A", "UNLIMITED")
+
+# What sbatch says of a job that no node would ever start, and where --exclude has a node that
+# --nodelist asks for.
+NO_NODE = re.compile(r"Requested node configuration is not available|Invalid node name specified")
+
+
+def options_of(fields: Mapping[str, str]) -> list[str]:
+    """The options of sbatch that a job's record shows, but for its generic resources.
+
+    Args:
+        fields: All fields of the record, by scontrol's names.
+    """
+    options = [
+        f"{option}={fields[name]}"
+        for name, option in OPTIONS.items()
+        if fields.get(name, "") not in NOTHING
+    ]
+    tasks = fields.get("NtasksPerN:B:S:C", "").partition(":")[0]
+    if tasks not in (*NOTHING, "0"):
+        options.append(f"--ntasks-per-node={tasks}")
+    return options
+
+
+def gres_of(fields: Mapping[str, str]) -> str:
+    """What a job asked of each node beside processors and memory ("gpu:1"); empty for nothing."""
+    resources = fields.get("TresPerNode", "")
+    return "" if resources in NOTHING else re.sub("gres[:/]", "", resources)
+
+
+def starts_without(nodes: str, fields: Mapping[str, str]) -> bool:
+    """Whether nodes are left that would start a job without some; True if Slurm does not say.
+
+    Slurm itself leaves out whatever it is told to, and the job then waits for ever.
+
+    Args:
+        nodes: Those to leave out, as sbatch takes them.
+        fields: All fields of the job's record, by scontrol's names.
+    """
+    options = [*options_of(fields), f"--exclude={nodes}"]
+    if gres := gres_of(fields):
+        options.append(f"--gres={gres}")
+    # Of the place that asks, and not the job's.
+    foreign = {name for name in os.environ if name.startswith(("SBATCH_", "SLURM_"))}
+    foreign -= {"SLURM_CONF", "SLURM_JWT"}
+    here = {name: value for name, value in os.environ.items() if name not in foreign}
+    answer = run("sbatch", "--test-only", *options, "--wrap=true", environment=here)
+    return not NO_NODE.search(answer.stderr)
