@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import os
+import random
 import re
 import socket
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def this_process(run: Submittable) -> JobProcess:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ["MASTER_PORT"] = str(_master_port(environment.job_id))
     job = dataclasses.replace(_job_of(environment, run), ranks=environment.num_tasks)
     # What a person's own job lends its ranks to is a job of its own for each of them.
     step = f"{environment.job_id}.{os.environ.get('SLURM_STEP_ID')}"
@@ -94,6 +96,16 @@ def this_process(run: Submittable) -> JobProcess:
         world_size=environment.num_tasks,
         local_rank=environment.local_rank,
     )
+
+
+def _master_port(job_id: str) -> int:
+    """Where the ranks of this start of a job meet; the same on all of them.
+
+    Not submitit's: a port of the range that Linux gives to any connection, and the same one again
+    at the job's next start; or what the shell had, which others of its jobs have too.
+    """
+    start = [os.environ.get(name) for name in ("SLURM_RESTART_COUNT", "SLURM_STEP_ID")]
+    return random.Random(f"{job_id} {start}").randrange(20_000, 32_768)
 
 
 def forget_what_is_not_here() -> None:

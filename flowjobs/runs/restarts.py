@@ -6,7 +6,10 @@ from flowjobs.runs.status import AttemptRecord
 
 # Deaths that may pass: another node, or another hour, and the same step goes well.
 PASSING = frozenset(
-    {"node failure", "out of memory", "lost GPU", "lost connection", "file system", "killed"}
+    {
+        *("node failure", "out of memory", "lost GPU", "lost connection", "file system", "killed"),
+        "address in use",
+    }
 )
 
 

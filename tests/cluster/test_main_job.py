@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -220,12 +221,14 @@ def test_an_array_by_hand_trains_a_list_of_runs(
 
 
 def test_ranks_on_several_nodes_train_one_run(
-    slurm: SlurmCluster, flowjobs: Command, study: Path
+    slurm: SlurmCluster, flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--nodes", "2", "--gpus-per-node", "2", "--name", "ranks")
-    job_id = submitted(flowjobs("submit", *MODEL, *QUICK, *options))
     run = Run(study, "ranks")
-    assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 90) == "COMPLETED", output_of(run)
+    with socket.create_server(("", 0)) as taken:  # by another job, of the same shell
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        job_id = submitted(flowjobs("submit", *MODEL, *QUICK, *options))
+        assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 90) == "COMPLETED", output_of(run)
     status = run.status()
     assert len(status.attempts) == 1
     assert [row["step"] for row in read_rows(run.metrics_file)][-1] == 69

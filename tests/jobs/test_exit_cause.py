@@ -97,6 +97,7 @@ def raised_from(error: Exception, number: int) -> Exception:
         (raised_from(DataError("train.pt cannot be read"), errno.EACCES), None),
         (MemoryError(), "out of memory"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "lost GPU"),
+        (RuntimeError("failed to listen, code: -98, name: EADDRINUSE"), "address in use"),
         (RuntimeError("CUDA error: device-side assert triggered"), None),
         (FileNotFoundError(errno.ENOENT, "No such file"), None),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),

@@ -6,6 +6,7 @@ import pytest
 
 from flowjobs.config import SlurmConfig
 from flowjobs.field_values import KeyValues
+from flowjobs.jobs.environment import _master_port
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
 from flowjobs.slurm.options import export_for
@@ -58,6 +59,17 @@ def test_where_nothing_is_passed_on_what_a_job_needs_still_is() -> None:
     own = SlurmConfig(sbatch=KeyValues(export="EDITOR"))
     assert export_for(here, own) == "EDITOR,PATH,WANDB_API_KEY"
     assert export_for(here, SlurmConfig(sbatch=KeyValues(export="ALL,A=1"))) == "ALL,A=1"
+
+
+def test_ranks_meet_at_another_port_when_their_job_starts_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ports = [_master_port("12"), _master_port("13")]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    ports += [_master_port("12"), _master_port("12")]
+    assert ports[2] == ports[3]  # on each rank
+    assert len({*ports}) == 3
+    assert all(20_000 <= port < 32_768 for port in ports)
 
 
 def test_a_host_is_the_same_with_its_domain_and_without() -> None:
