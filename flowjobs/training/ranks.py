@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 WAIT_FOR_RANKS = timedelta(minutes=30)
 LEAVE_WITHIN_S = 10.0
 
+# Set in a job, or in a step of it, that has GPUs.
+GIVEN_BY_SLURM = {"SLURM_JOB_GPUS", "SLURM_STEP_GPUS"}
+
 # What the first rank tells those that wait for it.
 DONE, FAILED, STILL_AT_IT = 0, 1, 2
 
@@ -124,12 +127,17 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
         use_gpu: Compute on a GPU if there is one.
     """
     device = torch.device("cpu")
-    given_a_gpu = use_gpu and os.environ.get("CUDA_VISIBLE_DEVICES") and nvidia_gpus()
-    if given_a_gpu and not torch.cuda.is_available():
-        if torch.version.cuda:
+    named = use_gpu and os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named and not torch.cuda.is_available():
+        # Where the driver is gone, Slurm still says what it gave.
+        if torch.version.cuda and (nvidia_gpus() or GIVEN_BY_SLURM & os.environ.keys()):
             # A GPU that was lost must not turn the run into one on the CPU, with other bits.
-            raise RuntimeError("CUDA error: the job was given a GPU, and torch finds none")
-        _say_build_without_cuda()
+            raise RuntimeError(
+                "CUDA error: the job was given a GPU, and torch finds none (nvidia-smi on the node "
+                "says why; with --gpus-per-node 0 a run trains on the CPU)"
+            )
+        if nvidia_gpus():
+            _say_build_without_cuda()
     if use_gpu and torch.cuda.is_available():
         # A job step may see all of the node's GPUs or its own alone.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -12,6 +12,7 @@ import torch
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError, RunInterrupted
 from flowjobs.field_values import KeyValues
+from flowjobs.jobs.exit_cause import passing_kind
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import computing, computing_as_before, usable_cores
@@ -155,3 +156,19 @@ def test_a_gpu_is_not_held_for_a_torch_that_cannot_use_it(
         pass
     with joined_ranks(0, 1, 0, use_gpu=False) as ranks:
         assert ranks.device == CPU
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can use a GPU")
+def test_a_gpu_whose_driver_is_gone_is_a_lost_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a build with CUDA this is all that is there on such a node; the driver has no folder.
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr("flowjobs.slots.GPUS_OF_NVIDIA", tmp_path / "gpus")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with joined_ranks(0, 1, 0, use_gpu=True) as ranks:  # a laptop without one
+        assert ranks.device == CPU
+    monkeypatch.setenv("SLURM_STEP_GPUS", "0")
+    with pytest.raises(RuntimeError) as lost, joined_ranks(0, 1, 0, use_gpu=True):
+        pass
+    assert passing_kind(lost.value) == "lost GPU"
