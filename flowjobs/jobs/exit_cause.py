@@ -78,6 +78,14 @@ OTHERS_ARE_GONE = re.compile(
     r"|client socket has timed out|wait timeout after|ncclRemoteError|communicator was aborted"
     r"|remote process exit|Watchdog caught collective|Application timeout caused pair closure"
 )
+# What CUDA's libraries and torch say where a GPU, or the machine, has too little memory.
+OUT_OF_GPU_MEMORY = re.compile(
+    r"OutOfMemoryError|(CUDA|HIP)\b.*out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+OUT_OF_MEMORY = re.compile(
+    r"MemoryError|out of memory|_ALLOC_FAILED|can(no|')t allocate memory", re.I
+)
 # Of the port on which the ranks meet: another one at the next start.
 ADDRESS_IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 LOST_GPU = re.compile(r"CUDA error|CUDA driver|NCCL|\bECC\b|CUBLAS_STATUS|CUDNN_STATUS|cudaError")
@@ -266,6 +274,8 @@ def _own_passing_kind(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
         return "file system"
     text = str(error)
+    if isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(text):
+        return "out of memory"
     if isinstance(error, RuntimeError) and ADDRESS_IN_USE.search(text):
         return "address in use"
     # A device-side assert is the model's mistake (an index out of range), on any GPU.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, is_data_file, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.field_values import flag
+from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
 from flowjobs.jobs.running import RunningJob, ended_for_good, running_jobs
 from flowjobs.jobs.snapshot import CodePlan
@@ -256,8 +257,11 @@ def _is_away(checkpoints: Path) -> bool:
 def _cause(status: RunStatus) -> str:
     """Why a run failed, in a word or two."""
     kind = status.attempts[-1].kind if status.attempts else ""
-    if "OutOfMemoryError" in status.reason or "CUDA out of memory" in status.reason:
-        return GPU_MEMORY  # for Slurm it is an exception like any other
+    # For Slurm these are exceptions like any other.
+    if OUT_OF_GPU_MEMORY.search(status.reason):
+        return GPU_MEMORY
+    if kind == "exception" and OUT_OF_MEMORY.search(status.reason):
+        return "out of memory"
     if kind == "no progress" and "time limit" in status.reason:
         return "time limit"
     return kind or "failed"

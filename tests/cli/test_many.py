@@ -100,6 +100,8 @@ def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjob
     failed(study, "c-memory", "out of memory", "out of memory: 1.02 of 1 GiB on n1")
     failed(study, "d-time", "no progress", "…, the last one: time limit (USR2)", timeout_min=30)
     failed(study, "e-cuda", "exception", "OutOfMemoryError (net.py, line 3): CUDA out of memory")
+    failed(study, "e-cublas", "exception", "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+    failed(study, "e-numpy", "exception", "_ArrayMemoryError (a.py, line 3): Unable to allocate")
     failed(study, "h-nan", "diverged", "train/loss is nan at step 10")
     without_checkpoints(study, "i-gone")
     ended(study, "f-whole", Outcome("finished", 0))
@@ -107,10 +109,11 @@ def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjob
     done = flowjobs("retry", "*", "--cluster", "local", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert [line.split(";")[0].strip() for line in done.stdout.splitlines()[1:9]] == [
-        *("unchanged  1 finished", "held       1 (GPU out of memory): e-cuda"),
+        *("unchanged  1 finished", "held       2 (GPU out of memory): e-cublas, e-cuda"),
         *("restarts   1 (cancelled): g-ended", "held       1 (checkpoints gone): i-gone"),
         *("held       1 (diverged): h-nan", "restarts   1 (killed): a-killed"),
-        *("held       2 (out of memory): b-memory, c-memory", "held       1 (time limit): d-time"),
+        "held       3 (out of memory): b-memory, c-memory, e-numpy",
+        "held       1 (time limit): d-time",
     ]
     assert done.stdout.count("not started, it would fail again") == 5
     assert "--with mem_gb=32\n" in done.stdout
