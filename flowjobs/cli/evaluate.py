@@ -49,8 +49,8 @@ class Evaluate(InStudy):
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm)."""
 
     n: Annotated[OptionalInt, tyro.conf.arg(aliases=["-n"])] = None
-    """How many samples, and rows to compare with; default: as many as the validation part has, at
-    most 2000."""
+    """How many samples, and rows to compare with; default: as many as the validation part has (also
+    that of --source), at most 2000."""
 
     repeats: int = 5
     """With other noise and other rows."""

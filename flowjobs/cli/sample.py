@@ -81,6 +81,11 @@ class Sample(InStudy):
             print(f"samples   {path}")
         shape = " x ".join(str(size) for size in found.x_1.shape)
         print(f"drawn     {shape}, from step {trained.step} of {run.name}, seed {self.seed}")
+        if (rows := trained.source.rows) is not None and rows < self.n:
+            print(
+                f"starts    {rows} held-out rows of --source {trained.config.source}, some more "
+                "than once, and the samples with them"
+            )
         print(f"solver    {solver}: {found.nfe:g} network calls (NFE) a sample, {seconds:.1f} s")
         return 0
 

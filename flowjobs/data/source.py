@@ -23,7 +23,13 @@ CPU = torch.device("cpu")
 
 
 class Source(Protocol):
-    """What x_0 is drawn from."""
+    """What x_0 is drawn from.
+
+    Attributes:
+        rows: How many rows it has, so that more starts are not all different; None: no end.
+    """
+
+    rows: int | None
 
     def draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Independent draws on the device, shape (n, *shape), float32.
@@ -42,6 +48,8 @@ class Source(Protocol):
 
 class NormalSource:
     """Standard normal noise."""
+
+    rows: int | None = None
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
@@ -68,6 +76,7 @@ class RowSource:
 
     def __init__(self, dataset: FlowDataset, mean: Tensor, std: Tensor) -> None:
         self._dataset = dataset
+        self.rows: int | None = len(dataset)
         self._mean, self._std = mean, std
 
     def draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:

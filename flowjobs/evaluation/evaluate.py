@@ -48,6 +48,7 @@ from flowjobs.data.batches import normalized
 from flowjobs.data.dataset import FlowDataset, rows_of_chunk
 from flowjobs.data.memory import free_memory_bytes
 from flowjobs.data.randomness import generator_for
+from flowjobs.data.source import Source
 from flowjobs.errors import ConfigError, DataError, SamplingError
 from flowjobs.evaluation import measures
 from flowjobs.evaluation.sampling import CHUNK, Samples, joined
@@ -85,7 +86,8 @@ class Scope:
     """How much is computed.
 
     Attributes:
-        n: Samples of a repeat; None: as many as there are validation rows, at most `at_most`.
+        n: Samples of a repeat; None: as many as there are validation rows (of the source too),
+            at most `at_most`.
         at_most: See `n`.
         repeats: With other noise and other rows.
         with_c2st: Train a classifier, which takes longer than all else.
@@ -112,24 +114,31 @@ class Scope:
         if min(self.euler_steps, default=1) < 1:
             raise ConfigError(f"--nfe: found {min(self.euler_steps)}, expected at least 1")
 
-    def rows(self, train: FlowDataset, val: FlowDataset) -> int:
-        """The n that the data allow.
+    def rows(self, train: FlowDataset, val: FlowDataset, source: Source) -> int:
+        """The n that the data and the source allow.
+
+        Two samples of one start are one point, which no real data have: to most measures that is a
+        collapse, and the floor knows nothing of it.
 
         Raises:
             ConfigError, DataError: There are too few rows, or too many for the memory.
         """
-        there = min(len(train), len(val))
-        if self.n is not None and self.n > there:
+        there, starts = min(len(train), len(val)), source.rows
+        at_most = there if starts is None else min(there, starts)
+        if self.n is not None and self.n > at_most:
+            of_source = "" if starts is None else f", from {starts} held-out rows of the source"
             raise ConfigError(
-                f"-n: found {self.n}, expected at most {there}: as many rows of the training part "
-                f"({len(train)}) and of the validation part ({len(val)}) are compared"
+                f"-n: found {self.n}, expected at most {at_most}: as many rows of the training "
+                f"part ({len(train)}) and of the validation part ({len(val)}) are compared"
+                f"{of_source}"
             )
-        if there < FEWEST:
+        if at_most < FEWEST:
+            where = "training part too" if at_most == there else "validation part of the source"
             raise DataError(
-                f"{val.name}: {there} rows are too few to compare samples with: expected at least "
-                f"{FEWEST}, in the training part too"
+                f"{val.name}: {at_most} rows are too few to compare samples with: expected at "
+                f"least {FEWEST}, in the {where}"
             )
-        n = self.n or min(there, self.at_most)
+        n = self.n or min(at_most, self.at_most)
         needed, free = TRANSPORT_BYTES * n**2, free_memory_bytes()
         if val.dim <= SMALL_DIM and needed > free:
             raise ConfigError(
@@ -221,7 +230,7 @@ class _Evaluation:
         check: Callable[[], None],
         floors: Floors,
     ) -> None:
-        self.n = scope.rows(train, val)
+        self.n = scope.rows(train, val, trained.source)
         self._floors = floors
         self._trained, self._scope, self._check = trained, scope, check
         self._train, self._val = train, val

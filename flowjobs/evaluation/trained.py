@@ -50,7 +50,8 @@ class TrainedModel:
         """Draw samples.
 
         Args:
-            n: How many.
+            n: How many. Of a run with --source, those beyond its held-out rows start where earlier
+                ones do.
             seed: Seed of the source. A sample follows from it and its index, whatever n is.
             solver: euler, midpoint, heun, rk4, or dopri5, which chooses its steps.
             steps: Steps from source to data; of no effect with dopri5.

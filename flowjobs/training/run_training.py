@@ -113,7 +113,7 @@ def draw_and_measure(
     try:
         _remove_outdated(run)
         trained = load_trained(run, device, model)
-        n = min(CHUNK, len(data[1]))
+        n = min(CHUNK, len(data[1]), trained.source.rows or CHUNK)
         drawn = joined(list(trained.chunks(n, 0, Solver(), check=check))).x_1
         draw_samples(run.samples_picture, trained.config.dataset, drawn, lambda: data[1][:CHUNK])
         if not trained.config.evaluate:

@@ -84,7 +84,9 @@ def test_a_run_that_is_not_there(flowjobs: Command, workplace: Path) -> None:
         package.load("b")
 
 
-def test_a_model_of_a_notebook_is_given(workplace: Path) -> None:
+def test_a_model_of_a_notebook_is_given(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from flowjobs.training import FlowDataset, FlowTrainer, TrainingConfig
 
     rows = FlowDataset(torch.randn(64, 3, generator=torch.Generator().manual_seed(0)))
@@ -102,6 +104,15 @@ def test_a_model_of_a_notebook_is_given(workplace: Path) -> None:
         with pytest.raises(package.FlowjobsError, match="the data of plain are not those that it"):
             command(arguments)
     assert command(["sample", "plain", "--out", "x.npy"]) == 0
+    assert "starts " not in capsys.readouterr().out
+
+    torch.save(torch.rand(40, 3), "rows.pt")
+    of_rows = TrainingConfig(epochs=1, source="rows.pt")
+    FlowTrainer(build_model(of_rows, 3), of_rows, rows, rows, "cpu", name="from-rows").train()
+    for n, said in (("7", True), ("6", False)):
+        assert command(["sample", "from-rows", "--out", "x.npy", "-n", n]) == 0
+        found = "starts    6 held-out rows of --source rows.pt, some more than once"
+        assert (found in capsys.readouterr().out) is said
 
 
 class Scale(torch.nn.Module):

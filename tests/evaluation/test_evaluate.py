@@ -157,6 +157,19 @@ def test_paths_from_the_very_rows_where_they_end_have_no_npe() -> None:
     assert found["measures"]["path_energy"]["floor"] == pytest.approx(0, abs=1e-6)
 
 
+def test_no_start_comes_twice_among_the_samples_that_are_measured() -> None:
+    train, val, model = normal_data(60, 1), normal_data(40, 2), trained(Still())
+    scope = dataclasses.replace(MEASURES, n=None)
+    for rows, n in ((7, 7), (50, 40)):
+        source = RowSource(normal_data(rows, 3), *model.stats.values())
+        found = evaluate(dataclasses.replace(model, source=source), train, val, scope)
+        assert (found["n"], found["measures"]["recall"]["value"] > 0.8) == (n, True)
+        with pytest.raises(ConfigError, match=rf"-n: found 41, expected at most {n}.*{rows}"):
+            dataclasses.replace(scope, n=41).rows(train, val, source)
+    with pytest.raises(DataError, match="5 rows are too few"):
+        scope.rows(train, val, RowSource(normal_data(5, 3), *model.stats.values()))
+
+
 def test_too_few_points_for_a_covariance_are_said() -> None:
     parts = normal_data(60, 1, 50), normal_data(60, 2, 50)
     for n, noted in ((50, True), (51, False)):
@@ -217,7 +230,8 @@ def test_too_few_rows_and_too_many_are_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(evaluation, "free_memory_bytes", lambda: free)
     with pytest.raises(ConfigError, match=r"-n: found 50, whose exact transport.*give fewer"):
         evaluate(trained(Still()), many, many, Scope())
-    assert Scope().rows(*[normal_data(50, 1, 5)] * 2) == 50  # of which none is computed
+    wide = normal_data(50, 1, 5)
+    assert Scope().rows(wide, wide, NormalSource((5,))) == 50  # of which none is computed
     with pytest.raises(ConfigError, match=r"-n: found 2, expected at least 6"):
         Scope(n=2)
     with pytest.raises(ConfigError, match=r"--repeats: found 0"):
