@@ -97,7 +97,9 @@ def inputs_of(
                     raise RunInterrupted(reason)
                 still_at_it()
 
-            train, val = pairs_of(config, study, sizes, stats, content, device, check, prepared)
+            train, val = pairs_of(
+                config, study, sizes, stats, sources, content, device, check, prepared
+            )
         pairs = content_by_part(train, val)
         content |= {f"{PAIRS}{part}": of for part, of in pairs.items()}
         as_made = no_normalization(train)  # they are normalized already

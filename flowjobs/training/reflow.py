@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from flowjobs.config import PINNED, TrainingConfig
 from flowjobs.data.batches import normalized
 from flowjobs.data.dataset import FlowDataset, is_same_normalization
 from flowjobs.data.randomness import derive_seed
+from flowjobs.data.source import Sources
 from flowjobs.data.tensor_file import write_tensor
 from flowjobs.errors import (
     CheckpointError,
@@ -51,6 +53,7 @@ def pairs_of(
     study: Path,
     sizes: tuple[int, int],
     stats: dict[str, Tensor],
+    sources: Sources,
     content: Mapping[str, DataContent],
     device: torch.device,
     check: Callable[[], None],
@@ -63,6 +66,7 @@ def pairs_of(
         study: Where the run is, and the pairs are kept.
         sizes: How many of each to make.
         stats: Normalization of this run's data, which must be the other's.
+        sources: Where the pairs start: each part at rows of its own.
         content: Of this run's data and source, by part, which must be the other's.
         device: Where to compute.
         check: Called between network calls, and while another run makes them; what it raises ends
@@ -100,11 +104,14 @@ def pairs_of(
             if not train_file.exists():
                 teacher = _teacher(teacher_run, digest, stats, device)
                 # The validation part first: where train.pt is, both are.
-                parts = zip((val_file, train_file), reversed(sizes), strict=True)
+                parts = (
+                    (val_file, sizes[1], sources.held_out),
+                    (train_file, sizes[0], sources.training),
+                )
                 with teacher.on_its_threads():
-                    for file, n in parts:
+                    for file, n, source in parts:
                         if not file.exists():
-                            _make(file, n, teacher, check, made)
+                            _make(file, n, replace(teacher, source=source), check, made)
     return FlowDataset(train_file), FlowDataset(val_file)
 
 

@@ -192,6 +192,28 @@ def test_pairs_that_are_made_survive_an_interruption_and_are_progress(
     assert len(torch.unique(made[:, 0], dim=0)) == len(parts[0])
 
 
+def test_the_pairs_of_the_training_part_start_at_rows_of_the_sources(
+    study: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(workplace)
+    monkeypatch.setattr(reflow, "SOLVER", Solver("euler", 2))
+    torch.save(torch.rand(50, 6, generator=torch.Generator().manual_seed(3)), "source.pt")
+    Path("straight.py").write_text(
+        "from flowjobs.flows.flow import Flow, icfm_path\n"
+        "flow = Flow(icfm_path, given_pairs=True)\n"
+    )
+    base, parts = replace(BASE, epochs=1, source="source.pt"), (data(43, 1), data(20, 2))
+    teacher_of(study, base, parts)
+    asked = replace(base, flow="straight:flow", reflow_from="teacher")
+    config = with_pinned_files(asked, study, None)
+    FlowTrainer(build_model(config, 6), config, *parts, CPU, name="student")
+    for file, rows in zip(
+        pair_files(study, str(config.reflow_from)), load_datasets("source.pt", study), strict=True
+    ):
+        starts = {tuple(of) for of in FlowDataset(file).data[:, 0].tolist()}
+        assert len(starts) == min(len(rows), len(FlowDataset(file))), file.name
+
+
 def test_who_waits_for_pairs_of_another_run_listens_and_waits_as_long_as_there_are_more(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
