@@ -10,7 +10,6 @@ from typing import Any
 
 from flowjobs.report.comparison import Cell, Comparison
 
-# Two digits of a typical deviation say as much as is known.
 MOST_DECIMALS = 6
 # Values below are written with an exponent where they need more decimals.
 TINY = 0.01
@@ -34,14 +33,18 @@ LATEX_ESCAPES = str.maketrans(
 
 
 def number_format(found: Comparison) -> str:
-    """How the values of a table are written, all alike: ".3f", or ".2e" where they are tiny."""
+    """How the values of a table are written, all alike: ".3f", or ".2e" where they are tiny.
+
+    Two digits of a typical deviation say as much as is known. One run that diverges is not typical,
+    so that a cell of small values has as many as it needs.
+    """
     cells = found.cells.values()
     deviations = [cell.deviation for cell in cells if cell.deviation]
     means = [abs(cell.mean) for cell in cells if cell.mean]
     if deviations:
-        size = 1 - math.floor(math.log10(statistics.median(deviations)))
+        size = max(_decimals(statistics.median(deviations)), *map(_needed_decimals, cells))
     elif means:
-        size = 3 - math.floor(math.log10(min(means)))
+        size = _decimals(min(means), digits=4)
     else:
         return ".0f"
     largest = max(means, default=0.0)
@@ -49,6 +52,20 @@ def number_format(found: Comparison) -> str:
         return f".{max(0, min(MOST_DECIMALS, size))}f"
     digits = size + math.floor(math.log10(largest))
     return f".{max(2, min(MOST_DECIMALS, digits))}e"
+
+
+def _decimals(value: float, digits: int = 2) -> int:
+    """How many show so many digits of a value; negative of a large one."""
+    return digits - 1 - math.floor(math.log10(value))
+
+
+def _needed_decimals(cell: Cell) -> int:
+    """How many show two digits of a cell's deviation, but no more than four of its mean."""
+    if not cell.mean:
+        return 0
+    if not cell.deviation:
+        return _decimals(abs(cell.mean), digits=3)
+    return min(_decimals(cell.deviation), _decimals(abs(cell.mean), digits=4))
 
 
 def value_words(cell: Cell, form: str, between: str = " ± ") -> str:

@@ -109,6 +109,32 @@ def test_values_of_any_unit_are_told_apart(study: Path, unit: float, shown: str)
     assert float(in_a_line(run).partition("coverage ")[2].partition(" (")[0]) == unit
 
 
+@pytest.mark.parametrize(
+    ("cells", "shown"),
+    [
+        # One has diverged.
+        (([0.695, 0.705, 0.7], [22, 52, 82]), ["0.7000 ± 0.0050", "52.0000 ± 30.0000"]),
+        # Most have.
+        (([0.695, 0.705, 0.7], [22, 52, 82], [220, 520, 820]), ["0.7000 ± 0.0050"]),
+        # And of the one that has not there is one seed, or all have the same value.
+        (([0.695], [22, 52, 82]), ["0.695 (n=1)"]),
+        (([0.695] * 3, [22, 52, 82]), ["0.695 ± 0.000"]),
+        # A deviation that is small by chance makes no digits that nobody reads.
+        (([0.693, 0.693 + 1e-9], [0.71, 0.73], [0.72, 0.75]), ["0.6930 ± 0.0000"]),
+        # Nor does a value near 0 whose deviation is not.
+        (([0.1, -0.1 + 2e-6], [0.4, 0.5], [0.4, 0.6]), ["0.000 ± 0.141", "0.450 ± 0.071"]),
+    ],
+)
+def test_a_cell_of_another_scale_hides_no_digits_of_the_others(
+    study: Path, cells: tuple[list[float], ...], shown: list[str]
+) -> None:
+    for number, values in enumerate(cells):
+        for seed, value in enumerate(values):
+            made_run(study, [value], lr=10.0**number, seed=seed)
+    found = compare([read_result(Run(study, name)) for name in run_names(study)])
+    assert [words for words in shown if words not in text.markdown(found)] == []
+
+
 def test_names_are_printed_as_they_stand(flowjobs: Command, study: Path) -> None:
     varied = itertools.product(
         ("/d/data[raw].npy", "/d/data[norm].npy"), (("x[/y]", [64, 64]), (":dog:", "*<|>"))
