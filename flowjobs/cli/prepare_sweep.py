@@ -14,8 +14,8 @@ from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import Run, check_run_name
 from flowjobs.sweeps.applying import ARGUMENT, applying
-from flowjobs.sweeps.grid import TABLES, Sweep, run_names_of, slurm_of, training_of
-from flowjobs.sweeps.kept import names_kept
+from flowjobs.sweeps.grid import TABLES, Point, Sweep, run_names_of, slurm_of, training_of
+from flowjobs.sweeps.kept import names_kept, read_kept
 from flowjobs.training.pinned import with_pinned_files
 from flowjobs.words import counted
 
@@ -41,12 +41,7 @@ def prepare_sweep(
         part: dataclasses.replace(defaults.fill(cls), **getattr(sweep, part))
         for part, cls in TABLES.items()
     }
-    base = defaults.resolve_arch(defaults.fill(TrainingConfig))
-    points = sweep.points()
-    for point in points:
-        if "arch" in point:
-            point["arch"] = defaults.arch_named(point["arch"])
-    points, left_out_of = applying(points, base)
+    points, configs, left_out_of = _asked_of(sweep, defaults)
     if not points:
         raise ConfigError(f"the sweep {name} has no runs: all are excluded")
     if unused := sweep.unused_exclusions():
@@ -54,7 +49,6 @@ def prepare_sweep(
     for varied, n in left_out_of.items():
         option = flag(varied.removeprefix(ARGUMENT))
         print(f"note: {option} is left out of {counted(n)} without a use for it")
-    configs = [with_absolute_paths(training_of(point, base)) for point in points]
     _check_each(configs, study, defaults)
     names = run_names_of(configs)
     shapes = {data: row_shape(data, study) for data in {c.dataset for c in configs if c.params}}
@@ -77,6 +71,30 @@ def prepare_sweep(
     defaults.check_variables(parts["slurm"])
     given = {"epochs", "patience"} & {field for point in points for field in point}
     return runs, frozenset(given)
+
+
+def configs_kept(defaults: Defaults, study: Path, name: str) -> dict[str, TrainingConfig]:
+    """What a sweep that the study keeps means, by the names that new runs of it would get.
+
+    Raises:
+        FlowjobsError: Its file was changed into one that cannot be used.
+    """
+    _, configs, _ = _asked_of(read_kept(study, name), defaults)
+    return dict(zip(run_names_of(configs), configs, strict=True)) if configs else {}
+
+
+def _asked_of(
+    sweep: Sweep, defaults: Defaults
+) -> tuple[list[Point], list[TrainingConfig], dict[str, int]]:
+    """The runs of a sweep as the values that are given and as configs; see `applying`."""
+    base = defaults.resolve_arch(defaults.fill(TrainingConfig))
+    points = sweep.points()
+    for point in points:
+        if "arch" in point:
+            point["arch"] = defaults.arch_named(point["arch"])
+    points, left_out_of = applying(points, base)
+    configs = [with_absolute_paths(training_of(point, base)) for point in points]
+    return points, configs, left_out_of
 
 
 def _check_each(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -> None:

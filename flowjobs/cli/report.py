@@ -15,13 +15,14 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.config import OptionalPath, OptionalStr
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
-from flowjobs.runs.run import absolute
-from flowjobs.runs.selection import never_made
+from flowjobs.runs.run import Run, absolute
+from flowjobs.runs.selection import fits, never_made_by_sweep
 from flowjobs.runs.status import EXIT_BAD_INPUT
 from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.report.comparison import Comparison
+    from flowjobs.report.results import Result
 
 Fields = Annotated[Optional[tuple[str, ...]], tyro.conf.arg(metavar="FIELD...")]  # noqa: UP045
 Step = Annotated[
@@ -77,10 +78,11 @@ class Report(InStudy):
         if len(asked) > 1:
             raise ConfigError(f"found --{' and --'.join(asked)}, expected one of them")
         results, broken = self._results()
-        missing = never_made(absolute(self.study), self.names)
+        by_sweep = never_made_by_sweep(absolute(self.study), self.names)
+        missing = self._never_made(by_sweep, defaults)
         found = compare(results, self.rows, self.columns, self.metric, self.at_step, missing)
-        if missing:
-            note = f"of the sweep, {first_of(missing)} never submitted: run it again"
+        if names := [name for of_sweep in by_sweep.values() for name in of_sweep]:
+            note = f"of the sweep, {first_of(names)} never submitted: run it again"
             found = dataclasses.replace(found, notes=[*found.notes, note])
         if self.html is not None:
             said = self._write_page(found, self.html)
@@ -116,6 +118,24 @@ class Report(InStudy):
         if not results:
             raise RunNotFoundError(f"there are no runs to report in {absolute(self.study)}")
         return results, unread
+
+    def _never_made(self, by_sweep: dict[str, list[str]], defaults: Defaults) -> list["Result"]:
+        """The runs of these names, as far as what the study keeps of their sweeps says it."""
+        from flowjobs.cli.prepare_sweep import configs_kept
+        from flowjobs.report.results import not_made
+
+        study = absolute(self.study)
+        found: dict[str, Result] = {}
+        for sweep, names in by_sweep.items():
+            try:
+                configs = configs_kept(defaults, study, sweep) if names else {}
+            except FlowjobsError as error:
+                print(f"note: no cell has the missing runs of {sweep}: {error}", file=sys.stderr)
+                continue
+            for name in names:
+                if name in configs:
+                    found[name] = not_made(Run(study, name), configs[name])
+        return [result for result in found.values() if fits(result.fields, self.names)]
 
     def _write_page(self, found: "Comparison", file: Path) -> str:
         """Write it. Returns what was written."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from flowjobs.config import IN_NAME, NOT_IN_SIGNATURE, SIZE_FIELDS, TrainingConfig
+from flowjobs.config import NOT_IN_SIGNATURE, SIZE_FIELDS, TrainingConfig
 from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.flows.uses import has_use
@@ -19,7 +19,6 @@ from flowjobs.nearest import did_you_mean
 from flowjobs.report.apart import told_apart
 from flowjobs.report.metric import AtStep, Metric, choose_metric
 from flowjobs.report.results import Result, way_of
-from flowjobs.runs.selection import ARGUMENT
 from flowjobs.words import first_of
 
 # What repeats a run and is averaged over.
@@ -47,11 +46,12 @@ class Cell:
     """The runs of one row and column.
 
     Attributes:
-        results: The runs, by their names.
+        results: The runs that are made, by their names.
         values: Of those that have one, by what pairs them with the runs of other cells: the seed,
             and what else is averaged over.
         expected: How many there are in the cell once all of its runs are made and have a value.
-        states: What the others do, in words, and how many of each.
+        states: What the others do, in words, and how many of each; those that were never made are
+            "not submitted".
         marked: Whether it is the best, or cannot be told from it.
         floor: What the measure is for real data, if that is known.
         best: The value that none is better than, where it lies between others.
@@ -98,7 +98,7 @@ class Comparison:
         columns: The same.
         cells: By row and column; where no run is, there is none.
         notes: What a reader must know of it.
-        results: All runs, by their names.
+        results: All runs that are made, by their names.
     """
 
     metric: Metric
@@ -122,7 +122,7 @@ def compare(
     columns: Sequence[str] | None = None,
     metric: str | None = None,
     at_step: AtStep = None,
-    missing: Sequence[str] = (),
+    missing: Sequence[Result] = (),
 ) -> Comparison:
     """The table of some runs.
 
@@ -133,22 +133,24 @@ def compare(
         metric: See `Metric.name`; None: a measure of the samples if all finished runs have it, else
             the best validation loss.
         at_step: Where validation losses are compared.
-        missing: The names of runs of the sweeps among them that were never made.
+        missing: Runs of the sweeps among them that were never made.
 
     Raises:
         ConfigError: There is no such field or metric, or cells would average what has no common
             scale.
     """
-    results = told_apart(sorted(results, key=lambda result: result.run.name))
-    varying = varying_fields(results)
-    row_fields, column_fields = _layout(results, varying, rows, columns)
+    asked = told_apart(sorted([*results, *missing], key=lambda result: result.run.name))
+    results = [result for result in asked if result.made]
+    varying = varying_fields(asked)
+    row_fields, column_fields = _layout(asked, varying, rows, columns)
     chosen = choose_metric(results, metric, at_step)
     members: dict[tuple[Key, Key], list[Result]] = {}
-    for result in results:
+    for result in asked:
         place = (_key(result, row_fields), _key(result, column_fields))
         members.setdefault(place, []).append(result)
     # A field that only differs between cells (the source of each dataset) is averaged by none.
-    averaged = [name for name in varying if any(map(_varies(name), members.values()))]
+    in_cells = [[result for result in some if result.made] for some in members.values()]
+    averaged = [name for name in varying if any(map(_varies(name), in_cells))]
     if mixed := [name for name in averaged if name in chosen.floors]:
         raise ConfigError(
             f"{chosen.name} has another scale for each {' and '.join(mixed)}, and a cell would "
@@ -156,13 +158,7 @@ def compare(
             f"or select one ({mixed[0]}=…)"
         )
     pairing = (SEED, *averaged)
-    in_cell = (*row_fields, *column_fields)
-    most = len({_key(result, pairing) for result in results})
-    cells = {
-        place: _cell(some, chosen, pairing, max(len(some), min(most, len(some) + to_come)))
-        for place, some in members.items()
-        for to_come in [sum(_would_be_with(name, some[0], in_cell) for name in missing)]
-    }
+    cells = {place: _cell(some, chosen, pairing) for place, some in members.items()}
     notes = _notes(results, chosen, averaged)
     notes += _code_notes([cell.results for cell in cells.values()])
     incomparable = _incomparable(results, chosen)
@@ -174,8 +170,8 @@ def compare(
         chosen,
         row_fields,
         column_fields,
-        _in_order(results, row_fields),
-        _in_order(results, column_fields),
+        _in_order(asked, row_fields),
+        _in_order(asked, column_fields),
         cells,
         notes,
         tuple(results),
@@ -254,20 +250,7 @@ def _rank(value: Any) -> tuple[int, float, str]:
     return 1, 0.0, str(value)
 
 
-def _would_be_with(name: str, result: Result, fields: Sequence[str]) -> bool:
-    """Whether a run that a sweep has not made would be in the cell of another, by its name: that
-    begins as the other's, and says what the sweep varies beyond that (`-lr0.1`)."""
-    begin = "-".join(map(result.in_name, IN_NAME))
-    others = {
-        other.removeprefix(ARGUMENT): result.in_name(other)
-        for other in fields
-        if other not in IN_NAME
-    }
-    parts = [f"-{other}{word}-" for other, word in others.items() if f"-{other}" in name]
-    return f"{name}-".startswith(f"{begin}-") and all(part in f"{name}-" for part in parts)
-
-
-def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str], expected: int) -> Cell:
+def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str]) -> Cell:
     values: dict[Key, float] = {}
     states: Counter[str] = Counter()
     for result in some:
@@ -285,7 +268,8 @@ def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str], expect
     floor = statistics.fmean(floors) if metric.is_measure and floors else None
     bests = [result.measure(metric.name, "best") for result in some if metric.is_measure]
     best = next((best for best in bests if best is not None), None)
-    return Cell(tuple(some), values, expected, states, floor=floor, best=best)
+    made = tuple(result for result in some if result.made)
+    return Cell(made, values, len(some), states, floor=floor, best=best)
 
 
 def _with_marks(
@@ -294,8 +278,8 @@ def _with_marks(
     """The cells with the best marked, among those that can be compared: of the same data."""
     groups: dict[Key, list[tuple[Key, Key]]] = {}
     for place, cell in cells.items():
-        scale = _key(cell.results[0], metric.floors)
-        groups.setdefault(scale, []).append(place)
+        if cell.results:
+            groups.setdefault(_key(cell.results[0], metric.floors), []).append(place)
     best = {
         place
         for places in groups.values()

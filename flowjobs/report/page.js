@@ -47,7 +47,7 @@ const apply = () => {
   // A row of the first table stays if a run of it does.
   for (const row of document.getElementById("cells").tBodies[0].rows) {
     const links = [...row.querySelectorAll('a[href^="#"]')];
-    row.hidden = !links.some((link) => shown.has(decodeURIComponent(link.hash.slice(1))));
+    row.hidden = words.length > 0 && !links.some((link) => shown.has(decodeURIComponent(link.hash.slice(1))));
   }
   document.getElementById("left").textContent =
     words.length ? `${shown.size} of ${runs.tBodies[0].rows.length} runs` : "";

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowjobs.config import value_in_name
+from flowjobs.config import TrainingConfig, value_in_name
 from flowjobs.errors import ConfigError
 from flowjobs.runs.code import code_of
 from flowjobs.runs.data_file import DataContent
@@ -19,7 +19,7 @@ from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.progress import state_in_words
 from flowjobs.runs.run import Run
-from flowjobs.runs.selection import ARGUMENT, fields_of
+from flowjobs.runs.selection import ARGUMENT, fields_in, fields_of
 from flowjobs.runs.status import RunStatus, read_sound_status
 
 BEST_LOSS = "best_val_loss"
@@ -43,6 +43,7 @@ class Result:
         data: What its data are, by part; empty where that was not noted.
         words: By field, where the report has another word for the value than a run's name; see
             `apart`.
+        made: Whether there is such a run: a sweep may have been broken off before it made all.
     """
 
     run: Run
@@ -53,6 +54,7 @@ class Result:
     code: str = ""
     data: Mapping[str, DataContent] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
+    made: bool = True
 
     @property
     def arguments(self) -> list[str]:
@@ -72,6 +74,8 @@ class Result:
     @property
     def state(self) -> str:
         """What it does, in a word or two."""
+        if not self.made:
+            return "not submitted"
         state = state_in_words(self.status)
         return "waiting" if state == "submitted" else state
 
@@ -151,6 +155,12 @@ def read_result(run: Run) -> Result:
         code.digest if code else "",
         run.data(),
     )
+
+
+def not_made(run: Run, config: TrainingConfig) -> Result:
+    """A run that a sweep means and has not made."""
+    fields = fields_in({"training": config.to_dict()})
+    return Result(run, fields, RunStatus("submitted"), {}, made=False)
 
 
 def way_of(evaluation: Mapping[str, Any], name: str | None = None) -> str:

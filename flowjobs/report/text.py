@@ -78,13 +78,10 @@ def value_words(cell: Cell, form: str, between: str = " ± ") -> str:
 
 
 def count_words(cell: Cell) -> str:
-    """How many seeds a value is of, what the other runs do, and how many were never submitted."""
+    """How many seeds a value is of, and what the other runs do."""
     n = len(cell.values)
-    there = n + sum(cell.states.values())
     parts = [f"n={n}" if n == cell.expected else f"{n}/{cell.expected} seeds"] if n else []
     parts += [f"{many} {state}" for state, many in sorted(cell.states.items())]
-    if not n and there < cell.expected:
-        parts.append(f"{cell.expected - there} not submitted")
     return ", ".join(parts)
 
 
@@ -156,7 +153,7 @@ def as_csv(found: Comparison) -> str:
     fields = [*found.row_fields, *found.column_fields]
     writer.writerow(
         [
-            *(*fields, "metric", "step", "mean", "std", "n", "expected", "best", "others"),
+            *(*fields, "metric", "step", "mean", "std", "floor", "n", "expected", "best", "others"),
             *("parameters", "flops_per_sample", "runs"),
         ]
     )
@@ -166,7 +163,7 @@ def as_csv(found: Comparison) -> str:
                 *(cell["fields"][name] for name in fields),
                 found.metric.name,
                 found.metric.step,
-                *(cell[key] for key in ("mean", "std", "n", "expected")),
+                *(cell[key] for key in ("mean", "std", "floor", "n", "expected")),
                 int(cell["best"]),
                 " ".join(f"{state}:{many}" for state, many in cell["others"].items()),
                 *(cell[key] for key in ("parameters", "flops_per_sample")),

@@ -5,7 +5,7 @@ Reads what is on disk alone, and writes nothing. Knows neither torch nor a sched
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -105,9 +105,27 @@ def runs_of_sweep(study: Path, name: str) -> list[str]:
 
 def never_made(study: Path, words: Sequence[str]) -> list[str]:
     """The runs of the sweeps among the words that were never made: the cluster had no room, say."""
+    return [run for runs in never_made_by_sweep(study, words).values() for run in runs]
+
+
+def never_made_by_sweep(study: Path, words: Sequence[str]) -> dict[str, list[str]]:
+    """The same by sweep; of one without such runs an empty list."""
     there, sweeps = {*run_names(study)}, {*sweep_names(study)} - {*run_names(study)}
     named = [name for word in words if (name := word.removeprefix(f"{SWEEP}=")) in sweeps]
-    return [run for name in named for run in runs_of_sweep(study, name) if run not in there]
+    return {name: [run for run in runs_of_sweep(study, name) if run not in there] for name in named}
+
+
+def fits(fields: Mapping[str, Any], words: Sequence[str]) -> bool:
+    """Whether a run of these fields, made or not, has the value of each that the words ask for."""
+    asked: dict[str, list[str]] = {}
+    for word in filter(is_condition, words):
+        field, _, value = word.partition("=")
+        if field != SWEEP:
+            asked.setdefault(field.replace("-", "_"), []).append(value)
+    return all(
+        any(field in fields and _matches(field, fields[field], value) for value in values)
+        for field, values in asked.items()
+    )
 
 
 class _Lookup:
@@ -251,12 +269,21 @@ def fields_of(run: Run) -> dict[str, Any]:
         ConfigError: The file does not hold a config.
     """
     found = run.read_config_file()
+    for part in PARTS:
+        if not isinstance(found.get(part, {}), dict):
+            raise ConfigError(f"{run.config_file}: {part}: expected an object of fields")
+    return fields_in(found)
+
+
+def fields_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config by name, as `fields_of` has them.
+
+    Args:
+        config: The fields of each part, as JSON has them; of those that it lacks, the defaults.
+    """
     flat: dict[str, Any] = {}
     for part in reversed(PARTS):
-        given = found.get(part, {})
-        if not isinstance(given, dict):
-            raise ConfigError(f"{run.config_file}: {part}: expected an object of fields")
-        flat |= _defaults(part) | given
+        flat |= _defaults(part) | config.get(part, {})
     arguments = flat.get("arch_args")
     arguments = arguments if isinstance(arguments, dict) else {}
     named = {

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
 from flowjobs.report.comparison import Cell, Comparison, compare
-from flowjobs.report.results import read_result
+from flowjobs.report.results import not_made, read_result
 from flowjobs.report.text import cell_words, count_words, explanation, number_format
 from flowjobs.runs.run import Run, run_names
 from tests.report.made_up import evaluation, made_run
@@ -100,17 +101,36 @@ def test_what_is_missing_fails_or_runs_is_said(study: Path) -> None:
     made_run(study, [2.0], "failed", lr=0.2, seed=1)
     made_run(study, lr=0.2, seed=2)
     made_run(study, [3.0], "cancelled", lr=0.3, seed=2)
+    words = {
+        "0.001": "n=3",
+        "0.1": "1/2 seeds, 1 failed",
+        "0.2": "2 failed, 1 waiting",
+        "0.3": "1 cancelled",
+    }
     # Of a sweep that has made no more of them.
-    name = "mlp-icfm-digits-none-lr0.3-seed"
-    for missing, said in (([], ""), ([f"{name}0", f"{name}1"], ", 2 not submitted")):
-        found = compared(study, missing=missing)
-        words = {row[0]: count_words(cell(found, row)) for row in found.rows}
-        assert words == {
-            "0.001": "n=3",
-            "0.1": "1/2 seeds, 1 failed",
-            "0.2": "2 failed, 1 waiting",
-            "0.3": f"1 cancelled{said}",
-        }
+    missing = [
+        not_made(Run(study, f"lr{lr}-{seed}"), TrainingConfig(epochs=3, lr=lr, seed=seed))
+        for lr, seed in ((0.1, 2), (0.3, 0), (0.3, 1), (0.4, 0))
+    ]
+    with_missing = {
+        **words,
+        "0.1": "1/3 seeds, 1 failed, 1 not submitted",
+        "0.3": "1 cancelled, 2 not submitted",
+        "0.4": "1 not submitted",
+    }
+    for some, expected in (([], words), (missing, with_missing)):
+        found = compared(study, missing=some)
+        assert {row[0]: count_words(cell(found, row)) for row in found.rows} == expected
+        assert len(found.results) == 9
+
+
+def test_a_run_that_is_not_made_is_with_those_of_the_same_weights(study: Path) -> None:
+    pinned = "/s/a/best.pt@sha256:aa"
+    for seed in (0, 1):
+        made_run(study, [1.0], name=f"{seed}", init_from=pinned, seed=seed)
+    asked = TrainingConfig(epochs=3, init_from="/s/a/best.pt", seed=2)
+    found = compared(study, rows=["init_from"], missing=[not_made(Run(study, "2"), asked)])
+    assert [count_words(of) for of in found.cells.values()] == ["2/3 seeds, 1 not submitted"]
 
 
 def test_unfinished_runs_are_compared_at_the_last_step_that_all_have(study: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from flowjobs.cli.evaluation_table import FIRST_OF_ALL, in_a_line
 from flowjobs.cli.main import parse
+from flowjobs.cli.main import run as run_command
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.field_values import KeyValues
 from flowjobs.report import text
@@ -21,6 +22,8 @@ from flowjobs.report.origin import command_of, commit_of
 from flowjobs.report.page import html_page
 from flowjobs.report.results import read_result
 from flowjobs.runs.run import Run, run_names
+from flowjobs.sweeps.grid import Sweep, run_names_of
+from flowjobs.sweeps.kept import keep
 from tests.conftest import Command
 from tests.report.made_up import made_run
 
@@ -163,6 +166,38 @@ def test_what_cannot_be_read_is_said_and_the_rest_reported(
         done = flowjobs("report", "--csv")
         assert (done.returncode, f"error: {run.name}: " in done.stderr) == (2, True)
         assert len(done.stdout.splitlines()) == 4
+
+
+def test_runs_that_a_sweep_has_not_made_are_in_each_form(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(study / "my data.npy")  # a run's name has it as my_data
+    grid = {"lr": [1e-3, 1e-2], "seed": [0, 1, 2]}
+    sweep = Sweep(base={"dataset": data, "epochs": 3}, grid=grid)
+    configs = [TrainingConfig(**point) for point in sweep.points()]
+    names = run_names_of(configs)
+    keep(study, "s", sweep, names)
+    for name, config in zip(names[:2], configs[:2], strict=True):
+        made_run(study, [1.0 + config.seed], name=name, dataset=data, seed=config.seed)
+
+    def printed(*words: str) -> str:
+        assert run_command(["report", *words]) == 0
+        return capsys.readouterr().out
+
+    table = printed("s", "--markdown")
+    assert "| 0.001 | 1.50 ± 0.71 (2/3 seeds, 1 not submitted) |" in table
+    assert "| 0.01 | 3 not submitted |" in table
+    assert r"{\small (2/3 seeds, 1 not submitted)}" in printed("s", "--latex")
+    rows = [*csv.DictReader(io.StringIO(printed("s", "--csv")))]
+    assert [(of["lr"], of["n"], of["expected"], of["others"]) for of in rows] == [
+        ("0.001", "2", "3", "not submitted:1"),
+        ("0.01", "0", "3", "not submitted:3"),
+    ]
+    assert "3 not submitted" in (printed("s", "--html", "x.html"), Path("x.html").read_text())[1]
+    assert "(n=2)" in printed("s", "seed=0", "seed=1", "lr=0.001")
+    for file in ("s.toml", "s.runs"):
+        (study / "sweeps" / file).write_text("no sweep")
+    assert "(n=2)" in printed("lr=0.001")
 
 
 @pytest.mark.parametrize(
