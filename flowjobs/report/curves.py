@@ -5,11 +5,13 @@ Drawn here, for a page of 150 KB has no room for a library of charts. Colours ar
 
 import math
 import statistics
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from flowjobs.report.comparison import Cell, Comparison
+from flowjobs.report.metric import LIVE
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 8, 8, 26
@@ -59,18 +61,28 @@ def _words(names: Sequence[str], values: Sequence[str]) -> str:
 
 
 def _mean_curve(cell: Cell) -> list[Point]:
-    """Step, mean and deviation, at the steps that all seeds have; thinned out."""
-    curves = [dict(result.curve) for result in cell.results if result.curve]
-    if not curves:
+    """Step, mean and deviation, up to the last step that all seeds have; thinned out.
+
+    Of the seeds that the table averages, or will: one that has failed would end the line and draw
+    it through its own last loss, and counts where there is no other. One that has stopped early has
+    its last loss for good.
+    """
+    results = [result for result in cell.results if result.curve]
+    results = [of for of in results if of.finished or of.status.state in LIVE] or results
+    if not results:
         return []
-    steps = sorted(set(curves[0]).intersection(*curves[1:]))
+    curves = [result.curve for result in results]
+    ends = [of.curve[-1][0] for of in results if not of.finished]
+    begin = max(curve[0][0] for curve in curves)
+    end = min(ends, default=max(curve[-1][0] for curve in curves))
+    steps = sorted({step for curve in curves for step, _ in curve if begin <= step <= end})
     if len(steps) > MOST_POINTS:
         last = len(steps) - 1
         kept = {round(index * last / (MOST_POINTS - 1)) for index in range(MOST_POINTS)}
         steps = [steps[index] for index in sorted(kept)]
     points = []
     for step in steps:
-        losses = [curve[step] for curve in curves]
+        losses = [curve[bisect_right(curve, (step, math.inf)) - 1][1] for curve in curves]
         deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
         points.append((step, statistics.fmean(losses), deviation))
     return points

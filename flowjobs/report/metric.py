@@ -106,7 +106,7 @@ def choose_metric(results: Sequence[Result], name: str | None, at_step: AtStep) 
             raise ConfigError(f"--metric: no run has {name}; see by_nfe in its evaluation.json")
         return metric
     if name != BEST_LOSS:
-        logged = {key for result in results for row in result.rows[-50:] for key in row}
+        logged = {key for result in results for row in result.rows for key in row}
         if name not in logged:
             known = [BEST_LOSS, *measures, *sorted(logged - {"step", "epoch"})]
             raise ConfigError(

@@ -395,6 +395,14 @@ def test_the_loss_of_a_coupled_flow_depends_on_the_batch_size(study: Path) -> No
         assert marked(compared(study)) == {"64"}
 
 
+def test_a_loss_of_validation_is_known_while_a_long_epoch_trains(study: Path) -> None:
+    run = made_run(study, [1.0], "running")
+    long = [{"step": 10 + step, "epoch": 2, "train/loss": 1.0} for step in range(10, 1000, 10)]
+    with run.metrics_file.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in long)
+    assert cell(compared(study, metric="val/loss"), []).mean == 1.0
+
+
 def test_a_training_loss_depends_on_the_times_and_the_augmentation(study: Path) -> None:
     for seed in range(3):
         for aug in ("none", "noise"):
