@@ -261,9 +261,20 @@ class _Evaluation:
                 f"{self.n} points are no more than the {self._val.dim} dimensions, so that their "
                 "covariances are singular: most of the value is the floor's; give more (-n)"
             )
+        if name in HIGHER_IS_BETTER and self._often:
+            return (
+                f"{self._often} of {self.n} validation rows are there more than "
+                f"{measures.K_NEAREST} times: of samples near them only exact copies are counted"
+            )
         if name in ("nn_train", "memorization") and among < there:
             return f"{among} of {there} training rows were looked at: copies of others are not seen"
         return None
+
+    @functools.cached_property
+    def _often(self) -> int:
+        """Validation rows whose nearest neighbours, by which closeness is told, are themselves."""
+        _, counts = torch.unique(self._reference(0), dim=0, return_counts=True)
+        return int(counts[counts > measures.K_NEAREST].sum())
 
     def by_nfe(self) -> tuple[dict[str, dict[str, float]], float | None]:
         """Values by network calls, for the first repeat's noise and rows; the calls of dopri5."""

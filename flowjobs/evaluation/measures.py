@@ -26,6 +26,8 @@ SIMPLEX_STEPS = 100_000_000
 BANDWIDTH_ROWS = 2000
 # Neighbours whose farthest makes a point's ball (Naeem et al.).
 K_NEAREST = 5
+# Rows are the same if they are nearer than this part of the reference's size; rounding has 1e-8.
+SAME = 1e-6
 # Distances that are held at once, of which several copies are made: 128 MB each.
 AT_ONCE = 2**24
 # Of the directions and the classifier.
@@ -142,9 +144,14 @@ def prdc(samples: Tensor, reference: Tensor) -> dict[str, float]:
     """Precision, recall (Kynkäänniemi et al.), density and coverage (Naeem et al.), k = 5.
 
     https://arxiv.org/abs/1904.06991, https://arxiv.org/abs/2002.09797. A point's ball reaches to
-    its k-th nearest neighbour among its own.
+    its k-th nearest neighbour among its own; that of a row with k copies, to the rows that are the
+    same.
     """
-    reference_ball, sample_ball = (_kth_neighbour(points) for points in (reference, samples))
+    centred = reference - reference.mean(0)
+    same = SAME * float(centred.square().sum(1).mean().sqrt())
+    reference_ball, sample_ball = (
+        _kth_neighbour(points).clamp_min(same) for points in (reference, samples)
+    )
     # Of each sample, the reference's balls that it is in; of each reference point, whether it is in
     # a sample's ball, and whether a sample is in its own.
     balls = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)

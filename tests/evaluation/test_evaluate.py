@@ -178,6 +178,15 @@ def test_too_few_points_for_a_covariance_are_said() -> None:
         assert bool(found["frechet"]["note"]) is noted
 
 
+def test_rows_that_are_often_in_the_data_are_said() -> None:
+    train, val = normal_data(60, 1), normal_data(60, 2)
+    for copies, said in ((1, ""), (7, "7 of 60 validation rows are there more than 5 times")):
+        val.data[:copies] = val.data[0]
+        scope = dataclasses.replace(MEASURES, n=60, repeats=1)
+        note = evaluate(trained(Still()), train, val, scope)["measures"]["coverage"]["note"]
+        assert (note or "").partition(":")[0] == said
+
+
 def test_it_is_the_same_each_time_and_can_be_stopped_between_measures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -132,6 +132,19 @@ def test_precision_recall_density_and_coverage() -> None:
     assert measures.prdc(data, data)["coverage"] == 1
 
 
+@pytest.mark.parametrize("dim", [2, 500])
+def test_rows_that_are_often_in_the_data_are_found_by_their_copies(dim: int) -> None:
+    grid = torch.randint(0, 5, (500, 2), generator=torch.manual_seed(0)).double()
+    grid = grid.repeat(1, dim // 2) + 1e3
+    oversampled = cloud(50, dim, 1).repeat(6, 1)
+    for samples, data in ((grid, grid), (grid[:250], grid[250:]), (oversampled, oversampled)):
+        found = measures.prdc(samples, data)
+        assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+        assert found["density"] >= 1
+    beside = measures.prdc(grid + 1e-3, grid)
+    assert (beside["precision"], beside["coverage"]) == (0, 0)
+
+
 def test_a_classifier_tells_what_differs_alone() -> None:
     x = cloud(200, 2, 1)
     same = measures.c2st(x, cloud(200, 2, 2))
