@@ -6,13 +6,14 @@ from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import check_parts, with_absolute_paths
-from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.config import SIZE_FIELDS, RunConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import flag
 from flowjobs.models.size import with_fixed_width
 from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import Run, check_run_name
+from flowjobs.runs.selection import runs_of_sweep
 from flowjobs.sweeps.applying import ARGUMENT, applying
 from flowjobs.sweeps.grid import TABLES, Point, Sweep, run_names_of, slurm_of, training_of
 from flowjobs.sweeps.kept import names_kept, read_kept
@@ -76,11 +77,21 @@ def prepare_sweep(
 def configs_kept(defaults: Defaults, study: Path, name: str) -> dict[str, TrainingConfig]:
     """What a sweep that the study keeps means, by the names that new runs of it would get.
 
+    What it does not say itself is as one of its runs has it: defaults may have changed since.
+
     Raises:
         FlowjobsError: Its file was changed into one that cannot be used.
     """
-    _, configs, _ = _asked_of(read_kept(study, name), defaults)
-    return dict(zip(run_names_of(configs), configs, strict=True)) if configs else {}
+    points, configs, _ = _asked_of(read_kept(study, name), defaults)
+    if not configs:
+        return {}
+    given = {"arch_args", *SIZE_FIELDS, *(field for point in points for field in point)}
+    made = (Run(study, of) for of in runs_of_sweep(study, name))
+    if like := next((run.config().training for run in made if run.exists()), None):
+        others = [of.name for of in dataclasses.fields(like) if of.name not in given]
+        same = {field: getattr(like, field) for field in others}
+        configs = [dataclasses.replace(config, **same) for config in configs]
+    return dict(zip(run_names_of(configs), configs, strict=True))
 
 
 def _asked_of(
