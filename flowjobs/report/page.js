@@ -2,7 +2,10 @@
 "use strict";
 const valueOf = (cell) => {
   const text = cell.dataset.value ?? cell.firstChild?.textContent.trim() ?? "";
-  return text === "" || Number.isNaN(Number(text)) ? text : Number(text);
+  const factor = {k: 1e3, m: 1e6}[text.slice(-1).toLowerCase()];  // 500k parameters
+  const digits = (factor ? text.slice(0, -1) : text).replaceAll("_", "");
+  const number = Number(digits) * (factor ?? 1);
+  return digits === "" || Number.isNaN(number) ? text : number;
 };
 // Numbers by size, then words; an empty cell is last whichever way.
 const compare = (one, other, sign) => {

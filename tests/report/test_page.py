@@ -44,6 +44,8 @@ seen.cells = texts("cells", 1);
 click("cells", 1); seen.up = texts("cells", 1);
 click("cells", 1); seen.down = texts("cells", 1);
 seen.sorted = document.querySelectorAll("#cells th")[1].getAttribute("aria-sort");
+seen.sizes = ["2M", "500k", "1_000", "10", "-2", "k", "", "-"]
+  .map((text) => valueOf({dataset: {}, firstChild: {textContent: text}}));
 click("runs", 2); seen.widths = texts("runs", 2);
 type("flow=otcfm width=8"); seen.filtered = texts("runs", 0);
 seen.rows = texts("cells", 0); seen.left = document.getElementById("left").textContent;
@@ -112,6 +114,7 @@ def test_the_page_of_a_real_ablation_sorts_filters_and_tells_its_values(study: P
     assert seen["down"] == seen["up"][::-1]
     assert seen["sorted"] == "descending"
     assert seen["widths"] == ["8"] * 6 + ["16"] * 6  # by size, not as words
+    assert seen["sizes"] == [2_000_000, 500_000, 1000, 10, -2, "k", "", "-"]
     assert sorted(seen["filtered"]) == [f"otcfm-w8-s{seed}" for seed in range(3)]
     assert (seen["rows"], seen["left"], seen["none"]) == (["8"], "3 of 12 runs", [])
     assert (seen["all"], seen["loaded"]) == (12, [])
