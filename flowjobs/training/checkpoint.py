@@ -33,6 +33,7 @@ from flowjobs.errors import (
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.run import Run, default_study
 from flowjobs.training.ema import EMAModel
+from flowjobs.training.optimizer import load_by_name, names_of_weights
 from flowjobs.training.seal import SealedWriter, verify_seal
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,8 @@ def load_checkpoint(
 ) -> tuple[int, float]:
     """Restore the state of a checkpoint into the given objects.
 
+    The optimizer's weights get the order that they had when it was saved.
+
     Returns:
         The next epoch to train (the one after the last finished) and the best validation loss.
 
@@ -152,6 +155,7 @@ def checkpoint_payload(
         "ema_shadow": ema.shadow,
         "ema_updates": ema.updates,
         "optimizer_state_dict": optimizer.state_dict(),
+        "optimizer_weights": names_of_weights(optimizer, model),
         "scheduler_state_dict": scheduler.state_dict(),
         "best_loss": best_loss,
         "epochs_without_improvement": epochs_without_improvement,
@@ -175,7 +179,8 @@ def restore_payload(
     try:
         model.load_state_dict(payload["model_state_dict"])
         ema.load_shadow(payload["ema_shadow"], payload["ema_updates"])
-        optimizer.load_state_dict(payload["optimizer_state_dict"])
+        state, names = payload["optimizer_state_dict"], payload.get("optimizer_weights")
+        load_by_name(optimizer, state, names, model, payload["model_state_dict"])
         scheduler.load_state_dict(payload["scheduler_state_dict"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointMismatchError(

@@ -1,9 +1,12 @@
-"""AdamW, used without loading the machinery of torch.compile."""
+"""AdamW, used without loading the machinery of torch.compile, and an optimizer's state by name."""
 
 import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch.optim import AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
 
 
 class LightAdamW(AdamW):
@@ -18,3 +21,82 @@ class LightAdamW(AdamW):
     state_dict = inspect.unwrap(Optimizer.state_dict)
     load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
     step = torch.no_grad()(inspect.unwrap(AdamW.step))
+
+
+def names_of_weights(optimizer: Optimizer, model: nn.Module) -> list[str] | None:
+    """The names of an optimizer's weights, in the order in which its state numbers them.
+
+    Returns:
+        None if it has others beside those of `model`.
+    """
+    names = {id(weights): name for name, weights in model.named_parameters()}
+    ids = _ids(optimizer)
+    return [names[of] for of in ids] if names.keys() >= set(ids) else None
+
+
+def load_by_name(
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    names: Sequence[str] | None,
+    model: nn.Module,
+    saved_model: Iterable[str],
+) -> None:
+    """Put a saved state into an optimizer, each moment to the weights that it is of.
+
+    Torch goes by number alone, and AdamW's fused kernel by memory: it would take the moments of
+    other weights, also of another size. A model has another order where its code was edited, or
+    makes its layers from a set of names. The optimizer gets the order that was saved, since the
+    last bits of a sum over all weights (the gradient's norm) depend on it.
+
+    Args:
+        optimizer: Of weights of `model`.
+        state: Its `state_dict` as it was saved.
+        names: What `names_of_weights` was then; None in files of an older version.
+        model: The model, with the saved weights.
+        saved_model: The names in the model's saved `state_dict`, in its order.
+
+    Raises:
+        ValueError: It is the state of other weights.
+    """
+    if names is not None:
+        _reorder(optimizer, model, names)
+    elif _order(model.state_dict(), model, optimizer) == _ids(optimizer):
+        # Then, too, the optimizer's order was that of the model's state.
+        _reorder(optimizer, model, saved_model)
+    for number, weights in enumerate(_weights(optimizer)):
+        for key, moment in state["state"].get(number, {}).items():
+            # Other optimizers may keep a moment of each row.
+            is_per_value = isinstance(optimizer, Adam | AdamW) and key != "step"
+            if is_per_value and moment.shape != weights.shape:
+                there, here = tuple(moment.shape), tuple(weights.shape)
+                raise ValueError(f"{key} of weights {number}: {there} there, {here} here")
+    optimizer.load_state_dict(dict(state))
+    for weights, moments in optimizer.state.items():
+        for key, moment in moments.items():
+            of_values = isinstance(moment, Tensor) and moment.shape == weights.shape
+            if of_values and moment.stride() != weights.stride():  # channels_last, say
+                moments[key] = torch.empty_like(weights, dtype=moment.dtype).copy_(moment)
+
+
+def _reorder(optimizer: Optimizer, model: nn.Module, names: Iterable[str]) -> None:
+    order = _order(names, model, optimizer)
+    places = {of: place for place, of in enumerate(order)}
+    for group in optimizer.param_groups:
+        group["params"].sort(key=lambda weights: places.get(id(weights), len(places)))
+    if _ids(optimizer) != order:
+        raise ValueError("the optimizer was of other weights, or has them in other groups")
+
+
+def _order(names: Iterable[str], model: nn.Module, optimizer: Optimizer) -> list[int]:
+    """The ids of an optimizer's weights in the order of `names`; tied ones have several."""
+    named = {name: id(of) for name, of in model.named_parameters(remove_duplicate=False)}
+    ids = set(_ids(optimizer))
+    return [*dict.fromkeys(named[name] for name in names if named.get(name) in ids)]
+
+
+def _ids(optimizer: Optimizer) -> list[int]:
+    return [id(weights) for weights in _weights(optimizer)]
+
+
+def _weights(optimizer: Optimizer) -> list[Tensor]:
+    return [weights for group in optimizer.param_groups for weights in group["params"]]

@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
+from flowjobs.data.randomness import derive_seed
 from flowjobs.errors import ConfigError, RankFailedError
 from flowjobs.slots import nvidia_gpus
 
@@ -88,6 +89,13 @@ class Ranks:
             value = value.clone()
             distributed.all_reduce(value)
         return value
+
+    def have_same(self, text: str) -> bool:
+        """Whether all ranks have the same text; the same answer on each."""
+        mine = torch.tensor([derive_seed(text)], device="cpu")
+        first = mine.clone()
+        self.take_from_first([first])
+        return not bool(self.sum((mine != first).long()))
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Write the first rank's values into these tensors on all."""

@@ -23,6 +23,7 @@ from flowjobs.errors import (
     CheckpointError,
     CheckpointMismatchError,
     CheckpointNotFiniteError,
+    ConfigError,
     RunInterrupted,
     RunMismatchError,
     RunTakenOverError,
@@ -245,6 +246,8 @@ class FlowTrainer:
                 run.take_data(self._data)
                 saver = self._make_saver(run, recorder)
             adopted = self._restore(run)
+        # In the order of the run's birth, whatever that of the model is now.
+        self._parameters = self.state.optimizer.param_groups[0]["params"]
         compute = computing_as_before(self._compute, self.state.computed_with)
         self.state.computed_with = compute.to_dict()
         if adopted:
@@ -538,9 +541,15 @@ class FlowTrainer:
 
     def _prepare(self, model: nn.Module) -> Velocity:
         """The model as the steps call it, joined to the other ranks'."""
-        self._parameters = list(model.parameters())
         self._named = dict(model.named_parameters(remove_duplicate=False))
         if self._ranks.world_size > 1:
+            # DDP pairs them by their number.
+            if not self._ranks.have_same(repr([*self._named])):
+                raise ConfigError(
+                    f"--arch {self._config.arch_label}: the ranks have its parameters in different "
+                    "orders, as where the constructor makes them of a set: let it use a list "
+                    "(sorted(…))"
+                )
             # Looking for unused parameters also keeps DDP from regrouping the gradients after
             # the first step: a resumed run would sum them in another order than a whole one.
             model = DistributedDataParallel(model, find_unused_parameters=True)

@@ -66,6 +66,41 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert before[1].updates == after[1].updates == 3
 
 
+def test_moments_have_the_layout_of_their_weights(tmp_path: Path) -> None:
+    ends = []
+    for resumes_as in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3, padding=1)
+        for memory_format in (torch.contiguous_format, resumes_as):
+            model = model.to(memory_format=memory_format)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+            rest = EMAModel(model), optimizer, get_cosine_schedule_with_warmup(optimizer, 0, 9)
+            if (tmp_path / "last.pt").exists():
+                load_checkpoint(tmp_path / "last.pt", model, *rest, torch.device("cpu"))
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(torch.arange(75.0).view(1, 3, 5, 5).sin()).square().sum().backward()
+                optimizer.step()
+            save_checkpoint(tmp_path / "last.pt", 0, model, *rest, 0.0, {}, {})
+        (tmp_path / "last.pt").unlink()
+        ends.append(model.weight)
+    torch.testing.assert_close(*ends, check_stride=False)
+
+
+def test_an_optimizer_of_other_weights_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "best.pt")
+    payload = read_checkpoint(tmp_path / "best.pt")
+    moments = payload["optimizer_state_dict"]["state"]
+    for change in (
+        lambda: moments.update({0: moments[1], 1: moments[0]}),
+        lambda: payload.update(optimizer_weights=["bias", "another"]),
+    ):
+        change()
+        write_checkpoint(tmp_path / "best.pt", payload)
+        with pytest.raises(CheckpointMismatchError, match="of another model than the config asks"):
+            load_checkpoint(tmp_path / "best.pt", *parts(), torch.device("cpu"))
+
+
 def test_any_torch_can_read_it_without_running_code(tmp_path: Path) -> None:
     saved(tmp_path / "best.pt")
     assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 2

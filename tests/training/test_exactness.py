@@ -28,7 +28,7 @@ from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowDataset, FlowTrainer, saving
-from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.checkpoint import read_checkpoint, write_checkpoint
 from flowjobs.training.determinism import (
     CUBLAS_WORKSPACE,
     deterministic_algorithms,
@@ -143,6 +143,48 @@ def test_a_model_with_buffers_and_chance_of_its_own_ends_the_same(study: Path) -
     for key in ("level", "norm.running_mean", "norm.num_batches_tracked"):
         assert torch.equal(best["ema_shadow"][key], best["model_state_dict"][key])
     assert best["model_state_dict"]["level"].abs().sum() > 0
+
+
+class FromASet(nn.Module):
+    """Has its layers in another order in each process, as one does that makes them from a set."""
+
+    order: ClassVar[tuple[str, ...]] = ("in", "mix", "out", "tied", "in_2")
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        made = {
+            "in": nn.Linear(dim, 9),
+            "in_2": nn.Linear(dim, 9),
+            "mix": nn.Linear(9, 9, bias=False),
+            "out": nn.Linear(9, dim),
+        }
+        made["tied"] = made["mix"]
+        self.layers = nn.ModuleDict({name: made[name] for name in self.order})
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        both = torch.tanh(self.layers["in"](x)) * self.layers["in_2"](x) + t.unsqueeze(-1)
+        return self.layers["out"](both + self.layers["mix"](both))
+
+
+@pytest.mark.parametrize("of_older_version", [False, True])
+def test_a_model_whose_layers_come_in_another_order_each_time_ends_the_same(
+    study: Path, monkeypatch: pytest.MonkeyPatch, of_older_version: bool
+) -> None:
+    config = TrainingConfig(epochs=2, batch_size=8, lr=0.01, arch=f"{__name__}:FromASet")
+    whole, parts = Run(study, "whole"), Run(study, "parts")
+    train(whole, config)
+    for order in itertools.permutations(FromASet.order):  # the first is that of the whole run
+        monkeypatch.setattr(FromASet, "order", order)
+        try:
+            train(parts, config, steps=2)
+        except RunInterrupted:
+            payload = read_checkpoint(parts.last)
+            if of_older_version and payload["step"] == 2:
+                payload.pop("optimizer_weights", None)  # which has the order of the model's state
+                write_checkpoint(parts.last, payload)
+            continue
+        break
+    assert_equal(whole, parts)
 
 
 def moody_path(

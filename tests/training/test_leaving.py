@@ -51,7 +51,9 @@ TURNS = """
 import sys
 from pathlib import Path
 import torch
-from flowjobs.errors import RankFailedError
+from flowjobs.errors import ConfigError, RankFailedError
+from flowjobs.runs.run import Run
+from flowjobs.training import FlowDataset, FlowTrainer, TrainingConfig
 from flowjobs.training.ranks import joined_ranks
 file = Path(sys.argv[2])
 with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
@@ -66,6 +68,15 @@ with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
             still_at_it()
             raise ValueError("of the first")
     except (ValueError, RankFailedError) as error:
+        print(error)
+    # As of a set of names, whose order is another in each process.
+    names = sorted(("a", "b"), reverse=ranks.is_first)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in names})
+    data = FlowDataset(torch.randn(200, 4, generator=torch.Generator().manual_seed(0)))
+    config = TrainingConfig(batch_size=32)
+    try:
+        FlowTrainer(model, config, data, data, "cpu", run=Run(file.parent, "x"), ranks=ranks)
+    except ConfigError as error:
         print(error)
 """
 
@@ -177,13 +188,16 @@ def test_a_lost_run_comes_before_any_other_reason_and_no_wish_is_no_reason() -> 
     assert voted({}) == [""] * 3
 
 
-def test_the_first_rank_takes_its_time_and_says_so_or_that_it_failed(
+def test_the_first_rank_takes_its_time_and_ranks_of_other_models_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", free_port())
     said = end([start("-c", TURNS, rank, tmp_path / "file") for rank in range(2)], 0)
-    assert said == ["of the first\n", "the first rank failed before a step was trained\n"]
+    failed = ["of the first", "the first rank failed before a step was trained"]
+    assert [text.splitlines()[0] for text in said] == failed
+    other_order = "the ranks have its parameters in different orders"
+    assert all(other_order in text.splitlines()[1] for text in said)
 
 
 def test_a_single_process_leaves_at_once() -> None:
