@@ -222,11 +222,16 @@ def snapshot(payload: Payload, reuse: Payload | None = None) -> Payload:
             # By the very type: a class of the user's may hold more than its items.
             case dict() if type(value) in (dict, OrderedDict):
                 before = old if isinstance(old, dict) else {}
-                return {key: visit(item, before.get(key)) for key, item in value.items()}
+                copied = type(value)(
+                    (key, visit(item, before.get(key))) for key, item in value.items()
+                )
+                if isinstance(value, OrderedDict):
+                    vars(copied).update(vars(value))  # of a state_dict: its modules' versions
+                return copied
             case list() | tuple() if type(value) in (list, tuple):
                 return type(value)(visit(item, None) for item in value)
         return copy.deepcopy(value)  # a module's extra state, which its next step may change
 
-    copied: Payload = visit(payload, reuse)
+    whole: Payload = visit(payload, reuse)
     torch._foreach_copy_(targets, sources)
-    return copied
+    return whole

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,38 @@ def test_extra_state_of_plain_values_comes_back(study: Path) -> None:
     train_in(parts, CONFIG, model=KeepsNumbers())
     assert read_checkpoint(parts.last)["model_state_dict"]["_extra_state"]["calls"] == 69
     assert same(read_checkpoint(whole.last), read_checkpoint(parts.last))
+
+
+class TurnsOlder(nn.Linear):
+    """Since its version 2 the weight is kept transposed; that of older files is turned."""
+
+    _version = 2
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        if local_metadata.get("version", 1) < 2:
+            state_dict[prefix + "weight"] = state_dict[prefix + "weight"].t().contiguous()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[misc, no-untyped-call]
+
+
+def test_a_module_that_has_versions_is_loaded_as_the_one_that_was_saved(study: Path) -> None:
+    def model() -> nn.Module:
+        whole = Model()
+        whole.linear = TurnsOlder(64, 64)
+        return whole
+
+    run = Run(study, "run")
+    config = replace(CONFIG, checkpoint_every_s=0.0)
+    with pytest.raises(RunInterrupted):
+        train_in(run, config, model=model(), stop_reason=stop_at(30))
+    # Written of copies, beside the training, and of the state itself as the run left.
+    for file in (run.best, run.last, previous_of(run.last)):
+        weights = read_checkpoint(file)["ema_shadow"]
+        there = weights["linear.weight"].clone()
+        loaded = model()
+        loaded.load_state_dict(weights)
+        assert torch.equal(loaded.linear.weight, there), file
 
 
 class KeepsAList(nn.Module):
