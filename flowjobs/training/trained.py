@@ -27,7 +27,8 @@ def load_trained(
     Args:
         run: The run; it may still train.
         device: Where to put it; "auto" is the GPU where there is one.
-        model: Takes the weights; by default one of the run's `--arch`, built from its own code.
+        model: Takes the weights, and is set to evaluation mode; by default one of the run's
+            `--arch`, built from its own code.
 
     Raises:
         RunNotFoundError: There is no such run.
@@ -66,7 +67,8 @@ def load_trained(
             "restore the code that it was trained with, or give flowjobs.load the model: model=…"
         ) from error
     model.to(device)
-    model.requires_grad_(False)
+    if not given:  # one that is may be trained further
+        model.requires_grad_(False)
     model.eval()  # a `train` of the model's own may return nothing
     source = sources_of(config, run.study, stats["mean"], stats["std"]).held_out
     flops = flops_of_batch(model, CHUNK, flops_per_sample(model, stats["mean"].shape))

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.batches import make_batches
 from flowjobs.data.dataset import FlowDataset
-from flowjobs.data.randomness import seed_python_and_numpy, seed_step
+from flowjobs.data.randomness import random_numbers_kept, seed_python_and_numpy, seed_step
 from flowjobs.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -59,7 +59,7 @@ from flowjobs.training.inputs import inputs_of
 from flowjobs.training.leaving import Leave, Leaving
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
 from flowjobs.training.ranks import Ranks, single_process
-from flowjobs.training.saving import CheckpointSaver
+from flowjobs.training.saving import CheckpointSaver, snapshot
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
 from flowjobs.training.validation import Validation
@@ -177,6 +177,8 @@ class FlowTrainer:
     def train(self) -> TrainingResult:
         """Train to the end, from the newest checkpoint if there is one.
 
+        The default generators of torch, numpy and `random` are left as they were.
+
         Raises:
             RunInterrupted: `stop_reason` asked to leave; the state is saved.
             RunTakenOverError: Another attempt holds the run now; nothing was saved.
@@ -187,7 +189,10 @@ class FlowTrainer:
             RunMismatchError: On its own: the run of this name is of another config, model or data;
                 its record was not touched.
         """
+        # A script may have moved it since, as to draw samples on a GPU.
+        self.state.model.to(self._device)
         with (
+            random_numbers_kept(self._device),
             deterministic_algorithms(self._config.deterministic),
             computing(self._ranks, self._flops) as self._compute,
         ):
@@ -311,8 +316,8 @@ class FlowTrainer:
 
             if saver and state.step == 1:
                 # Before GPU hours are spent, and before any row: what has steps on record has a
-                # checkpoint, and one that a restart can resume from.
-                saver.save_and_wait(state.payload(), state.prove)
+                # checkpoint, and one that a restart can resume from. Of a copy, as later ones are.
+                saver.save_and_wait(snapshot(state.payload()), state.prove)
 
             if state.at_epoch_end:
                 try:

@@ -1,5 +1,7 @@
+import itertools
 import json
 import math
+import random
 import resource
 import signal
 import subprocess
@@ -7,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import flowjobs
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets
 from flowjobs.errors import (
@@ -120,6 +124,41 @@ class Draws(nn.Module):
         self.calls += 1
         velocity: torch.Tensor = self.linear(x + torch.rand(1)) + self.calls
         return velocity
+
+
+def a_notebooks_trainer(model: nn.Module, epochs: int = 2, **options: Any) -> FlowTrainer:
+    data = [FlowDataset(torch.randn(n, 3, generator=torch.Generator())) for n in (64, 40)]
+    config = TrainingConfig(epochs=epochs, batch_size=16)
+    return FlowTrainer(model, config, *data, CPU, name="mine", **options)
+
+
+def test_training_leaves_the_default_generators_as_they_were(study: Path) -> None:
+    """So that a script's next model starts from other weights than its last one did."""
+
+    def states() -> list[Any]:
+        return [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
+
+    first, second = Draws(), Draws()
+    before = states()
+    with pytest.raises(RunInterrupted):
+        a_notebooks_trainer(first, stop_reason=stop_at(5)).train()
+    assert same(before, states())
+    a_notebooks_trainer(second).train()
+    assert same(before, states())
+
+
+def test_a_model_that_best_pt_was_loaded_into_can_be_trained_further(study: Path) -> None:
+    model, asked = Draws(), itertools.count(1)
+    interrupted = a_notebooks_trainer(
+        model, stop_reason=lambda: "test" if next(asked) == 5 else None
+    )
+    with pytest.raises(RunInterrupted):
+        interrupted.train()
+    assert len(flowjobs.load("mine", model=model).sample(3)) == 3
+    assert interrupted.train()["epochs_run"] == 2
+    for epochs in (2, 3):  # the cells once more, and more epochs
+        assert not flowjobs.load("mine", model=model).sample(3).requires_grad
+        assert a_notebooks_trainer(model, epochs).train()["epochs_run"] == epochs
 
 
 def train_on_few(run: Run, steps_per_epoch: int, **options: Any) -> Any:
