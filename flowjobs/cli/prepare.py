@@ -13,6 +13,7 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
     is_path,
+    signature_differences,
 )
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import flag
@@ -67,7 +68,7 @@ def prepare_run(
     before = run.config().training if run.exists() else None
     training = with_pinned_files(training, study, before)
     training = with_fixed_width(training, row_shape(training.dataset, study))
-    if before is not None and before.signature == training.signature:
+    if before and not signature_differences(before.to_dict(), training.to_dict()):
         # Only a flag changes how long a run is: a bare command goes on with it as it is.
         own = {key: getattr(before, key) for key in ("epochs", "patience")}
         kept = {key: value for key, value in own.items() if flag(key) not in defaults.flags}

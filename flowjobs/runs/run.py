@@ -413,10 +413,13 @@ class Run(Submittable):
         if not self.exists():
             return asked, ""
         found = self.config()
+        settled = in_use or self.started()
         same = {
-            name: getattr(found.training, name)
-            for name in DATA_FIELDS
-            if same_file(getattr(found.training, name), getattr(asked.training, name))
+            name: there
+            for name, there in vars(found.training).items()
+            # Equal is not alike: 0 and 0.0, of which the signature differs.
+            if (settled and there == getattr(asked.training, name))
+            or (name in DATA_FIELDS and same_file(there, getattr(asked.training, name)))
         }
         asked = replace(asked, training=replace(asked.training, **same))
         moved = {
@@ -425,7 +428,7 @@ class Run(Submittable):
             if (here := getattr(asked.training, name)) != getattr(found.training, name)
         }
         other = found.training.signature != asked.training.signature
-        if (other or moved) and not (in_use or self.started()):
+        if (other or moved) and not settled:
             return asked, f"{self.name} had not trained a step; it takes over this config"
         if other:
             raise RunMismatchError(self._differences(found, asked))
@@ -442,7 +445,7 @@ class Run(Submittable):
             epochs=max(found.training.epochs, asked.training.epochs),
             patience=max(found.training.patience, asked.training.patience),
         )
-        if not in_use and not self.started():
+        if not settled:
             length = asked.training
         elif note := explain_extension(self.name, found.training, length, self.status()):
             notes.append(note)
@@ -451,7 +454,7 @@ class Run(Submittable):
             if fewer < own:
                 notes.append(f"{self.name} keeps its {key} of {own} (--{key} {fewer} is fewer)")
         tracking = asked.tracking
-        if in_use or self.started():
+        if settled:
             kept = {key: getattr(found.tracking, key) for key in PLACE_FIELDS}
             asked_for = {key: getattr(tracking, key) for key in PLACE_FIELDS}
             # Where none is noted, its jobs have gone to the one of whoever submitted them.

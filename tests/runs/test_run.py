@@ -20,6 +20,7 @@ from flowjobs.errors import (
     RunMismatchError,
     RunNotFoundError,
 )
+from flowjobs.field_values import KeyValues
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.goodput import time_spent
 from flowjobs.runs.hint import hint
@@ -76,6 +77,15 @@ def test_a_changed_config_under_the_same_name_lists_the_differences(study: Path)
         "give this one a name of its own (--name a-lr0.0003-seed2), or ask for the values there to "
         "resume that run",
     ]
+
+
+def test_a_number_that_is_written_in_another_way_is_the_same(study: Path) -> None:
+    run = created(study, weight_decay=0, arch_args={"dropout": 0.0, "ratio": 4})
+    run.last.touch()
+    before = run.config_file.read_bytes()
+    same = TrainingConfig(weight_decay=0.0, arch_args=KeyValues(dropout=0, ratio=4.0))
+    assert run.create(RunConfig(same)) == ""
+    assert run.config_file.read_bytes() == before  # what its model was built with
 
 
 def test_a_config_that_never_trained_a_step_is_replaced(study: Path) -> None:
