@@ -15,6 +15,7 @@ from flowjobs.errors import (
     CheckpointMismatchError,
     CheckpointNotFiniteError,
     CheckpointUnloadableError,
+    ConfigError,
     TrainingDivergedError,
 )
 from flowjobs.runs.data_file import DataContent
@@ -183,6 +184,16 @@ class TrainState:
                 "was started with"
             )
 
+    def check_initial_weights(self) -> None:
+        """Raise a ConfigError for trained weights that are not finite before the first step."""
+        weights = dict(self.model.named_parameters())
+        if name := first_not_finite({name: weights[name] for name in self._trainable}):
+            raise ConfigError(
+                f"--arch {type(self.model).__name__}: the parameter {name} is not finite before "
+                "the first step: let the constructor initialize it (torch.empty leaves in it what "
+                "was in memory)"
+            )
+
     def check_before_save(self, payload: Payload) -> None:
         """Raise if a run could not resume from a payload of this state.
 
@@ -191,9 +202,13 @@ class TrainState:
             CheckpointUnloadableError: The model's state has other tensors than when it was built.
         """
         if name := self._not_finite(payload):
+            rates = f"--lr ({self._config.lr}) or --grad-clip ({self._config.grad_clip})"
             raise TrainingDivergedError(
-                f"{name} is not finite at step {payload['step']}, and the checkpoint before is "
-                f"kept: lower --lr ({self._config.lr}) or --grad-clip ({self._config.grad_clip})"
+                f"{name} is not finite after the first step: look for what is not in forward or "
+                f"its gradient, as of a division by 0, or lower {rates}"
+                if payload["step"] == 1
+                else f"{name} is not finite at step {payload['step']}, and the checkpoint before "
+                f"is kept: lower {rates}"
             )
         shapes = _shapes(payload["model_state_dict"])
         if difference := _difference(shapes, self._shapes_as_built):

@@ -185,6 +185,7 @@ class FlowTrainer:
             TrainingDivergedError: The loss or the state is not a number any more.
             CheckpointError: The run cannot resume from what is on disk, or could not be resumed
                 from what it would save.
+            ConfigError: The model cannot be trained.
             RunBusyError: On its own: another process trains this run.
             RunMismatchError: On its own: the run of this name is of another config, model or data;
                 its record was not touched.
@@ -251,6 +252,8 @@ class FlowTrainer:
                 run.take_data(self._data)
                 saver = self._make_saver(run, recorder)
             adopted = self._restore(run)
+        if self.state.step == 0:
+            self.state.check_initial_weights()
         # In the order of the run's birth, whatever that of the model is now.
         self._parameters = self.state.optimizer.param_groups[0]["params"]
         compute = computing_as_before(self._compute, self.state.computed_with)

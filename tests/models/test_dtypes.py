@@ -21,7 +21,7 @@ from flowjobs.data.dataset import (
     split,
     write_splits,
 )
-from flowjobs.errors import ConfigError, DataError, RunInterrupted
+from flowjobs.errors import ConfigError, DataError, RunInterrupted, TrainingDivergedError
 from flowjobs.evaluation.measures import sliced_wasserstein
 from flowjobs.evaluation.sampling import sample
 from flowjobs.models.flops import flops_per_sample
@@ -145,6 +145,17 @@ def test_weights_that_would_not_train_right_are_refused(study: Path, case: str) 
     with pytest.raises(ConfigError, match=said):
         train(net(change))
     assert not study.exists()
+
+
+def test_weights_that_are_not_finite_as_they_were_built_are_named(study: Path) -> None:
+    model = net(lambda model: nn.init.constant_(model.second.bias, math.nan))
+    with pytest.raises(ConfigError, match=r"second.bias is not finite before the first.*torch.emp"):
+        train(model)
+    constant("mask", torch.tensor(-math.inf))(model := net())
+    train(model)  # what is not trained may be
+    with pytest.raises(TrainingDivergedError, match=r"is not finite after the first step: look fo"):
+        train(net(lambda model: model.first.register_forward_hook(lambda *a: a[2] * math.nan)), "b")
+    assert not list(study.glob("checkpoints/b/*"))
 
 
 @pytest.mark.parametrize(
