@@ -401,6 +401,8 @@ def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     if np.ma.is_masked(array):
         raise DataError("array: some of its values are masked; fill them, or leave out their rows")
     # A copy where torch could not use the memory, or would warn that it is read-only.
+    if not (array.dtype.isnative and array.flags.c_contiguous and array.flags.writeable):
+        _check_room_for_copy(array.nbytes)
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     try:
         return torch.from_numpy(np.require(native, requirements=["C", "W"]))
@@ -409,6 +411,17 @@ def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
             f"array is of type {array.dtype.name}, expected floats ({', '.join(FLOATS)}); "
             "numpy.asarray(rows, dtype=numpy.float32), say"
         ) from error
+
+
+def _check_room_for_copy(size: int) -> None:
+    """Raise a DataError where a large array, as one that is a map of a file, cannot be copied."""
+    if size >= LARGE_BYTES and size > (free := free_memory_bytes()):
+        raise DataError(
+            f"array is read-only, of another byte order or not contiguous, so that all "
+            f"{size / 1e9:.1f} GB of it must be copied into memory, and {free / 1e9:.1f} GB are "
+            "free: give FlowDataset the path of its .npy file, of which rows are read when they "
+            "are asked for, or open it by numpy.load(path, mmap_mode='c')"
+        )
 
 
 def _dense(found: Tensor, name: str) -> Tensor:

@@ -189,6 +189,17 @@ def test_a_file_larger_than_the_jobs_memory_is_trained_on(large_file: Path) -> N
     assert took < 2 / 3 * FILE_MB
 
 
+def test_an_array_whose_copy_does_not_fit_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "64")
+    file = tmp_path / "zeros.npy"
+    np.lib.format.open_memmap(file, "w+", np.float32, (65 * MB // 4000, 1000))
+    with pytest.raises(DataError, match=r"0.1 GB.*memory, and 0.0 GB are free: .*mmap_mode='c'"):
+        FlowDataset(np.load(file, mmap_mode="r"))
+    assert FlowDataset(np.load(file, mmap_mode="c")).shape == (1000,)
+
+
 def test_a_file_larger_than_memory_is_split(large_file: Path, study: Path) -> None:
     written, took = measured("split", large_file)
     assert took < 2 / 3 * FILE_MB
