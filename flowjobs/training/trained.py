@@ -18,6 +18,9 @@ from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import threads_for
 from flowjobs.training.ranks import single_process
 
+# In the names of a state of what torch.compile returns, as a notebook may have trained it.
+COMPILED = "_orig_mod."
+
 
 def load_trained(
     run: Run, device: torch.device | str = "auto", model: nn.Module | None = None
@@ -53,8 +56,11 @@ def load_trained(
         # This process may have imported other code: another run's, or newer than the run.
         with importing_from_snapshot(run), random_numbers_kept():
             model = build_model(config, tuple(stats["mean"].shape))
+    weights = best["ema_shadow"]
+    if not any(name.startswith(COMPILED) for name in model.state_dict()):
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, COMPILED)
     try:
-        model.load_state_dict(best["ema_shadow"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         missing = textwrap.shorten(str(error).partition("\n")[2], 120, placeholder=" …")
         if not given and _was_trained_from_python(run):
@@ -62,9 +68,13 @@ def load_trained(
                 f"{run.name} was trained from Python, with a model that its config does not name: "
                 f"load it there, with one of that class: flowjobs.load({run.name!r}, model=…)"
             ) from error
+        kind = type(model).__name__
         raise CheckpointMismatchError(
-            f"{run.best} is of another model than {type(model).__name__} is now ({missing}): "
-            "restore the code that it was trained with, or give flowjobs.load the model: model=…"
+            f"{run.best} is of another model than the {kind} that was given ({missing}): build it "
+            "with the code and the arguments that it was trained with"
+            if given
+            else f"{run.best} is of another model than {kind} is now ({missing}): restore the code "
+            "that it was trained with, or give flowjobs.load the model: model=…"
         ) from error
     model.to(device)
     if not given:  # one that is may be trained further

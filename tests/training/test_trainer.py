@@ -18,6 +18,7 @@ import flowjobs
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets
 from flowjobs.errors import (
+    CheckpointMismatchError,
     CheckpointWriteError,
     RunInterrupted,
     RunMismatchError,
@@ -32,7 +33,7 @@ from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowDataset, FlowTrainer
-from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.checkpoint import read_checkpoint, write_checkpoint
 from flowjobs.training.run_training import draw_and_measure
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
@@ -159,6 +160,20 @@ def test_a_model_that_best_pt_was_loaded_into_can_be_trained_further(study: Path
     for epochs in (2, 3):  # the cells once more, and more epochs
         assert not flowjobs.load("mine", model=model).sample(3).requires_grad
         assert a_notebooks_trainer(model, epochs).train()["epochs_run"] == epochs
+
+
+def test_weights_of_a_compiled_model_load_into_a_plain_one_and_into_no_other(study: Path) -> None:
+    a_notebooks_trainer(Draws(), epochs=1).train()
+    best = Run(study, "mine").best
+    expected = flowjobs.load("mine", model=Draws()).sample(3)
+    payload = read_checkpoint(best)
+    weights = payload["ema_shadow"].items()  # by the names that torch.compile(model) gives
+    write_checkpoint(
+        best, payload | {"ema_shadow": {f"_orig_mod.{key}": of for key, of in weights}}
+    )
+    assert torch.equal(flowjobs.load("mine", model=Draws()).sample(3), expected)
+    with pytest.raises(CheckpointMismatchError, match=r"than the Linear that was given \(.*linear"):
+        flowjobs.load("mine", model=nn.Linear(3, 3))
 
 
 def train_on_few(run: Run, steps_per_epoch: int, **options: Any) -> Any:
