@@ -254,8 +254,6 @@ class FlowTrainer:
             adopted = self._restore(run)
         if self.state.step == 0:
             self.state.check_initial_weights()
-        # In the order of the run's birth, whatever that of the model is now.
-        self._parameters = self.state.optimizer.param_groups[0]["params"]
         compute = computing_as_before(self._compute, self.state.computed_with)
         self.state.computed_with = compute.to_dict()
         if adopted:
@@ -387,14 +385,14 @@ class FlowTrainer:
             self._writes_weights = changed(state.model, before) is not None
         check_gradient(velocity, config.arch_label)
         loss = functional.mse_loss(velocity, dx_t)
-        for parameter in self._parameters:
+        # Not the model's, whose order may be another at each start.
+        weights = state.optimizer.param_groups[0]["params"]
+        for parameter in weights:
             parameter.grad = None  # what zero_grad does, without its profiling hooks
         loss.backward()  # type: ignore[no-untyped-call]
         if is_first:  # each rank's forward may have initialized weights from its own rows
-            self._ranks.take_from_first(weights.data for weights in state.model.parameters())
-        grad_norm = nn.utils.get_total_norm(
-            [p.grad for p in self._parameters if p.grad is not None]
-        )
+            self._ranks.take_from_first(of.data for of in state.model.parameters())
+        grad_norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         # The fused optimizer divides by this as it reads the gradients, as it does for GradScaler:
         # clipping them first would be one more pass over all of them, 4 % of a step.
         scale = (grad_norm / config.grad_clip).clamp(min=1.0)
