@@ -132,6 +132,7 @@ def _ended(status: RunStatus, *, waits_for_requeue: bool) -> bool:
 
 def _why_it_died(run: Run) -> str:
     """What is known of a job that could not say how it ended: as `status` has it, if it trained."""
+    from flowjobs.jobs.exit_cause import log_tail
     from flowjobs.jobs.findings import Dead, final_outcome, find
 
     if shutil.disk_usage(run.folder).free < FULL_BYTES:
@@ -140,6 +141,5 @@ def _why_it_died(run: Run) -> str:
     if status.open_attempt and isinstance(finding, Dead):
         return final_outcome(run, status, finding).reason
     newest = run.newest_job()
-    log = run.log_at(newest.log) if newest else None
-    lines = log.read_text(errors="replace").splitlines() if log and log.is_file() else []
+    lines = log_tail(str(run.log_at(newest.log))).splitlines() if newest else []
     return lines[-1] if lines else "it has no log"

@@ -1,11 +1,13 @@
 """flowjobs logs."""
 
+import codecs
 import os
 import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,7 @@ from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.runs.run import Run, absolute
 from flowjobs.words import counted
 
+BLOCK_BYTES = 1 << 20
 FROM_PYTHON = "has no log: it was trained from Python, which shows its output itself"
 
 
@@ -54,16 +57,17 @@ class Logs(InStudy):
             if why or not self.follow:
                 raise RunNotFoundError(why or f"{run.name} has no log yet: its job has not started")
             print(f"{run.name} has no log yet: waiting for its job to start", file=sys.stderr)
-        # Kept for each: the last lines of an attempt may come when the next has begun.
-        offsets: dict[Path, int] = {}
+        # All of them: the last lines of an attempt may come when the next has begun.
+        followed: dict[Path, _Growing] = {}
         ended_at: float | None = None
         while True:
             # Looked up before the log is read: then nothing comes after what is read last.
             now, newest = time.monotonic(), _newest_log(run)
             ended_at = None if not _has_ended(run) else ended_at or now
-            for log in dict.fromkeys((shown, newest)):
-                if log is not None:
-                    offsets[log] = _print_from(log, offsets.get(log, 0))
+            for path in filter(None, (shown, newest)):
+                followed.setdefault(path, _Growing(path))
+            for log in followed.values():
+                log.print_more()
             shown = newest
             if not self.follow or (ended_at is not None and now - ended_at > LAST_WORDS_S):
                 return 0
@@ -99,7 +103,7 @@ class Logs(InStudy):
         if log is None or not log.is_file():
             why = f"{run.name} has no such log: {log or 'no job has started'}"
             raise RunNotFoundError(_why_no_log(run) or why)
-        _print_from(log, 0)
+        _Growing(log).print_more()
         return 0
 
 
@@ -133,14 +137,27 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
     return run
 
 
-def _print_from(log: Path, offset: int) -> int:
-    """Print what the file has from `offset` on. Returns its end."""
-    with log.open("rb") as file:
-        # One that was cut short, as a full disk makes people do, is begun anew.
-        file.seek(offset if offset <= os.fstat(file.fileno()).st_size else 0)
-        sys.stdout.write(file.read().decode(errors="replace"))
-        sys.stdout.flush()
-        return file.tell()
+class _Growing:
+    """A log, and how much of it has been printed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        # A look may come when a character is half written.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def print_more(self) -> None:
+        """Print what has been added, a block at a time: a log may be larger than the memory."""
+        with self._path.open("rb") as file:
+            # One that was cut short, as a full disk makes people do, is begun anew.
+            if self._offset > os.fstat(file.fileno()).st_size:
+                self._offset = 0
+                self._decoder.reset()
+            file.seek(self._offset)
+            while block := file.read(BLOCK_BYTES):
+                sys.stdout.write(self._decoder.decode(block))
+            sys.stdout.flush()
+            self._offset = file.tell()
 
 
 def _has_ended(run: Run) -> bool:
@@ -166,7 +183,12 @@ def _why_no_log(run: Run) -> str:
 
 
 def _newest_log(run: Run) -> Path | None:
-    """The log of the newest attempt, or of the newest job before its first attempt."""
-    names = [*(entry.log for entry in run.submissions()), run.status().log]
-    existing = [path for name in names if name and (path := run.log_at(name)).exists()]
-    return max(existing, key=lambda path: path.stat().st_mtime, default=None)
+    """The log of the newest attempt, or of a job that was submitted since it began.
+
+    By the record's times: those of the files are another order in a copy.
+    """
+    logs = [(attempt.started, attempt.job.log or "") for attempt in run.status().attempts]
+    logs += [(entry.submitted, entry.log) for entry in run.submissions()]
+    logs.sort(key=itemgetter(0))
+    existing = [log for _, path in logs if path and (log := run.log_at(path)).exists()]
+    return existing[-1] if existing else None

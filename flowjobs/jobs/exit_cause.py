@@ -112,6 +112,8 @@ def cause_of(
     if answer is None and job.cluster == "slurm":
         answer = ask_one(identity_of(run, job.job_id, job.log))
     start = answer.start(job.restart) if isinstance(answer, Known) else None
+    if job.log:  # where it is now: the study may have been moved
+        job = replace(job, log=str(run.log_at(job.log)))
     log = log_tail(job.log)
     # A requeued job appends to the same file.
     log = log[max(0, log.rfind(f"attempt {attempt.number} at ")) :]

@@ -131,8 +131,8 @@ class Submittable(ABC):
     def log_at(self, path: str) -> Path:
         """A log by the path that it had when it was written: the study may have been moved since,
         with `logs/` in it."""
-        there = Path(path)
-        return there if there.exists() else self.logs / there.name
+        # Not Path.exists: it may have been in a home that is closed to whoever has the study now.
+        return Path(path) if os.path.exists(path) else self.logs / Path(path).name
 
     def origin_file(self, job_id: str) -> Path:
         """What a job was submitted from, readable by its user alone."""

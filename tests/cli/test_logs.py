@@ -70,9 +70,13 @@ def test_follows_a_run_that_starts_later_to_its_end(run: Run, following: Followi
         assert following.process.poll() is None
         log.write_text("cut\n")  # short, as on a full disk
         following.wait_for("second\ncut\n")
+        with log.open("ab", buffering=0) as file:  # a character in two writes
+            file.write(b"50 \xe2\x96")
+            following.wait_for("cut\n50 ")
+            file.write("█ of\n".encode()[2:])
     add(log, "the last words")
     assert following.process.wait(timeout=400) == 0
-    assert following.printed() == "first\nsecond\ncut\nthe last words\n"
+    assert following.printed() == "first\nsecond\ncut\n50 █ of\nthe last words\n"
 
 
 def test_goes_on_with_the_log_of_the_next_attempt(run: Run, following: Following) -> None:
@@ -149,3 +153,33 @@ def test_waits_for_a_job_that_was_submitted_after_the_end(run: Run, tmp_path: Pa
         add(log, "two")
     assert following.process.wait(timeout=400) == 0
     assert following.printed() == "one\ntwo\n"
+
+
+def test_the_newest_log_is_told_by_the_record_and_not_by_the_times_of_files(
+    run: Run, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, job_id in enumerate(("999", "1000", "1001")):
+        job, log = submit_job(run, job_id)
+        add(log, f"output of job {job_id}")
+        os.utime(log, (1000 - number,) * 2)  # as a copy may leave them
+        if job_id != "1001":  # it died before its attempt
+            with Attempt(run, job):
+                pass
+    run_command(["logs", "a"])
+    assert capsys.readouterr().out == "output of job 1001\n"
+
+    # Moved, from a place that cannot be looked into.
+    for file in run.jobs_file, run.status_file:
+        file.write_text(file.read_text().replace(str(study), f"/{'x' * 300}"))
+    run_command(["logs", "a", "--attempt", "2"])
+    run_command(["logs", "a"])
+    assert capsys.readouterr().out == "output of job 1000\noutput of job 1001\n"
+
+
+def test_a_log_may_be_larger_than_the_memory(run: Run) -> None:
+    log = submit_job(run, "1")[1]
+    add(log, "one")
+    os.truncate(log, 4 << 30)  # sparse
+    command = f"ulimit -v 2000000; {sys.executable} -m flowjobs logs a | head -n 1"
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (shown.stdout, shown.stderr) == ("one\n", "")

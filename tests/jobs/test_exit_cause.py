@@ -61,6 +61,10 @@ def test_memory_is_told_with_its_figures(study: Path) -> None:
     state, kind, _, reason = died(study, 137, log)
     assert (state, kind) == ("failed", "out of memory")
     assert reason == "out of memory: 61.2 of 60 GiB on n3, attempt 4, step 12,400"
+    study.rename(study.with_name("moved"))
+    job = JobInfo("local", "12", str(study / "runs/a/logs/12_0_log.out"), "n3", 1)
+    moved = Run(study.with_name("moved"), "a")
+    assert exit_cause.cause_of(moved, AttemptRecord(4, job, "now")).kind == "out of memory"
 
 
 def test_what_an_earlier_attempt_died_of_is_not_taken_for_this_ones(study: Path) -> None:
