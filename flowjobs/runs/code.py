@@ -9,12 +9,13 @@ import hashlib
 import importlib
 import itertools
 import os
+import re
 import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import ModuleType
@@ -27,6 +28,8 @@ from flowjobs.user_code import is_installed
 
 DIGEST_DIGITS = 16  # user_code.py knows a snapshot's path by them
 WRITERS = 16
+# What Finder and Jupyter write into a folder that a person opens.
+LEFT_BY_LOOKING = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|\.ipynb_checkpoints/.*)$")
 
 
 @dataclass(frozen=True)
@@ -187,9 +190,12 @@ def read_snapshot(study: Path, digest: str) -> dict[str, bytes]:
         raise ConfigError(f"{folder} cannot be read ({error.strerror}): {mend}") from error
     if not files:
         raise ConfigError(f"the run's code is gone: there is no {folder}; {mend}")
-    if digest_of(files) != digest:
-        raise ConfigError(f"the run's code was changed in {folder}: {mend}")
-    return files
+    # Only where they are no part of it: git may track such files.
+    own = {path: content for path, content in files.items() if not LEFT_BY_LOOKING.search(path)}
+    for found in (files, own):
+        if digest_of(found) == digest:
+            return found
+    raise ConfigError(f"the run's code was changed in {folder}: {mend}")
 
 
 def write_snapshot(study: Path, files: Mapping[str, bytes]) -> None:
@@ -227,4 +233,5 @@ def _write(file: Path, content: bytes) -> None:
         written.write(content)
         written.flush()
         os.fsync(written.fileno())
-    file.chmod(0o444 & file.stat().st_mode)  # an editor says that it is not to be changed
+    with suppress(OSError):  # CIFS and FUSE may have no modes
+        file.chmod(0o444 & file.stat().st_mode)  # an editor says that it is not to be changed

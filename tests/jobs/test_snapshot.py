@@ -1,5 +1,6 @@
 """A run keeps the code that it was submitted with, whatever its user edits meanwhile."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -15,7 +16,14 @@ from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import ConfigError, RunMismatchError
 from flowjobs.jobs import snapshot
 from flowjobs.jobs.snapshot import CodeChoice, plan_code
-from flowjobs.runs.code import Code, code_of, import_from_snapshot, read_snapshot, write_snapshot
+from flowjobs.runs.code import (
+    Code,
+    code_of,
+    digest_of,
+    import_from_snapshot,
+    read_snapshot,
+    write_snapshot,
+)
 from flowjobs.runs.run import Run
 from flowjobs.tracking.page import config_for_wandb
 from flowjobs.user_code import user_place
@@ -196,6 +204,23 @@ def test_what_is_too_large_is_left_out_and_said_but_for_what_is_imported(
     assert "without own/b.py (0.0 MB), own/large.py (0.0 MB): too large" in plan.note
 
 
+def test_what_git_tracks_is_code_whatever_it_is_called(tmp_path: Path) -> None:
+    files = {"m.py": b"", ".ipynb_checkpoints/m.py": b""}
+    write_snapshot(tmp_path, files)
+    assert read_snapshot(tmp_path, digest_of(files)) == files
+
+
+def test_a_file_system_that_has_no_modes_keeps_code_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)  # as CIFS and FUSE may
+    write_snapshot(tmp_path, {"m.py": b"1"})
+    assert read_snapshot(tmp_path, digest_of({"m.py": b"1"})) == {"m.py": b"1"}
+
+
 def test_two_at_once_keep_one_snapshot_whole(tmp_path: Path) -> None:
     files = {f"{number}.py": b"x" * 1000 for number in range(50)}
     together = threading.Barrier(4)
@@ -224,6 +249,13 @@ def test_a_study_that_was_moved_finds_its_code_and_a_changed_one_is_refused(
     assert sys.path[0] == str(moved.study / "code" / code.digest)
     file = moved.study / "code" / code.digest / "own" / "blocks.py"
     assert not file.stat().st_mode & 0o222
+    # What Finder and Jupyter leave where somebody has looked.
+    left = ".DS_Store", "own/._blocks.py", "own/.ipynb_checkpoints/blocks-checkpoint.py"
+    for name in left:
+        other = moved.study / "code" / code.digest / name
+        other.parent.mkdir(exist_ok=True)
+        other.touch()
+    import_from_snapshot(moved)
     file.chmod(0o644)
     file.write_text("SCALE = 3")
     with pytest.raises(ConfigError, match="the run's code was changed in"):
