@@ -36,6 +36,8 @@ class Reconcile(InStudy):
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         if self.exit_code is None:
             runs, broken = readable_runs(self.study, self.names)
+            if not (runs or broken):  # mistyped, say, or not mounted yet
+                print(f"there are no runs in {absolute(self.study)}", file=sys.stderr)
             unclear = bool(broken)
             for found in reconcile(runs):
                 if found.outcome:

@@ -82,7 +82,7 @@ class Report(InStudy):
         missing = self._never_made(by_sweep, defaults)
         found = compare(results, self.rows, self.columns, self.metric, self.at_step, missing)
         if names := [name for of_sweep in by_sweep.values() for name in of_sweep]:
-            note = f"of the sweep, {first_of(names)} never submitted: run it again"
+            note = f"of the sweep, not in the study: {first_of(names)}; run it again"
             found = dataclasses.replace(found, notes=[*found.notes, note])
         if self.html is not None:
             said = self._write_page(found, self.html)

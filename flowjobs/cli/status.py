@@ -79,7 +79,7 @@ class Status(InStudy):
         found += [_describe_broken(run) for run in broken]
         found.sort(key=itemgetter("run"))
         missing = never_made(study, self.names)
-        of_sweep = f"of the sweep, never submitted: {first_of(missing)}\n" if missing else ""
+        of_sweep = f"of the sweep, not in the study: {first_of(missing)}\n" if missing else ""
         if not found:
             print(f"there are no runs in {study}", file=sys.stderr)
         if self.json:

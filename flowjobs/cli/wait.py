@@ -51,7 +51,7 @@ class Wait(InStudy):
             raise ConfigError(f"--hours: found {self.hours}, expected more than 0")
         runs, broken = readable_runs(self.study, self.names)
         if missing := never_made(absolute(self.study), self.names):
-            print(f"error: of the sweep, never submitted: {first_of(missing)}", file=sys.stderr)
+            print(f"error: of the sweep, not in the study: {first_of(missing)}", file=sys.stderr)
         # Once: of one that is removed, or cannot be read, meanwhile, `stages` says so.
         configs = {run: run.config() for run in runs}
         found: dict[Run, Member] = {}

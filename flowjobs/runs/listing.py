@@ -20,7 +20,7 @@ from typing import Any, get_args
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.runs.files import read_json, replaced_whole
-from flowjobs.runs.run import Run, folder_names
+from flowjobs.runs.run import Run, folder_names, leads_nowhere
 from flowjobs.runs.status import State
 from flowjobs.runs.submittable import CLOCKS
 
@@ -83,7 +83,7 @@ def glances(study: Path, names: Sequence[str] | None = None) -> list[Glance]:
         except OSError as error:
             found.append(Glance(name, "", "unknown", str(error)))
             continue
-        if not (stamp[0] or stamp[2]):
+        if not (stamp[0] or stamp[2] or leads_nowhere(study / "runs" / name)):
             continue  # a folder that is no run
         before = known.get(name)
         if before and before[0] == stamp:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flowjobs.errors import RunBusyError
 from flowjobs.runs.lock import held_off, lock_holder
-from flowjobs.runs.run import REMOVED, Run
+from flowjobs.runs.run import REMOVED, Run, check_links
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,10 @@ def remove(run: Run) -> None:
 
     Raises:
         RunBusyError: An attempt trains it.
+        ConfigError: Its record is behind a link that leads nowhere now, so that this is unknown.
         OSError: It cannot be removed.
     """
+    check_links(run.folder)
     mark = f"{REMOVED}{run.name}-{uuid.uuid4().hex[:8]}"
     # Beside where they are: the weights, or the records, of a study may be on another file system.
     record, weights = run.folder.with_name(mark), run.checkpoints.with_name(mark)

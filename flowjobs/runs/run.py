@@ -358,14 +358,8 @@ class Run(Submittable):
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            check_links(Path(error.filename))
             text = f"--study {self.study}: {error.strerror}: {error.filename}"
-            if os.path.islink(error.filename) and not os.path.exists(error.filename):
-                there = os.path.realpath(error.filename)
-                text = (
-                    f"{error.filename} is a link to {there}, which is not there: if it was removed,"
-                    f" make it anew (mkdir -p {shlex.quote(there)}); if it is not mounted here, go "
-                    "to where it is"
-                )
             raise ConfigError(text) from error
         # Ranks and sweeps create the same run at once.
         with self._config_lock():
@@ -569,6 +563,7 @@ class Run(Submittable):
         try:
             return read_json(self.config_file)
         except FileNotFoundError:
+            check_links(self.folder)
             if self.status_file.exists():
                 raise ConfigError(
                     f"{self.config_file} is missing: restore it, or {SUBMIT_AGAIN}"
@@ -643,11 +638,31 @@ def folder_names(runs: Path) -> list[str]:
     """What is in the folder of a study's runs, sorted, run or not.
 
     What begins with a dot is being removed.
+
+    Raises:
+        ConfigError: It is behind a link that leads nowhere now, so that it is unknown.
     """
     try:
         return sorted(entry.name for entry in os.scandir(runs) if not entry.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
+        check_links(runs)
         return []
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to what is not there: on a scratch that was purged, say."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def check_links(path: Path) -> None:
+    """Raise a ConfigError that names the link if a path is one that leads nowhere, or behind it."""
+    for link in (path, *path.parents):
+        if leads_nowhere(link):
+            there = os.path.realpath(link)
+            raise ConfigError(
+                f"{link} is a link to {there}, which is not there: if it was removed, make it anew "
+                f"(mkdir -p {shlex.quote(there)}); if it is not mounted here, go to where it is"
+            )
 
 
 def may_be_run(folder: Path) -> bool:
@@ -660,7 +675,7 @@ def may_be_run(folder: Path) -> bool:
         except OSError:
             pass
         return True
-    return False
+    return leads_nowhere(folder)
 
 
 def absolute(path: Path) -> Path:

@@ -312,8 +312,13 @@ def test_rm_of_a_run_whose_record_is_a_link_says_what_is_left(
 ) -> None:
     run = without_checkpoints(study, "a")
     there = shutil.move(run.folder, tmp_path / "another-study-s")
-    run.folder.symlink_to(there)
+    run.folder.symlink_to("/no-scratch/a")
     run.best.write_bytes(b"weights")
+    with pytest.raises(ConfigError, match="a is a link to /no-scratch/a, which is not there"):
+        remove(run)
+    assert run.best.exists()
+    run.folder.unlink()
+    run.folder.symlink_to(there)
     assert size_of(run) == len(b"weights")
     remove(run)
     assert (run.folder.is_symlink(), run.checkpoints.exists()) == (False, False)

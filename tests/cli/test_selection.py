@@ -78,11 +78,11 @@ def test_status_of_a_sweep_says_what_of_it_was_never_submitted(
     (grid / "sweeps" / "a.runs").write_text("icfm-0\notcfm-1\nlater\n")
     for word in ("a", "sweep=a"):
         run_command(["status", word])
-        assert capsys.readouterr().out.endswith("of the sweep, never submitted: later\n")
+        assert capsys.readouterr().out.endswith("of the sweep, not in the study: later\n")
     run_command(["status", "a", "--json"])
     shown = capsys.readouterr()
     assert [run["run"] for run in json.loads(shown.out)] == ["icfm-0", "otcfm-1"]
-    assert shown.err == "of the sweep, never submitted: later\n"
+    assert shown.err == "of the sweep, not in the study: later\n"
 
 
 def test_cancel_says_first_what_it_will_touch_and_leaves_what_it_cannot_read(
