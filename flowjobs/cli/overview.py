@@ -87,13 +87,15 @@ def watch(show: "Callable[[], Collection[Stage]]", again: str) -> None:
                 print("\x1b[H\x1b[J", end="")
                 stages = show()
             else:
-                with contextlib.redirect_stdout(io.StringIO()) as shown:
+                shown, errors = io.StringIO(), io.StringIO()
+                with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
                     stages = show()
-                lines = shown.getvalue().splitlines()
-                for line in lines:
+                lines = [(line, sys.stderr) for line in errors.getvalue().splitlines()]
+                lines += [(line, sys.stdout) for line in shown.getvalue().splitlines()]
+                for line, output in lines:
                     if line not in before:
-                        print(line, flush=True)
-                before = set(lines)
+                        print(line, file=output, flush=True)
+                before = {line for line, _ in lines}
             if "running" not in stages and "waiting" not in stages:
                 # Slurm may just not answer: what is unknown now may run.
                 unknown = unknown + 1 if "unknown" in stages else 0

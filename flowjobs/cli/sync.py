@@ -1,5 +1,6 @@
 """flowjobs sync."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from flowjobs.cli.numbers import check_seconds
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.status import JobInfo
 
 if TYPE_CHECKING:
@@ -39,19 +40,29 @@ class Sync(InStudy):
     def run(self, defaults: Defaults) -> int:
         """Upload. Returns the exit code."""
         check_seconds("--every-s", self.every_s)
-        runs, broken = readable_runs(self.study, self.names)
+        unreadable: set[str] = set()
+        runs, broken = readable_runs(self.study, self.names, unreadable)
         if self.as_new and (self.watch or not self.names):
             raise ConfigError("--as-new: name the runs that it is for, and leave --watch out")
+        if not (runs or broken):
+            print(f"there are no runs in {absolute(self.study)}", file=sys.stderr)
         if not self.watch:
-            return 1 if self._sync(runs, said=None) or broken else 0
+            return 1 if (runs and self._sync(runs, said=None)) or broken else 0
         said: set[str] = set()
-        try:
+        away = ""
+        with contextlib.suppress(KeyboardInterrupt):
+            self._sync(runs, said)
             while True:
-                self._sync(runs, said)
                 time.sleep(self.every_s)
-                runs, _ = readable_runs(self.study, self.names)
-        except KeyboardInterrupt:
-            return 0
+                try:
+                    runs, _ = readable_runs(self.study, self.names, unreadable)
+                    self._sync(runs, said)
+                    away = ""
+                except (FlowjobsError, OSError) as error:  # a server may be back at the next look
+                    if str(error) != away:
+                        print(f"error: {error}", file=sys.stderr, flush=True)
+                    away = str(error)
+        return 0
 
     def _sync(self, runs: Sequence[Run], said: set[str] | None) -> bool:
         """Sync these runs, and print what there is to say.
@@ -99,9 +110,9 @@ class Sync(InStudy):
         finally:  # also before what ends the command
             for failure in sorted(failures - (said or set())):
                 print(f"error: {failure}", file=sys.stderr, flush=True)
-        if said is not None:
-            said.clear()
-            said |= failures
+            if said is not None:
+                said.clear()
+                said |= failures
         return bool(failures)
 
     def _sync_one(self, run: Run) -> "Synced":

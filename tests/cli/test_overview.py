@@ -15,6 +15,7 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.main import run as run_command
 from flowjobs.cli.overview import UNKNOWN_AT_MOST
 from flowjobs.cli.status import Status
+from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.field_values import KeyValues
 from flowjobs.jobs.overview import overview
 from flowjobs.runs.goodput import time_spent
@@ -97,20 +98,43 @@ def test_a_run_that_cannot_be_looked_at_is_unknown_and_hides_no_other(
     made_run(study, [1.0] * 3, name="a")
     # Any error of the file system but "there is none": as of a server that is away.
     (study / "runs/away").symlink_to("away")
+    # On a scratch that is not mounted here, or was purged.
+    (study / "runs/purged").symlink_to("/no-scratch/purged")
     (study / "runs/empty").mkdir()
     (study / "runs/a-file").touch()
     (study / "sweeps").mkdir()
-    (study / "sweeps/both.runs").write_text("a\naway\n")
+    (study / "sweeps/all.runs").write_text("a\naway\npurged\n")
     assert {glance.name: glance.state for glance in glances(study)} == {
         "a": "finished",
         "away": "unknown",
+        "purged": "unknown",
     }
-    done = flowjobs("status", "both")
+    done = flowjobs("status", "all")
     assert (done.returncode, done.stderr.count("away: [Errno ")) == (0, 1), done.stderr
+    said = f"error: purged: {study}/runs/purged is a link to /no-scratch/purged, which is not there"
+    assert done.stderr.count(said) == 1, done.stderr
     lines = [line.split()[:2] for line in done.stdout.splitlines()]
-    assert lines == [["run", "state"], ["a", "finished"], ["away", "unknown"]]
+    unknown = [["away", "unknown"], ["purged", "unknown"]]
+    assert lines == [["run", "state"], ["a", "finished"], *unknown]
     named = flowjobs("show", "away")
     assert (named.returncode, "Too many levels of symbolic links" in named.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["status", "status --json", "status a", "sync", "reconcile"])
+def test_a_study_behind_a_link_that_leads_nowhere_is_not_one_without_runs(
+    study: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for link in (study / "runs", study):
+        study.mkdir(exist_ok=True)
+        if link == study:
+            study.rmdir()
+        link.symlink_to("/no-scratch/me")
+        with pytest.raises(ConfigError, match=f"^{link} is a link to /no-scratch/me, which is not"):
+            run_command(command.split())
+        link.unlink()
+    if command != "status a":
+        run_command(command.split())
+        assert capsys.readouterr().err == f"there are no runs in {study}\n"
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -211,9 +235,40 @@ def test_watching_ends_with_a_word_where_it_stays_unknown_what_runs(
     monkeypatch.setattr(time, "sleep", looks.append)
     assert Status(("a*",), watch=True, study=study).run(Defaults()) == 0
     assert len(looks) == UNKNOWN_AT_MOST - 1
-    said = capsys.readouterr().err.splitlines()[-1]
+    broken, said = capsys.readouterr().err.splitlines()  # not at each look
+    assert broken.startswith("error: a: ")
     assert said.startswith("no longer watching: nothing runs or waits, but for 6 looks it has been")
     assert said.endswith("flowjobs status 'a*' --watch looks again"), said
+
+
+def test_a_watching_sync_says_once_what_cannot_be_read_and_looks_again(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    run = made_run(study, [1.0] * 3, name="a")
+    run.config_file.write_text("{")
+    looks: list[float] = []
+
+    def between(pause_s: float) -> None:
+        looks.append(pause_s)
+        match len(looks):
+            case 2:  # the file server is away, for two looks
+                (study / "runs").rename(study / "away")
+                (study / "runs").symlink_to("nowhere")
+            case 4:
+                (study / "runs").unlink()
+                (study / "away").rename(study / "runs")
+            case 6:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", between)
+    assert run_command(["sync", "--watch"]) == 0
+    assert len(looks) == 6
+    broken, away = capsys.readouterr().err.splitlines()
+    assert broken.startswith(f"error: a: {run.config_file} ")
+    assert away.startswith(f"error: {study}/runs is a link to {study}/nowhere, which is not there")
+    with pytest.raises(RunNotFoundError):  # at the first look it is a mistake
+        run_command(["sync", "--watch", "b"])
 
 
 def test_the_keys_of_json_are_kept(flowjobs: Command, study: Path) -> None:
