@@ -26,7 +26,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from flowjobs.field_values import KeyValues
+from flowjobs.field_values import KeyValues, flag
 from flowjobs.nearest import did_you_mean
 
 # A switch without its negative (--no-json).
@@ -44,7 +44,7 @@ def read_command_line(command: Any, prog: str, arguments: Sequence[str], **optio
             return tyro.cli(
                 command,
                 prog=prog,
-                args=arguments,
+                args=_joined(arguments, _flags_of_several(command)),
                 config=(
                     tyro.conf.OmitArgPrefixes,
                     tyro.conf.OmitSubcommandPrefixes,
@@ -58,6 +58,44 @@ def read_command_line(command: Any, prog: str, arguments: Sequence[str], **optio
             print(_wrapped(text), end="")
         if text := errors.getvalue():
             print(text if sys.stderr.isatty() else _plain(text), end="", file=sys.stderr)
+
+
+def _joined(words: Sequence[str], several: set[str]) -> list[str]:
+    """The words with all values of a flag of several that is given twice after its last occurrence.
+
+    tyro itself drops those of the first. After the last, since a positional may end the line.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    options: list[list[str]] = [[]]  # positionals may come before the first
+    for word in words[:end]:
+        if re.match("--?[A-Za-z]", word):
+            options.append([])
+        options[-1].append(word)
+    joined: dict[object, list[str]] = {}
+    for place, option in enumerate(options):
+        name, equals, value = "".join(option[:1]).partition("=")
+        name = name.replace("_", "-")
+        key = name if name in several else place
+        values = [value, *option[1:]] if equals else option[1:]
+        joined[key] = [*joined.pop(key), *values] if key in joined else option
+    return [*itertools.chain.from_iterable(joined.values()), *words[end:]]
+
+
+def _flags_of_several(command: Any) -> set[str]:
+    """The flags of a command that take several values, also those of its parts."""
+    flags: set[str] = set()
+    if not dataclasses.is_dataclass(command):  # all commands, to be listed
+        return flags
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        annotated = get_origin(hint) is Annotated
+        kind, *notes = get_args(hint) if annotated else (hint,)
+        # tyro.conf.arg(name="with")
+        names = [note.name for note in notes if getattr(note, "name", None)]
+        options = get_args(kind) if get_origin(kind) is Union else (kind,)
+        if any(get_origin(option) is tuple or option is KeyValues for option in options):
+            flags.add(flag(names[0] if names else name))
+        flags |= _flags_of_several(kind)
+    return flags
 
 
 class _Captured(io.StringIO):

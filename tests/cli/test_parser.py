@@ -1,0 +1,38 @@
+"""What words on the command line come to."""
+
+import dataclasses
+import shlex
+from typing import Any
+
+import pytest
+
+from flowjobs.cli.main import parse
+
+
+@pytest.mark.parametrize(
+    ("twice", "once"),
+    [
+        (
+            "submit --sbatch reservation=a --sbatch hold=True",
+            "submit --sbatch reservation=a hold=True",
+        ),
+        ("sweep --seed 0 --lr 1 2 --seed=1 2 --lr 3", "sweep --seed 0 1 2 --lr 1 2 3"),
+        ("sweep --arch-args width=8 --arch_args depth=1", "sweep --arch-args width=8 depth=1"),
+        ("sweep --dry-run my.toml --seed -1 --seed 1", "sweep my.toml --seed -1 1 --dry-run"),
+        ("sweep --zip lr --no-evaluate --zip seed", "sweep --zip lr seed --evaluate False"),
+        (
+            "retry a --with mem_gb=1 --new-code --with qos=b",
+            "retry a --with mem_gb=1 qos=b --new-code",
+        ),
+        ("report a --rows lr --rows flow", "report a --rows lr flow"),
+        ("sample --out a.npy -n 5 --out b.npy a", "sample a --out a.npy b.npy -n 5"),
+        ("data split a.npy --sizes 1k --sizes 2k", "data split a.npy --sizes 1k 2k"),
+        ("sample --out a.npy --out b.npy -- a", "sample a --out a.npy b.npy"),
+        ("submit --epochs 1 --epochs 2", "submit --epochs 2"),
+    ],
+)
+def test_the_values_of_an_option_that_is_given_twice_are_joined(twice: str, once: str) -> None:
+    def values(line: str) -> dict[str, Any]:
+        return dataclasses.asdict(parse(shlex.split(line))[0])
+
+    assert values(twice) == values(once)
