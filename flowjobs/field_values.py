@@ -20,10 +20,15 @@ class KeyValues(dict[str, Any]):
     """Arguments by name, given on the command line as key=value."""
 
     @classmethod
-    def parse(cls, items: Iterable[str]) -> "KeyValues":
+    def parse(cls, items: Iterable[str], *, as_typed: bool = False) -> "KeyValues":
         """`["width=512", "norm=layer"]` -> `{"width": 512, "norm": "layer"}`.
 
         A value is read by `literal_or_text`.
+
+        Args:
+            items: Of the command line.
+            as_typed: Keep the text of a number that would be written otherwise: to a program that
+                takes text, as sbatch does, `2024_11_05` and `1e5` may be names.
 
         Raises:
             ValueError: An item is not of the form key=value.
@@ -33,7 +38,9 @@ class KeyValues(dict[str, Any]):
             key, equals, value = item.partition("=")
             if not (key and equals):
                 raise ValueError(f"found {item!r}, expected key=value")
-            parsed[key] = literal_or_text(value)
+            parsed[key] = found = literal_or_text(value)
+            if as_typed and not isinstance(found, str | bool | None) and str(found) != value:
+                parsed[key] = value
         return parsed
 
 

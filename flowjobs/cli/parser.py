@@ -26,6 +26,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from flowjobs.config import SlurmConfig
 from flowjobs.field_values import KeyValues, flag
 from flowjobs.nearest import did_you_mean
 
@@ -135,12 +136,14 @@ def _registry() -> ConstructorRegistry:
 
 
 def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[KeyValues] | None:
-    if info.type is not KeyValues:
-        return None
+    return _key_values_spec(as_typed=False) if info.type is KeyValues else None
+
+
+def _key_values_spec(*, as_typed: bool) -> PrimitiveConstructorSpec[KeyValues]:
     return PrimitiveConstructorSpec(
         nargs="*",
         metavar="KEY=VALUE",
-        instance_from_str=KeyValues.parse,
+        instance_from_str=lambda words: KeyValues.parse(words, as_typed=as_typed),
         is_instance=lambda value: isinstance(value, KeyValues),
         str_from_instance=lambda values: [f"{key}={value}" for key, value in values.items()],
     )
@@ -252,6 +255,8 @@ def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
     for field in dataclasses.fields(info.type):
         hint, default = hints[field.name], _default_of(field, info.default)
         text = None
+        if (info.type, field.name) == (SlurmConfig, "sbatch"):
+            hint = Annotated[hint, _key_values_spec(as_typed=True)]
         if not dataclasses.is_dataclass(hint):  # a part of the config has a docstring of its own
             text = functools.partial(_help_of, info.type, field.name)
             shown = functools.partial(_shown_default, info.type, field.name, default)
