@@ -94,8 +94,7 @@ class Drill:
 
     def run(self, defaults: Defaults) -> int:
         """Drill. Returns the exit code."""
-        from rich.console import Console
-
+        from flowjobs.cli.table import live_console
         from flowjobs.drill.run import drill
         from flowjobs.jobs.executors import check_local, choose_cluster
 
@@ -117,7 +116,7 @@ class Drill:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
-        with Console(stderr=True).status("submitting") as status:
+        with live_console(stderr=True).status("submitting") as status:
             try:
                 report = drill(
                     folder, cluster, config, time_limit=self.time_limit, say=status.update

@@ -3,11 +3,11 @@
 import time
 from datetime import timedelta
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
+from flowjobs.cli.table import live_console
 from flowjobs.runs.metrics import Row
 from flowjobs.runs.progress import state_in_words
 from flowjobs.runs.status import RunStatus
@@ -33,7 +33,7 @@ class LiveLine:
     """
 
     def __init__(self) -> None:
-        console = Console()
+        console = live_console()
         self._drawn = console.is_terminal and not console.is_dumb_terminal
         one_row = Column(no_wrap=True, overflow="ellipsis")
         self._progress = Progress(

@@ -170,7 +170,7 @@ def _print_table(found: "Comparison") -> None:
         number_format,
     )
 
-    console = plain_console(width=None if sys.stdout.isatty() else 1000)
+    console = plain_console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in header_of(found):
         table.add_column(title)

@@ -117,15 +117,15 @@ class Sync(InStudy):
 
     def _sync_one(self, run: Run) -> "Synced":
         """Sync a run, and show in a terminal that it takes a while."""
-        from rich.console import Console
         from rich.text import Text
 
+        from flowjobs.cli.table import live_console
         from flowjobs.jobs.lock_judge import judge_for
         from flowjobs.tracking.sync import sync_run
 
         # Where a file system has no locks, Slurm says whether the run still trains.
         judge = judge_for(run, JobInfo.in_foreground())
-        with Console(stderr=True).status(Text(f"uploading {run.name}")):
+        with live_console(stderr=True).status(Text(f"uploading {run.name}")):
             # Of a whole study, and at each look of a watch, that would be too many questions.
             ask = bool(self.names) and not self.watch
             return sync_run(run, judge, ask=ask, as_new=self.as_new)

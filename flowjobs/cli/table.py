@@ -19,14 +19,34 @@ BEFORE_A_CUT = ("tries", "best", "job")
 DISPENSABLE = ("step", "speed", "left", "epoch")
 
 
-def plain_console(*, width: int | None = None, soft_wrap: bool = False) -> Console:
+def plain_console(*, soft_wrap: bool = False) -> Console:
     """A console that prints names as they stand: `data[raw]` is no style, and `:x:` no picture.
 
+    As wide as the terminal; where another program reads, as any line.
+
     Args:
-        width: In characters; None: the terminal's.
         soft_wrap: Leave it to the terminal to break lines.
     """
-    return Console(width=width, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
+    # Both: rich goes by neither alone where FORCE_COLOR and TERM=dumb are set.
+    width, height = (None, None) if sys.stdout.isatty() else (1000, 100)
+    return Console(
+        width=width,
+        height=height,
+        soft_wrap=soft_wrap,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+
+
+def live_console(*, stderr: bool = False) -> Console:
+    """A console to draw on again and again: in a terminal, and not where FORCE_COLOR is set alone.
+
+    Args:
+        stderr: Draw on standard error.
+    """
+    drawn = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, force_terminal=None if drawn else False)
 
 
 class MiddleCut:
@@ -70,7 +90,7 @@ def print_fitting(
         right: Columns of numbers.
         before_a_cut: Columns that are left out first, until there is room for whole names.
     """
-    console = plain_console(width=None if sys.stdout.isatty() else 1000)
+    console = plain_console()
     unbound = console.options.update(max_width=1000)
     shown = [*rows[0]]
     table = _table(rows, shown, right)

@@ -35,8 +35,12 @@ QUICK = ("--epochs", "1", "--arch-args", "width=16", "depth=1", "--wandb-mode", 
 
 
 def test_a_run_is_evaluated_at_its_end_and_when_asked(
-    flowjobs: Command, study: Path, capsys: pytest.CaptureFixture[str]
+    flowjobs: Command,
+    study: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
     done = flowjobs("submit", *QUICK, "--name", "a", "--cluster", "local")
     assert done.returncode == 0, done.stderr
     run = Run(study, "a")
@@ -59,6 +63,8 @@ def test_a_run_is_evaluated_at_its_end_and_when_asked(
     assert "a, step 23: 60 samples (midpoint, 5 steps, 10 network calls)" in shown
     named = {line.split()[0] for line in shown.splitlines() if line.strip()}
     assert named >= {*asked["measures"], *asked["by_nfe"]} - {"dopri5"}
+    calls = next(line for line in shown.splitlines() if "network calls  " in line)
+    assert calls.split()[2:] == [*asked["by_nfe"]["dopri5"]]
 
     before = run.evaluation_file.read_bytes()
     for arguments, said in (

@@ -73,7 +73,10 @@ def test_the_live_line_has_what_counts_on_one_row(workplace: Path, columns: int)
         assert re.search(r"val/loss \d\.\d{4}  best \d\.\d{4}", row)
 
 
-def test_elsewhere_there_is_a_line_now_and_then(flowjobs: Command, workplace: Path) -> None:
+def test_elsewhere_there_is_a_line_now_and_then(
+    flowjobs: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
     lines = flowjobs("submit", "--epochs", "40", *QUICK).stdout.splitlines()
     begin = lines.index("waiting for the job to start")
     assert lines[begin + 1].startswith("running, epoch ")
@@ -130,10 +133,18 @@ def test_groups_keep_their_names_and_whole_words(workplace: Path, study: Path) -
     assert "run-2" in last
 
 
-def test_another_program_reads_whole_names(flowjobs: Command, study: Path) -> None:
-    name = "resnet-otcfm-embeddings5k-none-lr0.0003-seed1"
+def test_another_program_reads_whole_names(
+    flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "resnet-otcfm-embeddings5k-none-lr0.0003-batch_size256-weight_decay0.01-seed1"
     running(study, name)
-    assert name in flowjobs("status").stdout
+    with monkeypatch.context() as colours:
+        colours.setenv("FORCE_COLOR", "1")
+        colours.setenv("TERM", "dumb")
+        # pytest's readline exports it, and rich would not look at TERM.
+        colours.setenv("LINES", "")
+        head, row = flowjobs("status").stdout.splitlines()
+        assert (name in row, "step" in head.split()) == (True, True)
     shown = flowjobs("status", name).stdout
     assert "steps 0 to 46, running" in shown
     assert re.search(r"attempt 1: \S+ \S+ UTC for 0:00:\d\d, debug job 1234567 on elsewhere", shown)
