@@ -27,7 +27,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: It cannot be read, or is none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors may write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     try:

@@ -94,7 +94,9 @@ def _arguments_on_line(files: Sequence[str]) -> list[str]:
     if len(files) != 1 or task is None:
         raise ConfigError("expected sbatch --array=1-N sbatch/array.sh FILE, a line a run in FILE")
     try:
-        lines = Path(files[0]).read_text().splitlines()
+        # As a shell passes arguments on, but for the byte order mark that an editor may write.
+        text = Path(files[0]).read_text(encoding="utf-8-sig", errors="surrogateescape")
+        lines = text.splitlines()
     except OSError as error:
         raise ConfigError(f"{files[0]}: {error.strerror}") from error
     if not 1 <= int(task) <= len(lines):

@@ -89,6 +89,11 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, said: str) -> None:
     assert "flowjobs.toml" in str(caught.value)
 
 
+def test_a_file_may_begin_with_the_byte_order_mark_of_an_editor(tmp_path: Path) -> None:
+    write(tmp_path / "flowjobs.toml", '\ufeffpartition = "gpu"\n')
+    assert load_defaults().values == {"partition": "gpu"}
+
+
 def test_a_bad_file_keeps_nobody_from_looking(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -211,7 +211,9 @@ def test_an_array_by_hand_trains_a_list_of_runs(
     slurm: SlurmCluster, study: Path, workplace: Path
 ) -> None:
     lines = [" ".join((*MODEL, *QUICK, "--seed", str(s), "--name", f"seed{s}")) for s in (0, 1)]
-    (workplace / "runs.txt").write_text("\n".join(lines) + "\n")
+    # As an editor may write it, and with a line in another encoding that is no run's.
+    text = "\n".join(["\ufeff" + lines[0], lines[1], "# caf"])
+    (workplace / "runs.txt").write_bytes(text.encode() + b"\xe9\n")
     array = sbatch("--array=1-2", str(SBATCH / "array.sh"), "runs.txt")
     for task in (1, 2):
         job_id = f"{array}_{task}"
