@@ -22,7 +22,10 @@ from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, literal_or_text
 
 
-@pytest.mark.parametrize("text", ["5_k", "1__000", "1_", "_1", "1k5", "9" * 400, "9" * 305 + "m"])
+@pytest.mark.parametrize(
+    "text",
+    ["5_k", "1__000", "1_", "_1", "1k5", "0.8", "1.0", "0.0008k", "9" * 400, "9" * 305 + "m"],
+)
 def test_what_is_no_count_is_none(text: str) -> None:
     assert parse_count(text) is None
     with pytest.raises(ConfigError, match=r"--params: found '.*', expected a number"):

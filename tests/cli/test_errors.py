@@ -56,6 +56,10 @@ from tests.conftest import Command
             "takes no argument that the data's width",
         ),
         (["data", "split", "none.npy", "--sizes", "many"], "--sizes: found 'many'"),
+        (
+            ["data", "split", "none.npy", "--sizes", "0.8"],
+            "--sizes: found '0.8', expected a number",
+        ),
         (["data", "split", "none.npy", "--sizes"], "--sizes: found no value, expected one or more"),
         (["retry", "a", "--with"], "--with: found no value, expected KEY=VALUE"),
         (["submit", "--seed", "99999999999999999999"], "--seed: found 9+, expected less than"),
