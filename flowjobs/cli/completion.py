@@ -10,15 +10,16 @@ from flowjobs.cli.parser import read_command_line
 
 # bash's own way, which zsh has too. Runs and sweeps are those of the default study there; what is
 # called otherwise than a run can be is left out: compgen would run code in it, as in $(name).
+# A person's aliases (ls -F) and CDPATH are not to be used; in zsh, `command cd` is no builtin.
 SCRIPT = """\
 {begin}_flowjobs() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} words
     case "$COMP_CWORD:$word:${{COMP_WORDS[1]}}" in
         1:*) words="{commands}" ;;
 {cases}
-        *) words=$(cd "${{FLOWJOBS_STUDY:-study}}" 2>/dev/null && {{
-                ls runs; ls sweeps | sed -n 's/[.]runs$//p'; }} 2>/dev/null |
-                grep -xE '[A-Za-z0-9][A-Za-z0-9._-]*') ;;
+        *) words=$(CDPATH= builtin cd -- "${{FLOWJOBS_STUDY:-study}}" 2>/dev/null && {{
+                command ls runs; command ls sweeps | command sed -n 's/[.]runs$//p'
+                }} 2>/dev/null | command grep -xE '[A-Za-z0-9][A-Za-z0-9._-]*') ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }}

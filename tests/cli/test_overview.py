@@ -360,12 +360,18 @@ def test_a_shell_completes_commands_flags_and_runs(flowjobs: Command, study: Pat
         (study / "runs" / hostile).mkdir()
         (study / f"sweeps/{hostile}.runs").touch()
     Path("script").write_text(flowjobs("completion", "bash").stdout)
+    Path("elsewhere/study/runs/wide-three").mkdir(parents=True)
+    # As in a person's own shell.
+    settings = (
+        "shopt -s expand_aliases; alias ls='ls -F --color=always' grep='grep --color=always' "
+        "sed='sed -i' cd='cd -e'; CDPATH=elsewhere"
+    )
 
     def completed(*words: str) -> list[str]:
         line = " ".join(f"'{word}'" for word in words)
         code = (
-            f"source ./script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _flowjobs; "
-            'echo "${COMPREPLY[@]}"'
+            f"{settings}; source ./script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+            '_flowjobs; echo "${COMPREPLY[@]}"'
         )
         done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
         return done.stdout.split()
