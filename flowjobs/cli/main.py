@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union
 
 import tyro
@@ -20,7 +21,7 @@ from flowjobs.cli.parser import read_command_line
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.nearest import did_you_mean
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
-from flowjobs.user_code import user_place
+from flowjobs.user_code import is_stdlib, user_place
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,11 @@ def _look_up_models_here() -> None:
         here = os.getcwd()
     except FileNotFoundError as error:
         raise ConfigError("the working directory is gone: go to one that is there") from error
-    # A user's own model is looked up from here, also by the console script.
+    # A user's own model is looked up from here, also by the console script; but their csv.py is
+    # nothing to what we import: Python's own comes first.
     if here not in sys.path:
-        sys.path.insert(0, here)
+        own = [n for n, folder in enumerate(sys.path, 1) if is_stdlib(Path(folder))]
+        sys.path.insert(max(own, default=0), here)
 
 
 def _exit_code_of(error: Exception) -> int:
