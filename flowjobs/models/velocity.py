@@ -1,6 +1,6 @@
 """How a model is called: in the type of its weights, and checked for what it returns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ def check_weights(model: nn.Module) -> None:
                 f"--arch {name}: the parameter {key} is sparse ({_word(weights.layout)}), which "
                 "neither AdamW nor the average takes: make it a buffer, or its values a parameter"
             )
+    _check_registered(model)
     for key, part in model.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
             raise ConfigError(
@@ -101,6 +102,22 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
+def _check_registered(model: nn.Module) -> None:
+    for path, part in model.named_modules():
+        for key, value in {**vars(part), **part._buffers}.items():
+            if (
+                isinstance(value, Tensor)
+                and not isinstance(value, nn.Parameter)
+                and value.is_leaf
+                and value.requires_grad
+            ):
+                raise ConfigError(
+                    f"--arch {type(model).__name__}: {path}{'.' * bool(path)}{key} requires a "
+                    "gradient and is no nn.Parameter, so that it would never be trained: make it "
+                    "one, or call requires_grad_(False) on it"
+                )
+
+
 def check_parameters(trained: Mapping[str, nn.Parameter], model: nn.Module) -> None:
     """Raise a ConfigError if forward has put another parameter in the place of one.
 
@@ -131,6 +148,39 @@ def check_gradient(velocity: Tensor, name: str) -> None:
         f"--arch {name}: forward returns a velocity that cannot be trained: {found}; look for "
         "torch.no_grad, detach, numpy, and parameters that forward does not use"
     )
+
+
+def check_leaves(velocity: Tensor, model: nn.Module) -> None:
+    """Raise a ConfigError if a velocity was computed with parameters that are not the model's.
+
+    Args:
+        velocity: Of a training step, with its graph.
+        model: The model, as forward has left it.
+    """
+    own = {id(weights) for weights in model.parameters()}
+    for leaf in leaves_of(velocity):
+        # What forward made itself, to take a gradient at it, is no parameter.
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+            raise ConfigError(
+                f"--arch {type(model).__name__}: forward uses weights of shape "
+                f"{tuple(leaf.shape)} that are not among its parameters, so that they would be "
+                "neither trained nor saved: hold layers in an nn.ModuleList or nn.ModuleDict, not "
+                "in a list or dict, and weights as an nn.Parameter of a module; on what is not to "
+                "be trained call requires_grad_(False)"
+            )
+
+
+def leaves_of(result: Tensor) -> Iterator[Tensor]:
+    """What requires a gradient and was not computed itself, of all that a result depends on."""
+    seen, ahead = set(), [result.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
+            yield node.variable
+        ahead += [before for before, _ in node.next_functions]
 
 
 def _unexpected(name: str, x: Tensor, t: Tensor, found: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowjobs.errors import ConfigError
+from flowjobs.models.velocity import leaves_of
 
 _Place = tuple[dict[str, Tensor | None], str]
 
@@ -75,6 +76,51 @@ class EMAModel:
         self._buffers = _buffer_places(model)
         pairs = zip(model.modules(), self.model.modules(), strict=True)
         self._extra = [(module, copied) for module, copied in pairs if _keeps_more(module)]
+
+    def check_copy(self, model: nn.Module, x: Tensor, t: Tensor) -> None:
+        """Raise a ConfigError where a copy of the model computes with the model itself.
+
+        Copying does not reach what a function holds: validation, best.pt and samples would be of
+        the weights of the last step, and of a model in training mode.
+
+        Args:
+            model: The model that this is the average of.
+            x: What to call a copy on, of shape (batch, dim), in the type of the weights.
+            t: Its times, of shape (batch,).
+        """
+        refusal = ConfigError(
+            f"--arch {type(model).__name__}: a copy of the model computes with the model itself, "
+            "so that the moving average of its weights, which validation and samples are of, "
+            "would not be used: it holds a function over itself (a lambda, a hook, a compiled "
+            "method) or a weak reference, which the copy has as well; make it a method, let a "
+            "hook use the module that it is called with, instead of torch.compile give --compile"
+        )
+
+        def called(part: nn.Module, args: object) -> None:
+            raise refusal
+
+        trial = _copy(self.model)
+        # One that copies itself as itself is meant to be shared.
+        apart = {*model.modules()} - {*trial.modules()}
+        hooks = [part.register_forward_pre_hook(called) for part in apart]
+        try:
+            with torch.enable_grad():
+                velocity: object = trial(x, t)
+        except Exception as error:
+            if error is not refusal:
+                error.add_note(
+                    "This was a copy of the model in evaluation mode, as the moving average is. A "
+                    "function that the model holds over itself (a lambda, a hook) acts on the "
+                    "model, not on the copy that holds it as well."
+                )
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+        trained = {id(weights) for weights in model.parameters()}
+        # The copy's weights require no gradient.
+        if isinstance(velocity, Tensor) and any(id(of) in trained for of in leaves_of(velocity)):
+            raise refusal
 
     def take_extra_state(self) -> None:
         """Give the copy what modules keep beside tensors, as it is now (`get_extra_state`).

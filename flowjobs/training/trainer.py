@@ -38,6 +38,7 @@ from flowjobs.models.initialization import changed, check_restart, kept_in_evalu
 from flowjobs.models.velocity import (
     Velocity,
     check_gradient,
+    check_leaves,
     check_parameters,
     check_weights,
     checked_velocity,
@@ -311,9 +312,8 @@ class FlowTrainer:
             if state.step == first_step or state.at_epoch_end:
                 check_parameters(self._named, state.model)
 
-            if state.step == 1 and self._writes_weights:
-                state.take_extra_state()
-                check_restart(state.model, state.ema.model, self._batch_shape, self._device)
+            if state.step == 1 and not self._built_in:
+                self._check_copies()
 
             if saver and state.step == 1:
                 # Before GPU hours are spent, and before any row: what has steps on record has a
@@ -345,6 +345,16 @@ class FlowTrainer:
                 return reason
         self._leaving.close()
         return None
+
+    def _check_copies(self) -> None:
+        """After the first step: whether a restart and the moving average would be as meant."""
+        state, device = self.state, self._device
+        state.take_extra_state()
+        if self._writes_weights:
+            check_restart(state.model, state.ema.model, self._batch_shape, device)
+        with random_numbers_kept(device), self._arithmetic():
+            x = torch.randn(self._batch_shape, device=device, dtype=input_dtype(state.model))
+            state.ema.check_copy(state.model, x, torch.rand(len(x), device=device, dtype=x.dtype))
 
     def _agreed_to_leave(self, saver: CheckpointSaver | None) -> str | None:
         """Why all ranks leave here, where each of them asks; None if they do not."""
@@ -384,6 +394,8 @@ class FlowTrainer:
         if is_first:
             self._writes_weights = changed(state.model, before) is not None
         check_gradient(velocity, config.arch_label)
+        if is_first:
+            check_leaves(velocity, state.model)
         loss = functional.mse_loss(velocity, dx_t)
         # Not the model's, whose order may be another at each start.
         weights = state.optimizer.param_groups[0]["params"]

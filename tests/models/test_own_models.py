@@ -1,0 +1,149 @@
+"""How people build a model: it is trained as it was meant, or refused in words at its start."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowjobs.errors import ConfigError
+from tests.models.test_dtypes import Net, net, train
+
+
+@pytest.fixture(autouse=True)
+def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+class Calls(Net):
+    """One whose forward is a function that it holds."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.drop, self.called = nn.Dropout(0.5), make(self)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.called(self, x, t)
+
+
+def refused(model: nn.Module, said: str, study: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        train(model)
+    assert not list(study.glob("checkpoints/*/*"))
+
+
+def wrapped(model: nn.Module) -> None:
+    """Hold a function over a method, as torch.compile(model.forward) is one."""
+    forward = model.forward
+    model.forward = lambda *args: forward(*args)  # type: ignore[method-assign]  # noqa: PLW0108
+
+
+def weakly(model: Any) -> Any:
+    first = weakref.ref(model.first)
+    return lambda of, x, t: of.second(torch.tanh(first()(x)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Calls(lambda model: lambda of, x, t: Net.forward(model, x, t)),
+        lambda: Calls(lambda model: lambda of, x, t: Net.forward(of, model.drop(x), t)),
+        lambda: Calls(lambda model: lambda of, x, t: of.second(x @ model.first.weight.T)),
+        lambda: Calls(weakly),
+        lambda: net(wrapped),
+    ],
+)
+def test_a_function_over_the_model_itself_is_refused(study: Path, model: Any) -> None:
+    refused(model(), "a copy of the model computes with the model itself.*--compile", study)
+
+
+class Listens(Net):
+    """Its layer leaves its output in a list of the model, by a hook over the model."""
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+        self.first.register_forward_hook(lambda part, args, out: kept(self).append(out))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.found.clear()
+        self.first(x)
+        return self.second(torch.tanh(self.found[-1]))
+
+
+def test_a_hook_over_the_model_itself_fails_with_a_note(study: Path) -> None:
+    with pytest.raises(IndexError) as caught:
+        train(Listens(lambda model: model.found))
+    assert "a copy of the model" in caught.value.__notes__[0]
+    assert not list(study.glob("checkpoints/*/*"))
+
+
+class InAList(Net):
+    """Layers in a plain list, which torch does not know of."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = list(layers)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return super().forward(x, t)
+
+
+def test_weights_that_torch_does_not_know_of_are_refused(study: Path) -> None:
+    said = r"uses weights of shape \(3, 3\).* not among its parameters.*nn.ModuleList"
+    refused(InAList(nn.Tanh(), nn.Linear(3, 3, bias=False)), said, study)
+
+
+def test_frozen_weights_that_torch_does_not_know_of_are_no_harm(study: Path) -> None:
+    layer = nn.Linear(3, 3).requires_grad_(False)
+    before = layer.weight.clone()
+    train(InAList(layer))
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "scale", torch.ones(3, requires_grad=True)),
+        lambda model: model.register_buffer("scale", torch.ones(3, requires_grad=True)),
+    ],
+)
+def test_a_tensor_that_is_no_parameter_but_wants_a_gradient_is_refused(
+    study: Path, change: Any
+) -> None:
+    refused(net(change), "scale requires a gradient and is no nn.Parameter", study)
+
+
+class Energy(Net):
+    """The gradient of an energy, which wants gradients also where it is sampled."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = super().forward(x, t).square().sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+class Shared(nn.Linear):
+    """Frozen, and too large to be held twice."""
+
+    def __deepcopy__(self, memo: object) -> "Shared":
+        return self
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Energy,
+        lambda: net(lambda model: setattr(model, "first", Shared(3, 8).requires_grad_(False))),
+        lambda: net(lambda model: nn.utils.parametrizations.weight_norm(model.first)),
+        lambda: net(lambda model: model.first.register_forward_hook(lambda part, args, out: -out)),
+    ],
+)
+def test_other_ways_to_build_a_model_are_no_harm(study: Path, model: Any) -> None:
+    torch.manual_seed(0)
+    assert train(model()) < 5
