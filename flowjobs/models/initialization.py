@@ -62,7 +62,7 @@ def check_restart(
 ) -> None:
     """Raise a ConfigError where a restart would initialize weights from a batch again.
 
-    Copies are called, in training mode.
+    Copies are called, in the model's modes.
 
     Args:
         model: The model, whose forward has written weights in its first step.
@@ -75,6 +75,8 @@ def check_restart(
     def writes(of: nn.Module) -> str | None:
         trial = copy.deepcopy(of)
         trial.train()  # one of the model's own may return nothing
+        for part, trained in zip(trial.modules(), model.modules(), strict=True):
+            part.training = trained.training
         before, dtype = values_of(trial), input_dtype(trial)
         x = torch.randn(shape, device=device, dtype=dtype)
         trial(x, torch.rand(len(x), device=device, dtype=dtype))

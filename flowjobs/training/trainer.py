@@ -90,7 +90,8 @@ class FlowTrainer:
     `flowjobs` logger, on stderr where no logging is set up.
 
     Args:
-        model: Predicts a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim).
+        model: Predicts a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim). Parts of it that
+            are in evaluation mode stay so, as a frozen encoder.
         config: What to train and how.
         train_dataset: The training part.
         val_dataset: The validation part, of the same width.
@@ -146,6 +147,9 @@ class FlowTrainer:
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
         check_weights(model)
+        # Not where all of it is, which is how it was sampled last.
+        parts = model.modules() if model.training else ()
+        self._stay_in_evaluation = [part for part in parts if not part.training]
         self._flow = flow_of(config)
         inputs = inputs_of(
             config,
@@ -303,7 +307,9 @@ class FlowTrainer:
     def _run_steps(self, saver: CheckpointSaver | None, recorder: Recorder | None) -> str | None:
         """Train until the run is finished (None), or until asked to leave (the reason)."""
         state = self.state
-        state.model.train()
+        state.model.train()  # a notebook may have looked at its samples
+        for part in self._stay_in_evaluation:
+            part.training = False
         said_at = time.monotonic()
         first_step = state.step + 1
         while not state.finished:

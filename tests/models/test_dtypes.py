@@ -63,10 +63,13 @@ def constant(name: str, tensor: Tensor) -> Any:
     return lambda model: model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
-def train(model: nn.Module, name: str | None = None, **options: Any) -> float:
+def trainer_of(model: nn.Module, name: str | None = None, **options: Any) -> FlowTrainer:
     data = torch.randn(100, 3, generator=torch.Generator().manual_seed(1)) * 3 + 1
-    trainer = FlowTrainer(model, CONFIG, *split(FlowDataset(data)), CPU, name=name, **options)
-    return trainer.train()["best_val_loss"]
+    return FlowTrainer(model, CONFIG, *split(FlowDataset(data)), CPU, name=name, **options)
+
+
+def train(model: nn.Module, name: str | None = None, **options: Any) -> float:
+    return trainer_of(model, name, **options).train()["best_val_loss"]
 
 
 TRAINED = {

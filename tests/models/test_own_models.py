@@ -1,5 +1,6 @@
 """How people build a model: it is trained as it was meant, or refused in words at its start."""
 
+import itertools
 import weakref
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowjobs.errors import ConfigError
-from tests.models.test_dtypes import Net, net, train
+from flowjobs.errors import ConfigError, RunInterrupted
+from flowjobs.models.initialization import check_restart
+from tests.models.test_dtypes import CPU, Net, net, train, trainer_of
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +149,70 @@ class Shared(nn.Linear):
 def test_other_ways_to_build_a_model_are_no_harm(study: Path, model: Any) -> None:
     torch.manual_seed(0)
     assert train(model()) < 5
+
+
+class Pretrained(Net):
+    """Holds a frozen part that its constructor has put into evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        part = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
+        self.encoder = part.requires_grad_(False).eval()
+        self.begun = False
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.encoder.training and not self.begun:
+            self.first.weight.data.mul_(2)
+        self.begun = True
+        return super().forward(self.encoder(x), t)
+
+
+def test_parts_stay_in_evaluation_mode(study: Path) -> None:
+    torch.manual_seed(0)
+    model, whole = Pretrained(), Pretrained()
+    whole.load_state_dict(model.state_dict())
+    expected = train(whole, "whole")
+    asked = itertools.count(1)
+    trainer = trainer_of(model, "run", stop_reason=lambda: "test" if next(asked) == 3 else None)
+    with pytest.raises(RunInterrupted):
+        trainer.train()
+    model.eval()  # as to look at samples
+    assert trainer.train()["best_val_loss"] == expected
+    modes = {name: part.training for name, part in model.named_modules()}
+    assert {name for name, training in modes.items() if not training} == {
+        "encoder",
+        "encoder.0",
+        "encoder.1",
+    }
+    assert model.encoder[0].num_batches_tracked == whole.encoder[0].num_batches_tracked == 0
+
+
+class Freezes(Net):
+    """Keeps a part in evaluation mode by a `train` of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.BatchNorm1d(3)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(self.encoder(x), t)
+
+
+def test_a_train_of_ones_own_decides_what_stays_in_evaluation_mode(study: Path) -> None:
+    model = Freezes()
+    train(model)
+    assert model.encoder.num_batches_tracked == 0
+
+
+def test_a_restart_is_tried_with_the_models_modes() -> None:
+    model, built = Pretrained(), Pretrained()
+    model.begun = True
+    check_restart(model, built.eval(), (4, 3), CPU)
+    model.encoder.train()
+    with pytest.raises(ConfigError, match=r"initializes first\.weight"):
+        check_restart(model, built, (4, 3), CPU)
