@@ -48,6 +48,7 @@ def checked_velocity(model: Velocity, dtype: torch.dtype, name: str) -> Velocity
 def check_weights(model: nn.Module) -> None:
     """Raise a ConfigError for weights that would not be trained right."""
     name = type(model).__name__
+    _check_parts(model)
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ConfigError(
@@ -67,13 +68,6 @@ def check_weights(model: nn.Module) -> None:
             raise ConfigError(
                 f"--arch {name}: the parameter {key} is sparse ({_word(weights.layout)}), which "
                 "neither AdamW nor the average takes: make it a buffer, or its values a parameter"
-            )
-    _check_registered(model)
-    for key, part in model.named_modules():
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
-            raise ConfigError(
-                f"--arch {name}: {key} has sparse gradients, which AdamW does not take: build it "
-                "without sparse=True"
             )
     trained = [(key, weights) for key, weights in model.named_parameters() if weights.requires_grad]
     if not trained:
@@ -102,19 +96,35 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
-def _check_registered(model: nn.Module) -> None:
-    for path, part in model.named_modules():
-        for key, value in {**vars(part), **part._buffers}.items():
-            if (
-                isinstance(value, Tensor)
-                and not isinstance(value, nn.Parameter)
-                and value.is_leaf
-                and value.requires_grad
-            ):
+def _check_parts(model: nn.Module) -> None:
+    name = type(model).__name__
+    for key, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ConfigError(
+                f"--arch {name}: {key or 'the model'} is in TorchScript, which the moving average "
+                "cannot follow: build it in Python; one that is not to be trained can be kept in a "
+                "list (self.encoder = [torch.jit.load(…)]), with requires_grad_(False) on its "
+                "parameters, and on a GPU with map_location"
+            )
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            if part.sparse:
                 raise ConfigError(
-                    f"--arch {type(model).__name__}: {path}{'.' * bool(path)}{key} requires a "
-                    "gradient and is no nn.Parameter, so that it would never be trained: make it "
-                    "one, or call requires_grad_(False) on it"
+                    f"--arch {name}: {key} has sparse gradients, which AdamW does not take: build "
+                    "it without sparse=True"
+                )
+            if part.max_norm is not None:
+                raise ConfigError(
+                    f"--arch {name}: {key} rescales its rows wherever it is called, also those of "
+                    "the moving average: build it without max_norm, and in forward scale the rows "
+                    "that it returns (torch.renorm)"
+                )
+        for key_there, tensor in {**vars(part), **part._buffers}.items():
+            is_weight = isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad
+            if is_weight and not isinstance(tensor, nn.Parameter):
+                raise ConfigError(
+                    f"--arch {name}: {key}{'.' * bool(key)}{key_there} requires a gradient and is "
+                    "no nn.Parameter, so that it would never be trained: make it one, or call "
+                    "requires_grad_(False) on it"
                 )
 
 

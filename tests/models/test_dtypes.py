@@ -131,6 +131,10 @@ REFUSED = {
         lambda model: setattr(model, "table", nn.Embedding(9, 3, sparse=True)),
         "table has sparse gradients.*without sparse=True",
     ),
+    "rows that are rescaled where they are looked up": (
+        lambda model: setattr(model, "table", nn.EmbeddingBag(9, 3, max_norm=1.0)),
+        "table rescales its rows.*without max_norm",
+    ),
     "a sparse parameter": (
         constant("links", torch.eye(3).to_sparse()),
         r"links is sparse \(sparse_coo\), which neither AdamW.*make it a buffer",

@@ -216,3 +216,26 @@ def test_a_restart_is_tried_with_the_models_modes() -> None:
     model.encoder.train()
     with pytest.raises(ConfigError, match=r"initializes first\.weight"):
         check_restart(model, built, (4, 3), CPU)
+
+
+class Scripted(Net):
+    """Has an encoder in TorchScript, as a file of one is loaded."""
+
+    def __init__(self, hold: Any) -> None:
+        super().__init__()
+        encoder = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).requires_grad_(False).eval()
+        self.encoder = hold(torch.jit.script(encoder))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        encoder = self.encoder if callable(self.encoder) else self.encoder[0]
+        return super().forward(encoder(x), t)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+def test_a_part_in_torchscript_is_refused_with_a_way_out(study: Path) -> None:
+    for hold in (lambda part: part, torch.jit.freeze):
+        refused(
+            Scripted(hold), r"encoder is in TorchScript.*self.encoder = \[torch.jit.load", study
+        )
+    refused(torch.jit.script(net()), "the model is in TorchScript", study)
+    assert train(Scripted(lambda part: [part])) < 5
