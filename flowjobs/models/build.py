@@ -75,6 +75,12 @@ def is_built_in(model: nn.Module) -> bool:
     return type(model).__module__ in {of.partition(":")[0] for of in BUILT_IN_SOURCES.values()}
 
 
+def class_unnamed(model: nn.Module, config: TrainingConfig) -> str:
+    """The class of a model, `module:Name`, where that is not the one of `--arch`; else ""."""
+    path = f"{type(model).__module__}:{type(model).__qualname__}"
+    return "" if path == BUILT_IN_SOURCES.get(config.arch_path, config.arch_path) else path
+
+
 def _model_class(arch: str) -> type[nn.Module]:
     cls = imported("--arch", BUILT_IN_SOURCES.get(arch, arch))
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):

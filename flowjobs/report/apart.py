@@ -1,7 +1,8 @@
 """Which runs of a report have the same value of a field, and a word for each value.
 
 A run's name has the file's name for a checkpoint or a file of data, and the class's for a model, so
-that others may be called the same. Data and weights are known by their content.
+that others may be called the same. Data and weights are known by their content, a model that was
+given from Python by its class and its parameters: what else it was built with, nobody has noted.
 """
 
 import json
@@ -17,7 +18,7 @@ from flowjobs.runs.datasets import PAIRS, SOURCE
 # Of a digest, what is shown.
 DIGITS = 8
 
-# What a value is: digests, or as JSON has it.
+# What a value is: digests, a class and its parameters, or as JSON has it.
 Identity = tuple[str, ...]
 
 
@@ -62,7 +63,9 @@ def _identities(results: Sequence[Result], name: str) -> list[Identity]:
 
 
 def _content(result: Result, name: str) -> Identity:
-    """The digests of what a field's value names; empty where it names nothing, or none is noted."""
+    """What is noted of what a field's value names; empty where it names nothing, or none is."""
+    if name == "arch" and result.status.model:
+        return result.status.model, str(result.status.parameters)
     if name in DATA_FIELDS:
         return tuple(
             content.digest
@@ -92,6 +95,9 @@ def _candidates(name: str, word: str, identity: Identity, result: Result) -> lis
         tails = [str(Path(*parts[-length:])) for length in range(1, len(parts) + 1)]
     else:
         tails = [text]
+    if name == "arch" and result.status.model:
+        size = f"({result.status.parameters or 0:,} parameters)"
+        return [text, f"{word} {size}", f"{text} {size}"]
     digests = ", ".join(digest[:DIGITS] for digest in _content(result, name))
     own = "not noted yet" if name in (*FILE_FIELDS, "reflow_from") else identity[0]
     return [*tails, f"{word} ({digests or own})"]

@@ -35,7 +35,8 @@ class Result:
 
     Attributes:
         run: The run.
-        fields: Its config's fields, and its model's arguments, by name.
+        fields: Its config's fields, and its model's arguments, by name; of a model that was given
+            from Python `arch` is its class.
         status: As its folder says.
         evaluation: Its `evaluation.json`; empty if there is none.
         outdated: Whether there is one of weights that it had before it was trained on.
@@ -143,6 +144,8 @@ def read_result(run: Run) -> Result:
         raise ConfigError(f"{run.evaluation_file} is damaged ({error}): `{again}`") from error
     status = read_sound_status(run.status_file)
     fields = fields_of(run)
+    if status.model:
+        fields["arch"] = status.model
     own = any(":" in str(fields[name]) for name in ("arch", "flow"))
     code = code_of(run) if own else None
     outdated = run.is_outdated(evaluation)

@@ -56,9 +56,9 @@ class Recorder:
         self._tracker = tracker
         self._metrics: MetricsFile | None = None
 
-    def note_size(self, parameters: int, flops_per_sample: int | None) -> None:
-        """Say how large the model is, before `start_at`."""
-        self.attempt.note_size(parameters, flops_per_sample)
+    def note_model(self, model: str, parameters: int, flops_per_sample: int | None) -> None:
+        """Say which model it is, and how large, before `start_at`; see `RunStatus`."""
+        self.attempt.note_model(model, parameters, flops_per_sample)
 
     def start_at(
         self,

@@ -32,7 +32,7 @@ from flowjobs.errors import (
 from flowjobs.flows.flow import flow_of
 from flowjobs.flows.flow import is_built_in as is_built_in_flow
 from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
-from flowjobs.models.build import is_built_in
+from flowjobs.models.build import class_unnamed, is_built_in
 from flowjobs.models.flops import flops_of_batch, flops_per_sample, parameters_in
 from flowjobs.models.initialization import changed, check_restart, kept_in_evaluation, values_of
 from flowjobs.models.velocity import (
@@ -265,7 +265,9 @@ class FlowTrainer:
             self._adopt(saver)
         first_step, validates_first = self.state.step, self.state.unvalidated is not None
         if recorder:
-            recorder.note_size(parameters_in(self.state.model), self._flops_per_sample)
+            model = self.state.model
+            given = "" if self._run else class_unnamed(model, self._config)
+            recorder.note_model(given, parameters_in(model), self._flops_per_sample)
             # A step that is not validated yet has no row, or its row comes again.
             recorder.start_at(
                 first_step, self.state.extensions, rows_up_to=first_step - validates_first

@@ -92,6 +92,22 @@ def test_models_of_one_size_are_compared_by_it_and_not_by_their_widths(study: Pa
     assert compared(study, rows=["dataset", "width"]).rows[0] == ("digits", "100")
 
 
+def test_models_that_a_notebook_has_trained_are_told_apart(study: Path) -> None:
+    for name, model, parameters in (
+        ("small", "__main__:Net", 22),
+        ("large", "__main__:Net", 580),
+        ("large-1", "__main__:Net", 580),
+        ("other", "lab:Other", 580),
+        ("plain", "", 22),
+    ):
+        status = made_run(study, [1.0], name=name).status()
+        status.model, status.parameters = model, parameters
+        status.write(Run(study, name).status_file)
+    found = compared(study)
+    shown = {row[0]: len(cell(found, row).results) for row in found.rows}
+    assert shown == {"Net (22 parameters)": 1, "Net (580 parameters)": 2, "Other": 1, "mlp": 1}
+
+
 def test_what_is_missing_fails_or_runs_is_said(study: Path) -> None:
     for seed in range(3):
         made_run(study, [1.0, 1.0, 1.0], seed=seed)

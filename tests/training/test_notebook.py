@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.report.test_comparison import compared
+
 SETUP = """
 import flowjobs, numpy as np, torch
 from flowjobs.errors import ConfigError, RunMismatchError
@@ -77,5 +79,7 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == record
     assert (study / "runs/mine/status.json").exists()
     assert {path.name for path in (study / "runs").iterdir()} == {folder.name, "mine"}
+    models = compared(study)
+    assert models.rows == [("Net (40 parameters)",), ("Net (49 parameters)",)]
     config = json.loads((study / "runs/mine/config.json").read_text())
     assert config["tracking"]["wandb_entity"] == "the-lab"
