@@ -214,6 +214,8 @@ def _parameters(name: str, asked: SlurmConfig) -> dict[str, Any]:
         options = {"requeue": True, **options}
     if exported := export_for(os.environ, asked):
         options["export"] = exported
+    # submitit's own line has the signal that SUBMITIT_PREEMPT_SIGNAL names.
+    options["signal"] = f"USR2@{asked.signal_before_end_s}"
     # A rank may wait for ever for one that is dead.
     srun_args = ["--kill-on-bad-exit"]
     if asked.cpus_per_task:  # srun no longer takes it over from sbatch since Slurm 22.05
@@ -234,7 +236,6 @@ def _parameters(name: str, asked: SlurmConfig) -> dict[str, Any]:
         "cpus_per_task": asked.cpus_per_task,
         "mem": None if memory is None else f"{round(memory * 1024)}M",
         "time": asked.timeout_min,
-        "signal_delay_s": asked.signal_before_end_s,
         "comment": asked.sbatch.get("comment", asked.comment),
         "wckey": None,
         "stderr_to_stdout": True,

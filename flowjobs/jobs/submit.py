@@ -228,7 +228,9 @@ def _environment_of(
     """What a job inherits, while the block lasts."""
     saved = dict(os.environ)
     inherited = origin.environment_here()
-    inherited.pop(CONTINUES, None)
+    # With another signal than USR2 submitit would end a run in the middle of a step.
+    for name in (CONTINUES, "SUBMITIT_PREEMPT_SIGNAL"):
+        inherited.pop(name, None)
     if continues:
         inherited[CONTINUES] = continues
     _replace_environment(inherited)

@@ -37,6 +37,16 @@ def test_the_batch_file_is_the_recorded_one(study: Path) -> None:
     assert text == RECORDED.read_text()
 
 
+def test_the_batch_file_names_the_signal_that_jobs_listen_to(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a process that has SUBMITIT_PREEMPT_SIGNAL=USR1.
+    monkeypatch.setattr("submitit.core.job_environment.JobEnvironment.USR_SIG", "USR1")
+    run = Run(study, "a")
+    run.create(RunConfig())
+    assert "#SBATCH --signal=USR2@90\n" in executors.slurm_executor(run, SlurmConfig()).batch_file()
+
+
 def test_what_is_not_asked_for_is_left_to_the_cluster(study: Path) -> None:
     run = Run(study, "a")
     run.create(RunConfig())

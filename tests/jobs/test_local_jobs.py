@@ -24,6 +24,8 @@ LOCAL = ("--name", "local", "--cluster", "local", "--no-follow")
 def run(flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """A run that trains as a local job, and does not end before it is told to leave or killed."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    # What a person has set for submitit's other users does not reach a job of ours.
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "SIGUSR1")
     Path("control").write_text("await 25")
     submit(flowjobs)
     run = Run(study, "local")
