@@ -1,10 +1,12 @@
 """Why a job waits: Slurm's word for it in a person's words."""
 
+import re
 import time
 
 from flowjobs.slurm.controller import JobRow
 
-# By the beginning of Slurm's word, the longer before the shorter; `squeue -o %r` has about 200.
+# By the beginning of Slurm's word (a pattern), the longer before the shorter; `squeue -o %r` has
+# about 200.
 # Some are sentences, which scontrol prints with underscores. First what never starts as it is.
 STUCK = (
     ("JobHeldUser", "held by its user: `scontrol release {job}` lets it start"),
@@ -27,6 +29,18 @@ STUCK = (
     ("PartitionNodeLimit", "and cannot start: the partition allows fewer nodes (--nodes)"),
     ("PartitionConfig", "and cannot start: the partition does not allow what it asks for"),
     ("QOSMaxWall", "and cannot start: its time limit is above that of its QOS (--timeout-min)"),
+    (
+        "AssocMaxWall",
+        "and cannot start: its time limit is above that of its account (--timeout-min)",
+    ),
+    # Other limits, on all jobs of an account or a user, leave room when these end.
+    (r"QOSMax\w+Per(Job|Node)", "and cannot start: it asks for more than its QOS allows one job"),
+    (
+        r"AssocMax\w+Per(Job|Node)",
+        "and cannot start: it asks for more than its account allows one job",
+    ),
+    ("QOSMin", "and cannot start: it asks for less than its QOS demands of a job"),
+    ("DeadLine", "and cannot start: it would not end before its deadline"),
     ("QOSNotAllowed", "and cannot start: its QOS is not allowed in this partition (--qos)"),
     ("InvalidAccount", "and cannot start: its account is not valid (--account)"),
     ("InvalidQOS", "and cannot start: its QOS is not valid (--qos)"),
@@ -70,7 +84,7 @@ def why_it_waits(row: JobRow) -> str:
         return f"{row.state.lower()}, for another job or by an administrator ({row.state})"
     reason = row.reason.strip("()")
     for word, words in WORDS:
-        if reason.replace(" ", "_").startswith(word):
+        if re.match(word, reason.replace(" ", "_")):
             start = f", about {_clock(row.starts)}" if row.starts else ""
             dependency = f" ({row.dependency})" if row.dependency else ""
             text = words.format(job=row.job_id, start=start, dependency=dependency)
