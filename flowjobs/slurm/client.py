@@ -76,8 +76,8 @@ def run(
     # Slurm signals every process of a step, and this one may be started as the job is told to
     # end. A blocked signal is inherited as blocked.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STEP_SIGNALS)
-    # A user's own formats and filters would change the answers.
-    own = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_")
+    # A user's own formats and filters would change the answers, and which jobs are cancelled.
+    own = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SCANCEL_")
     kept = {name: value for name, value in environment.items() if not name.startswith(own)}
     # Without the limit on bit strings Slurm cuts long lists of array tasks short.
     kept |= {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard"}
@@ -85,6 +85,8 @@ def run(
         # Whatever bytes a job's name or a site's banner holds.
         answer = subprocess.run(
             command,
+            # A site's question is not answered by what the caller has for itself to read.
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             encoding="utf-8",

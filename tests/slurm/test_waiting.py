@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from flowjobs.runs.run import Run
 from flowjobs.slurm.client import first_line
 from flowjobs.slurm.client import run as run_command
-from flowjobs.slurm.controller import JobRow
+from flowjobs.slurm.controller import JobRow, cancel
 from flowjobs.slurm.submission import UNANSWERED
 from flowjobs.slurm.waiting import never_starts, why_it_waits
 from tests.cluster.slurm import SlurmCluster
@@ -60,6 +61,30 @@ def test_a_command_that_does_not_answer_is_named() -> None:
     answer = run_command("sleep", "9", timeout_s=0.1)
     said = "sleep did not answer within 0.1 s"
     assert (answer.returncode, first_line(answer), bool(UNANSWERED.search(said))) == (1, said, True)
+
+
+def test_neither_a_users_filters_nor_a_question_keep_a_job_from_being_cancelled(
+    slurm: SlurmCluster, site: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = slurm.submit("--hold", "--output=/dev/null", "--wrap", "true")
+    with monkeypatch.context() as settings:
+        settings.setenv("SCANCEL_STATE", "RUNNING")
+        settings.setenv("SCANCEL_INTERACTIVE", "1")
+        cancel(job)
+    slurm.wait_state(job, {"CANCELLED"})
+    # Nor is the answer to one of the site's taken from what this process is given to read.
+    site("sbatch", 'read -p "May you use this partition? " said || exit 1; echo "took $said" >&2')
+    mine, theirs = os.pipe()
+    os.write(theirs, b"run2\n")
+    kept = os.dup(0)
+    os.dup2(mine, 0)
+    try:
+        answer = run_command("sbatch")
+    finally:
+        os.dup2(kept, 0)
+        for opened in (mine, theirs, kept):
+            os.close(opened)
+    assert (answer.returncode, answer.stderr) == (1, "")
 
 
 def test_status_and_follow_say_why_a_job_waits(
