@@ -23,7 +23,10 @@ ROWS = (
     ("runs", "slurm"),
     ("config", "user_code", "user_source"),
     ("field_values",),
-    ("counts", "errors", "from_json", "learning_rate", "nearest", "cgroups", "slots", "words"),
+    (
+        *("counts", "errors", "from_json", "learning_rate", "nearest", "cgroups", "sbatch_options"),
+        *("slots", "words"),
+    ),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

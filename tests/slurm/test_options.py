@@ -6,13 +6,8 @@ import pytest
 
 from flowjobs.config import SlurmConfig
 from flowjobs.field_values import KeyValues
-from flowjobs.slurm.options import (
-    environment_for_sbatch,
-    fields_from,
-    gigabytes,
-    minutes,
-    seconds_before_end,
-)
+from flowjobs.sbatch_options import gigabytes, minutes, seconds_before_end
+from flowjobs.slurm.options import environment_for_sbatch, fields_from
 
 
 @pytest.mark.parametrize(
