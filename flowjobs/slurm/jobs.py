@@ -158,8 +158,7 @@ def ask(
     # Of one that was started again only accounting has the earlier starts.
     told = {job for job, row in known.items() if row.state not in ENDED and not row.restarts}
     try:
-        # By the array: tasks that ended before they were told apart are on one row of it.
-        books = accounting({job.job_id.partition("_")[0] for job in jobs if job not in told})
+        books = _accounting_of(job for job in jobs if job not in told)
         silent = ""
     except SubmissionError as error:
         books, silent = [], str(error)
@@ -197,6 +196,15 @@ def ask(
         else:
             answers[job] = Unknown(_why_not(job, here, silent or "accounting has no word of it"))
     return answers
+
+
+def _accounting_of(jobs: Iterable[JobIdentity]) -> list[JobRow] | None:
+    # By the array: tasks that ended before they were told apart are on one row of it.
+    submitted: dict[str, float] = {}
+    for job in jobs:
+        array = job.job_id.partition("_")[0]
+        submitted[array] = min(job.submitted, submitted.get(array, job.submitted))
+    return accounting(submitted)
 
 
 def _by_id(rows: Iterable[JobRow]) -> Mapping[str, list[JobRow]]:

@@ -1,12 +1,18 @@
 """How jobs ended, by Slurm's accounting."""
 
+import math
 import shutil
 import subprocess
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 
 from flowjobs.errors import SubmissionError
 from flowjobs.slurm.client import MARK, SEPARATOR, cells_of, first_line, run, timestamp
 from flowjobs.slurm.controller import JobRow
+from flowjobs.slurm.submission import CLOCKS_S
+
+# What is tried where the time that one query may be about is limited (MaxQueryTimeRange).
+RANGES_D = (math.inf, 90, 30, 7, 1)
 
 
 def accounting_answers() -> bool:
@@ -14,10 +20,14 @@ def accounting_answers() -> bool:
     return run("sacct", "-X", "-n", "-S", "now").returncode == 0
 
 
-def accounting(job_ids: Collection[str]) -> list[JobRow] | None:
+def accounting(handed_over: Mapping[str, float]) -> list[JobRow] | None:
     """Every start of all jobs that have or had these ids on this cluster, oldest first.
 
     One call for all of them. Accounting is some seconds behind the controller.
+
+    Args:
+        handed_over: By the id of each job, when that was, in seconds of the epoch; 0 if
+            that is not known.
 
     Returns:
         None where the cluster has no accounting, or none that can be asked from here.
@@ -25,7 +35,7 @@ def accounting(job_ids: Collection[str]) -> list[JobRow] | None:
     Raises:
         SubmissionError: Accounting does not answer.
     """
-    if not job_ids:
+    if not handed_over:
         return []
     if shutil.which("sacct") is None:
         return None
@@ -33,10 +43,18 @@ def accounting(job_ids: Collection[str]) -> list[JobRow] | None:
         *("JobID", "State", "UID", "Cluster", "Submit", "End", "ExitCode", "NodeList"),
         *("DerivedExitCode", "JobName", "Comment", "SubmitLine"),
     )
-    answer = _ask_accounting(job_ids, fields)
+    answer = _ask_accounting(handed_over, fields)
     if answer.returncode != 0 and "Invalid field" in answer.stderr:
         fields = fields[:-1]  # before Slurm 21.08
-        answer = _ask_accounting(job_ids, fields)
+        answer = _ask_accounting(handed_over, fields)
+    for days in RANGES_D:
+        # Only about jobs that are younger: of another the answer would lack the first starts.
+        oldest = time.time() - days * 86400
+        recent = [job_id for job_id, at in handed_over.items() if at > max(0, oldest)]
+        if not recent or "date range" not in answer.stderr:
+            break
+        since = min(handed_over[job_id] for job_id in recent) - CLOCKS_S
+        answer = _ask_accounting(recent, fields, since)
     if answer.returncode != 0:
         if "accounting storage is disabled" in answer.stderr:
             return None
@@ -66,10 +84,13 @@ def accounting(job_ids: Collection[str]) -> list[JobRow] | None:
 
 
 def _ask_accounting(
-    job_ids: Collection[str], fields: Sequence[str]
+    job_ids: Collection[str], fields: Sequence[str], since: float | None = None
 ) -> subprocess.CompletedProcess[str]:
-    # -D for every start, and for older jobs of the same id; -X without the steps.
+    # -D for every start, and for older jobs of the same id; -X without the steps. About jobs by
+    # their ids it is asked since 1970 unless it is told otherwise.
+    start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since))
     return run(
         *("sacct", "-X", "-D", "-n", "-P", f"--delimiter={SEPARATOR}"),
         *("-j", ",".join(sorted(job_ids)), "-o", ",".join(fields)),
+        *(() if since is None else ("-S", start)),
     )

@@ -114,7 +114,9 @@ def test_a_start_that_slurm_requeues_keeps_its_run_until_its_processes_are_gone(
     with completing(slurm, leave) as job_id:
         assert [entry.job_id for entry in run.submissions()] == [job_id]
         assert slurm.job(job_id)["Restarts"] == "1"
-        wait_until(lambda: accounting([job_id])[0].state == "REQUEUED", "accounting to know it", 60)
+        wait_until(
+            lambda: accounting({job_id: 0})[0].state == "REQUEUED", "accounting to know it", 60
+        )
         assert job_verdict(run, run.status().attempts[0].job) == "leaving"
         assert reconcile([run]) == []
     slurm.wait_state(job_id, "PENDING", 240)

@@ -155,7 +155,7 @@ def test_a_segmentation_fault_fails(start: Start) -> None:
     assert job.attempts() == [("failed", "segmentation fault")]
     assert status.exit_code == 139
     # As `status` finds it where the batch script could not say it.
-    wait_until(lambda: accounting([job.job_id])[0].signal == signal.SIGSEGV, "accounting", 120)
+    wait_until(lambda: accounting({job.job_id: 0})[0].signal == signal.SIGSEGV, "accounting", 120)
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
     assert_in_wandb(job.run, "failed", 139, "segmentation fault on n1, attempt 1, step")
     job.is_row("has a segmentation fault")
@@ -194,8 +194,8 @@ def test_an_exit_code_of_the_users_code_is_no_signal(start: Start) -> None:
     assert job.attempts() == [("failed", "exception")]
     assert job.status().reason.startswith("ended with exit code 15 on")
     job.slurm.wait_state(job.job_id, "FAILED")
-    wait_until(lambda: accounting([job.job_id])[0].exit_code == 15, "accounting", 120)
-    assert accounting([job.job_id])[0].signal == 0
+    wait_until(lambda: accounting({job.job_id: 0})[0].exit_code == 15, "accounting", 120)
+    assert accounting({job.job_id: 0})[0].signal == 0
 
 
 def test_a_file_system_error_is_retried_but_not_at_the_same_step(start: Start) -> None:

@@ -18,10 +18,11 @@ from flowjobs.jobs.restart import resubmit
 from flowjobs.jobs.running import jobs_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.slurm.controller import job_record, requeue
+from flowjobs.slurm.controller import cancel, job_record, requeue
 from flowjobs.slurm.jobs import JobAnswer, Known, Unknown, ask_one
 from flowjobs.slurm.submission import cancelled_unless_noted, sbatch
 from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
 
 Site = Callable[[str, str], None]
 
@@ -73,6 +74,26 @@ def test_a_living_job_is_never_gone_or_ended_whatever_a_site_makes_of_it(
     linked.batch_file.touch()
     (found,) = jobs_of([linked])[linked]  # type: ignore[misc, union-attr]
     assert found.job_id == entry.job_id
+
+
+def test_how_a_job_ended_is_known_where_a_query_may_be_about_a_short_time_only(
+    slurm: SlurmCluster, waiting: Run, site: Site
+) -> None:
+    (entry,) = waiting.submissions()
+    cancel(entry.job_id)
+    site("squeue", "exit 0")  # the controller has forgotten it
+    wait_until(lambda: isinstance(word_on(waiting), Known), "accounting to know it", 60)
+    refused = "sacct: error: slurmdbd: Too wide of a date range in query"
+    site("sacct", f'case " $* " in *" -S "*) exec $real "$@";; esac; echo "{refused}" >&2; exit 1')
+    assert isinstance(answer := word_on(waiting), Known)
+    assert answer.newest.state == "CANCELLED"
+    # Of an older one, and where more is refused, nothing is known.
+    identity = replace(noted_identity(entry), submitted=0.0)
+    assert isinstance(old := ask_one(identity), Unknown)
+    assert refused in old.why
+    site("sacct", f"echo '{refused}' >&2; exit 1")
+    assert isinstance(answer := word_on(waiting), Unknown)
+    assert refused in answer.why
 
 
 def test_a_job_that_may_have_been_taken_is_not_refused_and_where_it_went_it_is_cancelled(
