@@ -1,18 +1,24 @@
 """Running Slurm's commands: within a time limit, and whatever bytes they print."""
 
+import contextlib
+import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+logger = logging.getLogger(__name__)
 
 # What Slurm tells every process of a step.
 STEP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 # Clients wait MessageTimeout (10 s by default) for a controller that is away.
 CLIENT_TIMEOUT_S = 30
+SAY_AFTER_S = 5.0
 
 # Written into the comment of every job that we submit, and told by all of Slurm's commands; an
 # array has it in the names of its logs too, which no site drops.
@@ -82,19 +88,20 @@ def run(
     # Without the limit on bit strings Slurm cuts long lists of array tasks short.
     kept |= {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard"}
     try:
-        # Whatever bytes a job's name or a site's banner holds.
-        answer = subprocess.run(
-            command,
-            # A site's question is not answered by what the caller has for itself to read.
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-            timeout=timeout_s,
-            env=kept,
-        )
+        with _said_if_slow(command[0], timeout_s):
+            # Whatever bytes a job's name or a site's banner holds.
+            answer = subprocess.run(
+                command,
+                # A site's question is not answered by what the caller has for itself to read.
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                check=False,
+                timeout=timeout_s,
+                env=kept,
+            )
         answer.returncode = answer.returncode or int(bool(_FAILED.search(answer.stderr)))
         return answer
     except subprocess.TimeoutExpired:
@@ -104,6 +111,20 @@ def run(
         return subprocess.CompletedProcess(command, returncode=1, stdout="", stderr=str(error))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextlib.contextmanager
+def _said_if_slow(command: str, timeout_s: float) -> Iterator[None]:
+    # Ctrl-C is held back as long as it is unknown whether a job was taken.
+    ctrl_c = " (Ctrl-C counts after that)" if command == "sbatch" else ""
+    text = f"{command} has not answered yet; waiting up to {timeout_s:.0f} s{ctrl_c}"
+    timer = threading.Timer(SAY_AFTER_S, logger.warning, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def first_line(answer: subprocess.CompletedProcess[str]) -> str:

@@ -1,12 +1,10 @@
 """Submitting with sbatch: the job is known by a mark of ours, not by what is printed."""
 
 import contextlib
-import logging
 import os
 import re
 import secrets
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,6 @@ from flowjobs.slurm.client import first_line, run
 from flowjobs.slurm.cluster import cluster_name
 from flowjobs.slurm.controller import ENDED, JobRow, cancel, queue
 
-logger = logging.getLogger(__name__)
-
 # What sbatch prints with --parsable, with the cluster if one was asked for; and what it prints
 # without, where a wrapper drops that option.
 _SAID_ID = re.compile(r"(\d+)(?:;([\w.-]+))?")
@@ -26,7 +22,6 @@ _SUBMITTED = re.compile(r"Submitted batch job (\d+)(?: on cluster [\w.-]+)?")
 
 # sbatch itself tries again for two minutes where the controller is too busy to take a job.
 SBATCH_TIMEOUT_S = 180.0
-SAY_AFTER_S = 5.0
 
 # An answer that did not come: a busy controller may take the job all the same, and later.
 UNANSWERED = re.compile(
@@ -124,12 +119,11 @@ def sbatch(
     # On the command line: there accounting keeps it too (SubmitLine), and it wins over the script.
     rest = [word for word in rest if word not in comments]
     asked_at = time.time()
-    with _said_if_slow():
-        answer = run(
-            *(program, "--parsable", f"--comment={marked}", *rest),
-            environment=environment,
-            timeout_s=SBATCH_TIMEOUT_S,
-        )
+    answer = run(
+        *(program, "--parsable", f"--comment={marked}", *rest),
+        environment=environment,
+        timeout_s=SBATCH_TIMEOUT_S,
+    )
     lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     if answer.returncode == 0 and len(lines) == 1 and (found := _SAID_ID.fullmatch(lines[0])):
         return HandedOver(found[1], found[2] or cluster_name(), mark)
@@ -176,18 +170,6 @@ def _taken(
         if ours or time.monotonic() >= deadline:
             return ours, silent
         time.sleep(ASK_EVERY_S)
-
-
-@contextlib.contextmanager
-def _said_if_slow() -> Iterator[None]:
-    text = "sbatch has not answered yet; waiting up to %.0f s (Ctrl-C counts after that)"
-    timer = threading.Timer(SAY_AFTER_S, logger.warning, (text, SBATCH_TIMEOUT_S))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _refusal(answer: subprocess.CompletedProcess[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.runs.run import Run
+from flowjobs.slurm import client
 from flowjobs.slurm.client import first_line
 from flowjobs.slurm.client import run as run_command
 from flowjobs.slurm.controller import JobRow, cancel
@@ -57,9 +58,13 @@ def test_slurms_words_are_said_in_a_persons(reason: str, words: str) -> None:
     assert never_starts(why) == words.startswith(("held", "and cannot", "could not"))
 
 
-def test_a_command_that_does_not_answer_is_named() -> None:
-    answer = run_command("sleep", "9", timeout_s=0.1)
-    said = "sleep did not answer within 0.1 s"
+def test_a_command_that_does_not_answer_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client, "SAY_AFTER_S", 0.1)
+    answer = run_command("sleep", "9", timeout_s=1)
+    said = "sleep did not answer within 1 s"
+    assert caplog.messages == ["sleep has not answered yet; waiting up to 1 s"]
     assert (answer.returncode, first_line(answer), bool(UNANSWERED.search(said))) == (1, said, True)
 
 
