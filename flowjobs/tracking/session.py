@@ -27,6 +27,8 @@ from flowjobs.tracking.process import upload_limit_s
 
 INIT_TIMEOUT_S = 20
 API_TIMEOUT_S = 10
+# Tried twice, a file that does not arrive leaves time for the end of an attempt.
+FILE_TIMEOUT_S = 5
 # A hard kill loses what wandb has not flushed to its file: by default 15 s of everything.
 FLUSH_INTERVAL_S = 0.25
 # After a session was cut, the server may still be taking in the last of it.
@@ -81,6 +83,10 @@ class WandbSession:
                 init_timeout=INIT_TIMEOUT_S,
                 finish_timeout=upload_limit_s(run),
                 finish_timeout_raises=True,
+                # The end is told after the files, whose store may be out of reach for ever.
+                x_file_transfer_retry_max=1,
+                x_file_transfer_retry_wait_max_seconds=1,
+                x_file_transfer_timeout_seconds=FILE_TIMEOUT_S,
                 x_stats_pid=os.getppid(),
                 # What wandb finds out of this machine says nothing of one that trained.
                 x_disable_meta=not trains_here,

@@ -107,6 +107,7 @@ class Backend:
         delay_s: How long every answer takes.
         fail_with: A status code that every request is answered with, or None.
         refuse_with: A status code and a text that every start of a session is answered with.
+        files_at: Where the client is sent with its files.
         requests: The names of the GraphQL operations, "file_stream" and "PUT name", in order.
     """
 
@@ -124,6 +125,7 @@ class Backend:
         self._server: ThreadingHTTPServer | None = None
         self._port = 0
         self.come_back()
+        self.files_at = self.url
 
     @property
     def url(self) -> str:
@@ -265,7 +267,7 @@ class Backend:
                     return {"upsertBucket": self._upsert(asked)}
                 case "CreateRunFiles":
                     files = [
-                        {"name": name, "uploadUrl": f"{self.url}/put/{asked['run']}/{name}"}
+                        {"name": name, "uploadUrl": f"{self.files_at}/put/{asked['run']}/{name}"}
                         for name in asked["files"]
                     ]
                     answer = {"runID": asked["run"], "uploadHeaders": [], "files": files}

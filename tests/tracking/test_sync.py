@@ -180,6 +180,19 @@ def test_the_picture_of_a_finished_run_is_uploaded(run: Run, backend: Backend) -
     assert there.summary["samples"] == shown
 
 
+def test_files_that_cannot_be_uploaded_do_not_keep_rows_and_state(
+    run: Run, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The store of files is another server, which a firewall may not let through.
+    backend.files_at = "http://127.0.0.1:1"
+    monkeypatch.setattr("flowjobs.tracking.process.UPLOAD_BASE_S", 20)
+    Image.new("RGB", (4, 4)).save(run.samples_picture)
+    attempt(run, 30)
+    there = sync(run, backend)
+    assert_equal_histories(run, there)
+    assert (there.state, there.files) == ("finished", {})
+
+
 def test_each_row_has_the_time_of_when_it_was_written(run: Run, backend: Backend) -> None:
     attempt(run, 30, "preempt")
     between = time.time()
