@@ -105,6 +105,9 @@ IN_NAME = ("arch", "flow", "dataset", "aug")
 # Where a run is in W&B, which it keeps.
 PLACE_FIELDS = ("wandb_project", "wandb_entity", "wandb_base_url")
 
+# Characters of a project's, a team's or a group's name in W&B.
+NAME_IN_WANDB_LIMIT = 128
+
 # Between the path of a file and the digest of its content, in `init_from` and `reflow_from`.
 PINNED = "@sha256:"
 
@@ -265,6 +268,11 @@ class TrainingConfig:
             raise ConfigError(
                 f"--flow: found {self.flow!r}, expected one of {', '.join(BUILT_IN_FLOWS)}, or "
                 f"your own as package.module:name{did_you_mean(self.flow, BUILT_IN_FLOWS)}"
+            )
+        if len(self.group) > NAME_IN_WANDB_LIMIT:
+            raise ConfigError(
+                f"--group: found {len(self.group)} characters, expected at most "
+                f"{NAME_IN_WANDB_LIMIT}, as W&B does"
             )
         self._check_model_args()
 
@@ -484,11 +492,16 @@ class TrackingConfig:
                 "address as https://wandb.my-lab.org"
             )
         # W&B would refuse it too, but when the run has started and nobody looks.
-        if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb_project):
-            raise ConfigError(
-                f"--wandb-project: found {self.wandb_project!r}, expected a name of at most 128 "
-                "characters without / \\ # ? % : (a team is --wandb-entity)"
-            )
+        named = {"--wandb-project": self.wandb_project}
+        if self.wandb_entity:
+            named["--wandb-entity, WANDB_ENTITY"] = self.wandb_entity
+        for option, name in named.items():
+            if not re.fullmatch(rf"[^/\\#?%:]{{1,{NAME_IN_WANDB_LIMIT}}}", name):
+                raise ConfigError(
+                    f"{option}: found {name!r}, expected a name of at most {NAME_IN_WANDB_LIMIT} "
+                    "characters without / \\ # ? % : (TEAM/PROJECT is --wandb-entity TEAM "
+                    "--wandb-project PROJECT)"
+                )
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,10 @@ def test_an_sbatch_option_that_is_at_odds_with_a_field_is_refused(
 def test_a_project_that_wandb_would_refuse_is_refused(project: str) -> None:
     with pytest.raises(ConfigError, match="--wandb-project"):
         TrackingConfig(wandb_project=project)
+    with pytest.raises(ConfigError, match="--wandb-entity, WANDB_ENTITY: found"):
+        TrackingConfig(wandb_entity=project or "https://wandb.ai/team")
+    with pytest.raises(ConfigError, match="--group: found 129 characters"):
+        TrainingConfig(group="x" * 129)
 
 
 def test_key_values_are_literals_or_strings() -> None:

@@ -24,7 +24,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import cast
 
-from flowjobs.errors import LockHeldError
+from flowjobs.errors import LockHeldError, ServerError
 from flowjobs.runs.files import append_line
 from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
@@ -247,7 +247,9 @@ class Mirror:
         self._retry_at = time.monotonic() + self._retry_after
         self._retry_after = min(2 * self._retry_after, LAST_RETRY_S)
         failure = f"W&B cannot be told now ({type(error).__name__}: {error})"
-        kind: str = "run" if opened else "server"
+        # A server that does not answer one run answers none; what it says is said to this one.
+        no_answer = isinstance(error, ServerError) or "imed out" in str(error)
+        kind: str = "server" if no_answer and not opened else "run"
         if refusal := record.refusal_of(error, self._run):
             record.note_refusal(self._run, refusal)
             self._retry_at = math.inf

@@ -49,8 +49,11 @@ NO_REFUSAL = re.compile(
 LOGIN = re.compile(
     r"error 401|not logged in|unauthori[sz]ed|unauthenticated|api.key|bad key", re.IGNORECASE
 )
+# Of an answer 400, as of a name that is too long, wandb passes on the server's words alone.
 PLACE = re.compile(
-    "error 40[34]|permission|forbidden|access denied|not found|does not exist", re.IGNORECASE
+    r"error 4(0[0234]|13|22)|permission|forbidden|access denied|not found|does not exist"
+    r"|invalid (parameter|tag)|limit exceeded|cannot exceed",
+    re.IGNORECASE,
 )
 
 
@@ -249,8 +252,8 @@ def refusal_of(error: Exception, run: Run) -> Refusal | None:
     if PLACE.search(said):
         place = run.config().tracking.place
         return Refusal(
-            f"W&B refuses it ({said}): see whether you may write to {place} there, or name "
-            f"another place in {run.config_file}, then `{sync}`",
+            f"W&B refuses it ({said}): see whether you may write to {place} there, or mend "
+            f"what it names in {run.config_file}, then `{sync}`",
             "place",
         )
     return None

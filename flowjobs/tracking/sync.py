@@ -122,8 +122,8 @@ def _upload(run: Run) -> Synced:
     if "failure" in news:
         kind = {"login": LoginError, "server": ServerError}.get(news["kind"], TrackingError)
         # A refusal has its own remedy in it.
-        again = "; sync again" if news["kind"] in ("run", "server") else ""
-        raise kind(f"{news['failure']}{again}")
+        again = {"run": "; sync again", "server": f", met with {run.name}; sync again"}
+        raise kind(news["failure"] + again.get(news["kind"], ""))
     raise TrackingError(
         "the server has not taken all of it in time; sync again, it continues from what is there "
         f"({mirror_log(run)})"

@@ -107,6 +107,7 @@ class Backend:
         delay_s: How long every answer takes.
         fail_with: A status code that every request is answered with, or None.
         refuse_with: A status code and a text that every start of a session is answered with.
+        refuse_only: The id of the one run that it is for; None for all.
         files_at: Where the client is sent with its files.
         requests: The names of the GraphQL operations, "file_stream" and "PUT name", in order.
     """
@@ -115,6 +116,7 @@ class Backend:
         self.delay_s = 0.0
         self.fail_with: int | None = None
         self.refuse_with: tuple[int, str] | None = None
+        self.refuse_only: str | None = None
         self.requests: list[str] = []
         self._runs: dict[str, _Stored] = {}
         self._resuming: set[str] = set()
@@ -249,7 +251,7 @@ class Backend:
         if run_id in self._deleted:
             where = f"{asked.get('entity') or ENTITY}/{asked['project']}/{run_id}"
             return 409, f"run {where} was previously created and deleted; try a new run name"
-        return self.refuse_with
+        return self.refuse_with if self.refuse_only in (None, run_id) else None
 
     def _graphql(self, operation: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:

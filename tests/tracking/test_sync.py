@@ -446,14 +446,19 @@ def test_an_upload_that_does_not_arrive_is_given_up_and_continues_later(
 def test_one_run_that_fails_does_not_keep_the_rest(
     study: Path, run: Run, backend: Backend, flowjobs: Command
 ) -> None:
-    broken = new_run(study, "broken")
+    broken, refused = new_run(study, "broken"), new_run(study, "refused")
     broken.config_file.write_text("{")
+    attempt(refused, 20)
     attempt(run, 30)
+    backend.refuse_with = (400, "invalid parameters: 64 limit exceeded for JobType")
+    backend.refuse_only = refused.tracking_id()
     done = flowjobs("sync")
     assert done.returncode == 1
     assert "error: broken: " in done.stderr
     assert "holds no JSON object" in done.stderr
+    assert "error: refused: W&B refuses it (invalid parameters: 64 limit exceeded" in done.stderr
     assert done.stdout == "tracked: 30 rows uploaded, verified\n"
+    assert "W&B refuses it (invalid" in flowjobs("status", "refused").stdout
 
 
 def test_a_wrong_key_and_no_key_say_what_to_do(
