@@ -137,7 +137,7 @@ def close_session(run: Run, *, wait: bool = True) -> bool:
     before = record.read_session(run)
     mode = before.mode if before else resolve_mode(run.config().tracking)[0]
     server = server_of(run.config().tracking)
-    if mode == "online" and not (is_here(server) or has_login(server)):
+    if mode == "online" and not has_login(server):
         # The server's own word would count for all who ask from elsewhere.
         logger.warning("W&B could not be told how %s ended: no login for %s", run.name, server)
         return True

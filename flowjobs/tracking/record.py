@@ -29,7 +29,7 @@ from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
-from flowjobs.tracking.mode import ResolvedMode
+from flowjobs.tracking.mode import ResolvedMode, has_login, server_of
 
 logger = logging.getLogger(__name__)
 
@@ -242,18 +242,20 @@ def refusal_of(error: Exception, run: Run) -> Refusal | None:
     of_the_system = isinstance(error, OSError) and error.errno is not None
     if of_the_system or isinstance(error, ServerError) or NO_REFUSAL.search(said):
         return None
+    tracking = run.config().tracking
     sync = hint("sync", run.name, study=run.study)
     if LOGIN.search(said):
+        if not has_login(server_of(tracking)):  # another node, or user, may have one
+            return None
         return Refusal(
             f"W&B refuses the login here ({said}): run `wandb login --relogin` or mend "
             f"WANDB_API_KEY, then `{sync}`",
             "login",
         )
     if PLACE.search(said):
-        place = run.config().tracking.place
         return Refusal(
-            f"W&B refuses it ({said}): see whether you may write to {place} there, or mend "
-            f"what it names in {run.config_file}, then `{sync}`",
+            f"W&B refuses it ({said}): see whether you may write to {tracking.place} there, "
+            f"or mend what it names in {run.config_file}, then `{sync}`",
             "place",
         )
     return None

@@ -149,7 +149,9 @@ def test_an_offline_file_that_is_only_a_header_does_not_hinder(tracked_run: Make
     assert_history_is_exact(run, None)
 
 
-def test_an_outcome_that_cannot_be_told_is_kept(tracked_run: MakeRun, backend: Backend) -> None:
+def test_an_outcome_that_cannot_be_told_is_kept(
+    tracked_run: MakeRun, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, _ = tracked_run("online")
     attempt_that_is_killed(run)
     backend.go_down()
@@ -157,6 +159,10 @@ def test_an_outcome_that_cannot_be_told_is_kept(tracked_run: MakeRun, backend: B
     assert close_session(run)
     assert pending_outcome(run) == OUT_OF_MEMORY
     backend.come_back()
+    with monkeypatch.context() as cron:
+        cron.delenv("WANDB_API_KEY")
+        assert close_session(run)
+    assert pending_outcome(run) == OUT_OF_MEMORY
     assert close_session(run)
     assert pending_outcome(run) is None
     assert on_server(run, backend).state == "failed"

@@ -238,3 +238,5 @@ def test_without_an_account_nothing_asks_for_one(
     assert time.monotonic() - began < 40
     assert "wandb.ai/authorize" not in said
     assert not os.path.exists(os.path.expanduser("~/.netrc"))
+    assert read_uploaded(run).refusal is None  # whoever has a key tells it
+    assert pending_outcome(run)
