@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 # An upload that is under way may take so long.
 UPLOAD_WAIT_S = 300.0
 
-# The server's own words, as wandb passes them on. It takes such an id never again; an answer of
-# this kind (409) is one that wandb tries again all the same.
+# The server's own words, as wandb passes them on. It takes such an id again only where the run
+# is undeleted; an answer of this kind (409) is one that wandb tries again all the same.
 DELETED = "previously created and deleted"
 # What may pass: what wandb has tried again, and the words of this machine, by Python and by Go, the
 # language of wandb's own process: a file that may not be written also is "permission denied".
@@ -76,7 +76,7 @@ class Refusal:
 
     Attributes:
         text: What it said, and what can be done.
-        kind: "deleted": its id is never taken again; "login": no run is taken; "place": this one.
+        kind: "deleted": it was, there; "login": no run is taken; "place": this one.
     """
 
     text: str
@@ -232,18 +232,18 @@ def refusal_of(error: Exception, run: Run) -> Refusal | None:
     Of what is left only the known answers of a server count as refusals.
     """
     said = " ".join(str(error).split())
+    sync = hint("sync", run.name, study=run.study)
     if DELETED in said:
-        again = hint("sync", run.name, "--as-new", study=run.study)
+        as_new = hint("sync", run.name, "--as-new", study=run.study)
         return Refusal(
-            "it was deleted in W&B, which never takes its id again: "
-            f"`{again}` uploads it as a new run there",
+            f"it was deleted in W&B: undelete it there within 7 days and `{sync}`, or `{as_new}` "
+            "uploads it as a new run",
             "deleted",
         )
     of_the_system = isinstance(error, OSError) and error.errno is not None
     if of_the_system or isinstance(error, ServerError) or NO_REFUSAL.search(said):
         return None
     tracking = run.config().tracking
-    sync = hint("sync", run.name, study=run.study)
     if LOGIN.search(said):
         if not has_login(server_of(tracking)):  # another node, or user, may have one
             return None

@@ -28,6 +28,10 @@ from flowjobs.tracking.process import mirror_log, start_mirror, upload_limit_s
 QUIET_S = 600.0
 
 
+class DeletedError(TrackingError):
+    """The run was deleted in W&B."""
+
+
 @dataclass(frozen=True)
 class Synced:
     """What a sync did for a run.
@@ -71,18 +75,16 @@ def sync_run(
         # Under the lock: another sync may have told it a moment ago.
         run.settle_tracking_id()  # first: a copy of a run that was deleted is not deleted
         known = record.read_uploaded(run)
-        if known.refusal is None or known.refusal.kind != "deleted":
-            there = record.state_to_report(run, server_of(run.config().tracking))
-            if known.reported == there and not (ask or as_new):
+        if not (ask or as_new):
+            if known.refusal and known.refusal.kind == "deleted":
+                raise DeletedError(known.refusal.text)
+            if known.reported == record.state_to_report(run, server_of(run.config().tracking)):
                 return Synced("unchanged")
-            try:
-                return _upload(run)
-            except TrackingError:
-                refusal = record.read_uploaded(run).refusal
-                if not (as_new and refusal and refusal.kind == "deleted"):
-                    raise
-        elif not as_new:
-            raise TrackingError(known.refusal.text)
+        try:
+            return _upload(run)
+        except DeletedError:
+            if not as_new:
+                raise
         run.renew_tracking_id()
         return _upload(run)
 
@@ -120,10 +122,10 @@ def _upload(run: Run) -> Synced:
     if mirror.returncode == 0:
         return Synced("uploaded", news["uploaded"]) if "uploaded" in news else Synced("complete")
     if "failure" in news:
-        kind = {"login": LoginError, "server": ServerError}.get(news["kind"], TrackingError)
+        kinds = {"login": LoginError, "server": ServerError, "deleted": DeletedError}
         # A refusal has its own remedy in it.
         again = {"run": "; sync again", "server": f", met with {run.name}; sync again"}
-        raise kind(news["failure"] + again.get(news["kind"], ""))
+        raise kinds.get(news["kind"], TrackingError)(news["failure"] + again.get(news["kind"], ""))
     raise TrackingError(
         "the server has not taken all of it in time; sync again, it continues from what is there "
         f"({mirror_log(run)})"

@@ -120,7 +120,7 @@ class Backend:
         self.requests: list[str] = []
         self._runs: dict[str, _Stored] = {}
         self._resuming: set[str] = set()
-        self._deleted: set[str] = set()
+        self._deleted: dict[str, _Stored] = {}
         self._lock = threading.RLock()
         self._open: set[socket.socket] = set()
         self._answer_now = threading.Event()
@@ -180,8 +180,12 @@ class Backend:
     def delete(self, run_id: str) -> None:
         """What a person does in the web page: its id is refused from then on."""
         with self._lock:
-            del self._runs[run_id]
-            self._deleted.add(run_id)
+            self._deleted[run_id] = self._runs.pop(run_id)
+
+    def undelete(self, run_id: str) -> None:
+        """What a person does there within seven days."""
+        with self._lock:
+            self._runs[run_id] = self._deleted.pop(run_id)
 
     def go_down(self) -> None:
         """Stop listening and cut every connection: from now on they are refused."""

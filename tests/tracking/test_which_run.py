@@ -189,6 +189,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     said = finish_and_tell(run, process, 75)
     remedy = f"flowjobs sync {run.name} --as-new"
     assert remedy in said + caplog.text
+    assert "undelete it there within 7 days" in said + caplog.text
     shown = flowjobs("status").stdout
     assert remedy in shown
     assert "tries again" not in shown
@@ -199,6 +200,13 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     assert (done.returncode, remedy in done.stderr) == (1, True)
     assert backend.requests.count("RunResumeStatus") == sessions
 
+    backend.undelete(deleted)  # as the text says, too
+    done = flowjobs("sync", run.name, "--as-new")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert backend.runs() == [run.tracking_id()] == [deleted]
+    assert "W&B" not in flowjobs("status").stdout
+
+    backend.delete(deleted)
     done = flowjobs("sync", run.name, "--as-new")
     assert (done.returncode, done.stderr) == (0, "")
     assert run.tracking_id() != deleted
