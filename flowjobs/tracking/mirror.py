@@ -32,7 +32,7 @@ from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
 from flowjobs.runs.surroundings import note_surroundings
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import ResolvedMode, server_url
-from flowjobs.tracking.process import Role
+from flowjobs.tracking.process import EXIT_NOT_TOLD, Role
 from flowjobs.tracking.session import (
     FLUSH_INTERVAL_S,
     WandbSession,
@@ -43,7 +43,6 @@ from flowjobs.tracking.session import (
 
 logger = logging.getLogger(__name__)
 
-EXIT_NOT_TOLD = 3
 # What a sync says of a run without an outcome.
 DIED = Outcome("preempted", EXIT_PREEMPTED, "its process died; not restarted yet")
 

@@ -47,6 +47,9 @@ PATHS = re.compile(
     "WANDB_.*_(DIR|FILE)|NETRC|SSL_CERT_(DIR|FILE)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
 )
 
+# How a mirror ends that W&B has not let tell all.
+EXIT_NOT_TOLD = 3
+
 # Slurm signals every process of a job; the mirror is to end when the training has said its last.
 SIGNALS_FOR_TRAINING_ALONE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
 
@@ -63,6 +66,17 @@ def upload_limit_s(run: Run) -> float:
 def mirror_log(run: Run) -> Path:
     """What the mirrors of a run, and wandb, have to say."""
     return run.folder / "wandb" / "mirror.log"
+
+
+def failure_of_mirror(run: Run, code: int) -> str:
+    """Why a mirror ended by itself, as where wandb cannot be loaded; "" for any other end."""
+    if code in (0, EXIT_NOT_TOLD, -signal.SIGKILL):
+        return ""
+    log = mirror_log(run)
+    # An error's text may have several lines.
+    errors = re.findall(r"^[\w.]+Error\b.*", log.read_text(errors="replace"), re.MULTILINE)
+    why = errors[-1] if code == 1 and errors else f"exit code {code}"
+    return f"the process that tells W&B has failed: {why} (see {log})"
 
 
 def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Popen[bytes]:
@@ -113,10 +127,9 @@ def wait_for_mirror(
     if code == 0 or newest is None or newest.token != session.token:
         return  # W&B knows, or a later session tells it
     refusal = record.read_uploaded(run).refusal
-    again = hint("sync", run.name, study=run.study)
-    what_to_do = refusal.text if refusal else f"`{again}` tries again"
-    state = run.status().state
-    logger.warning("W&B does not know that %s is %s: %s", run.name, state, what_to_do)
+    why = refusal.text if refusal else failure_of_mirror(run, code)
+    why = why or f"`{hint('sync', run.name, study=run.study)}` tries again"
+    logger.warning("W&B does not know that %s is %s: %s", run.name, run.status().state, why)
 
 
 def close_session(run: Run, *, wait: bool = True) -> bool:

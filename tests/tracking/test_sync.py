@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ from flowjobs.runs.files import write_json
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus
-from flowjobs.tracking.process import close_session, pending_outcome
+from flowjobs.tracking.process import close_session, mirror_log, pending_outcome
 from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking.backend import KEY, Backend, RunOnServer
@@ -459,6 +460,24 @@ def test_one_run_that_fails_does_not_keep_the_rest(
     assert "error: refused: W&B refuses it (invalid parameters: 64 limit exceeded" in done.stderr
     assert done.stdout == "tracked: 30 rows uploaded, verified\n"
     assert "W&B refuses it (invalid" in flowjobs("status", "refused").stdout
+
+
+def test_a_wandb_that_cannot_be_loaded_is_no_slow_server(
+    run: Run,
+    backend: Backend,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (workplace / "wandb.py").write_text("raise TypeError('Descriptors cannot\\nMore: at https')")
+    monkeypatch.setenv("PYTHONPATH", str(workplace))
+    attempt(run, 30)
+    why = f"has failed: TypeError: Descriptors cannot (see {mirror_log(run)})"
+    assert f"W&B does not know that tracked is finished: the process that tells W&B {why}" in (
+        caplog.text
+    )
+    with pytest.raises(TrackingError, match=re.escape(why)):
+        sync_run(run)
 
 
 def test_a_wrong_key_and_no_key_say_what_to_do(
