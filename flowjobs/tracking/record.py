@@ -112,6 +112,8 @@ class Uploaded:
         folders: Names of the folders that hold it, as far as no server does.
         reported: The state that W&B was told last; None if it was told none.
         refusal: Why W&B does not take the run.
+        named: Where the server has it, and the name and group that it was given there once: its
+            user may change them.
     """
 
     run_id: str
@@ -119,6 +121,7 @@ class Uploaded:
     folders: tuple[str, ...] = ()
     reported: Report | None = None
     refusal: Refusal | None = None
+    named: tuple[str, ...] = ()
 
 
 def read_session(run: Run) -> Session | None:

@@ -21,7 +21,7 @@ from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
 from flowjobs.tracking import record
-from flowjobs.tracking.mode import ResolvedMode, check_server_answers
+from flowjobs.tracking.mode import ResolvedMode, check_server_answers, server_of
 from flowjobs.tracking.page import LOWEST, config_for_wandb, is_of_an_end, labels_for, summary_of
 from flowjobs.tracking.process import upload_limit_s
 
@@ -66,35 +66,21 @@ class WandbSession:
             _wait_for_killed_session(run)
         else:
             record.write_uploaded(run, self._uploaded)  # before there is a folder that is to stay
-        config = run.config()
+        config, tracking = run.config().training, run.config().tracking
+        named = (server_of(tracking), tracking.place, run.name, config.group)
+        is_named = self._uploaded.named == named
         self._run = wandb.init(
-            project=config.tracking.wandb_project,
-            entity=config.tracking.wandb_entity,
-            group=config.training.group,
-            name=run.name,
+            project=tracking.wandb_project,
+            entity=tracking.wandb_entity,
+            group=None if is_named else config.group,
+            name=None if is_named else run.name,
             id=run_id,
             config=config_for_wandb(run),
             dir=run.folder,
             mode=mode,
             # An attempt resumes the run that the one before it left.
             resume="allow",
-            settings=wandb.Settings(
-                x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
-                init_timeout=INIT_TIMEOUT_S,
-                finish_timeout=upload_limit_s(run),
-                finish_timeout_raises=True,
-                # The end is told after the files, whose store may be out of reach for ever.
-                x_file_transfer_retry_max=1,
-                x_file_transfer_retry_wait_max_seconds=1,
-                x_file_transfer_timeout_seconds=FILE_TIMEOUT_S,
-                x_stats_pid=os.getppid(),
-                # What wandb finds out of this machine says nothing of one that trained.
-                x_disable_meta=not trains_here,
-                x_disable_stats=not trains_here,
-                disable_git=True,  # the config has it
-                console="off",
-                silent=True,
-            ),
+            settings=_settings(run, trains_here),
         )
         self.last_step = self._uploaded.step
         if self._online:
@@ -102,8 +88,9 @@ class WandbSession:
             with suppress(OSError):  # a link is missing in a report, no more
                 run.wandb_page_file.write_text(f"{self._run.url}\n")
             # The server gets the folders' rows now.
-            self._uploaded = replace(self._uploaded, step=self.last_step, folders=())
-            record.write_uploaded(run, self._uploaded)
+            uploaded = replace(self._uploaded, step=self.last_step, folders=(), named=named)
+            record.write_uploaded(run, uploaded)
+            self._uploaded = uploaded
         self._logged_bytes = 0
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
@@ -165,6 +152,26 @@ class WandbSession:
             folders = (*folders, file.parent.name)
         uploaded = replace(self._uploaded, step=self.last_step, folders=folders)
         record.write_uploaded(self._tracked, uploaded)
+
+
+def _settings(run: Run, trains_here: bool) -> wandb.Settings:
+    return wandb.Settings(
+        x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
+        init_timeout=INIT_TIMEOUT_S,
+        finish_timeout=upload_limit_s(run),
+        finish_timeout_raises=True,
+        # The end is told after the files, whose store may be out of reach for ever.
+        x_file_transfer_retry_max=1,
+        x_file_transfer_retry_wait_max_seconds=1,
+        x_file_transfer_timeout_seconds=FILE_TIMEOUT_S,
+        x_stats_pid=os.getppid(),
+        # What wandb finds out of this machine says nothing of one that trained.
+        x_disable_meta=not trains_here,
+        x_disable_stats=not trains_here,
+        disable_git=True,  # the config has it
+        console="off",
+        silent=True,
+    )
 
 
 def run_on_server(run: Run) -> RunOnServer | None:

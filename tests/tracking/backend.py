@@ -168,14 +168,10 @@ class Backend:
         with self._lock:
             return list(self._runs)
 
-    def edit(
-        self, run_id: str, *, tags: Sequence[str] | None = None, notes: str | None = None
-    ) -> None:
-        """What a person does in the web page."""
+    def edit(self, run_id: str, **fields: Any) -> None:
+        """What a person does in the web page, to `tags`, `notes`, `name` or `group`."""
         with self._lock:
-            stored = self._runs[run_id]
-            stored.tags = stored.tags if tags is None else list(tags)
-            stored.notes = stored.notes if notes is None else notes
+            vars(self._runs[run_id]).update(fields)
 
     def delete(self, run_id: str) -> None:
         """What a person does in the web page: its id is refused from then on."""

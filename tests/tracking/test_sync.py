@@ -221,10 +221,12 @@ def test_what_a_person_wrote_in_the_page_stays(run: Run, backend: Backend) -> No
     attempt(run, 30, "preempt")
     there = sync(run, backend)
     backend.edit(there.id, tags=[*there.tags, "keep"], notes="look at this\n\n" + there.notes)
+    backend.edit(there.id, name="the good one", group="figure 3")
     attempt(run, 60)
     there = sync(run, backend)
     assert "keep" in there.tags
     assert "look at this" in there.notes
+    assert (there.name, there.group) == ("the good one", "figure 3")
 
 
 def test_a_run_that_was_killed_waits_for_its_next_attempt(run: Run, backend: Backend) -> None:
@@ -623,10 +625,12 @@ def test_after_a_sync_an_offline_attempt_continues_for_either_kind(
     run: Run, backend: Backend
 ) -> None:
     attempt(run, 50, "preempt")
-    sync(run, backend)
+    backend.edit(sync(run, backend).id, name="the good one", group="figure 3")
     attempt(run, 90)
     wandb_sync(run)
-    assert_equal_histories(run, backend.run(run.tracking_id()))
+    there = backend.run(run.tracking_id())
+    assert_equal_histories(run, there)
+    assert (there.name, there.group) == ("the good one", "figure 3")
 
 
 def test_a_run_whose_server_was_never_there_is_uploaded_with_identity_and_picture(
