@@ -104,8 +104,8 @@ def check_server_answers(server: str = "") -> None:
 
     server = server or server_url()
     url = urlsplit(server)
-    proxy = f"WANDB_{url.scheme.upper()}_PROXY"
-    if getproxies().get(url.scheme) or os.environ.get(proxy):
+    ours = variables().keys() & {f"WANDB_{url.scheme.upper()}_PROXY", "WANDB__PROXIES"}
+    if getproxies().get(url.scheme) or ours:
         return
     address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
     try:
@@ -150,6 +150,14 @@ def _names_of(server: str) -> list[str]:
         host = urlsplit(server).netloc.lower().removesuffix(":443")
     # A login at the one name of W&B's own server is good for the other.
     return DEFAULT_HOSTS if host in DEFAULT_HOSTS else [host]
+
+
+def variables() -> dict[str, str]:
+    """The environment, and what W&B's settings file of this user says as if it stood there."""
+    settings = {f"WANDB_{name.upper()}": value for name, value in settings_of_user().items()}
+    # A key out of a file ends with its newline, which wandb refuses; an empty one is none.
+    found = [*settings.items(), *os.environ.items()]  # the environment wins
+    return {name: value.strip() for name, value in found if value.strip()}
 
 
 def settings_of_user() -> dict[str, str]:

@@ -25,7 +25,7 @@ from flowjobs.tracking.mode import (
     is_here,
     resolve_mode,
     server_of,
-    settings_of_user,
+    variables,
 )
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ Role = Literal["follow", "close", "sync"]
 # sweep's id, a fork, a team, a folder.
 SERVER_VARIABLES = re.compile(
     "WANDB_(API_KEY|APP_URL|BASE_URL|CACHE_DIR|CREDENTIALS_FILE|DATA_DIR|ERROR_REPORTING"
-    "|HTTPS?_PROXY|HTTP_TIMEOUT|IDENTITY_TOKEN_FILE|INSECURE_DISABLE_SSL"
-    "|X?_EXTRA_HTTP_HEADERS|_PROXIES)"
+    "|HTTPS?_PROXY|HTTP_TIMEOUT|IDENTITY_TOKEN_FILE|INIT_TIMEOUT|INSECURE_DISABLE_SSL|USERNAME"
+    "|USER_EMAIL|X?_EXTRA_HTTP_HEADERS|X?_SERVICE_WAIT|_PROXIES)"
 )
 # Variables that hold a path, which may be relative to the directory that the mirror leaves.
 PATHS = re.compile(
@@ -60,7 +60,10 @@ UPLOAD_BASE_S, UPLOAD_BYTES_PER_S = 60.0, 20_000
 def upload_limit_s(run: Run) -> float:
     """The longest that it may take to tell W&B all of a run, in seconds."""
     size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
-    return UPLOAD_BASE_S + size / UPLOAD_BYTES_PER_S
+    longer_s = 0.0
+    with suppress(ValueError):  # wandb says so
+        longer_s = float(os.environ.get("WANDB_INIT_TIMEOUT", "0"))
+    return UPLOAD_BASE_S + longer_s + size / UPLOAD_BYTES_PER_S
 
 
 def mirror_log(run: Run) -> Path:
@@ -199,11 +202,7 @@ def mirror_environment(mode: str, server: str | None = None) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.lstrip("_").startswith("WANDB")
     }
-    settings = {f"WANDB_{name.upper()}": value for name, value in settings_of_user().items()}
-    for name, value in [*settings.items(), *os.environ.items()]:  # the environment wins
-        # A key out of a file ends with its newline, which wandb refuses; an empty one is none.
-        if SERVER_VARIABLES.fullmatch(name) and value.strip():
-            kept[name] = value.strip()
+    kept |= {name: value for name, value in variables().items() if SERVER_VARIABLES.fullmatch(name)}
     if server:
         if not is_here(server):  # a key here is another's
             for name in ("WANDB_APP_URL", *CREDENTIALS, *MORE_CREDENTIALS):
@@ -215,6 +214,7 @@ def mirror_environment(mode: str, server: str | None = None) -> dict[str, str]:
     package_root = str(Path(flowjobs.__file__).parent.parent)
     python_path = filter(None, [package_root, os.environ.get("PYTHONPATH")])
     return {
+        "WANDB_INIT_TIMEOUT": "20",  # in seconds, for whom no variable of theirs says it
         **kept,
         "PYTHONPATH": os.pathsep.join(python_path),
         # wandb loads NumPy, whose threads would spin on the cores that train.

@@ -25,7 +25,6 @@ from flowjobs.tracking.mode import ResolvedMode, check_server_answers, server_of
 from flowjobs.tracking.page import LOWEST, config_for_wandb, is_of_an_end, labels_for, summary_of
 from flowjobs.tracking.process import upload_limit_s
 
-INIT_TIMEOUT_S = 20
 API_TIMEOUT_S = 10
 # Tried twice, a file that does not arrive leaves time for the end of an attempt.
 FILE_TIMEOUT_S = 5
@@ -157,7 +156,6 @@ class WandbSession:
 def _settings(run: Run, trains_here: bool) -> wandb.Settings:
     return wandb.Settings(
         x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
-        init_timeout=INIT_TIMEOUT_S,
         finish_timeout=upload_limit_s(run),
         finish_timeout_raises=True,
         # The end is told after the files, whose store may be out of reach for ever.

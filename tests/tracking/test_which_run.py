@@ -10,10 +10,11 @@ import pytest
 
 from flowjobs.cli.defaults import load_defaults
 from flowjobs.config import TrackingConfig
+from flowjobs.errors import ServerError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.mode import entity_here
-from flowjobs.tracking.process import mirror_environment
+from flowjobs.tracking.mode import check_server_answers, entity_here
+from flowjobs.tracking.process import mirror_environment, upload_limit_s
 from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking import attempts
@@ -127,6 +128,35 @@ def test_server_and_mode_of_wandbs_settings_are_read_as_a_run_is_made(
     assert made() == ("https://another.test", "online")
 
 
+def test_what_says_who_one_is_and_how_long_to_wait_reaches_wandb(
+    monkeypatch: pytest.MonkeyPatch, study: Path
+) -> None:
+    run = make_run(study, "online")
+    limit_s = upload_limit_s(run)
+    assert mirror_environment("online")["WANDB_INIT_TIMEOUT"] == "20"
+    given = {
+        "WANDB_USERNAME": "me",
+        "WANDB_USER_EMAIL": "me@lab.test",
+        "WANDB__SERVICE_WAIT": "300",
+        "WANDB_INIT_TIMEOUT": "90",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert mirror_environment("online").items() >= given.items()
+    assert upload_limit_s(run) == limit_s + 90
+
+
+def test_a_proxy_of_wandbs_settings_counts_for_whether_the_server_can_be_reached() -> None:
+    server = "http://127.0.0.1:1"
+    with pytest.raises(ServerError):
+        check_server_answers(server)
+    settings = Path.home() / ".config/wandb/settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nhttp_proxy = http://proxy.lab.test:3128\n")
+    check_server_answers(server)
+    assert mirror_environment("online")["WANDB_HTTP_PROXY"] == "http://proxy.lab.test:3128"
+
+
 def test_paths_in_the_environment_mean_the_same_to_the_mirror(
     monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:
@@ -177,7 +207,11 @@ def test_a_run_that_was_deleted_on_disk_starts_anew_in_wandb(
 
 
 def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_ever(
-    tracked_run: MakeRun, backend: Backend, flowjobs: Command, caplog: pytest.LogCaptureFixture
+    tracked_run: MakeRun,
+    backend: Backend,
+    flowjobs: Command,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, _ = tracked_run("online")
     process = attempts.start(run, 100_000, pace_s=0.02)
@@ -200,6 +234,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     assert (done.returncode, remedy in done.stderr) == (1, True)
     assert backend.requests.count("RunResumeStatus") == sessions
 
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "4")  # which is how long wandb asks for a deleted one
     backend.undelete(deleted)  # as the text says, too
     done = flowjobs("sync", run.name, "--as-new")
     assert (done.returncode, done.stderr) == (0, "")
