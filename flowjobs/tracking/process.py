@@ -228,5 +228,7 @@ def mirror_environment(mode: str, server: str | None = None) -> dict[str, str]:
         # No settings file: any other key in it would lead elsewhere, too. That of the working
         # directory the mirror leaves behind.
         "WANDB_CONFIG_DIR": os.devnull,
+        # Nor a folder in /tmp for each run that `wandb.Api` is asked for.
+        "WANDB_DIR": os.devnull,
         "WANDB_SAGEMAKER_DISABLE": "true",  # which has ids of its own
     }

@@ -5,17 +5,13 @@ Its methods may raise whatever wandb raises, and may take long when a server doe
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import wandb
-import wandb.errors
-from wandb.apis.public.runs import Run as RunOnServer
-from wandb.apis.public.runs import RunNotFoundError
 
 from flowjobs.errors import TrackingError
 from flowjobs.runs.run import Run
@@ -24,6 +20,15 @@ from flowjobs.tracking import record
 from flowjobs.tracking.mode import ResolvedMode, check_server_answers, server_of
 from flowjobs.tracking.page import LOWEST, config_for_wandb, is_of_an_end, labels_for, summary_of
 from flowjobs.tracking.process import upload_limit_s
+
+# wandb makes two temporary folders as it is imported, for what is not told here, and would remove
+# them in hooks that a mirror does not wait for.
+with tempfile.TemporaryDirectory() as tempfile.tempdir:
+    import wandb
+    import wandb.errors
+    from wandb.apis.public.runs import Run as RunOnServer
+    from wandb.apis.public.runs import RunNotFoundError
+tempfile.tempdir = None
 
 API_TIMEOUT_S = 10
 # Tried twice, a file that does not arrive leaves time for the end of an attempt.

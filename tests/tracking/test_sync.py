@@ -103,10 +103,14 @@ def assert_equal_histories(run: Run, there: RunOnServer) -> None:
 
 
 def test_a_finished_run_is_on_the_server_as_if_it_had_been_online(
-    run: Run, backend: Backend
+    run: Run, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     attempt(run, 100)
     there = sync(run, backend)
+    wait_for(lambda: not list(temporary.iterdir()), 10)  # wandb's own process ends a moment later
     assert_equal_histories(run, there)
     assert [row["step"] for row in there.rows] == list(range(1, 101))
     assert (there.state, there.exit_code) == ("finished", 0)
