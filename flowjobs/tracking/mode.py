@@ -54,8 +54,8 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
 
 
 def has_login(server: str) -> bool:
-    """Whether wandb would find credentials: in the environment or in the netrc file."""
-    if is_here(server) and any(os.environ.get(name, "").strip() for name in CREDENTIALS):
+    """Whether wandb would find credentials: in the environment, its settings or the netrc file."""
+    if is_here(server) and variables().keys() & {*CREDENTIALS}:
         return True
     hosts = _names_of(server)
     home = Path(os.path.expanduser("~"))
@@ -130,7 +130,7 @@ def server_here() -> str | None:
 
     For a run to be read once, as the entity is.
     """
-    return os.environ.get("WANDB_BASE_URL", "").strip() or server_of_settings()[0] or None
+    return variables().get("WANDB_BASE_URL")
 
 
 def server_of_settings() -> tuple[str, str]:

@@ -112,8 +112,8 @@ class Uploaded:
         folders: Names of the folders that hold it, as far as no server does.
         reported: The state that W&B was told last; None if it was told none.
         refusal: Why W&B does not take the run.
-        named: Where the server has it, and the name and group that it was given there once: its
-            user may change them.
+        named: The server, entity and project that have it, and the name and group that it was
+            given there once: its user may change them.
     """
 
     run_id: str
@@ -216,6 +216,16 @@ def note_refusal(run: Run, refusal: Refusal | None) -> None:
     uploaded = read_uploaded(run)
     if uploaded.refusal != refusal:
         write_uploaded(run, replace(uploaded, refusal=refusal))
+
+
+def entity_of(run: Run) -> str:
+    """The user or team in W&B that has the run; "" for whose account the key will be of.
+
+    Once it is there another account, or another default of the same, changes nothing.
+    """
+    tracking, named = run.config().tracking, read_uploaded(run).named
+    noted = named[1] if named[:1] == (server_of(tracking),) else ""
+    return tracking.wandb_entity or noted
 
 
 def session_files(run: Run) -> list[Path]:

@@ -71,11 +71,12 @@ class WandbSession:
         else:
             record.write_uploaded(run, self._uploaded)  # before there is a folder that is to stay
         config, tracking = run.config().training, run.config().tracking
-        named = (server_of(tracking), tracking.place, run.name, config.group)
+        server, entity = server_of(tracking), record.entity_of(run)
+        named = (server, entity, tracking.wandb_project, run.name, config.group)
         is_named = self._uploaded.named == named
         self._run = wandb.init(
             project=tracking.wandb_project,
-            entity=tracking.wandb_entity,
+            entity=entity or None,
             group=None if is_named else config.group,
             name=None if is_named else run.name,
             id=run_id,
@@ -92,6 +93,7 @@ class WandbSession:
             with suppress(OSError):  # a link is missing in a report, no more
                 run.wandb_page_file.write_text(f"{self._run.url}\n")
             # The server gets the folders' rows now.
+            named = (server, entity or self._run.entity, *named[2:])
             uploaded = replace(self._uploaded, step=self.last_step, folders=(), named=named)
             record.write_uploaded(run, uploaded)
             self._uploaded = uploaded
@@ -183,8 +185,7 @@ def run_on_server(run: Run) -> RunOnServer | None:
     Raises:
         wandb.Error: It does not say.
     """
-    tracking = run.config().tracking
-    place = [tracking.wandb_entity, tracking.wandb_project, run.tracking_id()]
+    place = [record.entity_of(run), run.config().tracking.wandb_project, run.tracking_id()]
     try:
         return wandb.Api(timeout=API_TIMEOUT_S).run("/".join(filter(None, place)))
     except wandb.errors.CommError as error:

@@ -109,6 +109,7 @@ class Backend:
         refuse_with: A status code and a text that every start of a session is answered with.
         refuse_only: The id of the one run that it is for; None for all.
         files_at: Where the client is sent with its files.
+        entity: Whose account the key is of.
         requests: The names of the GraphQL operations, "file_stream" and "PUT name", in order.
     """
 
@@ -117,6 +118,7 @@ class Backend:
         self.fail_with: int | None = None
         self.refuse_with: tuple[int, str] | None = None
         self.refuse_only: str | None = None
+        self.entity = ENTITY
         self.requests: list[str] = []
         self._runs: dict[str, _Stored] = {}
         self._resuming: set[str] = set()
@@ -257,7 +259,8 @@ class Backend:
         with self._lock:
             match operation:
                 case "Viewer" | "GetDefaultEntity":
-                    viewer = {"id": "U", "entity": ENTITY, "username": ENTITY, "flags": "{}"}
+                    who = {"entity": self.entity, "username": self.entity}
+                    viewer = {"id": "U", **who, "flags": "{}"}
                     return {"viewer": {**viewer, "email": "", "teams": {"edges": []}}}
                 case "ServerFeaturesQuery":
                     return {"serverInfo": {"features": []}}
@@ -322,7 +325,7 @@ class Backend:
     def _upsert(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         run_id = asked["name"] or asked["id"]
         inserted = run_id not in self._runs
-        entity = asked.get("entity") or ENTITY
+        entity = asked.get("entity") or self.entity
         stored = self._runs.setdefault(run_id, _Stored(run_id, asked["project"], entity))
         if inserted or run_id in self._resuming:  # else a session says more of itself
             self._resuming.discard(run_id)

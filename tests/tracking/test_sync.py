@@ -564,6 +564,17 @@ def test_the_entity_is_the_one_that_the_run_was_submitted_with(
     assert_equal_histories(run, there)
 
 
+def test_an_account_with_another_default_entity_syncs_the_same_run(
+    run: Run, backend: Backend
+) -> None:
+    attempt(run, 30, "preempt")
+    before = sync(run, backend)
+    backend.entity = "a-colleague"
+    attempt(run, 60)
+    assert_equal_histories(run, sync(run, backend))
+    assert backend.run(before.id).entity == before.entity
+
+
 def test_the_server_is_the_one_that_the_run_was_submitted_with(
     study: Path, backend: Backend, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
