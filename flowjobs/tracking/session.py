@@ -31,8 +31,6 @@ with tempfile.TemporaryDirectory() as tempfile.tempdir:
 tempfile.tempdir = None
 
 API_TIMEOUT_S = 10
-# Tried twice, a file that does not arrive leaves time for the end of an attempt.
-FILE_TIMEOUT_S = 5
 # A hard kill loses what wandb has not flushed to its file: by default 15 s of everything.
 FLUSH_INTERVAL_S = 0.25
 # After a session was cut, the server may still be taking in the last of it.
@@ -165,10 +163,11 @@ def _settings(run: Run, trains_here: bool) -> wandb.Settings:
         x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
         finish_timeout=upload_limit_s(run),
         finish_timeout_raises=True,
-        # The end is told after the files, whose store may be out of reach for ever.
+        # The end is told after the files, whose store may be out of reach for ever. Tried twice,
+        # one that does not arrive leaves time for it, of which the end of an attempt has little.
         x_file_transfer_retry_max=1,
         x_file_transfer_retry_wait_max_seconds=1,
-        x_file_transfer_timeout_seconds=FILE_TIMEOUT_S,
+        x_file_transfer_timeout_seconds=5 if trains_here else 15,
         x_stats_pid=os.getppid(),
         # What wandb finds out of this machine says nothing of one that trained.
         x_disable_meta=not trains_here,

@@ -58,7 +58,7 @@ def sync_run(
         run: The run.
         judge: Says whether who is named as the run's holder still trains it.
         ask: Ask the server also where it had all, and nothing has changed here: there it may be
-            deleted.
+            deleted, or undeleted.
         as_new: Ask it, and give the run a new id if it is deleted there. Only the server knows
             that: repeated, this does not make another run of one that is there.
 
@@ -123,9 +123,10 @@ def _upload(run: Run) -> Synced:
         return Synced("uploaded", news["uploaded"]) if "uploaded" in news else Synced("complete")
     if "failure" in news:
         kinds = {"login": LoginError, "server": ServerError, "deleted": DeletedError}
+        error = kinds.get(news["kind"], TrackingError)
         # A refusal has its own remedy in it.
         again = {"run": "; sync again", "server": f", met with {run.name}; sync again"}
-        raise kinds.get(news["kind"], TrackingError)(news["failure"] + again.get(news["kind"], ""))
+        raise error(news["failure"] + again.get(news["kind"], ""))
     raise TrackingError(
         failure_of_mirror(run, mirror.returncode)
         or "the server has not taken all of it in time; sync again, it continues from what is "
