@@ -20,7 +20,6 @@ from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag, take_types
 from flowjobs.from_json import from_json
 from flowjobs.nearest import did_you_mean
-from flowjobs.sbatch_options import fields_of_options
 
 BUILT_IN_ARCHS = ("mlp", "unet", "dit")
 BUILT_IN_FLOWS = ("icfm", "otcfm", "fm", "sbcfm", "vpcfm", "reflow")
@@ -394,7 +393,6 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         take_types(self)
-        self._take_options_as_fields()
         _require(self, "nodes", minimum=1)
         _require(self, "gpus_per_node", minimum=0)
         _require(self, "signal_delay_s", minimum=0)
@@ -414,39 +412,6 @@ class SlurmConfig:
                 )
             if key in DECIDED_OPTIONS:
                 raise ConfigError(f"--sbatch {key}: {DECIDED_OPTIONS[key]}")
-
-    def _take_options_as_fields(self) -> None:
-        """Let a field have what an sbatch option says of it: in the batch file both would stand."""
-        said, rest = fields_of_options(self.sbatch)
-        for name, (option, value) in said.items():
-            given, default = getattr(self, name), getattr(SlurmConfig, name)
-            found = f"--sbatch {option}: found {self.sbatch[option]}"
-            if value is None and given is not None:
-                raise ConfigError(
-                    f"{found}, which cannot be read as a value of {flag(name)}: give that instead"
-                )
-            if given not in (default, value):
-                raise ConfigError(
-                    f"{found}, and {flag(name)} {given} by its flag, variable or a flowjobs.toml: "
-                    f"give {flag(name)} alone"
-                )
-            object.__setattr__(self, name, value)
-        if "gpus" in self.sbatch and self.nodes > 1:
-            raise ConfigError(
-                f"--sbatch gpus: it counts the GPUs of all {self.nodes} nodes together: give "
-                "--gpus-per-node"
-            )
-        processes = {
-            "ntasks": self.nodes * self.tasks_per_node,
-            "ntasks-per-node": self.tasks_per_node,
-        }
-        for option, expected in processes.items():
-            if (given := rest.pop(option, expected)) != expected:
-                raise ConfigError(
-                    f"--sbatch {option}: found {given}, expected {expected}: there is one process "
-                    "per GPU; see --gpus-per-node"
-                )
-        object.__setattr__(self, "sbatch", KeyValues(rest))
 
     @property
     def signal_before_end_s(self) -> int:

@@ -152,48 +152,6 @@ def test_an_sbatch_option_that_a_run_cannot_keep_to_is_refused() -> None:
         SlurmConfig(sbatch=KeyValues(array="0-3"))
 
 
-@pytest.mark.parametrize(
-    ("options", "meant"),
-    [
-        ("gres=gpu:a100:2", {"gpu_type": "a100", "gpus_per_node": 2}),
-        ("gres=lustre:1,gpu:1g.10gb", {"gpu_type": "1g.10gb", "sbatch": {"gres": "lustre:1"}}),
-        ("gpus-per-node=2 ntasks-per-node=2 ntasks=2", {"gpus_per_node": 2}),
-        ("gpus=2 cpus-per-gpu=4", {"gpus_per_node": 2, "cpus_per_task": 4}),
-        ("nodes=2 cpus-per-task=8 exclude=n3", {"nodes": 2, "cpus_per_task": 8, "exclude": "n3"}),
-        ("time=1:30:00 mem=4G account=1234", {"timeout_min": 90, "mem_gb": 4, "account": "1234"}),
-        ("signal=B:USR1@300", {"signal_delay_s": 300}),
-        # sbatch alone can read these.
-        ("mem=0 time=UNLIMITED", {"sbatch": {"mem": 0, "time": "UNLIMITED"}}),
-        ("mem-per-cpu=2G exclusive=True", {"sbatch": {"mem-per-cpu": "2G", "exclusive": True}}),
-    ],
-)
-def test_an_sbatch_option_that_a_field_says_is_that_field(
-    options: str, meant: dict[str, Any]
-) -> None:
-    found = SlurmConfig(sbatch=KeyValues.parse(options.split()))
-    sbatch = KeyValues(meant.pop("sbatch", {}))
-    assert found == SlurmConfig(**meant, sbatch=sbatch) == dataclasses.replace(found)
-
-
-@pytest.mark.parametrize(
-    ("option", "fields", "said"),
-    [
-        ("partition=b", {"partition": "a"}, "partition: found b, and --partition a by its flag"),
-        ("gres=gpu:1", {"gpus_per_node": 0}, "gres: found gpu:1, and --gpus-per-node 0 by its"),
-        ("time=UNLIMITED", {"timeout_min": 60}, "found UNLIMITED, which cannot be read as a value"),
-        ("nodes=2-4", {}, "nodes: found 2-4, which cannot be read as a value of --nodes"),
-        ("gres=gpu:a100:1,gpu:h100:1", {}, "read as a value of --gpus-per-node: give that instead"),
-        ("gpus=4", {"nodes": 2}, "counts the GPUs of all 2 nodes together: give --gpus-per-node"),
-        ("ntasks-per-node=4", {}, "found 4, expected 1: there is one process per GPU"),
-    ],
-)
-def test_an_sbatch_option_that_is_at_odds_with_a_field_is_refused(
-    option: str, fields: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(ConfigError, match=said):
-        SlurmConfig(**fields, sbatch=KeyValues.parse([option]))
-
-
 @pytest.mark.parametrize("project", ["team/flows", "", "x" * 129])
 def test_a_project_that_wandb_would_refuse_is_refused(project: str) -> None:
     with pytest.raises(ConfigError, match="--wandb-project"):

@@ -18,7 +18,6 @@ from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag
 from flowjobs.nearest import meant
 from flowjobs.runs.run import default_study
-from flowjobs.sbatch_options import FIELDS_OF_OPTIONS, fields_of_options
 from flowjobs.slurm.options import fields_from, variables_of
 from flowjobs.toml_values import read_toml, typed_value
 from flowjobs.tracking.mode import entity_of_settings, mode_of_settings, server_of_settings
@@ -92,8 +91,7 @@ class Defaults:
         if flag(name) in self.flags:  # also where it repeats the default
             return flag(name)
         if getattr(config, name) != getattr(self.fill(type(config)), name):
-            by_option = flag("sbatch") in self.flags and name in FIELDS_OF_OPTIONS
-            return flag("sbatch") if by_option else flag(name)
+            return flag(name)
         return self.sources.get(name, "default")
 
     def check_variables(self, slurm: SlurmConfig) -> None:
@@ -113,7 +111,7 @@ class Defaults:
             )
 
     def _by_flag(self, config: Any, name: str) -> bool:
-        return self.source_of(config, name) in (flag(name), flag("sbatch"))
+        return self.source_of(config, name) == flag(name)
 
 
 def load_defaults(
@@ -175,8 +173,6 @@ def _read_variables(environment: Mapping[str, str], defaults: Defaults) -> None:
     }
     if kept != options:
         defaults.values["sbatch"] = KeyValues(kept)
-    for name in fields_of_options(kept)[0]:
-        defaults.sources.setdefault(name, defaults.sources["sbatch"])
 
 
 def _files(environment: Mapping[str, str]) -> list[Path]:

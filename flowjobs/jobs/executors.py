@@ -236,7 +236,7 @@ def _parameters(name: str, asked: SlurmConfig) -> dict[str, Any]:
         "cpus_per_task": asked.cpus_per_task,
         "mem": None if memory is None else f"{round(memory * 1024)}M",
         "time": asked.timeout_min,
-        "comment": asked.comment,
+        "comment": asked.sbatch.get("comment", asked.comment),
         "wckey": None,
         "stderr_to_stdout": True,
         "srun_args": srun_args,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowjobs.errors import SubmissionError
-from flowjobs.sbatch_options import minutes, seconds
 from flowjobs.slurm.client import (
     MARK,
     SEPARATOR,
@@ -21,6 +20,7 @@ from flowjobs.slurm.client import (
     timestamp,
 )
 from flowjobs.slurm.cluster import FIELD
+from flowjobs.slurm.options import minutes, seconds
 from flowjobs.slurm.requested import starts_without
 
 logger = logging.getLogger(__name__)

@@ -5,12 +5,13 @@ that means a field becomes that field's default, and is then hidden from sbatch.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowjobs.config import DECIDED_OPTIONS, SlurmConfig
-from flowjobs.sbatch_options import MEANINGS, without_gpus
 from flowjobs.slots import JOB_OF_RUN, SLOTS
+
+Fields = dict[str, Any]
 
 # Set by the batch script of an array: its folder, in which each task finds its run.
 ARRAY = "FLOWJOBS_ARRAY"
@@ -39,16 +40,119 @@ OPTION_VARIABLES = {
 }
 
 
-def variables_of(option: str) -> tuple[str, ...]:
-    """The variables that say the same as an sbatch option (`reservation`)."""
-    return OPTION_VARIABLES.get(option, ("SBATCH_" + option.upper().replace("-", "_"),))
+def minutes(time_limit: str) -> int:
+    """A time limit in one of sbatch's forms ("90", "1:30:00", "2-12") in minutes, rounded up.
+
+    Raises:
+        ValueError: It is of none of those forms, or no limit at all ("UNLIMITED", "0").
+    """
+    total = -(-seconds(time_limit) // 60)
+    if total == 0:
+        raise ValueError(time_limit)
+    return total
 
 
-# By variable. The options of other fields have none that sbatch reads.
-_MEANINGS = {
-    variables_of(option)[0]: meaning
-    for option, meaning in MEANINGS.items()
-    if option not in ("exclude", "comment", "nodes", "cpus-per-task")
+def seconds(time_limit: str) -> int:
+    """The same in seconds; so Slurm writes a time that has passed, too ("1-02:03:04").
+
+    Raises:
+        ValueError: It is of none of those forms.
+    """
+    if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", time_limit):
+        raise ValueError(time_limit)
+    days, dash, rest = time_limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, mins, secs = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, mins, secs = parts
+    else:
+        hours, (mins, secs) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + mins) * 60 + secs
+
+
+def gigabytes(memory: str) -> float:
+    """A size in one of sbatch's forms ("4000", "4000M", "2G"; MB by default) in GB.
+
+    Raises:
+        ValueError: It is of none of those forms, or means all of the node's memory ("0").
+    """
+    found = re.fullmatch(r"(\d+)([KMGT]?)", memory.upper())
+    if not found or not int(found[1]):
+        raise ValueError(memory)
+    in_gb = {"K": 1 / 1024**2, "": 1 / 1024, "M": 1 / 1024, "G": 1.0, "T": 1024.0}
+    return int(found[1]) * in_gb[found[2]]
+
+
+def seconds_before_end(signal: str) -> int:
+    """The time of a `--signal` ("USR2@60", "B:USR1@120"; 60 by default) in seconds.
+
+    Which signal it is and whether the batch shell or the processes get it is not taken over:
+    flowjobs has its processes told by USR2, whatever other jobs of the user listen to.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    found = re.fullmatch(r"(?:[RB]+:)?[A-Z0-9]+(?:@(\d+))?", signal.upper())
+    if not found:
+        raise ValueError(signal)
+    return int(found[1] or 60)
+
+
+def _cpus_per_task(cpus: str) -> Fields:
+    if not re.fullmatch(r"[1-9]\d*", cpus):
+        raise ValueError(cpus)
+    return {"cpus_per_task": int(cpus)}
+
+
+def _gpus_per_node(gpus: str) -> Fields:
+    """`2` or `a100:2`."""
+    found = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d+)", gpus)
+    if not found:
+        raise ValueError(gpus)
+    count: Fields = {"gpus_per_node": int(found[2])}
+    return count | ({"gpu_type": found[1]} if found[1] else {})
+
+
+def _gpus_of_gres(gres: str) -> Fields:
+    """`gpu`, `gpu:2`, `gpu:a100:2` among other resources."""
+    asked = [entry for entry in gres.split(",") if _is_gpu(entry)]
+    if not asked:
+        return {}
+    if len(asked) > 1:
+        raise ValueError(gres)
+    rest = asked[0].partition(":")[2]
+    if rest and not rest.rpartition(":")[2].isdigit():
+        rest += ":1"
+    return _gpus_per_node(rest or "1")
+
+
+def _is_gpu(gres_entry: str) -> bool:
+    return gres_entry.strip().partition(":")[0] == "gpu"
+
+
+def _as_is(field: str) -> Callable[[str], Fields]:
+    return lambda value: {field: value}
+
+
+# In the order of how exactly they say it: a later one wins over an earlier one.
+_MEANINGS: dict[str, tuple[str, Callable[[str], Fields]]] = {
+    "SBATCH_PARTITION": ("partition", _as_is("partition")),
+    "SBATCH_ACCOUNT": ("account", _as_is("account")),
+    "SBATCH_QOS": ("qos", _as_is("qos")),
+    "SBATCH_CONSTRAINT": ("constraint", _as_is("constraint")),
+    "SBATCH_TIMELIMIT": ("timeout_min", lambda value: {"timeout_min": minutes(value)}),
+    "SBATCH_MEM_PER_NODE": ("mem_gb", lambda value: {"mem_gb": gigabytes(value)}),
+    "SBATCH_SIGNAL": (
+        "signal_delay_s",
+        lambda value: {"signal_delay_s": seconds_before_end(value)},
+    ),
+    # There is one process per GPU.
+    "SBATCH_CPUS_PER_GPU": ("cpus_per_task", _cpus_per_task),
+    "SBATCH_GRES": ("gpus_per_node", _gpus_of_gres),
+    # Of all nodes together, which is the same where there is one; `submit` refuses it for more.
+    "SBATCH_GPUS": ("gpus_per_node", _gpus_per_node),
+    "SBATCH_GPUS_PER_NODE": ("gpus_per_node", _gpus_per_node),
 }
 # Other ways to say what a field says. sbatch reads them where the field has no value.
 _ALTERNATIVES = {"SBATCH_MEM_PER_CPU": "mem_gb", "SBATCH_MEM_PER_GPU": "mem_gb"}
@@ -72,6 +176,11 @@ def fields_from(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
             except ValueError:
                 found[field] = variable, None
     return found
+
+
+def variables_of(option: str) -> tuple[str, ...]:
+    """The variables that say the same as an sbatch option (`reservation`)."""
+    return OPTION_VARIABLES.get(option, ("SBATCH_" + option.upper().replace("-", "_"),))
 
 
 # Why sbatch does not see them.
@@ -118,6 +227,8 @@ def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -
         for name, value in environment.items()
         if name in kept or not (name.startswith(foreign) or name in hidden)
     }
-    if "gres" not in asked.sbatch and (rest := without_gpus(environment.get("SBATCH_GRES", ""))):
-        cleaned["SBATCH_GRES"] = rest
+    if "gres" not in asked.sbatch:
+        others = environment.get("SBATCH_GRES", "").split(",")
+        if rest := ",".join(entry for entry in others if entry and not _is_gpu(entry)):
+            cleaned["SBATCH_GRES"] = rest
     return cleaned

@@ -137,22 +137,6 @@ def test_a_files_sbatch_option_gives_way_to_its_variable(
     assert load_defaults().fill(SlurmConfig).sbatch == {"exclusive": True}
 
 
-def test_an_sbatch_option_that_a_field_says_is_where_its_value_comes_from(tmp_path: Path) -> None:
-    file = write(tmp_path / "flowjobs.toml", "sbatch = {gres = 'gpu:a100:2'}\n")
-    by_file = load_defaults()
-    slurm = by_file.fill(SlurmConfig)
-    sources = [by_file.source_of(slurm, name) for name in ("gpus_per_node", "gpu_type", "qos")]
-    assert sources == [str(file), str(file), "default"]
-    words = ["submit", "--sbatch", "gres=gpu:h100:4", "--qos", "low"]
-    with pytest.raises(ConfigError, match="found gpu:h100:4, and --gpus-per-node 2 by its flag"):
-        parse(words)
-    file.unlink()
-    submit, by_flag = parse(words)
-    names = ("gpus_per_node", "gpu_type", "qos", "partition")
-    sources = [by_flag.source_of(submit.slurm, name) for name in names]
-    assert sources == ["--sbatch", "--sbatch", "--qos", "default"]
-
-
 @pytest.mark.parametrize(
     ("variable", "text", "flag", "said"),
     [

@@ -6,8 +6,13 @@ import pytest
 
 from flowjobs.config import SlurmConfig
 from flowjobs.field_values import KeyValues
-from flowjobs.sbatch_options import gigabytes, minutes, seconds_before_end
-from flowjobs.slurm.options import environment_for_sbatch, fields_from
+from flowjobs.slurm.options import (
+    environment_for_sbatch,
+    fields_from,
+    gigabytes,
+    minutes,
+    seconds_before_end,
+)
 
 
 @pytest.mark.parametrize(
