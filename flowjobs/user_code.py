@@ -24,16 +24,8 @@ NO_FILES = ("<frozen", "<string>", "<__array_function__")
 
 def is_installed(path: Path) -> bool:
     """Whether a module's file, or its folder, is of an installed package or of Python itself."""
-    return _is_of_package(path) or path.is_relative_to(STDLIB)
-
-
-def is_stdlib(path: Path) -> bool:
-    """Whether this is Python's own, and of no package that is installed below it."""
-    return path.is_relative_to(STDLIB) and not _is_of_package(path)
-
-
-def _is_of_package(path: Path) -> bool:
-    return bool({"site-packages", "dist-packages"} & {*path.parts})
+    installed = {"site-packages", "dist-packages"} & {*path.parts}
+    return bool(installed) or path.is_relative_to(STDLIB)
 
 
 def user_place(error: BaseException, *, installed: bool = True) -> str | None:
@@ -114,13 +106,8 @@ def check_module(option: str, value: str) -> None:
             f"{option}: found {value!r}, the script or notebook itself, which no job can import: "
             "put it into a file of its own, my_models.py, and give my_models:Name"
         )
-    beside = {file.stem for file in Path.cwd().glob("*.py")}
-    spec = importlib.util.find_spec(package)
-    if spec and package in beside and is_stdlib(Path(spec.origin or "")):
-        raise ConfigError(
-            f"{option} {value}: Python imports its own module {package}: rename your {package}.py"
-        )
-    if spec is None:
+    if importlib.util.find_spec(package) is None:
+        beside = {file.stem for file in Path.cwd().glob("*.py")}
         raise ConfigError(
             f"{option} {value}: no module {package} in {Path.cwd()} or on PYTHONPATH"
             f"{did_you_mean(package, beside)}"

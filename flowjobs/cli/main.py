@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union
 
 import tyro
@@ -21,7 +20,7 @@ from flowjobs.cli.parser import read_command_line
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.nearest import did_you_mean
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
-from flowjobs.user_code import is_stdlib, user_place
+from flowjobs.user_code import user_place
 
 
 @dataclass(frozen=True)
@@ -133,11 +132,9 @@ def _look_up_models_here() -> None:
         here = os.getcwd()
     except FileNotFoundError as error:
         raise ConfigError("the working directory is gone: go to one that is there") from error
-    # A user's own model is looked up from here, also by the console script; but their csv.py is
-    # nothing to what we import: Python's own comes first.
+    # A user's own model is looked up from here, also by the console script.
     if here not in sys.path:
-        own = [n for n, folder in enumerate(sys.path, 1) if is_stdlib(Path(folder))]
-        sys.path.insert(max(own, default=0), here)
+        sys.path.insert(0, here)
 
 
 def _exit_code_of(error: Exception) -> int:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from tests.conftest import Command
-from tests.report.made_up import made_run
 
 QUICK = ("--wandb-mode", "disabled", "--epochs", "1", "--arch-args", "width=8", "depth=1")
 COMMANDS: dict[str, Sequence[str]] = {
@@ -273,22 +272,3 @@ def test_paths_of_any_name(flowjobs: Command, workplace: Path, template: Path) -
     assert (done.returncode, "found %j, which stands for a job's id" in done.stderr) == (2, True)
     done = flowjobs("status", "--study", "new\nline")
     assert (done.returncode, "control character" in done.stderr) == (2, True)
-
-
-def test_a_file_of_the_name_of_a_module_of_pythons_own_is_in_nobodys_way(study: Path) -> None:
-    made_run(study, [1.0], name="a")
-    for name in ("csv", "statistics", "test"):
-        Path(f"{name}.py").write_text("raise RuntimeError")
-    Path("my_models.py").write_text("class Net: pass")
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        program = str(Path(sys.executable).parent / "flowjobs")  # python -m has its folder first
-        return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
-
-    plan = ("submit", "--dry-run", "--cluster", "local", "--arch")
-    for words in (["report"], [*plan, "my_models:Net"]):
-        done = run(*words)
-        assert done.returncode == 0, done.stderr
-    done = run(*plan, "test:Net")
-    said = "--arch test:Net: Python imports its own module test: rename your test.py"
-    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
