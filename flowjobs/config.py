@@ -268,11 +268,6 @@ class TrainingConfig:
                 f"--flow: found {self.flow!r}, expected one of {', '.join(BUILT_IN_FLOWS)}, or "
                 f"your own as package.module:name{did_you_mean(self.flow, BUILT_IN_FLOWS)}"
             )
-        if len(self.group) > NAME_IN_WANDB_LIMIT:
-            raise ConfigError(
-                f"--group: found {len(self.group)} characters, expected at most "
-                f"{NAME_IN_WANDB_LIMIT}, as W&B does"
-            )
         self._check_model_args()
 
     def _check_model_args(self) -> None:
@@ -457,16 +452,19 @@ class TrackingConfig:
                 "address as https://wandb.my-lab.org"
             )
         # W&B would refuse it too, but when the run has started and nobody looks.
-        named = {"--wandb-project": self.wandb_project}
+        _check_wandb_name("--wandb-project", self.wandb_project)
+
+    def check_asked(self, group: str) -> None:
+        """Raise a ConfigError for what W&B would refuse; for a run that is submitted, not read."""
+        if self.wandb_mode == "disabled":
+            return
         if self.wandb_entity:
-            named["--wandb-entity, WANDB_ENTITY"] = self.wandb_entity
-        for option, name in named.items():
-            if not re.fullmatch(rf"[^/\\#?%:]{{1,{NAME_IN_WANDB_LIMIT}}}", name):
-                raise ConfigError(
-                    f"{option}: found {name!r}, expected a name of at most {NAME_IN_WANDB_LIMIT} "
-                    "characters without / \\ # ? % : (TEAM/PROJECT is --wandb-entity TEAM "
-                    "--wandb-project PROJECT)"
-                )
+            _check_wandb_name("--wandb-entity, WANDB_ENTITY", self.wandb_entity)
+        if len(group) > NAME_IN_WANDB_LIMIT:
+            raise ConfigError(
+                f"--group: found {len(group)} characters, expected at most "
+                f"{NAME_IN_WANDB_LIMIT}, as W&B does"
+            )
 
 
 @dataclass(frozen=True)
@@ -484,6 +482,15 @@ class RestartConfig:
         take_types(self)
         _require(self, "retries", minimum=0)
         _require(self, "give_up_after", minimum=1)
+
+
+def _check_wandb_name(option: str, name: str) -> None:
+    if not re.fullmatch(rf"[^/\\#?%:]{{1,{NAME_IN_WANDB_LIMIT}}}", name):
+        raise ConfigError(
+            f"{option}: found {name!r}, expected a name of at most {NAME_IN_WANDB_LIMIT} "
+            "characters without / \\ # ? % : (TEAM/PROJECT is --wandb-entity TEAM "
+            "--wandb-project PROJECT)"
+        )
 
 
 @dataclass(frozen=True)

@@ -156,10 +156,12 @@ def test_an_sbatch_option_that_a_run_cannot_keep_to_is_refused() -> None:
 def test_a_project_that_wandb_would_refuse_is_refused(project: str) -> None:
     with pytest.raises(ConfigError, match="--wandb-project"):
         TrackingConfig(wandb_project=project)
+    asked = TrackingConfig(wandb_entity=project or "https://wandb.ai/team")
     with pytest.raises(ConfigError, match="--wandb-entity, WANDB_ENTITY: found"):
-        TrackingConfig(wandb_entity=project or "https://wandb.ai/team")
+        asked.check_asked("")
+    dataclasses.replace(asked, wandb_mode="disabled").check_asked("")
     with pytest.raises(ConfigError, match="--group: found 129 characters"):
-        TrainingConfig(group="x" * 129)
+        TrackingConfig().check_asked("x" * 129)
 
 
 def test_key_values_are_literals_or_strings() -> None:

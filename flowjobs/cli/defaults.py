@@ -7,6 +7,7 @@ nearest folder above, SBATCH_* variables, WANDB_ENTITY and WANDB_BASE_URL, flags
 
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,7 +96,19 @@ class Defaults:
         return self.sources.get(name, "default")
 
     def check_variables(self, slurm: SlurmConfig) -> None:
-        """Raise a ConfigError for a variable of sbatch that would be used and cannot be."""
+        """Raise a ConfigError for a variable or an option of sbatch that cannot be used.
+
+        For a job that is asked for now: records of earlier ones are read as they are.
+        """
+        for option, value in slurm.sbatch.items():
+            use = AS_FIELDS.get(option)
+            if option == "gres" and "gpu" in re.split("[:,]", str(value)):
+                use = "--gpus-per-node and --gpu-type"
+            if use:
+                raise ConfigError(
+                    f"--sbatch {option}: found {value}, which the batch file would ask for twice, "
+                    f"or not at all: use {use}"
+                )
         for name, variable in self.unread.items():
             # A field without a value is not in the batch file: sbatch reads its variable itself.
             if getattr(slurm, name) is not None and not self._by_flag(slurm, name):
@@ -112,6 +125,17 @@ class Defaults:
 
     def _by_flag(self, config: Any, name: str) -> bool:
         return self.source_of(config, name) == flag(name)
+
+
+# Options of sbatch that are fields, of which the batch file would have both.
+AS_FIELDS = {
+    "gpus": "--gpus-per-node",
+    "gpus-per-node": "--gpus-per-node and --gpu-type",
+    "cpus-per-task": "--cpus-per-task",
+    "ntasks": "--gpus-per-node, for there is one process per GPU",
+    "ntasks-per-node": "--gpus-per-node, for there is one process per GPU",
+    "signal": "--signal-delay-s",
+}
 
 
 def load_defaults(

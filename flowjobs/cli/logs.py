@@ -1,6 +1,7 @@
 """flowjobs logs."""
 
 import codecs
+import contextlib
 import os
 import re
 import sys
@@ -67,7 +68,8 @@ class Logs(InStudy):
             for path in filter(None, (shown, newest)):
                 followed.setdefault(path, _Growing(path))
             for log in followed.values():
-                log.print_more()
+                with contextlib.suppress(FileNotFoundError):  # an old one that was removed
+                    log.print_more()
             shown = newest
             if not self.follow or (ended_at is not None and now - ended_at > LAST_WORDS_S):
                 return 0

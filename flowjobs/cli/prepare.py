@@ -74,6 +74,7 @@ def prepare_run(
         kept = {key: value for key, value in own.items() if flag(key) not in defaults.flags}
         training = dataclasses.replace(training, **kept)
     if slurm is not None:
+        tracking.check_asked(training.group)
         defaults.check_variables(slurm)
     else:
         slurm = run.config().slurm if run.exists() else SlurmConfig()

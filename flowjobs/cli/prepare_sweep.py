@@ -70,6 +70,8 @@ def prepare_sweep(
             raise ConfigError("--mps: expected --runs-per-gpu 2 or more, which share a GPU")
         runs[run] = RunConfig(training, slurm, parts["tracking"], parts["restarts"])
     defaults.check_variables(parts["slurm"])
+    for config in configs:
+        parts["tracking"].check_asked(config.group)
     given = {"epochs", "patience"} & {field for point in points for field in point}
     return runs, frozenset(given)
 

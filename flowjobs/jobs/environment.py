@@ -85,7 +85,8 @@ def this_process(run: Submittable) -> JobProcess:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        os.environ["MASTER_PORT"] = str(_master_port(environment.job_id))
+        port = os.environ.get("FLOWJOBS_MASTER_PORT") or _master_port(environment.job_id)
+        os.environ["MASTER_PORT"] = str(port)
     job = dataclasses.replace(_job_of(environment, run), ranks=environment.num_tasks)
     # What a person's own job lends its ranks to is a job of its own for each of them.
     step = f"{environment.job_id}.{os.environ.get('SLURM_STEP_ID')}"

@@ -225,6 +225,9 @@ def launch_failure(job: JobInfo) -> re.Match[str] | None:
     found = list(LAUNCH_FAILED.finditer(said, said.rfind(" I attempt ") + 1))
     # "Application launch failed" follows the line that says more.
     found = [each for each in found if "Application launch failed" not in each[0]] or found
+    # A later start of the job that got further has left an error of ours after it.
+    if found and re.search(r"^error: |^Traceback", said[found[-1].end() :], re.MULTILINE):
+        return None
     return found[-1] if found else None
 
 

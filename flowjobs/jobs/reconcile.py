@@ -9,7 +9,7 @@ meanwhile; then the run is started again; and W&B, which may not answer, comes l
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
@@ -24,6 +24,7 @@ from flowjobs.runs.pack import Pack, pack_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_CANCELLED,
+    EXIT_FAILED,
     EXIT_PREEMPTED,
     JobInfo,
     Outcome,
@@ -123,9 +124,13 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
     closed: dict[Run, Outcome] = {}
     begins_later = exit_code == EXIT_PREEMPTED or exit_cause.launch_failure(job) is not None
     if begins_later and not _has_begun(pack, job):
-        if job.restart < RestartConfig().give_up_after:
+        # Where jobs cannot be requeued, each try is a job of its own.
+        tries = [entry for entry in pack.submissions() if not pack.starts_of(entry.job_id)]
+        again = job.restart + len(tries) <= RestartConfig().give_up_after
+        if again:
             restart(pack, job, "waiting", task_of(pack), exit_cause.node_that_refused(job))
-        return closed
+        if again or exit_code == EXIT_PREEMPTED:
+            return closed
     if exit_code in (EXIT_PREEMPTED, EXIT_CANCELLED):
         return closed  # the job left in good order: it has written down all, and started it again
     unclear: set[Run] = set()
@@ -155,7 +160,7 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
     if remaining and begun and exit_code > 128:
         restart(pack, job, "killed", task_of(pack), job.host)
     else:
-        cause = exit_cause.cause_of_no_start(job, exit_code)
+        cause = _for_good(exit_cause.cause_of_no_start(job, exit_code))
         for run in remaining:  # they would end so again
             with keeping_others(run):
                 dead = Dead(job, cause, version_of(run.status()), attempt_began=False)
@@ -164,6 +169,13 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
     for run in closed:
         close_session(run)
     return closed
+
+
+def _for_good(cause: Outcome) -> Outcome:
+    """The cause of what has been tried often enough."""
+    if cause.kind != exit_cause.NOT_LAUNCHED:
+        return cause
+    return replace(cause, state="failed", exit_code=EXIT_FAILED, kind="never started")
 
 
 def _has_begun(pack: Pack, job: JobInfo) -> bool:

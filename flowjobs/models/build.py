@@ -77,6 +77,7 @@ def is_built_in(model: nn.Module) -> bool:
 
 def class_unnamed(model: nn.Module, config: TrainingConfig) -> str:
     """The class of a model, `module:Name`, where that is not the one of `--arch`; else ""."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     path = f"{type(model).__module__}:{type(model).__qualname__}"
     return "" if path == BUILT_IN_SOURCES.get(config.arch_path, config.arch_path) else path
 

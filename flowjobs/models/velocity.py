@@ -106,26 +106,50 @@ def _check_parts(model: nn.Module) -> None:
                 "list (self.encoder = [torch.jit.load(…)]), with requires_grad_(False) on its "
                 "parameters, and on a GPU with map_location"
             )
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-            if part.sparse:
-                raise ConfigError(
-                    f"--arch {name}: {key} has sparse gradients, which AdamW does not take: build "
-                    "it without sparse=True"
-                )
-            if part.max_norm is not None:
-                raise ConfigError(
-                    f"--arch {name}: {key} rescales its rows wherever it is called, also those of "
-                    "the moving average: build it without max_norm, and in forward scale the rows "
-                    "that it returns (torch.renorm)"
-                )
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise ConfigError(
+                f"--arch {name}: {key} has sparse gradients, which AdamW does not take: build "
+                "it without sparse=True"
+            )
+
+
+def check_new_model(model: nn.Module) -> None:
+    """Raise a ConfigError for what a new run should not begin with.
+
+    One that is under way resumes with it: its code cannot be changed any more.
+    """
+    name = type(model).__name__
+    for key, part in model.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
+            raise ConfigError(
+                f"--arch {name}: {key} rescales its rows wherever it is called, also those of "
+                "the moving average: build it without max_norm, and in forward scale the rows "
+                "that it returns (torch.renorm)"
+            )
         for key_there, tensor in {**vars(part), **part._buffers}.items():
             is_weight = isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad
-            if is_weight and not isinstance(tensor, nn.Parameter):
+            # Of one number it is what reentrant checkpointing needs.
+            if is_weight and not isinstance(tensor, nn.Parameter) and tensor.numel() > 1:
                 raise ConfigError(
                     f"--arch {name}: {key}{'.' * bool(key)}{key_there} requires a gradient and is "
                     "no nn.Parameter, so that it would never be trained: make it one, or call "
                     "requires_grad_(False) on it"
                 )
+
+
+def frozen_in_evaluation(model: nn.Module) -> list[nn.Module]:
+    """The parts that a constructor has put into evaluation mode for good; none of a whole model.
+
+    Those with weights to train are not meant: libraries give what is pretrained in that mode.
+    """
+    parts = [part for part in (model.modules() if model.training else ()) if not part.training]
+    trained = {
+        inner
+        for part in parts
+        if any(weights.requires_grad for weights in part.parameters())
+        for inner in part.modules()
+    }
+    return [part for part in parts if part not in trained]
 
 
 def check_parameters(trained: Mapping[str, nn.Parameter], model: nn.Module) -> None:
@@ -188,8 +212,8 @@ def leaves_of(result: Tensor) -> Iterator[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
-            yield node.variable
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            yield leaf
         ahead += [before for before, _ in node.next_functions]
 
 

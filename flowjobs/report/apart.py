@@ -46,6 +46,14 @@ def _identities(results: Sequence[Result], name: str) -> list[Identity]:
     value, if all that have one have the same.
     """
     contents = [_content(result, name) for result in results]
+    if name == "arch":
+        # A model's size follows from the data's, too.
+        sizes: dict[tuple[str, Any], set[int | None]] = {}
+        for result in results:
+            of_data = result.status.model, str(result.fields.get("dataset"))
+            sizes.setdefault(of_data, set()).add(result.status.parameters)
+        several = {model for (model, _), some in sizes.items() if len(some) > 1}
+        contents = [of if of[:1] and of[0] in several else of[:1] for of in contents]
     values = [
         # Of a run that is not made yet, nobody has looked what weights those are.
         json.dumps(value.partition(PINNED)[0] if isinstance(value, str) else value, sort_keys=True)

@@ -63,8 +63,8 @@ def _needed_decimals(cell: Cell) -> int:
     """How many show two digits of a cell's deviation, but no more than four of its mean."""
     if not cell.mean:
         return 0
-    if not cell.deviation:
-        return _decimals(abs(cell.mean), digits=3)
+    if not cell.deviation:  # one value alone may be near 0 by chance
+        return min(_decimals(abs(cell.mean), digits=3), 3)
     return min(_decimals(cell.deviation), _decimals(abs(cell.mean), digits=4))
 
 

@@ -66,7 +66,10 @@ def starts_without(nodes: str, fields: Mapping[str, str]) -> bool:
         nodes: Those to leave out, as sbatch takes them.
         fields: All fields of the job's record, by scontrol's names.
     """
-    options = [*options_of(fields), f"--exclude={nodes}"]
+    # Not what makes it this job, should a site's sbatch submit it all the same.
+    own = ("--comment=", "--job-name=", "--output=", "--array=", "--chdir=")
+    options = [option for option in options_of(fields) if not option.startswith(own)]
+    options.append(f"--exclude={nodes}")
     if gres := gres_of(fields):
         options.append(f"--gres={gres}")
     # Of the place that asks, and not the job's.

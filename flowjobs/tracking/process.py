@@ -62,7 +62,7 @@ def upload_limit_s(run: Run) -> float:
     size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
     longer_s = 0.0
     with suppress(ValueError):  # wandb says so
-        longer_s = float(os.environ.get("WANDB_INIT_TIMEOUT", "0"))
+        longer_s = float(variables().get("WANDB_INIT_TIMEOUT", "0"))
     return UPLOAD_BASE_S + longer_s + size / UPLOAD_BYTES_PER_S
 
 

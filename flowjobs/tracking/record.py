@@ -42,7 +42,7 @@ DELETED = "previously created and deleted"
 # What may pass: what wandb has tried again, and the words of this machine, by Python and by Go, the
 # language of wandb's own process: a file that may not be written also is "permission denied".
 NO_REFUSAL = re.compile(
-    r"while retrying|timed? ?out|no answer|\[Errno|file not found|\bdial \w+"
+    r"while retrying|timed? ?out|no answer|error 429|rate limit|\[Errno|file not found|\bdial \w+"
     r"|\b(open|mkdir|l?stat|rename|remove|fork/exec) \S+: ",
     re.IGNORECASE,
 )

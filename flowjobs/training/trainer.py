@@ -39,9 +39,11 @@ from flowjobs.models.velocity import (
     Velocity,
     check_gradient,
     check_leaves,
+    check_new_model,
     check_parameters,
     check_weights,
     checked_velocity,
+    frozen_in_evaluation,
     input_dtype,
 )
 from flowjobs.runs.recorder import Recorder, Tracker, recording, untracked
@@ -91,7 +93,8 @@ class FlowTrainer:
 
     Args:
         model: Predicts a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim). Parts of it that
-            are in evaluation mode stay so, as a frozen encoder.
+            are in evaluation mode and hold no weights to train stay so, as a frozen encoder; not
+            where all of it is in evaluation mode, as after `flowjobs.load`.
         config: What to train and how.
         train_dataset: The training part.
         val_dataset: The validation part, of the same width.
@@ -147,9 +150,7 @@ class FlowTrainer:
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
         check_weights(model)
-        # Not where all of it is, which is how it was sampled last.
-        parts = model.modules() if model.training else ()
-        self._stay_in_evaluation = [part for part in parts if not part.training]
+        self._stay_in_evaluation = frozen_in_evaluation(model)
         self._flow = flow_of(config)
         inputs = inputs_of(
             config,
@@ -258,7 +259,7 @@ class FlowTrainer:
                 saver = self._make_saver(run, recorder)
             adopted = self._restore(run)
         if self.state.step == 0:
-            self.state.check_initial_weights()
+            check_new_model(self.state.model)
         compute = computing_as_before(self._compute, self.state.computed_with)
         self.state.computed_with = compute.to_dict()
         if adopted:
@@ -361,7 +362,9 @@ class FlowTrainer:
         if self._writes_weights:
             check_restart(state.model, state.ema.model, self._batch_shape, device)
         with random_numbers_kept(device), self._arithmetic():
-            x = torch.randn(self._batch_shape, device=device, dtype=input_dtype(state.model))
+            rows = min(2, self._batch_shape[0])  # a model that is to be compiled may need much
+            shape = rows, *self._batch_shape[1:]
+            x = torch.randn(shape, device=device, dtype=input_dtype(state.model))
             state.ema.check_copy(state.model, x, torch.rand(len(x), device=device, dtype=x.dtype))
 
     def _agreed_to_leave(self, saver: CheckpointSaver | None) -> str | None:
@@ -401,6 +404,7 @@ class FlowTrainer:
             velocity = self._velocity(x_t, t)
         if is_first:
             self._writes_weights = changed(state.model, before) is not None
+            state.check_initial_weights()  # forward may have initialized them from this batch
         check_gradient(velocity, config.arch_label)
         if is_first:
             check_leaves(velocity, state.model)

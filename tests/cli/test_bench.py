@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Command
 
 # Of two at once, neither finds room.
@@ -20,6 +22,7 @@ class Narrow(nn.Module):
 """
 
 
+@pytest.mark.long
 def test_what_runs_train_together_is_measured_until_they_cannot(
     flowjobs: Command, study: Path
 ) -> None:

@@ -159,3 +159,22 @@ def test_a_variable_that_cannot_be_used_is_named_unless_a_flag_wins(
 def test_a_data_file_is_looked_up_from_the_config_file(tmp_path: Path) -> None:
     write(tmp_path / "flowjobs.toml", 'dataset = "data/x.npy"\n')
     assert load_defaults().fill(TrainingConfig).dataset == str(tmp_path / "data/x.npy")
+
+
+@pytest.mark.parametrize(
+    ("option", "use"),
+    [
+        ("gres=gpu:a100:2", "--gpus-per-node and --gpu-type"),
+        ("gres=lustre:1,gpu", "--gpus-per-node and --gpu-type"),
+        ("gpus-per-node=2", "--gpus-per-node and --gpu-type"),
+        ("cpus-per-task=8", "--cpus-per-task"),
+        ("signal=USR1@300", "--signal-delay-s"),
+        ("ntasks=2", "there is one process per GPU"),
+    ],
+)
+def test_what_the_batch_file_would_ask_for_twice_is_refused(option: str, use: str) -> None:
+    command, defaults = parse(["submit", "--sbatch", "gres=lustre:1", option])
+    with pytest.raises(ConfigError, match=f"--sbatch {option.partition('=')[0]}: .*{use}"):
+        defaults.check_variables(command.slurm)
+    command, defaults = parse(["submit", "--sbatch", "gres=lustre:1", "reservation=gpu"])
+    defaults.check_variables(command.slurm)

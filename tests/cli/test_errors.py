@@ -149,6 +149,7 @@ def test_bad_input_leaves_nothing_behind(flowjobs: Command, workplace: Path) -> 
 def test_what_is_wrong_with_wandbs_own_settings_is_said(
     flowjobs: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
+    Run(workplace / "study", "tracked").create(RunConfig(TrainingConfig()))
     monkeypatch.setenv("WANDB_BASE_URL", url)
     done = flowjobs("sync")
     assert done.returncode == 2

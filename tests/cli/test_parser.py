@@ -39,10 +39,10 @@ def test_the_values_of_an_option_that_is_given_twice_are_joined(twice: str, once
 
 
 def test_the_value_of_an_option_of_sbatch_is_as_it_is_typed() -> None:
-    typed = ("reservation=2024_11_05", "licenses=1e5", "qos=0x10", "begin=1e400", "gres=[1,2]")
-    command, _ = parse(["submit", "--sbatch", *typed, "nice=-5", "hold=true", "comment='1e5'"])
+    typed = ("reservation=2024_11_05", "licenses=1e5", "nodelist=0x10", "begin=1e400", "gres=[1,2]")
+    command, _ = parse(["submit", "--sbatch", *typed, "nice=-5", "hold=true", "wckey='1e5'"])
     as_text = dict(option.split("=") for option in typed)
-    assert command.slurm.sbatch == {**as_text, "nice": -5, "hold": True, "comment": "1e5"}
+    assert command.slurm.sbatch == {**as_text, "nice": -5, "hold": True, "wckey": "1e5"}
     # A model's own argument is a number.
     command, _ = parse(["submit", "--arch-args", "rate=1e-4", "width=1_024"])
     assert command.training.arch_args == {"rate": 1e-4, "width": 1024}

@@ -142,6 +142,7 @@ def test_on_slurm_a_time_limit_too(
     assert "time limit" in {row["way"] for row in found["rows"]}
 
 
+@pytest.mark.long
 def test_a_run_that_ends_with_other_bits_fails_the_drill(flowjobs: Command) -> None:
     code, found = drill(flowjobs, *LOCAL, *STEPS, "--arch", "tests.jobs.clock_model:ClockModel")
     assert code == 1

@@ -61,6 +61,7 @@ def test_preempted_with_grace_and_user_signal(start: Start, whole: Run) -> None:
     job.is_row("is preempted, with grace and the user signal")
 
 
+@pytest.mark.long
 def test_preempted_with_grace_and_term_only(start: Start, whole: Run) -> None:
     job = start("--partition", "preempt", *ON_N1)
     job.slurm.set_user_signal(False)
@@ -243,6 +244,7 @@ def test_a_process_that_lives_on_beside_its_rerun_writes_nothing_more(
     job.is_row("loses its slurmd alone, and lives on beside its rerun")
 
 
+@pytest.mark.long
 def test_a_restart_of_the_controller_is_not_noticed(start: Start, whole: Run) -> None:
     job = start()
     job.slurm.restart_controller()

@@ -97,6 +97,7 @@ def test_a_job_that_slurm_kills_at_its_limit_says_so(start: Start, flowjobs: Com
     assert_in_wandb(job.run, "failed", 1, status.reason)
 
 
+@pytest.mark.long
 def test_two_at_once_close_a_job_once(start: Start) -> None:
     job = start()
     kill_with_its_batch_shell(job)
@@ -160,6 +161,7 @@ def test_a_lost_job_is_started_again_as_it_was_submitted(start: Start) -> None:
     assert_in_wandb(job.run, "finished", 0)
 
 
+@pytest.mark.long
 def test_a_lost_job_by_hand_keeps_its_arguments_and_its_environment(
     slurm: SlurmCluster, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +225,7 @@ def test_a_job_whose_import_fails_is_failed_with_the_reason(
     assert flowjobs("reconcile").stdout == ""
 
 
+@pytest.mark.long
 def test_a_job_whose_srun_finds_the_controller_away_starts_again(
     slurm: SlurmCluster,
     flowjobs: Command,

@@ -35,6 +35,7 @@ def assert_finished(job: Disturbed, backend: Backend) -> None:
     assert without_picture(found.rows) == list(read_rows(job.run.metrics_file))
 
 
+@pytest.mark.long
 def test_a_preempted_run_waits_and_has_not_failed(start: Start, backend: Backend) -> None:
     job = start(*ONLINE, "--partition", "preempt", "--sbatch", "nodelist=n1")
     assert on_server(job.run, backend).state == "running"

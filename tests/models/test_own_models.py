@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowjobs.errors import ConfigError, RunInterrupted
 from flowjobs.models.initialization import check_restart
+from flowjobs.models.velocity import frozen_in_evaluation
 from tests.models.test_dtypes import CPU, Net, net, train, trainer_of
 
 
@@ -239,3 +240,11 @@ def test_a_part_in_torchscript_is_refused_with_a_way_out(study: Path) -> None:
         )
     refused(torch.jit.script(net()), "the model is in TorchScript", study)
     assert train(Scripted(lambda part: [part])) < 5
+
+
+def test_a_part_to_be_trained_is_trained_in_training_mode() -> None:
+    # Libraries give what is pretrained in evaluation mode.
+    frozen, tuned = nn.Linear(3, 3).requires_grad_(False).eval(), nn.Sequential(nn.Linear(3, 3))
+    model = nn.ModuleList([frozen, tuned.eval(), nn.Dropout().eval()])
+    assert frozen_in_evaluation(model) == [frozen, model[2]]
+    assert frozen_in_evaluation(model.eval()) == []
