@@ -4,8 +4,8 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Callable, Collection, Sequence, Set
+from typing import TYPE_CHECKING, TextIO, get_args
 
 if TYPE_CHECKING:
     from flowjobs.jobs.overview import Group, Stage, Standing
@@ -69,6 +69,28 @@ def print_groups(groups: "Sequence[Group]") -> None:
     print_fitting(rows, dispensable, right=("of", "not made", *stages))
 
 
+class _NewLines(io.StringIO):
+    """Passes lines on at once, as that Slurm is slow, but those of the look before.
+
+    Attributes:
+        lines: All of them.
+    """
+
+    def __init__(self, output: TextIO, before: Set[str]) -> None:
+        super().__init__()
+        self.lines: set[str] = set()
+        self._output, self._before = output, before
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line not in self._before:
+                print(line, file=self._output, flush=True)
+        self.lines.update(lines)
+        return len(text)
+
+
 def watch(show: "Callable[[], Collection[Stage]]", again: str) -> None:
     """Show again and again, until Ctrl-C, or nothing runs or waits any more as far as is known.
 
@@ -87,15 +109,14 @@ def watch(show: "Callable[[], Collection[Stage]]", again: str) -> None:
                 print("\x1b[H\x1b[J", end="")
                 stages = show()
             else:
-                shown, errors = io.StringIO(), io.StringIO()
+                shown, errors = io.StringIO(), _NewLines(sys.stderr, before)
                 with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
                     stages = show()
-                lines = [(line, sys.stderr) for line in errors.getvalue().splitlines()]
-                lines += [(line, sys.stdout) for line in shown.getvalue().splitlines()]
-                for line, output in lines:
+                lines = shown.getvalue().splitlines()
+                for line in lines:
                     if line not in before:
-                        print(line, file=output, flush=True)
-                before = {line for line, _ in lines}
+                        print(line, flush=True)
+                before = {*lines, *errors.lines}
             if "running" not in stages and "waiting" not in stages:
                 # Slurm may just not answer: what is unknown now may run.
                 unknown = unknown + 1 if "unknown" in stages else 0

@@ -102,6 +102,8 @@ def this_process(run: Submittable) -> JobProcess:
 def _master_port(job_id: str) -> int:
     """Where the ranks of this start of a job meet; the same on all of them.
 
+    FLOWJOBS_MASTER_PORT says it where a site's nodes let only some ports through.
+
     Not submitit's: a port of the range that Linux gives to any connection, and the same one again
     at the job's next start; or what the shell had, which others of its jobs have too.
     """
