@@ -11,6 +11,10 @@ import pytest
 
 pytest_plugins = ["tests.cluster.fixtures"]
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is loaded: threads of tests side by side would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
