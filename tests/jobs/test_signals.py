@@ -16,11 +16,11 @@ from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
-OPTIONS = ("--wandb-mode", "disabled", "--arch-args", "width=32", "depth=1", "dropout=0.1")
 
 
 def start(name: str, *options: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "flowjobs", "train", "--name", name, *OPTIONS, *options]
+    command = [sys.executable, "-m", "flowjobs", "train", "--name", name, *options]
+    command += ["--wandb-mode", "disabled"]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -91,7 +91,8 @@ def test_handlers_that_a_persons_module_sets_lose_no_signal() -> None:
 def test_a_signal_in_any_phase_loses_no_step_and_never_kills(study: Path) -> None:
     # As a batch script starts it: blocked signals wait until there are handlers.
     guard = ["env", "--block-signal=TERM", "--block-signal=USR2"]
-    options = (*OPTIONS, "--wandb-mode", "offline", "--epochs", "12")
+    options = ("--arch-args", "width=32", "depth=1", "dropout=0.1", "--epochs", "12")
+    options = (*options, "--wandb-mode", "offline")
     command = [sys.executable, "-m", "flowjobs", "train", *options]
     run = Run(study, "interrupted")
     # The command line, the imports, the start of W&B, the first steps, validation and saves.
