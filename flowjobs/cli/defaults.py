@@ -95,7 +95,7 @@ class Defaults:
             return flag(name)
         return self.sources.get(name, "default")
 
-    def check_variables(self, slurm: SlurmConfig) -> None:
+    def check_sbatch(self, slurm: SlurmConfig) -> None:
         """Raise a ConfigError for a variable or an option of sbatch that cannot be used.
 
         For a job that is asked for now: records of earlier ones are read as they are.

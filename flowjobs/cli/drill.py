@@ -103,7 +103,7 @@ class Drill:
             config = dataclasses.replace(
                 config, slurm=dataclasses.replace(self.slurm, timeout_min=TIMEOUT_MIN)
             )
-        defaults.check_variables(config.slurm)
+        defaults.check_sbatch(config.slurm)
         cluster, _ = choose_cluster(self.cluster)
         if cluster == "local":
             check_local(config.slurm)

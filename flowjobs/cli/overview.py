@@ -69,7 +69,7 @@ def print_groups(groups: "Sequence[Group]") -> None:
     print_fitting(rows, dispensable, right=("of", "not made", *stages))
 
 
-class _NewLines(io.StringIO):
+class NewLines(io.StringIO):
     """Passes lines on at once, as that Slurm is slow, but those of the look before.
 
     Attributes:
@@ -83,6 +83,7 @@ class _NewLines(io.StringIO):
         self._begun = ""
 
     def write(self, text: str) -> int:
+        """Pass on the lines that are whole."""
         *lines, self._begun = (self._begun + text).split("\n")
         for line in lines:
             if line not in self._before:
@@ -109,7 +110,7 @@ def watch(show: "Callable[[], Collection[Stage]]", again: str) -> None:
                 print("\x1b[H\x1b[J", end="")
                 stages = show()
             else:
-                shown, errors = io.StringIO(), _NewLines(sys.stderr, before)
+                shown, errors = io.StringIO(), NewLines(sys.stderr, before)
                 with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
                     stages = show()
                 lines = shown.getvalue().splitlines()

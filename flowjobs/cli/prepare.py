@@ -75,7 +75,7 @@ def prepare_run(
         training = dataclasses.replace(training, **kept)
     if slurm is not None:
         tracking.check_asked(training.group)
-        defaults.check_variables(slurm)
+        defaults.check_sbatch(slurm)
     else:
         slurm = run.config().slurm if run.exists() else SlurmConfig()
     return run, RunConfig(training, slurm, tracking, restarts)

@@ -69,7 +69,7 @@ def prepare_sweep(
         if slurm.mps and sweep.runs_per_gpu == 1:
             raise ConfigError("--mps: expected --runs-per-gpu 2 or more, which share a GPU")
         runs[run] = RunConfig(training, slurm, parts["tracking"], parts["restarts"])
-    defaults.check_variables(parts["slurm"])
+    defaults.check_sbatch(parts["slurm"])
     for config in configs:
         parts["tracking"].check_asked(config.group)
     given = {"epochs", "patience"} & {field for point in points for field in point}

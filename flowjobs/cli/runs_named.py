@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -52,17 +52,9 @@ def runs_matching(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Ru
     """The runs that are meant, all without a word, whether or not their records can be read; and
     those of which it cannot be read whether they are meant, said on stderr."""
     meant = _meant(study, words)
-    _say(meant.unreadable, set())
+    for run, why in meant.unreadable.items():
+        print(f"error: {run.name}: {why}", file=sys.stderr)
     return meant.runs, [*meant.unreadable]
-
-
-def _say(unreadable: Mapping[Run, str], said: set[str]) -> None:
-    errors = [f"error: {run.name}: {why}" for run, why in unreadable.items()]
-    for error in errors:
-        if error not in said:
-            print(error, file=sys.stderr)
-    said.clear()
-    said.update(errors)
 
 
 def _meant(study: Path, words: Sequence[str]) -> Selection:
@@ -99,22 +91,15 @@ def _meant(study: Path, words: Sequence[str]) -> Selection:
     return Selection(runs, unreadable)
 
 
-def readable_runs(
-    study: Path, words: Sequence[str], said: set[str] | None = None
-) -> tuple[list[Run], list[Run]]:
+def readable_runs(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
     """The runs that are meant, all without a word, and those whose records cannot be read.
 
     One that is broken is said on stderr, and does not hide the others, unless it is itself named.
-
-    Args:
-        study: Root of the study.
-        words: As a person types them.
-        said: What was said at the last look, and need not be again; changed to what this one says.
     """
-    meant = _meant(study, words)
-    sound, broken = [], {**meant.unreadable}
+    meant, broken = runs_matching(study, words)
+    sound = []
     named = {Path(word).name for word in words}
-    for run in meant.runs:
+    for run in meant:
         try:
             run.config()
             current_progress(run)
@@ -122,11 +107,11 @@ def readable_runs(
         except (FlowjobsError, OSError) as error:
             if run.name in named:
                 raise
-            broken[run] = str(error)
+            print(f"error: {run.name}: {error}", file=sys.stderr)
+            broken.append(run)
         else:
             sound.append(run)
-    _say(broken, set() if said is None else said)
-    return sound, [*broken]
+    return sound, broken
 
 
 def list_of(runs: Sequence[Run]) -> str:

@@ -11,6 +11,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.numbers import check_seconds
+from flowjobs.cli.overview import NewLines
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError
@@ -40,8 +41,9 @@ class Sync(InStudy):
     def run(self, defaults: Defaults) -> int:
         """Upload. Returns the exit code."""
         check_seconds("--every-s", self.every_s)
-        unreadable: set[str] = set()
-        runs, broken = readable_runs(self.study, self.names, unreadable)
+        errors = NewLines(sys.stderr, set())
+        with contextlib.redirect_stderr(errors):
+            runs, broken = readable_runs(self.study, self.names)
         if self.as_new and (self.watch or not self.names):
             raise ConfigError("--as-new: name the runs that it is for, and leave --watch out")
         if not (runs or broken):
@@ -55,7 +57,10 @@ class Sync(InStudy):
             while True:
                 time.sleep(self.every_s)
                 try:
-                    runs, _ = readable_runs(self.study, self.names, unreadable)
+                    look = NewLines(sys.stderr, errors.lines)
+                    with contextlib.redirect_stderr(look):
+                        runs, _ = readable_runs(self.study, self.names)
+                    errors = look
                     self._sync(runs, said)
                     away = ""
                 except (FlowjobsError, OSError) as error:  # a server may be back at the next look

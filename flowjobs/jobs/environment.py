@@ -85,6 +85,7 @@ def this_process(run: Submittable) -> JobProcess:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        # A site's nodes may let only some ports through.
         port = os.environ.get("FLOWJOBS_MASTER_PORT") or _master_port(environment.job_id)
         os.environ["MASTER_PORT"] = str(port)
     job = dataclasses.replace(_job_of(environment, run), ranks=environment.num_tasks)
@@ -101,8 +102,6 @@ def this_process(run: Submittable) -> JobProcess:
 
 def _master_port(job_id: str) -> int:
     """Where the ranks of this start of a job meet; the same on all of them.
-
-    FLOWJOBS_MASTER_PORT says it where a site's nodes let only some ports through.
 
     Not submitit's: a port of the range that Linux gives to any connection, and the same one again
     at the job's next start; or what the shell had, which others of its jobs have too.

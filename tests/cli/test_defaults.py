@@ -126,7 +126,7 @@ def test_a_variable_wins_over_a_file_and_a_flag_over_both(
     assert defaults.source_of(slurm, "mem_gb") == "SBATCH_MEM_PER_NODE=0, which sbatch reads"
     assert defaults.source_of(slurm, "gpus_per_node") == "--gpus-per-node"
     assert load_defaults().source_of(slurm, "gpus_per_node") == "SBATCH_GPUS_PER_NODE"
-    defaults.check_variables(slurm)
+    defaults.check_sbatch(slurm)
 
 
 def test_a_files_sbatch_option_gives_way_to_its_variable(
@@ -151,9 +151,9 @@ def test_a_variable_that_cannot_be_used_is_named_unless_a_flag_wins(
     monkeypatch.setenv(variable, text)
     slurm = dataclasses.replace(load_defaults().fill(SlurmConfig), nodes=2)
     with pytest.raises(ConfigError, match=said):
-        load_defaults().check_variables(slurm)
+        load_defaults().check_sbatch(slurm)
     # Even with the value that it has anyway.
-    load_defaults(arguments=["submit", flag, "1"]).check_variables(slurm)
+    load_defaults(arguments=["submit", flag, "1"]).check_sbatch(slurm)
 
 
 def test_a_data_file_is_looked_up_from_the_config_file(tmp_path: Path) -> None:
@@ -175,6 +175,6 @@ def test_a_data_file_is_looked_up_from_the_config_file(tmp_path: Path) -> None:
 def test_what_the_batch_file_would_ask_for_twice_is_refused(option: str, use: str) -> None:
     command, defaults = parse(["submit", "--sbatch", "gres=lustre:1", option])
     with pytest.raises(ConfigError, match=f"--sbatch {option.partition('=')[0]}: .*{use}"):
-        defaults.check_variables(command.slurm)
+        defaults.check_sbatch(command.slurm)
     command, defaults = parse(["submit", "--sbatch", "gres=lustre:1", "reservation=gpu"])
-    defaults.check_variables(command.slurm)
+    defaults.check_sbatch(command.slurm)

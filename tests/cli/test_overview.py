@@ -14,7 +14,7 @@ import pytest
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.main import run as run_command
-from flowjobs.cli.overview import UNKNOWN_AT_MOST, _NewLines
+from flowjobs.cli.overview import UNKNOWN_AT_MOST, NewLines
 from flowjobs.cli.status import Status
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.field_values import KeyValues
@@ -401,7 +401,7 @@ def test_every_command_leaves_a_study_as_it_is(flowjobs: Command, study: Path) -
 def test_an_error_of_a_look_is_said_at_once_and_once(capsys: pytest.CaptureFixture[str]) -> None:
     before: set[str] = set()
     for said in ("squeue has not answered yet\n", ""):
-        errors = _NewLines(sys.stdout, before)
+        errors = NewLines(sys.stdout, before)
         print("error: a is ", end="", file=errors)
         print("broken\nsqueue has not answered yet", file=errors)
         assert capsys.readouterr().out == (f"error: a is broken\n{said}" if said else "")

@@ -91,9 +91,8 @@ def test_handlers_that_a_persons_module_sets_lose_no_signal() -> None:
 def test_a_signal_in_any_phase_loses_no_step_and_never_kills(study: Path) -> None:
     # As a batch script starts it: blocked signals wait until there are handlers.
     guard = ["env", "--block-signal=TERM", "--block-signal=USR2"]
-    options = ("--arch-args", "width=32", "depth=1", "dropout=0.1", "--epochs", "12")
-    options = (*options, "--wandb-mode", "offline")
-    command = [sys.executable, "-m", "flowjobs", "train", *options]
+    command = [sys.executable, "-m", "flowjobs", "train", "--wandb-mode", "offline"]
+    command += ["--arch-args", "width=32", "depth=1", "dropout=0.1", "--epochs", "12"]
     run = Run(study, "interrupted")
     # The command line, the imports, the start of W&B, the first steps, validation and saves.
     for delay_s in (0.1, 0.3, 0.5, 0.9, 1.3, 1.7, 2.1, 2.5):
