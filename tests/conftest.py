@@ -28,10 +28,11 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those on the one Slurm of this machine take turns."""
+    """Where tests run side by side, those on Slurm take turns on two clusters, half of them each."""
     for item in items:
         if "slurm_cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
+            half = "interruptions" if item.path.name == "test_nothing_is_lost.py" else "slurm"
+            item.add_marker(pytest.mark.xdist_group(half))
 
 
 @pytest.fixture(autouse=True)

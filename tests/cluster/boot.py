@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.cluster import settings
 from tests.cluster.client import run_client
-from tests.cluster.ports import free_ports
+from tests.cluster.ports import boots_take_turns, free_ports
 from tests.cluster.services import Services
 from tests.cluster.waiting import ClusterError, wait_until
 
@@ -34,7 +34,7 @@ class Boot:
 
     def up(self) -> bool:
         """Boots the cluster, or starts what is missing of it. False if it was up."""
-        with self.lock("boot"):
+        with self.lock("boot"), boots_take_turns():
             if self.is_up() and self._is_of_this_version():
                 return False
             if self._is_worth_keeping():

@@ -16,14 +16,17 @@ from tests.cluster.waiting import ClusterError
 def slurm_cluster() -> Iterator[SlurmCluster]:
     """The cluster, booted. One that was up before stays up; one booted here is shut down.
 
-    Where it cannot be booted the test is skipped, but fails if CI=true: there, a test that never
+    Where tests run side by side each worker has a cluster of its own. Where it cannot be booted the test is skipped, but fails if CI=true: there, a test that never
     runs is a mistake.
     """
     if missing := missing_requirement():
         if os.environ.get("CI") == "true":
             pytest.fail(missing, pytrace=False)
         pytest.skip(missing)
-    cluster = SlurmCluster(default_root())
+    root = default_root()
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.with_name(f"{root.name}-{worker}")
+    cluster = SlurmCluster(root)
     with cluster.reserved():
         was_up = any(cluster.daemons().values())
         cluster.up()

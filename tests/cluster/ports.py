@@ -1,6 +1,11 @@
 """The ports of the cluster's daemons."""
 
+import fcntl
+import os
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +61,15 @@ def free_ports() -> Ports:
         f"no block of ports is free for the cluster: {', '.join(map(str, taken))} are in use; "
         "other clusters are stopped with `python -m tests.cluster down --root DIR`"
     )
+
+
+@contextmanager
+def boots_take_turns() -> Iterator[None]:
+    """Two clusters that boot at once would find the same ports free: one waits for the other."""
+    lock = Path(tempfile.gettempdir()) / f"flowjobs-slurm-ports-{os.getuid()}.lock"
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def is_listening(port: int) -> bool:

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,12 @@ from flowjobs.training import FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.leaving import Leave, Leaving
 from flowjobs.training.ranks import single_process
+from tests.cluster.waiting import wait_until
 from tests.training import rank_job
 from tests.training.same import same
 
 # Coupled, it is validated in as many parts as there are batches, so that each rank has some.
-CONFIG = TrainingConfig(epochs=30, flow="otcfm", arch=f"{__name__}:Normed")
+CONFIG = TrainingConfig(epochs=5, flow="otcfm", arch=f"{__name__}:Normed")
 Process = subprocess.Popen[str]
 
 VOTE = """
@@ -84,7 +84,8 @@ with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
 class Normed(nn.Module):
     """With chance, and statistics and a first scale that each rank has of its own rows.
 
-    The rank that TOLD_IN_VALIDATION names is told to leave while it validates.
+    The rank that TOLD_IN_VALIDATION names is told to leave while it validates. In the step HELD_AT
+    of a process it waits for the file "on".
     """
 
     def __init__(self, dim: int) -> None:
@@ -92,8 +93,13 @@ class Normed(nn.Module):
         self.layers = nn.Sequential(nn.BatchNorm1d(dim), nn.Linear(dim, dim), nn.Dropout(0.1))
         self.scale = nn.Parameter(torch.zeros(dim))
         self.register_buffer("begun", torch.tensor(False))
+        self.steps = 0
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.steps += self.training
+        if self.training and str(self.steps) == os.environ.get("HELD_AT"):
+            Path("held").touch()
+            wait_until(Path("on").exists, "the test", 200)
         if not self.begun:
             self.scale.data.copy_(1 / (1 + x.std(0)))
             self.begun.fill_(True)
@@ -130,14 +136,6 @@ def end(processes: list[Process], expected: int) -> list[str]:
     return [out for out, _ in said]
 
 
-def wait_for_step(run: Run, processes: list[Process], step: int) -> None:
-    deadline = time.monotonic() + 200
-    while not any(row["step"] >= step for row in read_rows(run.metrics_file)):
-        assert [process.poll() for process in processes] == [None, None], end(processes, 0)
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,14 +148,19 @@ def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(
     assert said[0].endswith("saved at step 23\n")  # an epoch's end
     assert "val/loss" not in parts.metrics_file.read_text()
     for rank, number in ((1, signal.SIGUSR2), (0, signal.SIGTERM)):
-        processes = start_ranks(parts)
-        wait_for_step(parts, processes, 50 if rank else 150)
+        with monkeypatch.context() as patch:
+            patch.setenv("HELD_AT", "30")
+            processes = start_ranks(parts)
+        wait_until(Path("held").exists, "the step", 200)
         processes[rank].send_signal(number)
+        Path("on").touch()
         said = end(processes, 75)
         assert said[0] == said[1]
         assert number.name in said[0]
         assert said[0].endswith(f"saved at step {read_checkpoint(parts.last)['step']}\n")
-    assert read_checkpoint(parts.last)["step"] < 30 * 23
+        Path("held").unlink()
+        Path("on").unlink()
+    assert read_checkpoint(parts.last)["step"] < 5 * 23
     for run in (whole, parts):
         end(start_ranks(run), 0)
     assert same(read_checkpoint(whole.last), read_checkpoint(parts.last))
