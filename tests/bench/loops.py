@@ -31,7 +31,7 @@ from flowjobs.models.build import build_model
 from flowjobs.runs.recorder import Recorder, recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.training import FlowTrainer, get_cosine_schedule_with_warmup
+from flowjobs.training import FlowTrainer, get_cosine_schedule_with_warmup, saving
 
 DECAY = 0.999
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +67,11 @@ def flow_loss(model: nn.Module, x_1: Tensor) -> Tensor:
 
 @contextmanager
 def stopping_after_an_epoch(recorder: Recorder) -> Iterator[None]:
-    """What is trained in the block stops this process as its first epoch has ended."""
+    """What is trained in the block stops this process as its first epoch has ended.
+
+    Of the time from one save to the next it runs a part: saves come as often as if it ran all of it.
+    """
+    share = saving.COST_SHARE / int(os.environ.get("IN_TURNS", "1"))
     record = recorder.record
 
     def recorded(row: Mapping[str, Any], *, is_last: bool = False) -> None:
@@ -75,7 +79,10 @@ def stopping_after_an_epoch(recorder: Recorder) -> Iterator[None]:
         if "val/loss" in row:
             epoch_has_ended()
 
-    with mock.patch.object(recorder, "record", recorded):
+    with (
+        mock.patch.object(recorder, "record", recorded),
+        mock.patch.object(saving, "COST_SHARE", share),
+    ):
         yield
 
 

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tests.tracking.attempts import children, kill
@@ -64,9 +65,11 @@ def ratios_in_turns(
     Returns:
         The median ratio by name.
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    commands = {"ours": ours, **others}
+    there = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": there, "IN_TURNS": str(len(commands))}
     times = [
-        seconds_in_turns({"ours": ours, **others}, environment, from_a_stop=True)
+        seconds_in_turns(commands, environment, from_a_stop=True)
         for _ in range(rounds)
     ]
     print()
@@ -94,6 +97,8 @@ def seconds_in_turns(
         environment: Of all of them.
         turn_s: How long each runs at a time.
         from_a_stop: Count from where a command has stopped itself, by SIGSTOP; all get there first.
+            Their main threads then have the same CPU: one may be a fifth slower than another, as
+            the first, which takes the interrupts, and a process stays where it was.
 
     Raises:
         CalledProcessError: One failed.
@@ -113,6 +118,8 @@ def seconds_in_turns(
                 process.send_signal(signal.SIGSTOP)
         while running:
             for name, process in list(running.items()):
+                if from_a_stop:
+                    _use_last_cpu(process.pid)
                 started = time.perf_counter()
                 _signal_tree(process.pid, signal.SIGCONT)
                 try:
@@ -136,6 +143,13 @@ def _wait_for_stop(process: "subprocess.Popen[bytes]") -> None:
     if not os.WIFSTOPPED(status):
         process.returncode = os.waitstatus_to_exitcode(status)
         raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
+def _use_last_cpu(pid: int) -> None:
+    everywhere = os.sched_getaffinity(0)
+    for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(thread, {max(everywhere)} if thread == pid else everywhere)
 
 
 def _signal_tree(pid: int, number: signal.Signals) -> None:
