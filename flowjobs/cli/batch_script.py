@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults, load_defaults
 from flowjobs.cli.main import exit_with, parse
-from flowjobs.cli.reconcile import close_in_batch_script
+from flowjobs.cli.reconcile import print_job_end
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.slots import JOB_OF_RUN
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def run(script_arguments: Sequence[str]) -> int:
-    """Train under srun, and close the run if that died. Returns srun's exit code."""
+    """Train under srun; if that dies, record why. Returns srun's exit code."""
     from flowjobs.jobs.environment import forget_submitting_job
 
     forget_submitting_job()
@@ -56,7 +56,7 @@ def run(script_arguments: Sequence[str]) -> int:
     if code and run.exists():
         # Of a death that could not speak: what it was, and a restart if there may be one.
         try:
-            close_in_batch_script([run], code)
+            print_job_end([run], code)
         except FlowjobsError as error:
             print(f"error: {error}", file=sys.stderr)
     return code

@@ -112,7 +112,7 @@ def _watch(
             if gone_at is not None and time.monotonic() - gone_at > LAST_WORDS_S:
                 if begun or not run.cancel_requested():
                     return None
-                status.close(CANCELLED)  # before it began, so that no attempt says it
+                status.record_outcome(CANCELLED)  # before it began, so that no attempt says it
                 return status
             time.sleep(POLL_S)
 

@@ -124,7 +124,7 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
     for run in runs:
         status, finding = run.status(), findings.get(run)
         if isinstance(finding, Dead):
-            status.close_dead(final_outcome(run, status, finding), run.metrics_file)
+            status.record_outcome_of_dead(final_outcome(run, status, finding), run.metrics_file)
         if status.state == "failed":
             newest = status.attempts[-1].ended if status.attempts else None
             ended[run] = newest or status.updated

@@ -30,7 +30,7 @@ class Reconcile(InStudy):
     """What srun returned: given by the last lines of the run's own batch script."""
 
     def run(self, defaults: Defaults) -> int:
-        """Close what is dead. Returns the exit code."""
+        """Record and restart what is dead. Returns the exit code."""
         from flowjobs.jobs.reconcile import reconcile
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -53,33 +53,33 @@ class Reconcile(InStudy):
         # A task of an array says what it is: runs/NAME, or packs/NAME.
         kind, _, name = self.names[0].rpartition("/")
         if kind == PACKS:
-            close_pack_in_batch_script(Pack(absolute(self.study), name), self.exit_code)
+            print_pack_end(Pack(absolute(self.study), name), self.exit_code)
         else:
-            close_in_batch_script(readable_runs(self.study, [name])[0], self.exit_code)
+            print_job_end(readable_runs(self.study, [name])[0], self.exit_code)
         return 0
 
 
-def close_pack_in_batch_script(pack: Pack, exit_code: int) -> None:
-    """The same for the runs of a job that they share; see `close_in_batch_script`."""
+def print_pack_end(pack: Pack, exit_code: int) -> None:
+    """The same for the runs of a job that they share; see `print_job_end`."""
     from flowjobs.jobs.environment import batch_script_job
-    from flowjobs.jobs.reconcile import close_ended_pack
+    from flowjobs.jobs.reconcile import handle_pack_end
 
-    closed = close_ended_pack(pack, batch_script_job(pack), exit_code)
-    for run, outcome in closed.items():
+    ended = handle_pack_end(pack, batch_script_job(pack), exit_code)
+    for run, outcome in ended.items():
         print(f"{run.name}: {outcome.state}: {outcome.reason}")
 
 
-def close_in_batch_script(runs: Iterable[Run], exit_code: int) -> None:
-    """Close the runs of the job whose batch script this process is in, and print how they ended.
+def print_job_end(runs: Iterable[Run], exit_code: int) -> None:
+    """Handle the end of the job whose batch script this process is in; print how its runs ended.
 
     Args:
         runs: Of the job.
         exit_code: What its srun returned, not 0.
     """
     from flowjobs.jobs.environment import batch_script_job
-    from flowjobs.jobs.reconcile import close_ended_job
+    from flowjobs.jobs.reconcile import handle_job_end
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for run in runs:
-        if outcome := close_ended_job(run, batch_script_job(run), exit_code):
+        if outcome := handle_job_end(run, batch_script_job(run), exit_code):
             print(f"{run.name}: {outcome.state}: {outcome.reason}")

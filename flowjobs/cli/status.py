@@ -159,7 +159,7 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     status, latest = current_progress(run)
     if isinstance(finding, Dead):
         # Shown, not noted: that is what `reconcile` is for, and the run's own jobs.
-        status.close_dead(final_outcome(run, status, finding), run.metrics_file)
+        status.record_outcome_of_dead(final_outcome(run, status, finding), run.metrics_file)
     described = {"run": run.name, **dataclasses.asdict(status)}
     if not status.epochs:  # its job has not begun
         described["epochs"] = run.config().training.epochs

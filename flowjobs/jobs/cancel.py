@@ -134,7 +134,7 @@ def _note_end(run: Run) -> None:
     # A process that trains says itself how it ends; of a job that only waits, nobody else would.
     nobody_trains = status.open_attempt is None and lock_holder(run.folder) is None
     if nobody_trains and status.state != "cancelled" and not run.finished():
-        status.close(CANCELLED)
+        status.record_outcome(CANCELLED)
         status.write(run.status_file)
         # Where W&B has it a damaged config does not say; mended, `reconcile` tells it.
         with contextlib.suppress(ConfigError):

@@ -204,7 +204,7 @@ class TrainingJob:
         status = self._run.status()
         if cancelled and status.state == "preempted" and self.is_first:
             outcome = cancelled_outcome("cancelled")
-            status.close(outcome)
+            status.record_outcome(outcome)
             status.write(self._run.status_file)
             close_session(self._run)
         return cancelled
@@ -401,7 +401,7 @@ class TrainingJob:
                 return
             logger.error("%s: the run is as its last checkpoint has it", interrupted)
             if self._recorder is not None:
-                self._recorder.attempt.close(outcome_of(interrupted))
+                self._recorder.attempt.record_outcome(outcome_of(interrupted))
             if interrupted.kind == "cancelled":
                 code = EXIT_CANCELLED
             elif self._recorder is not None:

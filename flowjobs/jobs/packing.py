@@ -20,12 +20,12 @@ from pathlib import Path
 from flowjobs.cgroups import memory_kills
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.jobs.closing import close_attempt, close_in_slot
 from flowjobs.jobs.entry import begins_later, exit_with
 from flowjobs.jobs.environment import this_process
 from flowjobs.jobs.exit_cause import cancelled_while_requeued
 from flowjobs.jobs.findings import Dead, version_of
 from flowjobs.jobs.mps import mps_daemon
+from flowjobs.jobs.record_end import record_dead_attempt, record_end_of_slot
 from flowjobs.jobs.restart import restart
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.jobs.stop_cause import notice_of, seconds_left
@@ -241,7 +241,7 @@ class _Slots:
                     del self._running[run]
                     continue
                 # Popen has a signal as -n, and everything here as the shell does, 128 + n.
-                self._close(run, process.popen.pid, code if code >= 0 else 128 - code)
+                self._record_end(run, process.popen.pid, code if code >= 0 else 128 - code)
                 remaining = again and is_remaining(run, self._job.job_id)
                 attempts = run.status().attempts
                 began = bool(attempts) and attempts[-1].job.pid == process.popen.pid
@@ -260,7 +260,7 @@ class _Slots:
         process.noted_by = process.noted_by or now + AWAY_AT_MOST_S
         return now < process.noted_by
 
-    def _close(self, run: Run, pid: int, exit_code: int) -> None:
+    def _record_end(self, run: Run, pid: int, exit_code: int) -> None:
         log = run.output_of(self._job.job_id)
         kills = memory_kills()
         if exit_code == 128 + signal.SIGKILL and kills > self._memory_kills:
@@ -270,7 +270,7 @@ class _Slots:
                 file.write(line)
         self._memory_kills = kills
         job = replace(self._job, pid=pid, log=str(log), packed=True)
-        if outcome := close_in_slot(run, job, exit_code):
+        if outcome := record_end_of_slot(run, job, exit_code):
             logger.error("%s: %s: %s", run.name, outcome.state, outcome.reason)
             if outcome.state != "preempted":  # else its next attempt tells
                 close_session(run, wait=False)
@@ -319,7 +319,7 @@ class _Slots:
             try:
                 status = run.status()
                 began = any(known.job.job_id == self._job.job_id for known in status.attempts)
-                if close_attempt(
+                if record_dead_attempt(
                     run, Dead(self._job, outcome, version_of(status), attempt_began=began)
                 ):
                     close_session(run, wait=False)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs import exit_cause
-from flowjobs.jobs.closing import close_attempt
 from flowjobs.jobs.findings import Dead, Unclear, Waits, find, version_of
+from flowjobs.jobs.record_end import record_dead_attempt
 from flowjobs.jobs.restart import restart, resubmit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.hint import hint
@@ -52,15 +52,16 @@ class Reconciled:
 
 
 def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
-    """Close the runs whose job is gone; one question to Slurm answers it for those that are not.
+    """Record how silently dead jobs ended; restart the runs that may be retried.
 
-    Then tell W&B, also what could not be told before, which may take a minute a run.
+    Slurm is asked once about all of them. Then W&B is told, also what could not be told before,
+    which may take a minute a run.
 
     Args:
         runs: Those to look at.
 
     Returns:
-        Those that were closed, and those of which it is unknown: these stay as they are.
+        Those whose end was recorded, and those of which it is unknown: these stay as they are.
     """
     runs = _with_those_beside(runs)
     results = []
@@ -72,7 +73,7 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
             results.append(Reconciled(run, unclear=found.why))
             continue
         try:
-            outcome = close_attempt(run, found)
+            outcome = record_dead_attempt(run, found)
         except (FlowjobsError, OSError) as error:
             logger.error("%s: %s", run.name, error)
             continue
@@ -83,15 +84,15 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
             avoid = _node_to_avoid(run, found)
             again[pack_of(run, found.job.job_id) or run] = found, avoid
     # After all are written down: a new job of a pack trains what their status leaves open.
-    for ended, (found, avoid) in again.items():
+    for left, (found, avoid) in again.items():
         try:
-            new = resubmit(ended, found.job, task_of(ended), avoid)
-            logger.info("%s continues as job %s", ended.name, new)
+            new = resubmit(left, found.job, task_of(left), avoid)
+            logger.info("%s continues as job %s", left.name, new)
         except (FlowjobsError, OSError) as error:
-            logger.error("%s: %s", ended.name, error)
-    for closed in results:
-        if closed.outcome and lock_holder(closed.run.folder) is None:  # else its next attempt tells
-            close_session(closed.run)
+            logger.error("%s: %s", left.name, error)
+    for ended in results:
+        if ended.outcome and lock_holder(ended.run.folder) is None:  # else its next attempt tells
+            close_session(ended.run)
     for run in runs:
         if lock_holder(run.folder) is None and pending_outcome(run):
             close_session(run)
@@ -109,9 +110,10 @@ def _with_those_beside(runs: Iterable[Run]) -> list[Run]:
     return [*found]
 
 
-def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outcome]:
-    """Close the runs of a pack from the last lines of its batch script, and start it again for
-    those that are left.
+def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outcome]:
+    """Record how the runs of a pack ended whose job does, and restart it for those that are left.
+
+    Asked by the last lines of the job's batch script.
 
     Args:
         pack: The pack.
@@ -121,7 +123,7 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
     Returns:
         How those ended that have not said so themselves.
     """
-    closed: dict[Run, Outcome] = {}
+    recorded: dict[Run, Outcome] = {}
     begins_later = exit_code == EXIT_PREEMPTED or exit_cause.launch_failure(job) is not None
     if begins_later and not _has_begun(pack, job):
         # Where jobs cannot be requeued, each try is a job of its own.
@@ -130,9 +132,9 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
         if again:
             restart(pack, job, "waiting", task_of(pack), exit_cause.node_that_refused(job))
         if again or exit_code == EXIT_PREEMPTED:
-            return closed
+            return recorded
     if exit_code in (EXIT_PREEMPTED, EXIT_CANCELLED):
-        return closed  # the job left in good order: it has written down all, and started it again
+        return recorded  # the job left in good order: it has written down all, and started it again
     unclear: set[Run] = set()
 
     @contextlib.contextmanager
@@ -141,7 +143,7 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
             yield
         except (FlowjobsError, OSError) as error:
             again = hint("reconcile", run.name, study=run.study)
-            logger.error("%s is not closed, `%s` does it: %s", run.name, again, error)
+            logger.error("how %s ended is not recorded, `%s` does it: %s", run.name, again, error)
             unclear.add(run)
 
     begun = False
@@ -153,8 +155,8 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
             if status.open_attempt and starts[-1] == (job.job_id, job.restart):
                 cause = exit_cause.cause_of(run, status.open_attempt, exit_code)
                 dead = Dead(status.open_attempt.job, cause, version_of(status))
-                if outcome := close_attempt(run, dead):
-                    closed[run] = outcome
+                if outcome := record_dead_attempt(run, dead):
+                    recorded[run] = outcome
     remaining = pack.remaining(job.job_id)
     # Killed, and it had begun: another try may do. One that never began would end so again.
     if remaining and begun and exit_code > 128:
@@ -164,11 +166,11 @@ def close_ended_pack(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outc
         for run in remaining:  # they would end so again
             with keeping_others(run):
                 dead = Dead(job, cause, version_of(run.status()), attempt_began=False)
-                if run not in unclear and (outcome := close_attempt(run, dead)):
-                    closed[run] = outcome
-    for run in closed:
+                if run not in unclear and (outcome := record_dead_attempt(run, dead)):
+                    recorded[run] = outcome
+    for run in recorded:
         close_session(run)
-    return closed
+    return recorded
 
 
 def _for_good(cause: Outcome) -> Outcome:
@@ -185,8 +187,10 @@ def _has_begun(pack: Pack, job: JobInfo) -> bool:
     return continued or pack.starts_of(job.job_id) > job.restart
 
 
-def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
-    """Close a run from the last lines of its batch script, and retry it if it may be.
+def handle_job_end(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
+    """Record how a run's attempt ended whose job does, and restart it if it may be retried.
+
+    Asked by the last lines of the job's batch script.
 
     Args:
         run: The run.
@@ -220,7 +224,7 @@ def close_ended_job(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         return None
     else:
         dead = Dead(job, exit_cause.cause_of_no_start(job, exit_code), version, attempt_began=False)
-    outcome = close_attempt(run, dead)
+    outcome = record_dead_attempt(run, dead)
     if outcome and outcome.state == "preempted":
         restart(run, job, outcome.kind, task_of(run), _node_to_avoid(run, dead))
     if outcome:

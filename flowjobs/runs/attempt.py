@@ -70,7 +70,7 @@ class Attempt:
             self._status = self.run.status()
             if before := self._status.open_attempt:
                 outcome = self._explain(before)
-                self._status.close_dead(outcome, self.run.metrics_file)
+                self._status.record_outcome_of_dead(outcome, self.run.metrics_file)
                 logger.warning("%s", outcome.reason)
             self._open()
             self._stack = self._stack.pop_all()  # all is well: the lock is kept
@@ -103,7 +103,7 @@ class Attempt:
             f"{before[-1].reason}; the run is not started again by itself (--give-up-after): "
             "mend the cause, then submit it again"
         )
-        self._status.close(outcome_of(error))
+        self._status.record_outcome(outcome_of(error))
         self._status.write(self.run.status_file)
         raise error
 
@@ -164,11 +164,11 @@ class Attempt:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         with self._stack:  # the lock is freed last
             if not isinstance(error, RunTakenOverError):
-                self.close(outcome_of(error))
+                self.record_outcome(outcome_of(error))
 
-    def close(self, outcome: Outcome) -> None:
+    def record_outcome(self, outcome: Outcome) -> None:
         """Write down how the attempt ended, if it still holds the run."""
         if self._lock.is_held():
             self._status.catch_up(self.run.metrics_file)
-            self._status.close(outcome)
+            self._status.record_outcome(outcome)
             self._status.write(self.run.status_file)

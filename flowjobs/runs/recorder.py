@@ -94,12 +94,12 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.flush()
 
-    def close(self, outcome: Outcome) -> None:
+    def record_outcome(self, outcome: Outcome) -> None:
         """Close the metrics file, and say on disk how the attempt ended: W&B may take longer."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        self.attempt.close(outcome)
+        self.attempt.record_outcome(outcome)
 
 
 @contextmanager
@@ -126,6 +126,6 @@ def recording(
         try:
             yield recorder
         except BaseException as error:
-            recorder.close(outcome_of(error))
+            recorder.record_outcome(outcome_of(error))
             raise
-        recorder.close(outcome_of(None))
+        recorder.record_outcome(outcome_of(None))

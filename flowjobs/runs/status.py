@@ -189,7 +189,7 @@ class AttemptRecord:
     saving_s: float = 0.0
     prepared: int = 0
 
-    def close(self, outcome: Outcome) -> None:
+    def record_outcome(self, outcome: Outcome) -> None:
         """Note how the attempt ended."""
         self.ended = now()
         self.state, self.kind, self.reason = outcome.state, outcome.kind, outcome.reason
@@ -255,20 +255,20 @@ class RunStatus:
                 newest = latest_values(metrics_file).get("step", 0)
                 attempt.last_step = max(attempt.last_step or 0, newest)
 
-    def close(self, outcome: Outcome) -> None:
+    def record_outcome(self, outcome: Outcome) -> None:
         """Note how the newest attempt ended: that is the run's state from now on."""
         if self.open_attempt:
-            self.open_attempt.close(outcome)
+            self.open_attempt.record_outcome(outcome)
         self.state, self.exit_code = outcome.state, outcome.exit_code
         self.reason, self.traceback = outcome.reason, outcome.traceback
 
-    def close_dead(self, outcome: Outcome, metrics_file: Path) -> None:
+    def record_outcome_of_dead(self, outcome: Outcome, metrics_file: Path) -> None:
         """The same of an attempt that could not note it itself, and may have ended long ago.
 
         It ended when its job did, as far as that is known, else when it was last heard of.
         """
         attempt, heard = self.open_attempt, self.updated
-        self.close(outcome)
+        self.record_outcome(outcome)
         if attempt and attempt.ended:
             with contextlib.suppress(OSError):
                 heard = max(heard, utc(metrics_file.stat().st_mtime))

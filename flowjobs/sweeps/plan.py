@@ -208,7 +208,7 @@ def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding |
         case Dead(slurm_restarts_it=True):
             return Member(run, config, "waiting")
         case Dead() as dead:
-            status.close(final_outcome(run, status, dead))
+            status.record_outcome(final_outcome(run, status, dead))
         case Unclear(why):
             return Member(run, config, "unknown", why)
         case Waits(why):

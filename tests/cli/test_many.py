@@ -37,7 +37,7 @@ def ended(study: Path, name: str, outcome: Outcome, slurm: SlurmConfig | None = 
     job = JobInfo("slurm", "7", None, "n1", 1)
     status = RunStatus(epochs=1, epoch=int(outcome.state == "finished"))
     status.attempts.append(AttemptRecord(1, job, started=now()))
-    status.close(outcome)
+    status.record_outcome(outcome)
     status.write(run.status_file)
     return run
 

@@ -14,7 +14,7 @@ import pytest
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.field_values import KeyValues
 from flowjobs.jobs.executors import Cluster
-from flowjobs.jobs.reconcile import close_ended_pack
+from flowjobs.jobs.reconcile import handle_pack_end
 from flowjobs.jobs.running import running_job
 from flowjobs.jobs.submit import SubmittedJob, submit
 from flowjobs.jobs.tasks import task_of
@@ -274,9 +274,9 @@ def test_a_job_that_could_not_even_begin_is_started_again_for_its_runs(
     slurm.wait_state(job_id, "RUNNING")
     job = JobInfo("slurm", job_id, None, "n1", 1)
     pack.note_start(job_id)
-    assert close_ended_pack(pack, job, 75) == {}  # that one has begun, and left in good order
+    assert handle_pack_end(pack, job, 75) == {}  # that one has begun, and left in good order
     assert slurm.job(job_id)["Restarts"] == "0"
     pack.starts_file.unlink()
-    assert close_ended_pack(pack, job, 75) == {}
+    assert handle_pack_end(pack, job, 75) == {}
     assert slurm.job(job_id)["Restarts"] == "1"
     assert [run.status().state for run in pack.runs] == ["submitted", "submitted"]

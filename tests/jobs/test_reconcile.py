@@ -18,7 +18,7 @@ import pytest
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.jobs.findings import find
 from flowjobs.jobs.overview import stages_of
-from flowjobs.jobs.reconcile import close_ended_job, close_ended_pack
+from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
@@ -198,9 +198,9 @@ def test_where_it_cannot_be_started_again_wandb_is_told_all_the_same(
         jobs.append(job)
     # Nor as a new job: nobody knows what these were submitted from.
     site("scontrol", '[ "$1" = requeue ] && exit 1; $real "$@"')
-    assert close_ended_job(alone, jobs[0], 137) is not None
+    assert handle_job_end(alone, jobs[0], 137) is not None
     assert in_wandb(alone).state == "preempted"
-    assert [*close_ended_pack(pack, jobs[1], 137)] == [killed]
+    assert [*handle_pack_end(pack, jobs[1], 137)] == [killed]
 
 
 def test_a_job_whose_import_fails_is_failed_with_the_reason(

@@ -241,7 +241,7 @@ def test_an_attempt_that_could_not_say_it_ended_when_it_was_last_heard_of(study:
     # Where it is known when its job ended, that counts; no clock makes it later than now.
     for told, noted in (13_800, 13_800), (1, 10_000), (2**33, time.time()):
         status.attempts = [dataclasses.replace(dead)]
-        status.close_dead(Outcome("failed", 1, ended=utc(told)), run.metrics_file)
+        status.record_outcome_of_dead(Outcome("failed", 1, ended=utc(told)), run.metrics_file)
         ended = datetime.fromisoformat(status.attempts[0].ended or "").timestamp()
         assert ended == pytest.approx(noted, abs=5)
 

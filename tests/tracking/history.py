@@ -58,7 +58,7 @@ def wait_until_open(run: Run, backend: Backend | None) -> None:
 def write_end(run: Run, outcome: Outcome) -> None:
     """Write down how the newest attempt ended, as who finds it out does."""
     status = run.status()
-    status.close(outcome)
+    status.record_outcome(outcome)
     status.write(run.status_file)
 
 

@@ -1,4 +1,4 @@
-"""What must not be closed as dead, without Slurm: its commands would not be found."""
+"""What must not be recorded as dead, without Slurm: its commands would not be found."""
 
 import os
 import signal
@@ -14,9 +14,9 @@ import pytest
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.cancel import cancel, cancel_together
-from flowjobs.jobs.closing import close_attempt
 from flowjobs.jobs.findings import Dead, Unclear, find
-from flowjobs.jobs.reconcile import close_ended_job, close_ended_pack, reconcile
+from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end, reconcile
+from flowjobs.jobs.record_end import record_dead_attempt
 from flowjobs.jobs.running import running_job
 from flowjobs.jobs.stop_cause import notice_of
 from flowjobs.runs.attempt import Attempt
@@ -94,16 +94,16 @@ def test_a_job_by_hand_that_was_refused_says_nothing_of_the_run(run: Run) -> Non
     own, mistyped = (JobInfo("slurm", job_id, None, "n1", 1) for job_id in ("11", "12"))
     with Attempt(run, JobInfo.in_foreground()):
         pass
-    assert close_ended_job(run, mistyped, EXIT_BAD_INPUT) is None
+    assert handle_job_end(run, mistyped, EXIT_BAD_INPUT) is None
     assert run.finished()
     # Nor while another job of the run waits to go on.
     run.add_submission("11", "slurm", None)
     left = AttemptRecord(1, own, now(), ended=now(), state="preempted")
     RunStatus("preempted", attempts=[left]).write(run.status_file)
-    assert close_ended_job(run, mistyped, EXIT_BAD_INPUT) is None
+    assert handle_job_end(run, mistyped, EXIT_BAD_INPUT) is None
     assert run.status().state == "preempted"
     # That one itself says something if it cannot begin.
-    outcome = close_ended_job(run, replace(own, restart=1), 1)
+    outcome = handle_job_end(run, replace(own, restart=1), 1)
     assert outcome is not None
     assert outcome.kind == "never started"
     assert run.status().state == "failed"
@@ -144,7 +144,7 @@ def test_a_step_that_slurm_could_not_launch_is_launched_again_a_few_times(
     fruitless = [AttemptRecord(2, job, now(), ended=now(), state="preempted")] * before
     RunStatus("preempted", attempts=[trained, *fruitless]).write(run.status_file)
     run.add_submission("12", "slurm", log)
-    outcome = close_ended_job(run, replace(job, restart=before + 2), 1)
+    outcome = handle_job_end(run, replace(job, restart=before + 2), 1)
     assert outcome is not None
     assert (outcome.state, outcome.kind) == expected
     assert said[0] in outcome.reason or outcome.kind == "never started"
@@ -159,7 +159,7 @@ def test_nor_are_the_runs_of_a_pack_failed_that_slurm_could_not_launch(
     log = pack.logs / "12_0_log.out"
     log.write_text("\n".join(said))
     pack.add_submission("12", "slurm", log)
-    closed = close_ended_pack(pack, JobInfo("slurm", "12", str(log), "n1", 1), exit_code=1)
+    closed = handle_pack_end(pack, JobInfo("slurm", "12", str(log), "n1", 1), exit_code=1)
     assert [*closed] == [run] * closes
 
 
@@ -171,7 +171,7 @@ def test_nothing_is_closed_once_another_attempt_has_begun(run: Run) -> None:
     attempt.__enter__()
     attempt._stack.close()  # as a kill would leave it: no word, and the lock is free
     with Attempt(run, JobInfo.in_foreground()):
-        assert close_attempt(run, dead) is None
+        assert record_dead_attempt(run, dead) is None
         status = run.status()
         assert status.state == "running"
 
@@ -229,7 +229,7 @@ def test_one_bad_run_of_a_pack_keeps_no_other_from_being_closed(run: Run, study:
         status = RunStatus("running", attempts=[AttemptRecord(1, job, started=now())])
         status.write(training.status_file)
     run.cancel_file.symlink_to(run.cancel_file)
-    closed = close_ended_pack(pack, job, exit_code=1)
+    closed = handle_pack_end(pack, job, exit_code=1)
     assert {each.name: outcome.kind for each, outcome in closed.items()} == {
         "b": "never started",
         "c": "exception",
@@ -251,7 +251,7 @@ def test_a_run_that_was_cancelled_before_its_first_start_does_not_start(run: Run
 def test_a_run_that_could_not_begin_for_its_file_system_is_to_be_started_again(study: Path) -> None:
     run = Run(study, "a")
     run.create(RunConfig(TrainingConfig(epochs=1), tracking=DISABLED))
-    # A slot of a Slurm job; close_ended_job and close_in_slot start again what ends with 75.
+    # A slot of a Slurm job; handle_job_end and record_end_of_slot start again what ends with 75.
     slot = {"FLOWJOBS_SLOTS": "2", "FLOWJOBS_JOB": "7", "SLURM_JOB_ID": "7"}
     read_only = f"mount --bind {study} {study} && mount -o remount,ro,bind {study} && exec "
     train = f"{sys.executable} -m flowjobs.jobs {run.folder}"

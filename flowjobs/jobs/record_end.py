@@ -1,4 +1,4 @@
-"""Writes down how an attempt ended that could not: under the run's lock, and once."""
+"""Record the outcome of a dead attempt, once, under the run's lock."""
 
 from dataclasses import replace
 
@@ -19,12 +19,12 @@ from flowjobs.runs.status import (
 from flowjobs.slurm.jobs import Gone
 
 
-def close_attempt(run: Run, dead: Dead) -> Outcome | None:
-    """Write down how a run's newest attempt ended.
+def record_dead_attempt(run: Run, dead: Dead) -> Outcome | None:
+    """Record how a run's newest attempt ended.
 
     Returns:
         The outcome as it is on disk: "preempted" if the run is to be started again. None if an
-        attempt has started since it was looked at, or somebody else has written it down.
+        attempt has started since it was looked at, or somebody else has recorded it.
     """
 
     def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
@@ -43,15 +43,15 @@ def close_attempt(run: Run, dead: Dead) -> Outcome | None:
             outcome = final_outcome(run, status, dead)
             if outcome.state == "preempted" and not (dead.slurm_restarts_it or dead.job_still_runs):
                 check_own(run, dead.job.job_id)
-            status.close_dead(outcome, run.metrics_file)
+            status.record_outcome_of_dead(outcome, run.metrics_file)
             status.write(run.status_file)
     except RunBusyError:
         return None
     return outcome
 
 
-def close_in_slot(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
-    """Write down how a run ended whose process has, while the job lives that gave it a slot.
+def record_end_of_slot(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
+    """Record how a run ended whose process has, while the job lives that gave it a slot.
 
     Args:
         run: The run.
@@ -59,8 +59,8 @@ def close_in_slot(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         exit_code: The process's, by the shell's count (128 + n for a signal).
 
     Returns:
-        The outcome, see `close_attempt`; None if the process has said it itself, or never had the
-        run.
+        The outcome, see `record_dead_attempt`; None if the process has said it itself, or never
+        had the run.
     """
     status = run.status()
     attempt, version = status.open_attempt, version_of(status)
@@ -69,8 +69,10 @@ def close_in_slot(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     if attempt and processes[-1] == this:
         # Of one process of its job Slurm knows nothing.
         outcome = exit_cause.cause_of(run, attempt, exit_code, answer=Gone())
-        return close_attempt(run, Dead(attempt.job, outcome, version, job_still_runs=True))
+        return record_dead_attempt(run, Dead(attempt.job, outcome, version, job_still_runs=True))
     if attempt or this in processes or exit_code in (0, EXIT_PREEMPTED, EXIT_CANCELLED):
         return None
     outcome = exit_cause.cause_of_no_start(job, exit_code)
-    return close_attempt(run, Dead(job, outcome, version, attempt_began=False, job_still_runs=True))
+    return record_dead_attempt(
+        run, Dead(job, outcome, version, attempt_began=False, job_still_runs=True)
+    )
