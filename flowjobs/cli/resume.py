@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.runs_named import RunName, existing_run
-from flowjobs.cli.submit import HandOver
+from flowjobs.cli.submit import SubmitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resume(HandOver):
+class Resume(SubmitOptions):
     """Submit a run again by its name alone, with the config that it has on disk."""
 
     name: RunName
@@ -18,4 +18,4 @@ class Resume(HandOver):
         """Submit, and follow if asked to. Returns the exit code."""
         run = existing_run(self.study, self.name)
         # Like its config, its code is what it has, whichever folder this is.
-        return self.hand_over(run, run.config(), self.code_choice(default="submitted"))
+        return self.submit_run(run, run.config(), self.code_choice(default="submitted"))

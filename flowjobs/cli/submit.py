@@ -41,8 +41,8 @@ EXAMPLES = """\
 
 
 @dataclass(frozen=True)
-class HandOver(CodeOptions, CommandOptions):
-    """What a command can be told that submits a run, whichever way it found its config."""
+class SubmitOptions(CodeOptions, CommandOptions):
+    """Options of a command that submits a run, whichever way it found its config."""
 
     follow: Flag = False
     """Watch the job with a progress bar until it ends; the default on this machine."""
@@ -50,7 +50,7 @@ class HandOver(CodeOptions, CommandOptions):
     no_follow: Flag = False
     """Return at once; the default on Slurm."""
 
-    def hand_over(
+    def submit_run(
         self,
         run: Run,
         config: RunConfig,
@@ -162,7 +162,7 @@ class HandOver(CodeOptions, CommandOptions):
 
 
 @dataclass(frozen=True)
-class Submit(HandOver):
+class Submit(SubmitOptions):
     """Submit a run as a job, to Slurm or to this machine. The same command again resumes it."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -189,7 +189,7 @@ class Submit(HandOver):
             own_code=self.keep_code,
         )
         plan = partial(self._print_plan, defaults) if self.dry_run else None
-        return self.hand_over(run, config, self.code_choice(), plan)
+        return self.submit_run(run, config, self.code_choice(), plan)
 
     def _print_plan(self, defaults: Defaults, run: Run, config: RunConfig, cluster: str) -> None:
         from flowjobs.jobs.executors import slurm_executor

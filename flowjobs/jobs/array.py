@@ -35,7 +35,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slurm.cluster import cluster_name
 from flowjobs.slurm.controller import ENDED, JobRow, queue
-from flowjobs.slurm.submission import SBATCH_TIMEOUT_S, TAKEN_WITHIN_S, HandedOver, new_mark
+from flowjobs.slurm.submission import SBATCH_TIMEOUT_S, TAKEN_WITHIN_S, AcceptedJob, new_mark
 
 SUBMIT_WAIT_S = 600.0
 PREFIX = "flowjobs-"
@@ -97,7 +97,7 @@ class Array:
         write_json(self.origin_file, asdict(origin), flush=False, mode=0o600)
         flush_folder(self.folder)
 
-    def note(self, job: HandedOver) -> None:
+    def note(self, job: AcceptedJob) -> None:
         """Have every run note its task, and the array its job."""
         found = self._content()
         identity = self._identity(found["name"], job)
@@ -112,14 +112,14 @@ class Array:
         cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
         if run.submission(job_id, cluster) is None:
             base, _, task = job_id.partition("_")
-            job = HandedOver(base, cluster, self.mark)
+            job = AcceptedJob(base, cluster, self.mark)
             self._note(task, run, base, self._identity(self._content()["name"], job))
 
     def _note(self, task: str, run: Submittable, array_id: str, identity: dict[str, Any]) -> None:
         job_id = f"{array_id}_{task}"
         run.add_submission(job_id, "slurm", run.output_of(job_id), identity=identity)
 
-    def _identity(self, name: str, job: HandedOver) -> dict[str, Any]:
+    def _identity(self, name: str, job: AcceptedJob) -> dict[str, Any]:
         return {**job.identity(name), "array": self.folder.name}
 
     def _content(self) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def _settle(study: Path) -> list[str]:
         found = [row for row in rows if array.mark in row.marks]
         if found:
             job_id = found[0].job_id.partition("_")[0]
-            array.note(HandedOver(job_id, found[0].cluster, array.mark))
+            array.note(AcceptedJob(job_id, found[0].cluster, array.mark))
             said.append(f"job {job_id} had been submitted and not noted: it is now")
         elif why := array.unknown_from(here):
             said.append(why)

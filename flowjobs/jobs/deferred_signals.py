@@ -1,4 +1,4 @@
-"""Signals that end a command wait while a job is handed over, until it is noted."""
+"""Signals that end a command wait from sbatch's start until the job that it accepts is noted."""
 
 import contextlib
 import signal

@@ -28,7 +28,7 @@ from flowjobs.slots import JOB_OF_RUN, nvidia_gpus
 from flowjobs.slurm.client import controller_answers
 from flowjobs.slurm.cluster import partitions
 from flowjobs.slurm.options import ARRAY, export_for
-from flowjobs.slurm.submission import HandedOver, sbatch
+from flowjobs.slurm.submission import AcceptedJob, sbatch
 
 # A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
 # blocked ones wait until there are some. Before 2019, env could not do that.
@@ -82,10 +82,10 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         prepared: Where that is which has to be there before sbatch is called.
 
     Attributes:
-        handed_over: The job that sbatch has taken.
+        accepted: The job, once sbatch has accepted it.
     """
 
-    handed_over: HandedOver | None = None
+    accepted: AcceptedJob | None = None
 
     def __init__(self, folder: Path, python: str, prepared: Path) -> None:
         super().__init__(folder=folder, python=python)
@@ -100,8 +100,8 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         """The text that a submission hands to sbatch."""
         return self._make_submission_file_text(self._submitit_command_str, uid="")
 
-    def hand_over(self, task: Callable[[], None], mark: str | None = None) -> HandedOver:
-        """Hand the job over; see also `handed_over`.
+    def call_sbatch(self, task: Callable[[], None], mark: str | None = None) -> AcceptedJob:
+        """Submit the job; see also `accepted`.
 
         Args:
             task: What the job does, or each task of the array.
@@ -122,14 +122,14 @@ class SlurmExecutorAnywhere(SlurmExecutor):
         comment = self.parameters.get("comment")
         options = [f"--comment={comment}"] if comment else []
         try:
-            self.handed_over = sbatch(["sbatch", *options, str(file)], os.environ, mark)
+            self.accepted = sbatch(["sbatch", *options, str(file)], os.environ, mark)
         except SubmissionError as error:
             if "invalid partition" in str(error).lower():
                 asked, known = self.parameters.get("partition"), ", ".join(partitions())
                 said = f"{error}; --partition {asked} is not one of {known}"
                 raise SubmissionError(said) from error
             raise
-        return self.handed_over
+        return self.accepted
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         text = str(super()._make_submission_file_text(command, uid))

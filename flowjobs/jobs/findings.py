@@ -168,7 +168,7 @@ def _awaits_an_end(run: Run, status: RunStatus, entries: Sequence[Submission]) -
     submitted = entries[-1].submitted
     if ended is None or submitted >= ended:  # both are noted to the second
         return True
-    # By two clocks, but of `submit` it is known that it hands over none while an attempt runs.
+    # By two clocks, but `submit` is known to submit none while an attempt runs.
     at = datetime.fromisoformat(submitted) if entries[-1].mark and submitted else None
     return at is not None and at + CLOCKS >= datetime.fromisoformat(ended)
 

@@ -15,7 +15,7 @@ from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slurm.controller import JobRecord, job_record, write_batch_script
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
 from flowjobs.slurm.requested import gres_of, options_of
-from flowjobs.slurm.submission import HandedOver, cancelled_unless_noted, sbatch
+from flowjobs.slurm.submission import AcceptedJob, cancelled_unless_noted, sbatch
 
 
 def known_log(run: Submittable, job_id: str) -> str | None:
@@ -107,7 +107,7 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     origin = origin_of(run, old)
     environment = environment_for_sbatch(origin.environment_here(), run.asked())
     log = Path(entry.log) if entry.log else None
-    taken: HandedOver | None = None
+    taken: AcceptedJob | None = None
     with signals_deferred_until_noted("slurm"), cancelled_unless_noted(lambda: taken):
         taken = sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
         new = taken.job_id

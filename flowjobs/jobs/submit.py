@@ -1,4 +1,4 @@
-"""Hands a run to submitit: as a Slurm job, as a job on this machine, or into the debugger."""
+"""Submit a run with submitit: as a Slurm job, as a job on this machine, or in the debugger."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ from flowjobs.slurm.waiting import why_it_waits
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job that was handed over.
+    """A job that was submitted.
 
     Attributes:
         job_id: The scheduler's id; without one, the id of the controlling process.
@@ -130,11 +130,11 @@ def _to_slurm(
     continues: str | None,
 ) -> SubmittedJob:
     executor: SlurmExecutorAnywhere | None = None
-    with cancelled_unless_noted(lambda: executor.handed_over if executor else None):
+    with cancelled_unless_noted(lambda: executor.accepted if executor else None):
         with _environment_of("slurm", origin, asked, continues):
             executor = slurm_executor(run, asked, origin.python)
             try:
-                job = executor.hand_over(task)
+                job = executor.call_sbatch(task)
             except SubmissionUnknownError:
                 raise  # it may come yet: it is looked for as long as its batch file is there
             except SubmissionError:
@@ -203,7 +203,7 @@ def submit_array(
             array.remove()
             raise
         try:
-            job = executor.hand_over(task, array.mark)
+            job = executor.call_sbatch(task, array.mark)
         # Its tasks may start yet, and find their runs by what was written.
         except SubmissionUnknownError:
             raise

@@ -373,7 +373,7 @@ class Run(Submittable):
 
     @contextlib.contextmanager
     def undone_if_refused(self) -> Iterator[None]:
-        """Leave the run as it was before the block if that fails before a job is handed over."""
+        """Leave the run as it was before the block if that fails before a job is submitted."""
         before = self.before_submission()
         try:
             yield
@@ -603,7 +603,7 @@ class Before:
     jobs: int
 
     def put_back(self) -> None:
-        """Make it so again, unless a job has been handed over meanwhile.
+        """Make it so again, unless a job has been submitted meanwhile.
 
         Raises nothing where the disk is full, say: why the submission failed is what a person
         must hear. Each file is then whole, as it was or as it was submitted.

@@ -16,7 +16,7 @@ from flowjobs.from_json import value_from_json
 from flowjobs.runs.files import append_line, warn_once
 from flowjobs.runs.status import AttemptRecord, now
 
-# In `logs/`: what a job does; and the batch file of one that is handed over and not noted yet.
+# In `logs/`: what a job does; and the batch file of one that is submitted and not noted yet.
 TASK = "task.pkl"
 BATCH_FILE = "submission.sh"
 
@@ -39,7 +39,7 @@ class Submission:
         job_name: The job's name.
         slurm_cluster: Slurm's name of its cluster; empty if that is not known.
         mark: Ours, that Slurm gives back; empty for a job that was submitted by hand.
-        handed_over: When sbatch took it, in seconds of the epoch; 0 if that is not known.
+        handed_over: When sbatch accepted it, in seconds of the epoch; 0 if that is not known.
         job_log: Of a job that runs share: where its own output goes.
         array: The folder of the array whose task it is; empty if it is none.
         pack: The pack that shares it; empty if it is the run's own.

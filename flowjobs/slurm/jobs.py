@@ -34,7 +34,7 @@ class JobIdentity:
         cluster: Slurm's name of its cluster; empty if that is not known.
         uid: Its user's; None if that is not known.
         name: The job's; empty if that is not known.
-        submitted: When it was handed over, in seconds of the epoch; 0 if that is not known.
+        submitted: When sbatch accepted it, in seconds of the epoch; 0 if that is not known.
         log: The file that its output goes to; empty if that is not known.
     """
 

@@ -20,13 +20,13 @@ def accounting_answers() -> bool:
     return run("sacct", "-X", "-n", "-S", "now").returncode == 0
 
 
-def accounting(handed_over: Mapping[str, float]) -> list[JobRow] | None:
+def accounting(submitted_at: Mapping[str, float]) -> list[JobRow] | None:
     """Every start of all jobs that have or had these ids on this cluster, oldest first.
 
     One call for all of them. Accounting is some seconds behind the controller.
 
     Args:
-        handed_over: By the id of each job, when that was, in seconds of the epoch; 0 if
+        submitted_at: By the id of each job, when it was submitted, in seconds of the epoch; 0 if
             that is not known.
 
     Returns:
@@ -35,7 +35,7 @@ def accounting(handed_over: Mapping[str, float]) -> list[JobRow] | None:
     Raises:
         SubmissionError: Accounting does not answer.
     """
-    if not handed_over:
+    if not submitted_at:
         return []
     if shutil.which("sacct") is None:
         return None
@@ -43,17 +43,17 @@ def accounting(handed_over: Mapping[str, float]) -> list[JobRow] | None:
         *("JobID", "State", "UID", "Cluster", "Submit", "End", "ExitCode", "NodeList"),
         *("DerivedExitCode", "JobName", "Comment", "SubmitLine"),
     )
-    answer = _ask_accounting(handed_over, fields)
+    answer = _ask_accounting(submitted_at, fields)
     if answer.returncode != 0 and "Invalid field" in answer.stderr:
         fields = fields[:-1]  # before Slurm 21.08
-        answer = _ask_accounting(handed_over, fields)
+        answer = _ask_accounting(submitted_at, fields)
     for days in RANGES_D:
         # Only about jobs that are younger: of another the answer would lack the first starts.
         oldest = time.time() - days * 86400
-        recent = [job_id for job_id, at in handed_over.items() if at > max(0, oldest)]
+        recent = [job_id for job_id, at in submitted_at.items() if at > max(0, oldest)]
         if not recent or "date range" not in answer.stderr:
             break
-        since = min(handed_over[job_id] for job_id in recent) - CLOCKS_S
+        since = min(submitted_at[job_id] for job_id in recent) - CLOCKS_S
         answer = _ask_accounting(recent, fields, since)
     if answer.returncode != 0:
         if "accounting storage is disabled" in answer.stderr:

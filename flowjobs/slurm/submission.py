@@ -35,8 +35,8 @@ CLOCKS_S = 300.0
 
 
 @dataclass(frozen=True)
-class HandedOver:
-    """A job that sbatch has taken.
+class AcceptedJob:
+    """A job that sbatch has accepted.
 
     Attributes:
         job_id: Its id; of an array, the array's.
@@ -59,8 +59,8 @@ class HandedOver:
 
 
 @contextlib.contextmanager
-def cancelled_unless_noted(handed_over: Callable[[], HandedOver | None]) -> Iterator[None]:
-    """Cancel a job that was handed over in the block if the block then fails: nobody knows it.
+def cancelled_unless_noted(accepted: Callable[[], AcceptedJob | None]) -> Iterator[None]:
+    """Cancel a job that sbatch accepts in the block if the block then fails: nobody knows it.
 
     Raises:
         SubmissionError: The block failed so, and the job is cancelled.
@@ -70,7 +70,7 @@ def cancelled_unless_noted(handed_over: Callable[[], HandedOver | None]) -> Iter
     try:
         yield
     except BaseException as error:
-        job = handed_over()
+        job = accepted()
         if job is None:
             raise
         said = f"job {job.job_id} was submitted, but could not be noted ({error})"
@@ -95,12 +95,12 @@ def new_mark() -> str:
 
 def sbatch(
     command: Sequence[str], environment: Mapping[str, str], mark: str | None = None
-) -> HandedOver:
+) -> AcceptedJob:
     """Submit by a command line (`sbatch OPTIONS SCRIPT ARGUMENTS`), with a mark in the comment.
 
     What `sbatch` prints is not believed where it is more than an id: sites wrap it, and print
-    lines of their own. The mark finds the job then, also where sbatch failed after it had handed
-    the job over.
+    lines of their own. The mark finds the job then, also where sbatch failed after it had
+    submitted the job.
 
     Args:
         command: The command line.
@@ -126,16 +126,16 @@ def sbatch(
     )
     lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     if answer.returncode == 0 and len(lines) == 1 and (found := _SAID_ID.fullmatch(lines[0])):
-        return HandedOver(found[1], found[2] or cluster_name(), mark)
+        return AcceptedJob(found[1], found[2] or cluster_name(), mark)
     said = {found[1]: found[2] or "" for line in lines if (found := _SAID_ID.fullmatch(line))}
     said |= {found[1]: "" for line in lines if (found := _SUBMITTED.fullmatch(line))}
     unanswered = answer.returncode != 0 and bool(UNANSWERED.search(answer.stderr))
     ours, silent = _taken(mark, said, asked_at, wait_s=TAKEN_WITHIN_S if unanswered else 0.0)
     if ours:
-        return HandedOver(ours[0].job_id.partition("_")[0], ours[0].cluster, mark)
+        return AcceptedJob(ours[0].job_id.partition("_")[0], ours[0].cluster, mark)
     elsewhere = [(job_id, cluster) for job_id, cluster in said.items() if cluster]
     if answer.returncode == 0 and elsewhere:
-        return HandedOver(*elsewhere[0], mark)
+        return AcceptedJob(*elsewhere[0], mark)
     if silent or unanswered or (answer.returncode == 0 and said):
         why = silent or "none is in the queue that is known by it, or by the id and its time"
         raise SubmissionUnknownError(

@@ -1,4 +1,4 @@
-"""Before a job is handed over, whether there is one; while it is, signals that end a command."""
+"""Before a job is submitted, whether there is one; while it is, signals that end a command."""
 
 import os
 import signal
@@ -42,14 +42,14 @@ def test_ctrl_c_waits_whichever_thread_it_reaches() -> None:
     assert other.ident is not None
     noted = []
 
-    def hand_over(thread: int) -> None:
+    def submit_and_signal(thread: int) -> None:
         with signals_deferred(), signals_deferred():
             signal.pthread_kill(thread, signal.SIGINT)
             done.wait(0.2)
             noted.append("the job")
 
     with pytest.raises(KeyboardInterrupt):
-        hand_over(other.ident)
+        submit_and_signal(other.ident)
     done.set()
     assert noted == ["the job"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
