@@ -30,10 +30,10 @@ OUTLIVED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 def main() -> None:
     """Run the job's step. Always exits, with srun's exit code."""
-    exit_with(lambda: run(sys.argv[1:]))
+    exit_with(lambda: run_step(sys.argv[1:]))
 
 
-def run(script_arguments: Sequence[str]) -> int:
+def run_step(script_arguments: Sequence[str]) -> int:
     """Train under srun; if that dies, record why. Returns srun's exit code."""
     from flowjobs.jobs.environment import forget_submitting_job
 

@@ -26,7 +26,7 @@ from flowjobs.errors import (
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.environment import JobProcess, this_process
 from flowjobs.jobs.lock_judge import judge_for
-from flowjobs.jobs.restart import is_cancelled, restart
+from flowjobs.jobs.restart import cancel_requested_with_retries, restart
 from flowjobs.jobs.signals import MARGIN_MAX_S, StopSignals
 from flowjobs.jobs.stop_cause import Notice, notice_of, seconds_left
 from flowjobs.runs.code import import_from_snapshot
@@ -72,10 +72,10 @@ class RunTask:
 
     def __call__(self) -> None:
         """Run the job; its exit code is the outcome's. A bug raises."""
-        exit_with(lambda: train_run(Run.at(Path(self.folder))))
+        run_submitit_task(lambda: train_run(Run.at(Path(self.folder))))
 
 
-def exit_with(work: Callable[[], int]) -> None:
+def run_submitit_task(work: Callable[[], int]) -> None:
     """Do the work of a process that submitit has started, and exit with its code, unless 0."""
     log_to_stderr()
     try:
@@ -198,7 +198,7 @@ class TrainingJob:
     def was_cancelled(self) -> bool:
         """Whether this start is one that the run's user does not want any more."""
         # A person who starts the run has cleared the mark first.
-        cancelled = is_cancelled(self._run) or (
+        cancelled = cancel_requested_with_retries(self._run) or (
             not self._job.started_by_person and exit_cause.cancelled_while_requeued(self._job)
         )
         status = self._run.status()

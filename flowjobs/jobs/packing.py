@@ -20,7 +20,7 @@ from pathlib import Path
 from flowjobs.cgroups import memory_kills
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.jobs.entry import begins_later, exit_with
+from flowjobs.jobs.entry import begins_later, run_submitit_task
 from flowjobs.jobs.environment import this_process
 from flowjobs.jobs.exit_cause import cancelled_while_requeued
 from flowjobs.jobs.findings import Dead, version_of
@@ -65,7 +65,7 @@ class PackTask:
 
     def __call__(self) -> None:
         """Run the job; its exit code is that of the worst outcome. A bug raises."""
-        exit_with(lambda: train_pack(Pack.at(Path(self.folder))))
+        run_submitit_task(lambda: train_pack(Pack.at(Path(self.folder))))
 
 
 def train_pack(pack: Pack) -> int:

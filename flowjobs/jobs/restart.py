@@ -49,7 +49,7 @@ def restart(
         The exit code with which this process should end.
     """
     try:
-        if is_cancelled(run):
+        if cancel_requested_with_retries(run):
             return EXIT_PREEMPTED
         match job.cluster:
             case "slurm":
@@ -75,7 +75,7 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
         return
     # Between the answer above and the request below a `scancel` would be undone; the signal that
     # it sends is found in the log by the next start (jobs/exit_cause.py).
-    if record.cancelled or is_cancelled(run):
+    if record.cancelled or cancel_requested_with_retries(run):
         logger.info("job %s was cancelled; the run stays as it is", job.job_id)
         return
     try:
@@ -105,7 +105,7 @@ def _is_requeued_all_the_same(job: JobInfo, said: str) -> bool:
         time.sleep(ASK_EVERY_S)
 
 
-def is_cancelled(run: Submittable) -> bool:
+def cancel_requested_with_retries(run: Submittable) -> bool:
     """Whether a run is cancelled; a file server that is away is waited for."""
     deadline = time.monotonic() + AWAY_AT_MOST_S
     while True:

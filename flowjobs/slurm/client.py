@@ -47,7 +47,7 @@ def controller_answers() -> tuple[bool | None, str]:
     a cluster, but its controller is away."""
     if shutil.which("sbatch") is None:
         return False, "sbatch is not on PATH"
-    answer = run("scontrol", "ping")
+    answer = run_command("scontrol", "ping")
     if answer.returncode == 0 and "is UP" in answer.stdout:
         return True, "sbatch is there and the controller answers"
     # Whatever else it says, there may be a cluster; also where its settings are not to be read now.
@@ -73,7 +73,7 @@ def timestamp(text: str | None) -> float | None:
         return None
 
 
-def run(
+def run_command(
     *command: str,
     environment: Mapping[str, str] = os.environ,
     timeout_s: float = CLIENT_TIMEOUT_S,

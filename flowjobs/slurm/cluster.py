@@ -2,7 +2,7 @@
 
 import re
 
-from flowjobs.slurm.client import run
+from flowjobs.slurm.client import run_command
 
 FIELD = re.compile(r"(?:^|\s)([A-Za-z][\w:/]*)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)")
 
@@ -10,7 +10,7 @@ FIELD = re.compile(r"(?:^|\s)([A-Za-z][\w:/]*)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)
 def partitions() -> list[str]:
     """The names of the cluster's partitions; none if it does not answer."""
     # The words before the name tell it from a line of a banner.
-    answer = run("sinfo", "--noheader", "--format=partition %R")
+    answer = run_command("sinfo", "--noheader", "--format=partition %R")
     lines = [line.split() for line in answer.stdout.splitlines()]
     return sorted({words[1] for words in lines if words[:1] == ["partition"] and words[1:]})
 
@@ -30,14 +30,14 @@ def cluster_name() -> str:
 
 def cluster_settings() -> dict[str, str]:
     """The cluster's settings by slurm.conf's names; none if it does not answer."""
-    answer = run("scontrol", "show", "config")
+    answer = run_command("scontrol", "show", "config")
     lines = (line.partition("=") for line in answer.stdout.splitlines())
     return {name.strip(): value.strip() for name, equals, value in lines if equals}
 
 
 def partition_settings(name: str) -> dict[str, str]:
     """A partition's settings by slurm.conf's names; none if it does not answer."""
-    answer = run("scontrol", "show", "partition", name, "--oneliner")
+    answer = run_command("scontrol", "show", "partition", name, "--oneliner")
     _, found, settings = answer.stdout.partition("PartitionName=")
     return dict(FIELD.findall((found + settings).partition("\n")[0]))
 
@@ -45,6 +45,6 @@ def partition_settings(name: str) -> dict[str, str]:
 def qos_settings(name: str) -> dict[str, str]:
     """PreemptMode and GraceTime of a quality of service; none where accounting does not answer."""
     names = ("PreemptMode", "GraceTime")
-    answer = run("sacctmgr", "-nP", "show", "qos", name, f"format={','.join(names)}")
+    answer = run_command("sacctmgr", "-nP", "show", "qos", name, f"format={','.join(names)}")
     lines = [line.split("|") for line in answer.stdout.splitlines()]
     return next((dict(zip(names, line, strict=True)) for line in lines if len(line) == 2), {})

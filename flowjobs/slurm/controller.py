@@ -16,7 +16,7 @@ from flowjobs.slurm.client import (
     STEP_SIGNALS,
     cells_of,
     first_line,
-    run,
+    run_command,
     timestamp,
 )
 from flowjobs.slurm.cluster import FIELD
@@ -137,7 +137,7 @@ def queue(uids: Collection[int]) -> list[JobRow]:
             "Comment",
         ),
     )
-    answer = run(
+    answer = run_command(
         *("squeue", "-h", "-a", "-r", "-t", "all", "-u", ",".join(map(str, sorted(uids)))),
         *("-O", ",".join(f"{field}:{SEPARATOR}" for field in fields)),
     )
@@ -214,7 +214,7 @@ def job_record(job_id: str) -> JobRecord | None:
     Raises:
         SubmissionError: Slurm does not answer.
     """
-    answer = run("scontrol", "show", "job", job_id)
+    answer = run_command("scontrol", "show", "job", job_id)
     if answer.returncode != 0 and "Invalid job id" in answer.stderr:
         return None
     _, found, record = answer.stdout.partition("JobId=")  # after a banner, if there is one
@@ -260,12 +260,12 @@ def requeue(job_id: str, exclude: str | None = None) -> None:
     # The job that is requeued is told to end at once, and may be the one that asks.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STEP_SIGNALS)
     try:
-        answer = run("scontrol", "requeue", job_id)
+        answer = run_command("scontrol", "requeue", job_id)
         if answer.returncode != 0:
             raise SubmissionError(first_line(answer))
         if nodes:
             # Requeued, it is a job that waits, and may be changed. The list is replaced.
-            run("scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}")
+            run_command("scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -289,7 +289,7 @@ def start_soon(job_id: str) -> None:
     Slurm lets it wait for two minutes by default. Not at once: a node that still knows the job's
     earlier start refuses it, or is drained ("Duplicate jobid").
     """
-    run("scontrol", "update", f"jobid={job_id}", "StartTime=now+3")
+    run_command("scontrol", "update", f"jobid={job_id}", "StartTime=now+3")
 
 
 def signal_step(job_id: str, number: signal.Signals) -> None:
@@ -299,14 +299,14 @@ def signal_step(job_id: str, number: signal.Signals) -> None:
         SubmissionError: Slurm does not answer, or refuses.
     """
     name = number.name.removeprefix("SIG")
-    answer = run("scancel", f"--signal={name}", f"{job_id}.0")
+    answer = run_command("scancel", f"--signal={name}", f"{job_id}.0")
     if answer.returncode != 0:
         raise SubmissionError(f"scancel --signal={name} {job_id}.0: {first_line(answer)}")
 
 
 def write_batch_script(job_id: str, path: str) -> bool:
     """Copy the script that a job was submitted with to `path`; False if Slurm does not give it."""
-    return run("scontrol", "write", "batch_script", job_id, path).returncode == 0
+    return run_command("scontrol", "write", "batch_script", job_id, path).returncode == 0
 
 
 def cancel(*job_ids: str) -> None:
@@ -316,7 +316,7 @@ def cancel(*job_ids: str) -> None:
         SubmissionError: Slurm does not answer, or refuses.
     """
     for start in range(0, len(job_ids), CANCELLED_AT_ONCE):
-        answer = run("scancel", *job_ids[start : start + CANCELLED_AT_ONCE])
+        answer = run_command("scancel", *job_ids[start : start + CANCELLED_AT_ONCE])
         errors = [line for line in answer.stderr.splitlines() if "error" in line.lower()]
         if answer.returncode != 0 and not (
             errors and all("Invalid job id" in line for line in errors)
@@ -331,7 +331,7 @@ def set_parallel(job_id: str, tasks: int) -> None:
     Raises:
         SubmissionError: Slurm does not answer, or refuses.
     """
-    answer = run("scontrol", "update", f"jobid={job_id}", f"ArrayTaskThrottle={tasks}")
+    answer = run_command("scontrol", "update", f"jobid={job_id}", f"ArrayTaskThrottle={tasks}")
     # Once a task has ended there is a line for each kind of task, and an exit code of 1.
     lines = [OF_TASKS.fullmatch(line) for line in answer.stderr.splitlines()]
     said = [line[1] for line in lines if line]

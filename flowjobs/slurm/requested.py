@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from flowjobs.slurm.client import run
+from flowjobs.slurm.client import run_command
 
 # What sbatch was told on its command line is not in the script, so it is taken from the job's
 # record: scontrol's name of a field, and the option it came from.
@@ -76,5 +76,5 @@ def starts_without(nodes: str, fields: Mapping[str, str]) -> bool:
     foreign = {name for name in os.environ if name.startswith(("SBATCH_", "SLURM_"))}
     foreign -= {"SLURM_CONF", "SLURM_JWT"}
     here = {name: value for name, value in os.environ.items() if name not in foreign}
-    answer = run("sbatch", "--test-only", *options, "--wrap=true", environment=here)
+    answer = run_command("sbatch", "--test-only", *options, "--wrap=true", environment=here)
     return not NO_NODE.search(answer.stderr)

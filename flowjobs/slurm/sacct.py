@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 
 from flowjobs.errors import SubmissionError
-from flowjobs.slurm.client import MARK, SEPARATOR, cells_of, first_line, run, timestamp
+from flowjobs.slurm.client import MARK, SEPARATOR, cells_of, first_line, run_command, timestamp
 from flowjobs.slurm.controller import JobRow
 from flowjobs.slurm.submission import CLOCKS_S
 
@@ -17,7 +17,7 @@ RANGES_D = (math.inf, 90, 30, 7, 1)
 
 def accounting_answers() -> bool:
     """Whether there is accounting, so that it can be asked how a job ended."""
-    return run("sacct", "-X", "-n", "-S", "now").returncode == 0
+    return run_command("sacct", "-X", "-n", "-S", "now").returncode == 0
 
 
 def accounting(submitted_at: Mapping[str, float]) -> list[JobRow] | None:
@@ -89,7 +89,7 @@ def _ask_accounting(
     # -D for every start, and for older jobs of the same id; -X without the steps. About jobs by
     # their ids it is asked since 1970 unless it is told otherwise.
     start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since))
-    return run(
+    return run_command(
         *("sacct", "-X", "-D", "-n", "-P", f"--delimiter={SEPARATOR}"),
         *("-j", ",".join(sorted(job_ids)), "-o", ",".join(fields)),
         *(() if since is None else ("-S", start)),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flowjobs.errors import SubmissionError, SubmissionUnknownError
-from flowjobs.slurm.client import first_line, run
+from flowjobs.slurm.client import first_line, run_command
 from flowjobs.slurm.cluster import cluster_name
 from flowjobs.slurm.controller import ENDED, JobRow, cancel, queue
 
@@ -119,7 +119,7 @@ def sbatch(
     # On the command line: there accounting keeps it too (SubmitLine), and it wins over the script.
     rest = [word for word in rest if word not in comments]
     asked_at = time.time()
-    answer = run(
+    answer = run_command(
         *(program, "--parsable", f"--comment={marked}", *rest),
         environment=environment,
         timeout_s=SBATCH_TIMEOUT_S,

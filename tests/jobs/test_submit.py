@@ -21,7 +21,7 @@ from flowjobs.jobs.deferred_signals import signals_deferred
 from flowjobs.jobs.findings import Unclear, find
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.overview import stages_of
-from flowjobs.jobs.restart import is_cancelled
+from flowjobs.jobs.restart import cancel_requested_with_retries
 from flowjobs.jobs.running import running_job, running_jobs
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
@@ -203,8 +203,8 @@ def test_whether_a_run_is_cancelled_is_asked_until_it_can_be_read(
     run.folder.mkdir(parents=True)
     run.cancel_file.symlink_to(run.cancel_file)  # as a file server that fails over has it
     monkeypatch.setattr(time, "sleep", lambda s: run.cancel_file.unlink())
-    assert not is_cancelled(run)
+    assert not cancel_requested_with_retries(run)
     run.cancel_file.symlink_to(run.cancel_file)
     monkeypatch.setattr("flowjobs.jobs.restart.AWAY_AT_MOST_S", -1.0)
     with pytest.raises(OSError, match="Too many levels"):
-        is_cancelled(run)
+        cancel_requested_with_retries(run)

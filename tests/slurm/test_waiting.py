@@ -12,8 +12,7 @@ import pytest
 
 from flowjobs.runs.run import Run
 from flowjobs.slurm import client
-from flowjobs.slurm.client import first_line
-from flowjobs.slurm.client import run as run_command
+from flowjobs.slurm.client import first_line, run_command
 from flowjobs.slurm.controller import JobRow, cancel
 from flowjobs.slurm.submission import UNANSWERED
 from flowjobs.slurm.waiting import never_starts, why_it_waits
