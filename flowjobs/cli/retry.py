@@ -119,7 +119,7 @@ class Retry(CodeOptions, CommandOptions):
             held = bool(cause.needs) and not helps & {*cause.needs}
             advice = f"; not started, it would fail again: {cause.advice}" if held else ""
             title = "held" if held else "restarts"
-            print(f"{title:10} {len(cause.members)} ({cause.words}): {names}{advice}")
+            print(f"{title:10} {len(cause.members)} ({cause.kind}): {names}{advice}")
             if not held:
                 starting += [
                     replace(member, config=with_changes(member.config, changes))

@@ -133,12 +133,12 @@ def train_many_here(
 def print_resources(members: Sequence["Member"], parallel: int | None, slots: int) -> None:
     """Print what the runs ask of the cluster, if so many share a job."""
     from flowjobs.sweeps.arrays import tasks_of
-    from flowjobs.sweeps.plan import resource_sets, words_for
+    from flowjobs.sweeps.plan import resource_sets, resources_asked
 
     title = "asks for"
     for of_set in resource_sets(members):
         jobs = len(tasks_of(of_set, parallel, slots))
-        print(f"{title:10} {words_for(of_set[0].config.slurm, len(of_set), jobs, slots)}")
+        print(f"{title:10} {resources_asked(of_set[0].config.slurm, len(of_set), jobs, slots)}")
         title = ""
 
 

@@ -308,7 +308,7 @@ def _print_plan(
     """Print what there is of the runs, and what is to be started."""
     from flowjobs.sweeps.plan import checkpoint_bytes
 
-    how = f" = {sweep.words}" if sweep.words else ""
+    how = f" = {sweep.description}" if sweep.description else ""
     print_rows(sweep=f"{name}: {counted(len(members))}{how}", cluster=cluster)
     if sizes := size_words(member.config.training for member in members):
         print_rows(size=sizes)

@@ -159,7 +159,7 @@ def _end_process(run: Run) -> list[str]:
         return []
     except PermissionError:
         raise SubmissionError(f"process {job.pid} is another user's to end") from None
-    return [job.words]
+    return [job.description]
 
 
 def _end_slurm_jobs(cancelling: Sequence[_Cancelling]) -> None:
@@ -187,7 +187,9 @@ def _end_slurm_jobs(cancelling: Sequence[_Cancelling]) -> None:
         # A job that lives on looks at the mark, and ends this run's process alone.
         shared = [job for job in each.jobs[-1:] if job in lives_on and not each.unnoted]
         own = [job for job in each.alive if job not in lives_on]
-        each.ended = [f"its place in {job.words}" for job in shared] + [job.words for job in own]
+        each.ended = [f"its place in {job.description}" for job in shared] + [
+            job.description for job in own
+        ]
         failed = refused if own else None
         each.error = each.error or failed or _not_ended(each, answers)
 
@@ -224,7 +226,7 @@ def _not_ended(
     for job in cancelling.jobs:
         answer = answers[job]
         if _lives(answer) and not job.is_mine():
-            why = f"{job.words} is theirs to cancel (scancel {job.job_id})"
+            why = f"{job.description} is theirs to cancel (scancel {job.job_id})"
         elif isinstance(answer, Unknown) and job == cancelling.newest:
-            why = f"{job.words} was not cancelled: {answer.why}"
+            why = f"{job.description} was not cancelled: {answer.why}"
     return SubmissionError(why) if why else None

@@ -109,51 +109,51 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
     try:
         process = this_process(run)
     except OSError as error:
-        return begins_later(error)
+        return exit_code_if_storage_is_away(error)
     if process.job.cluster == "none" and process.job.log:
         log_to_file(Path(process.job.log))
     # Read once, when torch is loaded: a thread that waits leaves its core to the others. By default
     # it spins, and runs side by side take forty times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    attempt = TrainingJob(run, process)
+    job = TrainingJob(run, process)
     code = EXIT_FAILED
     try:
-        code = _train(attempt, run, resume_path)
+        code = _train(job, run, resume_path)
     except Exception as error:
         code = outcome_of(error).exit_code
-        if not attempt.may_begin_later:
+        if not job.may_begin_later:
             raise
-        code = begins_later(error)
+        code = exit_code_if_storage_is_away(error)
     finally:
         if process.job.cluster != "debug":  # there the process is a person's, in the debugger
             end_in_time(code)
     return code
 
 
-def begins_later(error: Exception) -> int:
+def exit_code_if_storage_is_away(error: Exception) -> int:
     """The exit code of a job that could not begin for a file server that is away: its batch script
     has it started again. Any other error is raised."""
-    if exit_cause.passing_kind(error) != "file system":
+    if exit_cause.transient_kind(error) != "file system":
         raise error
     logger.error("%s: nothing has begun, and the job is started again", error)
     return EXIT_PREEMPTED
 
 
-def _train(attempt: "TrainingJob", run: Run, resume_path: Path | None) -> int:
+def _train(job: "TrainingJob", run: Run, resume_path: Path | None) -> int:
     # Armed before the slow imports: a job may be preempted while torch loads.
-    debugged = attempt.cluster == "debug"  # the process is a person's, in the debugger
-    with StopSignals(attempt.seconds_left, attempt.too_late, process_ends=not debugged) as signals:
+    debugged = job.cluster == "debug"  # the process is a person's, in the debugger
+    with StopSignals(job.seconds_left, job.too_late, process_ends=not debugged) as signals:
         if resume_path is None and run.finished():
             run.check_files()
             picture = run.samples_picture
             gone = "" if picture.exists() else f"; {picture} is gone"
             logger.info("%s is finished%s", run.name, gone)
             return 0
-        if attempt.was_cancelled():
+        if job.end_if_cancelled():
             logger.info("%s was cancelled: submit it again to resume", run.name)
-            return EXIT_CANCELLED if attempt.is_first else 0
+            return EXIT_CANCELLED if job.is_first else 0
         try:
-            attempt.train(signals, resume_path)
+            job.train(signals, resume_path)
         except RunTakenOverError as error:
             logger.warning("%s", error)
             return EXIT_PREEMPTED
@@ -161,7 +161,7 @@ def _train(attempt: "TrainingJob", run: Run, resume_path: Path | None) -> int:
             logger.warning("%s", interrupted)
             if interrupted.kind == "cancelled":
                 return EXIT_CANCELLED
-            return attempt.restart(interrupted.kind)
+            return job.restart(interrupted.kind)
     return 0
 
 
@@ -195,7 +195,7 @@ class TrainingJob:
         """Where it runs."""
         return self._job.cluster
 
-    def was_cancelled(self) -> bool:
+    def end_if_cancelled(self) -> bool:
         """Whether this start is one that the run's user does not want any more."""
         # A person who starts the run has cleared the mark first.
         cancelled = cancel_requested_with_retries(self._run) or (
@@ -232,8 +232,8 @@ class TrainingJob:
                 self._train_as_other_rank(lambda: train_as_rank(None))
                 return
             # Before torch is loaded: what tracks the run starts beside that, on a free core.
-            with self._recording(group) as self._recorder, self._with_slurms_reason(signals):
-                if self._is_cancelled():
+            with self._recording(group) as self._recorder, self._explaining_the_end(signals):
+                if self._known_to_be_cancelled():
                     # Since the last look: `cancel` did not know this process yet, to tell it.
                     signal.raise_signal(signal.SIGTERM)
                 train_as_rank(self._recorder)
@@ -254,7 +254,7 @@ class TrainingJob:
             return
         try:
             failure = exit_cause.failure_of(error, self._process)
-            note_failure(self._run, self._process.start, failure)
+            note_failure(self._run, self._process.start_id, failure)
         except OSError as refused:
             logger.warning("how this rank failed could not be noted: %s", refused)
 
@@ -293,7 +293,7 @@ class TrainingJob:
             raise
 
     @contextmanager
-    def _with_slurms_reason(self, signals: StopSignals) -> Iterator[None]:
+    def _explaining_the_end(self, signals: StopSignals) -> Iterator[None]:
         """Adds to what ends the block what only the scheduler knows, and what may be retried."""
         try:
             yield
@@ -304,7 +304,7 @@ class TrainingJob:
             raise
         except Exception as error:
             signals.stand_down()
-            if self._is_cancelled():
+            if self._known_to_be_cancelled():
                 # What a process runs into as others of its job are told to end.
                 logger.exception("%s", CANCELLED.reason)
                 raise RunInterrupted(CANCELLED.reason, kind=CANCELLED.kind) from error
@@ -352,7 +352,9 @@ class TrainingJob:
         return mine if first.rank == 0 else first
 
     def _first_failure(self) -> RankFailure | None:
-        return exit_cause.first_failure(noted_failures(self._run, self._process.start), self._job)
+        return exit_cause.first_failure(
+            noted_failures(self._run, self._process.start_id), self._job
+        )
 
     def _stop_cause(self) -> Notice | None:
         """What the signal meant that this process got; None if that is unknown now."""
@@ -362,7 +364,7 @@ class TrainingJob:
             return notice_of(self._run, self._job, received)
         return None
 
-    def _is_cancelled(self) -> bool:
+    def _known_to_be_cancelled(self) -> bool:
         """Whether the run is known to be cancelled: an error at looking ends nothing by itself."""
         with suppress(OSError):
             return self._run.cancel_requested()

@@ -59,11 +59,11 @@ class JobProcess:
         rank: This process among all of the job, from 0.
         world_size: How many there are.
         local_rank: This process among those on its node, from 0.
-        start: This start of the job, by the same name for all its ranks.
+        start_id: This start of the job, by the same name for all its ranks.
     """
 
     job: JobInfo
-    start: str
+    start_id: str
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -80,7 +80,7 @@ def this_process(run: Submittable) -> JobProcess:
     if environment is None:
         log = run.logs / f"{socket.gethostname()}-{os.getpid()}.log"
         alone = dataclasses.replace(JobInfo.in_foreground(log), ranks=1)
-        return JobProcess(alone, alone.start)
+        return JobProcess(alone, alone.start_id)
     if environment.num_tasks > 1:
         from submitit.helpers import TorchDistributedEnvironment
 
@@ -93,7 +93,7 @@ def this_process(run: Submittable) -> JobProcess:
     step = f"{environment.job_id}.{os.environ.get('SLURM_STEP_ID')}"
     return JobProcess(
         job,
-        step if job.cluster == "none" else job.start,
+        step if job.cluster == "none" else job.start_id,
         rank=environment.global_rank,
         world_size=environment.num_tasks,
         local_rank=environment.local_rank,

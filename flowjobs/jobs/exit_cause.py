@@ -111,7 +111,7 @@ def cause_of(
     job = attempt.job
     if answer is None and job.cluster == "slurm":
         answer = ask_one(identity_of(run, job.job_id, job.log))
-    start = answer.start(job.restart) if isinstance(answer, Known) else None
+    start = answer.row_of_start(job.restart_count) if isinstance(answer, Known) else None
     if job.log:  # where it is now: the study may have been moved
         job = replace(job, log=str(run.log_at(job.log)))
     log = log_tail(job.log)
@@ -122,7 +122,7 @@ def cause_of(
     if exit_code is not None:  # a moment ago: its job has not ended yet
         ended = now()
     told = _told_by_slurm(start, log, restarted and exit_code is None)
-    if told is None and (failure := first_failure(noted_failures(run, job.start), job, log)):
+    if told is None and (failure := first_failure(noted_failures(run, job.start_id), job, log)):
         return replace(failure.outcome, reason=f"{failure.reason}, {when}", ended=ended)
     words, kind, state, code = told or _told_by_exit_code(start, log, exit_code)
     return Outcome(state, code, f"{words} on {job.host}, {when}", _last_words(log), kind, ended)
@@ -157,7 +157,7 @@ def first_failure(
 def failure_of(error: BaseException, process: JobProcess) -> RankFailure:
     """How this process failed as a rank of its job, that ended with `error`."""
     outcome = outcome_of(error)
-    kind = passing_kind(error) or outcome.kind
+    kind = transient_kind(error) or outcome.kind
     gone = isinstance(error, RuntimeError) and OTHERS_ARE_GONE.search(str(error))
     if process.world_size > 1 and (gone or isinstance(error, RankFailedError)):
         kind = LOST_CONNECTION
@@ -186,7 +186,7 @@ def _log_of_rank(job: JobInfo, rank: str) -> str | None:
 
 def _newest_attempt(job: JobInfo) -> str:
     log = log_tail(job.log)
-    if job.restart == 0 and log.count(" I attempt ") == 1:
+    if job.restart_count == 0 and log.count(" I attempt ") == 1:
         return log  # a rank may have died before the first one had begun
     return log[max(0, log.rfind(" I attempt ")) :]
 
@@ -239,7 +239,7 @@ def node_that_refused(job: JobInfo) -> str | None:
 
 def failed_node(run: Run, job: JobInfo) -> str:
     """The node whose process died first, as far as is known; else the one of the first rank."""
-    if failure := first_failure(noted_failures(run, job.start), job):
+    if failure := first_failure(noted_failures(run, job.start_id), job):
         return failure.host
     found = FAILED_TASK.search(_newest_attempt(job))
     return found.group(1) if found else job.host
@@ -254,23 +254,23 @@ def cancelled_while_requeued(job: JobInfo) -> bool:
     # An array task has an id of its own beside the array's.
     job_id = os.environ.get("SLURM_JOB_ID", job.job_id)
     ends = re.findall(rf"\*\*\* JOB {job_id} ON \S+ CANCELLED AT (.*)", log_tail(job.log))
-    return bool(job.restart and ends and not NOT_BY_THE_USER.search(ends[-1]))
+    return bool(job.restart_count and ends and not NOT_BY_THE_USER.search(ends[-1]))
 
 
-def passing_kind(error: BaseException) -> str | None:
+def transient_kind(error: BaseException) -> str | None:
     """The kind of an exception that may pass on another node or at another time, else None.
 
     What it was raised from counts as well: "the checkpoint cannot be read" may be a stale handle.
     """
     cause: BaseException | None = error
     while cause is not None:
-        if kind := _own_passing_kind(cause):
+        if kind := _own_transient_kind(cause):
             return kind
         cause = cause.__cause__
     return None
 
 
-def _own_passing_kind(error: BaseException) -> str | None:
+def _own_transient_kind(error: BaseException) -> str | None:
     # torch's error by its name: this room does not load torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory"

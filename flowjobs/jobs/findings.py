@@ -14,7 +14,7 @@ from flowjobs.jobs.origin import identity_among
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import is_remaining, pack_of
 from flowjobs.runs.process import process_lives
-from flowjobs.runs.restarts import fruitless_attempts, may_retry
+from flowjobs.runs.restarts import attempts_without_progress, may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     CANCELLED,
@@ -102,7 +102,7 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
         try:
             status, entries = run.status(), run.submissions()
             if (attempt := status.open_attempt) and run.is_anothers(attempt) and not entries:
-                why = f"{attempt.job.words} trains the run that {run.name} is a copy of"
+                why = f"{attempt.job.description} trains the run that {run.name} is a copy of"
                 found[run] = Unclear(f"{why}: submit it to have it trained here as well")
             elif _awaits_an_end(run, status, entries):
                 job = _newest_job(run, status, entries)
@@ -123,7 +123,7 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
             finding = Unclear(str(error))
         # Restarted from here, it would become this user's job.
         if isinstance(finding, Dead) and run in jobs and not jobs[run].is_mine():
-            words = f"{jobs[run].words} has ended ({finding.outcome.reason})"
+            words = f"{jobs[run].description} has ended ({finding.outcome.reason})"
             finding = Unclear(f"{words}: it is that user's to reconcile")
         if finding:
             found[run] = finding
@@ -187,7 +187,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         case Unknown(why):
             return Unclear(why)
         case Known() if not answer.over:
-            if attempt and answer.restarted_since(job.restart):
+            if attempt and answer.restarted_since(job.restart_count):
                 if answer.newest.state == "COMPLETING":
                     return None  # Slurm counts the next start, and this one may still save
                 return _find_dead_start(run, status, attempt, answer, restarts=True)
@@ -195,7 +195,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
                 return Waits(why_it_waits(answer.newest))
             return _find_slot(run, status, job)
         case Known() if answer.newest.state == "CANCELLED" and (
-            attempt is None or answer.restarted_since(job.restart)
+            attempt is None or answer.restarted_since(job.restart_count)
         ):
             began = _has_begun(run, status, job)
             outcome = exit_cause.cause_of_no_start(job, answer=answer)
@@ -242,7 +242,7 @@ def _find_dead_start(
     *,
     restarts: bool = False,
 ) -> Dead | None:
-    known = isinstance(answer, Known) and answer.start(attempt.job.restart) is not None
+    known = isinstance(answer, Known) and answer.row_of_start(attempt.job.restart_count) is not None
     # Guessed now, it would end for good: on an unknown cause nothing is restarted.
     age = datetime.now(UTC) - datetime.fromisoformat(status.updated)
     if not known and isinstance(answer, Known) and age < CAUSE_KNOWN_AFTER:
@@ -261,7 +261,9 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding 
         if status.open_attempt:
             if lock_holder(run.folder):
                 return None  # its status says what it does
-            return Unclear(f"{job.words} seems to be gone: reconcile it there, or submit it again")
+            return Unclear(
+                f"{job.description} seems to be gone: reconcile it there, or submit it again"
+            )
         return Unclear(f"whether its job on {job.host} starts cannot be seen from here: ask there")
     if process_lives(pid, job.process):
         return _find_slot(run, status, job)
@@ -282,7 +284,7 @@ def _should_start_again(run: Run, status: RunStatus, dead: Dead) -> bool:
         return False
     restarts = run.config().restarts
     if outcome.kind in ("preempted", "time limit", exit_cause.NOT_LAUNCHED):
-        return fruitless_attempts(status.attempts) + 1 < restarts.give_up_after
+        return attempts_without_progress(status.attempts) + 1 < restarts.give_up_after
     if not status.attempts:
         return False
     *before, last = status.attempts

@@ -18,7 +18,7 @@ def judge_for(run: Run, me: JobInfo) -> Judge:
         if holder.cluster != "slurm":
             return system_lock_decides(holder, lock_is_free)
         if me.cluster == "slurm" and holder.job_id == me.job_id:
-            if me.restart > holder.restart:
+            if me.restart_count > holder.restart_count:
                 # Slurm has started the job again, so its earlier start is over, even if a process
                 # of it still runs on a node that Slurm has lost.
                 return "gone"
@@ -41,7 +41,7 @@ def job_verdict(run: Run, holder: JobInfo) -> Verdict:
             return "gone"
         case Known(newest) if newest.state == "COMPLETING":
             return "leaving"  # also where Slurm counts its next start already
-        case Known() as known if known.over or known.restarted_since(holder.restart):
+        case Known() as known if known.over or known.restarted_since(holder.restart_count):
             return "gone"
         case Known(newest) if newest.state in ("RUNNING", "SUSPENDED", "STOPPED", "CONFIGURING"):
             return "alive"

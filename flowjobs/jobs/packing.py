@@ -20,7 +20,7 @@ from pathlib import Path
 from flowjobs.cgroups import memory_kills
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.jobs.entry import begins_later, run_submitit_task
+from flowjobs.jobs.entry import exit_code_if_storage_is_away, run_submitit_task
 from flowjobs.jobs.environment import this_process
 from flowjobs.jobs.exit_cause import cancelled_while_requeued
 from flowjobs.jobs.findings import Dead, version_of
@@ -79,14 +79,14 @@ def train_pack(pack: Pack) -> int:
         job = this_process(pack).job
         slots = _Slots(pack, job)
     except (FlowjobsError, OSError) as error:
-        return begins_later(error)
+        return exit_code_if_storage_is_away(error)
     # Before anything that takes a while: a job may be preempted as soon as it has begun.
     with StopSignals(slots.seconds_left, slots.too_late, process_ends=True) as signals:
         try:
             pack.note_start(job.job_id)
         except OSError as error:  # its runs are trained all the same
             logger.error("that the job has started could not be noted: %s", error)
-        if job.restart and cancelled_while_requeued(job):
+        if job.restart_count and cancelled_while_requeued(job):
             slots.cancel_all()
         else:
             with _clients_of_mps(pack) as variables:

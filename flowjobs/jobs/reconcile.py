@@ -128,7 +128,7 @@ def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outco
     if begins_later and not _has_begun(pack, job):
         # Where jobs cannot be requeued, each try is a job of its own.
         tries = [entry for entry in pack.submissions() if not pack.starts_of(entry.job_id)]
-        again = job.restart + len(tries) <= RestartConfig().give_up_after
+        again = job.restart_count + len(tries) <= RestartConfig().give_up_after
         if again:
             restart(pack, job, "waiting", task_of(pack), exit_cause.node_that_refused(job))
         if again or exit_code == EXIT_PREEMPTED:
@@ -150,9 +150,9 @@ def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outco
     for run in pack.remaining(job.job_id):
         with keeping_others(run):
             status = run.status()
-            starts = [(known.job.job_id, known.job.restart) for known in status.attempts]
-            begun |= (job.job_id, job.restart) in starts
-            if status.open_attempt and starts[-1] == (job.job_id, job.restart):
+            starts = [(known.job.job_id, known.job.restart_count) for known in status.attempts]
+            begun |= (job.job_id, job.restart_count) in starts
+            if status.open_attempt and starts[-1] == (job.job_id, job.restart_count):
                 cause = exit_cause.cause_of(run, status.open_attempt, exit_code)
                 dead = Dead(status.open_attempt.job, cause, version_of(status))
                 if outcome := record_dead_attempt(run, dead):
@@ -184,7 +184,7 @@ def _has_begun(pack: Pack, job: JobInfo) -> bool:
     """Whether this start of a pack's job is on record, or the job has another one after it."""
     newest = pack.newest_job()
     continued = newest is not None and newest.job_id != job.job_id
-    return continued or pack.starts_of(job.job_id) > job.restart
+    return continued or pack.starts_of(job.job_id) > job.restart_count
 
 
 def handle_job_end(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
@@ -202,14 +202,14 @@ def handle_job_end(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     """
     status = run.status()
     attempt, version = status.open_attempt, version_of(status)
-    starts = [(known.job.job_id, known.job.restart) for known in status.attempts]
-    start = (job.job_id, job.restart)
+    starts = [(known.job.job_id, known.job.restart_count) for known in status.attempts]
+    start = (job.job_id, job.restart_count)
     if exit_code == EXIT_PREEMPTED and start not in starts:
         # It has not got the run, since another attempt may still have it: later, then.
-        if job.restart < run.config().restarts.give_up_after:
+        if job.restart_count < run.config().restarts.give_up_after:
             restart(run, job, "waiting", task_of(run))
         return None
-    if attempt and (attempt.job.job_id, attempt.job.restart) == start:
+    if attempt and (attempt.job.job_id, attempt.job.restart_count) == start:
         dead = Dead(job, exit_cause.cause_of(run, attempt, exit_code), version)
     elif attempt or start in starts or exit_code == EXIT_CANCELLED:
         # It has said so itself, or another job holds the run.

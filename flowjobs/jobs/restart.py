@@ -55,7 +55,7 @@ def restart(
             case "slurm":
                 _restart_in_slurm(run, job, task, exclude)
             case "local" if kind != "told to leave":  # that was the user, by `kill`
-                if job.restart + 1 < LOCAL_STARTS:
+                if job.restart_count + 1 < LOCAL_STARTS:
                     logger.info("%s starts again at once", run.name)
                     return LOCAL_REQUEUE_RETURN_CODE
                 logger.info("%s continues as local job %s", run.name, resubmit(run, job, task))
@@ -70,7 +70,7 @@ def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str |
         logger.info("%s is no batch job: run the same command again to resume", job.job_id)
         return
     # Its count grows while this start still has its grace; a second requeue would fail.
-    if record.restarts > job.restart:
+    if record.restarts > job.restart_count:
         logger.info("Slurm starts job %s again by itself", job.job_id)
         return
     # Between the answer above and the request below a `scancel` would be undone; the signal that
@@ -97,7 +97,7 @@ def _is_requeued_all_the_same(job: JobInfo, said: str) -> bool:
         if record is None:
             logger.info("job %s is gone (%s); submit it again", job.job_id, said)
             return True
-        if record.restarts > job.restart:
+        if record.restarts > job.restart_count:
             logger.info("job %s is requeued, although Slurm said: %s", job.job_id, said)
             return True
         if time.monotonic() >= deadline:

@@ -39,18 +39,18 @@ class RunningJob:
     """A job of a run that is pending or running, or the process that holds the run.
 
     Attributes:
-        words: Which it is.
+        description: Which it is.
         state: As Slurm has it, in small letters; "" of one that is not Slurm's.
         waits: What it waits for, if Slurm says that, to be read after "waits".
     """
 
-    words: str
+    description: str
     state: str = ""
     waits: str = ""
 
     def __str__(self) -> str:
         state = f" ({self.state})" if self.state else ""
-        return f"{self.words}{state}{', waits ' if self.waits else ''}{self.waits}"
+        return f"{self.description}{state}{', waits ' if self.waits else ''}{self.waits}"
 
 
 def running_job(run: Run) -> RunningJob | None:
@@ -125,7 +125,7 @@ def _busy_with(
                 row.state != "COMPLETING" or _comes_back(run, known)
             ):
                 waits = why_it_waits(row) if row.waits else ""
-                return RunningJob(job.words, row.state.lower(), waits)
+                return RunningJob(job.description, row.state.lower(), waits)
     # Of older ones it does not matter: the newest was submitted when they were gone.
     newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1].job_id else None
     # Unknown is not gone: beside a job that lives, a second one would train the same run.
@@ -136,8 +136,8 @@ def _busy_with(
     ):
         cancel = hint("cancel", run.name, study=run.study)
         return SubmissionError(
-            f"what became of {newest.words} of {run.name} is unknown, so nothing is submitted: "
-            f"{answer.why}; if you know that it is gone, `{cancel}` and submit again"
+            f"what became of {newest.description} of {run.name} is unknown, so nothing is "
+            f"submitted: {answer.why}; if you know that it is gone, `{cancel}` and submit again"
         )
 
     def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
@@ -204,7 +204,7 @@ def _comes_back(run: Run, job: Known) -> bool:
     """Whether Slurm will start a job that ends again."""
     entry, attempts = run.submission(job.newest.job_id), run.status().attempts
     own = attempts_of(entry, attempts) if entry else attempts[-1:]
-    starts = [known.job.restart for known in own if known.job.job_id == job.newest.job_id]
+    starts = [known.job.restart_count for known in own if known.job.job_id == job.newest.job_id]
     return job.restarted_since(max(starts, default=0))
 
 

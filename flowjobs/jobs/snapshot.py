@@ -152,12 +152,12 @@ def plan_code(
             "--no-snapshot with what is installed"
         )
     if kept is None or not begun:
-        return now.plan_for(run, "" if kept == now.code else now.words(run.study))
+        return now.plan_for(run, "" if kept == now.code else now.description(run.study))
     if kept.digest == now.code.digest:
         return CodePlan(run, files=now.files)  # it may have been removed
     if choice == "new":
         code = dataclasses.replace(now.code, earlier=(*kept.earlier, kept.digest))
-        note = f"{run.name} has new code from here\n{now.words(run.study)}"
+        note = f"{run.name} has new code from here\n{now.description(run.study)}"
         return dataclasses.replace(now, code=code).plan_for(run, note)
     return _keep_unless_it_matters(run, modules, kept, now)
 
@@ -233,7 +233,7 @@ class Snapshot:
         """The plan of a run that is to have this code."""
         return CodePlan(run, note, self.files, self.code, self.diff)
 
-    def words(self, study: Path) -> str:
+    def description(self, study: Path) -> str:
         """What a person should know of it."""
         number = f"{len(self.files)} files" if len(self.files) > 1 else "1 file"
         place = self.code.snapshot(study)

@@ -63,7 +63,7 @@ def _slurm_notice(run: Submittable, job: JobInfo, signal_name: str) -> Notice:
     left = record.seconds_left
     seconds = max(0.0, left or 0.0) + wait_s
     ends_soon = left is not None and left < run.asked().signal_delay_s + 60
-    if record.restarts > job.restart:
+    if record.restarts > job.restart_count:
         # The record is that of its next start already.
         return Notice("requeued", f"requeued by Slurm ({signal_name})", wait_s)
     if record.preempted:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from flowjobs.errors import NoProgressError, RunTakenOverError
 from flowjobs.runs.extending import Extension, extension_of
 from flowjobs.runs.lock import Judge, RunLock, system_lock_decides
-from flowjobs.runs.restarts import fruitless_attempts
+from flowjobs.runs.restarts import attempts_without_progress
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_FAILED,
@@ -28,7 +28,7 @@ STATUS_EVERY_S = 5.0
 
 def died_silently(record: AttemptRecord) -> Outcome:
     """The default outcome of an attempt whose process died silently."""
-    reason = f"attempt {record.number} died silently, {record.job.words}"
+    reason = f"attempt {record.number} died silently, {record.job.description}"
     return Outcome("failed", EXIT_FAILED, reason, kind="killed")
 
 
@@ -74,7 +74,7 @@ class Attempt:
                 logger.warning("%s", outcome.reason)
             self._open()
             self._stack = self._stack.pop_all()  # all is well: the lock is kept
-        logger.info("attempt %d at %s: %s", self.number, self.run.name, self.job.words)
+        logger.info("attempt %d at %s: %s", self.number, self.run.name, self.job.description)
         return self
 
     def _open(self) -> None:
@@ -95,7 +95,7 @@ class Attempt:
 
     def _check_progress(self) -> None:
         *before, _ = self._status.attempts
-        fruitless = fruitless_attempts(self._status.attempts)
+        fruitless = attempts_without_progress(self._status.attempts)
         if fruitless < self.run.config().restarts.give_up_after:
             return
         error = NoProgressError(

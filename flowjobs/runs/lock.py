@@ -249,4 +249,4 @@ def _describe(holder: dict[str, Any] | None) -> str:
         job = from_json(JobInfo, holder)
     except ValueError:  # written by another version
         return "another attempt"
-    return job.words if job.cluster == "none" else f"{job.words} (process {job.pid})"
+    return job.description if job.cluster == "none" else f"{job.description} (process {job.pid})"

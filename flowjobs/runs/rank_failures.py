@@ -58,7 +58,7 @@ def note_failure(run: Run, start: str, failure: RankFailure) -> None:
 
     Args:
         run: The run.
-        start: The job and its restart; see `JobInfo.start`.
+        start: The job and its restart; see `JobInfo.start_id`.
         failure: How.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from flowjobs.runs.status import AttemptRecord
 
 # Deaths that may pass: another node, or another hour, and the same step goes well.
-PASSING = frozenset(
+TRANSIENT = frozenset(
     {
         *("node failure", "out of memory", "lost GPU", "lost connection", "file system", "killed"),
         "address in use",
@@ -13,7 +13,7 @@ PASSING = frozenset(
 )
 
 
-def fruitless_attempts(attempts: Sequence[AttemptRecord]) -> int:
+def attempts_without_progress(attempts: Sequence[AttemptRecord]) -> int:
     """How many attempts in a row, up to the last one that ended, brought the run no step further.
 
     An attempt made progress if the next one began at a later step: steps that it did and could not
@@ -46,15 +46,15 @@ def may_retry(attempts: Sequence[AttemptRecord], kind: str, step: int | None, re
 
     Args:
         attempts: All attempts that ended before the one that died.
-        kind: How it died; see `PASSING`.
+        kind: How it died; see `TRANSIENT`.
         step: The last step that it is known to have done.
         retries: How often it may be, since a person started the run (--retries).
     """
-    if kind not in PASSING:
+    if kind not in TRANSIENT:
         return False
     spent = 0
     for attempt in reversed(attempts):
-        if attempt.kind in PASSING and attempt.ended is not None:
+        if attempt.kind in TRANSIENT and attempt.ended is not None:
             spent += 1
             if attempt.kind == kind and step is not None and attempt.last_step == step:
                 return False  # a bug after all: it comes back at the same step

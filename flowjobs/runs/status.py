@@ -137,12 +137,17 @@ class JobInfo:
     process: str | None = None
 
     @property
-    def start(self) -> str:
+    def restart_count(self) -> int:
+        """How often the scheduler has started this job again, by Slurm's name for it."""
+        return self.restart
+
+    @property
+    def start_id(self) -> str:
         """This start of the job, as text: "12-0"."""
         return f"{self.job_id}-{self.restart}"
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Where the attempt runs, as text: "slurm job 12 on n1", "process 345 on n1"."""
         if self.cluster == "none":
             return f"process {self.pid} on {self.host}"

@@ -70,7 +70,7 @@ class JobIdentity:
         return in_time and named
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The job, with what sets it apart from those that can be asked for here."""
         if self.uid is None or self.is_mine():
             return f"job {self.job_id}"
@@ -101,7 +101,7 @@ class Known:
             return self.newest.restarts > restart
         return len(self.starts) > restart + 1
 
-    def start(self, restart: int) -> JobRow | None:
+    def row_of_start(self, restart: int) -> JobRow | None:
         """How that start of the job ended (0 is the first); None if that is not known (yet)."""
         # The controller knows how a job ended some seconds before accounting does.
         if self.newest.restarts == restart and self.over:
@@ -173,7 +173,8 @@ def ask(
         newest = known[job] if job in known else starts[-1] if starts else None
         if newest and newest.state == REVOKED:
             answers[job] = Unknown(
-                f"{job.words} waits, or runs, on another cluster of the federation: ask from there"
+                f"{job.description} waits, or runs, on another cluster of the federation: ask from "
+                "there"
             )
         elif job in known:
             answers[job] = Known(known[job], starts)
@@ -269,18 +270,20 @@ def _last_of(job: JobIdentity, starts: tuple[JobRow, ...]) -> JobAnswer:
     settled = last.ended is not None and time.time() - last.ended > SETTLED_AFTER_S
     if last.state in ENDED | AGAIN and (settled or last.state not in AGAIN):
         return Known(last, starts)
-    return Unknown(f"the controller does not know {job.words}, and accounting says {last.state}")
+    return Unknown(
+        f"the controller does not know {job.description}, and accounting says {last.state}"
+    )
 
 
 def _why_not(job: JobIdentity, here: Collection[str], accounting: str) -> str:
     if not job.is_mine():
-        return f"Slurm says nothing of {job.words}: ask as that user"
+        return f"Slurm says nothing of {job.description}: ask as that user"
     if job.cluster and here and job.cluster not in here:
         return (
-            f"{job.words} is of the cluster {job.cluster}, and {', '.join(sorted(here)) or 'none'} "
-            "answers here: ask from there"
+            f"{job.description} is of the cluster {job.cluster}, and "
+            f"{', '.join(sorted(here)) or 'none'} answers here: ask from there"
         )
-    return f"the controller does not know {job.words}, and {accounting}"
+    return f"the controller does not know {job.description}, and {accounting}"
 
 
 def user_name(uid: int) -> str:

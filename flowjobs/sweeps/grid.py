@@ -75,7 +75,7 @@ class Sweep:
         return list({json.dumps(point, sort_keys=True): point for point in kept}.values())
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """How the runs come about: "2 arch x 3 seed"."""
         axes = [f"{_distinct(values)} {shown(name)}" for name, values in self.grid.items()]
         for group in self.zips:

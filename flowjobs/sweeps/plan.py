@@ -323,7 +323,7 @@ def resource_sets(members: Iterable[Member]) -> list[list[Member]]:
     return [of_set for _, of_set in sets]
 
 
-def words_for(slurm: SlurmConfig, runs: int, jobs: int, slots: int) -> str:
+def resources_asked(slurm: SlurmConfig, runs: int, jobs: int, slots: int) -> str:
     """What so many runs ask of the cluster: "12 runs x 1 GPU x at most 2 h = 24 GPU hours".
 
     Args:
@@ -333,8 +333,8 @@ def words_for(slurm: SlurmConfig, runs: int, jobs: int, slots: int) -> str:
         slots: How many share a job at once.
     """
     if slots > 1:
-        return f"{_words(slurm, jobs, 'job')}; {runs} runs share them{_parts(slurm, slots)}"
-    return _words(slurm, runs, "run")
+        return f"{_resources(slurm, jobs, 'job')}; {runs} runs share them{_parts(slurm, slots)}"
+    return _resources(slurm, runs, "run")
 
 
 def _parts(slurm: SlurmConfig, slots: int) -> str:
@@ -347,7 +347,7 @@ def _parts(slurm: SlurmConfig, slots: int) -> str:
     return f", {', '.join(words)}"
 
 
-def _words(slurm: SlurmConfig, runs: int, what: str) -> str:
+def _resources(slurm: SlurmConfig, runs: int, what: str) -> str:
     gpus = slurm.nodes * slurm.gpus_per_node
     words = counted(runs, what) + (f" x {counted(gpus, 'GPU')}" if gpus else "")
     if slurm.timeout_min is None:

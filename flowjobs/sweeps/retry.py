@@ -36,13 +36,13 @@ class Cause:
     """Runs that failed alike.
 
     Attributes:
-        words: In a word or two; "cancelled" for those that a person has ended.
+        kind: In a word or two; "cancelled" for those that a person has ended.
         members: The runs.
         needs: What they need other or more of, an option as a rule: without, they would fail again.
         advice: What to say of that: "--with mem_gb=64".
     """
 
-    words: str
+    kind: str
     members: Sequence[Member]
     needs: tuple[str, ...] = ()
     advice: str = ""
@@ -54,35 +54,35 @@ def causes(members: Sequence[Member]) -> list[Cause]:
     for member in members:
         if member.stage in ("failed", "cancelled") and not member.jobs_unknown:
             by_cause.setdefault(member.why or member.stage, []).append(member)
-    return [_cause(words, found) for words, found in sorted(by_cause.items())]
+    return [_cause(kind, found) for kind, found in sorted(by_cause.items())]
 
 
-def _cause(words: str, members: Sequence[Member]) -> Cause:
-    match words:
+def _cause(kind: str, members: Sequence[Member]) -> Cause:
+    match kind:
         case "out of memory":
             asked = [member.config.slurm.mem_gb or _limit_gb(member) for member in members]
             known = [size for size in asked if size]
             size = f"{_next_size(max(known)):g}" if known else "..."
             advice = _fewer_at_once(members) or f"mem_gb={size}"
-            return Cause(words, members, ("mem_gb", RUNS_PER_GPU), f"--with {advice}")
+            return Cause(kind, members, ("mem_gb", RUNS_PER_GPU), f"--with {advice}")
         case "time limit":
             minutes = [member.config.slurm.timeout_min or 0 for member in members]
             size = f"{2 * max(minutes)}" if max(minutes) else "..."
-            return Cause(words, members, ("timeout_min",), f"--with timeout_min={size}")
-        case _ if words == GPU_MEMORY:
+            return Cause(kind, members, ("timeout_min",), f"--with timeout_min={size}")
+        case _ if kind == GPU_MEMORY:
             options = ("gpu_type", "constraint", "partition", RUNS_PER_GPU)
             advice = _fewer_at_once(members) or "gpu_type=... (one of more memory)"
-            return Cause(words, members, options, f"--with {advice}")
-        case _ if words == CHECKPOINTS_GONE:
+            return Cause(kind, members, options, f"--with {advice}")
+        case _ if kind == CHECKPOINTS_GONE:
             advice = (
                 "restore last.pt or best.pt of each (from a backup), or remove them (flowjobs rm) "
                 "and submit anew"
             )
-            return Cause(words, members, (CHECKPOINTS,), advice)
+            return Cause(kind, members, (CHECKPOINTS,), advice)
         case "diverged":  # its steps are the same ones again
             advice = "another --lr is another run; --new-code, if you have changed the model"
-            return Cause(words, members, (NEW_CODE,), advice)
-    return Cause(words, members)
+            return Cause(kind, members, (NEW_CODE,), advice)
+    return Cause(kind, members)
 
 
 def _fewer_at_once(members: Sequence[Member]) -> str:

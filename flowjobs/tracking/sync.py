@@ -96,7 +96,7 @@ def _who_trains(run: Run, judge: Judge) -> str | None:
     attempt = run.status().open_attempt
     if attempt is None or same_host(attempt.job.host, socket.gethostname()):
         return None
-    return attempt.job.words if written_lately(run.folder, QUIET_S) else None
+    return attempt.job.description if written_lately(run.folder, QUIET_S) else None
 
 
 def _upload(run: Run) -> Synced:

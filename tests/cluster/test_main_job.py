@@ -182,7 +182,7 @@ def test_submitting_from_inside_a_job(slurm: SlurmCluster, flowjobs: Command, st
     ended = slurm.wait_state(job_id, {"COMPLETED", "FAILED"}, 60)
     assert ended == "COMPLETED", Path(f"flowjobs-{job_id}.out").read_text()
     job = Run(study, "by-hand").status().attempts[0].job
-    assert (job.cluster, job.job_id, job.restart) == ("slurm", job_id, 0)
+    assert (job.cluster, job.job_id, job.restart_count) == ("slurm", job_id, 0)
     assert job.started_by_person
     assert not job.packed
 

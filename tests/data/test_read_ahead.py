@@ -25,7 +25,7 @@ from flowjobs.errors import DataError
 from flowjobs.field_values import KeyValues
 from flowjobs.flows.coupling import exact
 from flowjobs.flows.pairs import CoupledPairs
-from flowjobs.jobs.exit_cause import passing_kind
+from flowjobs.jobs.exit_cause import transient_kind
 from flowjobs.models.build import build_model
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer
@@ -71,7 +71,7 @@ def test_a_read_that_does_not_end_is_an_error_with_its_text(
     with pytest.raises(DataError, match=r"train\.pt has given no rows for 0.2 s") as raised:
         ahead.next()
     assert "train.pt has given no rows for 0.1 s; waiting" in caplog.text
-    assert passing_kind(raised.value) == "file system"
+    assert transient_kind(raised.value) == "file system"
     comes_back.set()
 
 
@@ -116,7 +116,7 @@ def test_a_file_that_is_cut_short_or_unreadable_ends_the_training_with_its_name(
         patch.setattr("os.preadv", stale)
         with pytest.raises(DataError, match=r"data\.npy, byte \d+: Stale file handle") as raised:
             trainer.train()
-    assert passing_kind(raised.value) == "file system"
+    assert transient_kind(raised.value) == "file system"
     with path.open("r+b") as file:
         file.truncate(200)
     with pytest.raises(DataError, match=r"data\.npy ends at byte \d+: it was cut short"):

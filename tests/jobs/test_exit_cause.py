@@ -115,7 +115,7 @@ def raised_from(error: Exception, number: int) -> Exception:
     ],
 )
 def test_only_what_may_pass_is_worth_another_try(error: Exception, kind: str | None) -> None:
-    assert exit_cause.passing_kind(error) == kind
+    assert exit_cause.transient_kind(error) == kind
 
 
 def test_the_node_to_leave_out_is_the_one_whose_process_died_first(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_node_to_leave_out_is_the_one_whose_process_died_first(tmp_path: Pat
     assert exit_cause.failed_node(run, job) == "n1"
     own = RankFailure(3, "n4", Outcome("failed", 1, "bug"))
     run.logs.mkdir(parents=True)
-    note_failure(run, job.start, own)
+    note_failure(run, job.start_id, own)
     assert exit_cause.failed_node(run, job) == "n4"
 
 
@@ -140,7 +140,7 @@ KILLED = "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited with 
 
 def process(rank: int) -> JobProcess:
     job = JobInfo("slurm", "12", None, f"n{rank + 1}", 1)
-    return JobProcess(job, job.start, rank, world_size=3)
+    return JobProcess(job, job.start_id, rank, world_size=3)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,8 @@ def test_the_rank_that_failed_first_of_its_own_accord_tells(
     job = replace(process(0).job, log=str(run.logs / "12_0_log.out"))
     Path(job.log or "").write_text(f"00:00:00 I attempt 1 at a: slurm job 12 on n1\n{log}")
     for rank, error in errors.items():
-        note_failure(run, job.start, exit_cause.failure_of(error, process(rank)))
+        note_failure(run, job.start_id, exit_cause.failure_of(error, process(rank)))
     note_failure(run, "12-1", RankFailure(0, "n9", Outcome("failed", 1, "of another start")))
-    run.rank_file(job.start, 7).write_text("{ torn")
-    found = exit_cause.first_failure(noted_failures(run, job.start), job)
+    run.rank_file(job.start_id, 7).write_text("{ torn")
+    found = exit_cause.first_failure(noted_failures(run, job.start_id), job)
     assert (found and (found.rank, found.outcome.kind, found.host)) == expected

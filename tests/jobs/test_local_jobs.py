@@ -69,7 +69,7 @@ def test_a_time_limit_starts_the_job_again_at_once(run: Run, whole: Run) -> None
     assert unknown.reason.startswith("told to leave (SIGUSR2); saved at step")
     assert (first.state, first.kind) == ("preempted", "time limit")
     assert (first.first_step, second.first_step) == (unknown.last_step, first.last_step)
-    assert second.job.restart == 2
+    assert second.job.restart_count == 2
     assert_equal_to(whole, run)
 
 

@@ -200,7 +200,7 @@ def test_cancel_ends_a_run_that_is_trained_in_the_debugger(run: Run) -> None:
         here = replace(JobInfo.in_foreground(), cluster="debug", pid=process.pid)
         job = replace(here, process=process_mark(process.pid))
         with Attempt(run, job):
-            assert cancel(run) == f"a: cancelled {job.words}; submit it again to resume"
+            assert cancel(run) == f"a: cancelled {job.description}; submit it again to resume"
         assert process.wait(240) == -signal.SIGTERM
     assert notice_of(run, job, signal.SIGTERM).why == "cancelled"
 

@@ -101,7 +101,7 @@ def test_a_process_of_another_host_whose_lock_is_not_seen_keeps_its_run_while_it
     here = RunLock(tmp_path, JobInfo.in_foreground())
     with pytest.raises(RunHolderUnknownError, match="on n9, which may not have ended"), here:
         pass
-    assert lock_holder(tmp_path) == elsewhere.words
+    assert lock_holder(tmp_path) == elsewhere.description
     os.utime(metrics, (0, 0))
     assert lock_holder(tmp_path) is None
     with here:
@@ -153,7 +153,7 @@ def test_who_may_only_look_at_a_run_is_told_whether_it_is_held(
 
     me = JobInfo.in_foreground()
     with RunLock(workplace, me):
-        assert holder() == me.words
+        assert holder() == me.description
     with subprocess.Popen(["true"]) as dead:
         pass
     file = workplace / ".lock-holder.json"

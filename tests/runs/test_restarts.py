@@ -8,7 +8,7 @@ import pytest
 from flowjobs.config import RestartConfig, RunConfig
 from flowjobs.errors import NoProgressError, RunInterrupted
 from flowjobs.runs.attempt import Attempt
-from flowjobs.runs.restarts import fruitless_attempts, may_retry
+from flowjobs.runs.restarts import attempts_without_progress, may_retry
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo
 
@@ -24,32 +24,32 @@ def attempt(
 
 
 def test_attempts_that_train_a_step_cost_nothing() -> None:
-    assert fruitless_attempts([attempt(n, 10 * n, 10 * n + 10) for n in range(1, 50)]) == 0
+    assert attempts_without_progress([attempt(n, 10 * n, 10 * n + 10) for n in range(1, 50)]) == 0
 
 
 def test_attempts_without_a_step_are_counted_back_to_the_last_one_that_had_some() -> None:
     attempts = [attempt(1, 0, 30), attempt(2, 30, 30), attempt(3, None, None), attempt(4, 30, 30)]
-    assert fruitless_attempts(attempts) == 3
+    assert attempts_without_progress(attempts) == 3
 
 
 def test_steps_that_were_lost_do_not_count() -> None:
     # Killed before anything could be saved: each starts where the one before it did.
     attempts = [attempt(n, 0, 40) for n in range(1, 5)]
     asking = attempt(5, 0, 0, ended=False)
-    assert fruitless_attempts([*attempts, asking]) == 4
-    assert fruitless_attempts([*attempts, attempt(5, 20, 20, ended=False)]) == 0
+    assert attempts_without_progress([*attempts, asking]) == 4
+    assert attempts_without_progress([*attempts, attempt(5, 20, 20, ended=False)]) == 0
 
 
 def test_what_was_prepared_before_the_first_step_is_progress() -> None:
     attempts = [replace(attempt(n, None, None), prepared=n) for n in range(1, 5)]
-    assert fruitless_attempts([*attempts, attempt(5, None, None, ended=False)]) == 0
-    assert fruitless_attempts([*attempts, attempt(5, None, None)]) == 1
+    assert attempts_without_progress([*attempts, attempt(5, None, None, ended=False)]) == 0
+    assert attempts_without_progress([*attempts, attempt(5, None, None)]) == 1
 
 
 def test_a_person_begins_the_count_anew() -> None:
     attempts = [attempt(n, 0, 0) for n in (1, 2, 3)]
     by_person = AttemptRecord(4, replace(JOB, job_id="13"), "now", 0, 0, ended="then")
-    assert fruitless_attempts([*attempts, by_person]) == 1
+    assert attempts_without_progress([*attempts, by_person]) == 1
 
 
 def test_only_deaths_that_may_pass_are_retried_and_only_so_often() -> None:

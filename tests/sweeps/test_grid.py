@@ -55,7 +55,7 @@ def test_product_is_named_by_what_varies() -> None:
         *("mlp-icfm-digits-none-seed0", "mlp-icfm-digits-none-seed1"),
         *("mlp-otcfm-digits-none-seed0", "mlp-otcfm-digits-none-seed1"),
     ]
-    assert sweep.words == "2 flow x 2 seed"
+    assert sweep.description == "2 flow x 2 seed"
 
 
 def test_zipped_fields_walk_together() -> None:
@@ -261,7 +261,7 @@ def test_names_fit_a_folder_and_differ_when_they_are_cut() -> None:
 def test_what_is_given_twice_or_excludes_nothing_is_counted_as_it_is() -> None:
     sweep = Sweep(grid={"seed": [0, 1, 1]}, exclude=({"seed": [7]}, {"seed": [1], "lr": [1.0]}))
     assert len(sweep.points()) == 2
-    assert sweep.words.startswith("2 seed")
+    assert sweep.description.startswith("2 seed")
     assert sweep.unused_exclusions() == ["seed=7", "seed=1 lr=1.0"]
 
 

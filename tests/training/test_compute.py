@@ -12,7 +12,7 @@ import torch
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError, RunInterrupted
 from flowjobs.field_values import KeyValues
-from flowjobs.jobs.exit_cause import passing_kind
+from flowjobs.jobs.exit_cause import transient_kind
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import computing, computing_as_before, usable_cores
@@ -171,4 +171,4 @@ def test_a_gpu_whose_driver_is_gone_is_a_lost_one(
     monkeypatch.setenv("SLURM_STEP_GPUS", "0")
     with pytest.raises(RuntimeError) as lost, joined_ranks(0, 1, 0, use_gpu=True):
         pass
-    assert passing_kind(lost.value) == "lost GPU"
+    assert transient_kind(lost.value) == "lost GPU"
