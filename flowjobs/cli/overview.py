@@ -1,4 +1,4 @@
-"""The lines of `status` for many runs: one a sweep or group, and those that need a person."""
+"""The lines of `status` for many runs: one a sweep or group, and those that need action."""
 
 import contextlib
 import io
@@ -19,12 +19,12 @@ LISTED = 5
 
 
 def print_overview(groups: "Sequence[Group]") -> None:
-    """Print the groups, and what needs a person."""
+    """Print the groups, and what needs action."""
     print_groups(groups)
     trouble: dict[tuple[str, str], list[Standing]] = {}
     for group in groups:
         for standing in group.standings:
-            if standing.needs_a_person:
+            if standing.needs_action:
                 kind = standing.glance.kind or standing.why
                 trouble.setdefault((standing.stage, kind), []).append(standing)
     for (stage, kind), some in sorted(trouble.items()):
@@ -65,8 +65,8 @@ def print_groups(groups: "Sequence[Group]") -> None:
     for row in rows:
         for title in {"not made", "left"} & {*none}:
             del row[title]
-    dispensable = ("", *none, "not made", "waiting", "left", "running", "cancelled", "stopped")
-    print_fitting(rows, dispensable, right=("of", "not made", *stages))
+    first = ("", *none, "not made", "waiting", "left", "running", "cancelled", "new", "to resume")
+    print_fitting(rows, first, right=("of", "not made", *stages))
 
 
 class NewLines(io.StringIO):

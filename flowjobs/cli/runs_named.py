@@ -16,11 +16,10 @@ from flowjobs.runs.selection import Selection, select
 from flowjobs.words import counted, first_of
 
 STATE = "state="
-# What `status` says of a run, and how far it is by that; see `sweeps.plan.Stage`.
+# What `status` says of a run, and how far it is by that; see `jobs.overview.Stage`.
 SHOWN_AS = {
     "preempted": ("to resume",),
     "interrupted": ("to resume",),
-    "stopped": ("to resume", "new"),
     "submitted": ("waiting",),
 }
 
@@ -66,7 +65,8 @@ def _meant(study: Path, words: Sequence[str]) -> Selection:
     found = select(study, [word for word in words if not word.startswith(STATE)])
     if not asked:
         return found
-    from flowjobs.sweeps.plan import Stage, stages
+    from flowjobs.jobs.overview import Stage
+    from flowjobs.sweeps.plan import stages
 
     known = [*get_args(Stage), *SHOWN_AS]
     for state in asked:

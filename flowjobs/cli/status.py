@@ -154,7 +154,8 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
         `folder` and `checkpoints`. `show` adds `config`, what is not the default; `time`, in
         seconds, as in runs/goodput.py; and `files`.
     """
-    from flowjobs.jobs.findings import Dead, Unclear, Waits, final_outcome
+    from flowjobs.jobs.findings import Dead, Unclear, final_outcome
+    from flowjobs.slurm.waiting import Waiting
 
     status, latest = current_progress(run)
     if isinstance(finding, Dead):
@@ -168,7 +169,7 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described["steps_per_s"] = steps_per_s(status)
     described["left_s"] = time_left_s(status)
     described["jobs"] = [dataclasses.asdict(entry) for entry in run.submissions()]
-    described["waits"] = finding.why if isinstance(finding, Waits) else ""
+    described["waits"] = finding.why if isinstance(finding, Waiting) else ""
     described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
     from flowjobs.tracking.record import read_uploaded
 

@@ -29,7 +29,7 @@ from flowjobs.runs.status import (
 )
 from flowjobs.runs.submittable import CLOCKS, Submission, attempts_of
 from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask
-from flowjobs.slurm.waiting import why_it_waits
+from flowjobs.slurm.waiting import Waiting, why_it_waits
 
 # How many attempts there are, whether the newest one has ended, and why.
 Version = tuple[int, bool, str]
@@ -74,18 +74,8 @@ class Unclear:
     why: str
 
 
-@dataclass(frozen=True)
-class Waits:
-    """A run whose newest job waits in the queue.
-
-    Attributes:
-        why: The reason, to be read after "waits".
-    """
-
-    why: str
-
-
-Finding = Dead | Unclear | Waits
+# Waiting: the run's newest job is in the queue.
+Finding = Dead | Unclear | Waiting
 
 
 def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Finding]:
@@ -192,7 +182,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
                     return None  # Slurm counts the next start, and this one may still save
                 return _find_dead_start(run, status, attempt, answer, restarts=True)
             if answer.newest.waits:
-                return Waits(why_it_waits(answer.newest))
+                return why_it_waits(answer.newest)
             return _find_slot(run, status, job)
         case Known() if answer.newest.state == "CANCELLED" and (
             attempt is None or answer.restarted_since(job.restart_count)
@@ -227,11 +217,11 @@ def _has_begun(run: Run, status: RunStatus, job: JobInfo) -> bool:
     return bool(own) or (status.open_attempt is not None and status.open_attempt.job == job)
 
 
-def _find_slot(run: Run, status: RunStatus, job: JobInfo) -> Waits | None:
+def _find_slot(run: Run, status: RunStatus, job: JobInfo) -> Waiting | None:
     """Whether a run has no process in its job, which lives, and waits for one."""
     if status.open_attempt or not pack_of(run, job.job_id) or not is_remaining(run, job.job_id):
         return None
-    return Waits(f"for a slot of job {job.job_id}")
+    return Waiting(f"for a slot of job {job.job_id}")
 
 
 def _find_dead_start(

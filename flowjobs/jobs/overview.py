@@ -1,4 +1,4 @@
-"""How the runs of a study stand, by sweep or group, and which need a person. Only looks."""
+"""State of the runs by sweep or group, and which need action. Read-only."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Literal
 
 from flowjobs.errors import ConfigError
-from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome
+from flowjobs.jobs.findings import Dead, Finding, Unclear, final_outcome
 from flowjobs.jobs.running import local_job
 from flowjobs.runs.files import warn_once
 from flowjobs.runs.listing import Glance, glances
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
-from flowjobs.slurm.waiting import never_starts
+from flowjobs.slurm.waiting import Waiting
 
-# As sweeps/plan.py has them, in the order in which they are shown. "stopped" is a run of which no
-# job is left, and that nothing starts by itself: there "to resume" or "new". Two more differ, since
-# this is told of thousands of runs by two files each: a run whose checkpoints are gone is "failed"
-# there alone, and one that is finished and asked to be longer is "to resume" there alone.
-Stage = Literal["finished", "running", "waiting", "stopped", "cancelled", "failed", "unknown"]
-NEEDS_A_PERSON = ("failed", "stopped", "unknown")
+# In the order in which they are shown. Of a run "to resume" or "new" no job waits or runs; "new"
+# never had one. sweeps/plan.py knows more of a run than its two files here say: one whose
+# checkpoints are gone is "failed" there, one that is asked to be longer "to resume".
+Stage = Literal[
+    "finished", "running", "waiting", "to resume", "new", "cancelled", "failed", "unknown"
+]
+NEEDS_ACTION = ("to resume", "new", "failed", "unknown")
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,18 @@ class Standing:
         glance: The run.
         stage: In a word.
         why: Why it waits or failed, or why nothing is known of it.
+        stuck: Whether it waits, and never starts as it is.
     """
 
     glance: Glance
     stage: Stage
     why: str = ""
+    stuck: bool = False
 
     @property
-    def needs_a_person(self) -> bool:
+    def needs_action(self) -> bool:
         """Whether nothing more happens to it by itself."""
-        return self.stage in NEEDS_A_PERSON or (self.stage == "waiting" and never_starts(self.why))
+        return self.stuck or self.stage in NEEDS_ACTION
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,8 @@ def stages_of(runs: Iterable[Run], findings: Mapping[Run, Finding]) -> set[Stage
 
 def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
     match finding:
-        case Waits(why):
-            return Standing(glance, "waiting", why)
+        case Waiting(why, stuck):
+            return Standing(glance, "waiting", why, stuck)
         case Unclear(why):
             return Standing(glance, "unknown", why)
         case Dead():
@@ -158,7 +161,7 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
             if outcome.state == "preempted":
                 # Not the outcome's reason, which has it that it starts again.
                 why = f"{finding.outcome.reason}; `flowjobs reconcile` or submitting it resumes it"
-                return Standing(ended, "stopped", why)
+                return Standing(ended, "to resume", why)
             return _settled(ended)
     if not (glance.unsettled and glance.state in ("submitted", "preempted")):
         return _settled(glance)
@@ -175,7 +178,7 @@ def _settled(glance: Glance) -> Standing:
             return Standing(glance, stage, glance.reason)
         case "preempted":
             why = f"{glance.reason}; no job of it is left: submit it again"
-            return Standing(glance, "stopped", why)
+            return Standing(glance, "to resume", why)
         case "submitted":
-            return Standing(glance, "stopped", "never submitted")
+            return Standing(glance, "new", "never submitted")
     return Standing(glance, "unknown", glance.reason)

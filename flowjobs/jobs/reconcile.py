@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs import exit_cause
-from flowjobs.jobs.findings import Dead, Unclear, Waits, find, version_of
+from flowjobs.jobs.findings import Dead, Unclear, find, version_of
 from flowjobs.jobs.record_end import record_dead_attempt
 from flowjobs.jobs.restart import restart, resubmit
 from flowjobs.jobs.tasks import task_of
@@ -31,6 +31,7 @@ from flowjobs.runs.status import (
     RunStatus,
 )
 from flowjobs.runs.submittable import Submittable
+from flowjobs.slurm.waiting import Waiting
 from flowjobs.tracking.process import close_session, pending_outcome
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
     results = []
     again: dict[Submittable, tuple[Dead, str | None]] = {}
     for run, found in find(runs).items():
-        if isinstance(found, Waits):
+        if isinstance(found, Waiting):
             continue
         if isinstance(found, Unclear):
             results.append(Reconciled(run, unclear=found.why))

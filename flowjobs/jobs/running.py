@@ -29,7 +29,7 @@ from flowjobs.runs.submittable import Submission, attempts_of
 from flowjobs.slurm.client import is_here
 from flowjobs.slurm.controller import ENDED, JobRow, queue
 from flowjobs.slurm.jobs import JobAnswer, JobIdentity, Known, Unknown, ask
-from flowjobs.slurm.waiting import why_it_waits
+from flowjobs.slurm.waiting import Waiting, why_it_waits
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +41,17 @@ class RunningJob:
     Attributes:
         description: Which it is.
         state: As Slurm has it, in small letters; "" of one that is not Slurm's.
-        waits: What it waits for, if Slurm says that, to be read after "waits".
+        waits: What it waits for, if Slurm says that.
     """
 
     description: str
     state: str = ""
-    waits: str = ""
+    waits: Waiting | None = None
 
     def __str__(self) -> str:
         state = f" ({self.state})" if self.state else ""
-        return f"{self.description}{state}{', waits ' if self.waits else ''}{self.waits}"
+        waits = f", waits {self.waits.why}" if self.waits else ""
+        return f"{self.description}{state}{waits}"
 
 
 def running_job(run: Run) -> RunningJob | None:
@@ -124,7 +125,7 @@ def _busy_with(
                 # Of one that only leaves, the process may still save: the next one waits for it.
                 row.state != "COMPLETING" or _comes_back(run, known)
             ):
-                waits = why_it_waits(row) if row.waits else ""
+                waits = why_it_waits(row) if row.waits else None
                 return RunningJob(job.description, row.state.lower(), waits)
     # Of older ones it does not matter: the newest was submitted when they were gone.
     newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1].job_id else None

@@ -71,7 +71,7 @@ class SubmittedJob:
         """Why the job waits; empty if it does not, or if Slurm does not say."""
         answer = ask_one(identity_of(run, self.job_id)) if self.cluster == "slurm" else None
         if isinstance(answer, Known) and answer.newest.waits:
-            return why_it_waits(answer.newest)
+            return why_it_waits(answer.newest).why
         return ""
 
 

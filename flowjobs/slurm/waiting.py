@@ -1,7 +1,8 @@
-"""Why a job waits: Slurm's word for it in a person's words."""
+"""Why a job is pending, in plain words."""
 
 import re
 import time
+from dataclasses import dataclass
 
 from flowjobs.slurm.controller import JobRow
 
@@ -78,23 +79,33 @@ WORDS = (
 )
 
 
-def why_it_waits(row: JobRow) -> str:
-    """Why a job waits, to be read after "waits"; with Slurm's own word."""
+@dataclass(frozen=True)
+class Waiting:
+    """That a job is pending.
+
+    Attributes:
+        why: The reason, to be read after "waits".
+        stuck: Whether it never starts as it is.
+    """
+
+    why: str
+    stuck: bool = False
+
+
+def why_it_waits(row: JobRow) -> Waiting:
+    """Why a job waits, with Slurm's own word."""
     if row.state in ("SUSPENDED", "STOPPED"):
-        return f"{row.state.lower()}, for another job or by an administrator ({row.state})"
+        why = f"{row.state.lower()}, for another job or by an administrator ({row.state})"
+        return Waiting(why)
     reason = row.reason.strip("()")
-    for word, words in WORDS:
+    for number, (word, words) in enumerate(WORDS):
         if re.match(word, reason.replace(" ", "_")):
             start = f", about {_clock(row.starts)}" if row.starts else ""
             dependency = f" ({row.dependency})" if row.dependency else ""
             text = words.format(job=row.job_id, start=start, dependency=dependency)
-            return text if word == "None" else f"{text} ({reason})"
-    return f"for Slurm's reason {reason or 'unknown'}"
-
-
-def never_starts(why: str) -> bool:
-    """Whether a job that waits so, in the words of `why_it_waits`, never starts as it is."""
-    return why.startswith(tuple(words.partition("{")[0] for _, words in STUCK))
+            why = text if word == "None" else f"{text} ({reason})"
+            return Waiting(why, stuck=number < len(STUCK))
+    return Waiting(f"for Slurm's reason {reason or 'unknown'}")
 
 
 def _clock(seconds: float) -> str:

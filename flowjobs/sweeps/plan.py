@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, is_data_file, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.field_values import flag
 from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
-from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
+from flowjobs.jobs.findings import Dead, Finding, Unclear, final_outcome, find
+from flowjobs.jobs.overview import Stage
 from flowjobs.jobs.running import RunningJob, ended_for_good, running_jobs
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.code import code_of
@@ -24,14 +25,9 @@ from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.runs.status import RunStatus, read_sound_status
-from flowjobs.slurm.waiting import never_starts
+from flowjobs.slurm.waiting import Waiting
 from flowjobs.words import counted, first_of
 
-# As jobs/overview.py has them, but for "stopped": "new" has no job yet; "to resume" has saved its
-# state, and no job of it waits or runs.
-Stage = Literal[
-    "finished", "running", "waiting", "failed", "cancelled", "unknown", "to resume", "new"
-]
 TO_START: tuple[Stage, ...] = ("to resume", "new")
 SHOWN_AT_MOST = 10
 HELD_SHOWN = 3
@@ -50,6 +46,7 @@ class Member:
         why: Of what has failed the cause in a word or two; of what is unknown why, as a sentence;
             of what waits the reason, to be read after "waits", if Slurm says it. What was cancelled
             has one only where it cannot be resumed.
+        stuck: Whether it waits, and never starts as it is.
         jobs_unknown: Of what is cancelled why it is unknown whether a job of it lives, as a
             sentence; empty if none does.
     """
@@ -58,6 +55,7 @@ class Member:
     config: RunConfig
     stage: Stage
     why: str = ""
+    stuck: bool = False
     jobs_unknown: str = ""
 
 
@@ -188,7 +186,9 @@ def _with_job(
         return Member(run, config, "unknown", str(job))
     # Of a job that several share, some may wait for their turn.
     begun = job.state != "pending" and (status.open_attempt is not None or _ends(run))
-    return Member(run, config, "running" if begun else "waiting", job.waits)
+    stage: Stage = "running" if begun else "waiting"
+    waits = job.waits or Waiting("")
+    return Member(run, config, stage, waits.why, stuck=waits.stuck)
 
 
 def _ends(run: Run) -> bool:
@@ -211,8 +211,8 @@ def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding |
             status.record_outcome(final_outcome(run, status, dead))
         case Unclear(why):
             return Member(run, config, "unknown", why)
-        case Waits(why):
-            return Member(run, config, "waiting", why)
+        case Waiting(why, stuck):
+            return Member(run, config, "waiting", why, stuck=stuck)
     return _without_job(run, config, status)
 
 
@@ -269,8 +269,7 @@ def _cause(status: RunStatus) -> str:
 
 def held_for(members: Iterable[Member]) -> list[str]:
     """Why some of the runs wait that will not start as they are; the first few reasons."""
-    waiting = {member.why for member in members if member.stage == "waiting"}
-    return sorted(why for why in waiting if never_starts(why))[:HELD_SHOWN]
+    return sorted({member.why for member in members if member.stuck})[:HELD_SHOWN]
 
 
 def _has_begun(member: Member) -> bool:

@@ -142,9 +142,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-def test_many_runs_are_a_line_a_group_and_what_needs_a_person(
-    flowjobs: Command, study: Path
-) -> None:
+def test_many_runs_are_a_line_a_group_and_what_needs_action(flowjobs: Command, study: Path) -> None:
     many(study)
     before = tree(study)
     done = flowjobs("status")
@@ -155,7 +153,7 @@ def test_many_runs_are_a_line_a_group_and_what_needs_a_person(
         "finished",
         "running",
         "waiting",
-        "stopped",
+        "new",
         *head.split()[6:],
     ]
     assert head.split()[6:] == ["failed", "unknown"]
@@ -163,7 +161,7 @@ def test_many_runs_are_a_line_a_group_and_what_needs_a_person(
     assert widths.split()[2:] == ["141", "140", "1"]
     reason = "failed: out of memory: 1.5 of 1.5 GiB"
     assert trouble[:2] == [f"bad-0 {reason}", f"bad-1 {reason}"]
-    assert trouble[2] == "new stopped: never submitted"
+    assert trouble[2] == "new new: never submitted"
     assert trouble[3].startswith("torn unknown: ")
     assert str(study / "runs/torn") in trouble[3]
     assert done.returncode == 0

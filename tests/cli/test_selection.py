@@ -43,8 +43,7 @@ def test_runs_are_selected_by_how_far_they_are(flowjobs: Command, grid: Path) ->
     found = json.loads(flowjobs("status", "state=failed", "--json").stdout)
     assert [run["run"] for run in found] == ["icfm-1", "otcfm-0"]
     assert "state=failed is 2 runs: icfm-1, otcfm-0" in flowjobs("show", "state=failed").stderr
-    # The word of status for runs of which no job is left.
-    assert "state=stopped is 4 runs: " in flowjobs("show", "state=stopped").stderr
+    assert "state=new is 4 runs: " in flowjobs("show", "state=new").stderr
     for word, said in (
         ("state=running", "no run is running: 2 failed, 4 new"),
         ("state=faild", "state=: found faild, expected one of finished, .*did you mean failed"),

@@ -150,7 +150,7 @@ def test_a_lost_job_is_started_again_as_it_was_submitted(start: Start) -> None:
     assert f"job {job.job_id} was submitted by nobody" in done.stderr
     assert (job.status().state, len(job.job_ids())) == ("running", 1)
     # Nothing but `reconcile`, or submitting it, starts it again: so say both who look.
-    assert stages_of([job.run], find([job.run])) == {"stopped"}
+    assert stages_of([job.run], find([job.run])) == {"to resume"}
     assert stages({job.run: job.run.config()})[job.run].stage == "to resume"
     os.chown(origin, os.getuid(), -1)
     assert "starts again" in reconcile_from_cron(job).stdout

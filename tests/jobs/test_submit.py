@@ -127,7 +127,7 @@ def test_a_local_job_without_the_lock_counts_as_long_as_it_lives(
     run.add_submission(str(pid), "local", None, identity={"process": process_mark(pid), **noted})
     assert (running_job(run) is not None) == busy
     assert stages({run: run.config()})[run].stage == ("waiting" if busy else "to resume")
-    assert stages_of([run], find([run])) == {"waiting" if busy else "stopped"}
+    assert stages_of([run], find([run])) == {"waiting" if busy else "to resume"}
 
 
 def test_whether_a_job_of_another_host_starts_is_unknown_from_here(study: Path) -> None:

@@ -15,7 +15,7 @@ from flowjobs.slurm import client
 from flowjobs.slurm.client import first_line, run_command
 from flowjobs.slurm.controller import JobRow, cancel
 from flowjobs.slurm.submission import UNANSWERED
-from flowjobs.slurm.waiting import never_starts, why_it_waits
+from flowjobs.slurm.waiting import why_it_waits
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -51,10 +51,10 @@ ROW = JobRow("12", "PENDING", 0, "test", "a", 0.0)
         ("SomethingNew", "Slurm's reason SomethingNew"),
     ],
 )
-def test_slurms_words_are_said_in_a_persons(reason: str, words: str) -> None:
-    why = why_it_waits(JobRow(**{**vars(ROW), "reason": reason}))
-    assert words in why
-    assert never_starts(why) == words.startswith(("held", "and cannot", "could not"))
+def test_slurms_words_are_said_in_plain_ones(reason: str, words: str) -> None:
+    waiting = why_it_waits(JobRow(**{**vars(ROW), "reason": reason}))
+    assert words in waiting.why
+    assert waiting.stuck == words.startswith(("held", "and cannot", "could not"))
 
 
 def test_a_command_that_does_not_answer_is_named(

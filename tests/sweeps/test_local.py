@@ -6,12 +6,13 @@ import pytest
 
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
+from flowjobs.jobs.overview import Stage
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.run import Run
 from flowjobs.sweeps.grid import Sweep
 from flowjobs.sweeps.kept import keep
 from flowjobs.sweeps.local import Event, gpus_of_slot, run_here, slots_here
-from flowjobs.sweeps.plan import Member, Stage
+from flowjobs.sweeps.plan import Member
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 
