@@ -63,15 +63,15 @@ def run_step(script_arguments: Sequence[str]) -> int:
 
 
 def _run_so_far(given: Sequence[str], *, by_line: bool) -> Run | None:
-    """The run that an earlier start of this job has trained: a restart goes on with that one, as it
-    was configured, whatever a list of runs or flowjobs.toml says by now.
+    """The run that an earlier start of this job has trained: a restart resumes that one, as it was
+    configured, whatever a list of runs or flowjobs.toml says by now.
 
     None if this is the first start, or none got so far.
     """
-    from flowjobs.jobs.environment import batch_script_job_id, started_by_person
+    from flowjobs.jobs.environment import batch_script_job_id, is_first_start
     from flowjobs.jobs.plain_sbatch import run_of_job
 
-    if started_by_person():
+    if is_first_start():
         return None
     arguments, defaults = given, Defaults()
     with contextlib.suppress(ConfigError):

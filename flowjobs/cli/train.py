@@ -42,7 +42,7 @@ class Train(CodeOptions):
 
     def prepare(self, defaults: Defaults) -> tuple[Run, RunConfig]:
         """The run that is meant, and its config. Writes nothing."""
-        from flowjobs.jobs.environment import started_by_person
+        from flowjobs.jobs.environment import is_first_start
 
         return prepare_run(
             defaults,
@@ -52,27 +52,27 @@ class Train(CodeOptions):
             None,
             self.tracking,
             self.restarts,
-            own_code=not self.no_snapshot and (self.keep_code or not started_by_person()),
+            own_code=not self.no_snapshot and (self.keep_code or not is_first_start()),
         )
 
     def run(self, defaults: Defaults) -> int:
         """Train to the end. Returns the exit code."""
         from flowjobs.jobs.entry import log_to_stderr, train_run
-        from flowjobs.jobs.environment import started_by_person, waited_while_cancelled
+        from flowjobs.jobs.environment import is_first_start, waited_while_cancelled
         from flowjobs.jobs.running import wait_until_ended
         from flowjobs.jobs.snapshot import plan_code
 
         choice = self.code_choice()
         run, config = self.prepare(defaults)
-        by_person = started_by_person()
-        if not by_person and choice != "live":
+        first_start = is_first_start()
+        if not first_start and choice != "live":
             choice = "keep"  # a restart has the code of the submission
         begun = any(attempt.first_step is not None for attempt in run.status().attempts)
-        # A job that is started again goes on from where it was, once it was anywhere.
-        resume = self.resume if by_person or not begun else None
+        # A job that is started again resumes from its own last.pt, once it has trained.
+        resume = self.resume if first_start or not begun else None
         if resume is not None and not resume.is_file():
             raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")
-        wanted = by_person and not waited_while_cancelled(run)
+        wanted = first_start and not waited_while_cancelled(run)
         if wanted and run.cancel_requested():
             wait_until_ended(run)
         there = run.folder.exists()  # also where its config alone is lost

@@ -109,7 +109,7 @@ def facts_of_this_machine(study: str) -> ClusterFacts:
 
 
 def shortfalls(facts: ClusterFacts) -> list[Shortfall]:
-    """What of the facts a person should know, and what to set."""
+    """Which facts break a promise, and what to set."""
     found = []
     if facts.preempts and facts.grace_s == 0:
         found.append(

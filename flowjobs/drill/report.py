@@ -66,7 +66,7 @@ class Report:
     Attributes:
         facts: What the cluster says of itself.
         rows: What came of each interruption.
-        shortfalls: What a person should know, and what to set.
+        shortfalls: Which facts break a promise, and what to set.
     """
 
     facts: ClusterFacts
@@ -142,7 +142,7 @@ def _both_sides(
 def _problem_of_no_restart(status: RunStatus, before: AttemptRecord | None) -> str:
     if status.state == "finished":
         return "finished before it was interrupted: give it more --steps"
-    where = "did not go on" if before else "never trained"
+    where = "did not resume" if before else "never trained"
     return f"{where}: {status.state} {status.reason}".rstrip()
 
 

@@ -97,7 +97,7 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
 
     Args:
         run: The run; its config is on disk.
-        resume_path: Go on from this checkpoint instead.
+        resume_path: Resume from this checkpoint instead.
 
     Returns:
         The exit code of the process: 0 if the run is finished.
@@ -125,14 +125,14 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
             raise
         code = exit_code_if_storage_is_away(error)
     finally:
-        if process.job.cluster != "debug":  # there the process is a person's, in the debugger
+        if process.job.cluster != "debug":  # there the process is the user's, in the debugger
             end_in_time(code)
     return code
 
 
 def exit_code_if_storage_is_away(error: Exception) -> int:
-    """The exit code of a job that could not begin for a file server that is away: its batch script
-    has it started again. Any other error is raised."""
+    """EXIT_PREEMPTED if a file system error kept the job from starting, so that its batch script
+    restarts it; re-raises anything else."""
     if exit_cause.transient_kind(error) != "file system":
         raise error
     logger.error("%s: nothing has begun, and the job is started again", error)
@@ -141,7 +141,7 @@ def exit_code_if_storage_is_away(error: Exception) -> int:
 
 def _train(job: "TrainingJob", run: Run, resume_path: Path | None) -> int:
     # Armed before the slow imports: a job may be preempted while torch loads.
-    debugged = job.cluster == "debug"  # the process is a person's, in the debugger
+    debugged = job.cluster == "debug"  # the process is the user's, in the debugger
     with StopSignals(job.seconds_left, job.too_late, process_ends=not debugged) as signals:
         if resume_path is None and run.finished():
             run.check_files()
@@ -166,7 +166,7 @@ def _train(job: "TrainingJob", run: Run, resume_path: Path | None) -> int:
 
 
 class TrainingJob:
-    """One start of a run as a job: between the training, which knows none, and the scheduler."""
+    """One attempt inside a job: trains, finds out why it ended, restarts the job."""
 
     def __init__(self, run: Run, process: JobProcess) -> None:
         self._run = run
@@ -196,8 +196,8 @@ class TrainingJob:
         return self._job.cluster
 
     def end_if_cancelled(self) -> bool:
-        """Whether this start is one that the run's user does not want any more."""
-        # A person who starts the run has cleared the mark first.
+        """Whether the run was cancelled; records that once."""
+        # A user who starts the run has deleted the cancel file first.
         cancelled = cancel_requested_with_retries(self._run) or (
             not self._job.started_by_person and exit_cause.cancelled_while_requeued(self._job)
         )
@@ -294,7 +294,8 @@ class TrainingJob:
 
     @contextmanager
     def _explaining_the_end(self, signals: StopSignals) -> Iterator[None]:
-        """Adds to what ends the block what only the scheduler knows, and what may be retried."""
+        """Replaces the exception that ends the block: by Slurm's reason if Slurm stopped the job,
+        by the failing rank's error, or by RunInterrupted if it may be retried."""
         try:
             yield
         except RunInterrupted as interrupted:
@@ -447,6 +448,7 @@ def log_to_stderr() -> None:
     logging.raiseExceptions = False
     logging.basicConfig(
         level=logging.INFO,
+        # exit_cause.ATTEMPT_LINE has the letter of the level: change both.
         format="%(asctime)s %(levelname).1s %(message)s",
         datefmt="%H:%M:%S",
         force=True,

@@ -73,7 +73,7 @@ def this_process(run: Submittable) -> JobProcess:
     """Look up where this process runs, and set MASTER_ADDR and MASTER_PORT if it is one of many.
 
     A process in the foreground is a job of its own, also inside a Slurm job that was not submitted
-    for the run: that one is a person's, and only lends its ranks.
+    for the run: that one is the user's, and only lends its ranks.
     """
     forget_what_is_not_here()
     environment = _submitit_environment()
@@ -89,7 +89,7 @@ def this_process(run: Submittable) -> JobProcess:
         port = os.environ.get("FLOWJOBS_MASTER_PORT") or _master_port(environment.job_id)
         os.environ["MASTER_PORT"] = str(port)
     job = dataclasses.replace(_job_of(environment, run), ranks=environment.num_tasks)
-    # What a person's own job lends its ranks to is a job of its own for each of them.
+    # In a user's own job each rank is a job of its own to us; the step id is their common start.
     step = f"{environment.job_id}.{os.environ.get('SLURM_STEP_ID')}"
     return JobProcess(
         job,
@@ -204,8 +204,8 @@ def batch_script_job_id() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
-def started_by_person() -> bool:
-    """Whether a person asked for this process: it is not the rest of an earlier job."""
+def is_first_start() -> bool:
+    """Whether the user asked for this start: it does not continue or restart an earlier one."""
     if not submitted_for_run():
         return True
     return CONTINUES not in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0

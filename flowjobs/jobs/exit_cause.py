@@ -32,6 +32,9 @@ from flowjobs.slurm.jobs import JobAnswer, Known, ask_one
 # The kind of what ended since srun could start nothing.
 NOT_LAUNCHED = "launch failed"
 
+# What runs/attempt.py logs as an attempt begins, in the format of entry.py's `log_to_stderr`.
+ATTEMPT_LINE = " I attempt "
+
 TAIL_BYTES = 65_536
 LAST_LINES = 30
 
@@ -186,9 +189,9 @@ def _log_of_rank(job: JobInfo, rank: str) -> str | None:
 
 def _newest_attempt(job: JobInfo) -> str:
     log = log_tail(job.log)
-    if job.restart_count == 0 and log.count(" I attempt ") == 1:
+    if job.restart_count == 0 and log.count(ATTEMPT_LINE) == 1:
         return log  # a rank may have died before the first one had begun
-    return log[max(0, log.rfind(" I attempt ")) :]
+    return log[max(0, log.rfind(ATTEMPT_LINE)) :]
 
 
 def cause_of_no_start(
@@ -210,7 +213,7 @@ def cause_of_no_start(
         exit_code = 128 + row.signal if row.signal else row.exit_code
     # While python starts there is no handler yet, and these end it by default.
     if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, EXIT_PREEMPTED):
-        reason = f"job {job.job_id} was told to leave before it could listen"
+        reason = f"job {job.job_id} was stopped while Python was starting"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
     if refused := launch_failure(job):
         reason = f"the step of job {job.job_id} was not started: {refused[0]}"
@@ -222,7 +225,7 @@ def cause_of_no_start(
 def launch_failure(job: JobInfo) -> re.Match[str] | None:
     """What srun says of a job whose newest start it could not launch; see LAUNCH_FAILED."""
     said = _last_words(log_tail(job.log))
-    found = list(LAUNCH_FAILED.finditer(said, said.rfind(" I attempt ") + 1))
+    found = list(LAUNCH_FAILED.finditer(said, said.rfind(ATTEMPT_LINE) + 1))
     # "Application launch failed" follows the line that says more.
     found = [each for each in found if "Application launch failed" not in each[0]] or found
     # A later start of the job that got further has left an error of ours after it.

@@ -46,9 +46,9 @@ from flowjobs.tracking.process import close_session, pending_outcome
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-# A cancelled run is a file of a shared file system for each process.
+# Each look opens a file per running process on a shared file system.
 LOOK_EVERY_S = 1.0
-# A run's own process leaves before it would be killed; the job comes after it, and before that too.
+# The job's own watchdog fires after those of its runs, and still before Slurm kills it.
 LATER_S = 1.0
 LATER_SHARE = 0.1
 

@@ -1,4 +1,4 @@
-"""Jobs that a person submitted with plain sbatch: found out at their start, submitted again so."""
+"""Jobs submitted with plain sbatch: recorded when they start, resubmitted by the same command."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def run_of_job(study: Path, job_id: str, arguments: Sequence[str]) -> Run | None
     Args:
         study: Where to look.
         job_id: The job.
-        arguments: Those of its batch script. A job that a person submits out of another job has
+        arguments: Those of its batch script. A job that a user submits out of another job has
             that one's variables, but not its arguments.
     """
     cluster = os.environ.get("SLURM_CLUSTER_NAME", "")

@@ -91,11 +91,8 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
             logger.info("%s continues as job %s", left.name, new)
         except (FlowjobsError, OSError) as error:
             logger.error("%s: %s", left.name, error)
-    for ended in results:
-        if ended.outcome and lock_holder(ended.run.folder) is None:  # else its next attempt tells
-            close_session(ended.run)
     for run in runs:
-        if lock_holder(run.folder) is None and pending_outcome(run):
+        if lock_holder(run.folder) is None and pending_outcome(run):  # else its next attempt tells
             close_session(run)
     return results
 
@@ -151,9 +148,9 @@ def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outco
     for run in pack.remaining(job.job_id):
         with keeping_others(run):
             status = run.status()
-            starts = [(known.job.job_id, known.job.restart_count) for known in status.attempts]
-            begun |= (job.job_id, job.restart_count) in starts
-            if status.open_attempt and starts[-1] == (job.job_id, job.restart_count):
+            starts = [known.job.start_id for known in status.attempts]
+            begun |= job.start_id in starts
+            if status.open_attempt and starts[-1] == job.start_id:
                 cause = exit_cause.cause_of(run, status.open_attempt, exit_code)
                 dead = Dead(status.open_attempt.job, cause, version_of(status))
                 if outcome := record_dead_attempt(run, dead):
@@ -163,7 +160,7 @@ def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outco
     if remaining and begun and exit_code > 128:
         restart(pack, job, "killed", task_of(pack), job.host)
     else:
-        cause = _for_good(exit_cause.cause_of_no_start(job, exit_code))
+        cause = _given_up(exit_cause.cause_of_no_start(job, exit_code))
         for run in remaining:  # they would end so again
             with keeping_others(run):
                 dead = Dead(job, cause, version_of(run.status()), attempt_began=False)
@@ -174,7 +171,7 @@ def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outco
     return recorded
 
 
-def _for_good(cause: Outcome) -> Outcome:
+def _given_up(cause: Outcome) -> Outcome:
     """The cause of what has been tried often enough."""
     if cause.kind != exit_cause.NOT_LAUNCHED:
         return cause
@@ -203,19 +200,18 @@ def handle_job_end(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     """
     status = run.status()
     attempt, version = status.open_attempt, version_of(status)
-    starts = [(known.job.job_id, known.job.restart_count) for known in status.attempts]
-    start = (job.job_id, job.restart_count)
-    if exit_code == EXIT_PREEMPTED and start not in starts:
+    starts = [known.job.start_id for known in status.attempts]
+    if exit_code == EXIT_PREEMPTED and job.start_id not in starts:
         # It has not got the run, since another attempt may still have it: later, then.
         if job.restart_count < run.config().restarts.give_up_after:
             restart(run, job, "waiting", task_of(run))
         return None
-    if attempt and (attempt.job.job_id, attempt.job.restart_count) == start:
+    if attempt and attempt.job.start_id == job.start_id:
         dead = Dead(job, exit_cause.cause_of(run, attempt, exit_code), version)
-    elif attempt or start in starts or exit_code == EXIT_CANCELLED:
+    elif attempt or job.start_id in starts or exit_code == EXIT_CANCELLED:
         # It has said so itself, or another job holds the run.
         entries = run.submissions()  # none, if the disk did not take the line
-        newest = starts[-1:] == [start] and (not entries or entries[-1].job_id == job.job_id)
+        newest = starts[-1:] == [job.start_id] and (not entries or entries[-1].job_id == job.job_id)
         if newest and status.state == "preempted" and exit_code != EXIT_PREEMPTED:
             # Killed before it could have itself started again: another rank of it had died.
             restart(run, job, status.attempts[-1].kind, task_of(run))

@@ -28,7 +28,7 @@ def record_dead_attempt(run: Run, dead: Dead) -> Outcome | None:
     """
 
     def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
-        same = (holder.job_id, holder.restart_count) == (dead.job.job_id, dead.job.restart_count)
+        same = holder.start_id == dead.job.start_id
         return "gone" if same else system_lock_decides(holder, lock_is_free)
 
     me = replace(JobInfo.in_foreground(), cluster=RECONCILE)

@@ -36,7 +36,7 @@ def restart(
 
     Never if its user has cancelled it: `scontrol requeue` would bring it back. Where it cannot be
     started, that is logged, and not raised: its callers have still to tell W&B how it ended, and
-    `reconcile` tries again, or a person.
+    `reconcile` tries again, or the user.
 
     Args:
         run: The run; nobody holds it any more.

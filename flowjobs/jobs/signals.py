@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 
 # What asks a run to save and leave: USR2 comes from --signal and from a scheduler that sends the
-# user signal on preemption, TERM from one that does not, INT from a person at a terminal, and HUP
+# user signal on preemption, TERM from one that does not, INT from a user at a terminal, and HUP
 # from a terminal that is closed.
 REASONS = {
     signal.SIGUSR2: "told to leave (SIGUSR2)",
@@ -58,7 +58,8 @@ class StopSignals:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._leave_to_parent)
+        # A forked worker has the pipe too: a signal to it would start the parent's watchdog.
+        os.register_at_fork(after_in_child=self._forget_in_child)
         threading.Thread(target=self._watch, name="stop-signals", daemon=True).start()
         for number in REASONS:
             if signal.getsignal(number) is signal.SIG_IGN:
@@ -72,6 +73,7 @@ class StopSignals:
 
     def __exit__(self, *error: object) -> None:
         self.stand_down()
+        # First the old descriptor: a signal in between would write to a closed pipe.
         signal.set_wakeup_fd(self._previous_wakeup)
         os.close(self._writer)  # ends the watching thread
         for number, handler in self._previous.items():
@@ -81,7 +83,7 @@ class StopSignals:
     def reason(self) -> str | None:
         """Why the run should stop; None if it should not."""
         if not self._armed_after_imports:
-            # Asked after the first step: a person's module, or what it imports, may have set
+            # Asked after the first step: a user's module, or what it imports, may have set
             # handlers of its own (SIG_DFL so that Ctrl-C ends a plot, say).
             self._armed_after_imports = True
             for number in self._previous:
@@ -101,11 +103,11 @@ class StopSignals:
         if os.getpid() != self._pid:
             return
         if self._signal is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: a person does not want to wait
+            raise KeyboardInterrupt  # asked twice: the user does not want to wait
         if self._signal is None:
             self._signal = signal.Signals(number)
 
-    def _leave_to_parent(self) -> None:
+    def _forget_in_child(self) -> None:
         if not self._over.is_set():
             signal.set_wakeup_fd(-1)
 

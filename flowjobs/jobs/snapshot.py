@@ -47,7 +47,7 @@ class CodePlan:
 
     Attributes:
         run: The run.
-        note: What a person should know, or "".
+        note: Notes to print, or "".
         files: The snapshot to keep, by path; none if there is nothing to write.
         code: What the run is to say of it; None leaves that as it is.
         diff: What git's commit lacks.
@@ -220,7 +220,7 @@ class Snapshot:
         used: The paths of what the user's modules are made of.
         code: What a run with it is to say of it.
         diff: What git's commit lacks.
-        remarks: What a person should know of how it was taken.
+        remarks: Notes to print on how it was taken.
     """
 
     files: Mapping[str, bytes]
@@ -234,7 +234,7 @@ class Snapshot:
         return CodePlan(run, note, self.files, self.code, self.diff)
 
     def description(self, study: Path) -> str:
-        """What a person should know of it."""
+        """Notes to print on it."""
         number = f"{len(self.files)} files" if len(self.files) > 1 else "1 file"
         place = self.code.snapshot(study)
         lines = [f"its code is kept: {number} of {self.code.folder} in {place}", *self.remarks]
@@ -323,7 +323,7 @@ class _Tree:
         commit: What is checked out.
         dirty: Whether a tracked file differs from that.
         diff: How.
-        why: Why git was not asked, where a person would not expect that.
+        why: Why git was not asked, where the user would not expect that.
     """
 
     top: Path

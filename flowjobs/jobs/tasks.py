@@ -9,7 +9,6 @@ from flowjobs.jobs.array import array_at
 from flowjobs.jobs.entry import RunTask
 from flowjobs.jobs.packing import PackTask
 from flowjobs.runs.pack import Pack
-from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import Submittable
 
 
@@ -31,9 +30,5 @@ class ArrayTask:
 
 def task_of(submitted: Submittable) -> Callable[[], None]:
     """What a job of it does."""
-    match submitted:
-        case Run():
-            return RunTask(str(submitted.folder))
-        case Pack():
-            return PackTask(str(submitted.folder))
-    raise TypeError(submitted)
+    task = PackTask if isinstance(submitted, Pack) else RunTask
+    return task(str(submitted.folder))

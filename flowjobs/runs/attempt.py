@@ -74,6 +74,7 @@ class Attempt:
                 logger.warning("%s", outcome.reason)
             self._open()
             self._stack = self._stack.pop_all()  # all is well: the lock is kept
+        # jobs/exit_cause.py finds the attempt's part of a log by this line: change both.
         logger.info("attempt %d at %s: %s", self.number, self.run.name, self.job.description)
         return self
 

@@ -42,7 +42,7 @@ class Submitted:
         jobs: The arrays, by id, and how many tasks each has.
         left: Runs that the cluster does not take now.
         why: What it said.
-        notes: What a person should know of the runs.
+        notes: Notes to print on the runs.
     """
 
     jobs: dict[str, int] = field(default_factory=dict)
@@ -164,7 +164,7 @@ def make_runs(members: Sequence[Member], code: Sequence[CodePlan]) -> list[str]:
     """Make the folders of runs that are to be started, or bring them up to date.
 
     Returns:
-        What a person should know.
+        Notes to print.
     """
     notes = []
     files = []

@@ -216,7 +216,7 @@ def _differ(values: Iterable[Any]) -> bool:
 
 
 def _word(value: Any, folders: int = 0) -> str:
-    """A value as a part of a name; of a path what a person would call it, with so many folders."""
+    """A value as a part of a name; of a path what a user would call it, with so many folders."""
     text = str(value)
     if "/" in text:
         file = Path(text.partition(PINNED)[0])
@@ -262,7 +262,7 @@ def _has(point: Point, excluded: Mapping[str, Sequence[Any]]) -> bool:
 
 
 def shown(name: str) -> str:
-    """The name of a field, or of an argument of the model, as a person has it."""
+    """The name of a field, or of an argument of the model, as the user has it."""
     return name.removeprefix(ARGUMENT)
 
 

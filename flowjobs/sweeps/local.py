@@ -26,7 +26,7 @@ POLL_S = 0.3
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a person may want to see.
+    """Something that the user may want to see.
 
     Attributes:
         run: The run.

@@ -1,4 +1,4 @@
-"""What there is already of the runs that are asked for, and what is to be started. Writes nothing.
+"""Compare the runs of a sweep with disk and Slurm: which are done, alive, failed, to be started.
 
 Of a run that is finished two small files are read and nothing else: a sweep of thousands that is
 repeated mostly looks at those. Slurm is asked about all of the others together.

@@ -36,7 +36,7 @@ class Cause:
     """Runs that failed alike.
 
     Attributes:
-        kind: In a word or two; "cancelled" for those that a person has ended.
+        kind: In a word or two; "cancelled" for those that the user has ended.
         members: The runs.
         needs: What they need other or more of, an option as a rule: without, they would fail again.
         advice: What to say of that: "--with mem_gb=64".

@@ -1,4 +1,4 @@
-"""A sweep as a file: `sweeps/NAME.toml`, or one of a person's own.
+"""A sweep as a file: `sweeps/NAME.toml`, or one of the user's own.
 
     one_at_a_time = true              # one field varies at a time, around the first values
     parallel = 8
