@@ -132,13 +132,13 @@ def _ended(status: RunStatus, *, waits_for_requeue: bool) -> bool:
 
 def _why_it_died(run: Run) -> str:
     """What is known of a job that could not say how it ended: as `status` has it, if it trained."""
+    from flowjobs.jobs.dead_jobs import DeadJob, final_outcome, find_dead_jobs
     from flowjobs.jobs.exit_cause import log_tail
-    from flowjobs.jobs.findings import Dead, final_outcome, find
 
     if shutil.disk_usage(run.folder).free < FULL_BYTES:
         return f"the disk of {run.study} is full; make room, then resume the run"
-    status, finding = run.status(), find([run]).get(run)
-    if status.open_attempt and isinstance(finding, Dead):
+    status, finding = run.status(), find_dead_jobs([run]).get(run)
+    if status.open_attempt and isinstance(finding, DeadJob):
         return final_outcome(run, status, finding).reason
     newest = run.newest_job()
     lines = log_tail(str(run.log_at(newest.log))).splitlines() if newest else []

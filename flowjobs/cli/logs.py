@@ -115,21 +115,21 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
     Raises:
         RunNotFoundError: None did.
     """
-    from flowjobs.jobs.findings import Dead, Unclear, final_outcome, find
+    from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, final_outcome, find_dead_jobs
 
     runs, broken = readable_runs(study, names)
     # The record alone does not know it: a process may have been killed unnoticed.
-    findings = find(runs, at_most_twice=True)
+    findings = find_dead_jobs(runs, at_most_twice=True)
     ended = {}
     for run in runs:
         status, finding = run.status(), findings.get(run)
-        if isinstance(finding, Dead):
+        if isinstance(finding, DeadJob):
             status.record_outcome_of_dead(final_outcome(run, status, finding), run.metrics_file)
         if status.state == "failed":
             newest = status.attempts[-1].ended if status.attempts else None
             ended[run] = newest or status.updated
     if not ended:
-        unknown = len(broken) + sum(isinstance(found, Unclear) for found in findings.values())
+        unknown = len(broken) + sum(isinstance(found, UnknownJob) for found in findings.values())
         of_others = f"; of {counted(unknown)} it is unknown" if unknown else ""
         raise RunNotFoundError(
             f"no run of {len(runs) + len(broken)} in {absolute(study)} has failed{of_others}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence, Set
 from typing import TYPE_CHECKING, TextIO, get_args
 
 if TYPE_CHECKING:
-    from flowjobs.jobs.overview import Group, Stage, Standing
+    from flowjobs.jobs.run_stages import Group, Stage, Standing
 
 BAR_WIDTH = 20
 WATCH_EVERY_S = 10.0
@@ -38,7 +38,7 @@ def print_overview(groups: "Sequence[Group]") -> None:
 def print_groups(groups: "Sequence[Group]") -> None:
     """Print a line a group: a bar, how many runs are at which stage, and the time that is left."""
     from flowjobs.cli.table import MiddleCut, duration_words, print_fitting
-    from flowjobs.jobs.overview import Stage
+    from flowjobs.jobs.run_stages import Stage
 
     stages = [
         stage

@@ -60,7 +60,7 @@ class Rm(InStudy):
         Raises:
             ConfigError: A job of one of them does.
         """
-        from flowjobs.jobs.running import RunningJob, running_jobs
+        from flowjobs.jobs.current_job import RunningJob, running_jobs
         from flowjobs.sweeps.plan import stages
 
         configs: dict[Run, RunConfig] = {}

@@ -16,7 +16,7 @@ from flowjobs.runs.selection import Selection, select
 from flowjobs.words import counted, first_of
 
 STATE = "state="
-# What `status` says of a run, and how far it is by that; see `jobs.overview.Stage`.
+# What `status` says of a run, and how far it is by that; see `jobs.run_stages.Stage`.
 SHOWN_AS = {
     "preempted": ("to resume",),
     "interrupted": ("to resume",),
@@ -65,7 +65,7 @@ def _meant(study: Path, words: Sequence[str]) -> Selection:
     found = select(study, [word for word in words if not word.startswith(STATE)])
     if not asked:
         return found
-    from flowjobs.jobs.overview import Stage
+    from flowjobs.jobs.run_stages import Stage
     from flowjobs.sweeps.plan import stages
 
     known = [*get_args(Stage), *SHOWN_AS]

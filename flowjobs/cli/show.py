@@ -29,10 +29,10 @@ class Show(InStudy):
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""
         from flowjobs.cli.status import describe, print_attempts
-        from flowjobs.jobs.findings import find
+        from flowjobs.jobs.dead_jobs import find_dead_jobs
 
         run = existing_run(self.study, self.name)
-        described = describe(run, find([run], at_most_twice=True).get(run))
+        described = describe(run, find_dead_jobs([run], at_most_twice=True).get(run))
         status = run.status()
         spent = time_spent(status, run.submissions())
         changed = differences_from_defaults(run.config())

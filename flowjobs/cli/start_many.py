@@ -73,7 +73,7 @@ def submit_many(
     Returns:
         The exit code.
     """
-    from flowjobs.sweeps.arrays import submit_arrays
+    from flowjobs.sweeps.submit_arrays import submit_arrays
 
     if not members:
         return 0
@@ -132,8 +132,8 @@ def train_many_here(
 
 def print_resources(members: Sequence["Member"], parallel: int | None, slots: int) -> None:
     """Print what the runs ask of the cluster, if so many share a job."""
-    from flowjobs.sweeps.arrays import tasks_of
     from flowjobs.sweeps.plan import resource_sets, resources_asked
+    from flowjobs.sweeps.submit_arrays import tasks_of
 
     title = "asks for"
     for of_set in resource_sets(members):

@@ -25,8 +25,8 @@ from flowjobs.runs.status import RunStatus
 from flowjobs.words import first_of
 
 if TYPE_CHECKING:
-    from flowjobs.jobs.findings import Finding
-    from flowjobs.jobs.overview import Stage
+    from flowjobs.jobs.dead_jobs import Finding
+    from flowjobs.jobs.run_stages import Stage
 
 # So many runs have a line each on one screen.
 FEW = 20
@@ -62,19 +62,19 @@ class Status(InStudy):
     def _show(self) -> "Collection[Stage]":
         """Print once. Returns how the runs stand, for who watches."""
         # Slow to load, and --help does without.
-        from flowjobs.jobs.findings import find
-        from flowjobs.jobs.overview import overview, stages_of, unsettled
+        from flowjobs.jobs.dead_jobs import find_dead_jobs
+        from flowjobs.jobs.run_stages import overview, stages_of, unsettled
 
         study = absolute(self.study)
         seen = [] if self.names else glances(study)
         if len(seen) > FEW and not (self.runs or self.json):
-            findings = find(unsettled(study, seen), at_most_twice=True)
+            findings = find_dead_jobs(unsettled(study, seen), at_most_twice=True)
             groups = overview(study, seen, findings)
             print_overview(groups)
             return {stage for group in groups for stage in group.counts}
         named = names_one_run(self.study, self.names)
         runs, broken = readable_runs(self.study, self.names)
-        findings = find(runs, at_most_twice=True)
+        findings = find_dead_jobs(runs, at_most_twice=True)
         found = [describe(run, findings.get(run)) for run in runs]
         found += [_describe_broken(run) for run in broken]
         found.sort(key=itemgetter("run"))
@@ -154,11 +154,11 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
         `folder` and `checkpoints`. `show` adds `config`, what is not the default; `time`, in
         seconds, as in runs/goodput.py; and `files`.
     """
-    from flowjobs.jobs.findings import Dead, Unclear, final_outcome
+    from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, final_outcome
     from flowjobs.slurm.waiting import Waiting
 
     status, latest = current_progress(run)
-    if isinstance(finding, Dead):
+    if isinstance(finding, DeadJob):
         # Shown, not noted: that is what `reconcile` is for, and the run's own jobs.
         status.record_outcome_of_dead(final_outcome(run, status, finding), run.metrics_file)
     described = {"run": run.name, **dataclasses.asdict(status)}
@@ -170,7 +170,7 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described["left_s"] = time_left_s(status)
     described["jobs"] = [dataclasses.asdict(entry) for entry in run.submissions()]
     described["waits"] = finding.why if isinstance(finding, Waiting) else ""
-    described["unknown"] = finding.why if isinstance(finding, Unclear) else ""
+    described["unknown"] = finding.why if isinstance(finding, UnknownJob) else ""
     from flowjobs.tracking.record import read_uploaded
 
     refusal = read_uploaded(run).refusal

@@ -69,8 +69,8 @@ class SubmitOptions(CodeOptions, CommandOptions):
             The exit code.
         """
         # The scheduler's side is slow to load, and --help does without.
+        from flowjobs.jobs.current_job import running_job, wait_until_ended
         from flowjobs.jobs.executors import choose_cluster, note_on_ranks, ranks_of
-        from flowjobs.jobs.running import running_job, wait_until_ended
         from flowjobs.jobs.snapshot import plan_code
 
         if self.follow and self.no_follow:

@@ -274,7 +274,7 @@ class Sweep(CodeOptions, CommandOptions):
         self, members: Sequence["Member"], starting: int, parallel: int | None
     ) -> int | None:
         """Divide `--parallel` among what is submitted already and what will be; see there."""
-        from flowjobs.sweeps.arrays import share_parallel
+        from flowjobs.sweeps.submit_arrays import share_parallel
 
         if parallel is None or not (starting or self.parallel):
             return parallel

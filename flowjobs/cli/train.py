@@ -57,9 +57,9 @@ class Train(CodeOptions):
 
     def run(self, defaults: Defaults) -> int:
         """Train to the end. Returns the exit code."""
+        from flowjobs.jobs.current_job import wait_until_ended
         from flowjobs.jobs.entry import log_to_stderr, train_run
         from flowjobs.jobs.environment import is_first_start, waited_while_cancelled
-        from flowjobs.jobs.running import wait_until_ended
         from flowjobs.jobs.snapshot import plan_code
 
         choice = self.code_choice()

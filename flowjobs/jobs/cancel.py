@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from flowjobs.errors import ConfigError, FlowjobsError, SubmissionError
+from flowjobs.jobs.current_job import jobs_of
 from flowjobs.jobs.origin import noted_identity
-from flowjobs.jobs.running import jobs_of
 from flowjobs.runs.files import FILES_AT_ONCE
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import Pack, may_remain, pack_of

@@ -20,10 +20,10 @@ from pathlib import Path
 from flowjobs.cgroups import memory_kills
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.jobs.dead_jobs import DeadJob, version_of
 from flowjobs.jobs.entry import exit_code_if_storage_is_away, run_submitit_task
 from flowjobs.jobs.environment import this_process
 from flowjobs.jobs.exit_cause import cancelled_while_requeued
-from flowjobs.jobs.findings import Dead, version_of
 from flowjobs.jobs.mps import mps_daemon
 from flowjobs.jobs.record_end import record_dead_attempt, record_end_of_slot
 from flowjobs.jobs.restart import restart
@@ -320,7 +320,7 @@ class _Slots:
                 status = run.status()
                 began = any(known.job.job_id == self._job.job_id for known in status.attempts)
                 if record_dead_attempt(
-                    run, Dead(self._job, outcome, version_of(status), attempt_began=began)
+                    run, DeadJob(self._job, outcome, version_of(status), attempt_began=began)
                 ):
                     close_session(run, wait=False)
             except (FlowjobsError, OSError) as error:

@@ -1,7 +1,7 @@
 """Record how dead attempts ended; restart those that may be retried.
 
 Asked by the last lines of a batch script and by `flowjobs reconcile`. The next attempt of a run
-does the same at its own start (runs/attempt.py). First it is found out (jobs/findings.py), which
+does the same at its own start (runs/attempt.py). First it is found out (jobs/dead_jobs.py), which
 may take long; then it is written down, under the run's lock and only if no attempt has started
 meanwhile; then the run is started again; and W&B, which may not answer, comes last.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs import exit_cause
-from flowjobs.jobs.findings import Dead, Unclear, find, version_of
+from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, find_dead_jobs, version_of
 from flowjobs.jobs.record_end import record_dead_attempt
 from flowjobs.jobs.restart import restart, resubmit
 from flowjobs.jobs.tasks import task_of
@@ -66,11 +66,11 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
     """
     runs = _with_those_beside(runs)
     results = []
-    again: dict[Submittable, tuple[Dead, str | None]] = {}
-    for run, found in find(runs).items():
+    again: dict[Submittable, tuple[DeadJob, str | None]] = {}
+    for run, found in find_dead_jobs(runs).items():
         if isinstance(found, Waiting):
             continue
-        if isinstance(found, Unclear):
+        if isinstance(found, UnknownJob):
             results.append(Reconciled(run, unclear=found.why))
             continue
         try:
@@ -152,7 +152,7 @@ def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outco
             begun |= job.start_id in starts
             if status.open_attempt and starts[-1] == job.start_id:
                 cause = exit_cause.cause_of(run, status.open_attempt, exit_code)
-                dead = Dead(status.open_attempt.job, cause, version_of(status))
+                dead = DeadJob(status.open_attempt.job, cause, version_of(status))
                 if outcome := record_dead_attempt(run, dead):
                     recorded[run] = outcome
     remaining = pack.remaining(job.job_id)
@@ -163,7 +163,7 @@ def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outco
         cause = _given_up(exit_cause.cause_of_no_start(job, exit_code))
         for run in remaining:  # they would end so again
             with keeping_others(run):
-                dead = Dead(job, cause, version_of(run.status()), attempt_began=False)
+                dead = DeadJob(job, cause, version_of(run.status()), attempt_began=False)
                 if run not in unclear and (outcome := record_dead_attempt(run, dead)):
                     recorded[run] = outcome
     for run in recorded:
@@ -207,7 +207,7 @@ def handle_job_end(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
             restart(run, job, "waiting", task_of(run))
         return None
     if attempt and attempt.job.start_id == job.start_id:
-        dead = Dead(job, exit_cause.cause_of(run, attempt, exit_code), version)
+        dead = DeadJob(job, exit_cause.cause_of(run, attempt, exit_code), version)
     elif attempt or job.start_id in starts or exit_code == EXIT_CANCELLED:
         # It has said so itself, or another job holds the run.
         entries = run.submissions()  # none, if the disk did not take the line
@@ -220,7 +220,9 @@ def handle_job_end(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         # Refused for a mistyped option, say, before the run knew of it: its own output says why.
         return None
     else:
-        dead = Dead(job, exit_cause.cause_of_no_start(job, exit_code), version, attempt_began=False)
+        dead = DeadJob(
+            job, exit_cause.cause_of_no_start(job, exit_code), version, attempt_began=False
+        )
     outcome = record_dead_attempt(run, dead)
     if outcome and outcome.state == "preempted":
         restart(run, job, outcome.kind, task_of(run), _node_to_avoid(run, dead))
@@ -238,7 +240,7 @@ def _is_newest(run: Run, job: JobInfo, status: RunStatus) -> bool:
     return known[-1:] in ([], [job.job_id])
 
 
-def _node_to_avoid(run: Run, dead: Dead) -> str | None:
+def _node_to_avoid(run: Run, dead: DeadJob) -> str | None:
     if dead.outcome.kind in ("preempted", "time limit"):
         return None
     if dead.outcome.kind == exit_cause.NOT_LAUNCHED:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from flowjobs.errors import RunBusyError
 from flowjobs.jobs import exit_cause
-from flowjobs.jobs.findings import Dead, final_outcome, version_of
+from flowjobs.jobs.dead_jobs import DeadJob, final_outcome, version_of
 from flowjobs.jobs.origin import check_own
 from flowjobs.runs.lock import RECONCILE, RunLock, Verdict, system_lock_decides
 from flowjobs.runs.run import Run
@@ -19,7 +19,7 @@ from flowjobs.runs.status import (
 from flowjobs.slurm.jobs import Gone
 
 
-def record_dead_attempt(run: Run, dead: Dead) -> Outcome | None:
+def record_dead_attempt(run: Run, dead: DeadJob) -> Outcome | None:
     """Record how a run's newest attempt ended.
 
     Returns:
@@ -69,10 +69,10 @@ def record_end_of_slot(run: Run, job: JobInfo, exit_code: int) -> Outcome | None
     if attempt and processes[-1] == this:
         # Of one process of its job Slurm knows nothing.
         outcome = exit_cause.cause_of(run, attempt, exit_code, answer=Gone())
-        return record_dead_attempt(run, Dead(attempt.job, outcome, version, job_still_runs=True))
+        return record_dead_attempt(run, DeadJob(attempt.job, outcome, version, job_still_runs=True))
     if attempt or this in processes or exit_code in (0, EXIT_PREEMPTED, EXIT_CANCELLED):
         return None
     outcome = exit_cause.cause_of_no_start(job, exit_code)
     return record_dead_attempt(
-        run, Dead(job, outcome, version, attempt_began=False, job_still_runs=True)
+        run, DeadJob(job, outcome, version, attempt_began=False, job_still_runs=True)
     )

@@ -14,10 +14,10 @@ from typing import Any
 from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, is_data_file, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.field_values import flag
+from flowjobs.jobs.current_job import RunningJob, ended_for_good, running_jobs
+from flowjobs.jobs.dead_jobs import DeadJob, Finding, UnknownJob, final_outcome, find_dead_jobs
 from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
-from flowjobs.jobs.findings import Dead, Finding, Unclear, final_outcome, find
-from flowjobs.jobs.overview import Stage
-from flowjobs.jobs.running import RunningJob, ended_for_good, running_jobs
+from flowjobs.jobs.run_stages import Stage
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import same_file
@@ -163,7 +163,7 @@ def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
         except (FlowjobsError, OSError) as error:
             members[run] = Member(run, config, "unknown", str(error))
     busy = running_jobs([*statuses], statuses)
-    findings = find([run for run in statuses if run not in busy])
+    findings = find_dead_jobs([run for run in statuses if run not in busy])
     for run, status in statuses.items():
         try:
             if run in busy:
@@ -205,11 +205,11 @@ def _ends(run: Run) -> bool:
 def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding | None) -> Member:
     """A run of which no job is known to wait or run, by what was found of its newest."""
     match finding:
-        case Dead(slurm_restarts_it=True):
+        case DeadJob(slurm_restarts_it=True):
             return Member(run, config, "waiting")
-        case Dead() as dead:
+        case DeadJob() as dead:
             status.record_outcome(final_outcome(run, status, dead))
-        case Unclear(why):
+        case UnknownJob(why):
             return Member(run, config, "unknown", why)
         case Waiting(why, stuck):
             return Member(run, config, "waiting", why, stuck=stuck)

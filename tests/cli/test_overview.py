@@ -18,7 +18,7 @@ from flowjobs.cli.overview import UNKNOWN_AT_MOST, NewLines
 from flowjobs.cli.status import Status
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.field_values import KeyValues
-from flowjobs.jobs.overview import overview
+from flowjobs.jobs.run_stages import overview
 from flowjobs.runs.goodput import time_spent
 from flowjobs.runs.listing import cache_folder, glances
 from flowjobs.runs.run import Run

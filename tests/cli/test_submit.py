@@ -17,7 +17,7 @@ from flowjobs.cli.follow import follow
 from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.jobs.cancel import cancel
-from flowjobs.jobs.findings import find
+from flowjobs.jobs.dead_jobs import find_dead_jobs
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
@@ -238,7 +238,7 @@ def test_debug_runs_in_the_process_and_stops_in_the_debugger(workplace: Path) ->
         "RuntimeError (broken.py, line 4, in forward): the bug",
     )
     run.status_file.unlink()  # what is left names a job that is no process
-    assert find([run]) == {}
+    assert find_dead_jobs([run]) == {}
 
 
 @pytest.mark.parametrize("command", ["submit", "train"])

@@ -17,7 +17,7 @@ import pytest
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.rm import Rm
 from flowjobs.errors import SubmissionUnknownError
-from flowjobs.jobs.running import running_job, running_jobs
+from flowjobs.jobs.current_job import running_job, running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from flowjobs.slurm import submission

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.jobs.running import running_job
+from flowjobs.jobs.current_job import running_job
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus

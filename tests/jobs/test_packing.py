@@ -13,9 +13,9 @@ import pytest
 
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.field_values import KeyValues
+from flowjobs.jobs.current_job import running_job
 from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.reconcile import handle_pack_end
-from flowjobs.jobs.running import running_job
 from flowjobs.jobs.submit import SubmittedJob, submit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.metrics import read_rows

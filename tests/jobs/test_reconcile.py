@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
-from flowjobs.jobs.findings import find
-from flowjobs.jobs.overview import stages_of
+from flowjobs.jobs.dead_jobs import find_dead_jobs
 from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end
+from flowjobs.jobs.run_stages import stages_of
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
@@ -150,7 +150,7 @@ def test_a_lost_job_is_started_again_as_it_was_submitted(start: Start) -> None:
     assert f"job {job.job_id} was submitted by nobody" in done.stderr
     assert (job.status().state, len(job.job_ids())) == ("running", 1)
     # Nothing but `reconcile`, or submitting it, starts it again: so say both who look.
-    assert stages_of([job.run], find([job.run])) == {"to resume"}
+    assert stages_of([job.run], find_dead_jobs([job.run])) == {"to resume"}
     assert stages({job.run: job.run.config()})[job.run].stage == "to resume"
     os.chown(origin, os.getuid(), -1)
     assert "starts again" in reconcile_from_cron(job).stdout

@@ -14,10 +14,10 @@ import pytest
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.cancel import cancel, cancel_together
-from flowjobs.jobs.findings import Dead, Unclear, find
+from flowjobs.jobs.current_job import running_job
+from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, find_dead_jobs
 from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end, reconcile
 from flowjobs.jobs.record_end import record_dead_attempt
-from flowjobs.jobs.running import running_job
 from flowjobs.jobs.stop_cause import notice_of
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.pack import new_pack
@@ -70,23 +70,25 @@ def test_a_job_that_was_submitted_after_a_failure_is_seen_though_a_node_is_ahead
     RunStatus("failed", attempts=[failed]).write(run.status_file)
     for job_id in ("98", "99"):
         run.add_submission(job_id, "slurm", None, identity={"mark": job_id})
-    assert [*find([run])] == [run]  # Slurm is asked about it
+    assert [*find_dead_jobs([run])] == [run]  # Slurm is asked about it
 
 
 def test_a_process_elsewhere_that_is_gone_is_unknown_and_no_longer_said_to_run(run: Run) -> None:
     attempt = Attempt(run, replace(JobInfo.in_foreground(), host="n5"))
     attempt.__enter__()
-    assert find([run]) == {}
+    assert find_dead_jobs([run]) == {}
     holder = run.folder / ".lock-holder.json"
     named = holder.read_bytes()
     attempt._stack.close()
     holder.write_bytes(named)  # as a kill would leave it
-    assert find([run]) == {}  # it may live, where a file system knows no locks between nodes
+    assert (
+        find_dead_jobs([run]) == {}
+    )  # it may live, where a file system knows no locks between nodes
     assert running_job(run) is not None
     for file in (run.status_file, run.metrics_file):
         if file.exists():
             os.utime(file, (0, 0))
-    assert isinstance(find([run])[run], Unclear)
+    assert isinstance(find_dead_jobs([run])[run], UnknownJob)
     assert run.status().state == "running"
 
 
@@ -166,7 +168,7 @@ def test_nor_are_the_runs_of_a_pack_failed_that_slurm_could_not_launch(
 def test_nothing_is_closed_once_another_attempt_has_begun(run: Run) -> None:
     killed = Outcome("failed", 137, "killed")
     first = JobInfo("slurm", "12", None, "n1", 1)
-    dead = Dead(first, killed, version=(1, False, ""))
+    dead = DeadJob(first, killed, version=(1, False, ""))
     attempt = Attempt(run, first)
     attempt.__enter__()
     attempt._stack.close()  # as a kill would leave it: no word, and the lock is free

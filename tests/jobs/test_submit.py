@@ -15,14 +15,14 @@ import pytest
 
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
-from flowjobs.jobs import plain_sbatch, running
+from flowjobs.jobs import current_job, plain_sbatch
 from flowjobs.jobs.cancel import cancel
+from flowjobs.jobs.current_job import running_job, running_jobs
+from flowjobs.jobs.dead_jobs import UnknownJob, find_dead_jobs
 from flowjobs.jobs.deferred_signals import signals_deferred
-from flowjobs.jobs.findings import Unclear, find
 from flowjobs.jobs.origin import Origin
-from flowjobs.jobs.overview import stages_of
 from flowjobs.jobs.restart import cancel_requested_with_retries
-from flowjobs.jobs.running import running_job, running_jobs
+from flowjobs.jobs.run_stages import stages_of
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
@@ -127,7 +127,7 @@ def test_a_local_job_without_the_lock_counts_as_long_as_it_lives(
     run.add_submission(str(pid), "local", None, identity={"process": process_mark(pid), **noted})
     assert (running_job(run) is not None) == busy
     assert stages({run: run.config()})[run].stage == ("waiting" if busy else "to resume")
-    assert stages_of([run], find([run])) == {"waiting" if busy else "to resume"}
+    assert stages_of([run], find_dead_jobs([run])) == {"waiting" if busy else "to resume"}
 
 
 def test_whether_a_job_of_another_host_starts_is_unknown_from_here(study: Path) -> None:
@@ -136,7 +136,7 @@ def test_whether_a_job_of_another_host_starts_is_unknown_from_here(study: Path) 
     run.add_submission("7", "local", None, identity={"host": "elsewhere"})
     member = stages({run: run.config()})[run]
     assert (member.stage, "its job on elsewhere starts" in member.why) == ("unknown", True)
-    assert stages_of([run], find([run])) == {"unknown"}
+    assert stages_of([run], find_dead_jobs([run])) == {"unknown"}
 
 
 def test_an_older_job_that_is_unknown_keeps_no_run_of_this_machine_from_being_cancelled(
@@ -158,7 +158,7 @@ def test_what_an_older_job_of_its_id_has_done_says_nothing_of_a_new_one(study: P
     # The controller has lost its state, or a machine has come round to the number of a process.
     with pytest.raises(SubmissionError, match="what became of job 7 of a is unknown"):
         running_job(run)
-    assert isinstance(find([run])[run], Unclear)
+    assert isinstance(find_dead_jobs([run])[run], UnknownJob)
     pack = new_pack(study, "shared", [run], 1, run.asked())
     pack.add_submission("7", "slurm", None)
     assert pack.remaining("7") == [run]
@@ -189,9 +189,9 @@ def test_train_waits_for_a_process_that_was_cancelled_before_it_clears_the_mark(
         assert waiting.stderr is not None
         said = waiting.stderr.readline()
         waiting.kill()
-        monkeypatch.setattr(running, "LEAVING_WAIT_S", 0.0)
+        monkeypatch.setattr(current_job, "LEAVING_WAIT_S", 0.0)
         with pytest.raises(RunHolderUnknownError, match="cancelled and has not ended yet"):
-            running.wait_until_ended(run)
+            current_job.wait_until_ended(run)
     assert "waiting for process" in said
     assert run.cancel_requested()
 

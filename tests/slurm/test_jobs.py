@@ -12,10 +12,10 @@ import pytest
 
 from flowjobs.config import RunConfig
 from flowjobs.errors import SubmissionUnknownError
+from flowjobs.jobs.current_job import jobs_of
 from flowjobs.jobs.environment import waited_while_cancelled
 from flowjobs.jobs.origin import Origin, noted_identity
 from flowjobs.jobs.restart import resubmit
-from flowjobs.jobs.running import jobs_of
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.slurm.controller import cancel, job_record, requeue

@@ -15,7 +15,7 @@ import pytest
 
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.jobs.array import arrays_of, submitting
-from flowjobs.jobs.running import running_jobs
+from flowjobs.jobs.current_job import running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from tests.cluster.slurm import SlurmCluster

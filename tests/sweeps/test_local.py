@@ -6,7 +6,7 @@ import pytest
 
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
-from flowjobs.jobs.overview import Stage
+from flowjobs.jobs.run_stages import Stage
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.run import Run
 from flowjobs.sweeps.grid import Sweep

@@ -40,7 +40,7 @@ CAUSE_KNOWN_AFTER = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
-class Dead:
+class DeadJob:
     """A run whose newest job, or the start of it that trained, is over, and nobody has noted it.
 
     Attributes:
@@ -64,7 +64,7 @@ class Dead:
 
 
 @dataclass(frozen=True)
-class Unclear:
+class UnknownJob:
     """A run of whose newest job nothing can be said now, or from here.
 
     Attributes:
@@ -75,10 +75,10 @@ class Unclear:
 
 
 # Waiting: the run's newest job is in the queue.
-Finding = Dead | Unclear | Waiting
+Finding = DeadJob | UnknownJob | Waiting
 
 
-def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Finding]:
+def find_dead_jobs(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Finding]:
     """Those of the runs whose newest job has ended unnoticed, or waits, or is unknown.
 
     Args:
@@ -93,14 +93,14 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
             status, entries = run.status(), run.submissions()
             if (attempt := status.open_attempt) and run.is_anothers(attempt) and not entries:
                 why = f"{attempt.job.description} trains the run that {run.name} is a copy of"
-                found[run] = Unclear(f"{why}: submit it to have it trained here as well")
+                found[run] = UnknownJob(f"{why}: submit it to have it trained here as well")
             elif _awaits_an_end(run, status, entries):
                 job = _newest_job(run, status, entries)
                 suspects[run] = status, job
                 if job.cluster == "slurm":
                     jobs[run] = identity_among(entries, job.job_id, job.log)
         except (FlowjobsError, OSError) as error:
-            found[run] = Unclear(str(error))
+            found[run] = UnknownJob(str(error))
     answers = ask(set(jobs.values()), at_most_twice=at_most_twice)
     for run, (status, job) in suspects.items():
         finding: Finding | None
@@ -110,17 +110,17 @@ def find(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Fin
             else:
                 finding = _find_on_this_machine(run, status, job)
         except (FlowjobsError, OSError) as error:
-            finding = Unclear(str(error))
+            finding = UnknownJob(str(error))
         # Restarted from here, it would become this user's job.
-        if isinstance(finding, Dead) and run in jobs and not jobs[run].is_mine():
+        if isinstance(finding, DeadJob) and run in jobs and not jobs[run].is_mine():
             words = f"{jobs[run].description} has ended ({finding.outcome.reason})"
-            finding = Unclear(f"{words}: it is that user's to reconcile")
+            finding = UnknownJob(f"{words}: it is that user's to reconcile")
         if finding:
             found[run] = finding
     return found
 
 
-def final_outcome(run: Run, status: RunStatus, dead: Dead) -> Outcome:
+def final_outcome(run: Run, status: RunStatus, dead: DeadJob) -> Outcome:
     """The outcome with what comes of it: "preempted" if the run is, or should be, started again.
 
     Args:
@@ -175,7 +175,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
     attempt, version = status.open_attempt, version_of(status)
     match answer:
         case Unknown(why):
-            return Unclear(why)
+            return UnknownJob(why)
         case Known() if not answer.over:
             if attempt and answer.restarted_since(job.restart_count):
                 if answer.newest.state == "COMPLETING":
@@ -189,7 +189,7 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         ):
             began = _has_begun(run, status, job)
             outcome = exit_cause.cause_of_no_start(job, answer=answer)
-            return Dead(job, outcome, version, attempt_began=began)
+            return DeadJob(job, outcome, version, attempt_began=began)
     if attempt:
         return _find_dead_start(run, status, attempt, answer)
     if _has_begun(run, status, job):
@@ -197,17 +197,19 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         reason = f"{status.reason}; then no job of it was left"
         if isinstance(answer, Gone):
             # It may as well have been cancelled while it waited.
-            return Unclear(f"{reason}, and Slurm keeps no record of why: submit it again")
-        return Dead(job, Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted"), version)
+            return UnknownJob(f"{reason}, and Slurm keeps no record of why: submit it again")
+        return DeadJob(job, Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted"), version)
     if pack_of(run, job.job_id):
         reason = f"job {job.job_id} ended before the run had a slot"
         outcome = Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
-        return Dead(job, outcome, version, attempt_began=False)
+        return DeadJob(job, outcome, version, attempt_began=False)
     if isinstance(answer, Gone) and not exit_cause.log_tail(job.log):
-        return Unclear(
+        return UnknownJob(
             f"job {job.job_id} is gone, and Slurm keeps no record of why: submit it again"
         )
-    return Dead(job, exit_cause.cause_of_no_start(job, answer=answer), version, attempt_began=False)
+    return DeadJob(
+        job, exit_cause.cause_of_no_start(job, answer=answer), version, attempt_began=False
+    )
 
 
 def _has_begun(run: Run, status: RunStatus, job: JobInfo) -> bool:
@@ -231,14 +233,14 @@ def _find_dead_start(
     answer: JobAnswer,
     *,
     restarts: bool = False,
-) -> Dead | None:
+) -> DeadJob | None:
     known = isinstance(answer, Known) and answer.row_of_start(attempt.job.restart_count) is not None
     # Guessed now, it would end for good: on an unknown cause nothing is restarted.
     age = datetime.now(UTC) - datetime.fromisoformat(status.updated)
     if not known and isinstance(answer, Known) and age < CAUSE_KNOWN_AFTER:
         return None  # accounting will know soon
     outcome = exit_cause.cause_of(run, attempt, answer=answer)
-    return Dead(
+    return DeadJob(
         attempt.job, outcome, version_of(status), slurm_restarts_it=restarts, cause_known=known
     )
 
@@ -251,20 +253,22 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding 
         if status.open_attempt:
             if lock_holder(run.folder):
                 return None  # its status says what it does
-            return Unclear(
+            return UnknownJob(
                 f"{job.description} seems to be gone: reconcile it there, or submit it again"
             )
-        return Unclear(f"whether its job on {job.host} starts cannot be seen from here: ask there")
+        return UnknownJob(
+            f"whether its job on {job.host} starts cannot be seen from here: ask there"
+        )
     if process_lives(pid, job.process):
         return _find_slot(run, status, job)
     if status.open_attempt:
-        return Dead(job, exit_cause.cause_of(run, status.open_attempt), version_of(status))
+        return DeadJob(job, exit_cause.cause_of(run, status.open_attempt), version_of(status))
     if job.cluster != "local":
         return None
-    return Dead(job, exit_cause.cause_of_no_start(job), version_of(status), attempt_began=False)
+    return DeadJob(job, exit_cause.cause_of_no_start(job), version_of(status), attempt_began=False)
 
 
-def _should_start_again(run: Run, status: RunStatus, dead: Dead) -> bool:
+def _should_start_again(run: Run, status: RunStatus, dead: DeadJob) -> bool:
     """Whether the run is to be started again, if the scheduler does not do it."""
     outcome = dead.outcome
     # Unknown starts nothing: the end may have been a scancel.

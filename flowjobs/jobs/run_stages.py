@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from flowjobs.errors import ConfigError
-from flowjobs.jobs.findings import Dead, Finding, Unclear, final_outcome
-from flowjobs.jobs.running import local_job
+from flowjobs.jobs.current_job import local_job
+from flowjobs.jobs.dead_jobs import DeadJob, Finding, UnknownJob, final_outcome
 from flowjobs.runs.files import warn_once
 from flowjobs.runs.listing import Glance, glances
 from flowjobs.runs.run import Run
@@ -100,7 +100,7 @@ class Group:
 
 
 def unsettled(study: Path, some: Sequence[Glance]) -> list[Run]:
-    """The runs of which a job may wait or run, or have ended unnoticed: those to `find`."""
+    """The runs of which a job may wait or run, or have ended unnoticed; see `find_dead_jobs`."""
     return [Run(study, glance.name) for glance in some if glance.unsettled]
 
 
@@ -150,9 +150,9 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
     match finding:
         case Waiting(why, stuck):
             return Standing(glance, "waiting", why, stuck)
-        case Unclear(why):
+        case UnknownJob(why):
             return Standing(glance, "unknown", why)
-        case Dead():
+        case DeadJob():
             run = Run(study, glance.name)
             outcome = final_outcome(run, run.status(), finding)
             if finding.slurm_restarts_it:
