@@ -16,7 +16,7 @@ from flowjobs.runs.run import Run, check_run_name
 from flowjobs.runs.selection import runs_of_sweep
 from flowjobs.sweeps.applying import ARGUMENT, applying
 from flowjobs.sweeps.grid import TABLES, Point, Sweep, run_names_of, slurm_of, training_of
-from flowjobs.sweeps.kept import names_kept, read_kept
+from flowjobs.sweeps.saved import names_of_runs, read_saved
 from flowjobs.training.pinned import with_pinned_files
 from flowjobs.words import counted
 
@@ -54,7 +54,7 @@ def prepare_sweep(
     names = run_names_of(configs)
     shapes = {data: row_shape(data, study) for data in {c.dataset for c in configs if c.params}}
     configs = [with_fixed_width(c, shapes.get(c.dataset)) for c in configs]
-    names = names_kept(study, name, configs, names)
+    names = names_of_runs(study, name, configs, names)
     if name in names:
         raise ConfigError(f"the sweep's name: found {name}, one of its runs; give another")
     runs: dict[Run, RunConfig] = {}
@@ -84,7 +84,7 @@ def configs_kept(defaults: Defaults, study: Path, name: str) -> dict[str, Traini
     Raises:
         FlowjobsError: Its file was changed into one that cannot be used.
     """
-    points, configs, _ = _asked_of(read_kept(study, name), defaults)
+    points, configs, _ = _asked_of(read_saved(study, name), defaults)
     if not configs:
         return {}
     given = {"arch_args", *SIZE_FIELDS, *(field for point in points for field in point)}

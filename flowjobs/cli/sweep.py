@@ -45,12 +45,12 @@ from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run, absolute
 from flowjobs.sweeps import grid
 from flowjobs.sweeps.applying import ARGUMENT
-from flowjobs.sweeps.kept import (
+from flowjobs.sweeps.saved import (
     check_same,
     check_sweep_name,
-    keep,
     left_out,
-    read_kept,
+    read_saved,
+    save_sweep,
 )
 from flowjobs.sweeps.toml_file import read_sweep
 from flowjobs.tracking.mode import resolve_mode
@@ -184,7 +184,7 @@ class Sweep(CodeOptions, CommandOptions):
             sweep = read_sweep(file)
         else:
             name = name if self.sweep is None else self.sweep
-            sweep = read_kept(study, name)
+            sweep = read_saved(study, name)
         sweep = sweep.with_values(values, _given(self.slurm, defaults))
         if "--zip" in defaults.flags:
             sweep = sweep.zipped(self.zip)
@@ -263,7 +263,7 @@ class Sweep(CodeOptions, CommandOptions):
                 stack.enter_context(only_submitter(study, locks))
                 members = look_at(runs, length_given)
                 starting, code = _still_to_start(starting, code, members)
-            keep(study, name, sweep, names)
+            save_sweep(study, name, sweep, names)
             slots = sweep.runs_per_gpu
             if cluster == "slurm":
                 parallel = self._share_parallel(members, len(starting), sweep.parallel)

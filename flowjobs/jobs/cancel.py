@@ -73,7 +73,7 @@ def cancel_together(runs: Sequence[Run]) -> Iterator[tuple[Run, str | Submission
     # First: a job that is just being requeued must see it.
     wanted = [run for run in runs if not _is_finished(run)]
     with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
-        cancelling = dict(zip(wanted, threads.map(_mark, wanted), strict=True))
+        cancelling = dict(zip(wanted, threads.map(_request_cancel, wanted), strict=True))
     _end_slurm_jobs([*cancelling.values()])
     with ThreadPoolExecutor(TOLD_AT_ONCE) as threads:
         told = {run: threads.submit(_end_and_note, each) for run, each in cancelling.items()}
@@ -94,7 +94,7 @@ def _is_finished(run: Run) -> bool:
         return False  # unknown: a job of it may be there
 
 
-def _mark(run: Run) -> _Cancelling:
+def _request_cancel(run: Run) -> _Cancelling:
     """Note a run as cancelled."""
     before = False
     with contextlib.suppress(OSError):
@@ -184,7 +184,7 @@ def _end_slurm_jobs(cancelling: Sequence[_Cancelling]) -> None:
     except SubmissionError as error:
         refused = error
     for each in cancelling:
-        # A job that lives on looks at the mark, and ends this run's process alone.
+        # A job that lives on looks at the cancel file, and ends this run's process alone.
         shared = [job for job in each.jobs[-1:] if job in lives_on and not each.unnoted]
         own = [job for job in each.alive if job not in lives_on]
         each.ended = [f"its place in {job.description}" for job in shared] + [

@@ -164,7 +164,7 @@ def local_job(run: Run, entries: Sequence[Submission]) -> str | None:
 def wait_until_ended(run: Run) -> None:
     """Wait for a process of this run that was cancelled; those of Slurm's jobs are not waited for.
 
-    Once its mark is cleared, it would not know that it is to leave for good.
+    Once its cancel file is deleted, it would not know that it is to leave for good.
 
     Raises:
         RunHolderUnknownError: It has not ended in time.

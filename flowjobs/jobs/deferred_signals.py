@@ -41,7 +41,7 @@ def signals_deferred(*numbers: signal.Signals) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_deferred_until_noted(cluster: Cluster) -> Iterator[None]:
-    """Keep signals that end a command waiting, from handing a job over until it is noted."""
+    """Keep signals that end a command waiting, from sbatch's start until the job is noted."""
     # sbatch gets Ctrl-C at a terminal too, and inherits the mask; so would a job on this machine.
     shielded = set(TOLD_TO_END) if cluster == "slurm" else set()
     with signals_deferred():

@@ -28,6 +28,7 @@ def record_dead_attempt(run: Run, dead: DeadJob) -> Outcome | None:
     """
 
     def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
+        # Its job is known to be over, so what the lock looks like does not count.
         same = holder.start_id == dead.job.start_id
         return "gone" if same else system_lock_decides(holder, lock_is_free)
 
@@ -35,6 +36,7 @@ def record_dead_attempt(run: Run, dead: DeadJob) -> Outcome | None:
     try:
         with RunLock(run.folder, me, judge) as lock:
             status = run.status()
+            # To find out the cause took seconds without the lock: an attempt may have begun since.
             if version_of(status) != dead.version or not lock.is_held():
                 return None
             if not dead.attempt_began:

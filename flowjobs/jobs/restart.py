@@ -66,6 +66,7 @@ def restart(
 
 def _restart_in_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str | None) -> None:
     record = _record_when_it_answers(job.job_id)
+    # A job of salloc or srun has no script that Slurm could run again.
     if record is None or record.fields.get("BatchFlag") in (None, "0"):
         logger.info("%s is no batch job: run the same command again to resume", job.job_id)
         return
@@ -151,12 +152,10 @@ def resubmit(run: Submittable, job: JobInfo, task: Task, exclude: str | None = N
     """
     if job.cluster == "local":
         return submit(run, "local", task, continues=job.job_id).job_id
-    if exclude is None:
-        return _resubmit_to_slurm(run, job, task, None)
     try:
         return _resubmit_to_slurm(run, job, task, exclude)
     except SubmissionError as refused:
-        if not NO_NODE.search(str(refused)):
+        if exclude is None or not NO_NODE.search(str(refused)):
             raise
         logger.info("%s may start on %s again: no other node has what it asks", run.name, exclude)
         return _resubmit_to_slurm(run, job, task, None)

@@ -118,11 +118,13 @@ class StopSignals:
             while True:
                 wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
                 if not selector.select(wait_s):
+                    # The state may have been saved since the signal, and the end take long.
                     if not self._over.is_set():
                         self._too_late()
                     return
                 numbers = os.read(self._reader, 64)
                 if not numbers:
+                    # Here and not in __exit__: closed under a select, its number may be another's.
                     os.close(self._reader)
                     return
                 for number in numbers:

@@ -23,7 +23,7 @@ from flowjobs.report.page import html_page
 from flowjobs.report.results import read_result
 from flowjobs.runs.run import Run, run_names
 from flowjobs.sweeps.grid import Sweep, run_names_of
-from flowjobs.sweeps.kept import keep
+from flowjobs.sweeps.saved import save_sweep
 from tests.conftest import Command
 from tests.report.made_up import made_run
 
@@ -177,7 +177,7 @@ def test_runs_that_a_sweep_has_not_made_are_in_each_form(
     sweep = Sweep(base={"dataset": data}, grid=grid)
     configs = [TrainingConfig(**point) for point in sweep.points()]
     names = run_names_of(configs)
-    keep(study, "s", sweep, names)
+    save_sweep(study, "s", sweep, names)
     for name, config in zip(names[:2], configs[:2], strict=True):
         made_run(study, [1.0 + config.seed], name=name, dataset=data, seed=config.seed)
 

@@ -10,9 +10,9 @@ from flowjobs.jobs.run_stages import Stage
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.run import Run
 from flowjobs.sweeps.grid import Sweep
-from flowjobs.sweeps.kept import keep
 from flowjobs.sweeps.local import Event, gpus_of_slot, run_here, slots_here
 from flowjobs.sweeps.plan import Member
+from flowjobs.sweeps.saved import save_sweep
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 
@@ -122,7 +122,7 @@ def test_an_error_of_the_file_system_at_one_run_ends_neither_the_sweep_nor_anoth
 def test_a_name_means_a_sweep_or_a_run_and_not_both(flowjobs: Command, study: Path) -> None:
     options = ("--cluster", "local", "--wandb-mode", "disabled", "--dry-run")
     Run(study, "mine").create(RunConfig())
-    keep(study, "ablation", Sweep(), ["mine"])
+    save_sweep(study, "ablation", Sweep(), ["mine"])
     for words, said in (
         (["sweep", "--seed", "0", "--name", "mine"], "found mine, which a run in"),
         (["sweep", "--seed", "0", "--name", "mlp-icfm-digits-none"], "one of its runs"),

@@ -7,7 +7,7 @@ import pytest
 from flowjobs.cli.main import parse
 from flowjobs.config import TrainingConfig
 from flowjobs.sweeps.grid import Sweep
-from flowjobs.sweeps.kept import keep, names_kept, read_kept
+from flowjobs.sweeps.saved import names_of_runs, read_saved, save_sweep
 from tests.report.made_up import made_run
 
 
@@ -29,16 +29,16 @@ def test_a_run_keeps_its_name_where_a_sweep_has_several_lengths(
 ) -> None:
     for epochs in there:
         made_run(study, [1.0], name=f"old-{epochs}", epochs=epochs)
-    keep(study, "m", Sweep(), [f"old-{epochs}" for epochs in there])
+    save_sweep(study, "m", Sweep(), [f"old-{epochs}" for epochs in there])
     configs = [TrainingConfig(epochs=epochs) for epochs in asked]
-    assert names_kept(study, "m", configs, [f"new-{epochs}" for epochs in asked]) == expected
+    assert names_of_runs(study, "m", configs, [f"new-{epochs}" for epochs in asked]) == expected
 
 
 def test_a_run_with_weights_of_another_keeps_its_name(study: Path) -> None:
     made_run(study, [1.0], name="old", init_from=f"/s/a/best.pt@sha256:{'0' * 64}")
-    keep(study, "m", Sweep(), ["old"])
+    save_sweep(study, "m", Sweep(), ["old"])
     configs = [TrainingConfig(init_from=f"/s/{name}/best.pt") for name in "ab"]
-    assert names_kept(study, "m", configs, ["new-a", "new-b"]) == ["old", "new-b"]
+    assert names_of_runs(study, "m", configs, ["new-a", "new-b"]) == ["old", "new-b"]
 
 
 def test_a_file_that_a_flag_names_is_the_same_when_the_sweep_is_asked_for_again(
@@ -50,8 +50,8 @@ def test_a_file_that_a_flag_names_is_the_same_when_the_sweep_is_asked_for_again(
     ]
     command, defaults = parse(["sweep", "--name", "m", *words])
     _, asked = command._asked(study, defaults)
-    keep(study, "m", asked, [])
-    assert read_kept(study, "m") == asked
+    save_sweep(study, "m", asked, [])
+    assert read_saved(study, "m") == asked
     files = {name: [str(workplace / value) for value in values] for name, values in given.items()}
     assert asked.grid == {"init_from": files["init_from"]}
     assert asked.base == {name: files[name][0] for name in ("dataset", "source")}

@@ -1,4 +1,4 @@
-"""What a study keeps of a sweep: `sweeps/NAME.toml` as it was asked for, `NAME.runs` its runs."""
+"""A sweep on disk: `sweeps/NAME.toml` as it was asked for, `NAME.runs` the names of its runs."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from flowjobs.sweeps.toml_file import read_sweep, to_toml
 from flowjobs.words import first_of
 
 
-def kept_file(study: Path, name: str) -> Path:
+def sweep_file(study: Path, name: str) -> Path:
     """`STUDY/sweeps/NAME.toml`."""
     return study / "sweeps" / f"{name}.toml"
 
@@ -34,14 +34,14 @@ def check_sweep_name(study: Path, name: str) -> None:
         )
 
 
-def read_kept(study: Path, name: str) -> Sweep:
+def read_saved(study: Path, name: str) -> Sweep:
     """The sweep as it was asked for last.
 
     Raises:
         RunNotFoundError: There is no such sweep.
         ConfigError: Its file was changed into one that cannot be read.
     """
-    file = kept_file(study, name)
+    file = sweep_file(study, name)
     if not file.is_file():
         raise RunNotFoundError(
             f"no sweep {name or repr(name)} in {study}: "
@@ -51,7 +51,7 @@ def read_kept(study: Path, name: str) -> Sweep:
     return read_sweep(file)
 
 
-def names_kept(
+def names_of_runs(
     study: Path, name: str, configs: Sequence[TrainingConfig], new: Sequence[str]
 ) -> list[str]:
     """The names of a sweep's runs: those that it gives them, or that they have got before.
@@ -94,13 +94,13 @@ def _length(config: TrainingConfig) -> tuple[int, int]:
     return config.epochs, config.patience
 
 
-def keep(study: Path, name: str, sweep: Sweep, runs: Sequence[str]) -> None:
-    """Keep a sweep and the names of its runs.
+def save_sweep(study: Path, name: str, sweep: Sweep, runs: Sequence[str]) -> None:
+    """Save a sweep and the names of its runs.
 
     Raises:
         ConfigError: A value is none that a file of text can hold.
     """
-    file = kept_file(study, name)
+    file = sweep_file(study, name)
     try:
         asked = to_toml(sweep).encode()
     except UnicodeEncodeError as error:
