@@ -301,7 +301,7 @@ class TrainingJob:
         except RunInterrupted as interrupted:
             signals.stand_down()  # the state is saved
             if notice := self._stop_cause():  # else the signal's name must do
-                raise RunInterrupted(notice.reason, interrupted.step, notice.why) from None
+                raise RunInterrupted(notice.reason, interrupted.step, notice.kind) from None
             raise
         except Exception as error:
             signals.stand_down()
@@ -320,9 +320,9 @@ class TrainingJob:
         if (
             failure.is_consequence
             and (notice := self._stop_cause())
-            and notice.why in ENDED_BY_SLURM
+            and notice.kind in ENDED_BY_SLURM
         ):
-            raise RunInterrupted(notice.reason, kind=notice.why) from error
+            raise RunInterrupted(notice.reason, kind=notice.kind) from error
         may_retry = self._may_retry(kind)
         its_own = failure.rank == 0 and not failure.is_consequence
         if its_own and not may_retry:
@@ -415,7 +415,7 @@ class TrainingJob:
 
     def _interrupted_while_hanging(self) -> RunInterrupted:
         reason = "told to leave, and no step ended in time"
-        if (notice := self._stop_cause()) and notice.why == "cancelled":
+        if (notice := self._stop_cause()) and notice.kind == "cancelled":
             return RunInterrupted(f"{notice.reason}; {reason}", kind="cancelled")
         return RunInterrupted(reason, kind="hung")
 

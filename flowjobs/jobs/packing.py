@@ -328,12 +328,12 @@ class _Slots:
 
     def restart(self, number: signal.Signals | None) -> int:
         """Have the job started again, for what is left. Returns this process's exit code."""
-        why = "told to leave"
+        kind = "told to leave"
         try:
-            why = notice_of(self._pack, self._job, number).why
+            kind = notice_of(self._pack, self._job, number).kind
         except (FlowjobsError, OSError) as error:  # Slurm is away, say: the signal's name must do
             logger.warning("%s", error)
-        return restart(self._pack, self._job, why, PackTask(str(self._pack.folder)))
+        return restart(self._pack, self._job, kind, PackTask(str(self._pack.folder)))
 
     def seconds_left(self, number: signal.Signals) -> float | None:
         """How long this process may live after a signal, with what it gives to the runs'."""

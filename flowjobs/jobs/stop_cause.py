@@ -10,7 +10,7 @@ from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm.cluster import kill_wait_s
 from flowjobs.slurm.controller import job_record
 
-Why = Literal["node failure", "preempted", "time limit", "requeued", "cancelled", "told to leave"]
+Kind = Literal["node failure", "preempted", "time limit", "requeued", "cancelled", "told to leave"]
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Notice:
     """What a signal meant.
 
     Attributes:
-        why: In a word or two.
+        kind: In a word or two.
         reason: As a sentence for the log and the status.
         seconds_left: Until the process is killed; None: nobody will.
     """
 
-    why: Why
+    kind: Kind
     reason: str
     seconds_left: float | None = None
 

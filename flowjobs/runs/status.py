@@ -110,7 +110,8 @@ class JobInfo:
     """Where an attempt runs.
 
     Attributes:
-        cluster: "slurm", "local", "debug", or "none" for a run in the foreground.
+        cluster: "slurm", "local" or "debug"; "none": a process in the foreground; "reconcile": not
+            a job, the lock's holder while a dead attempt is recorded.
         job_id: The scheduler's id (`12_3` for an array task), else the process id.
         log: The file that holds the attempt's output, if it has one.
         host: The node of rank 0.
@@ -119,8 +120,8 @@ class JobInfo:
         restart: How often the scheduler has started this job again.
         continues: Whether the job was submitted by flowjobs itself, to continue an earlier one.
         ranks: Processes that train together; None if that was not noted.
-        packed: Whether other runs share the job: this one may begin in the job's second start, or
-            begin again in its first, and `continues` alone says which.
+        packed: Whether other runs share the job, so that its restart count says nothing about this
+            run; `continues` says whether this is a first start.
         process: Tells the process from a later one of its id; see `process_mark`.
     """
 

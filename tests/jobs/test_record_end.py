@@ -204,7 +204,7 @@ def test_cancel_ends_a_run_that_is_trained_in_the_debugger(run: Run) -> None:
         with Attempt(run, job):
             assert cancel(run) == f"a: cancelled {job.description}; submit it again to resume"
         assert process.wait(240) == -signal.SIGTERM
-    assert notice_of(run, job, signal.SIGTERM).why == "cancelled"
+    assert notice_of(run, job, signal.SIGTERM).kind == "cancelled"
 
 
 def test_one_bad_run_keeps_no_other_from_being_cancelled(run: Run, study: Path) -> None:

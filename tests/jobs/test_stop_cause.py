@@ -32,7 +32,7 @@ def test_a_preempted_job_without_a_time_limit_has_a_known_time_to_leave(
 ) -> None:
     job_id = running_job(slurm)
     slurm.run("scontrol", "update", f"jobid={job_id}", "timelimit=UNLIMITED")
-    assert notice(study, job_id).why == "told to leave"
+    assert notice(study, job_id).kind == "told to leave"
     slurm.preempt("n1")
 
     def preempted() -> bool:
@@ -43,7 +43,7 @@ def test_a_preempted_job_without_a_time_limit_has_a_known_time_to_leave(
     # Of such a job Slurm says nothing of the grace either.
     assert slurm.job(job_id)["EndTime"] == "Unknown"
     found = notice(study, job_id)
-    assert (found.why, found.seconds_left) == ("preempted", kill_wait_s())
+    assert (found.kind, found.seconds_left) == ("preempted", kill_wait_s())
 
 
 def test_a_cancelled_job_that_was_suspended_has_not_reached_its_limit(
@@ -55,4 +55,4 @@ def test_a_cancelled_job_that_was_suspended_has_not_reached_its_limit(
     site("scontrol", f'$real "$@" | sed "{long_ago}"')
     slurm.run("scancel", job_id)
     slurm.wait_state(job_id, {"COMPLETING", "CANCELLED"})
-    assert notice(study, job_id).why == "cancelled"
+    assert notice(study, job_id).kind == "cancelled"
