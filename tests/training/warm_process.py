@@ -14,7 +14,7 @@ from pathlib import Path
 PRELOADED = [
     "__main__",
     "flowjobs.cli.main",
-    "flowjobs.jobs.task",
+    "flowjobs.jobs.tasks",
     "flowjobs.runs.recorder",
     "flowjobs.training.run_training",
 ]
