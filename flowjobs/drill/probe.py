@@ -90,7 +90,7 @@ class NodeQuestion:
             return None
         return replace(found, we_see_its_lock=_is_locked(_node_lock(self._folder)))
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Free the lock, and let the node go."""
         _looked_file(self._folder).touch()
         _release(self._lock)

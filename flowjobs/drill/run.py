@@ -149,7 +149,7 @@ class _Drill:
 
     def cancel(self) -> list[str]:
         """End every job, and wait until they are gone. Returns those that may not be, by id."""
-        self._question.close()
+        self._question.release()
         deadline = time.monotonic() + CANCEL_WAIT_S
         left = {run: [job.job_id] for run, job in self._jobs}
         with suppress(KeyboardInterrupt):  # whoever does not want to wait hears what is left
@@ -182,7 +182,7 @@ class _Drill:
         asked_at, answered_at, silent = 0.0, time.monotonic(), ""
         while True:
             if node is None and (node := self._question.answer()):
-                self._question.close()
+                self._question.release()
             for watched in self.watched:
                 self._look_at_folder(watched)
             if time.monotonic() - asked_at > ASK_SLURM_EVERY_S:

@@ -384,6 +384,7 @@ def _memory_words(log: str) -> str:
     if not found:
         return "out of memory"
     used, limit = (int(number) / 2**30 for number in found)
+    # sweeps/retry.py has the limit from these words: change both.
     return f"out of memory: {used:.3g} of {limit:.3g} GiB"
 
 
