@@ -199,7 +199,7 @@ class TrainingJob:
         """Whether this start is one that the run's user does not want any more."""
         # A person who starts the run has cleared the mark first.
         cancelled = is_cancelled(self._run) or (
-            not self._job.started_by_person and exit_cause.cancelled_while_requeued(self._job)
+            not self._job.started_by_user and exit_cause.cancelled_while_requeued(self._job)
         )
         status = self._run.status()
         if cancelled and status.state == "preempted" and self.is_first:

@@ -142,8 +142,8 @@ class Attempt:
         self._status.epoch, self._status.best_val_loss = epoch, best_val_loss
         self._write_now_and_then()
 
-    def prepared(self) -> None:
-        """Note that more is there of what the steps need; reaches the disk as `progress` does."""
+    def note_pairs_written(self) -> None:
+        """Count a chunk of reflow pairs as progress, for --give-up-after."""
         self._record.prepared += 1
         self._write_now_and_then()
 

@@ -14,7 +14,7 @@ from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, outcome_of
 class Tracker(Protocol):
     """Mirrors a run's `metrics.jsonl` somewhere. None of its methods raises or waits."""
 
-    def follow(self) -> None:
+    def start_mirroring(self) -> None:
         """From now on `metrics.jsonl` holds only rows that count, and those that come."""
         ...
 
@@ -30,7 +30,7 @@ Track = Callable[[Run], AbstractContextManager[Tracker]]
 class Untracked:
     """The tracker of a run that is not mirrored anywhere."""
 
-    def follow(self) -> None:
+    def start_mirroring(self) -> None:
         """See `Tracker`."""
 
     def last_row_comes(self) -> None:
@@ -76,7 +76,7 @@ class Recorder:
         self.attempt.start_at(step, [dict(extension) for extension in extensions])
         kept = step if rows_up_to is None else rows_up_to
         self._metrics = MetricsFile(self._run.metrics_file, after_step=kept)
-        self._tracker.follow()
+        self._tracker.start_mirroring()
 
     def record(self, row: Mapping[str, Any], *, is_last: bool = False) -> None:
         """Record one row on disk, where it is safe and where the tracker finds it."""

@@ -213,10 +213,8 @@ class Run(Submittable):
             raise ConfigError(f"{self.folder / 'run.json'} is missing: submit {self.name} again")
         return identity.id
 
-    def settle_tracking_id(self) -> str:
-        """The same, for those who tell W&B: a run that is a copy of another gets its own first.
-
-        A run without an id gets one.
+    def ensure_tracking_id(self) -> str:
+        """The id in W&B; a run that is a copy of another, or has none, gets a new one first.
 
         Raises:
             ConfigError: `run.json` is damaged.

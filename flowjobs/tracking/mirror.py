@@ -4,7 +4,7 @@
 
 A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
 server, hangs, dies, prints) reaches the training, and so that what was logged reaches W&B when the
-training is killed. On its standard input come "follow", when the rows of earlier attempts that
+training is killed. On its standard input come "start", when the rows of earlier attempts that
 do not count any more are gone from `metrics.jsonl`, "last", when the next row is the run's last,
 and "finish", when `status.json` holds the outcome. On its standard output go JSON lines of what its
 parent should know. It ends with 0 if W&B knows the state of the run.
@@ -52,7 +52,7 @@ PACE_S = 0.5
 PARENT_POLL_S, LINGER_S = 2.0, 60.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
 # How long the server may take to count what it has received, and how often it is asked.
-SEEN_WITHIN_S: dict[Role, float] = {"follow": 3.0, "close": 10.0, "sync": 10.0}
+SEEN_WITHIN_S: dict[Role, float] = {"train": 3.0, "report": 10.0, "sync": 10.0}
 ASK_EVERY_S = 0.5
 
 
@@ -78,7 +78,7 @@ class Mirror:
         self._mode: ResolvedMode = "online" if role == "sync" else session.mode
         self._role = role
         self._commands, self._events = pipes
-        self._following = False
+        self._started = False
         self._rows: MetricsReader | None = None
         # When each row was written, which `metrics.jsonl`, the same in all runs, cannot say. Noted
         # beside it, so that what is told to W&B later has the times of then.
@@ -94,7 +94,7 @@ class Mirror:
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
         self._sent = 0
 
-    def follow(self, parent: int) -> bool:
+    def run_beside_training(self, parent: int) -> bool:
         """Mirror until told to finish, or left alone. Returns whether W&B knows the run's end."""
         # A forked worker of the parent may outlive it, and keeps the pipe open.
         while not self._asked_to_finish and os.getppid() == parent:
@@ -138,7 +138,7 @@ class Mirror:
             return False
 
     def _finish(self, outcome: Outcome, *, retry: bool) -> bool:
-        self._following = True
+        self._started = True
         self._newest_is_last = outcome.state == "finished"
         if self._is_superseded() or self._retry_at == math.inf:  # a refusal would be the same again
             return False
@@ -155,7 +155,7 @@ class Mirror:
             wandb.finish(outcome, picture)
             # A preempted job has no time for it, and its next session logs what the server lacks.
             leaves = outcome.state in ("preempted", "cancelled")
-            if self._mode == "online" and not (self._role == "follow" and leaves):
+            if self._mode == "online" and not (self._role == "train" and leaves):
                 self._verify_on_server()
         except Exception as error:
             # A signal to all processes of the job has killed wandb's own, or that gave up on a
@@ -195,7 +195,7 @@ class Mirror:
     def _log_new_rows(self, wandb: WandbSession) -> None:
         """Log all rows that are there but the run's last one."""
         if self._rows is None:
-            if not self._following or not self._run.metrics_file.exists():
+            if not self._started or not self._run.metrics_file.exists():
                 return
             # From the top: W&B may lack rows of this attempt and of those before it.
             self._rows = MetricsReader(self._run.metrics_file)
@@ -229,7 +229,7 @@ class Mirror:
     def _opened_wandb(self) -> WandbSession:
         if self._wandb is None:
             self._files_before = set(record.session_files(self._run))
-            trains_here = self._role == "follow"
+            trains_here = self._role == "train"
             self._wandb = WandbSession(self._run, self._mode, trains_here=trains_here)
             self._send(connected=True)
             self._warned = False
@@ -271,7 +271,7 @@ class Mirror:
             return
         text = os.read(self._commands, 4096).decode()
         commands = text.split()
-        self._following |= "follow" in commands
+        self._started |= "start" in commands
         self._newest_is_last |= "last" in commands
         self._asked_to_finish |= "finish" in commands or not text
 
@@ -310,10 +310,10 @@ def main() -> None:
     # One at a time, offline too: what W&B has on record is found out first, then added to.
     try:
         with nullcontext() if role == "sync" else record.upload_lock(run):  # a sync holds it itself
-            if role == "follow":
+            if role == "train":
                 note_surroundings(run, here)
                 record.note_refusal(run, None)  # each attempt is a new try
-            told = mirror.follow(parent) if role == "follow" else mirror.tell()
+            told = mirror.run_beside_training(parent) if role == "train" else mirror.tell()
     except LockHeldError as error:
         logger.warning("%s; `flowjobs sync` uploads what W&B lacks", error)
         told = False

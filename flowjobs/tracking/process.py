@@ -30,9 +30,9 @@ from flowjobs.tracking.mode import (
 
 logger = logging.getLogger(__name__)
 
-# What a mirror is for: to follow a training, to report how an attempt ended that could not do it
-# itself, or to bring the server up to date with what was tracked elsewhere.
-Role = Literal["follow", "close", "sync"]
+# What a mirror is for: to log what a training writes, to report how an attempt ended that could not
+# do so itself, or to bring the server up to date with what was tracked elsewhere.
+Role = Literal["train", "report", "sync"]
 
 # All that wandb may know of WANDB_* variables and of its settings files: what it takes to reach the
 # server and to be let in. Any other is the run's own, and told by arguments, or another run's: a
@@ -93,7 +93,7 @@ def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Po
     """
     log = mirror_log(run)
     log.parent.mkdir(exist_ok=True)
-    pipe = subprocess.DEVNULL if role == "close" else subprocess.PIPE
+    pipe = subprocess.DEVNULL if role == "report" else subprocess.PIPE
     # -P: a file wandb.py beside the user's code is not wandb.
     command = [sys.executable, "-P", "-m", "flowjobs.tracking.mirror"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_TRAINING_ALONE)
@@ -159,7 +159,7 @@ def close_session(run: Run, *, wait: bool = True) -> bool:
         return True
     try:
         session = record.begin_session(run, mode)
-        mirror = start_mirror(run, session, "close")
+        mirror = start_mirror(run, session, "report")
         if wait:
             wait_for_mirror(run, session, mirror, upload_limit_s(run))
     except OSError as error:

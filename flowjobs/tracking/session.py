@@ -59,7 +59,7 @@ class WandbSession:
     def __init__(self, run: Run, mode: ResolvedMode, *, trains_here: bool) -> None:
         self._tracked = run
         self._online = mode == "online"
-        run_id = run.settle_tracking_id()
+        run_id = run.ensure_tracking_id()
         self._uploaded = replace(record.read_uploaded(run), refusal=None)
         # What a parent process, or a session before, left here would be joined.
         os.environ.pop("WANDB_SERVICE", None)

@@ -73,7 +73,7 @@ def sync_run(
         return Synced("running", note=trainer)
     with record.upload_lock(run):
         # Under the lock: another sync may have told it a moment ago.
-        run.settle_tracking_id()  # first: a copy of a run that was deleted is not deleted
+        run.ensure_tracking_id()  # first: a copy of a run that was deleted is not deleted
         known = record.read_uploaded(run)
         if not (ask or as_new):
             if known.refusal and known.refusal.kind == "deleted":

@@ -66,14 +66,14 @@ class WandbTracker:
         self._changing = threading.Lock()
         self._finishing = threading.Event()
         with self._never_stopping():
-            self._start_mirror("follow")
+            self._start_mirror("train")
         with self._never_stopping():
             # Not a thread to wait for.
             threading.Thread(target=self._keep_mirror, daemon=True).start()
 
-    def follow(self) -> None:
+    def start_mirroring(self) -> None:
         """See `Tracker`."""
-        self._tell("follow")
+        self._tell("start")
 
     def last_row_comes(self) -> None:
         """See `Tracker`."""
@@ -91,7 +91,7 @@ class WandbTracker:
                 return
             session, mirror = self._session, self._mirror
             if session is None or mirror is None or mirror.poll() is not None:
-                session, mirror = self._start_mirror("close")  # it was killed: this one catches up
+                session, mirror = self._start_mirror("report")  # it was killed: this one catches up
             self._send("finish")
             patient = self._connected and self._run.status().state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
@@ -115,7 +115,7 @@ class WandbTracker:
                     said = "the process that tells W&B has ended (%s); another one starts"
                     logger.warning(said, mirror_log(self._run))
                 self._mirror, self._connected = None, False
-                self._start_mirror("follow")
+                self._start_mirror("train")
 
     def _start_mirror(self, role: Role) -> "tuple[record.Session, subprocess.Popen[bytes]]":
         self._session = self._session or record.begin_session(self._run, self._mode)

@@ -598,7 +598,7 @@ class FlowTrainer:
     def _tell_prepared(self) -> None:
         if self._recorder:
             with suppress(OSError):  # as for the progress
-                self._recorder.attempt.prepared()
+                self._recorder.attempt.note_pairs_written()
 
     def _tell_progress(self, recorder: Recorder) -> None:
         state = self.state
