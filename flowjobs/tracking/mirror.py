@@ -5,14 +5,13 @@
 A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
 server, hangs, dies, prints) reaches the training, and so that what was logged reaches W&B when the
 training is killed. On its standard input come "start", when the rows of earlier attempts that
-do not count any more are gone from `metrics.jsonl`, "last", when the next row is the run's last,
-and "finish", when `status.json` holds the outcome. On its standard output go JSON lines of what its
-parent should know. It ends with 0 if W&B knows the state of the run.
+do not count any more are gone from `metrics.jsonl`, and "finish", when `status.json` holds the
+outcome. On its standard output go JSON lines of what its parent should know. It ends with 0 if W&B
+knows the state of the run.
 """
 
 import json
 import logging
-import math
 import os
 import select
 import shutil
@@ -52,7 +51,7 @@ PACE_S = 0.5
 PARENT_POLL_S, LINGER_S = 2.0, 60.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
 # How long the server may take to count what it has received, and how often it is asked.
-SEEN_WITHIN_S: dict[Role, float] = {"train": 3.0, "report": 10.0, "sync": 10.0}
+SEEN_WITHIN_S, SEEN_WITHIN_BESIDE_TRAINING_S = 10.0, 3.0
 ASK_EVERY_S = 0.5
 
 
@@ -84,14 +83,14 @@ class Mirror:
         # beside it, so that what is told to W&B later has the times of then.
         self._times_file = run.folder / "wandb" / "times.jsonl"
         self._times = {row["step"]: row["time"] for row in read_rows(self._times_file)}
-        # The run's last row waits for the picture that belongs into it.
+        # The newest row: if it is the run's last, the picture goes into it.
         self._held: Row | None = None
-        self._newest_is_last = False
         self._asked_to_finish = False
         self._wandb: WandbSession | None = None
         self._files_before: set[Path] = set()
         self._warned = False
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
+        self._refused = False
         self._sent = 0
 
     def run_beside_training(self, parent: int) -> bool:
@@ -105,8 +104,7 @@ class Mirror:
                 self._take_commands(PACE_S)
         if record.state_to_report(self._run).outcome is None:  # the trainer died
             self._take_commands()
-            self._newest_is_last = False  # whatever was said: no picture comes
-            self._log_if_possible()
+            self._log_if_possible(ended=True)
             time.sleep(2 * FLUSH_INTERVAL_S)
             return False
         return self.tell()
@@ -139,8 +137,7 @@ class Mirror:
 
     def _finish(self, outcome: Outcome, *, retry: bool) -> bool:
         self._started = True
-        self._newest_is_last = outcome.state == "finished"
-        if self._is_superseded() or self._retry_at == math.inf:  # a refusal would be the same again
+        if self._is_superseded() or self._refused:  # a refusal would be the same again
             return False
         try:
             wandb = self._opened_wandb()
@@ -166,7 +163,7 @@ class Mirror:
         return not self._is_superseded()
 
     def _is_superseded(self) -> bool:
-        """Whether an attempt has begun that says itself what comes of the run."""
+        """Whether a later session, as of the next attempt, owns the run in W&B."""
         return record.is_superseded(self._run, self._session)
 
     def _verify_on_server(self) -> None:
@@ -177,23 +174,29 @@ class Mirror:
         """
         # Where nothing was sent, the server said itself that it has all rows, as the session began.
         last_step = record.last_step_of(self._run) if self._sent else -1
-        give_up_at = time.monotonic() + SEEN_WITHIN_S[self._role]
+        within_s = SEEN_WITHIN_BESIDE_TRAINING_S if self._role == "train" else SEEN_WITHIN_S
+        give_up_at = time.monotonic() + within_s
         while lacks := missing_on_server(self._run, last_step):
             if time.monotonic() > give_up_at:
                 raise NotUploadedError(f"the server lacks {lacks}")
             time.sleep(ASK_EVERY_S)
 
-    def _log_if_possible(self) -> None:
-        """Log the rows that W&B lacks, if it answers."""
-        if self._wandb is None and time.monotonic() < self._retry_at:
+    def _log_if_possible(self, *, ended: bool = False) -> None:
+        """Log the rows that W&B lacks, if it answers; one that may be the last only if `ended`."""
+        if self._refused or (self._wandb is None and time.monotonic() < self._retry_at):
             return
         try:
-            self._log_new_rows(self._opened_wandb())
+            wandb = self._opened_wandb()
+            self._log_new_rows(wandb)
+            # A run ends at an epoch's end, and draws its picture after that. So only such a row
+            # waits, until the next one is there.
+            if ended or "val/loss" not in (self._held or ()):
+                self._log_held_row(wandb)
         except Exception as error:
             self._retry_later(error)
 
     def _log_new_rows(self, wandb: WandbSession) -> None:
-        """Log all rows that are there but the run's last one."""
+        """Log all rows that are there but the newest, which is held."""
         if self._rows is None:
             if not self._started or not self._run.metrics_file.exists():
                 return
@@ -201,14 +204,10 @@ class Mirror:
             self._rows = MetricsReader(self._run.metrics_file)
         rows = self._rows.new_rows()
         self._note_times(rows, self._rows.written_at())
-        # "last" comes before the last row: where that has been read, it can be heard by now.
-        self._take_commands()
         for row in rows:
             if row["step"] > wandb.last_step:
                 self._log_held_row(wandb)
                 self._held = row
-        if not self._newest_is_last:
-            self._log_held_row(wandb)
 
     def _note_times(self, rows: Iterable[Row], written_at: float) -> None:
         """Note the time of rows that were written just now, or while nobody looked."""
@@ -251,7 +250,7 @@ class Mirror:
         kind: str = "server" if no_answer and not opened else "run"
         if refusal := record.refusal_of(error, self._run):
             record.note_refusal(self._run, refusal)
-            self._retry_at = math.inf
+            self._refused = True
             failure, kind = refusal.text, refusal.kind
         if refusal or not (self._warned or silently):
             self._warned = True
@@ -269,11 +268,9 @@ class Mirror:
         ready, _, _ = select.select([self._commands], [], [], timeout_s)
         if not ready:
             return
-        text = os.read(self._commands, 4096).decode()
-        commands = text.split()
+        commands = os.read(self._commands, 4096).decode().split()
         self._started |= "start" in commands
-        self._newest_is_last |= "last" in commands
-        self._asked_to_finish |= "finish" in commands or not text
+        self._asked_to_finish |= "finish" in commands or not commands
 
     def _send(self, **news: str | bool | int) -> None:
         with suppress(OSError):  # nobody listens any more

@@ -5,11 +5,11 @@ import json
 import logging
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flowjobs.errors import RunTakenOverError
-from flowjobs.runs.recorder import Tracker, Untracked
+from flowjobs.runs.files import warn_once
 from flowjobs.runs.run import Run
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import ResolvedMode, resolve_mode
@@ -25,16 +25,16 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 2.0, 600.0
 
 
 @contextmanager
-def tracked(run: Run) -> Iterator[Tracker]:
-    """A tracker for as long as the block lasts; by its end `status.json` says how that ended."""
+def tracked(run: Run) -> Iterator[Callable[[], None]]:
+    """Mirror the run to W&B; see `flowjobs.runs.recorder.Track`."""
     mode, why = resolve_mode(run.config().tracking)
     logger.info("W&B: %s (%s)", mode, why)
     if mode == "disabled":
-        yield Untracked()
+        yield lambda: None
         return
     tracker = WandbTracker(run, mode)
     try:
-        yield tracker
+        yield tracker.start_mirroring
     except RunTakenOverError:
         tracker.leave()  # its end is not the run's
         raise
@@ -58,11 +58,9 @@ class WandbTracker:
         self._run = run
         self._mode = mode
         self._connected: bool | None = None
-        self._warned = False
         self._session: record.Session | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
-        # What the mirror was told; one that takes its place is told it too.
-        self._told: list[str] = []
+        self._started = False
         self._changing = threading.Lock()
         self._finishing = threading.Event()
         with self._never_stopping():
@@ -72,12 +70,10 @@ class WandbTracker:
             threading.Thread(target=self._keep_mirror, daemon=True).start()
 
     def start_mirroring(self) -> None:
-        """See `Tracker`."""
-        self._tell("start")
-
-    def last_row_comes(self) -> None:
-        """See `Tracker`."""
-        self._tell("last")
+        """`metrics.jsonl` holds only rows that count from now on: they can be mirrored."""
+        with self._never_stopping(), self._changing:
+            self._started = True
+            self._send("start")
 
     def leave(self) -> None:
         """Tell W&B nothing more: another attempt has the run."""
@@ -120,14 +116,9 @@ class WandbTracker:
     def _start_mirror(self, role: Role) -> "tuple[record.Session, subprocess.Popen[bytes]]":
         self._session = self._session or record.begin_session(self._run, self._mode)
         self._mirror = start_mirror(self._run, self._session, role)
-        for command in self._told:
-            self._send(command)
+        if self._started:  # it takes the place of one that was told
+            self._send("start")
         return self._session, self._mirror
-
-    def _tell(self, command: str) -> None:
-        with self._never_stopping(), self._changing:
-            self._told.append(command)
-            self._send(command)
 
     def _send(self, command: str) -> None:
         # A pipe that nobody reads any more: the next one is told.
@@ -156,6 +147,4 @@ class WandbTracker:
         try:
             yield
         except Exception as error:  # of any kind: tracking never stops training
-            if not self._warned:
-                self._warned = True
-                logger.warning("W&B gets nothing of this attempt for now: %s", error)
+            warn_once(f"W&B gets nothing of this attempt for now: {error}")

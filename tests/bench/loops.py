@@ -74,8 +74,8 @@ def stopping_after_an_epoch(recorder: Recorder) -> Iterator[None]:
     share = saving.COST_SHARE / int(os.environ.get("IN_TURNS", "1"))
     record = recorder.record
 
-    def recorded(row: Mapping[str, Any], *, is_last: bool = False) -> None:
-        record(row, is_last=is_last)
+    def recorded(row: Mapping[str, Any]) -> None:
+        record(row)
         if "val/loss" in row:
             epoch_has_ended()
 
