@@ -51,6 +51,7 @@ PATHS = re.compile(
 EXIT_NOT_TOLD = 3
 
 # Slurm signals every process of a job; the mirror is to end when the training has said its last.
+# wandb's own process dies of TERM all the same: see Mirror._finish, which opens another one.
 SIGNALS_FOR_TRAINING_ALONE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
 
 # How long W&B may take for what it lacks of a run; a burst of rows takes a fiftieth of that.
@@ -126,8 +127,7 @@ def wait_for_mirror(
     if mirror.stdin is not None:
         with suppress(BrokenPipeError):  # of one that has died
             mirror.stdin.close()
-    newest = record.read_session(run)
-    if code == 0 or newest is None or newest.token != session.token:
+    if code == 0 or record.is_superseded(run, session):
         return  # W&B knows, or a later session tells it
     refusal = record.read_uploaded(run).refusal
     why = refusal.text if refusal else failure_of_mirror(run, code)

@@ -13,7 +13,7 @@ from wandb.errors import CommError, WandbCoreNotAvailableError
 from flowjobs.errors import ServerError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.mode import check_server_answers
+from flowjobs.tracking.mode import check_server_answers, server_url
 from flowjobs.tracking.process import close_session, mirror_log, pending_outcome
 from flowjobs.tracking.record import read_uploaded, refusal_of
 from tests.cluster.waiting import wait_until
@@ -207,7 +207,7 @@ def test_a_network_that_may_not_be_used_is_no_refusal_and_a_servers_no_is_one(
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(ServerError, match="Permission denied") as met:
-        check_server_answers()
+        check_server_answers(server_url())
     run = attempts.make_run(workplace / "another", "online")
     assert refusal_of(met.value, run) is None
     refusal = refusal_of(CommError("returned error 403: permission denied"), run)
