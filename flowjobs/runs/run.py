@@ -111,9 +111,34 @@ class Run(Submittable):
         return self.folder / "tracking.json"
 
     @property
+    def wandb_folder(self) -> Path:
+        """W&B's own files, and beside them what W&B has of the run: the files below."""
+        return self.folder / "wandb"
+
+    @property
     def wandb_page_file(self) -> Path:
         """The address of its page in W&B, once a server has been told of it."""
-        return self.folder / "wandb" / "page.txt"
+        return self.wandb_folder / "page.txt"
+
+    @property
+    def on_record_file(self) -> Path:
+        """What W&B, or the folders that are for it, have; see `tracking.record`."""
+        return self.wandb_folder / "on_record.json"
+
+    @property
+    def row_times_file(self) -> Path:
+        """When each row was written, which `metrics.jsonl`, the same in all runs, cannot say."""
+        return self.wandb_folder / "times.jsonl"
+
+    @property
+    def surroundings_file(self) -> Path:
+        """With what code and where the newest attempt trained; see `runs.surroundings`."""
+        return self.wandb_folder / "surroundings.json"
+
+    @property
+    def mirror_log(self) -> Path:
+        """What the processes that mirror the run, and wandb, have to say."""
+        return self.wandb_folder / "mirror.log"
 
     def rank_file(self, start: str, rank: int) -> Path:
         """How a rank of a job failed; see `runs.rank_failures`."""

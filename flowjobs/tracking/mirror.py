@@ -79,10 +79,8 @@ class Mirror:
         self._commands, self._events = pipes
         self._started = False
         self._rows: MetricsReader | None = None
-        # When each row was written, which `metrics.jsonl`, the same in all runs, cannot say. Noted
-        # beside it, so that what is told to W&B later has the times of then.
-        self._times_file = run.folder / "wandb" / "times.jsonl"
-        self._times = {row["step"]: row["time"] for row in read_rows(self._times_file)}
+        # Noted on disk, so that what is told to W&B later has the times of then.
+        self._times = {row["step"]: row["time"] for row in read_rows(run.row_times_file)}
         # The newest row: if it is the run's last, the picture goes into it.
         self._held: Row | None = None
         self._asked_to_finish = False
@@ -217,7 +215,7 @@ class Mirror:
         if new:
             lines = [json.dumps({"step": step, "time": time}) for step, time in new.items()]
             with suppress(OSError):  # a full disk
-                append_line(self._times_file, "\n".join(lines))
+                append_line(self._run.row_times_file, "\n".join(lines))
 
     def _log_held_row(self, wandb: WandbSession, picture: Path | None = None) -> None:
         if self._held is not None:
@@ -292,7 +290,7 @@ def main() -> None:
     role = cast(Role, sys.argv[4])
     run = Run.at(Path(folder).absolute())
     here = Path.cwd()
-    os.chdir(run.folder / "wandb")  # wandb reads wandb/settings of the working directory
+    os.chdir(run.wandb_folder)  # wandb reads wandb/settings of the working directory
     # Nothing that wandb reads or prints, nor its own process, may take part in the conversation.
     commands, events = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)

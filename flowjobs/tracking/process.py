@@ -67,20 +67,15 @@ def upload_limit_s(run: Run) -> float:
     return UPLOAD_BASE_S + longer_s + size / UPLOAD_BYTES_PER_S
 
 
-def mirror_log(run: Run) -> Path:
-    """What the mirrors of a run, and wandb, have to say."""
-    return run.folder / "wandb" / "mirror.log"
-
-
 def failure_of_mirror(run: Run, code: int) -> str:
     """Why a mirror ended by itself, as where wandb cannot be loaded; "" for any other end."""
     if code in (0, EXIT_NOT_TOLD, -signal.SIGKILL):
         return ""
-    log = mirror_log(run)
+    said = run.mirror_log.read_text(errors="replace")
     # An error's text may have several lines.
-    errors = re.findall(r"^[\w.]+Error\b.*", log.read_text(errors="replace"), re.MULTILINE)
+    errors = re.findall(r"^[\w.]+Error\b.*", said, re.MULTILINE)
     why = errors[-1] if code == 1 and errors else f"exit code {code}"
-    return f"the process that tells W&B has failed: {why} (see {log})"
+    return f"the process that tells W&B has failed: {why} (see {run.mirror_log})"
 
 
 def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Popen[bytes]:
@@ -92,14 +87,13 @@ def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Po
     Raises:
         OSError: It could not be started.
     """
-    log = mirror_log(run)
-    log.parent.mkdir(exist_ok=True)
+    run.wandb_folder.mkdir(exist_ok=True)
     pipe = subprocess.DEVNULL if role == "report" else subprocess.PIPE
     # -P: a file wandb.py beside the user's code is not wandb.
     command = [sys.executable, "-P", "-m", "flowjobs.tracking.mirror"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_TRAINING_ALONE)
     try:
-        with log.open("ab") as output:
+        with run.mirror_log.open("ab") as output:
             return subprocess.Popen(
                 [*command, run.folder, session.token, str(os.getpid()), role],
                 stdin=pipe,

@@ -13,7 +13,7 @@ from flowjobs.runs.files import warn_once
 from flowjobs.runs.run import Run
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import ResolvedMode, resolve_mode
-from flowjobs.tracking.process import Role, mirror_log, start_mirror, wait_for_mirror
+from flowjobs.tracking.process import Role, start_mirror, wait_for_mirror
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class WandbTracker:
                     return
                 if self._mirror is not None:
                     said = "the process that tells W&B has ended (%s); another one starts"
-                    logger.warning(said, mirror_log(self._run))
+                    logger.warning(said, self._run.mirror_log)
                 self._mirror, self._connected = None, False
                 self._start_mirror("train")
 

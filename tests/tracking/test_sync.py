@@ -26,7 +26,7 @@ from flowjobs.runs.files import write_json
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus
-from flowjobs.tracking.process import close_session, mirror_log, pending_outcome
+from flowjobs.tracking.process import close_session, pending_outcome
 from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking.backend import KEY, Backend, RunOnServer
@@ -156,7 +156,7 @@ def test_what_an_extended_run_came_to_before_is_gone_from_its_summary(
 def test_a_sync_elsewhere_that_finds_all_there_sends_nothing(run: Run, backend: Backend) -> None:
     attempt(run, 50)
     sync(run, backend)
-    (run.folder / "wandb" / "on_record.json").unlink()
+    run.on_record_file.unlink()
     backend.requests.clear()
     assert sync_run(run).state == "complete"
     assert "UpsertBucket" not in backend.requests
@@ -478,7 +478,7 @@ def test_a_wandb_that_cannot_be_loaded_is_no_slow_server(
     (workplace / "wandb.py").write_text("raise TypeError('Descriptors cannot\\nMore: at https')")
     monkeypatch.setenv("PYTHONPATH", str(workplace))
     attempt(run, 30)
-    why = f"has failed: TypeError: Descriptors cannot (see {mirror_log(run)})"
+    why = f"has failed: TypeError: Descriptors cannot (see {run.mirror_log})"
     assert f"W&B does not know that tracked is finished: the process that tells W&B {why}" in (
         caplog.text
     )
