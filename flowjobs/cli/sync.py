@@ -30,7 +30,7 @@ class Sync(InStudy):
     """Names, patterns, a sweep, a group, or FIELD=VALUE; default: all of the study."""
 
     watch: Flag = False
-    """Go on until Ctrl-C, and say only what is new."""
+    """Sync again every --every-s seconds until Ctrl-C; print only what changed."""
 
     as_new: Flag = False
     """Upload those of the named runs that were deleted in W&B as new ones, under a new id."""
@@ -163,7 +163,7 @@ def _in_words(done: "Synced") -> str:
         case "complete":
             return "all of it is on the server"
         case "unchanged":
-            return "was all on the server when it was last asked"
+            return "was all on the server at the last check"
         case "running":
             return f"trains now ({done.note}); sync it when it has stopped"
     return "not tracked"

@@ -67,9 +67,6 @@ REMOVED = ".removed-"
 class Run(Submittable):
     """One run of a study. Holds two names; everything else is on disk."""
 
-    study: Path
-    name: str
-
     @functools.cached_property  # asked for twenty times in a submission
     def folder(self) -> Path:
         """`STUDY/runs/NAME`."""
@@ -185,11 +182,6 @@ class Run(Submittable):
     def last(self) -> Path:
         """The checkpoint that a start resumes from."""
         return self.checkpoints / "last.pt"
-
-    @classmethod
-    def at(cls, folder: Path) -> "Run":
-        """The run whose folder is `folder`; the inverse of `Run.folder`."""
-        return cls(study=folder.parent.parent, name=folder.name)
 
     def exists(self) -> bool:
         """Whether a run of this name was ever created."""
@@ -327,7 +319,7 @@ class Run(Submittable):
         return next((path for path in left if "-" not in path.name.removeprefix(mark)), None)
 
     def cancel_requested(self) -> bool:
-        """Whether a person has cancelled the run and not submitted it since."""
+        """Whether the user has cancelled the run and not submitted it since."""
         try:
             # Opened, not looked at: NFS remembers for a while whether a file is there.
             self.cancel_file.open("rb").close()
@@ -370,7 +362,7 @@ class Run(Submittable):
             data_are_given: See `merge`.
 
         Returns:
-            What a person should know, or "": that the run is extended, say.
+            Notes to print, or "": that the run is extended, say.
 
         Raises:
             RunMismatchError: A run of this name has another signature.
@@ -416,7 +408,7 @@ class Run(Submittable):
     def merge(
         self, asked: RunConfig, *, in_use: bool = False, data_are_given: bool = False
     ) -> tuple[RunConfig, str]:
-        """What `create` would write, and what a person should know of it. Writes nothing.
+        """What `create` would write, and notes to print. Writes nothing.
 
         Args:
             asked: What is asked for.
@@ -628,7 +620,7 @@ class Before:
     def put_back(self) -> None:
         """Make it so again, unless a job has been handed over meanwhile.
 
-        Raises nothing where the disk is full, say: why the submission failed is what a person
+        Raises nothing where the disk is full, say: why the submission failed is what the user
         must hear. Each file is then whole, as it was or as it was submitted.
         """
         try:

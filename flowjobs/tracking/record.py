@@ -218,9 +218,9 @@ def note_refusal(run: Run, refusal: Refusal | None) -> None:
 
 
 def entity_of(run: Run) -> str:
-    """The user or team in W&B that has the run; "" for whose account the key will be of.
+    """W&B entity of the run; "" until its first session, which then uses the key's default entity.
 
-    Once it is there another account, or another default of the same, changes nothing.
+    Fixed from then on, whoever syncs.
     """
     tracking, named = run.config().tracking, read_uploaded(run).named
     noted = named[1] if named[:1] == (server_of(tracking),) else ""

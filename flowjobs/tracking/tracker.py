@@ -1,4 +1,4 @@
-"""What a training tells W&B through: starts the mirror, talks to it, never waits for it long."""
+"""W&B for a training run: starts the mirror, talks to it, never waits for it long."""
 
 import contextlib
 import json
