@@ -103,6 +103,7 @@ class Mirror:
         if record.state_to_report(self._run).outcome is None:  # the trainer died
             self._take_commands()
             self._log_if_possible(ended=True)
+            # Not `finish`, which would say how the run ended: wandb writes its file by itself.
             time.sleep(2 * FLUSH_INTERVAL_S)
             return False
         return self.tell()
@@ -140,7 +141,7 @@ class Mirror:
         try:
             wandb = self._opened_wandb()
             self._log_new_rows(wandb)
-            if self._is_superseded():
+            if self._is_superseded():  # that may have taken a while
                 return False
             drawn = outcome.state == "finished" and self._run.samples_picture.exists()
             picture = self._run.samples_picture if drawn else None
@@ -198,7 +199,7 @@ class Mirror:
         if self._rows is None:
             if not self._started or not self._run.metrics_file.exists():
                 return
-            # From the top: W&B may lack rows of this attempt and of those before it.
+            # From the top: W&B may lack rows of earlier attempts too.
             self._rows = MetricsReader(self._run.metrics_file)
         rows = self._rows.new_rows()
         self._note_times(rows, self._rows.written_at())
@@ -237,6 +238,7 @@ class Mirror:
     def _retry_later(self, error: Exception, *, silently: bool = False) -> None:
         """Tear wandb down, whatever happened to it, and say when another session is tried."""
         opened = self._wandb is not None
+        # The next session reads all rows again, since only the server knows what it took of them.
         self._wandb = self._rows = self._held = None
         self._sent = 0
         # The whole traceback once: a server may be away for days.

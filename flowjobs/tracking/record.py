@@ -222,9 +222,9 @@ def entity_of(run: Run) -> str:
 
     Fixed from then on, whoever syncs.
     """
-    tracking, named = run.config().tracking, read_uploaded(run).named
-    noted = named[1] if named[:1] == (server_of(tracking),) else ""
-    return tracking.wandb_entity or noted
+    tracking = run.config().tracking
+    server, entity, *_ = read_uploaded(run).named or ("", "")
+    return tracking.wandb_entity or (entity if server == server_of(tracking) else "")
 
 
 def session_files(run: Run) -> list[Path]:

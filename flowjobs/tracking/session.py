@@ -66,8 +66,8 @@ class WandbSession:
             _wait_for_killed_session(run)
         else:
             record.write_uploaded(run, self._uploaded)  # before there is a folder that is to stay
-        named = (server, entity, tracking.wandb_project, run.name, config.group)
-        is_named = self._uploaded.named == named
+        names = (tracking.wandb_project, run.name, config.group)
+        is_named = self._uploaded.named == (server, entity, *names)
         self._run = wandb.init(
             project=tracking.wandb_project,
             entity=entity or None,
@@ -87,10 +87,9 @@ class WandbSession:
             with suppress(OSError):  # a link is missing in a report, no more
                 run.wandb_page_file.write_text(f"{self._run.url}\n")
             # The server gets the folders' rows now.
-            named = (server, entity or self._run.entity, *named[2:])
-            uploaded = replace(self._uploaded, step=self.last_step, folders=(), named=named)
-            record.write_uploaded(run, uploaded)
-            self._uploaded = uploaded
+            named = (server, entity or self._run.entity, *names)
+            self._uploaded = replace(self._uploaded, step=self.last_step, folders=(), named=named)
+            record.write_uploaded(run, self._uploaded)
         self._logged_bytes = 0
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
