@@ -1,6 +1,5 @@
 """The trainer as a notebook uses it: it opens its run itself, and W&B mirrors it."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import cast
@@ -15,7 +14,7 @@ from flowjobs.training import trainer
 class FlowTrainer(trainer.FlowTrainer):
     """A `flowjobs.training.trainer.FlowTrainer` whose run is tracked in W&B as its job would be."""
 
-    def track(self, run: Run) -> AbstractContextManager[Callable[[], None]]:
+    def track(self, run: Run) -> AbstractContextManager[object]:
         """In W&B."""
         return tracked(run)
 

@@ -123,14 +123,17 @@ class Attempt:
         self._write()
 
     def start_at(self, step: int, extensions: Sequence[Extension] = ()) -> None:
-        """Note the step that this attempt starts at, before it trains, and how it was extended."""
+        """Note the step that this attempt starts at, and how it was extended, for `trains_now`."""
         self._status.extensions = [*extensions]
         self._record.first_step = self._record.last_step = step
-        self._record.trains = now()
         self._status.step = step
         # Again: loading may have taken long, and only now is it known where this attempt starts.
         self._lock.check_held()
         self._check_progress()
+
+    def trains_now(self) -> None:
+        """Note on disk that training begins: from now on all rows of `metrics.jsonl` count."""
+        self._record.trains = now()
         self._status.write(self.run.status_file)
 
     def progress(

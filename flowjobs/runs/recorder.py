@@ -1,7 +1,7 @@
-"""What a run records while it trains: to `metrics.jsonl`, to its status, and to what mirrors it."""
+"""What a run records while it trains: to `metrics.jsonl` and to its status."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from flowjobs.runs.attempt import Attempt, died_silently
@@ -10,16 +10,9 @@ from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, outcome_of
 
-# Mirrors a run's newest attempt while the block lasts; its outcome is on disk before that ends. The
-# function that it gives is called when `metrics.jsonl` has been cut to the checkpoint: from then on
-# it can be mirrored. That neither raises nor waits.
-Track = Callable[[Run], AbstractContextManager[Callable[[], None]]]
-
-
-@contextmanager
-def untracked(run: Run) -> Iterator[Callable[[], None]]:
-    """Track nothing."""
-    yield lambda: None
+# Mirrors a run while the block lasts; the outcome is on disk before that ends. The rows of
+# `metrics.jsonl` count from when `status.json` says that the newest attempt trains.
+Track = Callable[[Run], AbstractContextManager[object]]
 
 
 class Recorder:
@@ -29,10 +22,9 @@ class Recorder:
         attempt: What the status says of it, and whether it still holds the run.
     """
 
-    def __init__(self, run: Run, attempt: Attempt, start_mirroring: Callable[[], None]) -> None:
+    def __init__(self, run: Run, attempt: Attempt) -> None:
         self._run = run
         self.attempt = attempt
-        self._start_mirroring = start_mirroring
         self._metrics: MetricsFile | None = None
 
     def start_at(
@@ -51,7 +43,7 @@ class Recorder:
         self.attempt.start_at(step, [dict(extension) for extension in extensions])
         kept = step if rows_up_to is None else rows_up_to
         self._metrics = MetricsFile(self._run.metrics_file, after_step=kept)
-        self._start_mirroring()
+        self.attempt.trains_now()
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Record one row on disk, where it is safe and where the mirror finds it."""
@@ -81,7 +73,7 @@ def recording(
     job: JobInfo,
     judge: Judge = system_lock_decides,
     explain: Callable[[AttemptRecord], Outcome] = died_silently,
-    track: Track = untracked,
+    track: Track = nullcontext,
 ) -> Iterator[Recorder]:
     """Hold the run and track it for as long as the block lasts.
 
@@ -94,8 +86,8 @@ def recording(
     Raises:
         RunBusyError: Another attempt holds the run.
     """
-    with Attempt(run, job, judge, explain) as attempt, track(run) as start_mirroring:
-        recorder = Recorder(run, attempt, start_mirroring)
+    with Attempt(run, job, judge, explain) as attempt, track(run):
+        recorder = Recorder(run, attempt)
         try:
             yield recorder
         except BaseException as error:

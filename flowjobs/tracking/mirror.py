@@ -4,10 +4,9 @@
 
 A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
 server, hangs, dies, prints) reaches the training, and so that what was logged reaches W&B when the
-training is killed. On its standard input come "start", when the rows of earlier attempts that
-do not count any more are gone from `metrics.jsonl`, and "finish", when `status.json` holds the
-outcome. On its standard output go JSON lines of what its parent should know. It ends with 0 if W&B
-knows the state of the run.
+training is killed. What it tells it reads in the run's folder; its standard input says only when
+`status.json` holds the outcome. On its standard output go JSON lines of what its parent should
+know. It ends with 0 if W&B knows the state of the run.
 """
 
 import json
@@ -66,7 +65,8 @@ class Mirror:
         run: The run.
         session: The session that this process writes.
         role: What this process is for.
-        pipes: File descriptors that commands are read from, and that news go to.
+        pipes: File descriptors: of one that can be read when it is time to finish, and of one that
+            news go to.
     """
 
     def __init__(
@@ -76,14 +76,12 @@ class Mirror:
         self._session = session
         self._mode: ResolvedMode = "online" if role == "sync" else session.mode
         self._role = role
-        self._commands, self._events = pipes
-        self._started = False
+        self._to_finish, self._events = pipes
         self._rows: MetricsReader | None = None
         # Noted on disk, so that what is told to W&B later has the times of then.
         self._times = {row["step"]: row["time"] for row in read_rows(run.row_times_file)}
         # The newest row: if it is the run's last, the picture goes into it.
         self._held: Row | None = None
-        self._asked_to_finish = False
         self._wandb: WandbSession | None = None
         self._files_before: set[Path] = set()
         self._warned = False
@@ -94,14 +92,13 @@ class Mirror:
     def run_beside_training(self, parent: int) -> bool:
         """Mirror until told to finish, or left alone. Returns whether W&B knows the run's end."""
         # A forked worker of the parent may outlive it, and keeps the pipe open.
-        while not self._asked_to_finish and os.getppid() == parent:
+        while os.getppid() == parent:
             if self._is_superseded():
                 return False
             self._log_if_possible()
-            if not self._asked_to_finish:
-                self._take_commands(PACE_S)
+            if select.select([self._to_finish], [], [], PACE_S)[0]:
+                break
         if record.state_to_report(self._run).outcome is None:  # the trainer died
-            self._take_commands()
             self._log_if_possible(ended=True)
             # Not `finish`, which would say how the run ended: wandb writes its file by itself.
             time.sleep(2 * FLUSH_INTERVAL_S)
@@ -135,7 +132,6 @@ class Mirror:
             return False
 
     def _finish(self, outcome: Outcome, *, retry: bool) -> bool:
-        self._started = True
         if self._is_superseded() or self._refused:  # a refusal would be the same again
             return False
         try:
@@ -197,7 +193,10 @@ class Mirror:
     def _log_new_rows(self, wandb: WandbSession) -> None:
         """Log all rows that are there but the newest, which is held."""
         if self._rows is None:
-            if not self._started or not self._run.metrics_file.exists():
+            attempt = self._run.status().open_attempt
+            # Until it trains, rows may be there that it will drop.
+            waits = self._role == "train" and attempt is not None and attempt.trains is None
+            if waits or not self._run.metrics_file.exists():
                 return
             # From the top: W&B may lack rows of earlier attempts too.
             self._rows = MetricsReader(self._run.metrics_file)
@@ -264,15 +263,6 @@ class Mirror:
         for path in set(record.session_files(self._run)) - self._files_before:
             shutil.rmtree(path.parent, ignore_errors=True)
 
-    def _take_commands(self, timeout_s: float = 0.0) -> None:
-        """Take what the parent asks for; waits so long for it."""
-        ready, _, _ = select.select([self._commands], [], [], timeout_s)
-        if not ready:
-            return
-        commands = os.read(self._commands, 4096).decode().split()
-        self._started |= "start" in commands
-        self._asked_to_finish |= "finish" in commands or not commands
-
     def _send(self, **news: str | bool | int) -> None:
         with suppress(OSError):  # nobody listens any more
             os.write(self._events, (json.dumps(news) + "\n").encode())
@@ -295,7 +285,7 @@ def main() -> None:
     here = Path.cwd()
     os.chdir(run.wandb_folder)  # wandb reads wandb/settings of the working directory
     # Nothing that wandb reads or prints, nor its own process, may take part in the conversation.
-    commands, events = os.dup(0), os.dup(1)
+    to_finish, events = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(2, 1)
@@ -304,7 +294,7 @@ def main() -> None:
     session = record.read_session(run)
     if session is None or session.token != token:
         sys.exit(EXIT_NOT_TOLD)
-    mirror = Mirror(run, session, role, (commands, events))
+    mirror = Mirror(run, session, role, (to_finish, events))
     # One at a time, offline too: what W&B has on record is found out first, then added to.
     try:
         with nullcontext() if role == "sync" else record.upload_lock(run):  # a sync holds it itself

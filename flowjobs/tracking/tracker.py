@@ -5,7 +5,7 @@ import json
 import logging
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flowjobs.errors import RunTakenOverError
@@ -25,16 +25,16 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 2.0, 600.0
 
 
 @contextmanager
-def tracked(run: Run) -> Iterator[Callable[[], None]]:
+def tracked(run: Run) -> Iterator[None]:
     """Mirror the run to W&B; see `flowjobs.runs.recorder.Track`."""
     mode, why = resolve_mode(run.config().tracking)
     logger.info("W&B: %s (%s)", mode, why)
     if mode == "disabled":
-        yield lambda: None
+        yield
         return
     tracker = WandbTracker(run, mode)
     try:
-        yield tracker.start_mirroring
+        yield
     except RunTakenOverError:
         tracker.leave()  # its end is not the run's
         raise
@@ -60,7 +60,6 @@ class WandbTracker:
         self._connected: bool | None = None
         self._session: record.Session | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
-        self._started = False
         self._changing = threading.Lock()
         self._finishing = threading.Event()
         with self._never_stopping():
@@ -68,12 +67,6 @@ class WandbTracker:
         with self._never_stopping():
             # Not a thread to wait for.
             threading.Thread(target=self._keep_mirror, daemon=True).start()
-
-    def start_mirroring(self) -> None:
-        """`metrics.jsonl` holds only rows that count from now on: they can be mirrored."""
-        with self._never_stopping(), self._changing:
-            self._started = True
-            self._send("start")
 
     def leave(self) -> None:
         """Tell W&B nothing more: another attempt has the run."""
@@ -88,7 +81,11 @@ class WandbTracker:
             session, mirror = self._session, self._mirror
             if session is None or mirror is None or mirror.poll() is not None:
                 session, mirror = self._start_mirror("report")  # it was killed: this one catches up
-            self._send("finish")
+            if mirror.stdin is not None:
+                # Not its end, which forked workers keep open.
+                with contextlib.suppress(BrokenPipeError):
+                    mirror.stdin.write(b"finish\n")
+                    mirror.stdin.flush()
             patient = self._connected and self._run.status().state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
             wait_for_mirror(self._run, session, mirror, limit_s)
@@ -116,16 +113,7 @@ class WandbTracker:
     def _start_mirror(self, role: Role) -> "tuple[record.Session, subprocess.Popen[bytes]]":
         self._session = self._session or record.begin_session(self._run, self._mode)
         self._mirror = start_mirror(self._run, self._session, role)
-        if self._started:  # it takes the place of one that was told
-            self._send("start")
         return self._session, self._mirror
-
-    def _send(self, command: str) -> None:
-        # A pipe that nobody reads any more: the next one is told.
-        with contextlib.suppress(BrokenPipeError):
-            if self._mirror is not None and self._mirror.stdin is not None:
-                self._mirror.stdin.write(f"{command}\n".encode())
-                self._mirror.stdin.flush()
 
     def _log_news(self) -> None:
         """Log what the mirror reports, until it ends."""

@@ -46,7 +46,7 @@ from flowjobs.models.velocity import (
     frozen_in_evaluation,
     input_dtype,
 )
-from flowjobs.runs.recorder import Recorder, recording, untracked
+from flowjobs.runs.recorder import Recorder, recording
 from flowjobs.runs.run import Run, check_run_name, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.training.checkpoint import (
@@ -210,9 +210,9 @@ class FlowTrainer:
                 with recording(run, JobInfo.in_foreground(), track=self.track) as recorder:
                     return self._train(run, recorder)
 
-    def track(self, run: Run) -> AbstractContextManager[Callable[[], None]]:
+    def track(self, run: Run) -> AbstractContextManager[object]:
         """The tracker of a trainer on its own; `flowjobs.training.FlowTrainer` has W&B's."""
-        return untracked(run)
+        return nullcontext()
 
     def tracking(self) -> TrackingConfig:
         """Where W&B is to have the run of a trainer on its own."""
