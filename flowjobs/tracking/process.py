@@ -119,8 +119,7 @@ def wait_for_mirror(
         mirror.kill()  # wandb's own process sees that and goes too
         code = mirror.wait()
     if mirror.stdin is not None:
-        with suppress(BrokenPipeError):  # of one that has died
-            mirror.stdin.close()
+        mirror.stdin.close()
     if code == 0 or record.is_superseded(run, session):
         return  # W&B knows, or a later session tells it
     refusal = record.read_uploaded(run).refusal

@@ -1,12 +1,12 @@
 """W&B for a training run: starts the mirror, talks to it, never waits for it long."""
 
-import contextlib
 import json
 import logging
+import os
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.files import warn_once
@@ -82,10 +82,9 @@ class WandbTracker:
             if session is None or mirror is None or mirror.poll() is not None:
                 session, mirror = self._start_mirror("report")  # it was killed: this one catches up
             if mirror.stdin is not None:
-                # Not its end, which forked workers keep open.
-                with contextlib.suppress(BrokenPipeError):
-                    mirror.stdin.write(b"finish\n")
-                    mirror.stdin.flush()
+                with suppress(BrokenPipeError):  # it has died just now
+                    # Not closed: forked workers would keep it open.
+                    os.write(mirror.stdin.fileno(), b"finish\n")
             patient = self._connected and self._run.status().state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
             wait_for_mirror(self._run, session, mirror, limit_s)
