@@ -69,7 +69,7 @@ def flow_loss(model: nn.Module, x_1: Tensor) -> Tensor:
 def stopping_after_an_epoch(recorder: Recorder) -> Iterator[None]:
     """What is trained in the block stops this process as its first epoch has ended.
 
-    Of the time from one save to the next it runs a part: saves come as often as if it ran all of it.
+    Of the time between two saves it runs a part: they come as often as if it ran all of it.
     """
     share = saving.COST_SHARE / int(os.environ.get("IN_TURNS", "1"))
     record = recorder.record

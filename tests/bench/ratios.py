@@ -68,10 +68,7 @@ def ratios_in_turns(
     commands = {"ours": ours, **others}
     there = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": there, "IN_TURNS": str(len(commands))}
-    times = [
-        seconds_in_turns(commands, environment, from_a_stop=True)
-        for _ in range(rounds)
-    ]
+    times = [seconds_in_turns(commands, environment, from_a_stop=True) for _ in range(rounds)]
     print()
     ratios = {name: statistics.median(s[name] / s["ours"] for s in times) for name in times[0]}
     for name, ratio in ratios.items():
