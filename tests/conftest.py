@@ -28,7 +28,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those on Slurm take turns on two clusters, half of them each."""
+    """Where tests run side by side, those on Slurm take turns on two clusters, half on each."""
     for item in items:
         if "slurm_cluster" in getattr(item, "fixturenames", ()):
             half = "interruptions" if item.path.name == "test_nothing_is_lost.py" else "slurm"

@@ -16,8 +16,8 @@ from tests.cluster.waiting import ClusterError
 def slurm_cluster() -> Iterator[SlurmCluster]:
     """The cluster, booted. One that was up before stays up; one booted here is shut down.
 
-    Where tests run side by side each worker has a cluster of its own. Where it cannot be booted the test is skipped, but fails if CI=true: there, a test that never
-    runs is a mistake.
+    Where tests run side by side each worker has a cluster of its own. Where it cannot be booted the
+    test is skipped, but fails if CI=true: there, a test that never runs is a mistake.
     """
     if missing := missing_requirement():
         if os.environ.get("CI") == "true":
