@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import cast
 
 from flowjobs.config import TrackingConfig, WandbMode
-from flowjobs.runs.recorder import Tracker
 from flowjobs.runs.run import Run
-from flowjobs.tracking.mode import entity_here, mode_of_settings, server_here
+from flowjobs.tracking.mode import entity_here, mode_of_settings, variables
 from flowjobs.tracking.tracker import tracked
 from flowjobs.training import trainer
 
@@ -15,8 +14,8 @@ from flowjobs.training import trainer
 class FlowTrainer(trainer.FlowTrainer):
     """A `flowjobs.training.trainer.FlowTrainer` whose run is tracked in W&B as its job would be."""
 
-    def track(self, run: Run) -> AbstractContextManager[Tracker]:
-        """W&B's tracker."""
+    def track(self, run: Run) -> AbstractContextManager[object]:
+        """In W&B."""
         return tracked(run)
 
     def tracking(self) -> TrackingConfig:
@@ -26,6 +25,6 @@ class FlowTrainer(trainer.FlowTrainer):
         return replace(
             asked,
             wandb_entity=asked.wandb_entity or entity_here(),
-            wandb_base_url=server_here(),
+            wandb_base_url=variables().get("WANDB_BASE_URL"),
             wandb_mode=cast(WandbMode, mode) if mode else asked.wandb_mode,
         )

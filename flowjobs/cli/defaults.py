@@ -21,7 +21,7 @@ from flowjobs.nearest import meant
 from flowjobs.runs.run import default_study
 from flowjobs.slurm.options import fields_from, variables_of
 from flowjobs.toml_values import read_toml, typed_value
-from flowjobs.tracking.mode import entity_of_settings, mode_of_settings, server_of_settings
+from flowjobs.tracking.mode import mode_of_settings, server_of_settings, setting
 
 FILE_NAME = "flowjobs.toml"
 
@@ -155,7 +155,7 @@ def load_defaults(
     """
     defaults = Defaults()
     of_wandb = {
-        "wandb_entity": entity_of_settings(),
+        "wandb_entity": setting("entity"),
         "wandb_base_url": server_of_settings(),
         "wandb_mode": mode_of_settings(),
     }

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import tyro
 
@@ -30,7 +30,7 @@ class Sync(InStudy):
     """Names, patterns, a sweep, a group, or FIELD=VALUE; default: all of the study."""
 
     watch: Flag = False
-    """Go on until Ctrl-C, and say only what is new."""
+    """Sync again every --every-s seconds until Ctrl-C; print only what changed."""
 
     as_new: Flag = False
     """Upload those of the named runs that were deleted in W&B as new ones, under a new id."""
@@ -41,45 +41,32 @@ class Sync(InStudy):
     def run(self, defaults: Defaults) -> int:
         """Upload. Returns the exit code."""
         check_seconds("--every-s", self.every_s)
-        errors = NewLines(sys.stderr, set())
-        with contextlib.redirect_stderr(errors):
-            runs, broken = readable_runs(self.study, self.names)
         if self.as_new and (self.watch or not self.names):
             raise ConfigError("--as-new: name the runs that it is for, and leave --watch out")
-        if not (runs or broken):
-            print(f"there are no runs in {absolute(self.study)}", file=sys.stderr)
+        errors = NewLines(sys.stderr, set())
         if not self.watch:
-            return 1 if (runs and self._sync(runs, said=None)) or broken else 0
-        said: set[str] = set()
-        away = ""
+            return 1 if self._look(errors) else 0
         with contextlib.suppress(KeyboardInterrupt):
-            self._sync(runs, said)
+            self._look(errors)
             while True:
                 time.sleep(self.every_s)
+                errors = NewLines(sys.stderr, errors.lines)
                 try:
-                    look = NewLines(sys.stderr, errors.lines)
-                    with contextlib.redirect_stderr(look):
-                        runs, _ = readable_runs(self.study, self.names)
-                    errors = look
-                    self._sync(runs, said)
-                    away = ""
+                    self._look(errors)
                 except (FlowjobsError, OSError) as error:  # a server may be back at the next look
-                    if str(error) != away:
-                        print(f"error: {error}", file=sys.stderr, flush=True)
-                    away = str(error)
+                    print(f"error: {error}", file=errors)
         return 0
 
-    def _sync(self, runs: Sequence[Run], said: set[str] | None) -> bool:
-        """Sync these runs, and print what there is to say.
+    def _look(self, errors: TextIO) -> bool:
+        """Sync the runs as they are now, saying on `errors` what fails. Returns whether any did."""
+        with contextlib.redirect_stderr(errors):
+            runs, broken = readable_runs(self.study, self.names)
+        if not (runs or broken):
+            print(f"there are no runs in {absolute(self.study)}", file=errors)
+        return bool(runs and self._sync(runs, errors)) or bool(broken)
 
-        Args:
-            runs: What to sync.
-            said: The failures that were printed before, and need not be again; None prints all,
-                also of runs where nothing was done.
-
-        Returns:
-            Whether something failed.
-        """
+    def _sync(self, runs: Sequence[Run], errors: TextIO) -> bool:
+        """Sync these runs, and print what there is to say. Returns whether something failed."""
         from flowjobs.tracking.mode import server_of, server_url
         from flowjobs.tracking.record import read_uploaded
 
@@ -95,7 +82,7 @@ class Sync(InStudy):
                 if servers.get(run) in refused:
                     continue
                 refusal = read_uploaded(run).refusal
-                if refusal and said is not None:  # until somebody has done what it says
+                if refusal and self.watch:  # until somebody has done what it says
                     failures.add(f"{run.name}: {refusal.text}")
                     continue
                 try:
@@ -110,14 +97,11 @@ class Sync(InStudy):
                 except (FlowjobsError, OSError) as error:
                     failures.add(f"{run.name}: {error}")
                     continue
-                if said is None or done.state == "uploaded":
+                if done.state == "uploaded" or not self.watch:
                     print(f"{run.name}: {_in_words(done)}", flush=True)
         finally:  # also before what ends the command
-            for failure in sorted(failures - (said or set())):
-                print(f"error: {failure}", file=sys.stderr, flush=True)
-            if said is not None:
-                said.clear()
-                said |= failures
+            for failure in sorted(failures):
+                print(f"error: {failure}", file=errors)
         return bool(failures)
 
     def _sync_one(self, run: Run) -> "Synced":
@@ -163,7 +147,7 @@ def _in_words(done: "Synced") -> str:
         case "complete":
             return "all of it is on the server"
         case "unchanged":
-            return "was all on the server when it was last asked"
+            return "was all on the server at the last check"
         case "running":
             return f"trains now ({done.note}); sync it when it has stopped"
     return "not tracked"

@@ -199,7 +199,7 @@ class TrainingJob:
         """Whether the run was cancelled; records that once."""
         # A user who starts the run has deleted the cancel file first.
         cancelled = cancel_requested_with_retries(self._run) or (
-            not self._job.started_by_person and exit_cause.cancelled_while_requeued(self._job)
+            not self._job.started_by_user and exit_cause.cancelled_while_requeued(self._job)
         )
         status = self._run.status()
         if cancelled and status.state == "preempted" and self.is_first:

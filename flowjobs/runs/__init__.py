@@ -17,5 +17,8 @@ study/                                     --study DIR, or $FLOWJOBS_STUDY
            metrics.lost.jsonl              rows that a sudden death lost, until they are repeated
            samples.png evaluation.json     samples of best.pt, and what they are worth
            tracking.json cancelled.json    its newest session in W&B; there while it is cancelled
-           logs/  wandb/                   batch files and output of its jobs; W&B's own files
+           logs/                           batch files and output of its jobs
+           wandb/                          W&B's own files, and what W&B has of the run:
+                                           on_record.json times.jsonl surroundings.json page.txt
+                                           mirror.log
 """

@@ -124,14 +124,17 @@ class Attempt:
         self._write()
 
     def start_at(self, step: int, extensions: Sequence[Extension] = ()) -> None:
-        """Note the step that this attempt starts at, before it trains, and how it was extended."""
+        """Note the step that this attempt starts at, and how it was extended, for `trains_now`."""
         self._status.extensions = [*extensions]
         self._record.first_step = self._record.last_step = step
-        self._record.trains = now()
         self._status.step = step
         # Again: loading may have taken long, and only now is it known where this attempt starts.
         self._lock.check_held()
         self._check_progress()
+
+    def trains_now(self) -> None:
+        """Note on disk that training begins: from now on all rows of `metrics.jsonl` count."""
+        self._record.trains = now()
         self._status.write(self.run.status_file)
 
     def progress(
@@ -143,8 +146,8 @@ class Attempt:
         self._status.epoch, self._status.best_val_loss = epoch, best_val_loss
         self._write_now_and_then()
 
-    def prepared(self) -> None:
-        """Note that more is there of what the steps need; reaches the disk as `progress` does."""
+    def note_pairs_written(self) -> None:
+        """Count a chunk of reflow pairs as progress, for --give-up-after."""
         self._record.prepared += 1
         self._write_now_and_then()
 

@@ -28,7 +28,7 @@ from flowjobs.user_code import is_installed
 
 DIGEST_DIGITS = 16  # user_code.py knows a snapshot's path by them
 WRITERS = 16
-# What Finder and Jupyter write into a folder that a person opens.
+# What Finder and Jupyter write into a folder that the user opens.
 LEFT_BY_LOOKING = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|\.ipynb_checkpoints/.*)$")
 
 

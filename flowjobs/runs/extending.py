@@ -34,7 +34,7 @@ def extension_of(before: Mapping[str, Any], asked: TrainingConfig, step: int) ->
 def explain_extension(
     name: str, before: TrainingConfig, asked: TrainingConfig, status: RunStatus
 ) -> str:
-    """What a person should know of training the run `name` for longer; "" if it is as long.
+    """Notes to print on training the run `name` for longer; "" if it is as long.
 
     Raises:
         ConfigError: The run stopped early, and more epochs alone would not train a step.

@@ -105,7 +105,7 @@ def _flush(path: Path) -> None:
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Log a warning about a damaged file, however often this process looks at it."""
+    """Log a warning once, however often this process meets it."""
     logger.warning("%s", text)
 
 

@@ -1,4 +1,4 @@
-"""Commands that a person is told to type: they work as they stand, in the working directory."""
+"""Command lines to print for the user: they work as they stand, in the working directory."""
 
 import os
 import shlex

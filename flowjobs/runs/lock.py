@@ -114,6 +114,9 @@ class RunLock:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # Without the gate, which others may hold for as long as they ask Slurm: a preempted job has
+        # no time for that. Who takes the run over between these lines loses its name, and stops at
+        # its next `check_held` having harmed nothing.
         if self.is_held():
             _holder_file(self._folder).unlink(missing_ok=True)
         if self._lock is not None:

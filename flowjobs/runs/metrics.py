@@ -61,8 +61,8 @@ class MetricsFile:
         """Compare a row, before it is written, with the lost one of its step.
 
         Returns:
-            The last step that came out as before, or 0, if this one does not: on another type of
-            GPU, or with changed code; once that is on record, `forget_lost`. None if it does.
+            None if they are the same; else (another type of GPU? changed code?) the last step that
+            was, or 0. Once that is on record: `forget_lost`.
         """
         if not self._lost:
             return None
@@ -71,8 +71,8 @@ class MetricsFile:
                 self.forget_lost()
             return None
         logger.warning(
-            "step %d does not come out as it did before that work was lost (on another type of "
-            "GPU? with changed code?); %s has the values that count",
+            "step %d was repeated with other values than before its work was lost (another type of "
+            "GPU? changed code?); %s has the ones that count",
             row["step"],
             self._path,
         )

@@ -33,9 +33,6 @@ FOLDER = "packs"
 class Pack(Submittable):
     """One pack of a study. What it holds is on disk."""
 
-    study: Path
-    name: str
-
     @property
     def folder(self) -> Path:
         """`STUDY/packs/NAME`."""
@@ -45,11 +42,6 @@ class Pack(Submittable):
     def starts_file(self) -> Path:
         """A line each time that a job of it has started."""
         return self.folder / "starts.jsonl"
-
-    @classmethod
-    def at(cls, folder: Path) -> "Pack":
-        """The pack whose folder is `folder`; the inverse of `Pack.folder`."""
-        return cls(study=folder.parent.parent, name=folder.name)
 
     @cached_property
     def _content(self) -> dict[str, Any]:
@@ -74,7 +66,7 @@ class Pack(Submittable):
         return from_json(SlurmConfig, self._content["slurm"])
 
     def cancel_requested(self) -> bool:
-        """Whether nothing of it is left to train, as a person has cancelled the last of it."""
+        """Whether nothing of it is left to train, as the user has cancelled the last of it."""
         jobs = self.submissions()
         cancelled = any(run.cancel_requested() for run in self.runs)
         return cancelled and bool(jobs) and not self.remaining(jobs[-1].job_id)

@@ -1,8 +1,8 @@
-"""What a run records while it trains: to `metrics.jsonl`, to its status, and to its tracker."""
+"""What a run records while it trains: to `metrics.jsonl` and to its status."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from flowjobs.runs.attempt import Attempt, died_silently
 from flowjobs.runs.lock import Judge, system_lock_decides
@@ -10,37 +10,9 @@ from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, outcome_of
 
-
-class Tracker(Protocol):
-    """Mirrors a run's `metrics.jsonl` somewhere. None of its methods raises or waits."""
-
-    def follow(self) -> None:
-        """From now on `metrics.jsonl` holds only rows that count, and those that come."""
-        ...
-
-    def last_row_comes(self) -> None:
-        """The next row is the run's last: its picture belongs into it."""
-        ...
-
-
-# Opens the tracker of a run's newest attempt; its outcome is on disk before the block ends.
-Track = Callable[[Run], AbstractContextManager[Tracker]]
-
-
-class Untracked:
-    """The tracker of a run that is not mirrored anywhere."""
-
-    def follow(self) -> None:
-        """See `Tracker`."""
-
-    def last_row_comes(self) -> None:
-        """See `Tracker`."""
-
-
-@contextmanager
-def untracked(run: Run) -> Iterator[Tracker]:
-    """Track nothing."""
-    yield Untracked()
+# Mirrors a run while the block lasts; the outcome is on disk before that ends. The rows of
+# `metrics.jsonl` count from when `status.json` says that the newest attempt trains.
+Track = Callable[[Run], AbstractContextManager[object]]
 
 
 class Recorder:
@@ -50,15 +22,10 @@ class Recorder:
         attempt: What the status says of it, and whether it still holds the run.
     """
 
-    def __init__(self, run: Run, attempt: Attempt, tracker: Tracker) -> None:
+    def __init__(self, run: Run, attempt: Attempt) -> None:
         self._run = run
         self.attempt = attempt
-        self._tracker = tracker
         self._metrics: MetricsFile | None = None
-
-    def note_model(self, model: str, parameters: int, flops_per_sample: int | None) -> None:
-        """Say which model it is, and how large, before `start_at`; see `RunStatus`."""
-        self.attempt.note_model(model, parameters, flops_per_sample)
 
     def start_at(
         self,
@@ -76,17 +43,15 @@ class Recorder:
         self.attempt.start_at(step, [dict(extension) for extension in extensions])
         kept = step if rows_up_to is None else rows_up_to
         self._metrics = MetricsFile(self._run.metrics_file, after_step=kept)
-        self._tracker.follow()
+        self.attempt.trains_now()
 
-    def record(self, row: Mapping[str, Any], *, is_last: bool = False) -> None:
-        """Record one row on disk, where it is safe and where the tracker finds it."""
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Record one row on disk, where it is safe and where the mirror finds it."""
         assert self._metrics is not None, "start_at comes first"
         last_same = self._metrics.notice_other_values(row)
         if last_same is not None:
             self.attempt.note_divergence(last_same)
             self._metrics.forget_lost()
-        if is_last:
-            self._tracker.last_row_comes()
         self._metrics.append(row)
 
     def flush_rows(self) -> None:
@@ -108,21 +73,21 @@ def recording(
     job: JobInfo,
     judge: Judge = system_lock_decides,
     explain: Callable[[AttemptRecord], Outcome] = died_silently,
-    track: Track = untracked,
+    track: Track = nullcontext,
 ) -> Iterator[Recorder]:
     """Hold the run and track it for as long as the block lasts.
 
-    An exception in the block becomes the attempt's outcome, on disk and in the tracker.
+    An exception in the block becomes the attempt's outcome, on disk and where it is tracked.
 
     Args:
         run: See `Attempt`, as for `job`, `judge` and `explain`.
-        track: Opens the run's tracker.
+        track: Mirrors the run.
 
     Raises:
         RunBusyError: Another attempt holds the run.
     """
-    with Attempt(run, job, judge, explain) as attempt, track(run) as tracker:
-        recorder = Recorder(run, attempt, tracker)
+    with Attempt(run, job, judge, explain) as attempt, track(run):
+        recorder = Recorder(run, attempt)
         try:
             yield recorder
         except BaseException as error:

@@ -35,7 +35,7 @@ def attempts_without_progress(attempts: Sequence[AttemptRecord]) -> int:
             if attempt.prepared:
                 return count
             count += 1
-        if attempt.job.started_by_person:
+        if attempt.job.started_by_user:
             return count
         following = attempt.first_step if attempt.first_step is not None else following
     return count
@@ -58,6 +58,6 @@ def may_retry(attempts: Sequence[AttemptRecord], kind: str, step: int | None, re
             spent += 1
             if attempt.kind == kind and step is not None and attempt.last_step == step:
                 return False  # a bug after all: it comes back at the same step
-        if attempt.job.started_by_person:
+        if attempt.job.started_by_user:
             break
     return spent < retries

@@ -67,9 +67,6 @@ REMOVED = ".removed-"
 class Run(Submittable):
     """One run of a study. Holds two names; everything else is on disk."""
 
-    study: Path
-    name: str
-
     @functools.cached_property  # asked for twenty times in a submission
     def folder(self) -> Path:
         """`STUDY/runs/NAME`."""
@@ -111,9 +108,34 @@ class Run(Submittable):
         return self.folder / "tracking.json"
 
     @property
+    def wandb_folder(self) -> Path:
+        """W&B's own files, and beside them what W&B has of the run: the files below."""
+        return self.folder / "wandb"
+
+    @property
     def wandb_page_file(self) -> Path:
         """The address of its page in W&B, once a server has been told of it."""
-        return self.folder / "wandb" / "page.txt"
+        return self.wandb_folder / "page.txt"
+
+    @property
+    def on_record_file(self) -> Path:
+        """What W&B, or the folders that are for it, have; see `tracking.record`."""
+        return self.wandb_folder / "on_record.json"
+
+    @property
+    def row_times_file(self) -> Path:
+        """When each row was written, which `metrics.jsonl`, the same in all runs, cannot say."""
+        return self.wandb_folder / "times.jsonl"
+
+    @property
+    def surroundings_file(self) -> Path:
+        """With what code and where the newest attempt trained; see `runs.surroundings`."""
+        return self.wandb_folder / "surroundings.json"
+
+    @property
+    def mirror_log(self) -> Path:
+        """What the processes that mirror the run, and wandb, have to say."""
+        return self.wandb_folder / "mirror.log"
 
     def rank_file(self, start: str, rank: int) -> Path:
         """How a rank of a job failed; see `runs.rank_failures`."""
@@ -160,11 +182,6 @@ class Run(Submittable):
     def last(self) -> Path:
         """The checkpoint that a start resumes from."""
         return self.checkpoints / "last.pt"
-
-    @classmethod
-    def at(cls, folder: Path) -> "Run":
-        """The run whose folder is `folder`; the inverse of `Run.folder`."""
-        return cls(study=folder.parent.parent, name=folder.name)
 
     def exists(self) -> bool:
         """Whether a run of this name was ever created."""
@@ -213,10 +230,8 @@ class Run(Submittable):
             raise ConfigError(f"{self.folder / 'run.json'} is missing: submit {self.name} again")
         return identity.id
 
-    def settle_tracking_id(self) -> str:
-        """The same, for those who tell W&B: a run that is a copy of another gets its own first.
-
-        A run without an id gets one.
+    def ensure_tracking_id(self) -> str:
+        """The id in W&B; a run that is a copy of another, or has none, gets a new one first.
 
         Raises:
             ConfigError: `run.json` is damaged.
@@ -304,7 +319,7 @@ class Run(Submittable):
         return next((path for path in left if "-" not in path.name.removeprefix(mark)), None)
 
     def cancel_requested(self) -> bool:
-        """Whether a person has cancelled the run and not submitted it since."""
+        """Whether the user has cancelled the run and not submitted it since."""
         try:
             # Opened, not looked at: NFS remembers for a while whether a file is there.
             self.cancel_file.open("rb").close()
@@ -347,7 +362,7 @@ class Run(Submittable):
             data_are_given: See `merge`.
 
         Returns:
-            What a person should know, or "": that the run is extended, say.
+            Notes to print, or "": that the run is extended, say.
 
         Raises:
             RunMismatchError: A run of this name has another signature.
@@ -393,7 +408,7 @@ class Run(Submittable):
     def merge(
         self, asked: RunConfig, *, in_use: bool = False, data_are_given: bool = False
     ) -> tuple[RunConfig, str]:
-        """What `create` would write, and what a person should know of it. Writes nothing.
+        """What `create` would write, and notes to print. Writes nothing.
 
         Args:
             asked: What is asked for.
@@ -605,7 +620,7 @@ class Before:
     def put_back(self) -> None:
         """Make it so again, unless a job has been submitted meanwhile.
 
-        Raises nothing where the disk is full, say: why the submission failed is what a person
+        Raises nothing where the disk is full, say: why the submission failed is what the user
         must hear. Each file is then whole, as it was or as it was submitted.
         """
         try:

@@ -90,7 +90,7 @@ def give_identity(
 
 
 def settled_identity(folder: Path, there: Callable[[], Inherited]) -> Identity | None:
-    """The identity of the run in `folder`, which a copy of another run gets here.
+    """The run's identity; a copied folder gets a new one, a moved folder keeps its id.
 
     The caller keeps others from doing the same at once. None and the errors are those of
     `read_identity`.

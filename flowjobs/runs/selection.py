@@ -1,4 +1,4 @@
-"""Which runs a person means: names, patterns, a sweep, a group, or fields of the config.
+"""Which runs the user means: names, patterns, a sweep, a group, or fields of the config.
 
 Reads what is on disk alone, and writes nothing. Knows neither torch nor a scheduler.
 """
@@ -47,7 +47,7 @@ def select(study: Path, words: Sequence[str] = ()) -> Selection:
 
     Args:
         study: Root of the study.
-        words: As a person types them.
+        words: As the user types them.
 
     Raises:
         RunNotFoundError: A word, or all of them together, mean no run.

@@ -155,8 +155,8 @@ class JobInfo:
         return f"{self.cluster} job {self.job_id} on {self.host}"
 
     @property
-    def started_by_person(self) -> bool:
-        """Whether this is the first start that a person asked for."""
+    def started_by_user(self) -> bool:
+        """Whether this is the first start that the user asked for."""
         return not self.continues and (self.packed or self.restart == 0)
 
     @classmethod
@@ -179,7 +179,7 @@ class AttemptRecord:
     Attributes:
         trains: When it was about to do its first step.
         saving_s: How long its training stood still for checkpoints.
-        prepared: How often it saw more of what its steps need, and which is kept: pairs of reflow.
+        prepared: Chunks of reflow pairs that it wrote to disk: progress before the first step.
     """
 
     number: int

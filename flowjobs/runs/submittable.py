@@ -1,4 +1,4 @@
-"""What jobs are submitted for, and which: of a run, and of a pack of runs that share one."""
+"""Base of Run and Pack: a folder that jobs are submitted for, and its jobs.jsonl."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Self, get_type_hints
 
 from flowjobs.config import SlurmConfig
 from flowjobs.from_json import value_from_json
@@ -77,6 +77,7 @@ def attempts_of(job: Submission, attempts: Iterable[AttemptRecord]) -> list[Atte
     return [attempt for attempt in own if attempt.started >= earliest.isoformat()]
 
 
+@dataclass(frozen=True)
 class Submittable(ABC):
     """A folder of a study with its jobs: their logs, and a line for each.
 
@@ -87,6 +88,11 @@ class Submittable(ABC):
 
     study: Path
     name: str
+
+    @classmethod
+    def at(cls, folder: Path) -> Self:
+        """The one whose folder is `folder`: the inverse of `folder`."""
+        return cls(study=folder.parent.parent, name=folder.name)
 
     @property
     @abstractmethod

@@ -36,15 +36,14 @@ def note_surroundings(run: Run, directory: Path) -> None:
         "host": socket.gethostname(),
         "gpus": gpu_names(),
     }
-    file = _surroundings_file(run)
-    file.parent.mkdir(exist_ok=True)
-    write_json(file, found, flush=False)
+    run.wandb_folder.mkdir(exist_ok=True)
+    write_json(run.surroundings_file, found, flush=False)
 
 
 def surroundings_of(run: Run) -> dict[str, Any]:
     """With what code and where the newest attempt trained; empty if that was never noted."""
     try:
-        return read_json(_surroundings_file(run))
+        return read_json(run.surroundings_file)
     except (OSError, ValueError):
         return {}  # it never came so far
 
@@ -71,10 +70,6 @@ def gpu_names() -> list[str]:
         return [name for _, name, _ in found]
     asked = visible.split(",")
     return [name for index, name, uuid in found if index in asked or uuid in asked]
-
-
-def _surroundings_file(run: Run) -> Path:
-    return run.folder / "wandb" / "surroundings.json"
 
 
 def _version(package: str) -> str | None:

@@ -1,1 +1,1 @@
-"""Weights & Biases behind a small protocol. The only room that imports wandb, when a run starts."""
+"""Weights & Biases mirrors a run's folder. The only room that imports wandb, when a run starts."""

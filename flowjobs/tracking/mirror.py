@@ -4,15 +4,13 @@
 
 A process of its own, beside the one that trains, so that nothing that W&B does (waits for a
 server, hangs, dies, prints) reaches the training, and so that what was logged reaches W&B when the
-training is killed. On its standard input come "follow", when the rows of earlier attempts that
-do not count any more are gone from `metrics.jsonl`, "last", when the next row is the run's last,
-and "finish", when `status.json` holds the outcome. On its standard output go JSON lines of what its
-parent should know. It ends with 0 if W&B knows the state of the run.
+training is killed. What it tells it reads in the run's folder; its standard input says only when
+`status.json` holds the outcome. On its standard output go JSON lines of what its parent should
+know. It ends with 0 if W&B knows the state of the run.
 """
 
 import json
 import logging
-import math
 import os
 import select
 import shutil
@@ -52,7 +50,7 @@ PACE_S = 0.5
 PARENT_POLL_S, LINGER_S = 2.0, 60.0
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
 # How long the server may take to count what it has received, and how often it is asked.
-SEEN_WITHIN_S: dict[Role, float] = {"follow": 3.0, "close": 10.0, "sync": 10.0}
+SEEN_WITHIN_S, SEEN_WITHIN_BESIDE_TRAINING_S = 10.0, 3.0
 ASK_EVERY_S = 0.5
 
 
@@ -67,7 +65,8 @@ class Mirror:
         run: The run.
         session: The session that this process writes.
         role: What this process is for.
-        pipes: File descriptors that commands are read from, and that news go to.
+        pipes: File descriptors: of one that can be read when it is time to finish, and of one that
+            news go to.
     """
 
     def __init__(
@@ -77,36 +76,31 @@ class Mirror:
         self._session = session
         self._mode: ResolvedMode = "online" if role == "sync" else session.mode
         self._role = role
-        self._commands, self._events = pipes
-        self._following = False
+        self._to_finish, self._events = pipes
         self._rows: MetricsReader | None = None
-        # When each row was written, which `metrics.jsonl`, the same in all runs, cannot say. Noted
-        # beside it, so that what is told to W&B later has the times of then.
-        self._times_file = run.folder / "wandb" / "times.jsonl"
-        self._times = {row["step"]: row["time"] for row in read_rows(self._times_file)}
-        # The run's last row waits for the picture that belongs into it.
+        # Noted on disk, so that what is told to W&B later has the times of then.
+        self._times = {row["step"]: row["time"] for row in read_rows(run.row_times_file)}
+        # The newest row: if it is the run's last, the picture goes into it.
         self._held: Row | None = None
-        self._newest_is_last = False
-        self._asked_to_finish = False
         self._wandb: WandbSession | None = None
         self._files_before: set[Path] = set()
         self._warned = False
         self._retry_at, self._retry_after = 0.0, FIRST_RETRY_S
+        self._refused = False
         self._sent = 0
 
-    def follow(self, parent: int) -> bool:
+    def run_beside_training(self, parent: int) -> bool:
         """Mirror until told to finish, or left alone. Returns whether W&B knows the run's end."""
         # A forked worker of the parent may outlive it, and keeps the pipe open.
-        while not self._asked_to_finish and os.getppid() == parent:
+        while os.getppid() == parent:
             if self._is_superseded():
                 return False
             self._log_if_possible()
-            if not self._asked_to_finish:
-                self._take_commands(PACE_S)
+            if select.select([self._to_finish], [], [], PACE_S)[0]:
+                break
         if record.state_to_report(self._run).outcome is None:  # the trainer died
-            self._take_commands()
-            self._newest_is_last = False  # whatever was said: no picture comes
-            self._log_if_possible()
+            self._log_if_possible(ended=True)
+            # Not `finish`, which would say how the run ended: wandb writes its file by itself.
             time.sleep(2 * FLUSH_INTERVAL_S)
             return False
         return self.tell()
@@ -138,14 +132,12 @@ class Mirror:
             return False
 
     def _finish(self, outcome: Outcome, *, retry: bool) -> bool:
-        self._following = True
-        self._newest_is_last = outcome.state == "finished"
-        if self._is_superseded() or self._retry_at == math.inf:  # a refusal would be the same again
+        if self._is_superseded() or self._refused:  # a refusal would be the same again
             return False
         try:
             wandb = self._opened_wandb()
             self._log_new_rows(wandb)
-            if self._is_superseded():
+            if self._is_superseded():  # that may have taken a while
                 return False
             drawn = outcome.state == "finished" and self._run.samples_picture.exists()
             picture = self._run.samples_picture if drawn else None
@@ -155,7 +147,7 @@ class Mirror:
             wandb.finish(outcome, picture)
             # A preempted job has no time for it, and its next session logs what the server lacks.
             leaves = outcome.state in ("preempted", "cancelled")
-            if self._mode == "online" and not (self._role == "follow" and leaves):
+            if self._mode == "online" and not (self._role == "train" and leaves):
                 self._verify_on_server()
         except Exception as error:
             # A signal to all processes of the job has killed wandb's own, or that gave up on a
@@ -166,7 +158,7 @@ class Mirror:
         return not self._is_superseded()
 
     def _is_superseded(self) -> bool:
-        """Whether an attempt has begun that says itself what comes of the run."""
+        """Whether a later session, as of the next attempt, owns the run in W&B."""
         return record.is_superseded(self._run, self._session)
 
     def _verify_on_server(self) -> None:
@@ -177,48 +169,54 @@ class Mirror:
         """
         # Where nothing was sent, the server said itself that it has all rows, as the session began.
         last_step = record.last_step_of(self._run) if self._sent else -1
-        give_up_at = time.monotonic() + SEEN_WITHIN_S[self._role]
+        within_s = SEEN_WITHIN_BESIDE_TRAINING_S if self._role == "train" else SEEN_WITHIN_S
+        give_up_at = time.monotonic() + within_s
         while lacks := missing_on_server(self._run, last_step):
             if time.monotonic() > give_up_at:
                 raise NotUploadedError(f"the server lacks {lacks}")
             time.sleep(ASK_EVERY_S)
 
-    def _log_if_possible(self) -> None:
-        """Log the rows that W&B lacks, if it answers."""
-        if self._wandb is None and time.monotonic() < self._retry_at:
+    def _log_if_possible(self, *, ended: bool = False) -> None:
+        """Log the rows that W&B lacks, if it answers; one that may be the last only if `ended`."""
+        if self._refused or (self._wandb is None and time.monotonic() < self._retry_at):
             return
         try:
-            self._log_new_rows(self._opened_wandb())
+            wandb = self._opened_wandb()
+            self._log_new_rows(wandb)
+            # A run ends at an epoch's end, and draws its picture after that. So only such a row
+            # waits, until the next one is there.
+            if ended or "val/loss" not in (self._held or ()):
+                self._log_held_row(wandb)
         except Exception as error:
             self._retry_later(error)
 
     def _log_new_rows(self, wandb: WandbSession) -> None:
-        """Log all rows that are there but the run's last one."""
+        """Log all rows that are there but the newest, which is held."""
         if self._rows is None:
-            if not self._following or not self._run.metrics_file.exists():
+            attempt = self._run.status().open_attempt
+            # Until it trains, rows may be there that it will drop.
+            waits = self._role == "train" and attempt is not None and attempt.trains is None
+            if waits or not self._run.metrics_file.exists():
                 return
-            # From the top: W&B may lack rows of this attempt and of those before it.
+            # From the top: W&B may lack rows of earlier attempts too.
             self._rows = MetricsReader(self._run.metrics_file)
         rows = self._rows.new_rows()
         self._note_times(rows, self._rows.written_at())
-        # "last" comes before the last row: where that has been read, it can be heard by now.
-        self._take_commands()
         for row in rows:
             if row["step"] > wandb.last_step:
                 self._log_held_row(wandb)
                 self._held = row
-        if not self._newest_is_last:
-            self._log_held_row(wandb)
 
     def _note_times(self, rows: Iterable[Row], written_at: float) -> None:
         """Note the time of rows that were written just now, or while nobody looked."""
-        # Steps that were lost and repeated keep their first time.
+        # Of one look all get the time of the last: exact while a mirror runs, the file's own after
+        # a pause. Steps that were lost and repeated keep their first time.
         new = {row["step"]: written_at for row in rows if row["step"] not in self._times}
         self._times |= new
         if new:
             lines = [json.dumps({"step": step, "time": time}) for step, time in new.items()]
             with suppress(OSError):  # a full disk
-                append_line(self._times_file, "\n".join(lines))
+                append_line(self._run.row_times_file, "\n".join(lines))
 
     def _log_held_row(self, wandb: WandbSession, picture: Path | None = None) -> None:
         if self._held is not None:
@@ -229,7 +227,7 @@ class Mirror:
     def _opened_wandb(self) -> WandbSession:
         if self._wandb is None:
             self._files_before = set(record.session_files(self._run))
-            trains_here = self._role == "follow"
+            trains_here = self._role == "train"
             self._wandb = WandbSession(self._run, self._mode, trains_here=trains_here)
             self._send(connected=True)
             self._warned = False
@@ -239,6 +237,7 @@ class Mirror:
     def _retry_later(self, error: Exception, *, silently: bool = False) -> None:
         """Tear wandb down, whatever happened to it, and say when another session is tried."""
         opened = self._wandb is not None
+        # The next session reads all rows again, since only the server knows what it took of them.
         self._wandb = self._rows = self._held = None
         self._sent = 0
         # The whole traceback once: a server may be away for days.
@@ -251,7 +250,7 @@ class Mirror:
         kind: str = "server" if no_answer and not opened else "run"
         if refusal := record.refusal_of(error, self._run):
             record.note_refusal(self._run, refusal)
-            self._retry_at = math.inf
+            self._refused = True
             failure, kind = refusal.text, refusal.kind
         if refusal or not (self._warned or silently):
             self._warned = True
@@ -263,17 +262,6 @@ class Mirror:
     def _remove_new_folders(self) -> None:
         for path in set(record.session_files(self._run)) - self._files_before:
             shutil.rmtree(path.parent, ignore_errors=True)
-
-    def _take_commands(self, timeout_s: float = 0.0) -> None:
-        """Take what the parent asks for; waits so long for it."""
-        ready, _, _ = select.select([self._commands], [], [], timeout_s)
-        if not ready:
-            return
-        text = os.read(self._commands, 4096).decode()
-        commands = text.split()
-        self._following |= "follow" in commands
-        self._newest_is_last |= "last" in commands
-        self._asked_to_finish |= "finish" in commands or not text
 
     def _send(self, **news: str | bool | int) -> None:
         with suppress(OSError):  # nobody listens any more
@@ -295,9 +283,9 @@ def main() -> None:
     role = cast(Role, sys.argv[4])
     run = Run.at(Path(folder).absolute())
     here = Path.cwd()
-    os.chdir(run.folder / "wandb")  # wandb reads wandb/settings of the working directory
+    os.chdir(run.wandb_folder)  # wandb reads wandb/settings of the working directory
     # Nothing that wandb reads or prints, nor its own process, may take part in the conversation.
-    commands, events = os.dup(0), os.dup(1)
+    to_finish, events = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(2, 1)
@@ -306,14 +294,14 @@ def main() -> None:
     session = record.read_session(run)
     if session is None or session.token != token:
         sys.exit(EXIT_NOT_TOLD)
-    mirror = Mirror(run, session, role, (commands, events))
+    mirror = Mirror(run, session, role, (to_finish, events))
     # One at a time, offline too: what W&B has on record is found out first, then added to.
     try:
         with nullcontext() if role == "sync" else record.upload_lock(run):  # a sync holds it itself
-            if role == "follow":
+            if role == "train":
                 note_surroundings(run, here)
                 record.note_refusal(run, None)  # each attempt is a new try
-            told = mirror.follow(parent) if role == "follow" else mirror.tell()
+            told = mirror.run_beside_training(parent) if role == "train" else mirror.tell()
     except LockHeldError as error:
         logger.warning("%s; `flowjobs sync` uploads what W&B lacks", error)
         told = False

@@ -94,15 +94,14 @@ def _to_log_in(server: str) -> str:
     )
 
 
-def check_server_answers(server: str = "") -> None:
-    """Raise a ServerError if nothing listens at W&B's address; default: the one here.
+def check_server_answers(server: str) -> None:
+    """Raise a ServerError if nothing listens at a server's address.
 
     `wandb.init` would find out in half a minute; `wandb.setup()` would wait for ever if wandb's own
     process is killed as it starts (0.31).
     """
     from urllib.request import getproxies  # loads ssl, which no command line's start needs
 
-    server = server or server_url()
     url = urlsplit(server)
     ours = variables().keys() & {f"WANDB_{url.scheme.upper()}_PROXY", "WANDB__PROXIES"}
     if getproxies().get(url.scheme) or ours:
@@ -121,21 +120,13 @@ def server_of(config: TrackingConfig) -> str:
 
 
 def server_url() -> str:
-    """The server's address here, of which a key in the environment is."""
-    return (server_here() or f"https://{DEFAULT_HOSTS[0]}").rstrip("/")
-
-
-def server_here() -> str | None:
-    """The server that the environment, or `wandb login --host`, names here; None where none do.
-
-    For a run to be read once, as the entity is.
-    """
-    return variables().get("WANDB_BASE_URL")
+    """The server that this machine's settings mean; a key in the environment is for this one."""
+    return variables().get("WANDB_BASE_URL", f"https://{DEFAULT_HOSTS[0]}").rstrip("/")
 
 
 def server_of_settings() -> tuple[str, str]:
     """The server that W&B's settings file of this user names, and the file; "" if it names none."""
-    server = settings_of_user().get("base_url", "").strip()
+    server = _settings_in(_user_file()).get("base_url", "").strip()
     return (server, str(_user_file())) if server else ("", "")
 
 
@@ -154,15 +145,11 @@ def _names_of(server: str) -> list[str]:
 
 def variables() -> dict[str, str]:
     """The environment, and what W&B's settings file of this user says as if it stood there."""
-    settings = {f"WANDB_{name.upper()}": value for name, value in settings_of_user().items()}
+    of_user = _settings_in(_user_file())
+    settings = {f"WANDB_{name.upper()}": value for name, value in of_user.items()}
     # A key out of a file ends with its newline, which wandb refuses; an empty one is none.
     found = [*settings.items(), *os.environ.items()]  # the environment wins
     return {name: value.strip() for name, value in found if value.strip()}
-
-
-def settings_of_user() -> dict[str, str]:
-    """What W&B's settings file of this user says."""
-    return _settings_in(_user_file())
 
 
 def entity_here() -> str | None:
@@ -171,22 +158,18 @@ def entity_here() -> str | None:
     To be read once, as a run is made: an attempt, or a sync, that started elsewhere would find
     another one, and so another run in W&B.
     """
-    return os.environ.get("WANDB_ENTITY", "").strip() or entity_of_settings()[0] or None
-
-
-def entity_of_settings() -> tuple[str, str]:
-    """The entity that W&B's settings files name, and the file that does; "" where none does."""
-    return _of_settings("entity")
+    return os.environ.get("WANDB_ENTITY", "").strip() or setting("entity")[0] or None
 
 
 def mode_of_settings() -> tuple[str, str]:
-    """The same for the mode, which `wandb offline`, `online` and `disabled` write."""
-    mode, file = _of_settings("mode")
+    """`setting` for the mode, which `wandb offline`, `online` and `disabled` write."""
+    mode, file = setting("mode")
     mode = OLDER_WORDS.get(mode, mode)
     return (mode, file) if mode in get_args(WandbMode) else ("", "")
 
 
-def _of_settings(name: str) -> tuple[str, str]:
+def setting(name: str) -> tuple[str, str]:
+    """What W&B's settings files say of this name, and the file that does; "" where none does."""
     # wandb's own order: the working directory's wins.
     folder = ".wandb" if Path(".wandb").exists() else "wandb"
     for file in (Path(folder) / "settings", _user_file()):

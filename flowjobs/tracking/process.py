@@ -30,9 +30,9 @@ from flowjobs.tracking.mode import (
 
 logger = logging.getLogger(__name__)
 
-# What a mirror is for: to follow a training, to report how an attempt ended that could not do it
-# itself, or to bring the server up to date with what was tracked elsewhere.
-Role = Literal["follow", "close", "sync"]
+# What a mirror is for: to log what a training writes, to report how an attempt ended that could not
+# do so itself, or to bring the server up to date with what was tracked elsewhere.
+Role = Literal["train", "report", "sync"]
 
 # All that wandb may know of WANDB_* variables and of its settings files: what it takes to reach the
 # server and to be let in. Any other is the run's own, and told by arguments, or another run's: a
@@ -51,6 +51,7 @@ PATHS = re.compile(
 EXIT_NOT_TOLD = 3
 
 # Slurm signals every process of a job; the mirror is to end when the training has said its last.
+# wandb's own process dies of TERM all the same: see Mirror._finish, which opens another one.
 SIGNALS_FOR_TRAINING_ALONE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
 
 # How long W&B may take for what it lacks of a run; a burst of rows takes a fiftieth of that.
@@ -66,20 +67,15 @@ def upload_limit_s(run: Run) -> float:
     return UPLOAD_BASE_S + longer_s + size / UPLOAD_BYTES_PER_S
 
 
-def mirror_log(run: Run) -> Path:
-    """What the mirrors of a run, and wandb, have to say."""
-    return run.folder / "wandb" / "mirror.log"
-
-
 def failure_of_mirror(run: Run, code: int) -> str:
     """Why a mirror ended by itself, as where wandb cannot be loaded; "" for any other end."""
     if code in (0, EXIT_NOT_TOLD, -signal.SIGKILL):
         return ""
-    log = mirror_log(run)
+    said = run.mirror_log.read_text(errors="replace")
     # An error's text may have several lines.
-    errors = re.findall(r"^[\w.]+Error\b.*", log.read_text(errors="replace"), re.MULTILINE)
+    errors = re.findall(r"^[\w.]+Error\b.*", said, re.MULTILINE)
     why = errors[-1] if code == 1 and errors else f"exit code {code}"
-    return f"the process that tells W&B has failed: {why} (see {log})"
+    return f"the process that tells W&B has failed: {why} (see {run.mirror_log})"
 
 
 def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Popen[bytes]:
@@ -91,14 +87,13 @@ def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Po
     Raises:
         OSError: It could not be started.
     """
-    log = mirror_log(run)
-    log.parent.mkdir(exist_ok=True)
-    pipe = subprocess.DEVNULL if role == "close" else subprocess.PIPE
+    run.wandb_folder.mkdir(exist_ok=True)
+    pipe = subprocess.DEVNULL if role == "report" else subprocess.PIPE
     # -P: a file wandb.py beside the user's code is not wandb.
     command = [sys.executable, "-P", "-m", "flowjobs.tracking.mirror"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_TRAINING_ALONE)
     try:
-        with log.open("ab") as output:
+        with run.mirror_log.open("ab") as output:
             return subprocess.Popen(
                 [*command, run.folder, session.token, str(os.getpid()), role],
                 stdin=pipe,
@@ -124,10 +119,8 @@ def wait_for_mirror(
         mirror.kill()  # wandb's own process sees that and goes too
         code = mirror.wait()
     if mirror.stdin is not None:
-        with suppress(BrokenPipeError):  # of one that has died
-            mirror.stdin.close()
-    newest = record.read_session(run)
-    if code == 0 or newest is None or newest.token != session.token:
+        mirror.stdin.close()
+    if code == 0 or record.is_superseded(run, session):
         return  # W&B knows, or a later session tells it
     refusal = record.read_uploaded(run).refusal
     why = refusal.text if refusal else failure_of_mirror(run, code)
@@ -159,7 +152,7 @@ def close_session(run: Run, *, wait: bool = True) -> bool:
         return True
     try:
         session = record.begin_session(run, mode)
-        mirror = start_mirror(run, session, "close")
+        mirror = start_mirror(run, session, "report")
         if wait:
             wait_for_mirror(run, session, mirror, upload_limit_s(run))
     except OSError as error:

@@ -156,9 +156,8 @@ def upload_lock(run: Run) -> Iterator[None]:
     Raises:
         LockHeldError: Another process holds it, and has not let go of it in time.
     """
-    folder = run.folder / "wandb"
-    folder.mkdir(exist_ok=True)
-    with locked(folder / ".upload.lock", UPLOAD_WAIT_S, f"to upload {run.name} to W&B"):
+    run.wandb_folder.mkdir(exist_ok=True)
+    with locked(run.wandb_folder / ".upload.lock", UPLOAD_WAIT_S, f"to upload {run.name} to W&B"):
         yield
 
 
@@ -185,7 +184,7 @@ def read_uploaded(run: Run) -> Uploaded:
     run_id = ""
     with suppress(ConfigError, OSError, ValueError):
         run_id = run.tracking_id()
-        found = from_json(Uploaded, read_json(_uploaded_file(run)))
+        found = from_json(Uploaded, read_json(run.on_record_file))
         if found.run_id == run_id:
             return found
     return Uploaded(run_id)
@@ -199,7 +198,7 @@ def write_uploaded(run: Run, uploaded: Uploaded) -> None:
     for path in session_files(run):
         if path.parent.name not in uploaded.folders:
             path.with_name(f"{path.name}.synced").touch()  # as wandb marks what it has uploaded
-    write_json(_uploaded_file(run), asdict(uploaded), flush=False)
+    write_json(run.on_record_file, asdict(uploaded), flush=False)
 
 
 def note_reported(run: Run, reported: Report) -> None:
@@ -219,18 +218,18 @@ def note_refusal(run: Run, refusal: Refusal | None) -> None:
 
 
 def entity_of(run: Run) -> str:
-    """The user or team in W&B that has the run; "" for whose account the key will be of.
+    """W&B entity of the run; "" until its first session, which then uses the key's default entity.
 
-    Once it is there another account, or another default of the same, changes nothing.
+    Fixed from then on, whoever syncs.
     """
-    tracking, named = run.config().tracking, read_uploaded(run).named
-    noted = named[1] if named[:1] == (server_of(tracking),) else ""
-    return tracking.wandb_entity or noted
+    tracking = run.config().tracking
+    server, entity, *_ = read_uploaded(run).named or ("", "")
+    return tracking.wandb_entity or (entity if server == server_of(tracking) else "")
 
 
 def session_files(run: Run) -> list[Path]:
     """W&B's files of all sessions of a run."""
-    return list(run.folder.glob("wandb/*run-*/run-*.wandb"))
+    return list(run.wandb_folder.glob("*run-*/run-*.wandb"))
 
 
 def last_step_of(run: Run) -> int:
@@ -272,7 +271,3 @@ def refusal_of(error: Exception, run: Run) -> Refusal | None:
             "place",
         )
     return None
-
-
-def _uploaded_file(run: Run) -> Path:
-    return run.folder / "wandb" / "on_record.json"

@@ -40,10 +40,6 @@ SETTLED_AFTER_S = 2.0
 PICTURE = "samples"
 
 
-class RetryUselessError(Exception):
-    """Another session would end so too: the disk is full, or the run was deleted in W&B."""
-
-
 class WandbSession:
     """Opens a session of the run: the same W&B run each time, with its identity complete.
 
@@ -59,19 +55,19 @@ class WandbSession:
     def __init__(self, run: Run, mode: ResolvedMode, *, trains_here: bool) -> None:
         self._tracked = run
         self._online = mode == "online"
-        run_id = run.settle_tracking_id()
+        run_id = run.ensure_tracking_id()
         self._uploaded = replace(record.read_uploaded(run), refusal=None)
         # What a parent process, or a session before, left here would be joined.
         os.environ.pop("WANDB_SERVICE", None)
+        config, tracking = run.config().training, run.config().tracking
+        server, entity = server_of(tracking), record.entity_of(run)
         if self._online:
-            check_server_answers()
+            check_server_answers(server)
             _wait_for_killed_session(run)
         else:
             record.write_uploaded(run, self._uploaded)  # before there is a folder that is to stay
-        config, tracking = run.config().training, run.config().tracking
-        server, entity = server_of(tracking), record.entity_of(run)
-        named = (server, entity, tracking.wandb_project, run.name, config.group)
-        is_named = self._uploaded.named == named
+        names = (tracking.wandb_project, run.name, config.group)
+        is_named = self._uploaded.named == (server, entity, *names)
         self._run = wandb.init(
             project=tracking.wandb_project,
             entity=entity or None,
@@ -91,10 +87,9 @@ class WandbSession:
             with suppress(OSError):  # a link is missing in a report, no more
                 run.wandb_page_file.write_text(f"{self._run.url}\n")
             # The server gets the folders' rows now.
-            named = (server, entity or self._run.entity, *named[2:])
-            uploaded = replace(self._uploaded, step=self.last_step, folders=(), named=named)
-            record.write_uploaded(run, uploaded)
-            self._uploaded = uploaded
+            named = (server, entity or self._run.entity, *names)
+            self._uploaded = replace(self._uploaded, step=self.last_step, folders=(), named=named)
+            record.write_uploaded(run, self._uploaded)
         self._logged_bytes = 0
         for metric in LOWEST:
             self._run.define_metric(metric, summary="min")
@@ -121,7 +116,7 @@ class WandbSession:
 
         Raises:
             TimeoutError: The server does not take it.
-            RetryUselessError: The disk does not, or the run was deleted in the web page.
+            TrackingError: The disk does not, or the run was deleted in the web page.
         """
         summary = summary_of(self._tracked)
         for key in dict(self._run.summary).keys() - summary.keys():
@@ -137,7 +132,7 @@ class WandbSession:
                 there = run_on_server(self._tracked)
                 if there is None:
                     # wandb says nothing of that: it sends rows to nobody, and "succeeds".
-                    raise RetryUselessError(f"run {self._run.id} was {record.DELETED}")
+                    raise TrackingError(f"run {self._run.id} was {record.DELETED}")
                 tags, notes = there.tags, there.notes or ""
         labels = labels_for(outcome, self._tracked.status(), tags, notes)
         self._run.tags, self._run.notes = labels
@@ -152,7 +147,7 @@ class WandbSession:
             wandb.teardown()  # `finish` may return before the end is on the disk
             # wandb says nothing of a full disk, and writes nothing more once a write has failed.
             if not file.stat().st_size > max(size, self._logged_bytes):
-                raise RetryUselessError(f"{file} is not complete: is the disk full?")
+                raise TrackingError(f"{file} is not complete: is the disk full?")
             folders = (*folders, file.parent.name)
         uploaded = replace(self._uploaded, step=self.last_step, folders=folders)
         record.write_uploaded(self._tracked, uploaded)
@@ -223,7 +218,7 @@ def tear_down_wandb() -> None:
 
 def may_succeed_at_once(error: Exception) -> bool:
     """Whether a new session may do: wandb's own process died, and not a server that refuses."""
-    return not isinstance(error, wandb.Error | TrackingError | TimeoutError | RetryUselessError)
+    return not isinstance(error, wandb.Error | TrackingError | TimeoutError)
 
 
 def _wait_for_killed_session(run: Run) -> None:

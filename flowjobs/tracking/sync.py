@@ -22,7 +22,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import check_server_answers, server_of
-from flowjobs.tracking.process import failure_of_mirror, mirror_log, start_mirror, upload_limit_s
+from flowjobs.tracking.process import failure_of_mirror, start_mirror, upload_limit_s
 
 # How long a run that another node trains may write nothing, and still be taken to train.
 QUIET_S = 600.0
@@ -73,7 +73,7 @@ def sync_run(
         return Synced("running", note=trainer)
     with record.upload_lock(run):
         # Under the lock: another sync may have told it a moment ago.
-        run.settle_tracking_id()  # first: a copy of a run that was deleted is not deleted
+        run.ensure_tracking_id()  # first: a copy of a run that was deleted is not deleted
         known = record.read_uploaded(run)
         if not (ask or as_new):
             if known.refusal and known.refusal.kind == "deleted":
@@ -130,5 +130,5 @@ def _upload(run: Run) -> Synced:
     raise TrackingError(
         failure_of_mirror(run, mirror.returncode)
         or "the server has not taken all of it in time; sync again, it continues from what is "
-        f"there ({mirror_log(run)})"
+        f"there ({run.mirror_log})"
     )

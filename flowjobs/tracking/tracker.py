@@ -1,19 +1,19 @@
-"""What a training tells W&B through: starts the mirror, talks to it, never waits for it long."""
+"""W&B for a training run: starts the mirror, talks to it, never waits for it long."""
 
-import contextlib
 import json
 import logging
+import os
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flowjobs.errors import RunTakenOverError
-from flowjobs.runs.recorder import Tracker, Untracked
+from flowjobs.runs.files import warn_once
 from flowjobs.runs.run import Run
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import ResolvedMode, resolve_mode
-from flowjobs.tracking.process import Role, mirror_log, start_mirror, wait_for_mirror
+from flowjobs.tracking.process import Role, start_mirror, wait_for_mirror
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +25,16 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 2.0, 600.0
 
 
 @contextmanager
-def tracked(run: Run) -> Iterator[Tracker]:
-    """A tracker for as long as the block lasts; by its end `status.json` says how that ended."""
+def tracked(run: Run) -> Iterator[None]:
+    """Mirror the run to W&B; see `flowjobs.runs.recorder.Track`."""
     mode, why = resolve_mode(run.config().tracking)
     logger.info("W&B: %s (%s)", mode, why)
     if mode == "disabled":
-        yield Untracked()
+        yield
         return
     tracker = WandbTracker(run, mode)
     try:
-        yield tracker
+        yield
     except RunTakenOverError:
         tracker.leave()  # its end is not the run's
         raise
@@ -58,26 +58,15 @@ class WandbTracker:
         self._run = run
         self._mode = mode
         self._connected: bool | None = None
-        self._warned = False
         self._session: record.Session | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
-        # What the mirror was told; one that takes its place is told it too.
-        self._told: list[str] = []
         self._changing = threading.Lock()
         self._finishing = threading.Event()
         with self._never_stopping():
-            self._start_mirror("follow")
+            self._start_mirror("train")
         with self._never_stopping():
             # Not a thread to wait for.
             threading.Thread(target=self._keep_mirror, daemon=True).start()
-
-    def follow(self) -> None:
-        """See `Tracker`."""
-        self._tell("follow")
-
-    def last_row_comes(self) -> None:
-        """See `Tracker`."""
-        self._tell("last")
 
     def leave(self) -> None:
         """Tell W&B nothing more: another attempt has the run."""
@@ -91,8 +80,11 @@ class WandbTracker:
                 return
             session, mirror = self._session, self._mirror
             if session is None or mirror is None or mirror.poll() is not None:
-                session, mirror = self._start_mirror("close")  # it was killed: this one catches up
-            self._send("finish")
+                session, mirror = self._start_mirror("report")  # it was killed: this one catches up
+            if mirror.stdin is not None:
+                with suppress(BrokenPipeError):  # it has died just now
+                    # Not closed: forked workers would keep it open.
+                    os.write(mirror.stdin.fileno(), b"finish\n")
             patient = self._connected and self._run.status().state in ("finished", "failed")
             limit_s = LONG_FINISH_S if patient else SHORT_FINISH_S
             wait_for_mirror(self._run, session, mirror, limit_s)
@@ -113,28 +105,14 @@ class WandbTracker:
                     return
                 if self._mirror is not None:
                     said = "the process that tells W&B has ended (%s); another one starts"
-                    logger.warning(said, mirror_log(self._run))
+                    logger.warning(said, self._run.mirror_log)
                 self._mirror, self._connected = None, False
-                self._start_mirror("follow")
+                self._start_mirror("train")
 
     def _start_mirror(self, role: Role) -> "tuple[record.Session, subprocess.Popen[bytes]]":
         self._session = self._session or record.begin_session(self._run, self._mode)
         self._mirror = start_mirror(self._run, self._session, role)
-        for command in self._told:
-            self._send(command)
         return self._session, self._mirror
-
-    def _tell(self, command: str) -> None:
-        with self._never_stopping(), self._changing:
-            self._told.append(command)
-            self._send(command)
-
-    def _send(self, command: str) -> None:
-        # A pipe that nobody reads any more: the next one is told.
-        with contextlib.suppress(BrokenPipeError):
-            if self._mirror is not None and self._mirror.stdin is not None:
-                self._mirror.stdin.write(f"{command}\n".encode())
-                self._mirror.stdin.flush()
 
     def _log_news(self) -> None:
         """Log what the mirror reports, until it ends."""
@@ -156,6 +134,4 @@ class WandbTracker:
         try:
             yield
         except Exception as error:  # of any kind: tracking never stops training
-            if not self._warned:
-                self._warned = True
-                logger.warning("W&B gets nothing of this attempt for now: %s", error)
+            warn_once(f"W&B gets nothing of this attempt for now: {error}")

@@ -46,7 +46,7 @@ from flowjobs.models.velocity import (
     frozen_in_evaluation,
     input_dtype,
 )
-from flowjobs.runs.recorder import Recorder, Tracker, recording, untracked
+from flowjobs.runs.recorder import Recorder, recording
 from flowjobs.runs.run import Run, check_run_name, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.training.checkpoint import (
@@ -210,9 +210,9 @@ class FlowTrainer:
                 with recording(run, JobInfo.in_foreground(), track=self.track) as recorder:
                     return self._train(run, recorder)
 
-    def track(self, run: Run) -> AbstractContextManager[Tracker]:
+    def track(self, run: Run) -> AbstractContextManager[object]:
         """The tracker of a trainer on its own; `flowjobs.training.FlowTrainer` has W&B's."""
-        return untracked(run)
+        return nullcontext()
 
     def tracking(self) -> TrackingConfig:
         """Where W&B is to have the run of a trainer on its own."""
@@ -268,7 +268,7 @@ class FlowTrainer:
         if recorder:
             model = self.state.model
             given = "" if self._run else class_unnamed(model, self._config)
-            recorder.note_model(given, parameters_in(model), self._flops_per_sample)
+            recorder.attempt.note_model(given, parameters_in(model), self._flops_per_sample)
             # A step that is not validated yet has no row, or its row comes again.
             recorder.start_at(
                 first_step, self.state.extensions, rows_up_to=first_step - validates_first
@@ -345,7 +345,7 @@ class FlowTrainer:
             if row and recorder:
                 epoch = (state.step - 1) // self._steps_per_epoch
                 row = {"step": state.step, "epoch": epoch, **row}
-                recorder.record(row, is_last=state.finished)
+                recorder.record(row)
 
             if saver and saver.due(epoch_finished=state.at_epoch_end):
                 saver.save(state.payload())
@@ -598,7 +598,7 @@ class FlowTrainer:
     def _tell_prepared(self) -> None:
         if self._recorder:
             with suppress(OSError):  # as for the progress
-                self._recorder.attempt.prepared()
+                self._recorder.attempt.note_pairs_written()
 
     def _tell_progress(self, recorder: Recorder) -> None:
         state = self.state

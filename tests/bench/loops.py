@@ -69,13 +69,13 @@ def flow_loss(model: nn.Module, x_1: Tensor) -> Tensor:
 def stopping_after_an_epoch(recorder: Recorder) -> Iterator[None]:
     """What is trained in the block stops this process as its first epoch has ended.
 
-    Of the time from one save to the next it runs a part: saves come as often as if it ran it all.
+    Of the time between two saves it runs a part: they come as often as if it ran all of it.
     """
     share = saving.COST_SHARE / int(os.environ.get("IN_TURNS", "1"))
     record = recorder.record
 
-    def recorded(row: Mapping[str, Any], *, is_last: bool = False) -> None:
-        record(row, is_last=is_last)
+    def recorded(row: Mapping[str, Any]) -> None:
+        record(row)
         if "val/loss" in row:
             epoch_has_ended()
 

@@ -183,7 +183,7 @@ def test_submitting_from_inside_a_job(slurm: SlurmCluster, flowjobs: Command, st
     assert ended == "COMPLETED", Path(f"flowjobs-{job_id}.out").read_text()
     job = Run(study, "by-hand").status().attempts[0].job
     assert (job.cluster, job.job_id, job.restart_count) == ("slurm", job_id, 0)
-    assert job.started_by_person
+    assert job.started_by_user
     assert not job.packed
 
 

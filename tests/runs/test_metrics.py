@@ -38,7 +38,7 @@ def test_rows_that_come_again_are_there_once_and_other_values_are_said(
         others = [row | {"train/loss": 0.1} for row in ROWS[1:]]
         assert write(path, 10, others) == [10, None]
     assert list(read_rows(path)) == [ROWS[0], *others]
-    assert caplog.text.count("does not come out as it did before") == 1
+    assert caplog.text.count("was repeated with other values") == 1
     assert "step 20 " in caplog.text
 
 

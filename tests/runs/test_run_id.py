@@ -21,7 +21,7 @@ def test_a_run_that_was_deleted_and_submitted_again_is_another_one(study: Path) 
     run = make(study)
     before = run.tracking_id()
     make(study)
-    assert run.tracking_id() == run.settle_tracking_id() == before
+    assert run.tracking_id() == run.ensure_tracking_id() == before
     run.last.write_text("weights alone do not make it the same run")
     shutil.rmtree(run.folder)
     assert make(study).tracking_id() != before
@@ -40,14 +40,14 @@ def test_a_copy_gets_an_id_of_its_own_and_the_original_keeps_its(study: Path, co
         for copy in copies:
             shutil.copytree(run.folder, copy.folder)
     assert {copy.tracking_id() for copy in copies} == {before}  # looking changes nothing
-    ids = {each.settle_tracking_id() for each in (*copies, run)}
+    ids = {each.ensure_tracking_id() for each in (*copies, run)}
     assert len(ids) == 3
     assert run.tracking_id() == before
-    assert {each.settle_tracking_id() for each in (*copies, run)} == ids
+    assert {each.ensure_tracking_id() for each in (*copies, run)} == ids
     # A copy of a copy is one too.
     again = Run(copies[0].study, "d")
     shutil.copytree(copies[0].folder, again.folder)
-    assert again.settle_tracking_id() not in ids
+    assert again.ensure_tracking_id() not in ids
 
 
 def moved(run: Run) -> Run:
@@ -101,12 +101,12 @@ def test_a_run_that_is_no_copy_keeps_its_id(study: Path, happened: Callable[[Run
     run = make(study)
     before = run.tracking_id()
     there = happened(run)
-    assert there.settle_tracking_id() == before
+    assert there.ensure_tracking_id() == before
     # It is at home there: what is copied from there is a copy.
     copy = Run(there.study, "copy")
     shutil.copytree(there.folder, copy.folder)
-    assert copy.settle_tracking_id() != before
-    assert there.settle_tracking_id() == before
+    assert copy.ensure_tracking_id() != before
+    assert there.ensure_tracking_id() == before
 
 
 def test_where_the_original_cannot_be_looked_at_the_id_is_kept(
@@ -116,9 +116,9 @@ def test_where_the_original_cannot_be_looked_at_the_id_is_kept(
     copy = Run(study, "b")
     shutil.copytree(run.folder, copy.folder)
     (run.folder / "run.json").write_text("{")
-    assert copy.settle_tracking_id() == copy.tracking_id()
+    assert copy.ensure_tracking_id() == copy.tracking_id()
     assert "It keeps its id" in caplog.text
     with pytest.raises(ConfigError, match=r"run\.json is damaged .* delete it"):
-        run.settle_tracking_id()
+        run.ensure_tracking_id()
     (run.folder / "run.json").unlink()
-    assert run.settle_tracking_id() != copy.tracking_id()
+    assert run.ensure_tracking_id() != copy.tracking_id()

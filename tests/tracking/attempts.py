@@ -66,7 +66,7 @@ def attempt(run: Run, last_step: int, pace_s: float) -> None:
         recorder.start_at(start)
         for step in range(start + ROW_EVERY_STEPS, last_step + 1, ROW_EVERY_STEPS):
             time.sleep(pace_s)
-            recorder.record(row_at(step), is_last=step == last_step)
+            recorder.record(row_at(step))
             recorder.attempt.progress(step, last_step, step // 100, None)
             if step % SAVE_EVERY_STEPS == 0 and "NO_CHECKPOINT" not in os.environ:
                 with replaced_whole(checkpoint, flush=False) as file:

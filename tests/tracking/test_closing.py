@@ -103,7 +103,7 @@ def test_telling_a_death_says_nothing_of_the_machine_that_tells_it(
 ) -> None:
     run, backend = tracked_run(mode)
     attempt_that_is_killed(run)
-    surroundings = run.folder / "wandb" / "surroundings.json"
+    surroundings = run.surroundings_file
     found = json.loads(surroundings.read_text())
     surroundings.write_text(json.dumps(found | {"host": "n3", "git_commit": "abc"}))
     write_end(run, OUT_OF_MEMORY)

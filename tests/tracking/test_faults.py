@@ -13,8 +13,8 @@ from wandb.errors import CommError, WandbCoreNotAvailableError
 from flowjobs.errors import ServerError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.tracking.mode import check_server_answers
-from flowjobs.tracking.process import close_session, mirror_log, pending_outcome
+from flowjobs.tracking.mode import check_server_answers, server_url
+from flowjobs.tracking.process import close_session, pending_outcome
 from flowjobs.tracking.record import read_uploaded, refusal_of
 from tests.cluster.waiting import wait_until
 from tests.tracking import attempts
@@ -151,11 +151,11 @@ def test_a_mirror_that_cannot_read_what_it_needs_is_started_again(
 ) -> None:
     run, _ = tracked_run("online")
     # As where a file server is away for a while.
-    surroundings = run.folder / "wandb" / "surroundings.json"
+    surroundings = run.surroundings_file
     surroundings.mkdir(parents=True)
     process = attempts.start(run, 4000, pace_s=0.02)
-    wait_until(mirror_log(run).exists, "the first to start", 60)
-    wait_until(lambda: "IsADirectoryError" in mirror_log(run).read_text(), "it to end", 60)
+    wait_until(run.mirror_log.exists, "the first to start", 60)
+    wait_until(lambda: "IsADirectoryError" in run.mirror_log.read_text(), "it to end", 60)
     surroundings.rmdir()
     attempts.mirror_and_core(process.pid)
     code, said = attempts.finish(process)
@@ -207,7 +207,7 @@ def test_a_network_that_may_not_be_used_is_no_refusal_and_a_servers_no_is_one(
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(ServerError, match="Permission denied") as met:
-        check_server_answers()
+        check_server_answers(server_url())
     run = attempts.make_run(workplace / "another", "online")
     assert refusal_of(met.value, run) is None
     refusal = refusal_of(CommError("returned error 403: permission denied"), run)

@@ -26,7 +26,7 @@ from flowjobs.runs.files import write_json
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus
-from flowjobs.tracking.process import close_session, mirror_log, pending_outcome
+from flowjobs.tracking.process import close_session, pending_outcome
 from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking.backend import KEY, Backend, RunOnServer
@@ -156,7 +156,7 @@ def test_what_an_extended_run_came_to_before_is_gone_from_its_summary(
 def test_a_sync_elsewhere_that_finds_all_there_sends_nothing(run: Run, backend: Backend) -> None:
     attempt(run, 50)
     sync(run, backend)
-    (run.folder / "wandb" / "on_record.json").unlink()
+    run.on_record_file.unlink()
     backend.requests.clear()
     assert sync_run(run).state == "complete"
     assert "UpsertBucket" not in backend.requests
@@ -374,7 +374,7 @@ def test_two_syncs_at_once_upload_once(study: Path, run: Run, backend: Backend) 
     assert (first.returncode, second.returncode) == (0, 0)
     assert sorted(said for said, _ in outputs) == [
         "tracked: 100 rows uploaded, verified\n",
-        "tracked: was all on the server when it was last asked\n",
+        "tracked: was all on the server at the last check\n",
     ]
     # Who waits for more than some seconds says for whom.
     assert all(
@@ -478,7 +478,7 @@ def test_a_wandb_that_cannot_be_loaded_is_no_slow_server(
     (workplace / "wandb.py").write_text("raise TypeError('Descriptors cannot\\nMore: at https')")
     monkeypatch.setenv("PYTHONPATH", str(workplace))
     attempt(run, 30)
-    why = f"has failed: TypeError: Descriptors cannot (see {mirror_log(run)})"
+    why = f"has failed: TypeError: Descriptors cannot (see {run.mirror_log})"
     assert f"W&B does not know that tracked is finished: the process that tells W&B {why}" in (
         caplog.text
     )
@@ -606,7 +606,7 @@ def test_the_server_is_the_one_that_the_run_was_submitted_with(
     assert (done.returncode, done.stdout) == (0, f"{run.name}: all of it is on the server\n")
     assert_equal_histories(run, backend.run(run.tracking_id()))
     assert elsewhere.requests == []
-    assert "was all on the server when it was last asked" in flowjobs("sync").stdout
+    assert "was all on the server at the last check" in flowjobs("sync").stdout
     elsewhere.go_down()
 
 
