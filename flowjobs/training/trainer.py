@@ -59,9 +59,8 @@ from flowjobs.training.checkpoint import (
 from flowjobs.training.compute import computing, computing_as_before
 from flowjobs.training.determinism import deterministic_algorithms, set_cublas_workspace
 from flowjobs.training.inputs import inputs_of
-from flowjobs.training.leaving import Leave, Leaving
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
-from flowjobs.training.ranks import Ranks, single_process
+from flowjobs.training.ranks import Leave, Leaving, Ranks, single_process
 from flowjobs.training.saving import CheckpointSaver, snapshot
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
@@ -352,7 +351,7 @@ class FlowTrainer:
 
             if not state.finished and (reason := self._agreed_to_leave(saver)):
                 return reason
-        self._leaving.close()
+        self._leaving.wait()
         return None
 
     def _check_copies(self) -> None:
