@@ -1,4 +1,7 @@
-"""The ranks of a run: one process per GPU, joined by torch.distributed. Knows no scheduler."""
+"""The ranks of a run: one process per GPU, joined by torch.distributed, and their votes to leave.
+
+Knows no scheduler: what this process's job was given is for `flowjobs.slots` to say.
+"""
 
 import importlib
 import logging
@@ -15,7 +18,7 @@ from torch.distributed import Work
 
 from flowjobs.data.randomness import derive_seed
 from flowjobs.errors import ConfigError, RankFailedError
-from flowjobs.slots import nvidia_gpus
+from flowjobs.slots import gpus_given, in_slurm_job, nvidia_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +26,6 @@ logger = logging.getLogger(__name__)
 # files aside and saves. Of a rank that dies Slurm tells the others at once.
 WAIT_FOR_RANKS = timedelta(minutes=30)
 LEAVE_WITHIN_S = 10.0
-
-# Set in a job, or in a step of it, that has GPUs.
-GIVEN_BY_SLURM = {"SLURM_JOB_GPUS", "SLURM_STEP_GPUS"}
 
 # What the first rank tells those that wait for it.
 DONE, FAILED, STILL_AT_IT = 0, 1, 2
@@ -138,8 +138,7 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
     device = torch.device("cpu")
     named = use_gpu and os.environ.get("CUDA_VISIBLE_DEVICES")
     if named and not torch.cuda.is_available():
-        # Where the driver is gone, Slurm still says what it gave.
-        if torch.version.cuda and (nvidia_gpus() or GIVEN_BY_SLURM & os.environ.keys()):
+        if torch.version.cuda and (nvidia_gpus() or gpus_given()):
             # A GPU that was lost must not turn the run into one on the CPU, with other bits.
             raise RuntimeError(
                 "CUDA error: the job was given a GPU, and torch finds none (nvidia-smi on the node "
@@ -171,7 +170,7 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
 def _say_build_without_cuda() -> None:
     """Say that torch computes on the CPU alone: a ConfigError where a job holds a GPU for it."""
     found = f"torch {torch.__version__} is a build without CUDA, which cannot use the GPU"
-    if "SLURM_JOB_ID" in os.environ:
+    if in_slurm_job():
         raise ConfigError(
             f"{found} that the job was given: install torch's CUDA build, or give "
             "--gpus-per-node 0 to train on the CPU"
