@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 from urllib.parse import urlsplit
 
-from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag, take_types
+from flowjobs.formatting import parse_count
 from flowjobs.from_json import from_json
 from flowjobs.nearest import did_you_mean
 

@@ -20,8 +20,8 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, existing_run, readable_runs
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, RunNotFoundError
+from flowjobs.formatting import counted
 from flowjobs.runs.run import Run, absolute
-from flowjobs.words import counted
 
 BLOCK_BYTES = 1 << 20
 FROM_PYTHON = "has no log: it was trained from Python, which shows its output itself"

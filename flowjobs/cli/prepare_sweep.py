@@ -9,6 +9,7 @@ from flowjobs.cli.prepare import check_parts, with_absolute_paths
 from flowjobs.config import SIZE_FIELDS, RunConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import flag
+from flowjobs.formatting import counted
 from flowjobs.models.size import with_fixed_width
 from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.pack import check_shared
@@ -18,7 +19,6 @@ from flowjobs.sweeps.applying import ARGUMENT, applying
 from flowjobs.sweeps.grid import TABLES, Point, Sweep, run_names_of, slurm_of, training_of
 from flowjobs.sweeps.kept import names_kept, read_kept
 from flowjobs.training.pinned import with_pinned_files
-from flowjobs.words import counted
 
 
 def prepare_sweep(

@@ -25,12 +25,12 @@ from flowjobs.cli.start_many import (
 )
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
+from flowjobs.formatting import first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import absolute
 from flowjobs.runs.selection import sweep_names
 from flowjobs.runs.status import EXIT_BAD_INPUT
-from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.sweeps.plan import Member

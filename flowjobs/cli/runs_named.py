@@ -9,11 +9,11 @@ from typing import Annotated, get_args
 import tyro
 
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
+from flowjobs.formatting import counted, first_of
 from flowjobs.nearest import LIST_AT_MOST, did_you_mean
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import Selection, select
-from flowjobs.words import counted, first_of
 
 STATE = "state="
 # What `status` says of a run, and how far it is by that; see `sweeps.plan.Stage`.

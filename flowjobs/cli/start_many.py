@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.formatting import counted
 from flowjobs.runs.hint import hint
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
-from flowjobs.words import counted
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan

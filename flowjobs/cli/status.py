@@ -16,13 +16,13 @@ from flowjobs.cli.overview import print_groups, print_overview, watch
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError
+from flowjobs.formatting import first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.listing import glances
 from flowjobs.runs.progress import current_progress, state_in_words, steps_per_s, time_left_s
 from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.selection import names_one_run, never_made
 from flowjobs.runs.status import RunStatus
-from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.jobs.findings import Finding

@@ -40,6 +40,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag
+from flowjobs.formatting import counted, first_of, format_bytes
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run, absolute
@@ -54,7 +55,6 @@ from flowjobs.sweeps.kept import (
 )
 from flowjobs.sweeps.toml_file import read_sweep
 from flowjobs.tracking.mode import resolve_mode
-from flowjobs.words import bytes_words, counted, first_of
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodePlan
@@ -330,7 +330,7 @@ def _print_plan(
     if sweep.parallel:
         print(f"{'':10} {sweep.parallel} at a time")
     if disk := checkpoint_bytes(members, starting):
-        wanted, free = map(bytes_words, disk)
+        wanted, free = map(format_bytes, disk)
         print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
 
 

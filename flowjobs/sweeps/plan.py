@@ -14,6 +14,7 @@ from typing import Any, Literal
 from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, is_data_file, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.field_values import flag
+from flowjobs.formatting import counted, first_of
 from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
 from flowjobs.jobs.findings import Dead, Finding, Unclear, Waits, final_outcome, find
 from flowjobs.jobs.running import RunningJob, ended_for_good, running_jobs
@@ -25,7 +26,6 @@ from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.runs.status import RunStatus, read_sound_status
 from flowjobs.slurm.waiting import never_starts
-from flowjobs.words import counted, first_of
 
 # As jobs/overview.py has them, but for "stopped": "new" has no job yet; "to resume" has saved its
 # state, and no job of it waits or runs.

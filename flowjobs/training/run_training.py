@@ -15,6 +15,7 @@ from flowjobs.evaluation.evaluate import QUICK, evaluate
 from flowjobs.evaluation.pictures import draw_samples
 from flowjobs.evaluation.sampling import CHUNK, joined
 from flowjobs.evaluation.solver import Solver
+from flowjobs.formatting import counted
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_of_batch, flops_per_sample
 from flowjobs.runs.files import read_json, write_json
@@ -26,7 +27,6 @@ from flowjobs.training.determinism import set_cublas_workspace
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.trained import load_trained
 from flowjobs.training.trainer import FlowTrainer
-from flowjobs.words import counted
 
 logger = logging.getLogger(__name__)
 
