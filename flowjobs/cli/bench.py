@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -45,6 +45,11 @@ class Bench:
 
     json: Flag = False
     """Print JSON."""
+
+    @classmethod
+    def with_defaults(cls, defaults: Defaults) -> Any:
+        """The command without flags."""
+        return defaults.fill(cls)
 
     def run(self, defaults: Defaults) -> int:
         """Measure and print. Returns the exit code."""

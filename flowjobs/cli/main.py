@@ -2,18 +2,16 @@
 
 import dataclasses
 import errno
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, Union
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
 from flowjobs import __version__
-from flowjobs.cli.completion import completion_script
+from flowjobs.cli.commands import COMMANDS, command_of
 from flowjobs.cli.defaults import CommandOptions, Defaults, load_defaults
 from flowjobs.cli.output import Output, lasting_outputs
 from flowjobs.cli.parser import read_command_line
@@ -22,57 +20,8 @@ from flowjobs.nearest import did_you_mean
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
 from flowjobs.user_code import user_place
 
-
-@dataclass(frozen=True)
-class Completion:
-    """Print what completes commands, flags and run names in a shell.
-
-    bash: `flowjobs completion bash >> ~/.bash_completion`; zsh: `flowjobs completion zsh >>
-    ~/.zshrc`.
-    """
-
-    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
-    """Which shell."""
-
-    def run(self, defaults: Defaults) -> int:
-        """Print. Returns the exit code."""
-        print(completion_script(self.shell, {name: command_of(name) for name in COMMANDS}), end="")
-        return 0
-
-
-# The class of each, by its module, and what it does: a command is not kept waiting for the imports
-# of the others.
-COMMANDS = {
-    "submit": ("submit.Submit", "Submit a run as a job; the same command again resumes it."),
-    "sweep": ("sweep.Sweep", "Submit many runs: every option takes several values."),
-    "resume": ("resume.Resume", "Submit a run again by its name alone, as it was configured."),
-    "train": ("train.Train", "Train a run in this process, or as the last line of a batch script."),
-    "status": ("status.Status", "Show how sweeps, groups and runs stand."),
-    "show": ("show.Show", "Show one run: its config, attempts, time and files."),
-    "report": ("report.Report", "Compare runs: mean and deviation over seeds, and which is best."),
-    "logs": ("logs.Logs", "Print the output of a run's newest job."),
-    "cancel": ("cancel.Cancel", "Cancel runs for good, until they are submitted again."),
-    "retry": ("retry.Retry", "Start failed and cancelled runs again, by their cause."),
-    "wait": ("wait.Wait", "Wait until runs have ended."),
-    "rm": ("rm.Rm", "Remove runs with their weights, records and logs; asks first."),
-    "reconcile": ("reconcile.Reconcile", "Find runs whose job died silently, and record why."),
-    "sync": ("sync.Sync", "Upload offline runs to W&B. Safe to repeat."),
-    "sample": ("sample.Sample", "Draw samples of a run's best checkpoint (EMA weights)."),
-    "evaluate": ("evaluate.Evaluate", "Measure samples of runs against their data."),
-    "data": ("data.Data", "Make the splits of a dataset from one file of embeddings."),
-    "checkpoint": ("checkpoint.Checkpoint", "Say what is in a checkpoint, after verifying it."),
-    "bench": ("bench.Bench", "Measure how many runs are worth training together on this device."),
-    "drill": ("drill.Drill", "Show on your own cluster that an interrupted run loses nothing."),
-    "completion": (
-        "main.Completion",
-        "Print what completes commands, flags and run names in a shell.",
-    ),
-}
-
 # `flowjobs logs -f RUN | head`: these print, and end where nobody reads it. The others act.
 LOOKING = ("status", "show", "report", "logs")
-# These take all that a flowjobs.toml may hold.
-WITH_DEFAULTS = ("submit", "train", "bench")
 
 # Errors of files that are no bug of the program, and what a person can do.
 OF_THE_MACHINE = {
@@ -165,12 +114,6 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
-def command_of(name: str) -> Any:
-    """The dataclass of a command."""
-    module, _, cls = COMMANDS[name][0].partition(".")
-    return getattr(importlib.import_module(f"flowjobs.cli.{module}"), cls)
-
-
 def _warn_of_file(error: str) -> None:
     print(f"warning: {error}; the file is not used", file=sys.stderr)
 
@@ -188,7 +131,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     looks = arguments[:1] and arguments[0] in LOOKING
     defaults = load_defaults(arguments=arguments, warn=_warn_of_file if looks else None)
     if "study" in defaults.values:
-        # Every command looks there for the study, and a flag wins over it.
+        # Every command looks there for the study, and so does each job that it submits; a flag
+        # wins over it.
         study = str(defaults.values.pop("study"))
         os.environ["FLOWJOBS_STUDY"] = os.environ.get("FLOWJOBS_STUDY") or study
     name, *rest = arguments or ("",)
@@ -205,9 +149,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     # The parser of one command alone is built in half the time of all of them.
     cls = command_of(name)
     default: dict[str, Any] = {}
-    if name in WITH_DEFAULTS:
-        default = {"default": defaults.fill(cls)}
-    elif name in ("drill", "sweep"):
+    if hasattr(cls, "with_defaults"):
         default = {"default": cls.with_defaults(defaults)}
     if examples := getattr(sys.modules[cls.__module__], "EXAMPLES", ""):
         default["description"] = f"{examples}\n{cls.__doc__}"

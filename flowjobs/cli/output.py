@@ -4,7 +4,8 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from typing import TextIO
 
 
 class Output(io.TextIOWrapper):
@@ -69,3 +70,32 @@ def lasting_outputs() -> Iterator[None]:
                 lasting = Output(lasting.fileno(), lasting.encoding)
             stack.enter_context(redirected(lasting))
         yield
+
+
+class NewLines(io.StringIO):
+    """Prints each line as it comes, unless the refresh before printed it too.
+
+    Attributes:
+        lines: All of them.
+    """
+
+    def __init__(self, output: TextIO, before: Set[str]) -> None:
+        super().__init__()
+        self.lines: set[str] = set()
+        self._output, self._before = output, before
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        """Pass on the lines that are whole."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line not in self._before:
+                print(line, file=self._output, flush=True)
+        self.lines.update(lines)
+        return len(text)
+
+
+def print_rows(**rows: str) -> None:
+    """Print titles with their texts, one below the other."""
+    for title, text in rows.items():
+        print(f"{title:10} {text}", flush=True)

@@ -1,11 +1,13 @@
-"""The lines of `status` for many runs: one a sweep or group, and those that need a person."""
+"""The lines of `status` for many runs: one a sweep or group, and those that need action."""
 
 import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence, Set
-from typing import TYPE_CHECKING, TextIO, get_args
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, get_args
+
+from flowjobs.cli.output import NewLines
 
 if TYPE_CHECKING:
     from flowjobs.jobs.overview import Group, Stage, Standing
@@ -19,7 +21,7 @@ LISTED = 5
 
 
 def print_overview(groups: "Sequence[Group]") -> None:
-    """Print the groups, and what needs a person."""
+    """Print the groups, and what needs action."""
     print_groups(groups)
     trouble: dict[tuple[str, str], list[Standing]] = {}
     for group in groups:
@@ -67,29 +69,6 @@ def print_groups(groups: "Sequence[Group]") -> None:
             del row[title]
     dispensable = ("", *none, "not made", "waiting", "left", "running", "cancelled", "stopped")
     print_fitting(rows, dispensable, right=("of", "not made", *stages))
-
-
-class NewLines(io.StringIO):
-    """Passes lines on at once, as that Slurm is slow, but those of the look before.
-
-    Attributes:
-        lines: All of them.
-    """
-
-    def __init__(self, output: TextIO, before: Set[str]) -> None:
-        super().__init__()
-        self.lines: set[str] = set()
-        self._output, self._before = output, before
-        self._begun = ""
-
-    def write(self, text: str) -> int:
-        """Pass on the lines that are whole."""
-        *lines, self._begun = (self._begun + text).split("\n")
-        for line in lines:
-            if line not in self._before:
-                print(line, file=self._output, flush=True)
-        self.lines.update(lines)
-        return len(text)
 
 
 def watch(show: "Callable[[], Collection[Stage]]", again: str) -> None:

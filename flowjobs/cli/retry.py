@@ -11,6 +11,7 @@ import tyro
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.numbers import check_counts
+from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, check_named, readable_runs
 from flowjobs.cli.start_many import (
@@ -19,7 +20,6 @@ from flowjobs.cli.start_many import (
     plan_code_of,
     print_notes,
     print_resources,
-    print_rows,
     submit_many,
     train_many_here,
 )

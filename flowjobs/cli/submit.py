@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.follow import follow
+from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
@@ -87,7 +88,7 @@ class HandOver(CodeOptions, CommandOptions):
         try:
             busy = running_job(run) if there else None
         except SubmissionError:
-            if not cancelled:  # else a person has said that it is gone
+            if not cancelled:  # else the user has said that it is gone
                 raise
         if busy and cancelled and not plan:
             again = hint("cancel", run.name, study=run.study)
@@ -112,12 +113,18 @@ class HandOver(CodeOptions, CommandOptions):
             plan(run, config, f"{cluster} ({why})")
             return 0
         with run.undone_if_refused():
-            return self._submit(run, config, code, cluster, why)
+            return self._submit(run, config, code, cluster, why, ranks)
 
     def _submit(
-        self, run: Run, config: RunConfig, code: "CodePlan", cluster: "Cluster", why: str
+        self,
+        run: Run,
+        config: RunConfig,
+        code: "CodePlan",
+        cluster: "Cluster",
+        why: str,
+        ranks: int,
     ) -> int:
-        from flowjobs.jobs.executors import note_on_ranks, ranks_of
+        from flowjobs.jobs.executors import note_on_ranks
         from flowjobs.jobs.submit import submit
         from flowjobs.jobs.tasks import task_of
 
@@ -128,12 +135,11 @@ class HandOver(CodeOptions, CommandOptions):
             return 0
 
         code.carry_out()
-        ranks = ranks_of(cluster, config.slurm)
         for said in filter(None, (code.note, note_on_ranks(run, ranks))):
             print(said)
         mode, mode_reason = resolve_mode(config.tracking)
         size = size_words([config.training])
-        _print_rows(
+        print_rows(
             run=run.name,
             folder=str(run.folder),
             **({"size": size} if size else {}),
@@ -144,7 +150,7 @@ class HandOver(CodeOptions, CommandOptions):
         run.clear_cancel()
         attempts_before = len(run.status().attempts)
         job = submit(run, cluster, task_of(run))
-        _print_rows(
+        print_rows(
             job=job.job_id,
             follow=hint("logs", "-f", run.name, study=run.study),
             inspect=hint("status", run.name, study=run.study),
@@ -176,6 +182,11 @@ class Submit(HandOver):
     dry_run: Flag = False
     """Print the batch file and where its values come from; submit nothing."""
 
+    @classmethod
+    def with_defaults(cls, defaults: Defaults) -> Any:
+        """The command without flags."""
+        return defaults.fill(cls)
+
     def run(self, defaults: Defaults) -> int:
         """Submit, and follow if asked to. Returns the exit code."""
         run, config = prepare_run(
@@ -196,7 +207,7 @@ class Submit(HandOver):
 
         size = size_words([config.training])
         rows = {"size": size} if size else {}
-        _print_rows(run=run.name, folder=str(run.folder), **rows, cluster=cluster)
+        print_rows(run=run.name, folder=str(run.folder), **rows, cluster=cluster)
         print("\n# where the values come from")
         # As they were given, not as `config` has them: paths are absolute there.
         used = set()
@@ -229,8 +240,3 @@ def _print_finished(run: Run) -> None:
     print(f"{run.name} is finished: {run.best}", end="")
     print(f", {picture}" if picture.exists() else f"; {picture} is gone")
     print("to train on, give it more --epochs, or more --patience if it stopped early")
-
-
-def _print_rows(**rows: str) -> None:
-    for title, text in rows.items():
-        print(f"{title:9} {text}", flush=True)

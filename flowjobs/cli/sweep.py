@@ -15,6 +15,7 @@ from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.numbers import check_counts
+from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import from_root
 from flowjobs.cli.prepare_sweep import prepare_sweep
@@ -24,7 +25,6 @@ from flowjobs.cli.start_many import (
     plan_code_of,
     print_notes,
     print_resources,
-    print_rows,
     submit_many,
     train_many_here,
 )

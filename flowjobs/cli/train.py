@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import Defaults
@@ -39,6 +40,11 @@ class Train(CodeOptions):
     """Go on from this checkpoint, which must be of the same config; by default from the run's
     last.pt if there is one, as a run that already comes from this file does too. To take over its
     weights alone: --init-from."""
+
+    @classmethod
+    def with_defaults(cls, defaults: Defaults) -> Any:
+        """The command without flags."""
+        return defaults.fill(cls)
 
     def prepare(self, defaults: Defaults) -> tuple[Run, RunConfig]:
         """The run that is meant, and its config. Writes nothing."""
