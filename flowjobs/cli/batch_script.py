@@ -63,8 +63,8 @@ def run(script_arguments: Sequence[str]) -> int:
 
 
 def _run_so_far(given: Sequence[str], *, by_line: bool) -> Run | None:
-    """The run that an earlier start of this job has trained: a restart goes on with that one, as it
-    was configured, whatever a list of runs or flowjobs.toml says by now.
+    """The run that an earlier start of this job trained: a restart resumes it as it was configured,
+    whatever a list of runs or flowjobs.toml says by now.
 
     None if this is the first start, or none got so far.
     """

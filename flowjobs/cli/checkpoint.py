@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 def describe(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
-    """What a person asks of a checkpoint, as JSON's types."""
+    """What a checkpoint holds, as JSON's types."""
     weights = payload["model_state_dict"]
     stats = payload["normalization_stats"]
     return {

@@ -20,7 +20,7 @@ COMMANDS = {
     "rm": ("rm.Rm", "Remove runs with their weights, records and logs; asks first."),
     "reconcile": (
         "reconcile.Reconcile",
-        "Record how silently dead jobs ended, and restart the runs that may be retried.",
+        "Record how dead jobs ended; restart what may be retried.",
     ),
     "sync": ("sync.Sync", "Upload offline runs to W&B. Safe to repeat."),
     "sample": ("sample.Sample", "Draw samples of a run's best checkpoint (EMA weights)."),

@@ -44,8 +44,7 @@ class Logs(InStudy):
     """Rank of the process whose output is printed, where each has a log of its own; default: 0."""
 
     follow: Annotated[Flag, tyro.conf.arg(aliases=["-f"])] = False
-    """Go on printing what is added, until the run has ended (a preempted one has not), or
-    Ctrl-C."""
+    """Keep printing until the run has ended (a preempted run has not) or Ctrl-C."""
 
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""

@@ -23,7 +23,7 @@ from flowjobs.user_code import user_place
 # `flowjobs logs -f RUN | head`: these print, and end where nobody reads it. The others act.
 LOOKING = ("status", "show", "report", "logs")
 
-# Errors of files that are no bug of the program, and what a person can do.
+# Errors of files that are no bug of the program, and what the user can do.
 OF_THE_MACHINE = {
     errno.EACCES: "ask its owner, or give another --study",
     errno.EPERM: "ask its owner, or give another --study",
@@ -87,7 +87,7 @@ def _look_up_models_here() -> None:
 
 
 def _exit_code_of(error: Exception) -> int:
-    """Print an error: in words if a person can mend it, else with its traceback."""
+    """Print an error: in words if the user can fix it, else with its traceback."""
     if isinstance(error, FlowjobsError):
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -97,7 +97,7 @@ def _exit_code_of(error: Exception) -> int:
         print(f"error: {where}{error.strerror}; {OF_THE_MACHINE[error.errno]}", file=sys.stderr)
         return EXIT_BAD_INPUT
     traceback.print_exception(error)
-    # The last line is what is read: it names the line of a person's own code.
+    # The last line is what is read: it names the line of the user's own code.
     print(f"error: {outcome_of(error).reason}", file=sys.stderr)
     return EXIT_FAILED
 

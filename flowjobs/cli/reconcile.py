@@ -21,7 +21,7 @@ from flowjobs.runs.status import EXIT_BAD_INPUT
 
 @dataclass(frozen=True)
 class Reconcile(InStudy):
-    """Find runs whose job died silently, and record why."""
+    """Record how silently dead jobs ended, and restart the runs that may be retried."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names, patterns, a sweep, a group, or FIELD=VALUE; default: all."""
@@ -30,7 +30,7 @@ class Reconcile(InStudy):
     """What srun returned: given by the last lines of the run's own batch script."""
 
     def run(self, defaults: Defaults) -> int:
-        """Close what is dead. Returns the exit code."""
+        """Record, restart, tell W&B. Returns the exit code."""
         from flowjobs.jobs.reconcile import reconcile
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")

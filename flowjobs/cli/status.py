@@ -114,7 +114,7 @@ def _print_waits(runs: list[dict[str, Any]]) -> None:
 
 
 def _print_notes(run: dict[str, Any], *, named: bool) -> None:
-    """What a person should know of a run, beside its line."""
+    """Print what is to be known of a run beside its line."""
     if run["state"] == "failed" and not named:  # else its attempts say so
         print(f"{run['run']} failed: {run['reason']}")
     if run["unknown"]:

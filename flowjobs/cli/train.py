@@ -37,9 +37,9 @@ class Train(CodeOptions):
     """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
 
     resume: OptionalPath = None
-    """Go on from this checkpoint, which must be of the same config; by default from the run's
-    last.pt if there is one, as a run that already comes from this file does too. To take over its
-    weights alone: --init-from."""
+    """Resume from this checkpoint, of the same config; default: the run's last.pt. A run that
+    already resumed from this file continues from its own last.pt. For its weights alone:
+    --init-from."""
 
     @classmethod
     def with_defaults(cls, defaults: Defaults) -> Any:
@@ -74,7 +74,7 @@ class Train(CodeOptions):
         if not by_person and choice != "live":
             choice = "keep"  # a restart has the code of the submission
         begun = any(attempt.first_step is not None for attempt in run.status().attempts)
-        # A job that is started again goes on from where it was, once it was anywhere.
+        # A restarted job resumes from where it was, once it was anywhere.
         resume = self.resume if by_person or not begun else None
         if resume is not None and not resume.is_file():
             raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")

