@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure what runs of a config train together on this device, and advise how many at once.
+    """Measure how many runs of a config this device trains best at once.
 
     On a cluster, in a job of one GPU: srun --gpus-per-node=1 flowjobs bench …
     """

@@ -14,7 +14,7 @@ from flowjobs.errors import ConfigError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Say what is in a checkpoint, after verifying it. Runs no code from the file."""
+    """Verify a checkpoint and print what it holds. Runs no code from the file."""
 
     action: tyro.conf.Positional[Literal["inspect"]]
     """inspect: print step, losses, config and tensors."""

@@ -9,7 +9,7 @@ from typing import TextIO
 
 
 class Output(io.TextIOWrapper):
-    """One that is written to without a reader, or without room: a command that acts does its work.
+    """A stream that drops what cannot be written, so that a command that acts does its work.
 
     `submit … | head -1` must not submit half, whatever becomes of what it prints.
     """
@@ -24,11 +24,11 @@ class Output(io.TextIOWrapper):
         self._error: OSError | None = None
 
     def ends_with_its_reader(self) -> None:
-        """From now on the program ends where nothing can be written: it only looks."""
+        """From now on the program ends where nothing can be written: its command only looks."""
         self._ends = True
 
     def check(self) -> None:
-        """Raise what something could not be written for, unless that its reader has gone."""
+        """Raise the error for which something was dropped, unless the reader has just gone."""
         if self._error and not isinstance(self._error, BrokenPipeError):
             raise self._error
 
@@ -58,7 +58,7 @@ class Output(io.TextIOWrapper):
 
 @contextlib.contextmanager
 def lasting_outputs() -> Iterator[None]:
-    """Have both outputs be such, but for one that is in memory."""
+    """Make stdout and stderr such streams while the block lasts, but for one that is in memory."""
     with contextlib.ExitStack() as stack:
         for stream, redirected in (
             (sys.stdout, contextlib.redirect_stdout),

@@ -111,7 +111,7 @@ def _asked_of(
 
 
 def _check_each(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -> None:
-    """Raise if one of the runs cannot be meant; runs that differ in numbers alone are one."""
+    """Raise if a run has bad input; of runs that differ in numbers alone one is checked."""
     different: dict[tuple[object, ...], TrainingConfig] = {}
     for config in configs:
         names = (config.arch, config.flow, config.dataset, config.source, config.reflow_from)

@@ -58,7 +58,7 @@ class Report(InStudy):
     """Print a Markdown table."""
 
     csv: Flag = False
-    """Print a line a cell, with all digits."""
+    """Print CSV: a line a cell, with all digits."""
 
     latex: Flag = False
     """Print a LaTeX table (booktabs)."""

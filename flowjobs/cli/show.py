@@ -18,7 +18,7 @@ from flowjobs.runs.status import RunStatus
 
 @dataclass(frozen=True)
 class Show(InStudy):
-    """Show one run: its config where that is not the default, its attempts, its time, its files."""
+    """Show one run: its changed options, its attempts, its time, its files."""
 
     name: RunName
     """Name of the run, or anything that means one run alone."""

@@ -34,7 +34,7 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Status(InStudy):
-    """Show how the sweeps and groups of a study stand, or its runs, or one run's attempts."""
+    """Show the state of a study's sweeps and groups, of its runs, or of one run's attempts."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed); default: all."""

@@ -92,7 +92,7 @@ TrainingValues: Any = _values_of_fields()
 
 @dataclass(frozen=True)
 class Sweep(CodeOptions, CommandOptions):
-    """Submit many runs. Every field of the training takes several values, and their product is run.
+    """Submit many runs: every training option takes several values, and their product is run.
 
     The same command again, or `sweep NAME`, submits what is missing.
     """
@@ -111,7 +111,7 @@ class Sweep(CodeOptions, CommandOptions):
     """Name of the sweep; default: the file's, or the group's."""
 
     zip: tuple[str, ...] = ()
-    """Fields whose values are walked together instead of multiplied: lr batch_size."""
+    """Fields whose values are paired instead of multiplied: lr batch_size."""
 
     one_at_a_time: Flag = False
     """Vary one field at a time, around the first value of each."""
@@ -122,10 +122,10 @@ class Sweep(CodeOptions, CommandOptions):
 
     runs_per_gpu: OptionalInt = None
     """Runs that share a job and its GPU, cores and memory; each takes the next run when one ends.
-    `flowjobs bench` measures how many are worth it; default: 1."""
+    `flowjobs bench` measures how many are best; default: 1."""
 
     first: OptionalInt = None
-    """Start so many runs only."""
+    """Start only so many runs."""
 
     yes: Flag = False
     """Submit more than 100 runs without asking."""

@@ -40,7 +40,7 @@ class Wait(InStudy):
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed)."""
 
     hours: float = 168.0
-    """Wait so long at most."""
+    """Wait at most so long."""
 
     def run(self, defaults: Defaults) -> int:
         """Wait. Returns the exit code."""

@@ -97,7 +97,7 @@ def threads_for(ranks: Ranks, flops: int, environment: Mapping[str, str] = os.en
 def computing_as_before(
     now: Compute, before: Mapping[str, Any], environment: Mapping[str, str] = os.environ
 ) -> Compute:
-    """Take the number of threads that the run has had, and say what is another than it was.
+    """Use as many threads as the run had before, and log what else has changed.
 
     Args:
         now: What this start computes with.

@@ -223,7 +223,7 @@ class FlowTrainer:
         asked = RunConfig(self._config, tracking=self.tracking())
         if run.exists():
             found = run.config()
-            # What the command line asked of the cluster is none of a notebook's business.
+            # A notebook does not change what the command line asked of the cluster.
             asked = replace(asked, slurm=found.slurm, restarts=found.restarts)
             if difference := self._difference_to(run, found):
                 raise RunMismatchError(
@@ -234,7 +234,7 @@ class FlowTrainer:
         return run
 
     def _difference_to(self, run: Run, found: RunConfig) -> str | None:
-        """Why the run on disk is another one than this trainer's, found out before it is opened."""
+        """How the run on disk differs from this trainer's, checked before it is opened."""
         if run.started() and found.training.epochs > self._config.epochs:
             return f"has {found.training.epochs} epochs, not {self._config.epochs}"
         for path in (run.last, run.best):
