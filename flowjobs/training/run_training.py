@@ -26,7 +26,7 @@ from flowjobs.training.compute import computing
 from flowjobs.training.determinism import set_cublas_workspace
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.trained import load_trained
-from flowjobs.training.trainer import FlowTrainer
+from flowjobs.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def run_training(
         set_cublas_workspace()
     train_dataset, val_dataset = load_datasets(config.dataset, run.study)
     model = build_model(config, train_dataset.shape)
-    trainer = FlowTrainer(
+    trainer = Trainer(
         model,
         config,
         train_dataset,

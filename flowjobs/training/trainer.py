@@ -73,7 +73,7 @@ SAY_EVERY_S = 10.0
 
 
 class TrainingResult(TypedDict):
-    """What `FlowTrainer.train` returns."""
+    """What `Trainer.train` returns."""
 
     epochs_run: int
     final_epoch: int
@@ -83,7 +83,7 @@ class TrainingResult(TypedDict):
     time_s: float
 
 
-class FlowTrainer:
+class Trainer:
     """Trains one model of one run.
 
     A job passes its `run` and `recorder`. On its own (in a notebook) the trainer opens the run
@@ -210,7 +210,7 @@ class FlowTrainer:
                     return self._train(run, recorder)
 
     def track(self, run: Run) -> AbstractContextManager[Tracker]:
-        """The tracker of a trainer on its own; `flowjobs.training.FlowTrainer` has W&B's."""
+        """The tracker of a trainer on its own; `flowjobs.notebook.FlowTrainer` has W&B's."""
         return untracked(run)
 
     def tracking(self) -> TrackingConfig:
