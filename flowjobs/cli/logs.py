@@ -41,7 +41,7 @@ class Logs(InStudy):
     """Number of the attempt; default: the newest job's log, which several attempts may share."""
 
     rank: OptionalInt = None
-    """Rank of the process whose output is printed, where each has a log of its own; default: 0."""
+    """Rank of the process whose output is printed, where each has its own log; default: 0."""
 
     follow: Annotated[Flag, tyro.conf.arg(aliases=["-f"])] = False
     """Keep printing until the run has ended (a preempted run has not) or Ctrl-C."""
@@ -109,7 +109,7 @@ class Logs(InStudy):
 
 
 def last_failed(study: Path, names: Sequence[str]) -> Run:
-    """The run that failed last, of those that are meant.
+    """The run that failed last, of those selected.
 
     Raises:
         RunNotFoundError: None did.

@@ -125,7 +125,7 @@ def _named(name: str) -> Any:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
-    """The command that is meant, and the defaults that it was filled with."""
+    """The command, and the defaults that it was filled with."""
     if arguments[:1] == ["sweep"]:
         arguments = command_of("sweep").spelled_out(arguments)
     looks = arguments[:1] and arguments[0] in LOOKING

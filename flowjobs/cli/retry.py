@@ -49,7 +49,7 @@ class Retry(CodeOptions, CommandOptions):
 
     changes: Annotated[tuple[str, ...], tyro.conf.arg(name="with", metavar="KEY=VALUE")] = ()
     """Other options of the cluster for these runs: mem_gb=64 timeout_min=240 partition=long; or
-    runs_per_gpu=2, how many of them share a job; default: each has one of its own."""
+    runs_per_gpu=2, how many of them share a job; default: each has its own."""
 
     parallel: OptionalInt = None
     """Runs at a time; default: as many as the cluster takes, or one for each GPU here."""

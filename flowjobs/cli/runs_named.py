@@ -1,4 +1,4 @@
-"""The runs that the words of a command line mean, and what is said of those that are unreadable."""
+"""The runs that the words of a command line select, and what is said of unreadable ones."""
 
 import sys
 from collections import Counter
@@ -49,8 +49,8 @@ def check_named(command: str, words: Sequence[str]) -> None:
 
 
 def runs_matching(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The runs that are meant, all without a word, whether or not their records can be read; and
-    those of which it cannot be read whether they are meant, said on stderr."""
+    """The runs that the words select (all without words), whether or not their records can be read;
+    and those of which that cannot be known, said on stderr."""
     meant = _meant(study, words)
     for run, why in meant.unreadable.items():
         print(f"error: {run.name}: {why}", file=sys.stderr)
@@ -92,7 +92,7 @@ def _meant(study: Path, words: Sequence[str]) -> Selection:
 
 
 def readable_runs(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The runs that are meant, all without a word, and those whose records cannot be read.
+    """The runs that the words select (all without words), and those whose records cannot be read.
 
     One that is broken is said on stderr, and does not hide the others, unless it is itself named.
     """

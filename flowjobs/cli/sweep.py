@@ -170,7 +170,7 @@ class Sweep(CodeOptions, CommandOptions):
         return self._carry_out(study, name, sweep, runs, length_given, defaults)
 
     def _asked(self, study: Path, defaults: Defaults) -> tuple[str, grid.Sweep]:
-        """The sweep that is meant, and its name."""
+        """The sweep and its name."""
         values = self._values(defaults)
         group = values.get("group", [defaults.fill(TrainingConfig).group])[0]
         name = str(group) if self.name is None else self.name

@@ -47,7 +47,7 @@ class Train(CodeOptions):
         return defaults.fill(cls)
 
     def prepare(self, defaults: Defaults) -> tuple[Run, RunConfig]:
-        """The run that is meant, and its config. Writes nothing."""
+        """The run and its config. Writes nothing."""
         from flowjobs.jobs.environment import started_by_person
 
         return prepare_run(

@@ -268,7 +268,7 @@ class Trainer:
             model = self.state.model
             given = "" if self._run else class_unnamed(model, self._config)
             recorder.note_model(given, parameters_in(model), self._flops_per_sample)
-            # A step that is not validated yet has no row, or its row comes again.
+            # A step that is not validated yet has no row, or its row is written again.
             recorder.start_at(
                 first_step, self.state.extensions, rows_up_to=first_step - validates_first
             )
@@ -517,7 +517,7 @@ class Trainer:
             return run.last, payload
         payload = read_newest_good(run.best, self._device, check)
         if payload:
-            # As whole a state as any other. The steps that follow come again with the same bits.
+            # As whole a state as any other; the steps after it are repeated with the same bits.
             logger.warning(
                 "there is no last.pt: resuming from %s, of step %d; the run had trained %d steps",
                 run.best,
