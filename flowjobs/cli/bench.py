@@ -4,11 +4,11 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, WithDefaults
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.numbers import check_seconds
 from flowjobs.cli.parser import Flag
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(WithDefaults):
     """Measure how many runs of a config this device trains best at once.
 
     On a cluster, in a job of one GPU: srun --gpus-per-node=1 flowjobs bench …
@@ -45,11 +45,6 @@ class Bench:
 
     json: Flag = False
     """Print JSON."""
-
-    @classmethod
-    def with_defaults(cls, defaults: Defaults) -> Any:
-        """The command without flags."""
-        return defaults.fill(cls)
 
     def run(self, defaults: Defaults) -> int:
         """Measure and print. Returns the exit code."""

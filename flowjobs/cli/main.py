@@ -12,7 +12,7 @@ import tyro
 
 from flowjobs import __version__
 from flowjobs.cli.commands import COMMANDS, command_of
-from flowjobs.cli.defaults import CommandOptions, Defaults, load_defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults, load_defaults
 from flowjobs.cli.output import Output, lasting_outputs
 from flowjobs.cli.parser import read_command_line
 from flowjobs.errors import ConfigError, FlowjobsError
@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     # The parser of one command alone is built in half the time of all of them.
     cls = command_of(name)
     default: dict[str, Any] = {}
-    if hasattr(cls, "with_defaults"):
+    if issubclass(cls, WithDefaults):
         default = {"default": cls.with_defaults(defaults)}
     if examples := getattr(sys.modules[cls.__module__], "EXAMPLES", ""):
         default["description"] = f"{examples}\n{cls.__doc__}"

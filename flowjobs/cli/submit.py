@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowjobs.cli.code_options import CodeOptions
-from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults
 from flowjobs.cli.follow import follow
 from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
@@ -168,7 +168,7 @@ class HandOver(CodeOptions, CommandOptions):
 
 
 @dataclass(frozen=True)
-class Submit(HandOver):
+class Submit(HandOver, WithDefaults):
     """Submit a run as a job, to Slurm or to this machine. The same command again resumes it."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -181,11 +181,6 @@ class Submit(HandOver):
 
     dry_run: Flag = False
     """Print the batch file and where its values come from; submit nothing."""
-
-    @classmethod
-    def with_defaults(cls, defaults: Defaults) -> Any:
-        """The command without flags."""
-        return defaults.fill(cls)
 
     def run(self, defaults: Defaults) -> int:
         """Submit, and follow if asked to. Returns the exit code."""

@@ -13,7 +13,7 @@ import tyro
 
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.confirm import confirmed
-from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults
 from flowjobs.cli.numbers import check_counts
 from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
@@ -91,7 +91,7 @@ TrainingValues: Any = _values_of_fields()
 
 
 @dataclass(frozen=True)
-class Sweep(CodeOptions, CommandOptions):
+class Sweep(CodeOptions, CommandOptions, WithDefaults):
     """Submit many runs: every training option takes several values, and their product is run.
 
     The same command again, or `sweep NAME`, submits what is missing.
@@ -135,7 +135,7 @@ class Sweep(CodeOptions, CommandOptions):
 
     @classmethod
     def with_defaults(cls, defaults: Defaults) -> "Sweep":
-        """The command without flags."""
+        """See `WithDefaults`."""
         own: dict[str, Any] = {}
         for name in ("study", "cluster"):
             if name in defaults.values:

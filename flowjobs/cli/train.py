@@ -3,10 +3,9 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from flowjobs.cli.code_options import CodeOptions
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, WithDefaults
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
     OptionalPath,
@@ -23,7 +22,7 @@ from flowjobs.runs.status import EXIT_PREEMPTED
 
 
 @dataclass(frozen=True)
-class Train(CodeOptions):
+class Train(CodeOptions, WithDefaults):
     """Train a run in this process: here, or as the last line of a batch script."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -40,11 +39,6 @@ class Train(CodeOptions):
     """Resume from this checkpoint, of the same config; default: the run's last.pt. A run that
     already resumed from this file continues from its own last.pt. For its weights alone:
     --init-from."""
-
-    @classmethod
-    def with_defaults(cls, defaults: Defaults) -> Any:
-        """The command without flags."""
-        return defaults.fill(cls)
 
     def prepare(self, defaults: Defaults) -> tuple[Run, RunConfig]:
         """The run and its config. Writes nothing."""
