@@ -8,9 +8,9 @@
 #     --arch mlp --flow icfm --seed 0 --name mlp-icfm-seed0
 #     --arch mlp --flow icfm --seed 1 --name mlp-icfm-seed1
 #
-# Submit the same line again to resume what is not finished. A task that Slurm restarts resumes its
-# run, whatever its line says by then. `--array=1-40%8` runs eight at a time. Python is taken from
-# .venv here, else from PATH; PYTHON=/path/to/python decides otherwise.
+# Submit the same line again to resume what is not finished. A task that Slurm starts again goes
+# on with its run, whatever its line says by then. `--array=1-40%8` runs eight at a time. Python is
+# taken from .venv here, else from PATH; PYTHON=/path/to/python decides otherwise.
 
 #SBATCH --job-name=flowjobs
 #SBATCH --output=%x-%A_%a.out

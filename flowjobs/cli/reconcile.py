@@ -30,7 +30,7 @@ class Reconcile(InStudy):
     """What srun returned: given by the last lines of the run's own batch script."""
 
     def run(self, defaults: Defaults) -> int:
-        """Record, restart, tell W&B. Returns the exit code."""
+        """Record and restart what is dead. Returns the exit code."""
         from flowjobs.jobs.reconcile import reconcile
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")

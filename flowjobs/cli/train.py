@@ -68,7 +68,7 @@ class Train(CodeOptions, WithDefaults):
         if not by_person and choice != "live":
             choice = "keep"  # a restart has the code of the submission
         begun = any(attempt.first_step is not None for attempt in run.status().attempts)
-        # A restarted job resumes from where it was, once it was anywhere.
+        # A job that is started again resumes from its own last.pt, once it has trained.
         resume = self.resume if by_person or not begun else None
         if resume is not None and not resume.is_file():
             raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")

@@ -268,7 +268,7 @@ class Trainer:
             model = self.state.model
             given = "" if self._run else class_unnamed(model, self._config)
             recorder.note_model(given, parameters_in(model), self._flops_per_sample)
-            # A step that is not validated yet has no row, or its row is written again.
+            # A step that is not validated yet has no row, or its row comes again.
             recorder.start_at(
                 first_step, self.state.extensions, rows_up_to=first_step - validates_first
             )
