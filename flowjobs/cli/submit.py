@@ -113,18 +113,12 @@ class HandOver(CodeOptions, CommandOptions):
             plan(run, config, f"{cluster} ({why})")
             return 0
         with run.undone_if_refused():
-            return self._submit(run, config, code, cluster, why, ranks)
+            return self._submit(run, config, code, cluster, why)
 
     def _submit(
-        self,
-        run: Run,
-        config: RunConfig,
-        code: "CodePlan",
-        cluster: "Cluster",
-        why: str,
-        ranks: int,
+        self, run: Run, config: RunConfig, code: "CodePlan", cluster: "Cluster", why: str
     ) -> int:
-        from flowjobs.jobs.executors import note_on_ranks
+        from flowjobs.jobs.executors import note_on_ranks, ranks_of
         from flowjobs.jobs.submit import submit
         from flowjobs.jobs.tasks import task_of
 
@@ -135,6 +129,7 @@ class HandOver(CodeOptions, CommandOptions):
             return 0
 
         code.carry_out()
+        ranks = ranks_of(cluster, config.slurm)
         for said in filter(None, (code.note, note_on_ranks(run, ranks))):
             print(said)
         mode, mode_reason = resolve_mode(config.tracking)
