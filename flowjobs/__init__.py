@@ -12,13 +12,13 @@ The rooms, each of which imports only those behind it:
     drill       proves the promises on its user's cluster
     jobs        executors, submit, running, entry, signals, stop and exit causes, restart, reconcile
     training    trainer, state, checkpoints, ranks          tracking    W&B
-    evaluation  samples of a trained model, and what they are worth
+    evaluation  samples of a trained model, and measures of their quality
     flows  models  data
     runs        a run on disk; every other room reads and writes it only through this one
     slurm       asking Slurm; knows no run
 Beside them, for all: config, errors, user_code, user_source; notebook, the trainer of a script; and
-small ones (cgroups, counts, field_values, from_json, learning_rate, nearest, slots, toml_values,
-words).
+small ones (cgroups, field_values, formatting, from_json, learning_rate, nearest, slots,
+toml_values).
 """
 
 from pathlib import Path

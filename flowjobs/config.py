@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 from urllib.parse import urlsplit
 
-from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag, take_types
+from flowjobs.formatting import parse_count
 from flowjobs.from_json import from_json
 from flowjobs.nearest import did_you_mean
 
@@ -131,17 +131,17 @@ class TrainingConfig:
 
     aug: Augmentation = "none"
     """Augmentation of the training data: noise, mixup or dropout (of entries). Validation and
-    measures are of clean data."""
+    measures use clean data."""
 
     aug_strength: OptionalFloat = None
-    """noise: its deviation, in units of the data's where they are normalized; mixup: a of
-    Beta(a, a); dropout: share of entries; default: 0.1, 0.2 and 0.1."""
+    """noise: standard deviation, in units of the data's if normalized; mixup: a of Beta(a, a);
+    dropout: share of entries; default: 0.1, 0.2 and 0.1."""
 
     source: str = "normal"
     """Where paths start: normal (noise), or data, named as for --dataset."""
 
     normalize: Normalization = "columns"
-    """columns: each by its own mean and deviation; none: train on the data as they are."""
+    """columns: each by its own mean and standard deviation; none: train on the data as they are."""
 
     group: str = "ablation"
     """Group of the run in W&B."""
@@ -150,12 +150,12 @@ class TrainingConfig:
     """Other arguments of the model: dropout=0.1."""
 
     width: OptionalInt = None
-    """Width of the model, its argument of that name; default: 256 (dit: 128), or the data's width
+    """Width of the model, passed to it as `width`; default: 256 (dit: 128), or the data's width
     (dit: a chunk's) where that is larger."""
 
     depth: OptionalInt = None
-    """Blocks of the model (unet: how often the width is halved), its argument of that name;
-    default: 3 (unet: 2)."""
+    """Blocks of the model (unet: how often the width is halved), passed to it as `depth`; default:
+    3 (unet: 2)."""
 
     params: OptionalStr = None
     """Choose the width so that the model has so many parameters (500k, 2M), within 5 %."""
@@ -202,8 +202,8 @@ class TrainingConfig:
     study."""
 
     time_sampling: TimeSampling = "uniform"
-    """Times of the training: uniform, or logit-normal (the sigmoid of a normal variable).
-    Validation takes uniform ones."""
+    """Distribution of t in training: uniform, or logit-normal (the sigmoid of a normal variable).
+    Validation takes it uniform."""
 
     time_mean: float = 0.0
     """Mean of the normal variable of logit-normal."""
@@ -469,11 +469,11 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class RestartConfig:
-    """When a run is started again without a person. Preemptions and time limits always are."""
+    """When a run is restarted automatically. Preemptions and time limits always restart it."""
 
     retries: int = 0
-    """Starts after a death that may pass: node lost, out of memory, killed, GPU lost, file system;
-    never after an exception of the code."""
+    """Automatic restarts after a transient failure: node lost, out of memory, killed, GPU lost,
+    file system; never after an exception of the code."""
 
     give_up_after: int = 5
     """Attempts in a row without a new step after which the run stops."""

@@ -2,7 +2,7 @@
 
 
 class FlowjobsError(Exception):
-    """Something a person can mend; the text says what was found, expected and what to do.
+    """An error the user can fix; the text says what was found, expected and what to do.
 
     A command prints it without a traceback, and exits with its `exit_code`.
     """

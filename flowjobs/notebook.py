@@ -8,11 +8,11 @@ from flowjobs.config import TrackingConfig, WandbMode
 from flowjobs.runs.run import Run
 from flowjobs.tracking.mode import entity_here, mode_of_settings, variables
 from flowjobs.tracking.tracker import tracked
-from flowjobs.training import trainer
+from flowjobs.training.trainer import Trainer
 
 
-class FlowTrainer(trainer.FlowTrainer):
-    """A `flowjobs.training.trainer.FlowTrainer` whose run is tracked in W&B as its job would be."""
+class FlowTrainer(Trainer):
+    """A `Trainer` whose run is tracked in W&B as its job would be."""
 
     def track(self, run: Run) -> AbstractContextManager[object]:
         """In W&B."""

@@ -1,4 +1,4 @@
-"""The job that this process is in: whether it is a run's own, who shares it, and its GPUs."""
+"""The job that this process is in: whether it is a run's own, who shares it, what it was given."""
 
 import os
 from collections.abc import Mapping
@@ -21,6 +21,30 @@ def runs_that_share(environment: Mapping[str, str] = os.environ) -> int:
 def nvidia_gpus() -> int:
     """How many GPUs the driver of this machine knows. Looked up without loading torch."""
     return len(list(GPUS_OF_NVIDIA.glob("*")))
+
+
+def in_slurm_job() -> bool:
+    """Whether this process is in a Slurm job, whoever submitted it."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def gpus_given() -> bool:
+    """Whether Slurm gave the job, or this step of it, GPUs. It says so where the driver is gone."""
+    return "SLURM_JOB_GPUS" in os.environ or "SLURM_STEP_GPUS" in os.environ
+
+
+def nodes_of_step(environment: Mapping[str, str] = os.environ) -> int:
+    """How many nodes the ranks are on; 1 outside Slurm."""
+    return int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+
+
+def cores_given(ranks_here: int, environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many cores Slurm gave each of a node's ranks; None where it does not say."""
+    if "SLURM_CPUS_PER_TASK" in environment:
+        return int(environment["SLURM_CPUS_PER_TASK"])
+    if "SLURM_CPUS_ON_NODE" in environment:
+        return int(environment["SLURM_CPUS_ON_NODE"]) // ranks_here
+    return None
 
 
 def submitted_for_run(environment: Mapping[str, str] = os.environ) -> bool:

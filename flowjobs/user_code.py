@@ -1,4 +1,4 @@
-"""A person's own code: what an import path names, and the file and line where an error arose."""
+"""The user's own code: what an import path names, and the file and line where an error arose."""
 
 import importlib
 import importlib.util
@@ -15,9 +15,9 @@ from flowjobs.nearest import did_you_mean
 
 OURS = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
-# Nobody mends a line of these. Other installed packages may be where a person keeps their models.
+# Nobody mends a line of these. Other installed packages may be where users keep their models.
 LIBRARIES = {"torch", "torchdiffeq", "ot", "numpy", "scipy", "sklearn", "PIL", "submitit", "wandb"}
-# A run keeps its code in STUDY/code/DIGEST: the file that a person edits has the path below that.
+# A run keeps its code in STUDY/code/DIGEST: the file that the user edits has the path below that.
 IN_SNAPSHOT = re.compile(r".*/code/[0-9a-f]{16}/")
 NO_FILES = ("<frozen", "<string>", "<__array_function__")
 
@@ -33,15 +33,15 @@ def user_place(error: BaseException, *, installed: bool = True) -> str | None:
 
     Args:
         error: What was raised.
-        installed: Take a frame of another installed package where there is none of a person's own
+        installed: Take a frame of another installed package where there is none of the user's own
             files: some install the package that has their models.
 
     Returns:
-        None if no frame is a person's. The path is relative where it is below the working folder.
+        None if no frame is the user's. The path is relative where it is below the working folder.
     """
     if isinstance(error, SyntaxError) and error.filename:
         return _in_words(error.filename, error.lineno, None)
-    frames = [frame for frame in _innermost_first(error) if _may_be_a_persons(frame.filename)]
+    frames = [frame for frame in _innermost_first(error) if _may_be_users(frame.filename)]
     frames.sort(key=lambda frame: bool(_package(frame.filename)))
     if not installed:
         frames = [frame for frame in frames if not _package(frame.filename)]
@@ -58,7 +58,7 @@ def _innermost_first(error: BaseException | None) -> Iterator[traceback.FrameSum
         error = error.__cause__ or error.__context__
 
 
-def _may_be_a_persons(file: str) -> bool:
+def _may_be_users(file: str) -> bool:
     path, package = Path(file), _package(file)
     if package:
         return package not in LIBRARIES

@@ -17,9 +17,9 @@ from flowjobs.config import (
     config_to_dict,
     run_config_from_dict,
 )
-from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, literal_or_text
+from flowjobs.formatting import parse_count
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ ROWS = (
     ("runs", "slurm"),
     ("config", "user_code", "user_source"),
     ("field_values",),
-    ("counts", "errors", "from_json", "learning_rate", "nearest", "cgroups", "slots", "words"),
+    ("cgroups", "errors", "formatting", "from_json", "learning_rate", "nearest", "slots"),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

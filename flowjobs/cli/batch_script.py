@@ -1,4 +1,4 @@
-"""The plumbing of sbatch/*.sh: trains under srun, and looks into a death that could not speak.
+"""What sbatch/*.sh call: trains under srun, and if that dies silently finds the cause.
 
 python -m flowjobs.cli.batch_script ARGUMENTS         those of `flowjobs train`
 python -m flowjobs.cli.batch_script --lines-of FILE   those on the line of the array's task
@@ -45,7 +45,7 @@ def run_step(script_arguments: Sequence[str]) -> int:
         command = ["flowjobs.jobs", str(run.folder)]
     else:
         arguments = _arguments_on_line(given) if by_line else given
-        # What cannot be meant ends here, and not on every rank.
+        # Bad input ends here, and not on every rank.
         train, defaults = parse(["train", *arguments])
         run = train.prepare(defaults)[0]
         command = ["flowjobs", "train", *arguments]
@@ -54,7 +54,7 @@ def run_step(script_arguments: Sequence[str]) -> int:
         signal.signal(number, lambda number, frame: None)
     code = _train(command, given)
     if code and run.exists():
-        # Of a death that could not speak: what it was, and a restart if there may be one.
+        # After a silent death: its cause, and a restart where that is allowed.
         try:
             print_job_end([run], code)
         except FlowjobsError as error:
@@ -63,8 +63,8 @@ def run_step(script_arguments: Sequence[str]) -> int:
 
 
 def _run_so_far(given: Sequence[str], *, by_line: bool) -> Run | None:
-    """The run that an earlier start of this job has trained: a restart resumes that one, as it was
-    configured, whatever a list of runs or flowjobs.toml says by now.
+    """The run that an earlier start of this job trained: a restart resumes it as it was configured,
+    whatever a list of runs or flowjobs.toml says by now.
 
     None if this is the first start, or none got so far.
     """

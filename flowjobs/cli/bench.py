@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, WithDefaults
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.numbers import check_seconds
 from flowjobs.cli.parser import Flag
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Measure what runs of a config train together on this device, and advise how many at once.
+class Bench(WithDefaults):
+    """Measure how many runs of a config this device trains best at once.
 
     On a cluster, in a job of one GPU: srun --gpus-per-node=1 flowjobs bench …
     """

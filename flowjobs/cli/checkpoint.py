@@ -14,7 +14,7 @@ from flowjobs.errors import ConfigError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Say what is in a checkpoint, after verifying it. Runs no code from the file."""
+    """Verify a checkpoint and print what it holds. Runs no code from the file."""
 
     action: tyro.conf.Positional[Literal["inspect"]]
     """inspect: print step, losses, config and tensors."""
@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 def describe(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
-    """What a person asks of a checkpoint, as JSON's types."""
+    """What a checkpoint holds, as JSON's types."""
     weights = payload["model_state_dict"]
     stats = payload["normalization_stats"]
     return {

@@ -1,16 +1,21 @@
-"""What completes commands, flags and run names in a shell."""
+"""flowjobs completion."""
 
 import contextlib
 import io
 import re
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
+import tyro
+
+from flowjobs.cli.commands import COMMANDS, command_of
+from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.parser import read_command_line
 
 # bash's own way, which zsh has too. Runs and sweeps are those of the default study there; what is
 # called otherwise than a run can be is left out: compgen would run code in it, as in $(name).
-# A person's aliases (ls -F) and CDPATH are not to be used; in zsh, `command cd` is no builtin.
+# The user's aliases (ls -F) and CDPATH are not to be used; in zsh, `command cd` is no builtin.
 SCRIPT = """\
 {begin}_flowjobs() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} words
@@ -26,6 +31,23 @@ SCRIPT = """\
 complete -o default -F _flowjobs flowjobs
 """
 BEGIN = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print a completion script for bash or zsh.
+
+    bash: `flowjobs completion bash >> ~/.bash_completion`; zsh: `flowjobs completion zsh >>
+    ~/.zshrc`.
+    """
+
+    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
+    """Which shell."""
+
+    def run(self, defaults: Defaults) -> int:
+        """Print. Returns the exit code."""
+        print(completion_script(self.shell, {name: command_of(name) for name in COMMANDS}), end="")
+        return 0
 
 
 def completion_script(shell: Literal["bash", "zsh"], commands: Mapping[str, type]) -> str:

@@ -1,4 +1,4 @@
-"""Asks the person at a terminal before what cannot be undone, or is much."""
+"""Asks for a yes at the terminal before what cannot be undone, or is much."""
 
 import sys
 
@@ -6,7 +6,7 @@ from flowjobs.errors import ConfigError
 
 
 def confirmed(question: str, if_nobody: str) -> bool:
-    """Whether the person says yes; Ctrl-D is a no.
+    """Whether the user says yes; Ctrl-D is a no.
 
     Args:
         question: A yes-or-no question.

@@ -9,8 +9,8 @@ import tyro
 from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.parser import Flag
 from flowjobs.config import OptionalStr
-from flowjobs.counts import parse_count
 from flowjobs.errors import ConfigError
+from flowjobs.formatting import parse_count
 from flowjobs.runs.datasets import split_files
 from flowjobs.runs.run import absolute, check_run_name
 

@@ -127,6 +127,15 @@ class Defaults:
         return self.source_of(config, name) == flag(name)
 
 
+class WithDefaults:
+    """A command for whose options a flowjobs.toml has defaults."""
+
+    @classmethod
+    def with_defaults(cls, defaults: Defaults) -> Any:
+        """The command without flags."""
+        return defaults.fill(cls)
+
+
 # Options of sbatch that are fields, of which the batch file would have both.
 AS_FIELDS = {
     "gpus": "--gpus-per-node",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import check_parts
@@ -44,7 +44,7 @@ TIMEOUT_MIN = 30
 
 
 @dataclass(frozen=True)
-class Drill:
+class Drill(WithDefaults):
     """Show on your own cluster that an interrupted run ends with the bits of an undisturbed one.
 
     Takes minutes. Exit code 1 if something is not as promised.

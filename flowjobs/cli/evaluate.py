@@ -24,13 +24,13 @@ from flowjobs.evaluation.solver import (
     Method,
     Solver,
 )
+from flowjobs.formatting import first_of
 from flowjobs.report.results import way_of
 from flowjobs.runs.datasets import PAIRS
 from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED
-from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.evaluation.evaluate import Floors

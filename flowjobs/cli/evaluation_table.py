@@ -6,24 +6,25 @@ from typing import Any
 from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run
 
-# What a run's last lines say of it.
+# The measures in the last lines of a run.
 FIRST_OF_ALL = ("sliced_wasserstein", "coverage", "memorization")
 
 SMALL = 0.01
 
 
 def in_a_line(run: Run) -> str:
-    """The first measures of a run, each with its floor; empty if it has not been evaluated."""
+    """The first measures of a run, each with what real data score; empty if it is not evaluated."""
     try:
         found = read_json(run.evaluation_file)
         if run.is_outdated(found):
             return ""
         measures = found["measures"]
-        shown = {name: measures[name] for name in FIRST_OF_ALL}
-        return ", ".join(
-            f"{name.replace('_', ' ')} {_short(of['value'])} ({_short(of['floor'])})"
-            for name, of in shown.items()
-        )
+        shown = [
+            f"{name.replace('_', ' ')} {_short(measures[name]['value'])} "
+            f"({_short(measures[name]['floor'])})"
+            for name in FIRST_OF_ALL
+        ]
+        return ", ".join(shown).replace("(", "(real data ", 1)
     except (OSError, ValueError, TypeError, KeyError):
         return ""
 

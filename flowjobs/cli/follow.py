@@ -61,8 +61,8 @@ def follow(
         print(f"finished  {status.epoch} epochs, best validation loss {status.best_val_loss:.4f}")
         print(f"weights   {run.best}")
         print(f"samples   {run.samples_picture}")
-        if worth := in_a_line(run):
-            print(f"worth     {worth}")
+        if measures := in_a_line(run):
+            print(f"metrics   {measures}")
     else:
         if status.state == "failed":
             print(f"see {hint('logs', run.name, study=run.study)}", file=sys.stderr)

@@ -20,8 +20,8 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, existing_run, readable_runs
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError, RunNotFoundError
+from flowjobs.formatting import counted
 from flowjobs.runs.run import Run, absolute
-from flowjobs.words import counted
 
 BLOCK_BYTES = 1 << 20
 FROM_PYTHON = "has no log: it was trained from Python, which shows its output itself"
@@ -41,11 +41,10 @@ class Logs(InStudy):
     """Number of the attempt; default: the newest job's log, which several attempts may share."""
 
     rank: OptionalInt = None
-    """Rank of the process whose output is printed, where each has a log of its own; default: 0."""
+    """Rank of the process whose output is printed, where each has its own log; default: 0."""
 
     follow: Annotated[Flag, tyro.conf.arg(aliases=["-f"])] = False
-    """Go on printing what is added, until the run has ended (a preempted one has not), or
-    Ctrl-C."""
+    """Keep printing until the run has ended (a preempted run has not) or Ctrl-C."""
 
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""
@@ -110,7 +109,7 @@ class Logs(InStudy):
 
 
 def last_failed(study: Path, names: Sequence[str]) -> Run:
-    """The run that failed last, of those that are meant.
+    """The run that failed last, of those selected.
 
     Raises:
         RunNotFoundError: None did.

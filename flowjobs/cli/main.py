@@ -2,19 +2,17 @@
 
 import dataclasses
 import errno
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, Union
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
 from flowjobs import __version__
-from flowjobs.cli.completion import completion_script
-from flowjobs.cli.defaults import CommandOptions, Defaults, load_defaults
+from flowjobs.cli.commands import COMMANDS, command_of
+from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults, load_defaults
 from flowjobs.cli.output import Output, lasting_outputs
 from flowjobs.cli.parser import read_command_line
 from flowjobs.errors import ConfigError, FlowjobsError
@@ -22,59 +20,10 @@ from flowjobs.nearest import did_you_mean
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
 from flowjobs.user_code import user_place
 
-
-@dataclass(frozen=True)
-class Completion:
-    """Print what completes commands, flags and run names in a shell.
-
-    bash: `flowjobs completion bash >> ~/.bash_completion`; zsh: `flowjobs completion zsh >>
-    ~/.zshrc`.
-    """
-
-    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
-    """Which shell."""
-
-    def run(self, defaults: Defaults) -> int:
-        """Print. Returns the exit code."""
-        print(completion_script(self.shell, {name: command_of(name) for name in COMMANDS}), end="")
-        return 0
-
-
-# The class of each, by its module, and what it does: a command is not kept waiting for the imports
-# of the others.
-COMMANDS = {
-    "submit": ("submit.Submit", "Submit a run as a job; the same command again resumes it."),
-    "sweep": ("sweep.Sweep", "Submit many runs: every option takes several values."),
-    "resume": ("resume.Resume", "Submit a run again by its name alone, as it was configured."),
-    "train": ("train.Train", "Train a run in this process, or as the last line of a batch script."),
-    "status": ("status.Status", "Show how sweeps, groups and runs stand."),
-    "show": ("show.Show", "Show one run: its config, attempts, time and files."),
-    "report": ("report.Report", "Compare runs: mean and deviation over seeds, and which is best."),
-    "logs": ("logs.Logs", "Print the output of a run's newest job."),
-    "cancel": ("cancel.Cancel", "Cancel runs for good, until they are submitted again."),
-    "retry": ("retry.Retry", "Start failed and cancelled runs again, by their cause."),
-    "wait": ("wait.Wait", "Wait until runs have ended."),
-    "rm": ("rm.Rm", "Remove runs with their weights, records and logs; asks first."),
-    "reconcile": ("reconcile.Reconcile", "Find runs whose job died silently, and record why."),
-    "sync": ("sync.Sync", "Upload offline runs to W&B. Safe to repeat."),
-    "sample": ("sample.Sample", "Draw samples of a run's best checkpoint (EMA weights)."),
-    "evaluate": ("evaluate.Evaluate", "Measure samples of runs against their data."),
-    "data": ("data.Data", "Make the splits of a dataset from one file of embeddings."),
-    "checkpoint": ("checkpoint.Checkpoint", "Say what is in a checkpoint, after verifying it."),
-    "bench": ("bench.Bench", "Measure how many runs are worth training together on this device."),
-    "drill": ("drill.Drill", "Show on your own cluster that an interrupted run loses nothing."),
-    "completion": (
-        "main.Completion",
-        "Print what completes commands, flags and run names in a shell.",
-    ),
-}
-
 # `flowjobs logs -f RUN | head`: these print, and end where nobody reads it. The others act.
 LOOKING = ("status", "show", "report", "logs")
-# These take all that a flowjobs.toml may hold.
-WITH_DEFAULTS = ("submit", "train", "bench")
 
-# Errors of files that are no bug of the program, and what a person can do.
+# Errors of files that are no bug of the program, and what the user can do.
 OF_THE_MACHINE = {
     errno.EACCES: "ask its owner, or give another --study",
     errno.EPERM: "ask its owner, or give another --study",
@@ -138,7 +87,7 @@ def _look_up_models_here() -> None:
 
 
 def _exit_code_of(error: Exception) -> int:
-    """Print an error: in words if a person can mend it, else with its traceback."""
+    """Print an error: in words if the user can fix it, else with its traceback."""
     if isinstance(error, FlowjobsError):
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -148,7 +97,7 @@ def _exit_code_of(error: Exception) -> int:
         print(f"error: {where}{error.strerror}; {OF_THE_MACHINE[error.errno]}", file=sys.stderr)
         return EXIT_BAD_INPUT
     traceback.print_exception(error)
-    # The last line is what is read: it names the line of a person's own code.
+    # The last line is what is read: it names the line of the user's own code.
     print(f"error: {outcome_of(error).reason}", file=sys.stderr)
     return EXIT_FAILED
 
@@ -165,12 +114,6 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
-def command_of(name: str) -> Any:
-    """The dataclass of a command."""
-    module, _, cls = COMMANDS[name][0].partition(".")
-    return getattr(importlib.import_module(f"flowjobs.cli.{module}"), cls)
-
-
 def _warn_of_file(error: str) -> None:
     print(f"warning: {error}; the file is not used", file=sys.stderr)
 
@@ -182,13 +125,14 @@ def _named(name: str) -> Any:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
-    """The command that is meant, and the defaults that it was filled with."""
+    """The command, and the defaults that it was filled with."""
     if arguments[:1] == ["sweep"]:
         arguments = command_of("sweep").spelled_out(arguments)
     looks = arguments[:1] and arguments[0] in LOOKING
     defaults = load_defaults(arguments=arguments, warn=_warn_of_file if looks else None)
     if "study" in defaults.values:
-        # Every command looks there for the study, and a flag wins over it.
+        # Every command looks there for the study, and so does each job that it submits; a flag
+        # wins over it.
         study = str(defaults.values.pop("study"))
         os.environ["FLOWJOBS_STUDY"] = os.environ.get("FLOWJOBS_STUDY") or study
     name, *rest = arguments or ("",)
@@ -205,9 +149,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     # The parser of one command alone is built in half the time of all of them.
     cls = command_of(name)
     default: dict[str, Any] = {}
-    if name in WITH_DEFAULTS:
-        default = {"default": defaults.fill(cls)}
-    elif name in ("drill", "sweep"):
+    if issubclass(cls, WithDefaults):
         default = {"default": cls.with_defaults(defaults)}
     if examples := getattr(sys.modules[cls.__module__], "EXAMPLES", ""):
         default["description"] = f"{examples}\n{cls.__doc__}"

@@ -1,4 +1,4 @@
-"""Numbers of a command line that cannot be meant."""
+"""Checks of numbers that are given on the command line."""
 
 import threading
 

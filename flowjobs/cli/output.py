@@ -4,11 +4,12 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from typing import TextIO
 
 
 class Output(io.TextIOWrapper):
-    """One that is written to without a reader, or without room: a command that acts does its work.
+    """A stream that drops what cannot be written, so that a command that acts does its work.
 
     `submit … | head -1` must not submit half, whatever becomes of what it prints.
     """
@@ -23,11 +24,11 @@ class Output(io.TextIOWrapper):
         self._error: OSError | None = None
 
     def ends_with_its_reader(self) -> None:
-        """From now on the program ends where nothing can be written: it only looks."""
+        """From now on the program ends where nothing can be written: its command only looks."""
         self._ends = True
 
     def check(self) -> None:
-        """Raise what something could not be written for, unless that its reader has gone."""
+        """Raise the error for which something was dropped, unless the reader has just gone."""
         if self._error and not isinstance(self._error, BrokenPipeError):
             raise self._error
 
@@ -57,7 +58,7 @@ class Output(io.TextIOWrapper):
 
 @contextlib.contextmanager
 def lasting_outputs() -> Iterator[None]:
-    """Have both outputs be such, but for one that is in memory."""
+    """Make stdout and stderr such streams while the block lasts, but for one that is in memory."""
     with contextlib.ExitStack() as stack:
         for stream, redirected in (
             (sys.stdout, contextlib.redirect_stdout),
@@ -69,3 +70,32 @@ def lasting_outputs() -> Iterator[None]:
                 lasting = Output(lasting.fileno(), lasting.encoding)
             stack.enter_context(redirected(lasting))
         yield
+
+
+class NewLines(io.StringIO):
+    """Prints each line as it comes, unless the refresh before printed it too.
+
+    Attributes:
+        lines: All of them.
+    """
+
+    def __init__(self, output: TextIO, before: Set[str]) -> None:
+        super().__init__()
+        self.lines: set[str] = set()
+        self._output, self._before = output, before
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        """Pass on the lines that are whole."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line not in self._before:
+                print(line, file=self._output, flush=True)
+        self.lines.update(lines)
+        return len(text)
+
+
+def print_rows(**rows: str) -> None:
+    """Print titles with their texts, one below the other."""
+    for title, text in rows.items():
+        print(f"{title:10} {text}", flush=True)

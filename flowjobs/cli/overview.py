@@ -4,8 +4,10 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence, Set
-from typing import TYPE_CHECKING, TextIO, get_args
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, get_args
+
+from flowjobs.cli.output import NewLines
 
 if TYPE_CHECKING:
     from flowjobs.jobs.run_stages import Group, Stage, Standing
@@ -67,29 +69,6 @@ def print_groups(groups: "Sequence[Group]") -> None:
             del row[title]
     first = ("", *none, "not made", "waiting", "left", "running", "cancelled", "new", "to resume")
     print_fitting(rows, first, right=("of", "not made", *stages))
-
-
-class NewLines(io.StringIO):
-    """Passes lines on at once, as that Slurm is slow, but those of the look before.
-
-    Attributes:
-        lines: All of them.
-    """
-
-    def __init__(self, output: TextIO, before: Set[str]) -> None:
-        super().__init__()
-        self.lines: set[str] = set()
-        self._output, self._before = output, before
-        self._begun = ""
-
-    def write(self, text: str) -> int:
-        """Pass on the lines that are whole."""
-        *lines, self._begun = (self._begun + text).split("\n")
-        for line in lines:
-            if line not in self._before:
-                print(line, file=self._output, flush=True)
-        self.lines.update(lines)
-        return len(text)
 
 
 def watch(show: "Callable[[], Collection[Stage]]", again: str) -> None:

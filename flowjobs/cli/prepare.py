@@ -48,7 +48,7 @@ def prepare_run(
         training: What to train.
         slurm: What to ask of the cluster; None leaves it as it was asked for before.
         tracking: Where to mirror it.
-        restarts: When to start it again.
+        restarts: When to restart it.
         own_code: Look for the user's modules in the code that the run keeps, not as it is now.
 
     Raises:
@@ -69,7 +69,7 @@ def prepare_run(
     training = with_pinned_files(training, study, before)
     training = with_fixed_width(training, row_shape(training.dataset, study))
     if before and not signature_differences(before.to_dict(), training.to_dict()):
-        # Only a flag changes how long a run is: a bare command goes on with it as it is.
+        # Only a flag changes how long a run is: a bare command resumes it as it is.
         own = {key: getattr(before, key) for key in ("epochs", "patience")}
         kept = {key: value for key, value in own.items() if flag(key) not in defaults.flags}
         training = dataclasses.replace(training, **kept)

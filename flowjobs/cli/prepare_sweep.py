@@ -9,6 +9,7 @@ from flowjobs.cli.prepare import check_parts, with_absolute_paths
 from flowjobs.config import SIZE_FIELDS, RunConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import flag
+from flowjobs.formatting import counted
 from flowjobs.models.size import with_fixed_width
 from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.pack import check_shared
@@ -18,7 +19,6 @@ from flowjobs.sweeps.applying import ARGUMENT, applying
 from flowjobs.sweeps.grid import TABLES, Point, Sweep, run_names_of, slurm_of, training_of
 from flowjobs.sweeps.saved import names_of_runs, read_saved
 from flowjobs.training.pinned import with_pinned_files
-from flowjobs.words import counted
 
 
 def prepare_sweep(
@@ -111,7 +111,7 @@ def _asked_of(
 
 
 def _check_each(configs: Sequence[TrainingConfig], study: Path, defaults: Defaults) -> None:
-    """Raise if one of the runs cannot be meant; runs that differ in numbers alone are one."""
+    """Raise if a run has bad input; of runs that differ in numbers alone one is checked."""
     different: dict[tuple[object, ...], TrainingConfig] = {}
     for config in configs:
         names = (config.arch, config.flow, config.dataset, config.source, config.reflow_from)

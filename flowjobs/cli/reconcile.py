@@ -21,7 +21,7 @@ from flowjobs.runs.status import EXIT_BAD_INPUT
 
 @dataclass(frozen=True)
 class Reconcile(InStudy):
-    """Find runs whose job died silently, and record why."""
+    """Record how silently dead jobs ended, and restart the runs that may be retried."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names, patterns, a sweep, a group, or FIELD=VALUE; default: all."""

@@ -15,10 +15,10 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.config import OptionalPath, OptionalStr
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
+from flowjobs.formatting import first_of
 from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.selection import fits, never_made_by_sweep
 from flowjobs.runs.status import EXIT_BAD_INPUT
-from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.report.comparison import Comparison
@@ -58,7 +58,7 @@ class Report(InStudy):
     """Print a Markdown table."""
 
     csv: Flag = False
-    """Print a line a cell, with all digits."""
+    """Print CSV: a line a cell, with all digits."""
 
     latex: Flag = False
     """Print a LaTeX table (booktabs)."""

@@ -11,6 +11,7 @@ import tyro
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.numbers import check_counts
+from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, check_named, readable_runs
 from flowjobs.cli.start_many import (
@@ -19,18 +20,17 @@ from flowjobs.cli.start_many import (
     plan_code_of,
     print_notes,
     print_resources,
-    print_rows,
     submit_many,
     train_many_here,
 )
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
+from flowjobs.formatting import first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import absolute
 from flowjobs.runs.selection import sweep_names
 from flowjobs.runs.status import EXIT_BAD_INPUT
-from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.sweeps.plan import Member
@@ -49,7 +49,7 @@ class Retry(CodeOptions, CommandOptions):
 
     changes: Annotated[tuple[str, ...], tyro.conf.arg(name="with", metavar="KEY=VALUE")] = ()
     """Other options of the cluster for these runs: mem_gb=64 timeout_min=240 partition=long; or
-    runs_per_gpu=2, how many of them share a job; default: each has one of its own."""
+    runs_per_gpu=2, how many of them share a job; default: each has its own."""
 
     parallel: OptionalInt = None
     """Runs at a time; default: as many as the cluster takes, or one for each GPU here."""

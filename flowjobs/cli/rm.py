@@ -11,10 +11,10 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, check_named, list_of, runs_matching
 from flowjobs.config import RunConfig
 from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.formatting import counted, first_of, format_bytes
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_BAD_INPUT, read_sound_status
-from flowjobs.words import bytes_words, counted, first_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Rm(InStudy):
         broken += unknown
         if not runs:
             return EXIT_BAD_INPUT
-        size = bytes_words(sum(size_of(run) for run in runs))
+        size = format_bytes(sum(size_of(run) for run in runs))
         print(f"removes {list_of(runs)}; {size}", flush=True)
         if not self.yes:
             question = f"remove {counted(len(runs))} for good?"

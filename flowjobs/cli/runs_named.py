@@ -1,4 +1,4 @@
-"""The runs that the words of a command line mean, and what is said of those that are unreadable."""
+"""The runs that the words of a command line select, and what is said of unreadable ones."""
 
 import sys
 from collections import Counter
@@ -9,11 +9,11 @@ from typing import Annotated, get_args
 import tyro
 
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
+from flowjobs.formatting import counted, first_of
 from flowjobs.nearest import LIST_AT_MOST, did_you_mean
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import Selection, select
-from flowjobs.words import counted, first_of
 
 STATE = "state="
 # What `status` says of a run, and how far it is by that; see `jobs.run_stages.Stage`.
@@ -48,8 +48,8 @@ def check_named(command: str, words: Sequence[str]) -> None:
 
 
 def runs_matching(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The runs that are meant, all without a word, whether or not their records can be read; and
-    those of which it cannot be read whether they are meant, said on stderr."""
+    """The runs that the words select (all without words), whether or not their records can be read;
+    and those of which that cannot be known, said on stderr."""
     meant = _meant(study, words)
     for run, why in meant.unreadable.items():
         print(f"error: {run.name}: {why}", file=sys.stderr)
@@ -92,7 +92,7 @@ def _meant(study: Path, words: Sequence[str]) -> Selection:
 
 
 def readable_runs(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The runs that are meant, all without a word, and those whose records cannot be read.
+    """The runs that the words select (all without words), and those whose records cannot be read.
 
     One that is broken is said on stderr, and does not hide the others, unless it is itself named.
     """

@@ -9,8 +9,8 @@ from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import differences_from_defaults
-from flowjobs.counts import count_words
 from flowjobs.field_values import flag
+from flowjobs.formatting import format_count
 from flowjobs.runs.goodput import TimeSpent, time_spent
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
@@ -18,7 +18,7 @@ from flowjobs.runs.status import RunStatus
 
 @dataclass(frozen=True)
 class Show(InStudy):
-    """Show one run: its config where that is not the default, its attempts, its time, its files."""
+    """Show one run: its changed options, its attempts, its time, its files."""
 
     name: RunName
     """Name of the run, or anything that means one run alone."""
@@ -60,8 +60,8 @@ class Show(InStudy):
 
 def _size_in_words(status: RunStatus) -> str:
     flops = status.flops_per_sample
-    a_sample = f", {count_words(flops)} FLOPs a sample (forward)" if flops is not None else ""
-    return f"model: {count_words(status.parameters or 0)} parameters{a_sample}"
+    a_sample = f", {format_count(flops)} FLOPs a sample (forward)" if flops is not None else ""
+    return f"model: {format_count(status.parameters or 0)} parameters{a_sample}"
 
 
 def _in_words(spent: TimeSpent) -> str:

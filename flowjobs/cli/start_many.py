@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.output import print_rows
+from flowjobs.formatting import counted
 from flowjobs.runs.hint import hint
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
-from flowjobs.words import counted
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
@@ -28,7 +29,7 @@ def only_submitter(study: Path, locks: bool) -> Iterator[None]:
 
     Args:
         study: Root of the study.
-        locks: Whether it is to be so; not where nothing is submitted to Slurm.
+        locks: Whether to take the lock: not needed where nothing goes to Slurm.
     """
     from flowjobs.jobs.array import submitting
 
@@ -143,12 +144,6 @@ def print_resources(members: Sequence["Member"], parallel: int | None, slots: in
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print what a person should know, each once."""
+    """Print notes, each once."""
     for note in dict.fromkeys(note for note in notes if note):
         print(note)
-
-
-def print_rows(**rows: str) -> None:
-    """Print titles with their texts, one below the other."""
-    for title, text in rows.items():
-        print(f"{title:10} {text}", flush=True)

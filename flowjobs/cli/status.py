@@ -16,13 +16,13 @@ from flowjobs.cli.overview import print_groups, print_overview, watch
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError
+from flowjobs.formatting import first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.listing import glances
 from flowjobs.runs.progress import current_progress, state_in_words, steps_per_s, time_left_s
 from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.selection import names_one_run, never_made
 from flowjobs.runs.status import RunStatus
-from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.jobs.dead_jobs import Finding
@@ -34,7 +34,7 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Status(InStudy):
-    """Show how the sweeps and groups of a study stand, or its runs, or one run's attempts."""
+    """Show the state of a study's sweeps and groups, of its runs, or of one run's attempts."""
 
     names: Annotated[RunNames, tyro.conf.arg(metavar="[RUN...]")] = ()
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed); default: all."""
@@ -114,7 +114,7 @@ def _print_waits(runs: list[dict[str, Any]]) -> None:
 
 
 def _print_notes(run: dict[str, Any], *, named: bool) -> None:
-    """What a person should know of a run, beside its line."""
+    """Print what is to be known of a run beside its line."""
     if run["state"] == "failed" and not named:  # else its attempts say so
         print(f"{run['run']} failed: {run['reason']}")
     if run["unknown"]:

@@ -8,8 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowjobs.cli.code_options import CodeOptions
-from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults
 from flowjobs.cli.follow import follow
+from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
@@ -87,7 +88,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
         try:
             busy = running_job(run) if there else None
         except SubmissionError:
-            if not cancelled:  # else a person has said that it is gone
+            if not cancelled:  # else the user has said that it is gone
                 raise
         if busy and cancelled and not plan:
             again = hint("cancel", run.name, study=run.study)
@@ -133,7 +134,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
             print(said)
         mode, mode_reason = resolve_mode(config.tracking)
         size = size_words([config.training])
-        _print_rows(
+        print_rows(
             run=run.name,
             folder=str(run.folder),
             **({"size": size} if size else {}),
@@ -144,7 +145,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
         run.clear_cancel()
         attempts_before = len(run.status().attempts)
         job = submit(run, cluster, task_of(run))
-        _print_rows(
+        print_rows(
             job=job.job_id,
             follow=hint("logs", "-f", run.name, study=run.study),
             inspect=hint("status", run.name, study=run.study),
@@ -162,7 +163,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
 
 
 @dataclass(frozen=True)
-class Submit(SubmitOptions):
+class Submit(SubmitOptions, WithDefaults):
     """Submit a run as a job, to Slurm or to this machine. The same command again resumes it."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -196,7 +197,7 @@ class Submit(SubmitOptions):
 
         size = size_words([config.training])
         rows = {"size": size} if size else {}
-        _print_rows(run=run.name, folder=str(run.folder), **rows, cluster=cluster)
+        print_rows(run=run.name, folder=str(run.folder), **rows, cluster=cluster)
         print("\n# where the values come from")
         # As they were given, not as `config` has them: paths are absolute there.
         used = set()
@@ -229,8 +230,3 @@ def _print_finished(run: Run) -> None:
     print(f"{run.name} is finished: {run.best}", end="")
     print(f", {picture}" if picture.exists() else f"; {picture} is gone")
     print("to train on, give it more --epochs, or more --patience if it stopped early")
-
-
-def _print_rows(**rows: str) -> None:
-    for title, text in rows.items():
-        print(f"{title:9} {text}", flush=True)

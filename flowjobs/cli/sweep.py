@@ -13,8 +13,9 @@ import tyro
 
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.confirm import confirmed
-from flowjobs.cli.defaults import CommandOptions, Defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults
 from flowjobs.cli.numbers import check_counts
+from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import from_root
 from flowjobs.cli.prepare_sweep import prepare_sweep
@@ -24,7 +25,6 @@ from flowjobs.cli.start_many import (
     plan_code_of,
     print_notes,
     print_resources,
-    print_rows,
     submit_many,
     train_many_here,
 )
@@ -40,6 +40,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag
+from flowjobs.formatting import counted, first_of, format_bytes
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run, absolute
@@ -54,7 +55,6 @@ from flowjobs.sweeps.saved import (
 )
 from flowjobs.sweeps.toml_file import read_sweep
 from flowjobs.tracking.mode import resolve_mode
-from flowjobs.words import bytes_words, counted, first_of
 
 if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodePlan
@@ -91,8 +91,8 @@ TrainingValues: Any = _values_of_fields()
 
 
 @dataclass(frozen=True)
-class Sweep(CodeOptions, CommandOptions):
-    """Submit many runs. Every field of the training takes several values, and their product is run.
+class Sweep(CodeOptions, CommandOptions, WithDefaults):
+    """Submit many runs: every training option takes several values, and their product is run.
 
     The same command again, or `sweep NAME`, submits what is missing.
     """
@@ -111,7 +111,7 @@ class Sweep(CodeOptions, CommandOptions):
     """Name of the sweep; default: the file's, or the group's."""
 
     zip: tuple[str, ...] = ()
-    """Fields whose values are walked together instead of multiplied: lr batch_size."""
+    """Fields whose values are paired instead of multiplied: lr batch_size."""
 
     one_at_a_time: Flag = False
     """Vary one field at a time, around the first value of each."""
@@ -122,10 +122,10 @@ class Sweep(CodeOptions, CommandOptions):
 
     runs_per_gpu: OptionalInt = None
     """Runs that share a job and its GPU, cores and memory; each takes the next run when one ends.
-    `flowjobs bench` measures how many are worth it; default: 1."""
+    `flowjobs bench` measures how many are best; default: 1."""
 
     first: OptionalInt = None
-    """Start so many runs only."""
+    """Start only so many runs."""
 
     yes: Flag = False
     """Submit more than 100 runs without asking."""
@@ -135,7 +135,7 @@ class Sweep(CodeOptions, CommandOptions):
 
     @classmethod
     def with_defaults(cls, defaults: Defaults) -> "Sweep":
-        """The command without flags."""
+        """See `WithDefaults`."""
         own: dict[str, Any] = {}
         for name in ("study", "cluster"):
             if name in defaults.values:
@@ -170,7 +170,7 @@ class Sweep(CodeOptions, CommandOptions):
         return self._carry_out(study, name, sweep, runs, length_given, defaults)
 
     def _asked(self, study: Path, defaults: Defaults) -> tuple[str, grid.Sweep]:
-        """The sweep that is meant, and its name."""
+        """The sweep and its name."""
         values = self._values(defaults)
         group = values.get("group", [defaults.fill(TrainingConfig).group])[0]
         name = str(group) if self.name is None else self.name
@@ -330,7 +330,7 @@ def _print_plan(
     if sweep.parallel:
         print(f"{'':10} {sweep.parallel} at a time")
     if disk := checkpoint_bytes(members, starting):
-        wanted, free = map(bytes_words, disk)
+        wanted, free = map(format_bytes, disk)
         print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
 
 

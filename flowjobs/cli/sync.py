@@ -11,7 +11,7 @@ import tyro
 
 from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.numbers import check_seconds
-from flowjobs.cli.overview import NewLines
+from flowjobs.cli.output import NewLines
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, readable_runs
 from flowjobs.errors import ConfigError, FlowjobsError, LoginError, ServerError

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowjobs.cli.code_options import CodeOptions
-from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.defaults import Defaults, WithDefaults
 from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import (
     OptionalPath,
@@ -22,7 +22,7 @@ from flowjobs.runs.status import EXIT_PREEMPTED
 
 
 @dataclass(frozen=True)
-class Train(CodeOptions):
+class Train(CodeOptions, WithDefaults):
     """Train a run in this process: here, or as the last line of a batch script."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -36,12 +36,12 @@ class Train(CodeOptions):
     """Name of the run; default: ARCH-FLOW-DATASET-AUG."""
 
     resume: OptionalPath = None
-    """Go on from this checkpoint, which must be of the same config; by default from the run's
-    last.pt if there is one, as a run that already comes from this file does too. To take over its
-    weights alone: --init-from."""
+    """Resume from this checkpoint, of the same config; default: the run's last.pt. A run that
+    already resumed from this file continues from its own last.pt. For its weights alone:
+    --init-from."""
 
     def prepare(self, defaults: Defaults) -> tuple[Run, RunConfig]:
-        """The run that is meant, and its config. Writes nothing."""
+        """The run and its config. Writes nothing."""
         from flowjobs.jobs.environment import is_first_start
 
         return prepare_run(

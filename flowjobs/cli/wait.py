@@ -10,6 +10,7 @@ from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.overview import UNKNOWN_AT_MOST
 from flowjobs.cli.runs_named import RunNames, check_named, readable_runs
 from flowjobs.errors import ConfigError
+from flowjobs.formatting import first_of
 from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.selection import never_made
 from flowjobs.runs.status import (
@@ -18,7 +19,6 @@ from flowjobs.runs.status import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
 )
-from flowjobs.words import first_of
 
 if TYPE_CHECKING:
     from flowjobs.sweeps.plan import Member
@@ -40,7 +40,7 @@ class Wait(InStudy):
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed)."""
 
     hours: float = 168.0
-    """Wait so long at most."""
+    """Wait at most so long."""
 
     def run(self, defaults: Defaults) -> int:
         """Wait. Returns the exit code."""

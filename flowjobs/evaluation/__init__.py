@@ -1,1 +1,1 @@
-"""Samples of a trained model, and what they are worth."""
+"""Samples of a trained model, and measures of their quality."""

@@ -1,4 +1,4 @@
-"""What the samples of a trained model are worth, beside what real data would score.
+"""Measures of a trained model's samples, beside what real data would score.
 
 Written as a run's `evaluation.json`:
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from flowjobs.errors import ConfigError
+from flowjobs.formatting import counted
 from flowjobs.nearest import did_you_mean
-from flowjobs.words import counted
 
 Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 

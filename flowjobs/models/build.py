@@ -37,7 +37,7 @@ def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Modu
     if config.params is not None:
         arguments["width"] = _chosen_width(config, cls, given)
     torch.manual_seed(config.seed)
-    # What a model draws and does not keep in its state must come out the same at each start.
+    # What a model draws and does not keep in its state must be the same at each start.
     seed_python_and_numpy(config.seed)
     try:
         return cls(given, **arguments)

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig
-from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
+from flowjobs.formatting import format_count, parse_count
 
 # How far from --params a model may be, so that models are compared at equal size.
 TOLERANCE = 0.05
@@ -100,7 +100,7 @@ def search_width(config: TrainingConfig, count: Count, step: int, what: str) -> 
     nearest = [number * step for number in (below, above) if number]
     best = min(nearest, key=lambda width: abs(count(width) - target))
     if not is_close(count(best), target):
-        there = " and ".join(f"{count_words(count(w))} (--width {w})" for w in nearest)
+        there = " and ".join(f"{format_count(count(w))} (--width {w})" for w in nearest)
         raise ConfigError(
             f"--params: found {config.params}, which {what} cannot have within "
             f"{TOLERANCE:.0%}: the nearest are {there}; give one of these widths, or another "
@@ -113,7 +113,7 @@ def check_count(config: TrainingConfig, found: int, given: str, what: str) -> No
     """Raise a ConfigError unless a model has about as many parameters as `--params` asks for."""
     if not is_close(found, asked_parameters(config)):
         raise ConfigError(
-            f"{given}: {what} has {count_words(found)} parameters with it, and --params asks for "
+            f"{given}: {what} has {format_count(found)} parameters with it, and --params asks for "
             f"{config.params}: give one of the two"
         )
 

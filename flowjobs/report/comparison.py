@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from flowjobs.config import NOT_IN_SIGNATURE, SIZE_FIELDS, TrainingConfig
-from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.flows.uses import has_use
+from flowjobs.formatting import first_of, format_count, parse_count
 from flowjobs.nearest import did_you_mean
 from flowjobs.report.apart import told_apart
 from flowjobs.report.metric import AtStep, Metric, choose_metric
 from flowjobs.report.results import Result, way_of
-from flowjobs.words import first_of
 
 # What repeats a run and is averaged over.
 SEED = "seed"
@@ -354,7 +353,7 @@ def _incomparable(results: Sequence[Result], metric: Metric) -> str:
         return ""
     return (
         f"validation losses of another {' or '.join(varies)} have another floor: nothing is "
-        "marked. Compare what the samples are worth: `flowjobs evaluate` the runs"
+        "marked. Compare measures of samples: `flowjobs evaluate` the runs"
     )
 
 
@@ -407,7 +406,7 @@ def _sizes(results: Sequence[Result]) -> str:
         if result.status.parameters is None:
             continue
         sizes = (result.status.parameters, result.status.flops_per_sample)
-        words = ", ".join(count_words(size) for size in sizes if size is not None)
+        words = ", ".join(format_count(size) for size in sizes if size is not None)
         label = " ".join(result.shown(name) for name in names or ["arch"])
         found.setdefault(f"{label}: {words}", label)
     shown = sorted(found, key=lambda text: (found[text], text))

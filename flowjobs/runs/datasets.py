@@ -7,9 +7,9 @@ from pathlib import Path
 
 from flowjobs.config import DATA_FILE_SUFFIXES, PINNED, TrainingConfig, is_data_file
 from flowjobs.errors import DataError
+from flowjobs.formatting import counted
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.data_file import DataContent, check_file, content_of_file, shape_of_file
-from flowjobs.words import counted
 
 DIGITS = "digits"
 TOY_SETS = (

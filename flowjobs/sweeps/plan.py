@@ -14,6 +14,7 @@ from typing import Any
 from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, is_data_file, signature_differences
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.field_values import flag
+from flowjobs.formatting import counted, first_of
 from flowjobs.jobs.current_job import RunningJob, ended_for_good, running_jobs
 from flowjobs.jobs.dead_jobs import DeadJob, Finding, UnknownJob, final_outcome, find_dead_jobs
 from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
@@ -26,7 +27,6 @@ from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.runs.status import RunStatus, read_sound_status
 from flowjobs.slurm.waiting import Waiting
-from flowjobs.words import counted, first_of
 
 TO_START: tuple[Stage, ...] = ("to resume", "new")
 SHOWN_AT_MOST = 10

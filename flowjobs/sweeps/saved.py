@@ -7,13 +7,13 @@ from pathlib import Path
 
 from flowjobs.config import DATA_FIELDS, PINNED, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunMismatchError, RunNotFoundError
+from flowjobs.formatting import first_of
 from flowjobs.nearest import LIST_AT_MOST, meant
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.run import Run, check_run_name
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.sweeps.grid import Sweep
 from flowjobs.sweeps.toml_file import read_sweep, to_toml
-from flowjobs.words import first_of
 
 
 def sweep_file(study: Path, name: str) -> Path:

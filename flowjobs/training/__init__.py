@@ -1,4 +1,7 @@
-"""The torch side of a run. Knows neither Slurm nor W&B.
+"""The torch side of a run. Calls neither Slurm nor W&B.
+
+Why to leave, where rows go and what the job was given, it is told (`stop_reason`, `Recorder`,
+`flowjobs.slots`). W&B's options of `FlowTrainer` are a notebook's, and are handed on.
 
 The public names are imported when first used, so that `import flowjobs.training` loads no torch.
 """

@@ -340,10 +340,10 @@ def read_newest_good(
 
     Raises:
         CheckpointMismatchError: There are sound files, but of another model or a newer version of
-            flowjobs, and none that the run can resume from. They stay where they are: a person
+            flowjobs, and none that the run can resume from. They stay where they are: the user
             must say what shall become of them.
-        CheckpointError: A file that is there cannot be read (permissions, a failing disk): going
-            on without it would throw work away that may still be sound.
+        CheckpointError: A file that is there cannot be read (permissions, a failing disk): to
+            train without it would throw work away that may still be sound.
     """
     refused: list[tuple[Path, CheckpointMismatchError]] = []
     payload = None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flowjobs.cgroups import control_groups
-from flowjobs.slots import runs_that_share, submitted_for_run
+from flowjobs.slots import cores_given, nodes_of_step, runs_that_share, submitted_for_run
 from flowjobs.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -27,14 +27,10 @@ logger = logging.getLogger(__name__)
 # takes 2.4 s with one thread, 2.0 with two, 5.9 with two where others want the cores too; one of
 # 2.5 million parameters on 512 rows (2.6 billion) takes 2.5 with one and 1.7 with two.
 FLOPS_PER_THREAD = 1_000_000_000
-# The same where Slurm has given the cores to this run and no other, by a job that was submitted for
-# it: there two threads are as fast as 1.15 of one at 45 million for each, as 1.5 at 150 million, as
-# 1.8 at a billion.
+# The same where the cores are this run's and no other's, in a job that was submitted for it: there
+# two threads are as fast as 1.15 of one at 45 million for each, as 1.5 at 150 million, as 1.8 at a
+# billion.
 FLOPS_PER_OWN_CORE = 50_000_000
-
-
-# How many cores Slurm has given to each task of a step, or to all of them on a node.
-SLURM_CORES = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ def computing(
     Args:
         ranks: The processes that train together.
         flops: Of the forward pass of this rank's part of a step (`flops_of_batch`).
-        environment: OMP_NUM_THREADS is obeyed; Slurm says how many cores the process has.
+        environment: OMP_NUM_THREADS is obeyed; a job's says how many cores it was given.
     """
     before, threads = torch.get_num_threads(), threads_for(ranks, flops, environment)
     torch.set_num_threads(threads)
@@ -92,8 +88,7 @@ def threads_for(ranks: Ranks, flops: int, environment: Mapping[str, str] = os.en
         return asked
     threads = usable_cores(ranks.world_size, environment=environment)
     if ranks.device.type == "cpu":
-        of_a_job = any(name in environment for name in SLURM_CORES)
-        own = of_a_job and submitted_for_run(environment)
+        own = cores_given(1, environment) is not None and submitted_for_run(environment)
         each = FLOPS_PER_OWN_CORE if own else FLOPS_PER_THREAD
         threads = min(threads, max(1, flops // each))
     return threads
@@ -102,7 +97,7 @@ def threads_for(ranks: Ranks, flops: int, environment: Mapping[str, str] = os.en
 def computing_as_before(
     now: Compute, before: Mapping[str, Any], environment: Mapping[str, str] = os.environ
 ) -> Compute:
-    """Take the number of threads that the run has had, and say what is another than it was.
+    """Use as many threads as the run had before, and log what else has changed.
 
     Args:
         now: What this start computes with.
@@ -139,7 +134,7 @@ def usable_cores(
     Args:
         world_size: Ranks of the run.
         root: Where /proc and /sys are.
-        environment: What Slurm says of the job's step.
+        environment: Says how many cores the job was given.
     """
     cores = _cores_of_rank(world_size, root, environment)
     return max(1, cores // runs_that_share(environment))
@@ -150,15 +145,10 @@ def _cores_of_rank(world_size: int, root: Path, environment: Mapping[str, str]) 
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
     cores = min([len(has), *_quotas(root)])
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-    ranks_here = math.ceil(world_size / nodes)
-    of_task, of_node = SLURM_CORES
-    if of_task in environment:
-        # Where Slurm binds no task to its cores, each sees all of them.
-        return max(1, min(cores, int(environment[of_task])))
-    if of_node in environment:
-        return max(1, min(cores, int(environment[of_node]) // ranks_here))
-    return max(1, cores // ranks_here)
+    ranks_here = math.ceil(world_size / nodes_of_step(environment))
+    given = cores_given(ranks_here, environment)
+    # Where Slurm binds no task to its cores, each sees all of them.
+    return max(1, cores // ranks_here if given is None else min(cores, given))
 
 
 def _quotas(root: Path) -> Iterator[int]:

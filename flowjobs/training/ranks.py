@@ -1,4 +1,7 @@
-"""The ranks of a run: one process per GPU, joined by torch.distributed. Knows no scheduler."""
+"""The ranks of a run: one process per GPU, joined by torch.distributed, and their votes to leave.
+
+Knows no scheduler: what this process's job was given is for `flowjobs.slots` to say.
+"""
 
 import importlib
 import logging
@@ -11,10 +14,11 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import Work
 
 from flowjobs.data.randomness import derive_seed
 from flowjobs.errors import ConfigError, RankFailedError
-from flowjobs.slots import nvidia_gpus
+from flowjobs.slots import gpus_given, in_slurm_job, nvidia_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +26,6 @@ logger = logging.getLogger(__name__)
 # files aside and saves. Of a rank that dies Slurm tells the others at once.
 WAIT_FOR_RANKS = timedelta(minutes=30)
 LEAVE_WITHIN_S = 10.0
-
-# Set in a job, or in a step of it, that has GPUs.
-GIVEN_BY_SLURM = {"SLURM_JOB_GPUS", "SLURM_STEP_GPUS"}
 
 # What the first rank tells those that wait for it.
 DONE, FAILED, STILL_AT_IT = 0, 1, 2
@@ -137,8 +138,7 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
     device = torch.device("cpu")
     named = use_gpu and os.environ.get("CUDA_VISIBLE_DEVICES")
     if named and not torch.cuda.is_available():
-        # Where the driver is gone, Slurm still says what it gave.
-        if torch.version.cuda and (nvidia_gpus() or GIVEN_BY_SLURM & os.environ.keys()):
+        if torch.version.cuda and (nvidia_gpus() or gpus_given()):
             # A GPU that was lost must not turn the run into one on the CPU, with other bits.
             raise RuntimeError(
                 "CUDA error: the job was given a GPU, and torch finds none (nvidia-smi on the node "
@@ -170,7 +170,7 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
 def _say_build_without_cuda() -> None:
     """Say that torch computes on the CPU alone: a ConfigError where a job holds a GPU for it."""
     found = f"torch {torch.__version__} is a build without CUDA, which cannot use the GPU"
-    if "SLURM_JOB_ID" in os.environ:
+    if in_slurm_job():
         raise ConfigError(
             f"{found} that the job was given: install torch's CUDA build, or give "
             "--gpus-per-node 0 to train on the CPU"
@@ -187,3 +187,83 @@ def _leave_group() -> None:
     leaving.join(LEAVE_WITHIN_S)
     if leaving.is_alive():
         logger.warning("the group of ranks could not be left within %g s", LEAVE_WITHIN_S)
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Why a run stops before its end.
+
+    Attributes:
+        reason: As a sentence for the log and the status.
+        taken_over: Another attempt holds the run: nothing more may be written.
+    """
+
+    reason: str
+    taken_over: bool = False
+
+
+@dataclass(frozen=True)
+class _Vote:
+    """One boundary's vote, under way."""
+
+    work: Work
+    highest: Tensor
+    mine: Leave | None
+
+
+class Leaving:
+    """Asks every rank at each boundary whether it wants to leave.
+
+    A boundary is the end of a step, and within a validation of a batch. With several ranks the
+    answer is the one to the boundary before: the votes travel while what is between is computed, so
+    that neither a GPU nor another rank is waited for.
+
+    Args:
+        ranks: The processes that train together.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._vote: _Vote | None = None
+
+    def agreed(self, mine: Leave | None) -> Leave | None:
+        """Every rank calls this at the same boundary and gets the same answer.
+
+        Args:
+            mine: What this rank wants; None to train on.
+        """
+        if self._ranks.world_size == 1:
+            return mine
+        decided = self._count()
+        if decided is None:
+            highest = torch.tensor(self._weight(mine), device="cpu")
+            work = distributed.all_reduce(highest, distributed.ReduceOp.MAX, async_op=True)
+            self._vote = _Vote(work, highest, mine)
+        return decided
+
+    def wait(self) -> None:
+        """Wait for a vote that is still under way, whose result nobody needs any more."""
+        if self._vote is not None:
+            self._vote.work.wait()
+            self._vote = None
+
+    def _weight(self, leave: Leave | None) -> int:
+        if leave is None:
+            return 0
+        # The lowest rank's reason wins, but whoever has lost the run comes before any other. Equal
+        # to -rank modulo world_size, so that _count gets the speaker back from the maximum.
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        return world_size - rank + (world_size if leave.taken_over else 0)
+
+    def _count(self) -> Leave | None:
+        if self._vote is None:
+            return None
+        vote, self._vote = self._vote, None
+        vote.work.wait()
+        highest = int(vote.highest)
+        if highest == 0:
+            return None
+        box = [vote.mine]
+        speaker = -highest % self._ranks.world_size
+        distributed.broadcast_object_list(box, src=speaker, device=torch.device("cpu"))
+        return box[0]

@@ -1,4 +1,4 @@
-"""From a run's config to its result: data, model, training, samples and what they are worth."""
+"""From a run's config to its result: data, model, training, samples and their measures."""
 
 import atexit
 import gc
@@ -15,6 +15,7 @@ from flowjobs.evaluation.evaluate import QUICK, evaluate
 from flowjobs.evaluation.pictures import draw_samples
 from flowjobs.evaluation.sampling import CHUNK, joined
 from flowjobs.evaluation.solver import Solver
+from flowjobs.formatting import counted
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_of_batch, flops_per_sample
 from flowjobs.runs.files import read_json, write_json
@@ -25,8 +26,7 @@ from flowjobs.training.compute import computing
 from flowjobs.training.determinism import set_cublas_workspace
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.trained import load_trained
-from flowjobs.training.trainer import FlowTrainer
-from flowjobs.words import counted
+from flowjobs.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def run_training(
         set_cublas_workspace()
     train_dataset, val_dataset = load_datasets(config.dataset, run.study)
     model = build_model(config, train_dataset.shape)
-    trainer = FlowTrainer(
+    trainer = Trainer(
         model,
         config,
         train_dataset,
@@ -92,7 +92,7 @@ def draw_and_measure(
     device: torch.device,
     stop_reason: Callable[[], str | None],
 ) -> None:
-    """Draw samples of the run's best checkpoint, and measure what they are worth.
+    """Draw samples of the run's best checkpoint, and measure them.
 
     The run is trained and saved by now: whatever happens here does not make it fail, and one that
     is told to stop leaves the measures to `flowjobs evaluate`. One that is killed has not said yet

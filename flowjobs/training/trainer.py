@@ -59,9 +59,8 @@ from flowjobs.training.checkpoint import (
 from flowjobs.training.compute import computing, computing_as_before
 from flowjobs.training.determinism import deterministic_algorithms, set_cublas_workspace
 from flowjobs.training.inputs import inputs_of
-from flowjobs.training.leaving import Leave, Leaving
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
-from flowjobs.training.ranks import Ranks, single_process
+from flowjobs.training.ranks import Leave, Leaving, Ranks, single_process
 from flowjobs.training.saving import CheckpointSaver, snapshot
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
@@ -74,7 +73,7 @@ SAY_EVERY_S = 10.0
 
 
 class TrainingResult(TypedDict):
-    """What `FlowTrainer.train` returns."""
+    """What `Trainer.train` returns."""
 
     epochs_run: int
     final_epoch: int
@@ -84,7 +83,7 @@ class TrainingResult(TypedDict):
     time_s: float
 
 
-class FlowTrainer:
+class Trainer:
     """Trains one model of one run.
 
     A job passes its `run` and `recorder`. On its own (in a notebook) the trainer opens the run
@@ -211,7 +210,7 @@ class FlowTrainer:
                     return self._train(run, recorder)
 
     def track(self, run: Run) -> AbstractContextManager[object]:
-        """The tracker of a trainer on its own; `flowjobs.training.FlowTrainer` has W&B's."""
+        """The tracker of a trainer on its own; `flowjobs.notebook.FlowTrainer` has W&B's."""
         return nullcontext()
 
     def tracking(self) -> TrackingConfig:
@@ -224,7 +223,7 @@ class FlowTrainer:
         asked = RunConfig(self._config, tracking=self.tracking())
         if run.exists():
             found = run.config()
-            # What the command line asked of the cluster is none of a notebook's business.
+            # A notebook does not change what the command line asked of the cluster.
             asked = replace(asked, slurm=found.slurm, restarts=found.restarts)
             if difference := self._difference_to(run, found):
                 raise RunMismatchError(
@@ -235,7 +234,7 @@ class FlowTrainer:
         return run
 
     def _difference_to(self, run: Run, found: RunConfig) -> str | None:
-        """Why the run on disk is another one than this trainer's, found out before it is opened."""
+        """How the run on disk differs from this trainer's, checked before it is opened."""
         if run.started() and found.training.epochs > self._config.epochs:
             return f"has {found.training.epochs} epochs, not {self._config.epochs}"
         for path in (run.last, run.best):
@@ -352,7 +351,7 @@ class FlowTrainer:
 
             if not state.finished and (reason := self._agreed_to_leave(saver)):
                 return reason
-        self._leaving.close()
+        self._leaving.wait()
         return None
 
     def _check_copies(self) -> None:
@@ -518,7 +517,7 @@ class FlowTrainer:
             return run.last, payload
         payload = read_newest_good(run.best, self._device, check)
         if payload:
-            # As whole a state as any other. The steps that follow come again with the same bits.
+            # As whole a state as any other; the steps after it are repeated with the same bits.
             logger.warning(
                 "there is no last.pt: resuming from %s, of step %d; the run had trained %d steps",
                 run.best,

@@ -14,7 +14,8 @@ import pytest
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.main import run as run_command
-from flowjobs.cli.overview import UNKNOWN_AT_MOST, NewLines
+from flowjobs.cli.output import NewLines
+from flowjobs.cli.overview import UNKNOWN_AT_MOST
 from flowjobs.cli.status import Status
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.field_values import KeyValues

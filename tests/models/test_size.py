@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig, signature_differences
-from flowjobs.counts import count_words, parse_count
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
+from flowjobs.formatting import format_count, parse_count
 from flowjobs.models.build import build_model
 from flowjobs.models.size import parameters_of, with_fixed_width
 from flowjobs.models.source import check_model
@@ -146,5 +146,5 @@ def test_a_size_is_one_thing_by_whichever_option(study: Path) -> None:
     ],
 )
 def test_counts(text: str, number: int, words: str) -> None:
-    assert (parse_count(text), count_words(number)) == (number, words)
+    assert (parse_count(text), format_count(number)) == (number, words)
     assert parse_count(re.sub(r"\d", "x", text)) is None

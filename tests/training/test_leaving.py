@@ -17,8 +17,7 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.leaving import Leave, Leaving
-from flowjobs.training.ranks import single_process
+from flowjobs.training.ranks import Leave, Leaving, single_process
 from tests.cluster.waiting import wait_until
 from tests.training import rank_job
 from tests.training.same import same
@@ -30,8 +29,7 @@ Process = subprocess.Popen[str]
 VOTE = """
 import datetime, sys
 from torch import distributed
-from flowjobs.training.ranks import Ranks
-from flowjobs.training.leaving import Leave, Leaving
+from flowjobs.training.ranks import Leave, Leaving, Ranks
 import torch
 rank, world_size, port, wishes = int(sys.argv[1]), 3, sys.argv[2], eval(sys.argv[3])
 distributed.init_process_group(
@@ -43,7 +41,7 @@ for boundary in range(8):
     if leave:
         print(boundary, leave)
         break
-leaving.close()
+leaving.wait()
 distributed.destroy_process_group()
 """
 
@@ -207,4 +205,4 @@ def test_a_single_process_leaves_at_once() -> None:
     leaving = Leaving(single_process(torch.device("cpu")))
     assert leaving.agreed(None) is None
     assert leaving.agreed(Leave("SIGTERM")) == Leave("SIGTERM")
-    leaving.close()
+    leaving.wait()
