@@ -94,7 +94,7 @@ class Drill(WithDefaults):
 
     def run(self, defaults: Defaults) -> int:
         """Drill. Returns the exit code."""
-        from flowjobs.cli.table import live_console
+        from flowjobs.cli.live_line import StatusLine
         from flowjobs.drill.run import drill
         from flowjobs.jobs.executors import check_local, choose_cluster
 
@@ -116,11 +116,10 @@ class Drill(WithDefaults):
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
-        with live_console(stderr=True).status("submitting") as status:
+        with StatusLine() as line:
+            line.say("submitting", "submitting")
             try:
-                report = drill(
-                    folder, cluster, config, time_limit=self.time_limit, say=status.update
-                )
+                report = drill(folder, cluster, config, time_limit=self.time_limit, say=line.say)
             except KeyboardInterrupt:
                 shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(OSError):  # its terminal may be gone

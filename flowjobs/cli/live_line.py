@@ -1,5 +1,7 @@
 """The line that says how far a run is: redrawn in a terminal, now and then a new one elsewhere."""
 
+import contextlib
+import sys
 import time
 from datetime import timedelta
 
@@ -14,6 +16,20 @@ from flowjobs.runs.status import RunStatus
 
 PLAIN_EVERY_S = 30.0
 ERASE_BELOW = "\x1b[J"
+
+
+class PlainLines:
+    """Prints a line where none is redrawn: when there is a new state, else now and then."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        self._stderr = stderr
+        self._said, self._said_at = "", 0.0
+
+    def say(self, state: str, words: str) -> None:
+        """Print words, if the state is new or the last ones are some time ago."""
+        if state != self._said or time.monotonic() - self._said_at > PLAIN_EVERY_S:
+            self._said, self._said_at = state, time.monotonic()
+            print(words, file=sys.stderr if self._stderr else sys.stdout, flush=True)
 
 
 class CutColumn(TextColumn):
@@ -48,7 +64,7 @@ class LiveLine:
         )
         self._bar = self._progress.add_task("", total=None, epoch="", losses="")
         self._attempts = 0
-        self._said, self._said_at = "", 0.0
+        self._plain = PlainLines()
 
     def __enter__(self) -> "LiveLine":
         self._progress.start()
@@ -92,9 +108,34 @@ class LiveLine:
             self._progress.refresh()
             terminal.write("\r")
             terminal.flush()
-        elif state != self._said or time.monotonic() - self._said_at > PLAIN_EVERY_S:
-            self._said, self._said_at = state, time.monotonic()
-            print(plain, flush=True)
+        else:
+            self._plain.say(state, plain)
+
+
+class StatusLine:
+    """Draws words on standard error for as long as the block lasts; elsewhere prints them."""
+
+    def __init__(self) -> None:
+        console = live_console(stderr=True)
+        self._drawn = console.is_terminal and not console.is_dumb_terminal
+        self._status = console.status("")
+        self._plain = PlainLines(stderr=True)
+
+    def __enter__(self) -> "StatusLine":
+        if self._drawn:
+            self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._status.stop()
+
+    def say(self, state: str, words: str) -> None:
+        """Show words; where none are redrawn, as soon as the state that they tell of is new."""
+        if self._drawn:
+            self._status.update(words)
+        else:
+            with contextlib.suppress(OSError):  # no reader is no reason to end what it tells of
+                self._plain.say(state, words)
 
 
 def _losses(status: RunStatus, latest: Row) -> str:

@@ -69,7 +69,7 @@ def drill(
     config: RunConfig,
     *,
     time_limit: bool,
-    say: Callable[[str], None],
+    say: Callable[[str, str], None],
 ) -> Report:
     """Submit the runs, interrupt them, wait for their end and compare.
 
@@ -81,7 +81,8 @@ def drill(
         cluster: Where to.
         config: The run that is trained, once for each interruption.
         time_limit: Whether one of them is to meet its time limit.
-        say: Called with a line of progress, again and again.
+        say: Called again and again with the states of the runs, whose changes are news, and with
+            a line that also has their steps.
 
     Raises:
         SubmissionError: A job was refused, or Slurm does not answer for too long.
@@ -105,14 +106,14 @@ def drill(
                 f"not known to have: {command} {' '.join(left)}; then remove {study}"
             ) from error
         raise
-    say("comparing")
+    say("comparing", "comparing")
     undisturbed, *others = drilling.watched
     return make_report(replace(facts, node=node), others, undisturbed.run)
 
 
 class _Drill:
     def __init__(
-        self, study: Path, cluster: Cluster, probe: Run, say: Callable[[str], None]
+        self, study: Path, cluster: Cluster, probe: Run, say: Callable[[str, str], None]
     ) -> None:
         self._study = study
         self._cluster = cluster
@@ -153,6 +154,8 @@ class _Drill:
         deadline = time.monotonic() + CANCEL_WAIT_S
         left = {run: [job.job_id] for run, job in self._jobs}
         with suppress(KeyboardInterrupt):  # whoever does not want to wait hears what is left
+            ending = f"ending the drill's jobs, up to {CANCEL_WAIT_S:.0f} s"
+            self._say(ending, ending)
             while left and time.monotonic() < deadline:
                 # Again and again: Slurm may be away, and a process that only starts has not said
                 # yet who it is.
@@ -201,7 +204,10 @@ class _Drill:
             )
             if probed and all(watched.done for watched in self.watched):
                 return node
-            self._say("; ".join(map(_words, self.watched)) + silent)
+            states, words = zip(*map(_state_and_words, self.watched), strict=True)
+            # For how long it has been silent is no news.
+            unanswered = "; no answer" if silent else ""
+            self._say("; ".join(states) + unanswered, "; ".join(words) + silent)
             time.sleep(POLL_S)
 
     def _look_at_folder(self, watched: Watched) -> None:
@@ -292,12 +298,12 @@ def _interrupt(watched: Watched, how: Interruption, attempt: AttemptRecord) -> N
         watched.problem = f"could not be interrupted: {error}"
 
 
-def _words(watched: Watched) -> str:
-    """One line of progress on a run."""
+def _state_and_words(watched: Watched) -> tuple[str, str]:
+    """The state of a run, and how far it is."""
     name = watched.how.way if watched.how else "undisturbed"
     status = watched.run.status()
-    if watched.waits_for:
-        return f"{name} waits ({watched.waits_for})"
-    if status.state != "running":
-        return f"{name} {status.state}"
-    return f"{name} at step {latest_values(watched.run.metrics_file).get('step', 0)}"
+    state = f"waits ({watched.waits_for})" if watched.waits_for else status.state
+    if state != "running":
+        return f"{name} {state}", f"{name} {state}"
+    step = int(latest_values(watched.run.metrics_file).get("step", 0))
+    return f"{name} {state}", f"{name} at step {step} of {status.total_steps or '?'}"

@@ -179,7 +179,11 @@ def test_what_ends_it_leaves_no_jobs_behind(
     os.kill(process.pid, number)
     _, said = process.communicate(timeout=600)
     assert process.returncode == 130
-    assert said.endswith("cancelled the drill's jobs\n")
+    # Also where nothing is redrawn. The steps of runs that train are no news.
+    lines = said.splitlines()
+    assert lines[0] == "submitting"
+    assert [line.partition(" ")[0] for line in lines[1:-2]] == ["undisturbed"] * (len(lines) - 3)
+    assert lines[-2:] == ["ending the drill's jobs, up to 60 s", "cancelled the drill's jobs"]
     assert slurm.run("squeue", "-h") == ""
 
 
@@ -193,14 +197,19 @@ def test_jobs_that_are_not_known_to_be_cancelled_are_named_and_keep_their_folder
     site("scancel", "exit 1")
     held = RunConfig(TrainingConfig(), SlurmConfig(sbatch=KeyValues({"hold": True})))
 
-    def end(words: str) -> None:
-        raise KeyboardInterrupt
+    said_last: list[str] = []
+
+    def end(state: str, words: str) -> None:
+        said_last[:] = [words]
+        if not words.startswith("ending"):
+            raise KeyboardInterrupt
 
     study.mkdir()
     with pytest.raises(SubmissionUnknownError, match="not known to have") as said:
         drill_runs(study / "drill-1", "slurm", held, time_limit=False, say=end)
     jobs = sorted(slurm.run("squeue", "-h", "-o", "%i").split(), key=int)
     assert f": scancel {' '.join(jobs)}; then remove {study}/drill-1" in str(said.value)
+    assert said_last == ["ending the drill's jobs, up to 0 s"]
 
 
 def test_bad_input_leaves_nothing(slurm: SlurmCluster, flowjobs: Command, study: Path) -> None:
