@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ from flowjobs.tracking.mode import resolve_mode
 if TYPE_CHECKING:
     from flowjobs.jobs.executors import Cluster
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
+    from flowjobs.jobs.submit import SubmittedJob
+    from flowjobs.runs.submittable import Submission
 
 EXAMPLES = """\
   flowjobs submit --arch mlp --flow icfm
@@ -84,6 +87,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
             wait_until_ended(run)
         # Also where the config alone is lost.
         there = run.folder.exists()
+        known = _jobs_noted(run)
         busy = None
         try:
             busy = running_job(run) if there else None
@@ -112,12 +116,45 @@ class SubmitOptions(CodeOptions, CommandOptions):
                 print(said)
             plan(run, config, f"{cluster} ({why})")
             return 0
-        with run.undone_if_refused():
-            return self._submit(run, config, code, cluster, why)
+        return self._submit_unless_noted(run, config, code, cluster, why, known)
+
+    def _submit_unless_noted(
+        self,
+        run: Run,
+        config: RunConfig,
+        code: "CodePlan",
+        cluster: "Cluster",
+        why: str,
+        known: "Sequence[Submission] | None",
+    ) -> int:
+        """Submit a run and follow it, unless it has got a job beside those that are known."""
+        from flowjobs.jobs.current_job import running_job
+
+        # The debugger's job ends in here, and another command is to hear that it trains.
+        with nullcontext() if cluster == "debug" else run.one_submits():
+            if _jobs_noted(run) != known and (busy := running_job(run)):
+                print(f"{run.name} already has {busy}; nothing was submitted")
+                return 0
+            attempts_before = len(run.status().attempts)
+            with run.undone_if_refused():
+                job = self._submit(run, config, code, cluster, why)
+        if not job or cluster == "debug" or not self._follows(cluster):
+            return 0
+        return follow(
+            run,
+            attempts_before,
+            lambda: job.alive(run),
+            lambda: job.waits(run),
+            requeues=cluster == "slurm",
+        )
+
+    def _follows(self, cluster: "Cluster") -> bool:
+        return not self.no_follow and (cluster != "slurm" or self.follow)
 
     def _submit(
         self, run: Run, config: RunConfig, code: "CodePlan", cluster: "Cluster", why: str
-    ) -> int:
+    ) -> "SubmittedJob | None":
+        """Submit a job; None where the run is finished."""
         from flowjobs.jobs.executors import note_on_ranks, ranks_of
         from flowjobs.jobs.submit import submit
         from flowjobs.jobs.tasks import task_of
@@ -126,7 +163,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
             print(note)
         if run.finished():
             _print_finished(run)
-            return 0
+            return None
 
         code.carry_out()
         ranks = ranks_of(cluster, config.slurm)
@@ -143,7 +180,6 @@ class SubmitOptions(CodeOptions, CommandOptions):
             tracking=f"W&B {mode} ({mode_reason})",
         )
         run.clear_cancel()
-        attempts_before = len(run.status().attempts)
         job = submit(run, cluster, task_of(run))
         print_rows(
             job=job.job_id,
@@ -151,15 +187,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
             inspect=hint("status", run.name, study=run.study),
             cancel=hint("cancel", run.name, study=run.study),
         )
-        if cluster == "debug" or self.no_follow or (cluster == "slurm" and not self.follow):
-            return 0
-        return follow(
-            run,
-            attempts_before,
-            lambda: job.alive(run),
-            lambda: job.waits(run),
-            requeues=cluster == "slurm",
-        )
+        return job
 
 
 @dataclass(frozen=True)
@@ -223,6 +251,13 @@ class Submit(SubmitOptions, WithDefaults):
                 reason = DECIDED.get(name, "the batch file says it")
                 end = "read by sbatch" if name in seen_by_sbatch else f"not used: {reason}"
                 print(f"{name} {seen_by_sbatch.get(name, os.environ[name])}  ({end})")
+
+
+def _jobs_noted(run: Run) -> "list[Submission] | None":
+    try:
+        return run.submissions()
+    except OSError:  # whoever looks for a job that runs says it
+        return None
 
 
 def _print_finished(run: Run) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs import exit_cause
+from flowjobs.jobs.current_job import RunningJob, running_job
 from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, find_dead_jobs, version_of
 from flowjobs.jobs.record_end import record_dead_attempt
 from flowjobs.jobs.restart import restart, resubmit
@@ -87,7 +88,11 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
     # After all are written down: a new job of a pack trains what their status leaves open.
     for left, (found, avoid) in again.items():
         try:
-            new = resubmit(left, found.job, task_of(left), avoid)
+            with left.one_submits():
+                if busy := _newer_job(left, found.job):
+                    logger.info("%s already has %s", left.name, busy)
+                    continue
+                new = resubmit(left, found.job, task_of(left), avoid)
             logger.info("%s continues as job %s", left.name, new)
         except (FlowjobsError, OSError) as error:
             logger.error("%s: %s", left.name, error)
@@ -95,6 +100,14 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
         if lock_holder(run.folder) is None and pending_outcome(run):  # else its next attempt tells
             close_session(run)
     return results
+
+
+def _newer_job(run: Submittable, dead: JobInfo) -> RunningJob | None:
+    """The job of a run that was submitted after one that is dead, if it waits or runs."""
+    newest = run.newest_job()
+    if not isinstance(run, Run) or newest is None or newest.job_id == dead.job_id:
+        return None
+    return running_job(run)
 
 
 def _with_those_beside(runs: Iterable[Run]) -> list[Run]:

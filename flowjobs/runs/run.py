@@ -53,7 +53,7 @@ from flowjobs.runs.run_id import (
     settled_identity,
 )
 from flowjobs.runs.status import AttemptRecord, RunStatus, now, read_status
-from flowjobs.runs.submittable import Submission, Submittable
+from flowjobs.runs.submittable import SUBMIT_LOCK, Submission, Submittable
 
 logger = logging.getLogger(__name__)
 
@@ -400,7 +400,7 @@ class Run(Submittable):
 
     def before_submission(self) -> "Before":
         """What a submission changes, to be put back if it is refused."""
-        folders = [folder for folder in (self.checkpoints, self.folder) if not folder.exists()]
+        folders = [folder for folder in (self.checkpoints, self.folder) if _is_new(folder)]
         own = (self.config_file, self.cancel_file, self.code_file, self.code_diff_file)
         files = {file: _bytes_of(file) for file in own} if self.folder not in folders else {}
         return Before(self, folders, files, len(self.submissions()))
@@ -636,6 +636,17 @@ class Before:
                         written.write(content)
         except OSError as error:
             logger.warning("%s is not put back as it was: %s", self.run.name, error)
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether there is no folder, or nothing in it but the lock of whoever submits."""
+    try:
+        names = os.listdir(folder)
+        return bool(names) and all(name.startswith(SUBMIT_LOCK) for name in names)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # as far as is known
 
 
 def _bytes_of(file: Path) -> bytes | None:

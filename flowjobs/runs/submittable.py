@@ -2,19 +2,28 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from flowjobs.config import SlurmConfig
+from flowjobs.errors import LockHeldError
 from flowjobs.from_json import value_from_json
+from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import append_line, warn_once
 from flowjobs.runs.status import AttemptRecord, now
+
+logger = logging.getLogger(__name__)
+
+# Longer than sbatch may take, and the search for a job that it has not told of.
+SUBMIT_WAIT_S = 300.0
+SUBMIT_LOCK = ".submit.lock"
 
 # In `logs/`: what a job does; and the batch file of one that is submitted and not noted yet.
 TASK = "task.pkl"
@@ -129,6 +138,24 @@ class Submittable(ABC):
     def batch_file(self) -> Path:
         """That of a job that sbatch is handed; moved to its id once it is noted."""
         return self.logs / BATCH_FILE
+
+    @contextlib.contextmanager
+    def one_submits(self) -> Iterator[None]:
+        """Keep others from submitting, from the look for a job until the new one is noted.
+
+        Only so that no second job is submitted, which would train nothing: one that hangs, or a
+        lock that cannot be had, keeps nobody from submitting for good. Makes the folder.
+        """
+        with contextlib.ExitStack() as held:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                purpose = f"to submit {self.name}"
+                held.enter_context(locked(self.folder / SUBMIT_LOCK, SUBMIT_WAIT_S, purpose))
+            except LockHeldError as error:
+                logger.warning("%s; submitting all the same", error)
+            except OSError as error:  # what is to be written there soon says it better
+                logger.debug("%s is submitted without a lock: %s", self.name, error)
+            yield
 
     def output_of(self, job_id: str) -> Path:
         """What a job of it prints, as submitit calls it."""

@@ -96,18 +96,19 @@ def _known_cancel(member: Member) -> float | None:
 def _start(member: Member, code: CodePlan, known_cancel: float | None, slot: int) -> Event:
     run = member.run
     try:
-        if busy := running_job(run):  # started from another terminal since the plan was made
-            return Event(run, "left alone", f"it has {busy} by now")
-        if run.cancelled_at() not in (None, known_cancel):  # perhaps once more
-            return Event(run, "left alone", "it was cancelled meanwhile")
-        with run.undone_if_refused():
-            make_runs([member], [code])
-            origin = Origin.here(member.config.slurm)
-            gpus = gpus_of_slot(member.config.slurm, slot)
-            if gpus:
-                devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-                origin = replace(origin, environment={**origin.environment, **devices})
-            submit(run, "local", task_of(run), origin=origin)
+        with run.one_submits():
+            if busy := running_job(run):  # started from another terminal since the plan was made
+                return Event(run, "left alone", f"it has {busy} by now")
+            if run.cancelled_at() not in (None, known_cancel):  # perhaps once more
+                return Event(run, "left alone", "it was cancelled meanwhile")
+            with run.undone_if_refused():
+                make_runs([member], [code])
+                origin = Origin.here(member.config.slurm)
+                gpus = gpus_of_slot(member.config.slurm, slot)
+                if gpus:
+                    devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+                    origin = replace(origin, environment={**origin.environment, **devices})
+                submit(run, "local", task_of(run), origin=origin)
     except (FlowjobsError, OSError) as error:
         return Event(run, "not started", str(error))
     return Event(run, "started")

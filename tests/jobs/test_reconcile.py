@@ -17,7 +17,8 @@ import pytest
 
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.jobs.dead_jobs import find_dead_jobs
-from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end
+from flowjobs.jobs.origin import Origin
+from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end, reconcile
 from flowjobs.jobs.run_stages import stages_of
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
@@ -159,6 +160,27 @@ def test_a_lost_job_is_started_again_as_it_was_submitted(start: Start) -> None:
     assert job.slurm.job(new.job_id)["ExcNodeList"] == "n1"
     job.wait_for_state("finished")
     assert_in_wandb(job.run, "finished", 0)
+
+
+def test_a_lost_job_is_not_started_again_beside_one_that_was_submitted_since(
+    slurm: SlurmCluster, study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run = Run(study, "a")
+    run.create(RunConfig(restarts=RestartConfig(1), tracking=TrackingConfig("disabled")))
+    lost = slurm.submit("--output=job.out", "--wrap", "kill -9 $$")
+    slurm.wait_state(lost, "FAILED", 60)
+    since = slurm.submit("--hold", "--output=job.out", "--wrap", "true")
+    for job_id in (lost, since):
+        Origin.here(run.asked()).note(run, job_id)
+        run.add_submission(job_id, "slurm", None)
+    job = JobInfo("slurm", lost, None, "n1", 1)
+    RunStatus("running", attempts=[AttemptRecord(1, job, now())]).write(run.status_file)
+    (found,) = reconcile([run])
+    assert found.outcome is not None
+    assert found.outcome.state == "preempted", found
+    assert f"a already has job {since} (pending)" in caplog.text
+    assert [entry.job_id for entry in run.submissions()] == [lost, since]
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """Before a job is submitted, whether there is one; while it is, signals that end a command."""
 
+import logging
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.jobs import current_job, plain_sbatch
@@ -23,6 +25,7 @@ from flowjobs.jobs.deferred_signals import signals_deferred
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.restart import cancel_requested_with_retries
 from flowjobs.jobs.run_stages import stages_of
+from flowjobs.runs import file_lock, submittable
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
@@ -32,6 +35,7 @@ from flowjobs.slurm.options import CONTINUES
 from flowjobs.sweeps.plan import stages
 from tests.cli.test_many import ended
 from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
 
 
 def test_ctrl_c_waits_whichever_thread_it_reaches() -> None:
@@ -80,6 +84,46 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
     with pytest.raises(KeyboardInterrupt):
         plain_sbatch.resubmit(run, run.submissions()[0], None)
     assert [run.submissions()[-1].job_id] == slurm.run("squeue", "-h", "-o", "%i").split()
+
+
+def test_the_same_command_twice_at_once_submits_one_job(
+    slurm: SlurmCluster,
+    site: Callable[[str, str], None],
+    study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    site("sbatch", 'touch asked; for i in {1..100}; do [ -e go ] || sleep 0.1; done; $real "$@"')
+    command = ["submit", "--arch", "mlp", "--flow", "icfm", "--sbatch", "hold=True"]
+    with subprocess.Popen([sys.executable, "-m", "flowjobs", *command]) as first:
+        wait_until(Path("asked").exists, "the first to submit", 60)
+        monkeypatch.setattr(file_lock, "SAY_AFTER_S", 0.2)
+
+        def let_go(record: logging.LogRecord) -> bool:
+            Path("go").touch()
+            return True
+
+        monkeypatch.setattr(file_lock.logger, "filters", [let_go])
+        assert run_command(command) == 0
+    run = Run(study, "mlp-icfm-digits-none")
+    (job,) = run.submissions()
+    assert slurm.run("squeue", "-h", "-o", "%i").split() == [job.job_id]
+    who = f"process {first.pid}"
+    assert f"waiting to submit {run.name}: .submit.lock is held by {who}" in caplog.text
+    assert f"{run.name} already has job {job.job_id} (pending)" in capsys.readouterr().out
+
+
+def test_a_submission_that_hangs_is_not_waited_for_for_ever_and_what_is_refused_leaves_no_lock(
+    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(submittable, "SUBMIT_WAIT_S", 0.1)
+    run = Run(study, "a")
+    with run.one_submits():
+        with run.one_submits(), pytest.raises(SubmissionError), run.undone_if_refused():
+            raise SubmissionError("refused")
+        assert "submitting all the same" in caplog.text
+        assert not run.folder.exists()
 
 
 def test_a_restart_goes_on_with_the_run_of_its_own_arguments(

@@ -18,11 +18,12 @@ __all__ = ["no_flock"]
 
 PRELUDE = """
 import logging, sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from flowjobs.config import RunConfig
 from flowjobs.errors import LockHeldError, RunBusyError
-from flowjobs.runs import file_lock, lock
+from flowjobs.runs import file_lock, lock, submittable
 from flowjobs.runs.lock import RunLock, lock_holder
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -32,7 +33,7 @@ run = Run(Path("study").absolute(), "a")
 """
 HOLDER = """
 run.create(RunConfig())
-with RunLock(run.folder, JobInfo.in_foreground()), record.upload_lock(run):
+with run.one_submits(), RunLock(run.folder, JobInfo.in_foreground()), record.upload_lock(run):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -67,6 +68,7 @@ def test_without_locks_a_living_process_holds_the_run_and_a_killed_one_does_not(
     with holder() as process:
         said = said_by("""
             file_lock.SAY_AFTER_S, record.UPLOAD_WAIT_S = 0.2, 1.0
+            submittable.SUBMIT_WAIT_S = 0.5
             print("held by", lock_holder(run.folder))
             try:
                 RunLock(run.folder, JobInfo.in_foreground()).__enter__()
@@ -76,19 +78,28 @@ def test_without_locks_a_living_process_holds_the_run_and_a_killed_one_does_not(
                 record.upload_lock(run).__enter__()
             except LockHeldError as error:
                 print("held:", error, error.exit_code)
+            with run.one_submits():
+                pass
         """)
         who = f"process {process.pid} on {os.uname().nodename}"
         assert f"held by {who}\n" in said
         assert f"{who}: wait for it, or cancel it first 2\n" in said
         assert f"waiting to upload a to W&B: .upload.lock is held by {who}\n" in said
         assert "held: waited 1 s to upload a to W&B" in said
-        assert said.endswith("or end that process if it hangs 75\n")
+        assert "or end that process if it hangs 75\n" in said
+        assert said.endswith("or end that process if it hangs; submitting all the same\n")
         assert "Traceback" not in said
 
         process.send_signal(signal.SIGKILL)
         process.wait()
         said = said_by("""
             print("held by", lock_holder(run.folder))
+            with run.one_submits():
+                pass
+            refused = Run(run.study, "refused")
+            with suppress(LockHeldError), refused.one_submits(), refused.undone_if_refused():
+                raise LockHeldError("as sbatch may refuse it")
+            print(refused.folder.exists())
             with RunLock(run.folder, JobInfo.in_foreground()) as mine, record.upload_lock(run):
                 print(mine.is_held())
             run.create(RunConfig())
@@ -97,7 +108,7 @@ def test_without_locks_a_living_process_holds_the_run_and_a_killed_one_does_not(
             RunLock(run.folder, before).__enter__()
             print("held by", lock_holder(run.folder))
         """)
-        assert said == "held by None\nTrue\nheld by None\n"
+        assert said == "held by None\nFalse\nTrue\nheld by None\n"
     options = ("--epochs", "1", "--arch-args", "width=8", "depth=1", "--wandb-mode", "offline")
     done = flowjobs("train", *options, "--name", "b")
     assert done.returncode == 0, done.stderr
