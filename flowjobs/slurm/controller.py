@@ -37,11 +37,11 @@ ENDED = frozenset(
 REVOKED = "REVOKED"
 
 # States of a job that has no process now, and may get one again: it waits, is held as it was
-# requeued, or stands still for another job or an administrator.
+# requeued, stands still for another job or an administrator, or its nodes are booted.
 WAITS = frozenset(
     {
         *("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"),
-        *("SUSPENDED", "STOPPED"),
+        *("SUSPENDED", "STOPPED", "CONFIGURING"),
     }
 )
 

@@ -22,6 +22,11 @@ STUCK = (
         "user_env_retrieval_failed",
         "held, for its environment was not found: `scontrol release {job}`",
     ),
+    (
+        "ReservationDeleted",
+        "held, for its reservation was deleted: submit it without --sbatch reservation, or "
+        "`scontrol release {job}`",
+    ),
     ("DependencyNeverSatisfied", "for jobs that can never end as it was told to wait: cancel it"),
     (
         "PartitionTimeLimit",
@@ -49,6 +54,10 @@ STUCK = (
         "AccountNotAllowed",
         "and cannot start: its account is not allowed in this partition (--account)",
     ),
+    (
+        "MaxMemPerLimit",
+        "and cannot start: it asks for more memory than one job may have (--mem-gb)",
+    ),
     ("BadConstraints", "and cannot start: no node has what it asks for"),
 )
 WORDS = (
@@ -68,6 +77,7 @@ WORDS = (
     ("MaxGRES", "for a limit on GPUs"),
     ("MaxCpu", "for a limit on CPUs"),
     ("MaxMemory", "for a limit on memory"),
+    (r"Max\w+PerAccount", "for a limit of your account"),
     ("Reservation", "for its reservation to begin"),
     ("Licenses", "for licenses to become free"),
     ("JobArrayTaskLimit", "for other tasks of the array"),
@@ -97,6 +107,8 @@ def why_it_waits(row: JobRow) -> Waiting:
     if row.state in ("SUSPENDED", "STOPPED"):
         why = f"{row.state.lower()}, for another job or by an administrator ({row.state})"
         return Waiting(why)
+    if row.state == "CONFIGURING":  # of a cloud they boot first, which takes minutes
+        return Waiting("for its nodes to be made ready (CONFIGURING)")
     reason = row.reason.strip("()")
     for number, (word, words) in enumerate(WORDS):
         if re.match(word, reason.replace(" ", "_")):

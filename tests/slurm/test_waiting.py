@@ -46,6 +46,10 @@ ROW = JobRow("12", "PENDING", 0, "test", "a", 0.0)
         ("QOSMaxSubmitJobPerUserLimit", "a limit of its QOS"),
         ("AssocGrpGRESMinutes", "a limit of your account"),
         ("PartitionDown", "which is down"),
+        ("ReservationDeleted", "held, for its reservation was deleted: submit it without"),
+        ("Reservation", "for its reservation to begin"),
+        ("MaxMemPerLimit", "and cannot start: it asks for more memory"),
+        ("MaxBillingPerAccount", "a limit of your account"),
         ("launch failed requeued held", "could not start it: `scontrol release 12`"),
         ("None", "for Slurm to schedule it"),
         ("SomethingNew", "Slurm's reason SomethingNew"),
@@ -55,6 +59,12 @@ def test_slurms_words_are_said_in_plain_ones(reason: str, words: str) -> None:
     waiting = why_it_waits(JobRow(**{**vars(ROW), "reason": reason}))
     assert words in waiting.why
     assert waiting.stuck == words.startswith(("held", "and cannot", "could not"))
+
+
+def test_a_job_whose_nodes_boot_waits_for_them() -> None:
+    row = JobRow(**{**vars(ROW), "state": "CONFIGURING", "reason": "None"})
+    assert row.waits
+    assert why_it_waits(row).why == "for its nodes to be made ready (CONFIGURING)"
 
 
 def test_a_command_that_does_not_answer_is_named(
