@@ -22,6 +22,7 @@ from flowjobs.models.imports import OURS, files_of_modules
 from flowjobs.runs.code import Code, code_of, digest_of, read_snapshot, write_snapshot
 from flowjobs.runs.files import replaced_whole, write_json
 from flowjobs.runs.run import Run
+from flowjobs.slurm.client import said_if_slow
 from flowjobs.user_code import is_installed
 
 # "ask": changed code is an error that lists it. "submitted": what the run has is kept, and what has
@@ -416,14 +417,15 @@ def _git(folder: Path, *arguments: str) -> bytes:
     # Without optional locks, `status` writes nothing.
     environment = {**os.environ, "LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            env=environment,
-            timeout=GIT_TIMEOUT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        with said_if_slow(f"git {arguments[0]} in {folder} has not answered yet", GIT_TIMEOUT_S):
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                env=environment,
+                timeout=GIT_TIMEOUT_S,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
     except FileNotFoundError:
         why = "git is not installed" if _in_repository(folder) else ""
         raise _NoRepositoryError(why) from None

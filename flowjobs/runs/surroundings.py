@@ -85,6 +85,7 @@ def _output(*command: str) -> str:
             command,
             capture_output=True,
             text=True,
+            errors="replace",  # a file's name is any bytes
             check=False,
             timeout=COMMAND_TIMEOUT_S,
             stdin=subprocess.DEVNULL,

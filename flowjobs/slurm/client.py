@@ -88,7 +88,9 @@ def run_command(
     # Without the limit on bit strings Slurm cuts long lists of array tasks short.
     kept |= {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard"}
     try:
-        with _said_if_slow(command[0], timeout_s):
+        # Ctrl-C is held back as long as it is unknown whether a job was taken.
+        ctrl_c = " (Ctrl-C counts after that)" if command[0] == "sbatch" else ""
+        with said_if_slow(f"{command[0]} has not answered yet", timeout_s, ctrl_c):
             # Whatever bytes a job's name or a site's banner holds.
             answer = subprocess.run(
                 command,
@@ -114,10 +116,15 @@ def run_command(
 
 
 @contextlib.contextmanager
-def _said_if_slow(command: str, timeout_s: float) -> Iterator[None]:
-    # Ctrl-C is held back as long as it is unknown whether a job was taken.
-    ctrl_c = " (Ctrl-C counts after that)" if command == "sbatch" else ""
-    text = f"{command} has not answered yet; waiting up to {timeout_s:.0f} s{ctrl_c}"
+def said_if_slow(what: str, timeout_s: float, more: str = "") -> Iterator[None]:
+    """Log what is waited for, if the block takes more than some seconds.
+
+    Args:
+        what: As a sentence.
+        timeout_s: How long the block may take.
+        more: Said after that.
+    """
+    text = f"{what}; waiting up to {timeout_s:.0f} s{more}"
     timer = threading.Timer(SAY_AFTER_S, logger.warning, (text,))
     timer.daemon = True
     timer.start()

@@ -1,6 +1,7 @@
 """Submitting with sbatch: the job is known by a mark of ours, not by what is printed."""
 
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -13,6 +14,8 @@ from flowjobs.errors import SubmissionError, SubmissionUnknownError
 from flowjobs.slurm.client import first_line, run_command
 from flowjobs.slurm.cluster import cluster_name
 from flowjobs.slurm.controller import ENDED, JobRow, cancel, queue
+
+logger = logging.getLogger(__name__)
 
 # What sbatch prints with --parsable, with the cluster if one was asked for; and what it prints
 # without, where a wrapper drops that option.
@@ -151,6 +154,8 @@ def _taken(
 ) -> tuple[list[JobRow], str]:
     """The job that has the mark, looked for in the queue; and why nothing is known of it."""
     deadline = time.monotonic() + wait_s
+    if wait_s:
+        logger.warning("sbatch got no answer; looking for the job, up to %.0f s", wait_s)
     while True:
         ours, silent = [], ""
         try:

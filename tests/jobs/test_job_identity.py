@@ -122,11 +122,13 @@ def test_a_job_that_sbatch_got_no_answer_for_is_not_said_to_be_refused(
     study: Path,
     site: Site,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     site("sbatch", "echo 'sbatch: error: Socket timed out on send/recv' >&2; exit 1")
-    monkeypatch.setattr(submission, "TAKEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(submission, "TAKEN_WITHIN_S", 0.1)
     with pytest.raises(SubmissionUnknownError, match="whether the job was taken is unknown"):
         submission.sbatch(["sbatch", "x.sh"], os.environ)
+    assert "sbatch got no answer; looking for the job, up to 0 s" in caplog.messages
     site("squeue", "exit 1")
     # In its own process, too, it waits for no job that comes late.
     patch = "from flowjobs.slurm import submission\nsubmission.TAKEN_WITHIN_S = 0.0\n"

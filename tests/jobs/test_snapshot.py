@@ -25,6 +25,8 @@ from flowjobs.runs.code import (
     write_snapshot,
 )
 from flowjobs.runs.run import Run
+from flowjobs.runs.surroundings import git_commit
+from flowjobs.slurm import client
 from flowjobs.tracking.page import config_for_wandb
 from flowjobs.user_code import user_place
 from tests.cluster.slurm import SlurmCluster
@@ -102,6 +104,29 @@ def test_what_git_tracks_or_would_track_is_kept_and_what_is_imported(run: Run) -
     # Generated modules are ignored by git, and a package cannot be imported without them.
     imported = ["own/__init__.py", "own/blocks.py", "own/made.py", "own/nets.py", "own/sizes.npy"]
     assert sorted(kept(run)) == [*imported, "settings.json", "untracked.py"]
+
+
+def test_a_slow_git_is_told_of_and_names_of_files_are_any_bytes(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    git("init")
+    git("config", "core.quotePath", "false")
+    Path(os.fsdecode(b"gr\xf6\xdfe.py")).write_text("1")
+    git("add", ".")
+    git("commit", "-m", "all")
+    Path(os.fsdecode(b"gr\xf6\xdfe.py")).write_text("2")
+    assert git_commit(Path())[1] is True
+    monkeypatch.setattr(client, "SAY_AFTER_S", 0.05)
+    slow = tmp_path / "git"
+    slow.write_text(f'#!/bin/sh\nsleep 0.2; exec {shutil.which("git")} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    plan_code(run, TRAINING)
+    said = f"git ls-files in {Path().absolute()} has not answered yet; waiting up to 60 s"
+    assert said in caplog.messages
 
 
 def test_without_a_repository_the_module_and_its_neighbours_are_kept(run: Run) -> None:
