@@ -42,4 +42,5 @@ def process_lives(pid: int, mark: str | None = None) -> bool:
 def _fields_of(pid: int) -> list[str]:
     """What the kernel says of a process after its name, which may hold anything: its state first,
     its start as the 20th."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    return stat.rpartition(")")[2].split()

@@ -16,6 +16,7 @@ import pytest
 from flowjobs.errors import RunBusyError, RunHolderUnknownError, RunTakenOverError
 from flowjobs.runs import lock as lock_module
 from flowjobs.runs.lock import Judge, RunLock, Verdict, lock_holder
+from flowjobs.runs.process import process_lives, process_mark
 from flowjobs.runs.status import JobInfo
 
 JOB = JobInfo("slurm", "12", None, "n1", os.getpid())
@@ -29,6 +30,18 @@ def hold_and_die(folder: Path) -> None:
     lock = RunLock(folder, JOB)
     lock.__enter__()
     os._exit(9)
+
+
+def test_a_process_is_told_from_another_whatever_its_name_is_made_of(tmp_path: Path) -> None:
+    program = os.fsencode(tmp_path / "gr") + b"\xf6\xdfe"
+    os.symlink(sys.executable, program)
+    with subprocess.Popen(
+        [program, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    ) as process:
+        mark = process_mark(process.pid)
+        assert mark is not None
+        assert process_lives(process.pid, mark)
+        assert not process_lives(process.pid, "another boot:1")
 
 
 def test_a_killed_holder_does_not_block(tmp_path: Path) -> None:
