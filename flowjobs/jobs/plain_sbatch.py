@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slurm.controller import JobRecord, job_record, write_batch_script
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
 from flowjobs.slurm.requested import gres_of, options_of
+from flowjobs.slurm.sacct import submit_line
 from flowjobs.slurm.submission import AcceptedJob, cancelled_unless_noted, sbatch
 
 
@@ -101,6 +103,7 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
         nodes = f"{before[-1].partition('=')[2]},{exclude}" if before else exclude
         command.insert(1, f"--exclude={nodes}")
         command = [option for option in command if option not in before]
+    command[1:1] = _signal_of(entry)
     # The new job must know what it is, also where jobs get no environment by default.
     command.insert(1, "--export=ALL")
     old = entry.job_id
@@ -119,12 +122,25 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     return new
 
 
+def _signal_of(entry: Submission) -> list[str]:
+    """The --signal that a job was submitted with: Slurm's record has none, the script another."""
+    line = submit_line(entry.job_id)
+    script = next((word for word in entry.again if word.endswith(f"/{entry.job_id}.sh")), "")
+    words, arguments = line.split(), entry.again[entry.again.index(script) + 1 :] if script else []
+    tail = " ".join(arguments).split()
+    if words[len(words) - len(tail) :] != tail:
+        return []  # another job, of an earlier cluster with the same ids
+    options = " ".join(words[: len(words) - len(tail) - 1])
+    found = re.findall(r"(?<=\s)--signal[= ](\S+)", options)
+    return [f"--signal={found[-1]}"] if found else []
+
+
 def _command(record: JobRecord, script: Path) -> list[str]:
     options = options_of(record.fields)
     if wanted := gres_of(record.fields):
         # Slurm says gres:gpu:1 for what was asked as --gpus-per-node=1 or as --gres=gpu:1, and
         # adds one to the other: only the one that the script has is replaced.
-        if "--gpus-per-node" in script.read_text():
+        if b"--gpus-per-node" in script.read_bytes():
             options.append(f"--gpus-per-node={wanted.removeprefix('gpu:')}")
         else:
             options.append(f"--gres={wanted}")

@@ -26,8 +26,37 @@ OPTIONS = {
     "WorkDir": "--chdir",
     "StdOut": "--output",
     "ArrayTaskId": "--array",
+    "TimeMin": "--time-min",
+    "Licenses": "--licenses",
+    "MinTmpDiskNode": "--tmp",
+    "Switches": "--switches",
+    "Nice": "--nice",
+    "WCKey": "--wckey",
+    "MailUser": "--mail-user",
+    "MailType": "--mail-type",
 }
 NOTHING = ("", "(null)", "N/A", "UNLIMITED")
+# What says nothing, or cannot be asked for.
+UNASKED = {
+    "MinTmpDiskNode": re.compile("0"),
+    "Nice": re.compile(r"0|-\d+"),  # an administrator's
+    "WCKey": re.compile(r"\*.*"),  # the default
+}
+# GPUs that are not asked of each node, and what is asked for each.
+GPU_OPTIONS = {
+    "TresPerJob": "--gpus",
+    "TresPerTask": "--gpus-per-task",
+    "CpusPerTres": "--cpus-per-gpu",
+    "MemPerTres": "--mem-per-gpu",
+}
+GPUS = re.compile(r"gres[:/]gpu[:=]([^,\s]+)")
+# Where these are asked, the record shows the partition's default of that beside them, which sbatch
+# refuses together.
+INSTEAD_OF = {"MemPerTres": ("MinMemoryCPU", "MinMemoryNode"), "CpusPerTres": ("CPUs/Task",)}
+WORDS = {
+    "Requeue": {"0": "--no-requeue", "1": "--requeue"},
+    "OverSubscribe": {"NO": "--exclusive", "USER": "--exclusive=user", "YES": "--oversubscribe"},
+}
 
 # What sbatch says of a job that no node would ever start, and where --exclude has a node that
 # --nodelist asks for.
@@ -40,11 +69,17 @@ def options_of(fields: Mapping[str, str]) -> list[str]:
     Args:
         fields: All fields of the record, by scontrol's names.
     """
+    gpus = {name: found[1] for name in GPU_OPTIONS if (found := GPUS.search(fields.get(name, "")))}
+    defaults = {other for name in gpus for other in INSTEAD_OF.get(name, ())}
     options = [
-        f"{option}={fields[name]}"
+        f"{option}={value}"
         for name, option in OPTIONS.items()
-        if fields.get(name, "") not in NOTHING
+        if (value := fields.get(name, "")) not in NOTHING
+        and name not in defaults
+        and not (name in UNASKED and UNASKED[name].fullmatch(value))
     ]
+    options += [f"{GPU_OPTIONS[name]}={value}" for name, value in gpus.items()]
+    options += [words[fields[name]] for name, words in WORDS.items() if fields.get(name) in words]
     tasks = fields.get("NtasksPerN:B:S:C", "").partition(":")[0]
     if tasks not in (*NOTHING, "0"):
         options.append(f"--ntasks-per-node={tasks}")

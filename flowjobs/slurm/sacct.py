@@ -83,6 +83,13 @@ def accounting(submitted_at: Mapping[str, float]) -> list[JobRow] | None:
     return rows
 
 
+def submit_line(job_id: str) -> str:
+    """The command that a job was submitted by, its words as they are; empty if nobody says."""
+    answer = run_command("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "SubmitLine")
+    lines = [line for line in answer.stdout.splitlines() if "sbatch " in line]
+    return lines[-1] if answer.returncode == 0 and lines else ""
+
+
 def _ask_accounting(
     job_ids: Collection[str], fields: Sequence[str], since: float | None = None
 ) -> subprocess.CompletedProcess[str]:

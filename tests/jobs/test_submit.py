@@ -32,6 +32,7 @@ from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, State, now
 from flowjobs.slurm.options import CONTINUES
+from flowjobs.slurm.sacct import submit_line
 from flowjobs.sweeps.plan import stages
 from tests.cli.test_many import ended
 from tests.cluster.slurm import SlurmCluster
@@ -84,6 +85,45 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
     with pytest.raises(KeyboardInterrupt):
         plain_sbatch.resubmit(run, run.submissions()[0], None)
     assert [run.submissions()[-1].job_id] == slurm.run("squeue", "-h", "-o", "%i").split()
+
+
+@pytest.mark.parametrize(
+    ("options", "gone"),
+    [
+        (
+            (
+                *("--no-requeue", "--exclusive", "--nice=5", "--mail-type=END,FAIL", "--tmp=1"),
+                *("--mail-user=a@b", "--switches=1@5", "--time-min=5", "--signal=USR2@300"),
+            ),
+            "--requeue --signal=USR2@90",
+        ),
+        (("--gpus=1", "--cpus-per-gpu=2", "--exclusive=user"), "--gpus-per-node=1"),
+        (("--gpus-per-task=1", "--mem-per-gpu=1G", "--oversubscribe"), "--ntasks-per-node=1"),
+    ],
+)
+def test_a_job_by_hand_that_is_submitted_again_keeps_its_options(
+    slurm: SlurmCluster,
+    site: Callable[[str, str], None],
+    study: Path,
+    options: tuple[str, ...],
+    gone: str,
+) -> None:
+    site("sbatch", 'echo "$@" >> commands; $real --hold "$@"')
+    run = Run(study, "a")
+    run.create(RunConfig(TrainingConfig(epochs=1)))
+    # Not UTF-8, which bash does not mind.
+    Path("job.sh").write_bytes(f"#!/bin/sh\n#SBATCH {gone}\n# Gr".encode() + b"\xf6\xdfe\n")
+    old = slurm.submit("--output=job.out", *options, "job.sh")
+    assert plain_sbatch.note_job(run, old) is not None
+    before = slurm.job(old)
+    if "--signal=USR2@300" in options:  # which only accounting has, once the job is not held
+        slurm.run("scontrol", "release", old)
+        wait_until(lambda: submit_line(old), "accounting to know it", 60)
+    after = slurm.job(plain_sbatch.resubmit(run, run.submissions()[0], None))
+    commands = Path("commands").read_text().splitlines()
+    assert [line.count("--signal=USR2@300") for line in commands] in ([0, 0], [1, 1])
+    own = ("JobId", "SubmitTime", "LastSchedEval", "Command", "Comment", "NumNodes")
+    assert {**after, **dict.fromkeys(own)} == {**before, **dict.fromkeys(own)}
 
 
 def test_the_same_command_twice_at_once_submits_one_job(
