@@ -4,10 +4,12 @@
 from there would find neither its modules nor its credentials.
 """
 
+import contextlib
 import os
+import resource
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from flowjobs.config import SlurmConfig
@@ -23,6 +25,13 @@ from flowjobs.slurm.jobs import JobIdentity, user_name
 # Of one process or one session only, and wrong in another job. The token for Slurm has run out.
 OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT", SLOTS)
 
+# What a job gets of the process that calls sbatch, unless its site says otherwise, by Slurm's names
+# (PropagateResourceLimits).
+LIMITS = {
+    name: int(getattr(resource, f"RLIMIT_{name}"))
+    for name in ("AS", "CORE", "CPU", "DATA", "FSIZE", "MEMLOCK", "NOFILE", "NPROC", "RSS", "STACK")
+}
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -33,18 +42,25 @@ class Origin:
         python: The interpreter.
         environment: All variables.
         options: What was asked of the cluster; None for a job by hand, which has a command.
+        umask: Which permissions new files lack; None if that was not noted.
+        limits: Its soft limits (`ulimit -S`), by Slurm's names; -1 for none.
     """
 
     folder: str
     python: str
     environment: Mapping[str, str]
     options: SlurmConfig | None = None
+    umask: int | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def here(cls, options: SlurmConfig | None = None) -> "Origin":
         """This process as an origin."""
         kept = {name: text for name, text in os.environ.items() if name not in OF_A_SESSION}
-        return cls(os.getcwd(), sys.executable, kept, options)
+        umask = os.umask(0o077)  # there is no other way to ask
+        os.umask(umask)
+        limits = {name: resource.getrlimit(number)[0] for name, number in LIMITS.items()}
+        return cls(os.getcwd(), sys.executable, kept, options, umask, limits)
 
     def environment_here(self) -> dict[str, str]:
         """What a job that is submitted from here now inherits: what tells Slurm's commands which
@@ -58,9 +74,33 @@ class Origin:
             here |= {name: os.environ[name] for name in ("SLURM_CONF",) if os.environ.get(name)}
         return inherited | here
 
+    @contextlib.contextmanager
+    def umask_and_limits(self) -> Iterator[None]:
+        """While the block lasts this process has them, for sbatch to take them over: the umask, and
+        no lower limits, as far as this process may have these."""
+        umask = None if self.umask is None else os.umask(self.umask)
+        before: dict[int, tuple[int, int]] = {}
+        try:
+            for name in LIMITS.keys() & self.limits.keys():
+                soft, hard = resource.getrlimit(LIMITS[name])
+                wanted = min(self.limits[name], hard, key=_height)
+                if _height(wanted) > _height(soft):
+                    resource.setrlimit(LIMITS[name], (wanted, hard))
+                    before[LIMITS[name]] = soft, hard
+            yield
+        finally:
+            for number, limit in before.items():
+                resource.setrlimit(number, limit)
+            if umask is not None:
+                os.umask(umask)
+
     def note(self, run: Submittable, job_id: str) -> None:
         """Keep it beside the job, for this user's eyes alone: there may be tokens in it."""
         write_json(run.origin_file(job_id), asdict(self), mode=0o600)
+
+
+def _height(limit: int) -> float:
+    return float("inf") if limit == resource.RLIM_INFINITY else limit
 
 
 def arrays_folder(study: Path) -> Path:

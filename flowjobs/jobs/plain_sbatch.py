@@ -112,7 +112,8 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     log = Path(entry.log) if entry.log else None
     taken: AcceptedJob | None = None
     with signals_deferred_until_noted("slurm"), cancelled_unless_noted(lambda: taken):
-        taken = sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
+        with origin.umask_and_limits():
+            taken = sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
         new = taken.job_id
         if any(option.startswith("--array=") for option in command):
             new = f"{new}_{old.partition('_')[2]}"

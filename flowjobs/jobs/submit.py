@@ -238,8 +238,10 @@ def _environment_of(
         match cluster:
             case "slurm":
                 _replace_environment(environment_for_sbatch(inherited, asked))
+                # Of a restart as of the submission; that has its own.
+                inherits = origin.umask_and_limits() if continues else contextlib.nullcontext()
                 # submitit prints what sbatch said, and raises it as well.
-                with contextlib.redirect_stderr(io.StringIO()):
+                with inherits, contextlib.redirect_stderr(io.StringIO()):
                     yield
             case "local":
                 with _detached_children():

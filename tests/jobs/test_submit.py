@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -15,16 +16,19 @@ from pathlib import Path
 import pytest
 
 from flowjobs.cli.main import run as run_command
-from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.config import RunConfig, SlurmConfig, TrainingConfig
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
+from flowjobs.field_values import KeyValues
 from flowjobs.jobs import current_job, plain_sbatch
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.current_job import running_job, running_jobs
 from flowjobs.jobs.dead_jobs import UnknownJob, find_dead_jobs
 from flowjobs.jobs.deferred_signals import signals_deferred
 from flowjobs.jobs.origin import Origin
-from flowjobs.jobs.restart import cancel_requested_with_retries
+from flowjobs.jobs.restart import cancel_requested_with_retries, resubmit
 from flowjobs.jobs.run_stages import stages_of
+from flowjobs.jobs.submit import submit
+from flowjobs.jobs.tasks import task_of
 from flowjobs.runs import file_lock, submittable
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
@@ -124,6 +128,35 @@ def test_a_job_by_hand_that_is_submitted_again_keeps_its_options(
     assert [line.count("--signal=USR2@300") for line in commands] in ([0, 0], [1, 1])
     own = ("JobId", "SubmitTime", "LastSchedEval", "Command", "Comment", "NumNodes")
     assert {**after, **dict.fromkeys(own)} == {**before, **dict.fromkeys(own)}
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_restart_has_the_umask_and_the_limits_of_the_submission(
+    slurm: SlurmCluster, site: Callable[[str, str], None], study: Path, by_hand: bool
+) -> None:
+    # sbatch passes on what it finds of its own process.
+    site("sbatch", 'echo "$(umask) $(ulimit -Sn)" >> inherited; exec $real "$@"')
+    run = Run(study, "a")
+    run.create(RunConfig(slurm=SlurmConfig(sbatch=KeyValues({"hold": True}))))
+    own, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    umask = os.umask(0o002)
+    try:
+        if by_hand:
+            Path("job.sh").write_text("#!/bin/sh\n")
+            Origin.here().note(run, "7")
+            run.add_submission("7", "slurm", None, again=["sbatch", "--hold", "job.sh"])
+        else:
+            submit(run, "slurm", task_of(run))
+        (old, *_) = run.submissions()
+        os.umask(0o077)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (own // 2, hard))
+        resubmit(run, JobInfo("slurm", old.job_id, None, "n1", 1), task_of(run))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (own // 2, hard)
+        assert os.umask(0o002) == 0o077
+    finally:
+        os.umask(umask)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (own, hard))
+    assert {*Path("inherited").read_text().splitlines()} == {f"0002 {own}"}
 
 
 def test_the_same_command_twice_at_once_submits_one_job(
