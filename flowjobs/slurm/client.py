@@ -33,8 +33,11 @@ _FAILED = re.compile(
     rf"|Invalid user: {os.getuid()}\b"
 )
 
-# What they say where there is no cluster to ask: neither a configuration nor a server of one.
-_NO_CLUSTER = re.compile(r"configuration (source|file)|resolve_ctls")
+# What they say where there is no cluster to ask: no configuration, and the DNS knows that there is
+# no server of one. If it does not answer, or its server does not, there may be a cluster.
+_NO_CLUSTER = re.compile(
+    r"res_nsearch error: (Unknown host|No address associated with name)|no SRV records located"
+)
 
 
 def is_here() -> bool:

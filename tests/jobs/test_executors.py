@@ -88,14 +88,29 @@ def test_without_sbatch_auto_is_this_machine(monkeypatch: pytest.MonkeyPatch) ->
         executors.choose_cluster("slurm")
 
 
+# As scontrol says it where there is no slurm.conf: the controller is looked for in the DNS.
+NO_SERVER = """scontrol: error: resolve_ctls_from_dns_srv: res_nsearch error: {}
+scontrol: error: fetch_config: DNS SRV lookup failed
+scontrol: error: _establish_config_source: failed to fetch config
+scontrol: fatal: Could not establish a configuration source"""
+SERVER_AWAY = """scontrol: error: _fetch_child: failed to fetch remote configs: \
+Unable to contact slurm controller (connect failure)
+scontrol: error: _establish_config_source: failed to fetch config
+scontrol: fatal: Could not establish a configuration source"""
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
         ("Slurmctld(primary) at a is DOWN; Slurmctld(backup) at b is UP", "slurm"),
         ("GROUP: Slurmctld(primary) at a is DOWN", "--cluster local"),
-        ("fatal: Could not establish a configuration source", "local"),
+        (NO_SERVER.format("Unknown host"), "local"),
+        (NO_SERVER.format("No address associated with name"), "local"),
+        (NO_SERVER.format("Host name lookup failure"), "--cluster local"),
+        (SERVER_AWAY, "--cluster local"),
+        ("SLURM_CONF: " + NO_SERVER.format("Unknown host"), "--cluster local"),
+        ("fatal: Unable to process configuration file", "--cluster local"),
         ("not for users of this cluster", "--cluster local"),
-        ("SLURM_CONF: Unable to process configuration file", "--cluster local"),
     ],
 )
 def test_a_run_for_a_cluster_is_not_trained_here_while_the_controller_is_away(
