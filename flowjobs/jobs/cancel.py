@@ -150,8 +150,13 @@ def _end_process(run: Run) -> list[str]:
     # A process id means another process, or none, on another host.
     if not same_host(job.host, socket.gethostname()):
         raise SubmissionError(f"process {job.pid} runs on {job.host}: cancel it from there")
-    if not process_lives(job.pid, job.process):
-        return []  # its id may be another process's by now
+    if not process_lives(job.pid, job.process):  # its id may be another process's by now
+        if not lock_holder(run.folder):
+            return []
+        raise SubmissionError(
+            f"process {job.pid} on {job.host} holds the run and cannot be seen from here (in "
+            "another container?): cancel it from where it was started"
+        )
     try:
         # The process that trains: submitit's controller starts nothing more when that ends.
         os.kill(job.pid, signal.SIGTERM)

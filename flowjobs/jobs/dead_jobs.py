@@ -249,18 +249,20 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding 
     if not (job.pid or job.job_id.isdecimal()):
         return None  # of submitit's debug executor: the process that submitted it was its job
     pid = job.pid or int(job.job_id)
-    if not same_host(job.host, socket.gethostname()):
+    is_here = same_host(job.host, socket.gethostname())
+    if is_here and process_lives(pid, job.process):
+        return _find_slot(run, status, job)
+    # A container, too, may have the name of this host, but processes of its own.
+    if status.open_attempt and lock_holder(run.folder):
+        return None  # its status says what it does
+    if not is_here:
         if status.open_attempt:
-            if lock_holder(run.folder):
-                return None  # its status says what it does
             return UnknownJob(
                 f"{job.description} seems to be gone: reconcile it there, or submit it again"
             )
         return UnknownJob(
             f"whether its job on {job.host} starts cannot be seen from here: ask there"
         )
-    if process_lives(pid, job.process):
-        return _find_slot(run, status, job)
     if status.open_attempt:
         return DeadJob(job, exit_cause.cause_of(run, status.open_attempt), version_of(status))
     if job.cluster != "local":

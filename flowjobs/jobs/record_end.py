@@ -28,9 +28,11 @@ def record_dead_attempt(run: Run, dead: DeadJob) -> Outcome | None:
     """
 
     def judge(holder: JobInfo, lock_is_free: bool | None) -> Verdict:
-        # Its job is known to be over, so what the lock looks like does not count.
+        # Where Slurm, or the process that waited for it, has said that it is over, what the lock
+        # looks like does not count.
+        known = dead.job.cluster == "slurm" or dead.job_still_runs
         same = holder.start_id == dead.job.start_id
-        return "gone" if same else system_lock_decides(holder, lock_is_free)
+        return "gone" if known and same else system_lock_decides(holder, lock_is_free)
 
     me = replace(JobInfo.in_foreground(), cluster=RECONCILE)
     try:

@@ -3,6 +3,7 @@
 Ids come again after a reboot, and in a container the first process has the same one each time.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def process_lives(pid: int, mark: str | None = None) -> bool:
         mark: Its `process_mark`, if that was noted: else any process of the id is taken for it.
     """
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):  # another user's
+            os.kill(pid, 0)
         # One that has ended stays until its parent asks how.
         state = _fields_of(pid)[0]
     except ProcessLookupError:

@@ -169,6 +169,8 @@ class JobInfo:
 
 def same_host(one: str, other: str) -> bool:
     """Whether two names are of one host: Slurm's name of a node has no domain, its own may have."""
+    if "." in one and "." in other:
+        return one == other
     return one.partition(".")[0] == other.partition(".")[0]
 
 

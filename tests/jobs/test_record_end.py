@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import SubmissionError
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.current_job import running_job
-from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, find_dead_jobs
+from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, find_dead_jobs, version_of
 from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end, reconcile
 from flowjobs.jobs.record_end import record_dead_attempt
 from flowjobs.jobs.stop_cause import notice_of
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.pack import new_pack
-from flowjobs.runs.process import process_mark
+from flowjobs.runs.process import process_lives, process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
     EXIT_BAD_INPUT,
@@ -188,11 +189,45 @@ def test_a_process_that_has_got_the_id_of_a_dead_one_is_not_the_runs(run: Run) -
     assert closed.outcome.state == "failed"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="to become another user needs root")
+def test_nor_is_one_of_another_user_that_has_got_its_id() -> None:
+    os.setresuid(65534, 65534, 0)
+    try:
+        lives = process_lives(1, "an earlier boot:7"), process_lives(1, process_mark(1))
+    finally:
+        os.setresuid(0, 0, 0)
+    assert lives == (False, True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")
+def test_a_run_that_trains_lives_also_for_a_container_that_does_not_see_its_process(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowjobs.runs.lock.GLANCE_S", 0.1)
+    container = ["/usr/bin/unshare", "--pid", "--fork", "--mount-proc", sys.executable]
+    with Attempt(run, JobInfo.in_foreground()) as attempt:
+        before = run.status_file.read_bytes()
+        asked = [*container, "-m", "flowjobs", "reconcile", "a"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert run.status_file.read_bytes() == before
+        # Nor where the one who asked has found it dead a moment before.
+        killed = Outcome("failed", 137, "killed")
+        dead = DeadJob(JobInfo.in_foreground(), killed, version_of(run.status()))
+        assert record_dead_attempt(run, dead) is None
+        attempt.check_held()
+
+
 def test_cancel_ends_no_process_that_has_got_the_id_of_a_dead_one(run: Run) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as another:
         before = replace(JobInfo.in_foreground(), pid=another.pid, process="an earlier boot:7")
-        with Attempt(run, before):
-            assert "no job of it waits or runs" in cancel(run)
+        attempt = Attempt(run, before)
+        attempt.__enter__()
+        # Whose it is, of this host's name but not among its processes, it cannot tell.
+        with pytest.raises(SubmissionError, match="cannot be seen from here .* it is noted as"):
+            cancel(run)
+        attempt._stack.close()  # as a kill would leave it
+        assert "no job of it waits or runs" in cancel(run)
         assert another.poll() is None
         another.kill()
 

@@ -75,3 +75,5 @@ def test_ranks_meet_at_another_port_when_their_job_starts_again(
 def test_a_host_is_the_same_with_its_domain_and_without() -> None:
     assert same_host("n1", "n1.cluster.org")
     assert not same_host("n1", "n10.cluster.org")
+    assert not same_host("login1.a.edu", "login1.b.edu")
+    assert not same_host("10.0.0.1", "10.0.0.2")
