@@ -268,7 +268,10 @@ def _last_of(job: JobIdentity, starts: tuple[JobRow, ...]) -> JobAnswer:
     """The answer where the controller does not know the job (any more) and accounting does."""
     last = starts[-1]
     settled = last.ended is not None and time.time() - last.ended > SETTLED_AFTER_S
-    if last.state in ENDED | AGAIN and (settled or last.state not in AGAIN):
+    if settled and last.state == "REQUEUED":
+        # The controller lost it before its next start: nothing will run it any more.
+        last = replace(last, state="PREEMPTED")
+    if last.state in ENDED and (settled or last.state not in AGAIN):
         return Known(last, starts)
     return Unknown(
         f"the controller does not know {job.description}, and accounting says {last.state}"

@@ -77,12 +77,21 @@ def test_a_living_job_is_never_gone_or_ended_whatever_a_site_makes_of_it(
 
 
 def test_how_a_job_ended_is_known_where_a_query_may_be_about_a_short_time_only(
-    slurm: SlurmCluster, waiting: Run, site: Site
+    slurm: SlurmCluster, waiting: Run, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (entry,) = waiting.submissions()
     cancel(entry.job_id)
     site("squeue", "exit 0")  # the controller has forgotten it
     wait_until(lambda: isinstance(word_on(waiting), Known), "accounting to know it", 60)
+    # The controller has lost it as it was requeued: it is over, once accounting has had time to
+    # name its next start, or nobody could end it or submit the run again.
+    site("sacct", '$real "$@" | sed "s/CANCELLED by [0-9]*/REQUEUED/"')
+    assert isinstance(answer := word_on(waiting), Unknown)
+    assert "accounting says REQUEUED" in answer.why
+    with monkeypatch.context() as later:
+        later.setattr("flowjobs.slurm.jobs.SETTLED_AFTER_S", -1.0)
+        assert isinstance(answer := word_on(waiting), Known)
+        assert (answer.over, answer.newest.state) == (True, "PREEMPTED")
     refused = "sacct: error: slurmdbd: Too wide of a date range in query"
     site("sacct", f'case " $* " in *" -S "*) exec $real "$@";; esac; echo "{refused}" >&2; exit 1')
     assert isinstance(answer := word_on(waiting), Known)
