@@ -208,8 +208,15 @@ def cause_of_no_start(
     if isinstance(answer, Known) and answer.newest.state == "CANCELLED":
         reason = f"job {job.job_id} was cancelled before it started"
         return cancelled_outcome(reason)
+    early = f"job {job.job_id} ended before the run could start"
     if isinstance(answer, Known):
         row = answer.newest
+        if row.state == "DEADLINE":  # a new job would be too late as well
+            reason = f"{early}: its --deadline has passed"
+            return Outcome("failed", EXIT_FAILED, reason, kind="never started")
+        if told := _told_by_slurm(row, log, restarted=False):
+            words, kind, state, code = told
+            return Outcome(state, code, f"{early}: {words}", _last_words(log), kind)
         exit_code = 128 + row.signal if row.signal else row.exit_code
     # While python starts there is no handler yet, and these end it by default.
     if exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, EXIT_PREEMPTED):
@@ -218,7 +225,7 @@ def cause_of_no_start(
     if refused := launch_failure(job):
         reason = f"the step of job {job.job_id} was not started: {refused[0]}"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind=NOT_LAUNCHED)
-    reason = f"job {job.job_id} ended before the run could start: {last_error(log)}"
+    reason = f"{early}: {last_error(log)}"
     return Outcome("failed", EXIT_FAILED, reason, _last_words(log), "never started")
 
 

@@ -15,6 +15,8 @@ from flowjobs.jobs.environment import JobProcess
 from flowjobs.runs.rank_failures import RankFailure, note_failure, noted_failures
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome
+from flowjobs.slurm.controller import JobRow
+from flowjobs.slurm.jobs import Known
 
 
 def died(study: Path, exit_code: int | None, log: str = "") -> tuple[str, str, int, str]:
@@ -81,6 +83,29 @@ def test_what_an_earlier_attempt_died_of_is_not_taken_for_this_ones(study: Path)
 def test_a_signal_before_there_was_a_handler_is_a_preemption(study: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2):
         assert died(study, 128 + number)[:3] == ("preempted", "preempted", 75)
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        ("PREEMPTED", "preempted"),
+        ("NODE_FAIL", "node failure"),
+        ("BOOT_FAIL", "node failure"),
+        ("TIMEOUT", "time limit"),
+        ("OUT_OF_MEMORY", "out of memory"),
+        ("CANCELLED", "cancelled"),
+        # Waited too long for what its user has set with --deadline: a new job would be too late.
+        ("DEADLINE", "never started"),
+        ("FAILED", "never started"),
+    ],
+)
+def test_slurm_tells_what_ended_a_job_whose_run_could_not_start(state: str, kind: str) -> None:
+    row = JobRow("12", state, os.getuid(), "c", "a", submitted=1.0, ended=2.0, restarts=0)
+    job = JobInfo("slurm", "12", None, "n3", 1)
+    outcome = exit_cause.cause_of_no_start(job, answer=Known(row))
+    assert outcome.kind == kind
+    assert "job 12 " in outcome.reason
+    assert (state == "DEADLINE") == ("--deadline" in outcome.reason)
 
 
 def raised_from(error: Exception, number: int) -> Exception:

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
-from flowjobs.jobs.dead_jobs import find_dead_jobs
+from flowjobs.jobs.dead_jobs import DeadJob, find_dead_jobs
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end, reconcile
+from flowjobs.jobs.record_end import record_dead_attempt
 from flowjobs.jobs.run_stages import stages_of
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
@@ -292,6 +294,43 @@ def test_a_job_that_cannot_start_at_all_is_failed_with_the_reason(
     assert status.attempts[0].kind == "never started"
     assert_in_wandb(run, "failed", 1, "cannot open the environment")
     assert flowjobs("reconcile").stdout == ""
+
+
+def test_a_job_that_is_ended_before_its_run_could_start_is_started_again_by_its_cause(
+    slurm: SlurmCluster, study: Path
+) -> None:
+    asked = RunConfig(tracking=TrackingConfig(wandb_mode="disabled"))
+    runs = preempted, lost, retried = [Run(study, name) for name in ("preempted", "lost", "again")]
+    jobs = []
+    for run in runs:
+        run.create(replace(asked, restarts=RestartConfig(1)) if run == retried else asked)
+        # Its node is made ready, say, for some minutes.
+        where = ("-p", "preempt-nograce", "-w", "n1") if run == preempted else ("-w", "n2")
+        log = f"--output={run.logs}/%j_0_log.out"
+        job_id = slurm.submit("--no-requeue", *where, "-J", run.name, log, "--wrap=sleep 600")
+        identity = {"job_name": run.name}
+        run.add_submission(job_id, "slurm", run.output_of(job_id), identity=identity)
+        Origin.here().note(run, job_id)
+        jobs.append(job_id)
+    for job_id in jobs:
+        slurm.wait_state(job_id, "RUNNING")
+    slurm.preempt("n1")
+    slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    for job_id, state in zip(jobs, ("PREEMPTED", "NODE_FAIL", "NODE_FAIL"), strict=True):
+        slurm.wait_state(job_id, state)
+    ended = {}
+    for run, dead in find_dead_jobs(runs).items():
+        assert isinstance(dead, DeadJob), dead
+        outcome = record_dead_attempt(run, dead)
+        assert outcome is not None
+        ended[run] = outcome.state, outcome.kind
+    assert ended == {
+        preempted: ("preempted", "preempted"),
+        lost: ("failed", "node failure"),
+        retried: ("preempted", "node failure"),
+    }
+    said = f"job {jobs[0]} ended before the run could start: killed while it was preempted"
+    assert preempted.status().reason == said
 
 
 def test_a_job_that_is_cancelled_while_it_waits_is_cancelled_not_failed(
