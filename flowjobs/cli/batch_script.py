@@ -34,11 +34,23 @@ def main() -> None:
 
 
 def run_step(script_arguments: Sequence[str]) -> int:
-    """Train under srun; if that dies, record why. Returns srun's exit code."""
-    from flowjobs.jobs.environment import forget_submitting_job
+    """Train under srun; if that dies in a job of the run's own, record why.
+
+    Returns:
+        srun's exit code.
+    """
+    from flowjobs.jobs.environment import forget_submitting_job, is_batch_script
 
     forget_submitting_job()
-    os.environ[JOB_OF_RUN] = os.environ.get("SLURM_JOB_ID", "")
+    own = is_batch_script()
+    if own:
+        os.environ[JOB_OF_RUN] = os.environ["SLURM_JOB_ID"]
+    elif job_id := os.environ.get("SLURM_JOB_ID"):
+        print(
+            f"this is not the batch script of job {job_id}, so that is neither requeued nor "
+            "cancelled for the run: with sbatch the script gets a job of its own",
+            file=sys.stderr,
+        )
     by_line = script_arguments[:1] == ["--lines-of"]
     given = script_arguments[1:] if by_line else script_arguments  # to sbatch, after the script
     if run := _run_so_far(given, by_line=by_line):
@@ -53,7 +65,7 @@ def run_step(script_arguments: Sequence[str]) -> int:
         # A handler, unlike SIG_IGN, is not inherited by srun.
         signal.signal(number, lambda number, frame: None)
     code = _train(command, given)
-    if code and run.exists():
+    if code and own and run.exists():
         # After a silent death: its cause, and a restart where that is allowed.
         try:
             print_job_end([run], code)

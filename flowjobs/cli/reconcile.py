@@ -1,7 +1,6 @@
 """flowjobs reconcile."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from flowjobs.runs.pack import FOLDER as PACKS
 from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.status import EXIT_BAD_INPUT
+from flowjobs.slots import submitted_for_run
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Reconcile(InStudy):
                     unclear = True
                     print(f"{found.run.name}: unknown: {found.unclear}", file=sys.stderr)
             return EXIT_BAD_INPUT if unclear else 0
-        if "SLURM_JOB_ID" not in os.environ or not self.names:
+        if not (submitted_for_run() and self.names):
             raise ConfigError(
                 "--exit-code: expected only in the batch script of a run's own job, with its name"
             )

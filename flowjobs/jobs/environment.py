@@ -19,7 +19,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.array import array_at
-from flowjobs.runs.process import process_mark
+from flowjobs.runs.process import parent_of, process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.runs.submittable import Submittable
@@ -180,6 +180,22 @@ def _submitit_environment() -> JobEnvironment | None:
         if environment.activated():
             return environment
     return None
+
+
+def is_batch_script() -> bool:
+    """Whether this process is the batch script of its job, or was started by that itself.
+
+    sbatch/*.sh may as well be run with bash in a terminal of a notebook, or under srun. The
+    variables do not tell: a job that is submitted from inside a step inherits that one's.
+    """
+    task = os.environ.get("SLURM_TASK_PID", "")
+    if task not in (str(os.getpid()), str(os.getppid())):
+        return False
+    try:
+        slurmstepd = Path(f"/proc/{parent_of(int(task))}/cmdline").read_text(errors="replace")
+    except OSError:
+        return True  # hidden from users (hidepid): no other step is known to have started it
+    return re.search(r"slurmstepd: \[\S+\.(?!batch\])", slurmstepd) is None
 
 
 def batch_script_job(run: Submittable) -> JobInfo:

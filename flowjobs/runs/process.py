@@ -41,6 +41,15 @@ def process_lives(pid: int, mark: str | None = None) -> bool:
     return state not in ("Z", "X") and (mark is None or process_mark(pid) in (None, mark))
 
 
+def parent_of(pid: int) -> int:
+    """The process that has started another one, or has adopted it.
+
+    Raises:
+        OSError: There is no such process, or where there is no /proc.
+    """
+    return int(_fields_of(pid)[1])
+
+
 def _fields_of(pid: int) -> list[str]:
     """What the kernel says of a process after its name, which may hold anything: its state first,
     its start as the 20th."""

@@ -224,7 +224,7 @@ def test_cancel_ends_no_process_that_has_got_the_id_of_a_dead_one(run: Run) -> N
         attempt = Attempt(run, before)
         attempt.__enter__()
         # Whose it is, of this host's name but not among its processes, it cannot tell.
-        with pytest.raises(SubmissionError, match="cannot be seen from here .* it is noted as"):
+        with pytest.raises(SubmissionError, match=r"cannot be seen from here .* it is noted as"):
             cancel(run)
         attempt._stack.close()  # as a kill would leave it
         assert "no job of it waits or runs" in cancel(run)
