@@ -42,13 +42,15 @@ from tests.jobs.disturbed import (
 
 def kill_with_its_batch_shell(job: Disturbed) -> None:
     """Kills all of a job that could say a word; the batch script's last lines die too."""
-    own = f"SLURM_JOB_ID={job.job_id}\0"
+    # Another cluster of the tests may have a job of this id, too.
+    own = f"SLURM_JOB_ID={job.job_id}\0", f"SLURM_CONF={job.slurm.env['SLURM_CONF']}\0"
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (process / "cmdline").read_text()
             # By hand, the shell has become the plumbing of the script.
             is_script = "slurm_script" in command or "flowjobs.cli.batch_script" in command
-            if is_script and own in (process / "environ").read_text():
+            environment = (process / "environ").read_text()
+            if is_script and all(variable in environment for variable in own):
                 os.kill(int(process.name), signal.SIGKILL)
     job.kill(signal.SIGKILL)
     job.slurm.wait_state(job.job_id, "FAILED", 120)
