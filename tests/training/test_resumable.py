@@ -1,6 +1,7 @@
 """What cannot be resumed is said at the first save, and what is not finite is never kept."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,31 @@ class RegistersLate(Model):
         return super().forward(x, t)
 
 
+class ChangesType(Model):
+    """As a restart builds it, its buffer is of a type that cannot hold what it saved."""
+
+    def __init__(self, built: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1) if built is None else built)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.training:
+            self.scale = 0.9 * self.scale + 0.1 * x.detach().abs().mean()
+        return super().forward(x, t) / self.scale
+
+
+class TurnsSparse(Model):
+    """Its copies would take what it saved, but not the model that a restart builds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.zeros(2, 2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.graph = torch.eye(2).to_sparse()
+        return super().forward(x, t)
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
@@ -110,6 +136,8 @@ class RegistersLate(Model):
         (KeepsAFunction, "holds a builtins.function"),
         (TakesNothingBack, "does not take back the state that it gave.*_extra_state"),
         (RegistersLate, r"\(cache: \(3,\) there, absent here\)"),
+        (ChangesType, r"\(scale: torch.float32 there, torch.int64 here\).*torch.tensor\(1.0\)"),
+        (TurnsSparse, r"\(graph: torch.float32 torch.sparse_coo there, torch.float32 here\)"),
     ],
 )
 def test_a_model_that_could_not_be_resumed_is_refused_after_its_first_step(
@@ -120,6 +148,21 @@ def test_a_model_that_could_not_be_resumed_is_refused_after_its_first_step(
         train_in(run, CONFIG, model=model())
     assert list(run.checkpoints.iterdir()) == []
     assert not run.started()  # the name is free for the model that is mended
+
+
+def test_a_run_of_before_types_were_looked_at_goes_on(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(study, "run")
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, model=ChangesType(torch.tensor(1.0)), stop_reason=stop_at(23))
+    # It is still to be validated: it is also saved before a step has changed the type.
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, model=ChangesType(), stop_reason=stop_at(0))
+    train_in(run, CONFIG, model=ChangesType())
+    said = r"last.pt has other types .* \(scale: torch.float32 there, torch.int64 here\)"
+    assert re.search(said, caplog.text)
+    assert read_checkpoint(run.last)["ema_shadow"]["scale"].dtype is torch.float32
 
 
 def test_a_state_that_cannot_be_loaded_is_not_kept_later_either(study: Path) -> None:
