@@ -2,11 +2,14 @@
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -165,13 +168,34 @@ def test_a_run_of_before_types_were_looked_at_goes_on(
     assert read_checkpoint(run.last)["ema_shadow"]["scale"].dtype is torch.float32
 
 
-def test_a_state_that_cannot_be_loaded_is_not_kept_later_either(study: Path) -> None:
+class Color(Enum):
+    """A type of the user's."""
+
+    RED = 1
+
+
+WITH_ATTRIBUTE: OrderedDict[str, int] = OrderedDict()
+vars(WITH_ATTRIBUTE).update(file=Path("cache"))
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (Counter(), r"Counter \(model_state_dict._extra_state\)"),
+        ({"used": {np.int64(7): 1}}, r"numpy.int64 \(a key of model_state_dict._extra_state.used"),
+        (WITH_ATTRIBUTE, r"PosixPath \(an attribute of model_state_dict._extra_state.file\)"),
+        ({(1, Color.RED): 0}, r"Color \(a key of model_state_dict._extra_state.1\)"),
+    ],
+)
+def test_a_state_that_cannot_be_loaded_is_not_kept_later_either(
+    study: Path, state: Any, said: str
+) -> None:
     class Later(KeepsAnObject):
         def get_extra_state(self) -> Any:
-            return Counter() if self.calls > 25 else 0
+            return state if self.calls > 25 else 0
 
     run = Run(study, "run")
-    with pytest.raises(CheckpointUnloadableError, match="Counter"):
+    with pytest.raises(CheckpointUnloadableError, match=said):
         train_in(run, CONFIG, model=Later(), stop_reason=stop_at(40))
     assert read_checkpoint(run.last)["step"] == 1
 
