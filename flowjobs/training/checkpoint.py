@@ -77,7 +77,7 @@ def save_checkpoint(
         optimizer: Its state.
         scheduler: Its state.
         best_loss: Best validation loss so far.
-        config: The training config as a dict.
+        config: The training config as a dict; for `--resume` all of it (`TrainingConfig.to_dict`).
         stats: Normalization: `mean` and `std`, each of shape (dim,).
         step: Optimizer steps done; the scheduler's count by default.
         epochs_without_improvement: Epochs since the best validation loss.

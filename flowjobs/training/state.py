@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowjobs.config import TrainingConfig, signature_differences
+from flowjobs.config import TrainingConfig, not_said, signature_differences
 from flowjobs.data.dataset import is_same_normalization
 from flowjobs.errors import (
     CheckpointMismatchError,
@@ -19,6 +19,7 @@ from flowjobs.errors import (
     ConfigError,
     TrainingDivergedError,
 )
+from flowjobs.field_values import flag
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import differences
 from flowjobs.runs.extending import Extension, extension_of
@@ -180,6 +181,35 @@ class TrainState:
                 "--name"
             )
         self._check_shapes(payload["model_state_dict"], path)
+
+    def check_given(self, payload: Payload, path: Path) -> None:
+        """Raise unless a file that anyone may have written is surely of this config.
+
+        Raises:
+            CheckpointMismatchError: Its config leaves out what decides the result, or is not what
+                its optimizer and schedule were made with, as these are taken over.
+        """
+        if missing := not_said(payload["config"]):
+            raise CheckpointMismatchError(
+                f"{path} does not say its {', '.join(missing)}: the result would depend on what "
+                "they were"
+            )
+        found = {
+            "lr": payload["scheduler_state_dict"].get("base_lrs", []),
+            "weight_decay": [
+                group.get("weight_decay")
+                for group in payload["optimizer_state_dict"].get("param_groups", [])
+            ],
+        }
+        if changed := [
+            f"  {flag(key)}: {value} there, {asked} asked for"
+            for key, values in found.items()
+            for value in values
+            if value != (asked := getattr(self._config, key))
+        ]:
+            raise CheckpointMismatchError(
+                "\n".join([f"{path} is not as its config says:", *changed])
+            )
 
     def _check_shapes(self, weights: Mapping[str, Any], path: Path) -> None:
         if difference := _difference(_shapes(weights), self._shapes_as_built):

@@ -493,6 +493,8 @@ class Trainer:
         if given and (payload is None or payload["resumed_from"] != given["resumed_from"]):
             assert self._resume_path is not None
             path, payload = self._resume_path, given
+            # Not at each restart: the run may have resumed from it before this was looked at.
+            self._check_given(self.state.check_given, given, path)
         if payload is None:
             run.check_files()
             if weights := initial_weights_file(self._config):
@@ -529,15 +531,20 @@ class Trainer:
     def _read_given(self, path: Path) -> Payload:
         """The checkpoint that --resume names, if the run can resume from it."""
         payload = read_checkpoint(path, self._device)
+        self._check_given(self.state.check, payload, path)
+        payload["resumed_from"] = digest_of(path)
+        return payload
+
+    def _check_given(
+        self, check: Callable[[Payload, Path], None], payload: Payload, path: Path
+    ) -> None:
         try:
-            self.state.check(payload, path)
+            check(payload, path)
         except CheckpointMismatchError as error:
             raise CheckpointMismatchError(
                 f"--resume resumes a run, and {error}\nto start a run of its own from "
                 f"these weights, with everything else new: --init-from {path}"
             ) from error
-        payload["resumed_from"] = digest_of(path)
-        return payload
 
     def _best_there(self, run: Run) -> float:
         """The loss of the best.pt on disk, which is put back where it is of lost work."""

@@ -26,6 +26,7 @@ from flowjobs.errors import (
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import previous_of, read_checkpoint, write_checkpoint
+from flowjobs.training.seal import digest_of
 from flowjobs.training.state import first_not_finite
 from tests.training.same import same
 from tests.training.test_trainer import SMALL, make_trainer, stop_at, train_in
@@ -406,6 +407,31 @@ def test_resume_goes_on_with_the_same_config_alone(study: Path) -> None:
     assert not run.last.exists()
     with pytest.raises(CheckpointError, match="cannot be read"):
         train_in(origin, CONFIG, resume_path=Path("none.pt"))
+
+
+def test_resume_refuses_a_file_that_does_not_say_all_of_its_config(study: Path) -> None:
+    origin, run, file = Run(study, "origin"), Run(study, "run"), study / "own.pt"
+    with pytest.raises(RunInterrupted):
+        train_in(origin, CONFIG, stop_reason=stop_at(1))
+    payload = read_checkpoint(origin.last)
+    # Of what save_checkpoint is given by hand; that of the newer options may be missing.
+    config = {key: of for key, of in payload["config"].items() if key not in ("lr", "seed")}
+    write_checkpoint(file, {**payload, "config": config})
+    says = rf"(?s)own.pt does not say its --lr, --seed: .*--init-from {file}"
+    with pytest.raises(CheckpointMismatchError, match=says):
+        train_in(run, CONFIG, resume_path=file)
+    assert not run.saved_files()
+    # One that resumed from it before it was refused.
+    write_checkpoint(run.last, {**payload, "resumed_from": digest_of(file)})
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, resume_path=file, stop_reason=stop_at(1))
+    assert read_checkpoint(run.last)["step"] == payload["step"] + 2
+    payload["scheduler_state_dict"]["base_lrs"] = [1e-2]
+    payload["optimizer_state_dict"]["param_groups"][0]["weight_decay"] = 0.5
+    write_checkpoint(file, payload)
+    says = r"(?s)own.pt is not .*--lr: 0.01 there, 0.001 asked.*--weight-decay: 0.5 there, 0.01 ask"
+    with pytest.raises(CheckpointMismatchError, match=says):
+        train_in(Run(study, "other"), CONFIG, resume_path=file)
 
 
 def test_a_checkpoint_keeps_the_config_that_it_was_made_with(study: Path) -> None:
