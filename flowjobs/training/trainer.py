@@ -508,8 +508,18 @@ class Trainer:
         for extension in self.state.extensions:
             if extension["step"] == self.state.step:
                 logger.info("The run is longer from here on: %s", extension)
+        there = self._best_there(run)
+        if payload is not given and there > self.state.best_loss:
+            logger.warning(
+                "%s is gone, of loss %.4f: %s",
+                run.best,
+                self.state.best_loss,
+                "the next epoch's is the best, however much worse, and patience counts from there"
+                if math.isinf(there)
+                else f"the best is {there:.4f} now, of the one before it",
+            )
         # Never remember a better best than the one that is there: it is what the run ends with.
-        self.state.best_loss = max(self.state.best_loss, self._best_there(run))
+        self.state.best_loss = max(self.state.best_loss, there)
         return payload is given
 
     def _newest_of(self, run: Run) -> tuple[Path, Payload | None]:
@@ -552,6 +562,8 @@ class Trainer:
         if best is None:
             return math.inf
         previous = previous_of(run.best)
+        if self._ranks.is_first and not run.best.exists():
+            previous.replace(run.best)  # no better one may come
         if best["best_loss"] < self.state.best_loss and previous.exists():
             # Killed between best.pt and last.pt. Steps that are repeated with other bits (another
             # GPU) may never be as good, and the run would report a loss that best.pt has not.

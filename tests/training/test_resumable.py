@@ -392,6 +392,26 @@ def test_a_best_of_lost_work_is_put_back(study: Path) -> None:
     assert status.best_val_loss == read_checkpoint(run.best)["best_loss"]
 
 
+def test_a_best_that_is_gone_is_said(study: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(study, "run")
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, stop_reason=stop_at(50))
+    before = read_checkpoint(run.best)["best_loss"]
+    assert "is gone" not in caplog.text
+    run.best.rename(previous_of(run.best))
+    worse = {**read_checkpoint(previous_of(run.best)), "best_loss": before + 1}
+    write_checkpoint(previous_of(run.best), worse)
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, stop_reason=stop_at(1))
+    said = f"best.pt is gone, of loss {before:.4f}: the best is {before + 1:.4f} now, of the one"
+    assert said in caplog.text
+    assert same(read_checkpoint(run.best), worse)  # also where no better one comes
+    run.best.unlink()
+    train_in(run, CONFIG)
+    assert f"best.pt is gone, of loss {before + 1:.4f}: the next epoch's is the bes" in caplog.text
+    assert run.status().best_val_loss == read_checkpoint(run.best)["best_loss"]
+
+
 def test_resume_goes_on_with_the_same_config_alone(study: Path) -> None:
     origin, run = Run(study, "origin"), Run(study, "run")
     with pytest.raises(RunInterrupted):
