@@ -230,7 +230,8 @@ class Trainer:
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
                 )
-        run.create(asked, data_are_given=True)
+        if note := run.create(asked, data_are_given=True):
+            logger.info("%s", note)
         return run
 
     def _difference_to(self, run: Run, found: RunConfig) -> str | None:
