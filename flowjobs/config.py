@@ -571,6 +571,13 @@ def signature_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> 
     return lines
 
 
+def not_said(training: Mapping[str, Any]) -> list[str]:
+    """The options that decide the result and of which a training config says nothing."""
+    known = NOT_IN_SIGNATURE | LATER | training.keys()
+    fields = dataclasses.fields(TrainingConfig)
+    return [flag(field.name) for field in fields if field.name not in known]
+
+
 def _relevant(training: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a training config that decide the result, files by their content alone."""
     whole = {key: _default(key) for key in LATER} | dict(training)

@@ -1,11 +1,13 @@
 """Training a run for longer than was asked for at first: what is noted of it, and what is said."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.learning_rate import learning_rate_factor
+from flowjobs.runs.metrics import epochs_without_improvement
 from flowjobs.runs.status import RunStatus
 
 Extension = dict[str, Any]
@@ -32,21 +34,29 @@ def extension_of(before: Mapping[str, Any], asked: TrainingConfig, step: int) ->
 
 
 def explain_extension(
-    name: str, before: TrainingConfig, asked: TrainingConfig, status: RunStatus
+    name: str,
+    before: TrainingConfig,
+    asked: TrainingConfig,
+    status: RunStatus,
+    metrics_file: Path,
 ) -> str:
     """Notes to print on training the run `name` for longer; "" if it is as long.
 
     Raises:
-        ConfigError: The run stopped early, and more epochs alone would not train a step.
+        ConfigError: Its patience has run out, and more epochs alone would not train a step.
     """
     longer = asked.epochs > before.epochs
     more_patience = asked.patience > before.patience
     stopped_early = status.state == "finished" and status.epoch < before.epochs
-    if stopped_early and longer and not more_patience:
+    # It may run out in the very last epoch, or the run be killed before it says that it finished.
+    if longer and (
+        (stopped_early and not more_patience)
+        or epochs_without_improvement(metrics_file) >= asked.patience
+    ):
         raise ConfigError(
-            f"{name} stopped early, at epoch {status.epoch} of {before.epochs}: with --epochs "
-            f"{asked.epochs} alone it would stop at once. Give it more --patience too (it has "
-            f"{before.patience})"
+            f"{name} ran out of patience, at epoch {status.epoch} of {before.epochs}: with "
+            f"--epochs {asked.epochs} alone it would stop at once. Give it more --patience too "
+            f"(it has {before.patience})"
         )
     notes = []
     if longer:

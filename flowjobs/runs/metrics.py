@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one row a logged step, the record that W&B mirrors."""
 
+import itertools
 import json
 import logging
 import math
@@ -148,17 +149,28 @@ def best_step(path: Path) -> int | None:
     None where the rows do not say: there are none, or a best.pt that was lost was made anew.
     """
     best, step, said = math.inf, None, None
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    # A row of an epoch has the word; there are far more of others.
-    lines = (line for line in text.splitlines(keepends=True) if b"val/best_" in line)
-    for row in _rows_of(b"".join(lines)):
+    for row in _rows_of_epochs(path):
         loss, said = row.get("val/loss"), row.get("val/best_loss")
         if isinstance(loss, int | float) and loss < best:
             best, step = loss, row["step"]
     return step if best == said else None
+
+
+def epochs_without_improvement(path: Path) -> int:
+    """How many epochs ago the best validation loss was found, as far as the rows say; else 0."""
+    best = [row.get("val/best_loss") for row in _rows_of_epochs(path)]
+    since = itertools.takewhile(lambda loss: loss == best[-1], reversed(best))
+    return max(len(list(since)) - 1, 0)
+
+
+def _rows_of_epochs(path: Path) -> Iterator[Row]:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return
+    # A row of an epoch has the word; there are far more of others.
+    lines = (line for line in text.splitlines(keepends=True) if b"val/best_" in line)
+    yield from _rows_of(b"".join(lines))
 
 
 def _rows_of(text: bytes) -> Iterator[Row]:

@@ -456,7 +456,9 @@ class Run(Submittable):
         )
         if not settled:
             length = asked.training
-        elif note := explain_extension(self.name, found.training, length, self.status()):
+        elif note := explain_extension(
+            self.name, found.training, length, self.status(), self.metrics_file
+        ):
             notes.append(note)
         for key, own in (("epochs", length.epochs), ("patience", length.patience)):
             fewer = getattr(asked.training, key)

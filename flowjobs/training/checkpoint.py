@@ -77,7 +77,7 @@ def save_checkpoint(
         optimizer: Its state.
         scheduler: Its state.
         best_loss: Best validation loss so far.
-        config: The training config as a dict.
+        config: The training config as a dict; for `--resume` all of it (`TrainingConfig.to_dict`).
         stats: Normalization: `mean` and `std`, each of shape (dim,).
         step: Optimizer steps done; the scheduler's count by default.
         epochs_without_improvement: Epochs since the best validation loss.
@@ -274,11 +274,14 @@ def _size(n_bytes: int) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in nested dicts, lists and tuples, by a name that says where it is."""
+    """Everything in nested dicts (their keys too), lists and tuples, by where it is."""
     # By the very type: to pickle, a named tuple is a class of the user's like any other.
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
+            yield from _leaves(key, f"a key of {name}")
             yield from _leaves(item, f"{name}.{key}" if name else str(key))
+        if type(value) is OrderedDict:  # as a state_dict's, with the versions of its modules
+            yield from _leaves(vars(value), f"an attribute of {name}")
     elif type(value) in (list, tuple):
         for number, item in enumerate(value):
             yield from _leaves(item, f"{name}.{number}")
@@ -304,7 +307,7 @@ def _check_loadable(payload: Payload) -> None:
             raise CheckpointUnloadableError(
                 f"a run of this model could not be resumed: its state holds a {kind} ({name}), "
                 "and a checkpoint is loaded without running code from it: let get_extra_state "
-                "return tensors, numbers, strings, lists and dicts"
+                "return tensors, numbers, strings, lists and dicts of Python's own types"
             ) from error
 
 

@@ -180,9 +180,11 @@ def _buffer_places(model: nn.Module) -> list[_Place]:
 def _can_be_written(copied: Tensor, buffer: Tensor) -> bool:
     """Whether a buffer's values surely fit the memory of its copy.
 
-    Not where it is kept of a batch, as both models see others, or is sparse.
+    Not where it is kept of a batch, as both models see others, is sparse, or was built as another
+    type (torch.tensor(1), where forward puts a float).
     """
-    return copied.shape == buffer.shape and buffer.layout is copied.layout is torch.strided
+    alike = (copied.shape, copied.dtype) == (buffer.shape, buffer.dtype)
+    return alike and buffer.layout is copied.layout is torch.strided
 
 
 def _keeps_more(module: nn.Module) -> bool:

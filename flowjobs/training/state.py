@@ -1,7 +1,8 @@
 """All that changes while a run trains, and its way into a checkpoint and back."""
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowjobs.config import TrainingConfig, signature_differences
+from flowjobs.config import TrainingConfig, not_said, signature_differences
 from flowjobs.data.dataset import is_same_normalization
 from flowjobs.errors import (
     CheckpointMismatchError,
@@ -18,6 +19,7 @@ from flowjobs.errors import (
     ConfigError,
     TrainingDivergedError,
 )
+from flowjobs.field_values import flag
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import differences
 from flowjobs.runs.extending import Extension, extension_of
@@ -25,6 +27,8 @@ from flowjobs.training.checkpoint import Payload, checkpoint_payload, restore_pa
 from flowjobs.training.ema import EMAModel
 from flowjobs.training.optimizer import LightAdamW
 from flowjobs.training.schedule import get_cosine_schedule_with_warmup
+
+logger = logging.getLogger(__name__)
 
 
 class TrainState:
@@ -76,6 +80,8 @@ class TrainState:
         self._data = data
         self._trainable = [name for name, part in model.named_parameters() if part.requires_grad]
         self._shapes_as_built = _shapes(model.state_dict())
+        self._types_as_built = _types(model.state_dict())
+        self._types_may_differ = False
 
     @property
     def epochs_finished(self) -> int:
@@ -176,6 +182,35 @@ class TrainState:
             )
         self._check_shapes(payload["model_state_dict"], path)
 
+    def check_given(self, payload: Payload, path: Path) -> None:
+        """Raise unless a file that anyone may have written is surely of this config.
+
+        Raises:
+            CheckpointMismatchError: Its config leaves out what decides the result, or is not what
+                its optimizer and schedule were made with, as these are taken over.
+        """
+        if missing := not_said(payload["config"]):
+            raise CheckpointMismatchError(
+                f"{path} does not say its {', '.join(missing)}: the result would depend on what "
+                "they were"
+            )
+        found = {
+            "lr": payload["scheduler_state_dict"].get("base_lrs", []),
+            "weight_decay": [
+                group.get("weight_decay")
+                for group in payload["optimizer_state_dict"].get("param_groups", [])
+            ],
+        }
+        if changed := [
+            f"  {flag(key)}: {value} there, {asked} asked for"
+            for key, values in found.items()
+            for value in values
+            if value != (asked := getattr(self._config, key))
+        ]:
+            raise CheckpointMismatchError(
+                "\n".join([f"{path} is not as its config says:", *changed])
+            )
+
     def _check_shapes(self, weights: Mapping[str, Any], path: Path) -> None:
         if difference := _difference(_shapes(weights), self._shapes_as_built):
             raise CheckpointMismatchError(
@@ -199,7 +234,8 @@ class TrainState:
 
         Raises:
             TrainingDivergedError: It is not finite.
-            CheckpointUnloadableError: The model's state has other tensors than when it was built.
+            CheckpointUnloadableError: The model's state has other tensors than when it was built,
+                or of other types, to which a restart would round their values.
         """
         if name := self._not_finite(payload):
             rates = f"--lr ({self._config.lr}) or --grad-clip ({self._config.grad_clip})"
@@ -210,12 +246,16 @@ class TrainState:
                 else f"{name} is not finite at step {payload['step']}, and the checkpoint before "
                 f"is kept: lower {rates}"
             )
-        shapes = _shapes(payload["model_state_dict"])
-        if difference := _difference(shapes, self._shapes_as_built):
+        weights = payload["model_state_dict"]
+        difference = _difference(_shapes(weights), self._shapes_as_built)
+        if not self._types_may_differ:
+            difference = difference or _difference(_types(weights), self._types_as_built)
+        if difference:
             raise CheckpointUnloadableError(
                 f"a run of this model could not be resumed: its state at step {payload['step']} "
                 f"is not that of the model as it was built ({difference}): let the constructor "
-                "register all parameters and buffers, in their final shapes"
+                "register all parameters and buffers, in their final shapes and types (for a "
+                "float torch.tensor(1.0), not torch.tensor(1))"
             )
 
     def prove(self, payload: Payload, path: Path) -> None:
@@ -249,6 +289,7 @@ class TrainState:
             CheckpointNotFiniteError, CheckpointMismatchError: See `check`.
         """
         self.check(payload, path)
+        self._note_types(payload, path)
         restore_payload(payload, path, self.model, self.ema, self.optimizer, self.scheduler)
         # The schedule may have become longer since; the optimizer's rate is still the old one's.
         rates = self.scheduler.base_lrs, self.scheduler.lr_lambdas, self.optimizer.param_groups
@@ -263,6 +304,18 @@ class TrainState:
         self.extensions = [*payload.get("extensions", [])]
         if extension := extension_of(payload["config"], self._config, self.step):
             self.extensions.append(extension)
+
+    def _note_types(self, payload: Payload, path: Path) -> None:
+        """Warn of a checkpoint from before `check_before_save` looked at types, and let it be."""
+        types = _types(payload["model_state_dict"])
+        if difference := _difference(types, self._types_as_built):
+            self._types_may_differ = True
+            logger.warning(
+                "%s has other types than the model as it was built (%s): their values are "
+                "rounded at each restart. A run that is made anew says how to mend it",
+                path,
+                difference,
+            )
 
     def _not_finite(self, payload: Payload) -> str | None:
         """The name of a part of a payload that is NaN or infinite, if there is one.
@@ -310,9 +363,24 @@ def _not_taken_back(error: Exception) -> CheckpointUnloadableError:
 
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, str]:
+    return _of_each(weights, lambda tensor: str(tuple(tensor.shape)))
+
+
+def _types(weights: Mapping[str, Any]) -> dict[str, str]:
+    return _of_each(
+        weights,
+        lambda tensor: (
+            str(tensor.dtype)
+            if tensor.layout is torch.strided
+            else f"{tensor.dtype} {tensor.layout}"
+        ),
+    )
+
+
+def _of_each(weights: Mapping[str, Any], told: Callable[[Tensor], str]) -> dict[str, str]:
     # What get_extra_state gives may be anything, and of another shape each time.
     return {
-        key: str(tuple(value.shape)) if isinstance(value, Tensor) else "present"
+        key: told(value) if isinstance(value, Tensor) else "present"
         for key, value in weights.items()
         if not key.endswith(nn.modules.module._EXTRA_STATE_KEY_SUFFIX)
     }

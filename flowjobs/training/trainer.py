@@ -230,7 +230,8 @@ class Trainer:
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
                 )
-        run.create(asked, data_are_given=True)
+        if note := run.create(asked, data_are_given=True):
+            logger.info("%s", note)
         return run
 
     def _difference_to(self, run: Run, found: RunConfig) -> str | None:
@@ -493,6 +494,8 @@ class Trainer:
         if given and (payload is None or payload["resumed_from"] != given["resumed_from"]):
             assert self._resume_path is not None
             path, payload = self._resume_path, given
+            # Not at each restart: the run may have resumed from it before this was looked at.
+            self._check_given(self.state.check_given, given, path)
         if payload is None:
             run.check_files()
             if weights := initial_weights_file(self._config):
@@ -506,8 +509,18 @@ class Trainer:
         for extension in self.state.extensions:
             if extension["step"] == self.state.step:
                 logger.info("The run is longer from here on: %s", extension)
+        there = self._best_there(run)
+        if payload is not given and there > self.state.best_loss:
+            logger.warning(
+                "%s is gone, of loss %.4f: %s",
+                run.best,
+                self.state.best_loss,
+                "the next epoch's is the best, however much worse, and patience counts from there"
+                if math.isinf(there)
+                else f"the best is {there:.4f} now, of the one before it",
+            )
         # Never remember a better best than the one that is there: it is what the run ends with.
-        self.state.best_loss = max(self.state.best_loss, self._best_there(run))
+        self.state.best_loss = max(self.state.best_loss, there)
         return payload is given
 
     def _newest_of(self, run: Run) -> tuple[Path, Payload | None]:
@@ -529,15 +542,20 @@ class Trainer:
     def _read_given(self, path: Path) -> Payload:
         """The checkpoint that --resume names, if the run can resume from it."""
         payload = read_checkpoint(path, self._device)
+        self._check_given(self.state.check, payload, path)
+        payload["resumed_from"] = digest_of(path)
+        return payload
+
+    def _check_given(
+        self, check: Callable[[Payload, Path], None], payload: Payload, path: Path
+    ) -> None:
         try:
-            self.state.check(payload, path)
+            check(payload, path)
         except CheckpointMismatchError as error:
             raise CheckpointMismatchError(
                 f"--resume resumes a run, and {error}\nto start a run of its own from "
                 f"these weights, with everything else new: --init-from {path}"
             ) from error
-        payload["resumed_from"] = digest_of(path)
-        return payload
 
     def _best_there(self, run: Run) -> float:
         """The loss of the best.pt on disk, which is put back where it is of lost work."""
@@ -545,6 +563,8 @@ class Trainer:
         if best is None:
             return math.inf
         previous = previous_of(run.best)
+        if self._ranks.is_first and not run.best.exists():
+            previous.replace(run.best)  # no better one may come
         if best["best_loss"] < self.state.best_loss and previous.exists():
             # Killed between best.pt and last.pt. Steps that are repeated with other bits (another
             # GPU) may never be as good, and the run would report a loss that best.pt has not.

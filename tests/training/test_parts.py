@@ -47,6 +47,17 @@ def test_ema_copies_buffers() -> None:
     assert torch.equal(ema.shadow["running_mean"], model.running_mean)
 
 
+@pytest.mark.parametrize("now", [torch.tensor(0.8), torch.tensor(1.0 + 2.0j)])
+def test_ema_copies_buffers_whose_type_forward_changes(now: torch.Tensor) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.tensor(1), persistent=False)
+    ema = EMAModel(model)
+    model.scale = now
+    for _ in range(2):
+        ema.update(model)
+        assert torch.equal(ema.model.get_buffer("scale"), now)
+
+
 def test_schedule_warms_up_and_decays_to_zero() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, 4, 12)

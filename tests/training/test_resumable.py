@@ -1,11 +1,15 @@
 """What cannot be resumed is said at the first save, and what is not finite is never kept."""
 
 import math
+import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +26,7 @@ from flowjobs.errors import (
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import previous_of, read_checkpoint, write_checkpoint
+from flowjobs.training.seal import digest_of
 from flowjobs.training.state import first_not_finite
 from tests.training.same import same
 from tests.training.test_trainer import SMALL, make_trainer, stop_at, train_in
@@ -102,6 +107,31 @@ class RegistersLate(Model):
         return super().forward(x, t)
 
 
+class ChangesType(Model):
+    """As a restart builds it, its buffer is of a type that cannot hold what it saved."""
+
+    def __init__(self, built: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1) if built is None else built)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.training:
+            self.scale = 0.9 * self.scale + 0.1 * x.detach().abs().mean()
+        return super().forward(x, t) / self.scale
+
+
+class TurnsSparse(Model):
+    """Its copies would take what it saved, but not the model that a restart builds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.zeros(2, 2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.graph = torch.eye(2).to_sparse()
+        return super().forward(x, t)
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
@@ -110,6 +140,8 @@ class RegistersLate(Model):
         (KeepsAFunction, "holds a builtins.function"),
         (TakesNothingBack, "does not take back the state that it gave.*_extra_state"),
         (RegistersLate, r"\(cache: \(3,\) there, absent here\)"),
+        (ChangesType, r"\(scale: torch.float32 there, torch.int64 here\).*torch.tensor\(1.0\)"),
+        (TurnsSparse, r"\(graph: torch.float32 torch.sparse_coo there, torch.float32 here\)"),
     ],
 )
 def test_a_model_that_could_not_be_resumed_is_refused_after_its_first_step(
@@ -122,13 +154,49 @@ def test_a_model_that_could_not_be_resumed_is_refused_after_its_first_step(
     assert not run.started()  # the name is free for the model that is mended
 
 
-def test_a_state_that_cannot_be_loaded_is_not_kept_later_either(study: Path) -> None:
+def test_a_run_of_before_types_were_looked_at_goes_on(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(study, "run")
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, model=ChangesType(torch.tensor(1.0)), stop_reason=stop_at(23))
+    # It is still to be validated: it is also saved before a step has changed the type.
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, model=ChangesType(), stop_reason=stop_at(0))
+    train_in(run, CONFIG, model=ChangesType())
+    said = r"last.pt has other types .* \(scale: torch.float32 there, torch.int64 here\)"
+    assert re.search(said, caplog.text)
+    assert read_checkpoint(run.last)["ema_shadow"]["scale"].dtype is torch.float32
+
+
+class Color(Enum):
+    """A type of the user's."""
+
+    RED = 1
+
+
+WITH_ATTRIBUTE: OrderedDict[str, int] = OrderedDict()
+vars(WITH_ATTRIBUTE).update(file=Path("cache"))
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (Counter(), r"Counter \(model_state_dict._extra_state\)"),
+        ({"used": {np.int64(7): 1}}, r"numpy.int64 \(a key of model_state_dict._extra_state.used"),
+        (WITH_ATTRIBUTE, r"PosixPath \(an attribute of model_state_dict._extra_state.file\)"),
+        ({(1, Color.RED): 0}, r"Color \(a key of model_state_dict._extra_state.1\)"),
+    ],
+)
+def test_a_state_that_cannot_be_loaded_is_not_kept_later_either(
+    study: Path, state: Any, said: str
+) -> None:
     class Later(KeepsAnObject):
         def get_extra_state(self) -> Any:
-            return Counter() if self.calls > 25 else 0
+            return state if self.calls > 25 else 0
 
     run = Run(study, "run")
-    with pytest.raises(CheckpointUnloadableError, match="Counter"):
+    with pytest.raises(CheckpointUnloadableError, match=said):
         train_in(run, CONFIG, model=Later(), stop_reason=stop_at(40))
     assert read_checkpoint(run.last)["step"] == 1
 
@@ -324,6 +392,26 @@ def test_a_best_of_lost_work_is_put_back(study: Path) -> None:
     assert status.best_val_loss == read_checkpoint(run.best)["best_loss"]
 
 
+def test_a_best_that_is_gone_is_said(study: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(study, "run")
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, stop_reason=stop_at(50))
+    before = read_checkpoint(run.best)["best_loss"]
+    assert "is gone" not in caplog.text
+    run.best.rename(previous_of(run.best))
+    worse = {**read_checkpoint(previous_of(run.best)), "best_loss": before + 1}
+    write_checkpoint(previous_of(run.best), worse)
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, stop_reason=stop_at(1))
+    said = f"best.pt is gone, of loss {before:.4f}: the best is {before + 1:.4f} now, of the one"
+    assert said in caplog.text
+    assert same(read_checkpoint(run.best), worse)  # also where no better one comes
+    run.best.unlink()
+    train_in(run, CONFIG)
+    assert f"best.pt is gone, of loss {before + 1:.4f}: the next epoch's is the bes" in caplog.text
+    assert run.status().best_val_loss == read_checkpoint(run.best)["best_loss"]
+
+
 def test_resume_goes_on_with_the_same_config_alone(study: Path) -> None:
     origin, run = Run(study, "origin"), Run(study, "run")
     with pytest.raises(RunInterrupted):
@@ -339,6 +427,31 @@ def test_resume_goes_on_with_the_same_config_alone(study: Path) -> None:
     assert not run.last.exists()
     with pytest.raises(CheckpointError, match="cannot be read"):
         train_in(origin, CONFIG, resume_path=Path("none.pt"))
+
+
+def test_resume_refuses_a_file_that_does_not_say_all_of_its_config(study: Path) -> None:
+    origin, run, file = Run(study, "origin"), Run(study, "run"), study / "own.pt"
+    with pytest.raises(RunInterrupted):
+        train_in(origin, CONFIG, stop_reason=stop_at(1))
+    payload = read_checkpoint(origin.last)
+    # Of what save_checkpoint is given by hand; that of the newer options may be missing.
+    config = {key: of for key, of in payload["config"].items() if key not in ("lr", "seed")}
+    write_checkpoint(file, {**payload, "config": config})
+    says = rf"(?s)own.pt does not say its --lr, --seed: .*--init-from {file}"
+    with pytest.raises(CheckpointMismatchError, match=says):
+        train_in(run, CONFIG, resume_path=file)
+    assert not run.saved_files()
+    # One that resumed from it before it was refused.
+    write_checkpoint(run.last, {**payload, "resumed_from": digest_of(file)})
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, resume_path=file, stop_reason=stop_at(1))
+    assert read_checkpoint(run.last)["step"] == payload["step"] + 2
+    payload["scheduler_state_dict"]["base_lrs"] = [1e-2]
+    payload["optimizer_state_dict"]["param_groups"][0]["weight_decay"] = 0.5
+    write_checkpoint(file, payload)
+    says = r"(?s)own.pt is not .*--lr: 0.01 there, 0.001 asked.*--weight-decay: 0.5 there, 0.01 ask"
+    with pytest.raises(CheckpointMismatchError, match=says):
+        train_in(Run(study, "other"), CONFIG, resume_path=file)
 
 
 def test_a_checkpoint_keeps_the_config_that_it_was_made_with(study: Path) -> None:

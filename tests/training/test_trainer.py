@@ -299,12 +299,14 @@ def test_a_compiled_model_learns_the_same(study: Path, workplace: Path) -> None:
     assert best["compiled"] != best["plain"]  # other kernels round differently: it was compiled
 
 
-def test_resuming_from_a_given_checkpoint(study: Path) -> None:
+def test_resuming_from_a_given_checkpoint(study: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "flowjobs")
     make_trainer(study, TrainingConfig(epochs=1, arch_args=SMALL)).train()
     best = study / "checkpoints/mlp-icfm-digits-none/best.pt"
     config = TrainingConfig(epochs=2, arch_args=SMALL)
     result = make_trainer(study, config, resume_path=best).train()
     assert result["epochs_run"] == 2
+    assert "extends mlp-icfm-digits-none from 1 to 2 epochs: the learning rate then" in caplog.text
 
 
 def test_the_same_command_with_resume_goes_on_and_not_back(study: Path) -> None:
