@@ -15,7 +15,7 @@ from flowjobs.cli.commands import COMMANDS, command_of
 from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults, load_defaults
 from flowjobs.cli.output import Output, lasting_outputs
 from flowjobs.cli.parser import read_command_line
-from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.errors import ConfigError, FlowjobsError, UserCodeExitError
 from flowjobs.nearest import did_you_mean
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
 from flowjobs.user_code import user_place
@@ -65,6 +65,8 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
             try:
                 code = command()
             except SystemExit as ended:  # after --help, or what is no command line
+                if user_place(ended, installed=False):
+                    raise UserCodeExitError(ended) from ended
                 code = ended.code
             sys.stdout.flush()
             if not code and isinstance(sys.stdout, Output):

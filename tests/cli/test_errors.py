@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowjobs.cli.main import exit_with
 from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import FlowjobsError
@@ -285,6 +286,15 @@ def test_a_bug_gets_its_traceback(flowjobs: Command, workplace: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "no_such_package_here" in done.stderr
+
+
+@pytest.mark.parametrize("code", [None, 0, 75, "text"])
+def test_exit_in_the_users_code_is_a_bug(
+    code: int | str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^1$"):
+        exit_with(lambda: sys.exit(code))
+    assert "line, in <lambda>): exit(" in re.sub(r"line \d+", "line", capsys.readouterr().err)
 
 
 def test_a_failing_model_is_told_by_its_file_and_line(
