@@ -173,7 +173,8 @@ class CheckpointSaver:
 
     def _begin_write(self, best: Payload | None, state: Payload) -> None:
         self._size = bytes_of(state) + (bytes_of(best) if best else 0)
-        self._write = write = Future()
+        write: Future[float] = Future()
+        self._write = write
 
         def work() -> None:
             try:
