@@ -152,3 +152,16 @@ class RunInterrupted(Exception):
 
 class RunTakenOverError(Exception):
     """Not an error: another attempt holds the run now; this one must write nothing more."""
+
+
+class UserCodeExitError(Exception):
+    """The user's code called exit(), whatever the code: a bug, with a traceback.
+
+    Args:
+        called: What that raised. The exit code of a process says how the run is, which is not for
+            a model to say.
+    """
+
+    def __init__(self, called: SystemExit) -> None:
+        super().__init__(f"exit({'' if called.code is None else repr(called.code)}) was called")
+        self.__cause__ = called  # it has the line

@@ -19,6 +19,7 @@ from flowjobs.config import (
     BUILT_IN_ARCHS,
     Augmentation,
     OptionalInt,
+    Precision,
     RunConfig,
     SlurmConfig,
     TrainingConfig,
@@ -75,7 +76,13 @@ class Drill(WithDefaults):
 
     deterministic: Flag = False
     """Drill runs as --deterministic trains them: on a GPU exact bits need it, on a CPU nothing
-    does. A default of flowjobs.toml counts here too."""
+    does. A default of flowjobs.toml counts here too, as for --precision and --compile."""
+
+    precision: Precision = "fp32"
+    """Precision of the runs, as for submit."""
+
+    compile: Flag = False
+    """Compile the model with torch.compile, as for submit."""
 
     steps: OptionalInt = None
     """Steps of each run; default: 40000, or 200000 with --time-limit."""
@@ -89,8 +96,14 @@ class Drill(WithDefaults):
         options: CommandOptions = defaults.fill(CommandOptions)
         # The debugger has no job that could be interrupted.
         cluster = "auto" if options.cluster == "debug" else options.cluster
-        deterministic = bool(defaults.values.get("deterministic", False))
-        return cls(cluster=cluster, slurm=defaults.fill(SlurmConfig), deterministic=deterministic)
+        training: TrainingConfig = defaults.fill(TrainingConfig)
+        return cls(
+            cluster=cluster,
+            slurm=defaults.fill(SlurmConfig),
+            deterministic=training.deterministic,
+            precision=training.precision,
+            compile=training.compile,
+        )
 
     def run(self, defaults: Defaults) -> int:
         """Drill. Returns the exit code."""
@@ -160,6 +173,8 @@ class Drill(WithDefaults):
             patience=epochs,
             checkpoint_every_s=1.0,
             deterministic=self.deterministic,
+            precision=self.precision,
+            compile=self.compile,
             evaluate=False,
         )
         training = defaults.resolve_arch(training)

@@ -97,7 +97,7 @@ class Evaluate(InStudy):
                 print(f"error: {run.name}: {error}", file=sys.stderr)
                 broken.append(run)
                 continue
-            except Exception:
+            except (Exception, SystemExit):
                 if one:
                     raise
                 traceback.print_exc()  # of a model of the user's own: the others may be sound

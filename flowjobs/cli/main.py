@@ -15,8 +15,9 @@ from flowjobs.cli.commands import COMMANDS, command_of
 from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults, load_defaults
 from flowjobs.cli.output import Output, lasting_outputs
 from flowjobs.cli.parser import read_command_line
-from flowjobs.errors import ConfigError, FlowjobsError
+from flowjobs.errors import ConfigError, FlowjobsError, UserCodeExitError
 from flowjobs.nearest import did_you_mean
+from flowjobs.runs.files import FILE_SERVER_IS_AWAY
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
 from flowjobs.user_code import user_place
 
@@ -25,6 +26,7 @@ LOOKING = ("status", "show", "report", "logs")
 
 # Errors of files that are no bug of the program, and what the user can do.
 OF_THE_MACHINE = {
+    **dict.fromkeys(FILE_SERVER_IS_AWAY, "the file system was away; repeat the command"),
     errno.EACCES: "ask its owner, or give another --study",
     errno.EPERM: "ask its owner, or give another --study",
     errno.EROFS: "give another --study",
@@ -38,8 +40,6 @@ OF_THE_MACHINE = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "mend the link",
     errno.EIO: "the file system does not read or write; repeat the command later",
-    errno.ESTALE: "the file system was away; repeat the command",
-    errno.ETIMEDOUT: "the file system was away; repeat the command",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
@@ -65,6 +65,8 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
             try:
                 code = command()
             except SystemExit as ended:  # after --help, or what is no command line
+                if user_place(ended, installed=False):
+                    raise UserCodeExitError(ended) from ended
                 code = ended.code
             sys.stdout.flush()
             if not code and isinstance(sys.stdout, Output):
@@ -92,7 +94,9 @@ def _exit_code_of(error: Exception) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     of_a_user = user_place(error, installed=False)
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE and not of_a_user:
+    of_a_socket = isinstance(error, ConnectionError) and not error.filename
+    bug = of_a_user or of_a_socket
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE and not bug:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror}; {OF_THE_MACHINE[error.errno]}", file=sys.stderr)
         return EXIT_BAD_INPUT

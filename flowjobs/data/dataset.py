@@ -1,9 +1,11 @@
 """Datasets of vectors: reading them, checking them, splitting them, normalizing them."""
 
 import copy
+import logging
 import math
 import os
 import pickle
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,10 @@ from flowjobs.runs.datasets import (
     split_files,
 )
 
+logger = logging.getLogger(__name__)
+
+# A pass over all rows that takes longer is spoken of, and again after four times as long.
+SAY_AFTER_S = 10.0
 # What is looked at at once where a pass over all rows is needed, in float64.
 CHUNK_BYTES = 8 * 1024**2
 VAL_SHARE = 0.15
@@ -139,8 +145,14 @@ class FlowDataset(Dataset[Tensor]):
         order = (
             torch.arange(len(self), device="cpu") if self._index is None else self._index.argsort()
         )
+        started, say_after_s, n_read = time.monotonic(), SAY_AFTER_S, 0
         for indices in torch.split(order, rows_of_chunk(self.dim)):
+            if (elapsed_s := time.monotonic() - started) > say_after_s:
+                words = "%s: %d of %d rows read in %.0f s, in a pass over all of them"
+                logger.info(words, self.name, n_read, len(self), elapsed_s)
+                say_after_s *= 4
             yield indices, self._rows(indices)
+            n_read += len(indices)
 
     def _rows(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
         """Rows of the file's type."""

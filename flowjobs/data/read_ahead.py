@@ -7,7 +7,6 @@ could be full; none can be killed or stopped alone; an error of theirs is raised
 import errno
 import logging
 import math
-import os
 import queue
 import threading
 import weakref
@@ -79,18 +78,36 @@ class ReadAhead(Generic[T]):
         return self._wait_for(self._coming.popleft())
 
     def _wait_for(self, future: "Future[T]") -> T:
-        waited_s, until_s = 0.0, SAY_AFTER_S
-        while not wait([future], until_s - waited_s).done:
-            waited_s = until_s
-            if waited_s == self._wait_s:
-                timeout = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-                raise DataError(
-                    f"{self._name} has given no rows for {waited_s:g} s: does its file system "
-                    "answer?"
-                ) from timeout
-            logger.warning("%s has given no rows for %g s; waiting", self._name, waited_s)
-            until_s = min(4 * waited_s, self._wait_s or math.inf)
-        return future.result()
+        try:
+            return result_of(future, self._wait_s, f"{self._name} has given no rows")
+        except HangsError as error:
+            raise DataError(f"{error.strerror}: does its file system answer?") from error
+
+
+class HangsError(TimeoutError):
+    """What a thread was asked for has not come in time."""
+
+
+def result_of(future: "Future[T]", wait_s: float | None, words: str) -> T:
+    """Wait for what a thread was asked for, and say so after a while.
+
+    Args:
+        future: What it was asked for.
+        wait_s: How long to wait; None: to its end.
+        words: What it has not done yet, to be read before "for 10 s".
+
+    Raises:
+        HangsError: It has not come to its end; of number ETIMEDOUT.
+    """
+    limit_s = math.inf if wait_s is None else wait_s
+    waited_s, until_s = 0.0, min(SAY_AFTER_S, limit_s)
+    while not wait([future], until_s - waited_s).done:
+        waited_s = until_s
+        if waited_s == limit_s:
+            raise HangsError(errno.ETIMEDOUT, f"{words} for {waited_s:g} s")
+        logger.warning("%s for %g s; waiting", words, waited_s)
+        until_s = min(4 * waited_s, limit_s)
+    return future.result()
 
 
 def _serve(asked: "queue.SimpleQueue[_Asked[T] | None]") -> None:

@@ -22,6 +22,7 @@ from flowjobs.errors import (
     NoProgressError,
     RunInterrupted,
     RunTakenOverError,
+    UserCodeExitError,
 )
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.environment import JobProcess, this_process
@@ -222,6 +223,10 @@ class TrainingJob:
                 run_training(self._run, recorder, ranks, signals.reason, resume_path)
             except (RunInterrupted, RunTakenOverError, KeyboardInterrupt):
                 raise  # agreed by all
+            except SystemExit as called:
+                failed = UserCodeExitError(called)
+                self._note_rank_failure(failed)
+                raise failed from called
             except BaseException as error:
                 self._note_rank_failure(error)  # before the others see this one leave
                 raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from flowjobs.errors import CheckpointWriteError, RankFailedError
 from flowjobs.jobs.environment import JobProcess
 from flowjobs.jobs.origin import identity_of
+from flowjobs.runs.files import FILE_SERVER_IS_AWAY
 from flowjobs.runs.rank_failures import LOST_CONNECTION, RankFailure, noted_failures
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import (
@@ -61,20 +62,13 @@ LAUNCH_FAILED = re.compile(
 )
 
 # What a disk or server says that is full, away or hung; others are mistakes, and come again.
-FILE_SYSTEM = frozenset(
-    {
-        errno.EIO,
-        errno.ESTALE,
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.ETIMEDOUT,
-        errno.ENOTCONN,
-        errno.EREMOTEIO,
-        errno.EHOSTDOWN,
-        errno.ENXIO,
-    }
-)
+FILE_SYSTEM = FILE_SERVER_IS_AWAY | {
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENXIO,
+}
 # What gloo, NCCL and the store of a group say on a rank when another one is gone.
 OTHERS_ARE_GONE = re.compile(
     r"Connection (was likely )?(closed|reset|refused)|Broken pipe|Timed out (waiting|after)"

@@ -1,5 +1,6 @@
 """Writing a file whole or not at all. Knows nothing of what is in it."""
 
+import errno
 import functools
 import json
 import logging
@@ -16,6 +17,27 @@ logger = logging.getLogger(__name__)
 FILES_AT_ONCE = 16
 # A file server that fails over is away for so long.
 AWAY_AT_MOST_S = 60.0
+# What NFS, Lustre (108 as it evicts a client) and others say as their server is away or comes back.
+FILE_SERVER_IS_AWAY = frozenset(
+    {
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.EREMOTEIO,
+        errno.EHOSTDOWN,
+        errno.ESHUTDOWN,
+        errno.ECONNRESET,
+        errno.ECONNREFUSED,
+        errno.ECONNABORTED,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENETRESET,
+        errno.ECOMM,
+        errno.ENOLINK,
+        errno.ENODEV,
+    }
+)
 
 
 @contextmanager

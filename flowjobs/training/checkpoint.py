@@ -254,13 +254,18 @@ def _write(
 
 
 def _why_not_written(path: Path, payload: Payload, error: OSError) -> str:
-    needed = sum(_bytes_of(leaf) for _, leaf in _leaves(payload) if isinstance(leaf, Tensor))
-    text = f"{path} could not be written: {error.strerror}; it needs {_size(needed)}"
+    needed = _size(bytes_of(payload))
+    text = f"{path} could not be written: {error.strerror}; it needs {needed}"
     with suppress(OSError):
         text += f", {_size(shutil.disk_usage(path.parent).free)} are free there"
     if error.errno == errno.EDQUOT:
         text += " but not within your quota"
     return f"{text}; a checkpoint that was there before still is"
+
+
+def bytes_of(payload: Payload) -> int:
+    """How much the tensors of a payload take."""
+    return sum(_bytes_of(leaf) for _, leaf in _leaves(payload) if isinstance(leaf, Tensor))
 
 
 def _bytes_of(tensor: Tensor) -> int:

@@ -124,7 +124,7 @@ def draw_and_measure(
         logger.warning("%s while samples were measured: `%s` measures them", interrupted, again)
     except FlowjobsError as error:
         logger.warning("the samples were not measured: %s", error)
-    except Exception:
+    except (Exception, SystemExit):
         logger.warning("the samples were not measured", exc_info=True)
 
 

@@ -6,18 +6,20 @@ writes the pending best first, and a run killed in between repeats steps, never 
 
 import copy
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowjobs.data.read_ahead import HangsError, result_of
 from flowjobs.errors import CheckpointWriteError, RunTakenOverError
-from flowjobs.training.checkpoint import Payload, write_checkpoint
+from flowjobs.training.checkpoint import Payload, bytes_of, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,13 @@ COST_SHARE = 0.01
 FIRST_COST_S = 0.1
 # Without a finished epoch in between, save after this long all the same.
 LONGEST_INTERVAL_S = 300.0
+# A write that takes longer than the first is spoken of as the training continues (and again after
+# four times as long); than the second, and what its bytes take on a slow disk, not waited for.
+SAY_AFTER_S = 60.0
+WAIT_S = 600.0
+SLOWEST_BYTES_PER_S = 10e6
+# How long an error waits for it, before it is told.
+WAIT_AFTER_ERROR_S = 60.0
 
 
 class CheckpointSaver:
@@ -70,9 +79,10 @@ class CheckpointSaver:
         self._pending_best: Payload | None = None
         self._best_in_write: Payload | None = None
         self._spare: Payload | None = None
-        # One thread: files are written in the order in which they were asked for.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # One at a time: files are written in the order in which they were asked for.
         self._write: Future[float] | None = None
+        self._size = 0
+        self._say_after_s = SAY_AFTER_S
         self._stall_s = 0.0
         # Who asks for an interval knows what a save costs here; the second one is measured.
         self._cost_s = FIRST_COST_S if every_s is None else 0.0
@@ -91,6 +101,7 @@ class CheckpointSaver:
         if self._write is not None:
             # On a slow disk saves are left out: each in a queue would hold a copy of the state.
             if not self._write.done():
+                self._say_slow()
                 return False
             self._collect()
         if self.taken_over:
@@ -111,7 +122,8 @@ class CheckpointSaver:
         self._best_in_write, self._pending_best = self._pending_best, None
         self._note_stall(started)
         self._saved_at = time.monotonic()
-        self._write = self._thread.submit(self._write_both, self._best_in_write, state)
+        self._say_after_s = SAY_AFTER_S
+        self._begin_write(self._best_in_write, state)
 
     def save_and_wait(
         self, payload: Payload, prove: Callable[[Payload, Path], None] | None = None
@@ -131,19 +143,75 @@ class CheckpointSaver:
         if self.taken_over:
             raise self.taken_over
         # No copy: nothing trains while this waits.
-        self._write_both(self._pending_best, payload, prove)
+        if prove is None:
+            self._begin_write(self._pending_best, payload)
+            self._result()
+        else:  # it builds a model, which may depend on what holds for this thread
+            self._write_both(self._pending_best, payload, prove)
         self._pending_best = None
         self._saved(time.monotonic() - started)
 
     def close(self) -> None:
-        """Wait for the write under way and end the thread."""
+        """Wait for the write under way.
+
+        Raises:
+            CheckpointWriteError: It does not come to its end.
+        """
         self._collect()
-        self._thread.shutdown()
+
+    def close_after_error(self) -> None:
+        """Wait for the write under way, but not for long: the error is to be told."""
+        try:
+            self._collect(WAIT_AFTER_ERROR_S)
+        except CheckpointWriteError as error:
+            logger.error("%s", error)
 
     def _note_stall(self, since: float) -> None:
         seconds = time.monotonic() - since
         self._stall_s += seconds
         self._saved(seconds)
+
+    def _begin_write(self, best: Payload | None, state: Payload) -> None:
+        self._size = bytes_of(state) + (bytes_of(best) if best else 0)
+        write: Future[float] = Future()
+        self._write = write
+
+        def work() -> None:
+            try:
+                write.set_result(self._write_both(best, state))
+            except BaseException as error:  # whoever waits for the result raises it
+                write.set_exception(error)
+
+        # A daemon: one that hangs in a dead file system must not keep the process from its end.
+        threading.Thread(target=work, name="checkpoint", daemon=True).start()
+
+    def _result(self, wait_s: float | None = None) -> float:
+        """What the write under way gives, or raises: a CheckpointWriteError if it hangs."""
+        write, self._write = self._write, None
+        assert write is not None
+        if wait_s is None:
+            wait_s = WAIT_S + self._size / SLOWEST_BYTES_PER_S
+        try:
+            return result_of(write, wait_s, f"{self._last} has not been written")
+        except HangsError as error:
+            raise CheckpointWriteError(
+                f"{error.strerror}: does its file system answer? The checkpoint that was there "
+                "before still is"
+            ) from error
+        except KeyboardInterrupt:  # of the wait, in a notebook: the write is under way yet
+            self._write = write
+            raise
+
+    def _say_slow(self) -> None:
+        waited_s = time.monotonic() - self._saved_at
+        if waited_s >= self._say_after_s:
+            logger.warning(
+                "%s has not been written for %.0f s: training continues, and would resume from the "
+                "one before",
+                self._last,
+                waited_s,
+            )
+            self._say_after_s *= 4
 
     def _write_both(
         self,
@@ -170,15 +238,16 @@ class CheckpointSaver:
         logger.debug("saved step %d to %s (%d bytes)", state["step"], self._last, size)
         return time.thread_time() - started
 
-    def _collect(self) -> None:
+    def _collect(self, wait_s: float | None = None) -> None:
         if self._write is None:
             return
-        write, self._write = self._write, None
         try:
-            self._cost_s = self._stall_s + write.result()
+            self._cost_s = self._stall_s + self._result(wait_s)
             self._spare = self._best_in_write
             self._warned_of = None
         except CheckpointWriteError as error:
+            if isinstance(error.__cause__, HangsError):
+                raise  # it may write yet: another one at the same time must not
             self._warn(error)
             # A newer best may have come while the write that failed was under way.
             self._pending_best = self._pending_best or self._best_in_write

@@ -281,9 +281,12 @@ class Trainer:
                 saver.save_and_wait(self.state.payload())
             if recorder:
                 self._tell_progress(recorder)
-        finally:
+        except BaseException:
             if saver:
-                saver.close()
+                saver.close_after_error()
+            raise
+        if saver:
+            saver.close()
         if self._taken_over:
             raise self._taken_over
         if reason:

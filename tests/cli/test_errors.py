@@ -1,5 +1,6 @@
 """Bad input: one clear error, exit code 2, no traceback, nothing written."""
 
+import errno
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowjobs.cli.main import _exit_code_of, exit_with
 from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import FlowjobsError
@@ -285,6 +287,23 @@ def test_a_bug_gets_its_traceback(flowjobs: Command, workplace: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "no_such_package_here" in done.stderr
+
+
+@pytest.mark.parametrize("code", [None, 0, 75, "text"])
+def test_exit_in_the_users_code_is_a_bug(
+    code: int | str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        exit_with(lambda: sys.exit(code))
+    assert "line, in <lambda>): exit(" in re.sub(r"line \d+", "line", capsys.readouterr().err)
+
+
+def test_a_file_server_that_is_away_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    evicted, refused = errno.ESHUTDOWN, errno.ECONNREFUSED
+    assert _exit_code_of(OSError(evicted, os.strerror(evicted), "study/runs")) == 2
+    said = "error: study/runs: Cannot send after transport endpoint shutdown; the file system was "
+    assert capsys.readouterr().err.startswith(said)
+    assert _exit_code_of(OSError(refused, os.strerror(refused))) == 1  # of a socket
 
 
 def test_a_failing_model_is_told_by_its_file_and_line(

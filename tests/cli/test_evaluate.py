@@ -149,15 +149,18 @@ def test_runs_of_two_studies_have_their_own_floors_and_a_model_that_raises_stops
     net += "    def __init__(self, dim):\n        super().__init__(dim, dim)\n"
     net += "    def forward(self, x, t):\n        if len(x) > 100:\n"
     net += "            raise RuntimeError('out of memory')\n        return super().forward(x)\n"
+    net += "class Exits(Net):\n    def forward(self, x, t):\n        if len(x) > 100:\n"
+    net += "            exit(0)\n        return super().forward(x, t)\n"
     (workplace / "raises.py").write_text(net)
     monkeypatch.syspath_prepend(workplace)
-    runs = [Run(study, "a"), Run(study, "raises"), Run(study.with_name("there"), "b")]
+    models = {"raises": "raises:Net", "exits": "raises:Exits"}
+    runs = [*(Run(study, name) for name in ("a", *models)), Run(study.with_name("there"), "b")]
     for run in runs:
         for number, file in enumerate(split_files(run.study, "5k")):
             file.parent.mkdir(parents=True, exist_ok=True)
             scale = 1 if run.study == study else 100
             torch.save(scale * torch.randn(64, 2, generator=torch.manual_seed(number)), file)
-        arch, arguments = ("raises:Net", {}) if run.name == "raises" else ("mlp", SMALL)
+        arch, arguments = models.get(run.name, "mlp"), {} if run.name in models else SMALL
         options = {"arch": arch, "arch_args": arguments, "dataset": "5k", "evaluate": False}
         trained(run, TrainingConfig(epochs=1, batch_size=8, **options), lambda: None)
 
@@ -165,7 +168,8 @@ def test_runs_of_two_studies_have_their_own_floors_and_a_model_that_raises_stops
         command = Evaluate(names=names, n=20, repeats=1, steps=2, nfe=(), json=True)
         return command.run(load_defaults()), json.loads(capsys.readouterr().out)
 
-    code, together = measured("study/runs/a", "study/runs/raises", "there/runs/b")
+    others = ("study/runs/raises", "study/runs/exits", "there/runs/b")
+    code, together = measured("study/runs/a", *others)
     assert (code, [of["name"] for of in together]) == (1, ["a", "b"])
     assert together[1] == measured("there/runs/b", "there/runs/b")[1][0]
     floors = [of["measures"]["sliced_wasserstein"]["floor"] for of in together]

@@ -1,11 +1,14 @@
+import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from flowjobs.data import dataset as dataset_module
 from flowjobs.data.dataset import (
     load_datasets,
     load_digits,
@@ -174,3 +177,16 @@ def test_a_missing_dataset_lists_those_that_there_are(study: Path) -> None:
     write_splits(FlowDataset(torch.randn(20, 2)), study, {"1k": None})
     with pytest.raises(DataError, match="did you mean 1k"):
         load_datasets("10k", study)
+
+
+def test_a_long_pass_over_all_rows_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = iter(range(0, 1000, 4))  # 4 s for each chunk
+    monkeypatch.setattr(dataset_module, "CHUNK_BYTES", 8 * 10)
+    clock = SimpleNamespace(monotonic=lambda: float(next(now)))
+    monkeypatch.setattr(dataset_module, "time", clock)
+    FlowDataset(torch.zeros(200, 1))
+    said = [record.getMessage().partition(",")[0] for record in caplog.records]
+    assert said == [f"tensor: {n} of 200 rows read in {s} s" for n, s in ((20, 12), (100, 44))]

@@ -185,8 +185,8 @@ def test_after_ctrl_c_in_the_shuffle_an_epoch_has_its_own_order(
     assert torch.equal(interrupted.indices(1), order().indices(1))
 
 
-HANGS_AND_RAISES = """
-import threading, time
+HANGS_AND_ENDS = """
+import sys, threading, time
 from torch import nn
 
 class Model(nn.Module):
@@ -198,22 +198,29 @@ class Model(nn.Module):
     def forward(self, x, t):
         if self.what == "thread":
             threading.Thread(target=time.sleep, args=(1e6,), name="of the model").start()
+            sys.exit(0)
         raise ValueError("the model fails")
 """
 
 
-@pytest.mark.parametrize("what", ["readers", "thread"])
-def test_a_model_that_raises_ends_the_process(study: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("readers", "ValueError (models.py, line 15, in forward): the model fails"),
+        ("thread", "UserCodeExitError (models.py, line 14, in forward): exit(0) was called"),
+    ],
+)
+def test_a_model_that_raises_or_exits_fails_the_run_and_ends_the_process(
+    study: Path, what: str, said: str
+) -> None:
     """Also where readers have read ahead, or a thread of the model's own never ends."""
-    Path("models.py").write_text(HANGS_AND_RAISES)
+    Path("models.py").write_text(HANGS_AND_ENDS)
     command = [sys.executable, "-m", "flowjobs", "train", "--arch", "models:Model", "--flow"]
     command += ["icfm", "--arch-args", f"what={what}", "--data-placement", "loader"]
     command += ["--name", "a", "--wandb-mode", "disabled"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1, done.stderr
-    assert "ValueError: the model fails" in done.stderr
+    assert f"error: {said}" in done.stderr
     assert ("of the model did not end" in done.stderr) == (what == "thread")
     status = Run(study, "a").status()
-    assert status.state == "failed"
-    assert status.reason.startswith("ValueError (")
-    assert status.reason.endswith("): the model fails")
+    assert (status.state, status.reason) == ("failed", said)

@@ -235,8 +235,11 @@ def test_of_trainings_defaults_the_drill_takes_only_what_decides_bits(
     assert (drill.slurm.partition, drill.slurm.account) == ("preempt", "lab")
     assert (drill.cluster, drill.steps, drill.arch_args) == ("auto", None, {})
     assert not drill.deterministic  # exact bits are drilled as the runs will compute, not better
-    Path("flowjobs.toml").write_text("deterministic = true\n")
-    assert Drill.with_defaults(load_defaults()).deterministic
+    assert (drill.precision, drill.compile) == ("fp32", False)
+    decide_bits = 'deterministic = true\nprecision = "bf16"\ncompile = true\n'
+    Path("flowjobs.toml").write_text(decide_bits)
+    drilled = Drill.with_defaults(load_defaults())._training(load_defaults())
+    assert (drilled.deterministic, drilled.precision, drilled.compile) == (True, "bf16", True)
 
 
 NODE = NodeAnswer("n1", True, "the controller answers", sees_our_lock=True, we_see_its_lock=True)

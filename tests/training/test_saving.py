@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowjobs.data import read_ahead
 from flowjobs.errors import CheckpointWriteError, RunTakenOverError
 from flowjobs.training import saving
 from flowjobs.training.checkpoint import read_checkpoint
@@ -137,8 +138,11 @@ def test_a_run_that_cannot_save_at_last_fails_and_keeps_what_is_there(
     assert read_checkpoint(tmp_path / "last.pt")["step"] == 1
 
 
-def test_a_slow_disk_stalls_no_step(
-    make_saver: Callable[..., Saver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_slow_disk_stalls_no_step_and_is_spoken_of(
+    make_saver: Callable[..., Saver],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     slow, written = threading.Event(), threading.Event()
     real = os.fsync
@@ -150,6 +154,7 @@ def test_a_slow_disk_stalls_no_step(
 
     monkeypatch.setattr(os, "fsync", wait)
     monkeypatch.setattr(saving, "COST_SHARE", 1e9)  # every save would be affordable
+    monkeypatch.setattr(saving, "SAY_AFTER_S", 1e-6)
     saver = make_saver(every_s=0)
     started = time.monotonic()
     saver.save(state(1))
@@ -159,6 +164,8 @@ def test_a_slow_disk_stalls_no_step(
         if step % 100 == 0:
             saver.keep_best(state(step, best_loss=1 / step))
     assert time.monotonic() - started < 60
+    said = [record for record in caplog.records if "has not been written" in record.message]
+    assert 0 < len(said) < 20  # after so long, and again after four times as long
     slow.set()
     saver.settle()
     assert saver.due(epoch_finished=True)
@@ -205,3 +212,34 @@ def test_a_lost_run_is_noticed_and_never_written_again(
         saver.save_and_wait(state(3))
     assert read_checkpoint(tmp_path / "last.pt")["step"] == 1
     assert not (tmp_path / "best.pt").exists()
+
+
+@pytest.mark.parametrize("write", ["beside", "last"])
+def test_a_write_that_hangs_is_spoken_of_and_ends_in_an_error(
+    make_saver: Callable[..., Saver],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    write: str,
+) -> None:
+    answers, real = threading.Event(), os.fsync
+
+    def hang(descriptor: int) -> None:
+        answers.wait(30)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", hang)
+    monkeypatch.setattr(read_ahead, "SAY_AFTER_S", 0.01)
+    for limit in ("WAIT_S", "WAIT_AFTER_ERROR_S"):
+        monkeypatch.setattr(saving, limit, 0.05)
+    saver = make_saver()
+    try:
+        if write == "beside":
+            saver.save(state(1))
+        with pytest.raises(CheckpointWriteError, match=r"last.pt has not been written for 0\.05"):
+            saver.save_and_wait(state(2))
+        assert "has not been written for 0.01 s; waiting" in caplog.text
+        saver.save(state(3))
+        saver.close_after_error()
+        assert caplog.records[-1].levelname == "ERROR"
+    finally:
+        answers.set()
