@@ -47,7 +47,7 @@ from flowjobs.models.velocity import (
     input_dtype,
 )
 from flowjobs.runs.recorder import Recorder, recording
-from flowjobs.runs.run import Run, check_run_name, default_study
+from flowjobs.runs.run import Run, absolute, check_run_name, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.training.checkpoint import (
     Payload,
@@ -129,7 +129,8 @@ class Trainer:
         if config.deterministic:  # what is computed here, as FLOPs are counted, is on the GPU too
             set_cublas_workspace()
         device = torch.device(device)
-        study = default_study().absolute() if run is None else run.study
+        # Once: a notebook may change its working directory before it trains.
+        study = self._study = absolute(default_study()) if run is None else run.study
         there = run or Run(study, name or config.run_name)
         check_run_name(there.name)
         before = there.config().training if there.exists() else None
@@ -219,7 +220,7 @@ class Trainer:
 
     def _own_run(self) -> Run:
         """The run of a trainer on its own, made if it is not there."""
-        run = Run(default_study().absolute(), self._name)
+        run = Run(self._study, self._name)
         asked = RunConfig(self._config, tracking=self.tracking())
         if run.exists():
             found = run.config()

@@ -47,6 +47,8 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_ENTITY", "the-lab")
+    monkeypatch.setenv("HOME", str(study.parent))
+    monkeypatch.setenv("FLOWJOBS_STUDY", "~/study")  # as a crontab has it: no shell has read it
     done = run_script("print(trainer().train()['epochs_run'])")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "3\n"
