@@ -437,7 +437,11 @@ class Run(Submittable):
             if (here := getattr(asked.training, name)) != getattr(found.training, name)
         }
         other = found.training.signature != asked.training.signature
-        if (other or moved) and not settled:
+        as_long = all(
+            getattr(asked.training, key) == getattr(found.training, key)
+            for key in ("epochs", "patience")
+        )
+        if not settled and (other or moved or not as_long):
             return asked, f"{self.name} had not trained a step; it takes over this config"
         if other:
             raise RunMismatchError(self._differences(found, asked))
@@ -454,9 +458,7 @@ class Run(Submittable):
             epochs=max(found.training.epochs, asked.training.epochs),
             patience=max(found.training.patience, asked.training.patience),
         )
-        if not settled:
-            length = asked.training
-        elif note := explain_extension(self.name, found.training, length, self.status()):
+        if note := explain_extension(self.name, found.training, length, self.status()):
             notes.append(note)
         for key, own in (("epochs", length.epochs), ("patience", length.patience)):
             fewer = getattr(asked.training, key)

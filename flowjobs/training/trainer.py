@@ -24,6 +24,7 @@ from flowjobs.errors import (
     CheckpointMismatchError,
     CheckpointNotFiniteError,
     ConfigError,
+    RunBusyError,
     RunInterrupted,
     RunMismatchError,
     RunTakenOverError,
@@ -46,6 +47,9 @@ from flowjobs.models.velocity import (
     frozen_in_evaluation,
     input_dtype,
 )
+from flowjobs.runs.hint import hint
+from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.newest_job import job_to_come
 from flowjobs.runs.recorder import Recorder, recording
 from flowjobs.runs.run import Run, absolute, check_run_name, default_study
 from flowjobs.runs.status import JobInfo
@@ -192,7 +196,8 @@ class Trainer:
             CheckpointError: The run cannot resume from what is on disk, or could not be resumed
                 from what it would save.
             ConfigError: The model cannot be trained.
-            RunBusyError: On its own: another process trains this run.
+            RunBusyError: On its own: another process trains this run, or a job of it waits that has
+                not trained yet.
             RunMismatchError: On its own: the run of this name is of another config, model or data;
                 its record was not touched.
         """
@@ -226,12 +231,21 @@ class Trainer:
             found = run.config()
             # A notebook does not change what the command line asked of the cluster.
             asked = replace(asked, slurm=found.slurm, restarts=found.restarts)
+            if not run.started() and (job := job_to_come(run)):
+                cancel = hint("cancel", run.name, study=run.study)
+                raise RunBusyError(
+                    f"{run.name} in {run.study} was submitted as {job}, which has not trained yet: "
+                    "give this one a name of its own, FlowTrainer(…, name=…), or cancel that one "
+                    f"first: {cancel}"
+                )
             if difference := self._difference_to(run, found):
                 raise RunMismatchError(
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
                 )
-        run.create(asked, data_are_given=True)
+        in_use = lock_holder(run.folder) is not None
+        if note := run.create(asked, in_use=in_use, data_are_given=True):
+            logger.info("%s", note)
         return run
 
     def _difference_to(self, run: Run, found: RunConfig) -> str | None:

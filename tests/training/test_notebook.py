@@ -1,12 +1,15 @@
 """The Python API as a script or a notebook uses it: no job, no command line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from flowjobs.config import RunConfig
+from flowjobs.runs.run import Run
 from tests.report.test_comparison import compared
 
 SETUP = """
@@ -55,6 +58,10 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
     assert "epoch 3/3  step 15/15  val/loss" in done.stderr
     folder = study / "runs/mlp-icfm-digits-none"
     record = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    waits = Run(study, "waits")
+    waits.create(RunConfig())
+    waits.add_submission("4711", "slurm", None)
+    asked = waits.config_file.read_bytes()
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     done = run_script(
         "other = FlowDataset(rows[:160] * 2)\n"
@@ -63,6 +70,10 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
         "        trainer(**options).train()\n"
         "    except RunMismatchError as error:\n"
         "        print('refused', 'name=' in str(error))\n"
+        "try:\n"
+        "    trainer(name='waits').train()\n"
+        "except flowjobs.errors.RunBusyError as error:\n"
+        "    print(error)\n"
         "for name in ('/tmp/x', '../x', 'my run'):\n"
         "    try:\n"
         "        trainer(name=name)\n"
@@ -76,6 +87,10 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
     )
     assert done.returncode == 0, done.stderr
     *others, told = done.stdout.splitlines()
+    taken = others.pop(3)
+    assert "was submitted as slurm job 4711, which has not trained yet: give this" in taken
+    assert waits.config_file.read_bytes() == asked
+    shutil.rmtree(waits.folder)
     assert others == ["refused True"] * 6 + ["3"]
     assert told.startswith("mine was trained from Python, with a model that its config does not n")
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == record
