@@ -92,7 +92,7 @@ class Trainer:
 
     A job passes its `run` and `recorder`. On its own (in a notebook) the trainer opens the run
     called `name` itself, with the same lock and the same record, and says how far it is through the
-    `flowjobs` logger, on stderr where no logging is set up.
+    `flowjobs` logger, on stderr where no handler shows it; a level of that logger's own counts.
 
     Args:
         model: Predicts a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim). Parts of it that
@@ -352,9 +352,11 @@ class Trainer:
                     return interrupted.reason
                 if recorder:
                     self._tell_progress(recorder)
-                if time.monotonic() - said_at > SAY_EVERY_S or state.finished:
-                    self._say(row)
-                    said_at = time.monotonic()
+
+            # Asked at steps that are logged: an epoch of many rows takes an hour.
+            if row and (time.monotonic() - said_at > SAY_EVERY_S or state.finished):
+                self._say(row)
+                said_at = time.monotonic()
 
             if row and recorder:
                 epoch = (state.step - 1) // self._steps_per_epoch
@@ -627,16 +629,20 @@ class Trainer:
             self._taken_over = error  # all ranks leave for it at the next boundary
 
     def _say(self, row: dict[str, float]) -> None:
-        if self._ranks.is_first:
-            logger.info(
-                "epoch %d/%d  step %d/%d  val/loss %.4f  best %.4f",
-                self.state.epochs_finished,
-                self._config.epochs,
-                self.state.step,
-                self.state.total_steps,
-                row["val/loss"],
-                row["val/best_loss"],
-            )
+        if not self._ranks.is_first:
+            return
+        if "val/loss" in row:
+            losses = f"val/loss {row['val/loss']:.4f}  best {row['val/best_loss']:.4f}"
+        else:
+            losses = f"train/loss {row['train/loss']:.4f}"
+        logger.info(
+            "epoch %d/%d  step %d/%d  %s",
+            self.state.epochs_finished,
+            self._config.epochs,
+            self.state.step,
+            self.state.total_steps,
+            losses,
+        )
 
     def _result(self, run: Run, time_s: float) -> TrainingResult:
         state = self.state
@@ -652,17 +658,34 @@ class Trainer:
 
 @contextmanager
 def _default_logging() -> Iterator[None]:
-    """Print what is logged, as long as the block lasts, where a script has set up no logging."""
+    """Show progress, as long as the block lasts, unless a level is set for `flowjobs` itself.
+
+    Many a notebook has handlers and shows warnings alone: without a wish of its user, and a trainer
+    that says nothing for an hour seems to hang.
+    """
     ours = logging.getLogger("flowjobs")
-    if ours.hasHandlers():
+    level = ours.level
+    if level > logging.INFO:
         yield
         return
-    handler, level = logging.StreamHandler(), ours.level
+    others = min((handler.level for handler in _handlers_of(ours)), default=None)
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    if others is not None:  # what they show is not said twice
+        handler.addFilter(lambda record: record.levelno < others)
     ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    if not ours.isEnabledFor(logging.INFO):
+        ours.setLevel(logging.INFO)
     try:
         yield
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)
+
+
+def _handlers_of(logger: logging.Logger) -> Iterator[logging.Handler]:
+    """Those that get what is logged there, by way of its parents too."""
+    above: logging.Logger | None = logger
+    while above:
+        yield from above.handlers
+        above = above.parent if above.propagate else None
