@@ -468,8 +468,9 @@ class Run(Submittable):
         if settled:
             kept = {key: getattr(found.tracking, key) for key in PLACE_FIELDS}
             asked_for = {key: getattr(tracking, key) for key in PLACE_FIELDS}
-            # Where none is noted, its jobs have gone to the one of whoever submitted them.
-            kept["wandb_base_url"] = kept["wandb_base_url"] or tracking.wandb_base_url
+            # Where none is noted, and none has it yet, it is the one of whoever submits it.
+            if not (kept["wandb_base_url"] or self.wandb_page_file.exists()):
+                kept["wandb_base_url"] = tracking.wandb_base_url
             if any(value not in (None, kept[key]) for key, value in asked_for.items()):
                 notes.append(f"{self.name} stays in W&B's {found.tracking.place}")
             tracking = replace(tracking, **kept)
