@@ -30,6 +30,7 @@ from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
 from flowjobs.slurm.options import DECIDED, environment_for_sbatch
 from flowjobs.tracking.mode import resolve_mode
+from flowjobs.tracking.record import tracking_of
 
 if TYPE_CHECKING:
     from flowjobs.jobs.executors import Cluster
@@ -169,7 +170,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
         ranks = ranks_of(cluster, config.slurm)
         for said in filter(None, (code.note, note_on_ranks(run, ranks))):
             print(said)
-        mode, mode_reason = resolve_mode(config.tracking)
+        mode, mode_reason = resolve_mode(tracking_of(run))
         size = size_words([config.training])
         print_rows(
             run=run.name,

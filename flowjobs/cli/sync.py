@@ -68,9 +68,9 @@ class Sync(InStudy):
     def _sync(self, runs: Sequence[Run], errors: TextIO) -> bool:
         """Sync these runs, and print what there is to say. Returns whether something failed."""
         from flowjobs.tracking.mode import server_of, server_url
-        from flowjobs.tracking.record import read_uploaded
+        from flowjobs.tracking.record import read_uploaded, tracking_of
 
-        places = {run: run.config().tracking for run in runs}
+        places = {run: tracking_of(run) for run in runs}
         servers = {
             run: server_of(place) for run, place in places.items() if place.wandb_mode != "disabled"
         }

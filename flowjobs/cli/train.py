@@ -1,5 +1,6 @@
 """flowjobs train."""
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,12 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
 )
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, RunBusyError, SubmissionError
+from flowjobs.runs.hint import hint
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.run import Run, default_study
 from flowjobs.runs.status import EXIT_PREEMPTED
+from flowjobs.slots import submitted_for_run
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,11 @@ class Train(CodeOptions, WithDefaults):
         if resume is not None and not resume.is_file():
             raise ConfigError(f"--resume: found no file {resume}, expected a checkpoint")
         wanted = first_start and not waited_while_cancelled(run)
-        if wanted and run.cancel_requested():
+        cancelled = wanted and run.cancel_requested()
+        if cancelled:
             wait_until_ended(run)
         there = run.folder.exists()  # also where its config alone is lost
-        in_use = there and lock_holder(run.folder) is not None
+        in_use = there and (lock_holder(run.folder) is not None or _awaits_job(run, cancelled))
         merged, _ = run.merge(config, in_use=in_use)
         code = plan_code(run, merged.training, choice, in_use=in_use)
         if there and resume is None and not in_use:
@@ -94,3 +98,28 @@ class Train(CodeOptions, WithDefaults):
         if exit_code == EXIT_PREEMPTED:
             print("the same command resumes it", file=sys.stderr)
         return exit_code
+
+
+def _awaits_job(run: Run, cancelled: bool) -> bool:
+    """Whether another job of the run waits, which is to find its config as it was submitted.
+
+    Raises:
+        RunBusyError: One does, or runs, and this process is no job of the run.
+        SubmissionError: That is unknown.
+    """
+    from flowjobs.jobs.current_job import job_besides
+    from flowjobs.jobs.environment import batch_script_job_id
+
+    if submitted_for_run():
+        # A job by hand trains on what has begun. Some nodes may not ask Slurm: unknown is not gone.
+        with contextlib.suppress(SubmissionError):
+            own = batch_script_job_id()
+            return not run.started() and job_besides(run, own, cancelled=cancelled) is not None
+        return True
+    if job := job_besides(run, None, cancelled=cancelled):
+        cancel = hint("cancel", run.name, study=run.study)
+        raise RunBusyError(
+            f"{run.name} already has {job}: give this one a --name of its own, or cancel that one "
+            f"first: {cancel}"
+        )
+    return False

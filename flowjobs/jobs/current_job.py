@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from flowjobs.runs.lock import (
     lock_holder,
     system_lock_decides,
 )
+from flowjobs.runs.newest_job import ended_for_good, local_job
 from flowjobs.runs.pack import is_remaining
-from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo, RunStatus, same_host
+from flowjobs.runs.status import JobInfo, RunStatus
 from flowjobs.runs.submittable import Submission, attempts_of
 from flowjobs.slurm.client import is_here
 from flowjobs.slurm.controller import ENDED, JobRow, queue
@@ -42,11 +41,13 @@ class RunningJob:
         description: Which it is.
         state: As Slurm has it, in small letters; "" of one that is not Slurm's.
         waits: What it waits for, if Slurm says that.
+        job_id: Of a job that was submitted; "" of a process that is only known to hold the run.
     """
 
     description: str
     state: str = ""
     waits: Waiting | None = None
+    job_id: str = ""
 
     def __str__(self) -> str:
         state = f" ({self.state})" if self.state else ""
@@ -64,6 +65,26 @@ def running_job(run: Run) -> RunningJob | None:
     if isinstance(found, SubmissionError):
         raise found
     return found
+
+
+def job_besides(run: Run, own: str | None, *, cancelled: bool) -> RunningJob | None:
+    """A job of the run that was submitted and waits or runs, beside the one that asks.
+
+    Args:
+        run: The run.
+        own: The id of the asker's own job; None outside of a job of the run.
+        cancelled: Whether its user has said that its jobs are gone, should that be unknown.
+
+    Raises:
+        SubmissionError: That is unknown.
+    """
+    try:
+        found = running_job(run)
+    except SubmissionError:
+        if not cancelled:
+            raise
+        return None
+    return found if found and found.job_id not in ("", own) else None
 
 
 def running_jobs(
@@ -126,7 +147,7 @@ def _busy_with(
                 row.state != "COMPLETING" or _comes_back(run, known)
             ):
                 waits = why_it_waits(row) if row.waits else None
-                return RunningJob(job.description, row.state.lower(), waits)
+                return RunningJob(job.description, row.state.lower(), waits, job.job_id)
     # Of older ones it does not matter: the newest was submitted when they were gone.
     newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1].job_id else None
     # Unknown is not gone: beside a job that lives, a second one would train the same run.
@@ -145,20 +166,10 @@ def _busy_with(
         verdict = judge_for(run, JobInfo.in_foreground())(holder, lock_is_free)
         return "gone" if verdict == "leaving" else verdict  # as above
 
-    holder = lock_holder(run.folder, judge) or local_job(run, entries)
-    return RunningJob(holder) if holder else None
-
-
-def local_job(run: Run, entries: Sequence[Submission]) -> str | None:
-    """The run's newest job, as text, if it is one of this machine that starts, or starts again."""
-    if not entries or entries[-1].cluster != "local":
-        return None
-    entry = entries[-1]
-    if not (entry.host and entry.process and same_host(entry.host, socket.gethostname())):
-        return None  # the lock alone tells
-    if ended_for_good(run, entry) or not process_lives(int(entry.job_id), entry.process):
-        return None
-    return f"local job {entry.job_id} on {entry.host}"
+    if holder := lock_holder(run.folder, judge):
+        return RunningJob(holder)
+    local = local_job(run, entries)
+    return RunningJob(local, job_id=entries[-1].job_id) if local else None
 
 
 def wait_until_ended(run: Run) -> None:
@@ -189,16 +200,6 @@ def wait_until_ended(run: Run) -> None:
             logger.warning("waiting for %s to end, up to %.0f s", holder, LEAVING_WAIT_S)
             said = True
         time.sleep(POLL_S)
-
-
-def ended_for_good(run: Run, job: Submission) -> bool:
-    """Whether it is on record how the job's attempt ended, and that nobody was to restart it."""
-    ended = attempts_of(job, run.status().attempts)
-    if not ended:
-        return False
-    # A local job that was told to leave was so by its user: see `restart`.
-    left = ended[-1].job.cluster == "local" and ended[-1].kind == "told to leave"
-    return left or ended[-1].state in ("finished", "failed", "cancelled")
 
 
 def _comes_back(run: Run, job: Known) -> bool:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from flowjobs.errors import ConfigError
-from flowjobs.jobs.current_job import local_job
 from flowjobs.jobs.dead_jobs import DeadJob, Finding, UnknownJob, final_outcome
 from flowjobs.runs.files import warn_once
 from flowjobs.runs.listing import Glance, glances
+from flowjobs.runs.newest_job import local_job
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.slurm.waiting import Waiting

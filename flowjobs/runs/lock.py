@@ -27,6 +27,7 @@ from flowjobs.runs.file_lock import SAY_AFTER_S, NoLocksError, locked, try_lock
 from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.metrics import METRICS_FILE
 from flowjobs.runs.process import process_lives
+from flowjobs.runs.run_id import is_same_folder
 from flowjobs.runs.status import JobInfo, same_host
 
 if TYPE_CHECKING:
@@ -239,10 +240,8 @@ def _read_holder(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_elsewhere(recorded: str, folder: Path) -> bool:
-    try:
-        return not os.path.samefile(recorded, folder)
-    except OSError:
-        return False  # it was moved
+    # Where nothing is there any more, it was moved.
+    return os.path.exists(recorded) and not is_same_folder(recorded, folder)
 
 
 def _describe(holder: dict[str, Any] | None) -> str:

@@ -437,7 +437,11 @@ class Run(Submittable):
             if (here := getattr(asked.training, name)) != getattr(found.training, name)
         }
         other = found.training.signature != asked.training.signature
-        if (other or moved) and not settled:
+        as_long = all(
+            getattr(asked.training, key) == getattr(found.training, key)
+            for key in ("epochs", "patience")
+        )
+        if not settled and (other or moved or not as_long):
             return asked, f"{self.name} had not trained a step; it takes over this config"
         if other:
             raise RunMismatchError(self._differences(found, asked))
@@ -454,11 +458,15 @@ class Run(Submittable):
             epochs=max(found.training.epochs, asked.training.epochs),
             patience=max(found.training.patience, asked.training.patience),
         )
+<<<<<<< HEAD
         if not settled:
             length = asked.training
         elif note := explain_extension(
             self.name, found.training, length, self.status(), self.metrics_file
         ):
+=======
+        if note := explain_extension(self.name, found.training, length, self.status()):
+>>>>>>> fc1
             notes.append(note)
         for key, own in (("epochs", length.epochs), ("patience", length.patience)):
             fewer = getattr(asked.training, key)
@@ -468,8 +476,9 @@ class Run(Submittable):
         if settled:
             kept = {key: getattr(found.tracking, key) for key in PLACE_FIELDS}
             asked_for = {key: getattr(tracking, key) for key in PLACE_FIELDS}
-            # Where none is noted, its jobs have gone to the one of whoever submitted them.
-            kept["wandb_base_url"] = kept["wandb_base_url"] or tracking.wandb_base_url
+            # Where none is noted, and none has it yet, it is the one of whoever submits it.
+            if not (kept["wandb_base_url"] or self.wandb_page_file.exists()):
+                kept["wandb_base_url"] = tracking.wandb_base_url
             if any(value not in (None, kept[key]) for key, value in asked_for.items()):
                 notes.append(f"{self.name} stays in W&B's {found.tracking.place}")
             tracking = replace(tracking, **kept)

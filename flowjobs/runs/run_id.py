@@ -104,6 +104,8 @@ def settled_identity(folder: Path, there: Callable[[], Inherited]) -> Identity |
         return found
     try:
         copy = _is_copy(found)
+        if copy and _shows_the_same(found.folder, folder):
+            return found
     except (ConfigError, OSError) as error:
         # Not known whether it is a copy: an id is kept rather than replaced.
         logger.warning("is %s a copy of %s? It keeps its id (%s)", folder, found.folder, error)
@@ -126,7 +128,7 @@ def inherited(folder: Path) -> Inherited:
         found = read_identity(folder)
         if found is None:
             return NOTHING
-        if not _is_at(found.folder, folder) and _is_copy(found):
+        if not is_same_folder(found.folder, folder) and _is_copy(found):
             return ALL
     except (ConfigError, OSError):
         return NOTHING  # not known to be a copy
@@ -145,6 +147,31 @@ def _is_at(recorded: str, folder: Path) -> bool:
         return os.path.samefile(recorded, folder)
     except OSError:
         return False
+
+
+def _shows_the_same(recorded: str, folder: Path) -> bool:
+    """Whether what is written into this folder is in the recorded one: it is mounted twice."""
+    mark = folder / f".same-{secrets.token_hex(6)}"
+    mark.touch()
+    try:
+        return (Path(recorded) / mark.name).exists()
+    finally:
+        mark.unlink()
+
+
+def is_same_folder(recorded: str, folder: Path) -> bool:
+    """Whether the recorded path of a run is this folder, as far as can be told by looking.
+
+    A file system that is mounted twice (a home and its NFS export, say) may number its files anew;
+    the ctime of a copy is never the original's.
+    """
+    if _is_at(recorded, folder):
+        return True
+    try:
+        there, here = (_file(each).stat() for each in (Path(recorded), folder))
+    except OSError:
+        return False
+    return (there.st_ctime_ns, there.st_mtime_ns) == (here.st_ctime_ns, here.st_mtime_ns)
 
 
 def _file(folder: Path) -> Path:

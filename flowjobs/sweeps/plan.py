@@ -15,7 +15,7 @@ from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, is_data_file, s
 from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
 from flowjobs.field_values import flag
 from flowjobs.formatting import counted, first_of
-from flowjobs.jobs.current_job import RunningJob, ended_for_good, running_jobs
+from flowjobs.jobs.current_job import RunningJob, running_jobs
 from flowjobs.jobs.dead_jobs import DeadJob, Finding, UnknownJob, final_outcome, find_dead_jobs
 from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
 from flowjobs.jobs.run_stages import Stage
@@ -23,6 +23,7 @@ from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import same_file
 from flowjobs.runs.files import read_json
+from flowjobs.runs.newest_job import ended_for_good
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.runs.status import RunStatus, read_sound_status

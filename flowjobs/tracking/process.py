@@ -101,7 +101,7 @@ def start_mirror(run: Run, session: record.Session, role: Role) -> subprocess.Po
                 stderr=output,
                 env=mirror_environment(
                     "online" if role == "sync" else session.mode,
-                    run.config().tracking.wandb_base_url,
+                    record.tracking_of(run).wandb_base_url,
                 ),
                 start_new_session=True,
             )
@@ -144,8 +144,8 @@ def close_session(run: Run, *, wait: bool = True) -> bool:
     if _unreported_outcome(run) is None:
         return False
     before = record.read_session(run)
-    mode = before.mode if before else resolve_mode(run.config().tracking)[0]
-    server = server_of(run.config().tracking)
+    mode = before.mode if before else resolve_mode(record.tracking_of(run))[0]
+    server = server_of(record.tracking_of(run))
     if mode == "online" and not has_login(server):
         # The server's own word would count for all who ask from elsewhere.
         logger.warning("W&B could not be told how %s ended: no login for %s", run.name, server)
@@ -170,7 +170,7 @@ def pending_outcome(run: Run) -> Outcome | None:
 
 def _unreported_outcome(run: Run) -> Outcome | None:
     """How the run's newest attempt ended, if W&B is told of the run and does not know that."""
-    mode, _ = resolve_mode(run.config().tracking)
+    mode, _ = resolve_mode(record.tracking_of(run))
     status = run.status()
     # A session is noted before a run trains: without one, WANDB_MODE kept W&B out there. Nor is it
     # told of a run without an attempt, which was cancelled before it began.

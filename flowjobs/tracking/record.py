@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from flowjobs.config import TrackingConfig
 from flowjobs.errors import ConfigError, ServerError
 from flowjobs.from_json import from_json
 from flowjobs.runs.file_lock import locked
@@ -217,12 +218,22 @@ def note_refusal(run: Run, refusal: Refusal | None) -> None:
         write_uploaded(run, replace(uploaded, refusal=refusal))
 
 
+def tracking_of(run: Run) -> TrackingConfig:
+    """How the run is tracked; where its config names no server, at the one that has it.
+
+    Another project's WANDB_BASE_URL, left over in a shell, does not move a run that is under way.
+    """
+    tracking = run.config().tracking
+    there, *_ = read_uploaded(run).named or ("",)
+    return replace(tracking, wandb_base_url=tracking.wandb_base_url or there or None)
+
+
 def entity_of(run: Run) -> str:
     """W&B entity of the run; "" until its first session, which then uses the key's default entity.
 
     Fixed from then on, whoever syncs.
     """
-    tracking = run.config().tracking
+    tracking = tracking_of(run)
     server, entity, *_ = read_uploaded(run).named or ("", "")
     return tracking.wandb_entity or (entity if server == server_of(tracking) else "")
 
@@ -255,7 +266,7 @@ def refusal_of(error: Exception, run: Run) -> Refusal | None:
     of_the_system = isinstance(error, OSError) and error.errno is not None
     if of_the_system or isinstance(error, ServerError) or NO_REFUSAL.search(said):
         return None
-    tracking = run.config().tracking
+    tracking = tracking_of(run)
     if LOGIN.search(said):
         if not has_login(server_of(tracking)):  # another node, or user, may have one
             return None

@@ -59,7 +59,7 @@ class WandbSession:
         self._uploaded = replace(record.read_uploaded(run), refusal=None)
         # What a parent process, or a session before, left here would be joined.
         os.environ.pop("WANDB_SERVICE", None)
-        config, tracking = run.config().training, run.config().tracking
+        config, tracking = run.config().training, record.tracking_of(run)
         server, entity = server_of(tracking), record.entity_of(run)
         if self._online:
             check_server_answers(server)

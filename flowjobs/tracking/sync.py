@@ -78,7 +78,7 @@ def sync_run(
         if not (ask or as_new):
             if known.refusal and known.refusal.kind == "deleted":
                 raise DeletedError(known.refusal.text)
-            if known.reported == record.state_to_report(run, server_of(run.config().tracking)):
+            if known.reported == record.state_to_report(run, server_of(record.tracking_of(run))):
                 return Synced("unchanged")
         try:
             return _upload(run)
@@ -106,7 +106,7 @@ def _upload(run: Run) -> Synced:
         TrackingError: It could not; see `sync_run`.
     """
     # Here, before a second is spent on loading wandb for each of a hundred runs.
-    check_server_answers(server_of(run.config().tracking))
+    check_server_answers(server_of(record.tracking_of(run)))
     session = record.read_session(run) or record.begin_session(run, "online")  # it is damaged
     with start_mirror(run, session, "sync") as mirror:
         try:

@@ -27,7 +27,7 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 2.0, 600.0
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
     """Mirror the run to W&B; see `flowjobs.runs.recorder.Track`."""
-    mode, why = resolve_mode(run.config().tracking)
+    mode, why = resolve_mode(record.tracking_of(run))
     logger.info("W&B: %s (%s)", mode, why)
     if mode == "disabled":
         yield

@@ -31,7 +31,7 @@ from flowjobs.errors import (
     CheckpointWriteError,
 )
 from flowjobs.runs.files import replaced_whole
-from flowjobs.runs.run import Run, default_study
+from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.training.ema import EMAModel
 from flowjobs.training.optimizer import load_by_name, names_of_weights
 from flowjobs.training.seal import SealedWriter, verify_seal
@@ -48,7 +48,10 @@ _PLAIN = frozenset({bool, int, float, str, type(None), Tensor, nn.Parameter})
 
 def get_checkpoint_path(run_name: str) -> str:
     """`study/checkpoints/{run_name}/best.pt`, under $FLOWJOBS_STUDY where that is set."""
-    return str(Run(default_study(), run_name).best)
+    study = default_study()
+    if str(study).startswith("~"):  # as a crontab has it: no shell has read it
+        study = absolute(study)
+    return str(Run(study, run_name).best)
 
 
 def save_checkpoint(

@@ -24,6 +24,7 @@ from flowjobs.errors import (
     CheckpointMismatchError,
     CheckpointNotFiniteError,
     ConfigError,
+    RunBusyError,
     RunInterrupted,
     RunMismatchError,
     RunTakenOverError,
@@ -46,8 +47,11 @@ from flowjobs.models.velocity import (
     frozen_in_evaluation,
     input_dtype,
 )
+from flowjobs.runs.hint import hint
+from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.newest_job import job_to_come
 from flowjobs.runs.recorder import Recorder, recording
-from flowjobs.runs.run import Run, check_run_name, default_study
+from flowjobs.runs.run import Run, absolute, check_run_name, default_study
 from flowjobs.runs.status import JobInfo
 from flowjobs.training.checkpoint import (
     Payload,
@@ -88,7 +92,7 @@ class Trainer:
 
     A job passes its `run` and `recorder`. On its own (in a notebook) the trainer opens the run
     called `name` itself, with the same lock and the same record, and says how far it is through the
-    `flowjobs` logger, on stderr where no logging is set up.
+    `flowjobs` logger, on stderr where no handler shows it; a level of that logger's own counts.
 
     Args:
         model: Predicts a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim). Parts of it that
@@ -129,7 +133,8 @@ class Trainer:
         if config.deterministic:  # what is computed here, as FLOPs are counted, is on the GPU too
             set_cublas_workspace()
         device = torch.device(device)
-        study = default_study().absolute() if run is None else run.study
+        # Once: a notebook may change its working directory before it trains.
+        study = self._study = absolute(default_study()) if run is None else run.study
         there = run or Run(study, name or config.run_name)
         check_run_name(there.name)
         before = there.config().training if there.exists() else None
@@ -191,7 +196,8 @@ class Trainer:
             CheckpointError: The run cannot resume from what is on disk, or could not be resumed
                 from what it would save.
             ConfigError: The model cannot be trained.
-            RunBusyError: On its own: another process trains this run.
+            RunBusyError: On its own: another process trains this run, or a job of it waits that has
+                not trained yet.
             RunMismatchError: On its own: the run of this name is of another config, model or data;
                 its record was not touched.
         """
@@ -219,18 +225,30 @@ class Trainer:
 
     def _own_run(self) -> Run:
         """The run of a trainer on its own, made if it is not there."""
-        run = Run(default_study().absolute(), self._name)
+        run = Run(self._study, self._name)
         asked = RunConfig(self._config, tracking=self.tracking())
         if run.exists():
             found = run.config()
             # A notebook does not change what the command line asked of the cluster.
             asked = replace(asked, slurm=found.slurm, restarts=found.restarts)
+            if not run.started() and (job := job_to_come(run)):
+                cancel = hint("cancel", run.name, study=run.study)
+                raise RunBusyError(
+                    f"{run.name} in {run.study} was submitted as {job}, which has not trained yet: "
+                    "give this one a name of its own, FlowTrainer(…, name=…), or cancel that one "
+                    f"first: {cancel}"
+                )
             if difference := self._difference_to(run, found):
                 raise RunMismatchError(
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
                 )
+<<<<<<< HEAD
         if note := run.create(asked, data_are_given=True):
+=======
+        in_use = lock_holder(run.folder) is not None
+        if note := run.create(asked, in_use=in_use, data_are_given=True):
+>>>>>>> fc1
             logger.info("%s", note)
         return run
 
@@ -341,9 +359,11 @@ class Trainer:
                     return interrupted.reason
                 if recorder:
                     self._tell_progress(recorder)
-                if time.monotonic() - said_at > SAY_EVERY_S or state.finished:
-                    self._say(row)
-                    said_at = time.monotonic()
+
+            # Asked at steps that are logged: an epoch of many rows takes an hour.
+            if row and (time.monotonic() - said_at > SAY_EVERY_S or state.finished):
+                self._say(row)
+                said_at = time.monotonic()
 
             if row and recorder:
                 epoch = (state.step - 1) // self._steps_per_epoch
@@ -635,16 +655,20 @@ class Trainer:
             self._taken_over = error  # all ranks leave for it at the next boundary
 
     def _say(self, row: dict[str, float]) -> None:
-        if self._ranks.is_first:
-            logger.info(
-                "epoch %d/%d  step %d/%d  val/loss %.4f  best %.4f",
-                self.state.epochs_finished,
-                self._config.epochs,
-                self.state.step,
-                self.state.total_steps,
-                row["val/loss"],
-                row["val/best_loss"],
-            )
+        if not self._ranks.is_first:
+            return
+        if "val/loss" in row:
+            losses = f"val/loss {row['val/loss']:.4f}  best {row['val/best_loss']:.4f}"
+        else:
+            losses = f"train/loss {row['train/loss']:.4f}"
+        logger.info(
+            "epoch %d/%d  step %d/%d  %s",
+            self.state.epochs_finished,
+            self._config.epochs,
+            self.state.step,
+            self.state.total_steps,
+            losses,
+        )
 
     def _result(self, run: Run, time_s: float) -> TrainingResult:
         state = self.state
@@ -660,17 +684,34 @@ class Trainer:
 
 @contextmanager
 def _default_logging() -> Iterator[None]:
-    """Print what is logged, as long as the block lasts, where a script has set up no logging."""
+    """Show progress, as long as the block lasts, unless a level is set for `flowjobs` itself.
+
+    Many a notebook has handlers and shows warnings alone: without a wish of its user, and a trainer
+    that says nothing for an hour seems to hang.
+    """
     ours = logging.getLogger("flowjobs")
-    if ours.hasHandlers():
+    level = ours.level
+    if level > logging.INFO:
         yield
         return
-    handler, level = logging.StreamHandler(), ours.level
+    others = min((handler.level for handler in _handlers_of(ours)), default=None)
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    if others is not None:  # what they show is not said twice
+        handler.addFilter(lambda record: record.levelno < others)
     ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    if not ours.isEnabledFor(logging.INFO):
+        ours.setLevel(logging.INFO)
     try:
         yield
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)
+
+
+def _handlers_of(logger: logging.Logger) -> Iterator[logging.Handler]:
+    """Those that get what is logged there, by way of its parents too."""
+    above: logging.Logger | None = logger
+    while above:
+        yield from above.handlers
+        above = above.parent if above.propagate else None

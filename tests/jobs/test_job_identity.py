@@ -167,7 +167,12 @@ def test_a_job_that_cannot_be_noted_is_cancelled(
 
 
 def test_a_job_whose_submitter_dies_as_it_is_taken_is_found_trains_and_is_cancelled(
-    slurm: SlurmCluster, flowjobs: Command, study: Path, site: Site, tmp_path: Path
+    slurm: SlurmCluster,
+    flowjobs: Command,
+    study: Path,
+    site: Site,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runs = [Run(study, name) for name in "ab"]
     site("sbatch", '$real "$@"; kill -9 $PPID')
@@ -175,6 +180,17 @@ def test_a_job_whose_submitter_dies_as_it_is_taken_is_found_trains_and_is_cancel
         assert flowjobs("submit", *HELD, "--name", run.name).returncode == -9
     first, second = sorted(queue(slurm), key=int)
     assert f"already has job {first} (pending)" in flowjobs("submit", *HELD, "--name", "a").stdout
+    asked = runs[0].config_file.read_bytes()
+    done = flowjobs("train", "--epochs", "1", "--name", "a", "--wandb-mode", "disabled")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"a already has job {first} (pending), waits held" in done.stderr
+    assert "give this one a --name of its own" in done.stderr
+    with monkeypatch.context() as by_hand:  # a job by sbatch/train.sh that starts meanwhile
+        by_hand.setenv("SLURM_JOB_ID", "999999")
+        by_hand.setenv("FLOWJOBS_JOB", "999999")
+        done = flowjobs("train", "--lr", "1", "--name", "a", "--wandb-mode", "disabled")
+    assert "a run named a exists with another config" in done.stderr
+    assert runs[0].config_file.read_bytes() == asked
     # Slurm is asked as often about two of them as about one.
     site("squeue", f'echo x >> {tmp_path}/calls; exec $real "$@"')
     assert str(running_job(runs[0])).startswith(f"job {first} (pending), waits held by its user")

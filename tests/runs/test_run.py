@@ -157,7 +157,8 @@ def test_a_damaged_status_is_written_anew(study: Path) -> None:
 
 def test_more_epochs_extend_and_fewer_change_nothing(study: Path) -> None:
     run = created(study, epochs=10)
-    assert run.create(RunConfig(TrainingConfig(epochs=8))) == ""  # it has not trained a step
+    shorter = RunConfig(TrainingConfig(epochs=8))
+    assert "had not trained a step; it takes over this config" in run.create(shorter)
     assert run.config().training.epochs == 8
     run.last.touch()
     assert "extends a from 8 to 20 epochs" in run.create(RunConfig(TrainingConfig(epochs=20)))

@@ -1,5 +1,6 @@
 """A run's id: random, given once, kept where the run is moved, and not shared by copies."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 
 from flowjobs.config import RunConfig
 from flowjobs.errors import ConfigError
+from flowjobs.runs.lock import RunLock, lock_holder
 from flowjobs.runs.run import Run
+from flowjobs.runs.status import JobInfo
 
 
 def make(study: Path, name: str = "a") -> Run:
@@ -107,6 +110,27 @@ def test_a_run_that_is_no_copy_keeps_its_id(study: Path, happened: Callable[[Run
     shutil.copytree(there.folder, copy.folder)
     assert copy.ensure_tracking_id() != before
     assert there.ensure_tracking_id() == before
+
+
+def test_a_folder_that_is_mounted_twice_is_one_run(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(study)
+    before = run.tracking_id()
+    run.add_submission("1", "slurm", None)
+    export = study.with_name("export")
+    export.symlink_to(study)
+    again = Run(export, "a")
+    with RunLock(run.folder, JobInfo("slurm", "1", None, "n1", 1)):
+        # As where both mounts number the files of one file system differently.
+        monkeypatch.setattr(
+            os.path, "samefile", lambda one, other: os.path.abspath(one) == os.path.abspath(other)
+        )
+        assert lock_holder(again.folder, lambda holder, free: "alive") is not None
+    assert len(again.submissions()) == 1
+    files = sorted(run.folder.iterdir())
+    assert {each.ensure_tracking_id() for each in (again, run, again)} == {before}
+    assert sorted({*run.folder.iterdir()} - {*files}) == []
 
 
 def test_where_the_original_cannot_be_looked_at_the_id_is_kept(

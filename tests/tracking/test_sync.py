@@ -610,6 +610,28 @@ def test_the_server_is_the_one_that_the_run_was_submitted_with(
     elsewhere.go_down()
 
 
+def test_another_server_of_the_shell_does_not_move_a_run_that_a_server_has(
+    study: Path, backend: Backend, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(study, "tracked", "online")
+    attempt(run, 30, "preempt")
+    sync(run, backend)
+    elsewhere = Backend()
+    for name, value in elsewhere.environment.items():
+        monkeypatch.setenv(name, value)
+    left_over = TrackingConfig(wandb_base_url=elsewhere.url, wandb_mode="online")
+    assert run.create(RunConfig(run.config().training, tracking=left_over)).startswith(
+        "tracked stays in W&B's"
+    )
+    attempt(run, 60)
+    done = flowjobs("sync", "tracked")
+    assert f"no login for W&B at {backend.url}" in done.stderr
+    assert elsewhere.requests == []
+    monkeypatch.setenv("WANDB_BASE_URL", backend.url)
+    assert_equal_histories(run, sync(run, backend))
+    elsewhere.go_down()
+
+
 def wandb_sync(run: Run) -> None:
     """What a user does by hand."""
     command = [str(Path(sys.executable).with_name("wandb")), "sync", "--yes"]

@@ -259,8 +259,11 @@ def test_a_writer_whose_file_was_swept_fails_and_harms_nothing(tmp_path: Path) -
     assert read_checkpoint(path)["step"] == 2
 
 
-def test_checkpoint_path_is_the_seeds() -> None:
+def test_checkpoint_path_is_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_checkpoint_path("mlp-icfm-5k-none") == "study/checkpoints/mlp-icfm-5k-none/best.pt"
+    monkeypatch.setenv("FLOWJOBS_STUDY", "~/study")  # as a crontab has it
+    in_home = Path.home() / "study/checkpoints/mlp-icfm-5k-none/best.pt"
+    assert get_checkpoint_path("mlp-icfm-5k-none") == str(in_home)
 
 
 def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:

@@ -1,12 +1,18 @@
 """The Python API as a script or a notebook uses it: no job, no command line."""
 
+import io
 import json
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from flowjobs.config import RunConfig
+from flowjobs.runs.run import Run
+from flowjobs.training.trainer import _default_logging
 from tests.report.test_comparison import compared
 
 SETUP = """
@@ -26,7 +32,7 @@ class Net(torch.nn.Module):
         return self.b(self.a(x))
 
 def trainer(width=4, train=train, **options):
-    config = TrainingConfig(epochs=options.pop("epochs", 3), batch_size=32)
+    config = TrainingConfig(epochs=options.pop("epochs", 3), batch_size=8)
     torch.manual_seed(0)
     return FlowTrainer(Net(width), config, train, val, device="cpu", **options)
 """
@@ -47,12 +53,25 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_ENTITY", "the-lab")
-    done = run_script("print(trainer().train()['epochs_run'])")
+    monkeypatch.setenv("HOME", str(study.parent))
+    monkeypatch.setenv("FLOWJOBS_STUDY", "~/study")  # as a crontab has it: no shell has read it
+    done = run_script(
+        "import logging\n"
+        "import flowjobs.training.trainer as module\n"
+        "module.SAY_EVERY_S = 0.0\n"
+        "logging.warning('as a library does')\n"  # sets up logging, of warnings alone
+        "print(trainer().train()['epochs_run'])"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "3\n"
-    assert "epoch 3/3  step 15/15  val/loss" in done.stderr
+    assert done.stderr.count("epoch 3/3  step 60/60  val/loss") == 1
+    assert done.stderr.count("epoch 2/3  step 50/60  train/loss") == 1
     folder = study / "runs/mlp-icfm-digits-none"
     record = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    waits = Run(study, "waits")
+    waits.create(RunConfig())
+    waits.add_submission("4711", "slurm", None)
+    asked = waits.config_file.read_bytes()
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     done = run_script(
         "other = FlowDataset(rows[:160] * 2)\n"
@@ -61,6 +80,10 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
         "        trainer(**options).train()\n"
         "    except RunMismatchError as error:\n"
         "        print('refused', 'name=' in str(error))\n"
+        "try:\n"
+        "    trainer(name='waits').train()\n"
+        "except flowjobs.errors.RunBusyError as error:\n"
+        "    print(error)\n"
         "for name in ('/tmp/x', '../x', 'my run'):\n"
         "    try:\n"
         "        trainer(name=name)\n"
@@ -73,7 +96,12 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
         "    print(error)\n"
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("epoch 3/3  step 60/60  val/loss") == 1
     *others, told = done.stdout.splitlines()
+    taken = others.pop(3)
+    assert "was submitted as slurm job 4711, which has not trained yet: give this" in taken
+    assert waits.config_file.read_bytes() == asked
+    shutil.rmtree(waits.folder)
     assert others == ["refused True"] * 6 + ["3"]
     assert told.startswith("mine was trained from Python, with a model that its config does not n")
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == record
@@ -83,3 +111,37 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
     assert models.rows == [("Net (40 parameters)",), ("Net (49 parameters)",)]
     config = json.loads((study / "runs/mine/config.json").read_text())
     assert config["tracking"]["wandb_entity"] == "the-lab"
+
+
+@pytest.mark.parametrize(
+    ("own_level", "handler_level", "shown", "by_ours"),
+    [
+        (logging.NOTSET, logging.WARNING, ["epoch", "slow"], ["epoch"]),
+        (logging.NOTSET, logging.NOTSET, ["epoch", "slow"], []),
+        (logging.WARNING, logging.NOTSET, ["slow"], []),
+    ],
+)
+def test_progress_is_shown_once_unless_a_level_is_set_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    own_level: int,
+    handler_level: int,
+    shown: list[str],
+    by_ours: list[str],
+) -> None:
+    there = logging.StreamHandler(io.StringIO())
+    there.setLevel(handler_level)
+    ours = logging.getLogger("flowjobs")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [there])
+    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
+    ours.setLevel(own_level)
+    try:
+        with _default_logging():
+            logging.getLogger("flowjobs.training").info("epoch")
+            logging.getLogger("flowjobs.training").warning("slow")
+        logging.getLogger("flowjobs.training").info("later")
+        assert (ours.level, ours.handlers) == (own_level, [])
+    finally:
+        ours.setLevel(logging.NOTSET)
+    assert capsys.readouterr().err.split() == by_ours
+    assert sorted(there.stream.getvalue().split() + by_ours) == shown
