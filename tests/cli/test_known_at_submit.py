@@ -103,12 +103,39 @@ def a_late_nan(folder: Path) -> None:
     torch.save(data, folder / "mine.pt")
 
 
+def nan_column_by_column(folder: Path) -> None:
+    data = np.zeros((300, 20), dtype=np.float32)
+    data[[250, 7, 9], [0, 19, 1]] = np.nan
+    np.save(folder / "mine.npy", np.asfortranarray(data))  # as of a DataFrame
+
+
+def nan_in_a_permuted_tensor(folder: Path) -> None:
+    data = torch.zeros(300, 2, 3, 4, dtype=torch.bfloat16).permute(2, 0, 3, 1)
+    data[1, 250, 3, 0] = torch.nan
+    torch.save(data, folder / "mine.pt")
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "widths": (
         widths_that_differ,
         r"train\.pt has rows of shape \(3,\), .*val\.pt of shape \(2,\)",
     ),
     "bfloat16": (a_late_nan, "mine.pt: row 250 has a value"),
+    "column by column": (
+        nan_column_by_column,
+        r"mine.npy: row 7 has a value .* \(column 19\); 3 rows have one$",
+    ),
+    "permuted": (
+        nan_in_a_permuted_tensor,
+        rf"mine.pt: row 1 has a value .* \(column {250 * 4 * 2 + 3 * 2}\); no other row has one$",
+    ),
+    "columns cut short": (
+        lambda at: (
+            np.save(at / "mine.npy", np.asfortranarray(np.eye(9))),
+            os.truncate(at / "mine.npy", 300),
+        ),
+        "cut short",
+    ),
     "one row": (lambda at: torch.save(torch.zeros(1, 3), at / "mine.pt"), "1 row, expected at"),
     "a row for each part": (
         lambda at: torch.save(torch.randn(2, 3), at / "mine.pt"),
@@ -139,11 +166,18 @@ def test_data_that_cannot_be_used_are_known_without_torch(study: Path, case: str
         check_data(str(files[0]) if files else "mine", study)
 
 
+def rows_beside_nan(at: Path) -> None:
+    data = torch.randn(9, 6)
+    data[:, 5] = torch.nan
+    torch.save(data.T[:3].T, at)  # all of it is in the file
+
+
 GOOD: dict[str, Callable[[Path], object]] = {
     "torch's old format": lambda at: torch.save(
         torch.randn(9, 3), at, _use_new_zipfile_serialization=False
     ),
     "a part of a tensor": lambda at: torch.save(torch.randn(9, 6)[2:, ::2], at),
+    "a part without its NaN": rows_beside_nan,
     "a parameter": lambda at: torch.save(torch.nn.Parameter(torch.randn(9, 3)), at),
 }
 
