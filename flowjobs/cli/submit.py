@@ -13,7 +13,7 @@ from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults
 from flowjobs.cli.follow import follow
 from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import prepare_run
+from flowjobs.cli.prepare import check_ranks, prepare_run
 from flowjobs.config import (
     PARTS,
     OptionalStr,
@@ -108,8 +108,11 @@ class SubmitOptions(CodeOptions, CommandOptions):
             would_be = "would be" if plan else "was"
             print(f"{run.name} already has {busy}; nothing {would_be} submitted")
             return 0
+        is_finished = there and run.finished(merged.training)
+        if not is_finished:
+            check_ranks([merged.training], run.study, ranks)
         if plan:
-            if there and run.finished(merged.training):
+            if is_finished:
                 _print_finished(run)
                 return 0
             for said in filter(None, (note, code.note, note_on_ranks(run, ranks))):

@@ -20,6 +20,7 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import from_root
 from flowjobs.cli.prepare_sweep import prepare_sweep
 from flowjobs.cli.start_many import (
+    check_ranks_of,
     cluster_flag,
     only_submitter,
     plan_code_of,
@@ -243,6 +244,7 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
             members = look_at(runs, length_given)
             starting = [member for member in members if member.stage in TO_START]
             starting = starting[: self.first]
+            check_ranks_of(starting, cluster)
             code = plan_code_of(starting, self.code_choice())
             _print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry, self.first)
             print_notes(plan.note for plan in code)

@@ -35,11 +35,11 @@ from flowjobs.runs.datasets import (
     check_rows,
     check_shapes,
     split_files,
+    validation_rows,
 )
 
 # What is looked at at once where a pass over all rows is needed, in float64.
 CHUNK_BYTES = 8 * 1024**2
-VAL_SHARE = 0.15
 # A smaller file is read into memory; of a larger one rows are read when they are asked for.
 LARGE_BYTES = 64 * 1024**2
 # A column varies in hardly any row where one is this far out: of two values, in one of 256.
@@ -322,7 +322,7 @@ def split(whole: FlowDataset) -> tuple[FlowDataset, FlowDataset]:
     # Not the run's seed: runs of several seeds are compared on the same validation rows.
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(whole), generator=generator, device="cpu")
-    n_val = max(1, round(VAL_SHARE * len(whole)))
+    n_val = validation_rows(len(whole))
     return (
         whole.part(order[n_val:], f"{whole.name} (training)"),
         whole.part(order[:n_val], f"{whole.name} (validation)"),

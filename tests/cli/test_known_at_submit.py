@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from flowjobs.config import RunConfig, TrainingConfig
-from flowjobs.data.dataset import write_splits
+from flowjobs.data.dataset import load_datasets, write_splits
 from flowjobs.errors import DataError
-from flowjobs.runs.datasets import check_data
+from flowjobs.runs.datasets import check_data, training_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from flowjobs.training import FlowDataset
+from tests.conftest import Command
 
 # Imports torch where it is imported; submit must not.
 SUBMIT = """
@@ -51,12 +52,23 @@ def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("--time-mean", "0.5"), "--time-mean: found 0.5 with --time-sampling uniform, .* no use"),
         (("--dataset", "pictures.npy"), r"mlp is for vectors, .*pictures.npy .*\(3, 2, 2\)"),
         (
+            ("--dataset", "three.npy", "--source", "pictures.npy"),
+            r"--source .*pictures\.npy has rows of shape \(3, 2, 2\), expected \(3,\), as the",
+        ),
+        (
+            ("--batch-size", "65", "--gpus-per-node", "2", "--dry-run"),
+            "--batch-size: 65 rows per step cannot be shared equally by 2 ranks",
+        ),
+        (
             ("--dataset", "nan.npy"),
             r"nan\.npy: row 7 has a value that is NaN or infinite \(column ",
         ),
     ],
 )
-def test_a_mistake_submits_nothing(workplace: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_a_mistake_submits_nothing(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     (workplace / "my_models.py").write_text(
         "import torch\n"
         "class WideNet(torch.nn.Module):\n"
@@ -65,6 +77,7 @@ def test_a_mistake_submits_nothing(workplace: Path, arguments: tuple[str, ...], 
     data = np.zeros((20, 3), dtype=np.float32)
     data[7, 1] = np.nan
     np.save("nan.npy", data)
+    np.save("three.npy", np.nan_to_num(data))
     np.save("pictures.npy", np.zeros((20, 3, 2, 2), dtype=np.float32))
     done = submit(*arguments)
     assert done.returncode == 2, done.stderr
@@ -187,3 +200,22 @@ def test_data_that_can_be_used_are_not_refused(study: Path, tmp_path: Path, case
     GOOD[case](tmp_path / "mine.pt")
     check_data(str(tmp_path / "mine.pt"), study)
     assert FlowDataset(tmp_path / "mine.pt").dim == 3
+
+
+@pytest.mark.parametrize("dataset", ["digits", "moons", "split", "rows.npy"])
+def test_the_rows_that_train_are_known_at_submit(study: Path, dataset: str) -> None:
+    write_splits(FlowDataset(torch.randn(40, 2)), study, {"split": 20})
+    np.save("rows.npy", np.random.default_rng(0).random((50, 3)))
+    for _ in range(2):  # before and after an embedded one is written
+        known = training_rows(dataset, study)
+        assert known == len(load_datasets(dataset, study)[0])
+
+
+def test_a_sweep_knows_whether_ranks_can_share_a_batch(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, flowjobs: Command
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    sweep = ("sweep", "--cluster", "local", "--gpus-per-node", "2", "--name", "s", "--dry-run")
+    assert flowjobs(*sweep, "--batch-size", "64", "66").returncode == 0
+    done = flowjobs(*sweep, "--batch-size", "64", "65")
+    assert (done.returncode, "65 rows per step cannot be shared" in done.stderr) == (2, True)

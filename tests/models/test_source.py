@@ -58,6 +58,14 @@ except ImportError:
     Either = None
 
 Alias = functools.partial(WideNet, width=3)
+
+def make(dim): return WideNet(dim)
+
+@functools.cache
+def made(dim): ...
+
+class Config:
+    width = 64
 """
 
 
@@ -111,6 +119,8 @@ def check(arch: str, **arguments: object) -> None:
         ("my_models.nets:FromElsewhere", {"group": 3}, "did you mean groups"),
         ("my_models.nets:NeedsRank", {}, "missing a required argument: 'rank'"),
         ("my_models.nets:Timeless", {}, r"Timeless: its forward takes \(x\), expected .* \(x, t\)"),
+        ("my_models.nets:make", {}, "make is a function, expected a subclass of torch.nn.Module"),
+        ("my_models.nets:Config", {}, "Config is not a subclass of torch.nn.Module"),
         ("my_models.nets:NoDim", {}, r"takes no argument that the data's width could be"),
     ],
 )
@@ -126,7 +136,7 @@ def test_a_mistake_that_the_source_shows(
     [
         *(
             f"my_models.nets:{name}"
-            for name in ("Open", "Decorated", "New", "Unknown", "Either", "Alias")
+            for name in ("Open", "Decorated", "New", "Unknown", "Either", "Alias", "made")
         ),
         *(f"my_models.{name}:Net" for name in ("lazy", "attached", "borrowed")),
         "my_models.star:Block",
