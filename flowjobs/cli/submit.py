@@ -110,6 +110,8 @@ class SubmitOptions(CodeOptions, CommandOptions):
             return 0
         is_finished = there and run.finished(merged.training)
         if not is_finished:
+            if there:
+                run.check_model(merged.training)
             check_ranks([merged.training], run.study, ranks)
         if plan:
             if is_finished:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs.config import (
+    BUILT_IN_ARCHS,
     DATA_FIELDS,
     NOT_IN_SIGNATURE,
     PINNED,
@@ -308,6 +309,17 @@ class Run(Submittable):
                 "before them. It does not start again from nothing by itself: restore last.pt or "
                 "best.pt there (of a backup, or one that was set aside), or remove the run to "
                 f"begin anew: {removal}"
+            )
+
+    def check_model(self, asked: TrainingConfig) -> None:
+        """Raise a RunMismatchError if it was trained in Python with another model than `--arch`."""
+        model = self.status().model
+        # One of the user's own may be its script's, under another name.
+        if model and self.started() and asked.arch_path in BUILT_IN_ARCHS:
+            raise RunMismatchError(
+                f"{self.name} was trained in Python with {model}, and a job would build --arch "
+                f"{asked.arch}: train it on in Python, FlowTrainer(…, name={self.name!r}), or give "
+                "the run of a job another --name"
             )
 
     def _moved_by_rm(self) -> Path | None:

@@ -280,7 +280,9 @@ def test_a_model_of_another_shape_is_refused_before_training(
 
 
 def test_a_bug_gets_its_traceback(flowjobs: Command, workplace: Path) -> None:
-    (workplace / "buggy.py").write_text("import no_such_package_here\nclass Net: ...\n")
+    (workplace / "buggy.py").write_text(
+        "import no_such_package_here\nclass Net(no_such_package_here.Module): ...\n"
+    )
     done = flowjobs("train", "--arch", "buggy:Net", "--wandb-mode", "disabled")
     assert done.returncode == 1
     assert "Traceback" in done.stderr

@@ -219,3 +219,15 @@ def test_a_sweep_knows_whether_ranks_can_share_a_batch(
     assert flowjobs(*sweep, "--batch-size", "64", "66").returncode == 0
     done = flowjobs(*sweep, "--batch-size", "64", "65")
     assert (done.returncode, "65 rows per step cannot be shared" in done.stderr) == (2, True)
+
+
+def test_a_run_of_a_notebooks_model_is_no_jobs(study: Path, flowjobs: Command) -> None:
+    run = Run(study, "mine")
+    run.create(RunConfig(TrainingConfig(epochs=2)))
+    RunStatus("preempted", epochs=2, model="__main__:Net").write(run.status_file)
+    run.last.touch()
+    for command in (("resume", "mine"), ("submit", "--name", "mine"), ("train", "--name", "mine")):
+        done = flowjobs(*command, *(("--cluster", "local") * (command[0] != "train")))
+        said = "mine was trained in Python with __main__:Net, and a job would build --arch mlp"
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert run.submissions() == []
