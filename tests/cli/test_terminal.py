@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import RunConfig
+from flowjobs.config import RunConfig, TrackingConfig
 from flowjobs.errors import RunInterrupted
 from flowjobs.runs.attempt import Attempt
-from flowjobs.runs.hint import hint
+from flowjobs.runs.hint import hint, program
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
+from flowjobs.tracking.mode import resolve_mode
 from tests.conftest import Command
 from tests.report.made_up import made_run
 
@@ -176,6 +177,9 @@ def test_hints_work_as_they_stand(
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert f"folder {folder}" in done.stdout
     assert hint("status", "a") == f"{scripts}/flowjobs status a"
+    assert program("wandb") == f"{scripts}/wandb"
+    assert f"`{scripts}/wandb login`" in resolve_mode(TrackingConfig())[1]
+    assert f"{scripts}/flowjobs submit --help" in after_a_mistake()
     assert shlex.split(hint("status", "a", study=other))[-1] == "it's another"
     # Another flowjobs on PATH is not ours; ours is called by its name.
     (workplace / "bin").mkdir()
@@ -184,6 +188,15 @@ def test_hints_work_as_they_stand(
     assert hint("status", "a") == f"{scripts}/flowjobs status a"
     monkeypatch.setenv("PATH", f"{scripts}:/usr/bin:/bin")
     assert hint("status", "a") == "flowjobs status a"
+    assert program("wandb") == "wandb"
+    assert " flowjobs submit --help" in after_a_mistake()
+
+
+def after_a_mistake() -> str:
+    command = [sys.executable, "-m", "flowjobs", "submit", "--lrr", "1"]
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return done.stderr
 
 
 def test_a_terminal_that_draws_nothing_gets_no_codes(study: Path) -> None:
