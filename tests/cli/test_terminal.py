@@ -21,7 +21,7 @@ from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.hint import hint, program
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import JobInfo, Outcome
 from flowjobs.tracking.mode import resolve_mode
 from tests.conftest import Command
 from tests.report.made_up import made_run
@@ -120,6 +120,20 @@ def test_status_breaks_no_word(workplace: Path, study: Path, columns: int) -> No
     known = {"state": "running", "step": "46/4600", "val/loss": "1.4008", "best": "1.4008"}
     assert {key: values[key] for key in known if key in values}.items() <= known.items()
     assert "val/loss" in values
+
+
+@pytest.mark.parametrize("command", ["status", "status a b", "show a"])
+def test_why_a_run_failed_is_broken_at_words(study: Path, command: str) -> None:
+    words = [f"reason-{number}" for number in range(30)]
+    for name in "ab":
+        run = made_run(study, [1.0], name=name, group="some")
+        status = run.status()
+        status.record_outcome(Outcome("failed", 1, " ".join(words), kind="exception"))
+        status.write(run.status_file)
+    shown = shown_in_terminal(80, *command.split()).splitlines()
+    lines = [line for line in shown if "reason-" in line]
+    assert max(map(len, lines)) <= 80
+    assert " ".join(words) in " ".join(map(str.strip, lines))
 
 
 def test_groups_keep_their_names_and_whole_words(workplace: Path, study: Path) -> None:
