@@ -360,7 +360,10 @@ def write_splits(
         parts[name] = train.part(torch.arange(len(train), device="cpu")[:size], name)
         there = split_files(study, name)[0]
         if there.exists() and not overwrite and not same_rows(FlowDataset(there), parts[name]):
-            raise DataError(f"{there} holds other rows: remove it, or add --overwrite")
+            raise DataError(
+                f"{there} holds other rows: give these another --name; --overwrite replaces those, "
+                "which runs may have been trained on"
+            )
     for name, part in parts.items():
         _write_split(study, name, part, val)
     return {name: len(part) for name, part in parts.items()}
