@@ -15,7 +15,7 @@ from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults
 from flowjobs.cli.numbers import check_counts
-from flowjobs.cli.output import print_rows
+from flowjobs.cli.output import disk_words, print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import from_root
 from flowjobs.cli.prepare_sweep import prepare_sweep
@@ -41,7 +41,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag
-from flowjobs.formatting import counted, first_of, format_bytes
+from flowjobs.formatting import counted, first_of
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run, absolute
@@ -332,8 +332,7 @@ def _print_plan(
     if sweep.parallel:
         print(f"{'':10} {sweep.parallel} at a time")
     if disk := checkpoint_bytes(members, starting):
-        wanted, free = map(format_bytes, disk)
-        print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
+        print_rows(disk=disk_words(disk, members[0].run.study))
 
 
 def _still_to_start(

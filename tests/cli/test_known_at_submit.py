@@ -14,10 +14,12 @@ import torch
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets, write_splits
 from flowjobs.errors import DataError
+from flowjobs.models.mlp import MLP
+from flowjobs.models.size import checkpoint_bytes_of
 from flowjobs.runs.datasets import check_data, training_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.training import FlowDataset
+from flowjobs.training import FlowDataset, FlowTrainer
 from tests.conftest import Command
 
 # Imports torch where it is imported; submit must not.
@@ -231,3 +233,22 @@ def test_a_run_of_a_notebooks_model_is_no_jobs(study: Path, flowjobs: Command) -
         said = "mine was trained in Python with __main__:Net, and a job would build --arch mlp"
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     assert run.submissions() == []
+
+
+def test_what_wide_models_take_on_disk_is_said_before(
+    workplace: Path, study: Path, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = r"^disk +about {} of checkpoints; \S+ .B are free$"
+    wide = ("--cluster", "local", "--width", "1024", "--dry-run")
+    shown = flowjobs("submit", *wide).stdout
+    assert re.search(said.format(r"4\d\d MB"), shown, re.MULTILINE)
+    assert "disk" not in flowjobs("submit", *wide, "--width", "64").stdout
+    sweep = flowjobs("sweep", *wide, "--seed", "0", "1", "--name", "s").stdout
+    assert re.search(said.format(r"9\d\d MB"), sweep, re.MULTILINE)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    config = TrainingConfig(epochs=1, width=256, evaluate=False)
+    rows = FlowDataset(torch.randn(64, 8))
+    FlowTrainer(MLP(8, 256), config, rows, rows, device="cpu", name="one").train()
+    expected = checkpoint_bytes_of(config, (8,))
+    assert expected is not None
+    assert 4 * Run(study, "one").best.stat().st_size == pytest.approx(expected, rel=0.1)
