@@ -3,10 +3,9 @@
 import importlib
 import importlib.util
 import inspect
-import re
 import sysconfig
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,19 @@ OURS = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
 # Nobody mends a line of these. Other installed packages may be where users keep their models.
 LIBRARIES = {"torch", "torchdiffeq", "ot", "numpy", "scipy", "sklearn", "PIL", "submitit", "wandb"}
-# A run keeps its code in STUDY/code/DIGEST: the file that the user edits has the path below that.
-IN_SNAPSHOT = re.compile(r".*/code/[0-9a-f]{16}/")
+# Where the folders of the snapshots were taken that this process imports from: users edit there.
+_taken_from: dict[Path, Path] = {}
 NO_FILES = ("<frozen", "<string>", "<__array_function__")
+
+
+def note_snapshot(folders: Mapping[Path, Path]) -> None:
+    """Say where the folders of a snapshot were taken, so that errors name the files there."""
+    _taken_from.update({folder.absolute(): top for folder, top in folders.items()})
+
+
+def shown_path(path: Path) -> Path:
+    """A file that the user edits as errors name it: relative below the working folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def is_installed(path: Path) -> bool:
@@ -76,9 +85,11 @@ def _package(file: str) -> str:
 
 
 def _in_words(file: str, line: int | None, function: str | None) -> str:
-    path = Path(IN_SNAPSHOT.sub("", file)).absolute()
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    place = f"{shown}, line {line}"
+    path = Path(file).absolute()
+    # The innermost: one folder of a snapshot may be in another.
+    if folder := next((above for above in path.parents if above in _taken_from), None):
+        path = _taken_from[folder] / path.relative_to(folder)
+    place = f"{shown_path(path)}, line {line}"
     return place if function in (None, "<module>") else f"{place}, in {function}"
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from flowjobs.errors import ConfigError
+from flowjobs.formatting import first_of
+from flowjobs.nearest import LIST_AT_MOST
 
 # From one module to the next that it imports the name from.
 FOLLOW_AT_MOST = 5
@@ -84,7 +86,8 @@ def binding_in(
         names = [node.name for node in found.statements if isinstance(node, kind)]
         near = difflib.get_close_matches(name, names, n=1)
         what = "classes" if kind is ast.ClassDef else "functions"
-        there = f"did you mean {near[0]}?" if near else f"its {what}: {', '.join(names) or 'none'}"
+        there = f"its {what}: {first_of(names, LIST_AT_MOST) or 'none'}"
+        there = f"did you mean {near[0]}?" if near else there
         raise ConfigError(f"{option}: {file} has no {name}; {there}")
     return found
 

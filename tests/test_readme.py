@@ -40,15 +40,7 @@ def test_there_are_commands_to_test() -> None:
 def test_the_commands_work_one_after_another(workplace: Path) -> None:
     np.save("embeddings.npy", np.random.default_rng(0).normal(size=(12_000, 4)))
     np.save("mixture.npy", np.random.default_rng(1).normal(size=(400, 8)))
-    Path("my_models.py").write_text(
-        "import torch\n"
-        "class WideNet(torch.nn.Module):\n"
-        "    def __init__(self, dim, width):\n"
-        "        super().__init__()\n"
-        "        self.linear = torch.nn.Linear(dim, dim)\n"
-        "    def forward(self, x, t):\n"
-        "        return self.linear(x) * t[:, None]\n"
-    )
+    Path("my_models.py").write_text(blocks("python")[0])
     # A person's own defaults, so that each run takes a second here.
     Path("flowjobs.toml").write_text('cluster = "local"\nepochs = 1\nwandb_mode = "disabled"\n')
     scripts = Path(sys.executable).parent
@@ -69,8 +61,8 @@ def test_the_commands_work_one_after_another(workplace: Path) -> None:
 def test_the_example_in_python_trains_and_resumes(workplace: Path) -> None:
     for part, n in (("train", 320), ("val", 80)):
         np.save(f"{part}.npy", np.random.default_rng(n).normal(size=(n, 4)).astype(np.float32))
-    (example,) = blocks("python")
-    model = "from flowjobs.models.mlp import MLP\nmodel = MLP(4, width=16)\n"
+    model, example = blocks("python")
+    model += "model = WideNet(4, width=16)\n"
     command = [sys.executable, "-c", model + example.replace("epochs=20", "epochs=2")]
     environment = {**os.environ, "WANDB_MODE": "disabled"}
     for _ in range(2):

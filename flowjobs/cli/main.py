@@ -18,6 +18,7 @@ from flowjobs.cli.parser import read_command_line
 from flowjobs.errors import ConfigError, FlowjobsError, UserCodeExitError
 from flowjobs.nearest import did_you_mean
 from flowjobs.runs.files import FILE_SERVER_IS_AWAY
+from flowjobs.runs.hint import hint
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
 from flowjobs.user_code import user_place
 
@@ -157,7 +158,9 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
         default = {"default": cls.with_defaults(defaults)}
     if examples := getattr(sys.modules[cls.__module__], "EXAMPLES", ""):
         default["description"] = f"{examples}\n{cls.__doc__}"
-    command = read_command_line(cls, f"flowjobs {name}", rest, **default)
+    # As the last line of a mistake it is typed as it stands; help says what the program is called.
+    asks = {"-h", "--help"} & {*rest}
+    command = read_command_line(cls, f"flowjobs {name}" if asks else hint(name), rest, **default)
     if isinstance(command, CommandOptions) and "--cluster" not in defaults.flags:
         # Also of those that name a run, and have no default as a whole.
         cluster = defaults.values.get("cluster", command.cluster)

@@ -3,9 +3,13 @@
 import contextlib
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Set
+from pathlib import Path
 from typing import TextIO
+
+from flowjobs.formatting import format_bytes
 
 
 class Output(io.TextIOWrapper):
@@ -93,6 +97,13 @@ class NewLines(io.StringIO):
                 print(line, file=self._output, flush=True)
         self.lines.update(lines)
         return len(text)
+
+
+def disk_words(wanted: int, study: Path) -> str:
+    """What checkpoints will take, and what is free where a study is or will be, in bytes."""
+    there = next(folder for folder in (study, *study.parents) if folder.exists())
+    free = format_bytes(shutil.disk_usage(there).free)
+    return f"about {format_bytes(wanted)} of checkpoints; {free} are free"
 
 
 def print_rows(**rows: str) -> None:

@@ -22,6 +22,8 @@ LISTED = 5
 
 def print_overview(groups: "Sequence[Group]") -> None:
     """Print the groups, and what needs action."""
+    from flowjobs.cli.table import print_text
+
     print_groups(groups)
     trouble: dict[tuple[str, str], list[Standing]] = {}
     for group in groups:
@@ -32,7 +34,7 @@ def print_overview(groups: "Sequence[Group]") -> None:
     for (stage, kind), some in sorted(trouble.items()):
         for standing in some[:LISTED]:
             how = "waits" if stage == "waiting" else f"{stage}:"
-            print(f"{standing.glance.name} {how} {standing.why}")
+            print_text(f"{standing.glance.name} {how} {standing.why}")
         if len(some) > LISTED:
             print(f"and {len(some) - LISTED} more {stage}: {kind}")
 

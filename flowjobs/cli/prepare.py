@@ -1,6 +1,7 @@
 """From a parsed command to a run: checks everything that can be checked without torch."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from flowjobs.flows.uses import check_uses
 from flowjobs.models.size import with_fixed_width
 from flowjobs.models.source import check_arch, check_model, check_vectors
 from flowjobs.runs.code import import_from_snapshot
-from flowjobs.runs.datasets import check_data, row_shape
+from flowjobs.runs.datasets import check_data, check_source, row_shape, rows_per_step, training_rows
 from flowjobs.runs.run import Run, absolute, check_run_name
 from flowjobs.runs.selection import sweep_names
 from flowjobs.training.pinned import with_pinned_files
@@ -88,9 +89,18 @@ def check_parts(training: TrainingConfig, study: Path, defaults: Defaults) -> No
     check_flow(training)
     check_uses(training)
     check_data(training.dataset, study)
-    check_vectors(training, row_shape(training.dataset, study))
+    shape = row_shape(training.dataset, study)
+    check_vectors(training, shape)
     if training.source != "normal":
         check_data(training.source, study, "--source")
+        check_source(training.source, row_shape(training.source, study), shape)
+
+
+def check_ranks(configs: Iterable[TrainingConfig], study: Path, ranks: int) -> None:
+    """Raise a ConfigError where so many ranks surely cannot share a batch equally."""
+    for dataset, batch_size in {(config.dataset, config.batch_size) for config in configs}:
+        if ranks > 1 and (n := training_rows(dataset, study)) is not None:
+            rows_per_step(batch_size, n, ranks)
 
 
 def with_absolute_paths(training: TrainingConfig) -> TrainingConfig:

@@ -29,6 +29,7 @@ class Show(InStudy):
     def run(self, defaults: Defaults) -> int:
         """Print. Returns the exit code."""
         from flowjobs.cli.status import describe, print_attempts
+        from flowjobs.cli.table import print_text
         from flowjobs.jobs.dead_jobs import find_dead_jobs
 
         run = existing_run(self.study, self.name)
@@ -43,16 +44,16 @@ class Show(InStudy):
             return 0
         waits = f"waits {described['waits']}" if described["waits"] else ""
         why = waits or described["unknown"] or described["reason"]
-        print(f"{run.name}: {described['state_in_words']}{f', {why}' if why else ''}")
+        print_text(f"{run.name}: {described['state_in_words']}{f', {why}' if why else ''}")
         for name, value in changed.items():
             print(f"  {flag(name)} {value}")
         if not changed:
             print("  every option is the default")
         if status.parameters:
-            print(_size_in_words(status))
+            print_text(_size_in_words(status))
         print_attempts(described)
         if spent.held_s:
-            print(_in_words(spent))
+            print_text(_in_words(spent))
         for name, path in files.items():
             print(f"{name:<10} {path}")
         return 0

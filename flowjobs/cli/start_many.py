@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.output import print_rows
+from flowjobs.cli.prepare import check_ranks
 from flowjobs.formatting import counted
 from flowjobs.runs.hint import hint
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
 
 if TYPE_CHECKING:
+    from flowjobs.jobs.executors import Cluster
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
     from flowjobs.sweeps.plan import Member
 
@@ -49,6 +51,17 @@ def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[Cod
         plan_code(member.run, member.config.training, choice, snapshots=snapshots)
         for member in members
     ]
+
+
+def check_ranks_of(members: Sequence["Member"], cluster: "Cluster") -> None:
+    """Raise a ConfigError where the ranks of a run surely cannot share its batches equally."""
+    from flowjobs.jobs.executors import ranks_of
+    from flowjobs.sweeps.plan import resource_sets
+
+    for of_set in resource_sets(members):
+        ranks = ranks_of(cluster, of_set[0].config.slurm)
+        configs = [member.config.training for member in of_set]
+        check_ranks(configs, of_set[0].run.study, ranks)
 
 
 def submit_many(

@@ -105,21 +105,25 @@ class Status(InStudy):
 
 def _print_waits(runs: list[dict[str, Any]]) -> None:
     """Why runs wait, each reason once."""
+    from flowjobs.cli.table import print_text
+
     waiting: dict[str, list[str]] = {}
     for run in runs:
         waiting.setdefault(run["waits"], []).append(run["run"])
     for why, names in waiting.items():
         if why:
-            print(f"{first_of(names)} wait{'s' if len(names) == 1 else ''} {why}")
+            print_text(f"{first_of(names)} wait{'s' if len(names) == 1 else ''} {why}")
 
 
 def _print_notes(run: dict[str, Any], *, named: bool) -> None:
     """Print what is to be known of a run beside its line."""
+    from flowjobs.cli.table import print_text
+
     if run["state"] == "failed" and not named:  # else its attempts say so
-        print(f"{run['run']} failed: {run['reason']}")
+        print_text(f"{run['run']} failed: {run['reason']}")
     if run["unknown"]:
-        print(f"{run['run']}: {run['unknown']}", file=sys.stderr)
-    if run["wandb"]:
+        print_text(f"{run['run']}: {run['unknown']}", stderr=True)
+    if run["wandb"]:  # a command is in it
         print(f"{run['run']}: W&B does not have all of it: {run['wandb']}")
 
 
@@ -182,9 +186,8 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
 
 def print_attempts(run: dict[str, Any]) -> None:
     """Print a line an attempt of a run that `describe` has described."""
-    from flowjobs.cli.table import plain_console
+    from flowjobs.cli.table import print_text
 
-    console = plain_console(soft_wrap=not sys.stdout.isatty())
     for attempt in run["attempts"]:
         job = attempt["job"]
         where = f"{job['cluster']} job {job['job_id']}"
@@ -201,7 +204,7 @@ def print_attempts(run: dict[str, Any]) -> None:
             f"attempt {attempt['number']}: {_local_time(attempt['started'])}"
             f" for {_duration(attempt)}, {where} on {job['host']}, {steps}, {ended}"
         )
-        console.print(line.rstrip())
+        print_text(line.rstrip())
 
 
 def _local_time(text: str) -> str:

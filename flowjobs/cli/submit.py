@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults
 from flowjobs.cli.follow import follow
-from flowjobs.cli.output import print_rows
+from flowjobs.cli.output import disk_words, print_rows
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.prepare import prepare_run
+from flowjobs.cli.prepare import check_ranks, prepare_run
 from flowjobs.config import (
     PARTS,
     OptionalStr,
@@ -25,7 +25,8 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.field_values import flag
-from flowjobs.models.size import size_words
+from flowjobs.models.size import checkpoint_bytes_of, size_words
+from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
 from flowjobs.slurm.options import DECIDED, environment_for_sbatch
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
     from flowjobs.jobs.submit import SubmittedJob
     from flowjobs.runs.submittable import Submission
+
+# Of checkpoints that take less nothing is said.
+LARGE_BYTES = 100e6
 
 EXAMPLES = """\
   flowjobs submit --arch mlp --flow icfm
@@ -109,8 +113,13 @@ class SubmitOptions(CodeOptions, CommandOptions):
             would_be = "would be" if plan else "was"
             print(f"{run.name} already has {busy}; nothing {would_be} submitted")
             return 0
+        is_finished = there and run.finished(merged.training)
+        if not is_finished:
+            if there:
+                run.check_model(merged.training)
+            check_ranks([merged.training], run.study, ranks)
         if plan:
-            if there and run.finished(merged.training):
+            if is_finished:
                 _print_finished(run)
                 return 0
             for said in filter(None, (note, code.note, note_on_ranks(run, ranks))):
@@ -171,11 +180,10 @@ class SubmitOptions(CodeOptions, CommandOptions):
         for said in filter(None, (code.note, note_on_ranks(run, ranks))):
             print(said)
         mode, mode_reason = resolve_mode(tracking_of(run))
-        size = size_words([config.training])
         print_rows(
             run=run.name,
             folder=str(run.folder),
-            **({"size": size} if size else {}),
+            **_size_rows(run, config.training),
             cluster=f"{cluster} ({why})",
             **({"ranks": str(ranks)} if ranks > 1 else {}),
             tracking=f"W&B {mode} ({mode_reason})",
@@ -224,8 +232,7 @@ class Submit(SubmitOptions, WithDefaults):
     def _print_plan(self, defaults: Defaults, run: Run, config: RunConfig, cluster: str) -> None:
         from flowjobs.jobs.executors import slurm_executor
 
-        size = size_words([config.training])
-        rows = {"size": size} if size else {}
+        rows = _size_rows(run, config.training)
         print_rows(run=run.name, folder=str(run.folder), **rows, cluster=cluster)
         print("\n# where the values come from")
         # As they were given, not as `config` has them: paths are absolute there.
@@ -259,6 +266,17 @@ def _jobs_noted(run: Run) -> "list[Submission] | None":
         return run.submissions()
     except OSError:  # whoever looks for a job that runs says it
         return None
+
+
+def _size_rows(run: Run, training: TrainingConfig) -> dict[str, str]:
+    """What to know of the model's size: the width that was chosen for it, and its checkpoints."""
+    size = size_words([training])
+    rows = {"size": size} if size else {}
+    if not run.saved_files():
+        disk = checkpoint_bytes_of(training, row_shape(training.dataset, run.study))
+        if disk and disk >= LARGE_BYTES:
+            rows["disk"] = disk_words(disk, run.study)
+    return rows
 
 
 def _print_finished(run: Run) -> None:

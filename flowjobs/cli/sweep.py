@@ -15,11 +15,12 @@ from flowjobs.cli.code_options import CodeOptions
 from flowjobs.cli.confirm import confirmed
 from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults
 from flowjobs.cli.numbers import check_counts
-from flowjobs.cli.output import print_rows
+from flowjobs.cli.output import disk_words, print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import from_root
 from flowjobs.cli.prepare_sweep import prepare_sweep
 from flowjobs.cli.start_many import (
+    check_ranks_of,
     cluster_flag,
     only_submitter,
     plan_code_of,
@@ -40,7 +41,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag
-from flowjobs.formatting import counted, first_of, format_bytes
+from flowjobs.formatting import counted, first_of
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run, absolute
@@ -243,6 +244,7 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
             members = look_at(runs, length_given)
             starting = [member for member in members if member.stage in TO_START]
             starting = starting[: self.first]
+            check_ranks_of(starting, cluster)
             code = plan_code_of(starting, self.code_choice())
             _print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry, self.first)
             print_notes(plan.note for plan in code)
@@ -330,8 +332,7 @@ def _print_plan(
     if sweep.parallel:
         print(f"{'':10} {sweep.parallel} at a time")
     if disk := checkpoint_bytes(members, starting):
-        wanted, free = map(format_bytes, disk)
-        print(f"{'disk':10} about {wanted} of checkpoints; {free} are free")
+        print_rows(disk=disk_words(disk, members[0].run.study))
 
 
 def _still_to_start(

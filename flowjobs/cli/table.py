@@ -19,17 +19,33 @@ BEFORE_A_CUT = ("tries", "best", "job")
 DISPENSABLE = ("step", "speed", "left", "epoch")
 
 
-def plain_console(*, soft_wrap: bool = False) -> Console:
+def print_text(text: str, *, stderr: bool = False) -> None:
+    """Print a text, which a terminal gets broken at words; where another program reads, a line.
+
+    Not for what is copied, as a command.
+
+    Args:
+        text: The text.
+        stderr: Print on standard error.
+    """
+    is_drawn = (sys.stderr if stderr else sys.stdout).isatty()
+    plain_console(soft_wrap=not is_drawn, stderr=stderr).print(text)
+
+
+def plain_console(*, soft_wrap: bool = False, stderr: bool = False) -> Console:
     """A console that prints names as they stand: `data[raw]` is no style, and `:x:` no picture.
 
     As wide as the terminal; where another program reads, as any line.
 
     Args:
         soft_wrap: Leave it to the terminal to break lines.
+        stderr: Print on standard error.
     """
     # Both: rich goes by neither alone where FORCE_COLOR and TERM=dumb are set.
-    width, height = (None, None) if sys.stdout.isatty() else (1000, 100)
+    is_drawn = (sys.stderr if stderr else sys.stdout).isatty()
+    width, height = (None, None) if is_drawn else (1000, 100)
     return Console(
+        stderr=stderr,
         width=width,
         height=height,
         soft_wrap=soft_wrap,

@@ -85,6 +85,8 @@ class Train(CodeOptions, WithDefaults):
         code = plan_code(run, merged.training, choice, in_use=in_use)
         if there and resume is None and not in_use:
             run.check_files(merged.training)
+            if not run.finished(merged.training):
+                run.check_model(merged.training)
         if note := run.create(config, in_use=in_use):
             print(note)
         if not in_use:

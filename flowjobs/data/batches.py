@@ -16,7 +16,7 @@ from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.memory import free_memory_bytes
 from flowjobs.data.randomness import epoch_order
 from flowjobs.data.read_ahead import ReadAhead
-from flowjobs.errors import ConfigError
+from flowjobs.runs.datasets import rows_per_step
 from flowjobs.slots import runs_that_share
 
 # Share of the free memory that resident data may take; the rest is for the model's activations.
@@ -53,13 +53,7 @@ class Order:
     def __init__(
         self, n: int, config: TrainingConfig, rank: int, world_size: int, device: torch.device
     ) -> None:
-        # Of fewer rows than a batch, an epoch would have no step.
-        self.batch_size = min(config.batch_size, n)
-        if self.batch_size % world_size:
-            raise ConfigError(
-                f"--batch-size: {self.batch_size} rows per step cannot be shared equally by "
-                f"{world_size} ranks"
-            )
+        self.batch_size = rows_per_step(config.batch_size, n, world_size)
         self.steps_per_epoch = n // self.batch_size
         self._n = n
         self._seed = config.seed

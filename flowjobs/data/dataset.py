@@ -37,6 +37,7 @@ from flowjobs.runs.datasets import (
     check_rows,
     check_shapes,
     split_files,
+    validation_rows,
 )
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 SAY_AFTER_S = 10.0
 # What is looked at at once where a pass over all rows is needed, in float64.
 CHUNK_BYTES = 8 * 1024**2
-VAL_SHARE = 0.15
 # A smaller file is read into memory; of a larger one rows are read when they are asked for.
 LARGE_BYTES = 64 * 1024**2
 # A column varies in hardly any row where one is this far out: of two values, in one of 256.
@@ -334,7 +334,7 @@ def split(whole: FlowDataset) -> tuple[FlowDataset, FlowDataset]:
     # Not the run's seed: runs of several seeds are compared on the same validation rows.
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(whole), generator=generator, device="cpu")
-    n_val = max(1, round(VAL_SHARE * len(whole)))
+    n_val = validation_rows(len(whole))
     return (
         whole.part(order[n_val:], f"{whole.name} (training)"),
         whole.part(order[:n_val], f"{whole.name} (validation)"),
@@ -372,7 +372,10 @@ def write_splits(
         parts[name] = train.part(torch.arange(len(train), device="cpu")[:size], name)
         there = split_files(study, name)[0]
         if there.exists() and not overwrite and not same_rows(FlowDataset(there), parts[name]):
-            raise DataError(f"{there} holds other rows: remove it, or add --overwrite")
+            raise DataError(
+                f"{there} holds other rows: give these another --name; --overwrite replaces those, "
+                "which runs may have been trained on"
+            )
     for name, part in parts.items():
         _write_split(study, name, part, val)
     return {name: len(part) for name, part in parts.items()}

@@ -15,9 +15,8 @@ from flowjobs.config import TrainingConfig
 from flowjobs.data.batches import normalized
 from flowjobs.data.dataset import FlowDataset, content_by_part, load_datasets
 from flowjobs.data.randomness import generator_for
-from flowjobs.errors import DataError
 from flowjobs.runs.data_file import DataContent
-from flowjobs.runs.datasets import SOURCE
+from flowjobs.runs.datasets import SOURCE, check_source
 
 CPU = torch.device("cpu")
 
@@ -127,11 +126,7 @@ def sources_of(config: TrainingConfig, study: Path, mean: Tensor, std: Tensor) -
         noise = NormalSource(tuple(mean.shape))
         return Sources(noise, noise, {})
     train, val = load_datasets(config.source, study, "--source")
-    if train.shape != tuple(mean.shape):
-        raise DataError(
-            f"--source {config.source} has rows of shape {train.shape}, expected "
-            f"{tuple(mean.shape)}, as the data have"
-        )
+    check_source(config.source, train.shape, tuple(mean.shape))
     mean, std = mean.cpu(), std.cpu()
     content = {f"{SOURCE}{part}": of for part, of in content_by_part(train, val).items()}
     return Sources(RowSource(train, mean, std), RowSource(val, mean, std), content)

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-POINTS = 10_000
+from flowjobs.runs.datasets import TOY_ROWS
+
 # Arrays of whole points, of shape (n, 2).
 Points = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 _Generator = Callable[[int, np.random.Generator], Points]
 
 
 def toy_set(name: str) -> Tensor:
-    """2 POINTS points of a set, the same at each call, float32 of shape (2 POINTS, 2)."""
-    points = _SETS[name](2 * POINTS, np.random.default_rng(0))
+    """2 TOY_ROWS points of a set, the same at each call, float32 of shape (2 TOY_ROWS, 2)."""
+    points = _SETS[name](2 * TOY_ROWS, np.random.default_rng(0))
     return torch.from_numpy(points).float()
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from flowjobs.errors import ConfigError
 from flowjobs.jobs.dead_jobs import DeadJob, Finding, UnknownJob, final_outcome
 from flowjobs.runs.files import warn_once
+from flowjobs.runs.hint import hint
 from flowjobs.runs.listing import Glance, glances
 from flowjobs.runs.newest_job import local_job
 from flowjobs.runs.run import Run
@@ -160,7 +161,8 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
             ended = replace(glance, state=outcome.state, reason=outcome.reason, kind=outcome.kind)
             if outcome.state == "preempted":
                 # Not the outcome's reason, which has it that it starts again.
-                why = f"{finding.outcome.reason}; `flowjobs reconcile` or submitting it resumes it"
+                reconcile = hint("reconcile", study=study)
+                why = f"{finding.outcome.reason}; `{reconcile}` or submitting it resumes it"
                 return Standing(ended, "to resume", why)
             return _settled(ended)
     if not (glance.unsettled and glance.state in ("submitted", "preempted")):

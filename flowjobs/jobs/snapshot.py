@@ -19,7 +19,14 @@ from typing import Literal
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError, RunMismatchError
 from flowjobs.models.imports import OURS, files_of_modules
-from flowjobs.runs.code import Code, code_of, digest_of, read_snapshot, write_snapshot
+from flowjobs.runs.code import (
+    Code,
+    code_of,
+    digest_of,
+    read_snapshot,
+    subfolder,
+    write_snapshot,
+)
 from flowjobs.runs.files import replaced_whole, write_json
 from flowjobs.runs.run import Run
 from flowjobs.slurm.client import said_if_slow
@@ -202,14 +209,20 @@ def _changed_words(run: Run, modules: tuple[str, ...], kept: Code) -> str:
 def _changes(
     run: Run, modules: tuple[str, ...], kept: Code, now: "Snapshot"
 ) -> tuple[dict[str, str], list[str]]:
-    """What has changed since a run's code was kept, by path, and what of that the run imports."""
+    """What has changed since a run's code was kept, by the path that is shown, and what of that the
+    run imports."""
     folder = kept.snapshot(run.study)
     used_before = {
         str(path.relative_to(folder))
         for path in files_of_modules(modules, kept.import_roots(run.study))
     }
     differ = _differences(read_snapshot(run.study, kept.digest), now.files)
-    return differ, [path for path in differ if path in used_before | now.used]
+    used = used_before | now.used
+    shown = {path: (now.code if path in now.files else kept).original(path) for path in differ}
+    return (
+        {shown[path]: how for path, how in differ.items()},
+        [shown[path] for path in differ if path in used],
+    )
 
 
 @dataclass(frozen=True)
@@ -240,7 +253,8 @@ class Snapshot:
         place = self.code.snapshot(study)
         lines = [f"its code is kept: {number} of {self.code.folder} in {place}", *self.remarks]
         if self.code.left_out:
-            lines.append(f"  without {_shortened(self.code.left_out, 5)}: too large")
+            left_out = [self.code.original(path) for path in self.code.left_out]
+            lines.append(f"  without {_shortened(left_out, 5)}: too large")
         return "\n".join(lines)
 
 
@@ -275,8 +289,7 @@ def take_snapshot(modules: tuple[str, ...], study: Path) -> Snapshot | None:
     left_out: list[str] = []
     in_snapshot: list[str] = []
     for number, (top, tree) in enumerate(trees.items(), start=1):
-        # One tree is the rule; modules of a second repository get a folder of their own.
-        prefix = Path(f"_{number}" if number > 1 else "")
+        prefix = Path(subfolder(number))
         own = [file.relative_to(top) for file in used if file.is_relative_to(top)]
         inside = [root.relative_to(top) for root in roots if root.is_relative_to(top)]
         tree.add(own, inside)
@@ -295,6 +308,7 @@ def take_snapshot(modules: tuple[str, ...], study: Path) -> Snapshot | None:
         git_commit=first.commit,
         git_dirty=None if first.commit is None else bool(dirty),
         left_out=tuple(left_out),
+        others=tuple(str(top) for top in list(trees)[1:]),
     )
     remarks = tuple(f"  {tree.why}" for tree in trees.values() if tree.why)
     return Snapshot(files, frozenset(wanted), code, first.diff, remarks)

@@ -15,6 +15,8 @@ from flowjobs.formatting import format_count, parse_count
 # How far from --params a model may be, so that models are compared at equal size.
 TOLERANCE = 0.05
 WIDEST = 2**20
+# Weights, their EMA and two moments of AdamW, float32; in best.pt, last.pt and the ones before.
+CHECKPOINT_BYTES = 4 * 4 * 4  # a parameter
 
 Count = Callable[[int], int]
 
@@ -72,6 +74,17 @@ def parameters_of(arch: str, dim: int, width: int, arguments: Mapping[str, Any])
     counts: dict[str, Callable[..., int]] = {"mlp": _mlp, "unet": _unet, "dit": _dit}
     counted = {key: value for key, value in arguments.items() if key != "dropout"}
     return counts[arch](dim, width, **counted)
+
+
+def checkpoint_bytes_of(config: TrainingConfig, shape: tuple[int, ...] | None) -> int | None:
+    """About what the checkpoints of a run will take; None where its width is not given, or it is no
+    built-in model on data of a known width."""
+    arguments = dict(config.model_args)
+    width = arguments.pop("width", None)
+    if width is None or config.arch_path not in BUILT_IN_ARCHS or len(shape or ()) != 1:
+        return None
+    assert shape is not None
+    return CHECKPOINT_BYTES * parameters_of(config.arch_path, shape[0], width, arguments)
 
 
 def search_width(config: TrainingConfig, count: Count, step: int, what: str) -> int:

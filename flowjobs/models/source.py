@@ -54,7 +54,9 @@ def check_model(config: TrainingConfig) -> None:
     the module is no Python.
     """
     path = BUILT_IN_SOURCES.get(config.arch_path, config.arch_path)
-    found = as_class(binding_in(f"--arch {config.arch}", path, ast.ClassDef))
+    bound = binding_in(f"--arch {config.arch}", path, ast.ClassDef)
+    _check_is_module(bound, config.arch)
+    found = as_class(bound)
     if found is None:
         return
     if forward := _forward(found):
@@ -63,6 +65,16 @@ def check_model(config: TrainingConfig) -> None:
         check_arguments(signature, path.partition(":")[2], config)
         if config.arch_path in BUILT_IN_ARCHS:
             _check_types(signature, config.model_args)
+
+
+def _check_is_module(bound: Found[ast.stmt] | None, arch: str) -> None:
+    """Raise a ConfigError for a function, or a class of its own, which surely is no nn.Module."""
+    name, expected = arch.rpartition(":")[2], "a subclass of torch.nn.Module"
+    match bound and bound.node:
+        case ast.FunctionDef(decorator_list=[]):
+            raise ConfigError(f"--arch {arch}: {name} is a function, expected {expected}")
+        case ast.ClassDef(decorator_list=[], bases=[], keywords=[]):
+            raise ConfigError(f"--arch {arch}: {name} is not {expected}")
 
 
 def may_take(arch: str, argument: str) -> bool:

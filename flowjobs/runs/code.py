@@ -24,9 +24,9 @@ from flowjobs.errors import ConfigError
 from flowjobs.from_json import from_json
 from flowjobs.runs.files import flush_folder, read_json
 from flowjobs.runs.run import Run
-from flowjobs.user_code import is_installed
+from flowjobs.user_code import is_installed, note_snapshot, shown_path
 
-DIGEST_DIGITS = 16  # user_code.py knows a snapshot's path by them
+DIGEST_DIGITS = 16
 WRITERS = 16
 # What Finder and Jupyter write into a folder that the user opens.
 LEFT_BY_LOOKING = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|\.ipynb_checkpoints/.*)$")
@@ -40,6 +40,7 @@ class Code:
         digest: Of the snapshot.
         roots: The folders in it that modules are imported from, in the order of `sys.path`.
         folder: Where the files were taken.
+        others: Where those were taken that are in `_2`, `_3` and so on, in this order.
         git_commit: What was checked out there; None outside a repository.
         git_dirty: Whether that commit lacks something of what was taken.
         left_out: Sources that were too large.
@@ -53,14 +54,36 @@ class Code:
     git_dirty: bool | None = None
     left_out: tuple[str, ...] = ()
     earlier: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def snapshot(self, study: Path) -> Path:
         """The folder of the snapshot in a study."""
         return study / "code" / self.digest
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where the folders in the snapshot were taken; the first is the snapshot itself."""
+        tops = enumerate((self.folder, *self.others), start=1)
+        return {subfolder(number): Path(top) for number, top in tops}
+
+    def original(self, path: str) -> str:
+        """The file that one in the snapshot is a copy of, as it is shown."""
+        folder = PurePath(path).parts[0]
+        if folder in self.folders:
+            return str(shown_path(self.folders[folder] / PurePath(path).relative_to(folder)))
+        return str(shown_path(Path(self.folder) / path))
+
     def import_roots(self, study: Path) -> list[Path]:
         """The folders that modules are imported from."""
         return [self.snapshot(study) / root for root in self.roots]
+
+
+def subfolder(number: int) -> str:
+    """Where in a snapshot the files of a tree are, by its number from 1.
+
+    One tree is the rule; modules of a second repository get a folder of their own.
+    """
+    return f"_{number}" if number > 1 else ""
 
 
 def code_of(run: Run) -> Code | None:
@@ -95,6 +118,8 @@ def import_from_snapshot(run: Run) -> None:
         return
     # All of it is read: code that was edited in there must not train under the old digest.
     read_snapshot(run.study, code.digest)
+    snapshot = code.snapshot(run.study)
+    note_snapshot({snapshot / folder: top for folder, top in code.folders.items()})
     for root in reversed(code.import_roots(run.study)):
         sys.path.insert(0, str(root))
     # Python remembers what a folder held when it last looked into it.

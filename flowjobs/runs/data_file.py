@@ -15,12 +15,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
 from flowjobs.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    Places: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 # Up to here all bytes of a file decide its digest; of a larger one, as many in blocks at even
 # distances. That takes a tenth of a second, where all of it could take minutes at each start. What
@@ -91,18 +93,52 @@ class Layout:
         shape: Of the array.
         dtype: Type of the numbers, by torch's name without "torch.".
         offset: Of the first number in the file, in bytes.
-        row_major: Whether the rows lie one after another, without gaps.
+        strides: How many numbers further the next one of each dimension is.
     """
 
     shape: tuple[int, ...]
     dtype: str
     offset: int
-    row_major: bool
+    strides: tuple[int, ...]
 
     @property
     def n_bytes(self) -> int:
         """Size of the numbers."""
         return math.prod(self.shape) * BYTES_OF_TYPE[self.dtype]
+
+    @property
+    def row_major(self) -> bool:
+        """Whether the rows lie one after another, without gaps."""
+        return all(
+            length == 1 or stride == expected  # of one row, the stride says nothing
+            for length, stride, expected in zip(
+                self.shape, self.strides, row_major_strides(self.shape), strict=True
+            )
+        )
+
+    @property
+    def dense(self) -> bool:
+        """Whether the numbers lie in one piece, in whichever order (as of a transposed array)."""
+        expected = 1
+        for stride, length in sorted(zip(self.strides, self.shape, strict=True)):
+            if length > 1 and stride != expected:
+                return False
+            expected *= length
+        return True
+
+    def in_order_of_rows(self, places: "Places") -> "Places":
+        """Where numbers of a dense array would be if its rows lay one after another.
+
+        Args:
+            places: Where they are in the file. Both are counted in numbers, from 0.
+        """
+        found = places * 0
+        row_major = row_major_strides(self.shape)
+        for dimension in sorted(range(len(self.shape)), key=lambda d: -self.strides[d]):
+            if self.shape[dimension] > 1:
+                index, places = divmod(places, self.strides[dimension])
+                found = found + index * row_major[dimension]
+        return found
 
 
 @dataclass(frozen=True)
@@ -123,6 +159,11 @@ class DataContent:
 
     def __str__(self) -> str:
         return f"{self.rows} rows of width {self.dim} ({self.dtype}, digest {self.digest})"
+
+
+def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many numbers further the next one of each dimension is, where rows follow one another."""
+    return tuple(math.prod(shape[number + 1 :]) for number in range(len(shape)))
 
 
 def content_of(shape: tuple[int, ...], dtype: str, n_bytes: int, read: Read) -> DataContent:
@@ -148,9 +189,15 @@ def content_of_file(path: Path) -> DataContent | None:
     """
     with _opened(path) as file:
         layout = _known_layout(file, path)
-        if layout is None or not layout.row_major:
+        if layout is None:
             return None
-        return content_of(layout.shape, layout.dtype, layout.n_bytes, _reader(file, layout))
+        read = _reader(file, layout)
+        if not layout.row_major:
+            # Of a large one, a block of rows would be thousands of pieces of the file.
+            if not layout.dense or layout.n_bytes > WHOLE_DIGEST_BYTES:
+                return None
+            read = _reader_of_rows(read(0, layout.n_bytes), layout)
+        return content_of(layout.shape, layout.dtype, layout.n_bytes, read)
 
 
 def check_file(path: Path) -> Layout | None:
@@ -163,20 +210,21 @@ def check_file(path: Path) -> Layout | None:
     """
     with _opened(path) as file:
         layout = _known_layout(file, path)
-        if layout is None or not layout.row_major:
+        if layout is None or not layout.dense:
             return layout
-        row_bytes = layout.n_bytes // layout.shape[0]
         read = _reader(file, layout)
-        first: int | None = None
+        width = math.prod(layout.shape[1:])
+        firsts: list[int] = []
         rows: set[int] = set()
         for start, size in _blocks(layout.n_bytes, WHOLE_CHECK_BYTES):
-            places = start + _not_finite(read(start, size), layout.dtype)
+            before = start // BYTES_OF_TYPE[layout.dtype]
+            places = before + _not_finite(read(start, size), layout.dtype)
             if places.size:
-                first = int(places[0]) if first is None else first
-                rows.update((places // row_bytes).tolist())
-        if first is not None:
-            row, place = divmod(first, row_bytes)
-            column = place // BYTES_OF_TYPE[layout.dtype]
+                places = layout.in_order_of_rows(places)
+                firsts.append(int(places.min()))
+                rows.update((places // width).tolist())
+        if firsts:
+            row, column = divmod(min(firsts), width)
             whole = layout.n_bytes <= WHOLE_CHECK_BYTES
             raise DataError(f"{path}: {not_finite_words(row, column, len(rows), whole=whole)}")
     return layout
@@ -234,7 +282,7 @@ def read_layout(file: BinaryIO, path: Path) -> Layout | None:
         raise DataError(f"{path} cannot be read as a {path.suffix} file: {reason}") from error
     except _NoTensorError as error:
         raise DataError(f"{path} holds a {error}, expected one tensor: {ONE_TENSOR}") from None
-    if layout is not None and layout.row_major and layout.offset + layout.n_bytes > size:
+    if layout is not None and layout.dense and layout.offset + layout.n_bytes > size:
         raise DataError(
             f"{path} has {size} bytes, expected {layout.offset + layout.n_bytes} for shape "
             f"{layout.shape}: it was cut short"
@@ -273,6 +321,18 @@ def _reader(file: BinaryIO, layout: Layout) -> Read:
     return read
 
 
+def _reader_of_rows(content: bytes | bytearray | memoryview, layout: Layout) -> Read:
+    """Reads a dense array as if its rows lay one after another."""
+    import numpy as np  # slow to load, and not needed for the embedded data
+
+    size = BYTES_OF_TYPE[layout.dtype]
+    # As whole numbers of that size: numpy has no bfloat16.
+    strides = [stride * size for stride in layout.strides]
+    array: np.ndarray[Any, Any] = np.ndarray(layout.shape, f"u{size}", content, 0, strides)
+    rows = array.tobytes()
+    return lambda start, size: rows[start : start + size]
+
+
 def _blocks(n_bytes: int, whole: int) -> Iterator[tuple[int, int]]:
     """Start and size of what is read of so many bytes, in whole numbers of 16 bytes each."""
     if n_bytes <= whole:
@@ -284,15 +344,15 @@ def _blocks(n_bytes: int, whole: int) -> Iterator[tuple[int, int]]:
         yield number * (n_bytes - BLOCK_BYTES) // (count - 1) // 16 * 16, BLOCK_BYTES
 
 
-def _not_finite(block: bytes | bytearray | memoryview, dtype: str) -> "np.ndarray[Any, Any]":
-    """Where in a block of numbers those are that are NaN or infinite, in bytes."""
+def _not_finite(block: bytes | bytearray | memoryview, dtype: str) -> "Places":
+    """Which of a block of numbers are NaN or infinite, from 0."""
     import numpy as np  # slow to load, and not needed for the embedded data
 
     if dtype == "bfloat16":  # numpy has none: a float32 without its last two bytes
         bad = (np.frombuffer(block, np.uint16) & 0x7F80) == 0x7F80
     else:
         bad = ~np.isfinite(np.frombuffer(block, dtype))
-    return np.flatnonzero(bad) * BYTES_OF_TYPE[dtype]
+    return np.flatnonzero(bad)
 
 
 def _npy_layout(file: BinaryIO) -> Layout | None:
@@ -308,8 +368,10 @@ def _npy_layout(file: BinaryIO) -> Layout | None:
         raise ValueError(f"found numbers of type {descr!r}, expected floats")
     if descr[0] not in "|=" and descr[0] != ("<" if sys.byteorder == "little" else ">"):
         raise ValueError(f"its bytes are in the order of another machine ({descr})")
-    row_major = not header["fortran_order"]
-    return Layout(tuple(shape), NPY_TYPES[descr[1:]], file.tell(), row_major)
+    strides = row_major_strides(shape)
+    if header["fortran_order"]:
+        strides = row_major_strides(shape[::-1])[::-1]
+    return Layout(tuple(shape), NPY_TYPES[descr[1:]], file.tell(), strides)
 
 
 def _pt_layout(file: BinaryIO) -> Layout | None:
@@ -347,13 +409,7 @@ def _pt_layout(file: BinaryIO) -> Layout | None:
             return None
         dtype = TORCH_STORAGES[storage]
         offset = start_of_entry(file, entry) + found.offset * BYTES_OF_TYPE[dtype]
-    shape = tuple(found.shape)
-    strides = [math.prod(shape[number + 1 :]) for number in range(len(shape))]
-    row_major = all(
-        length == 1 or stride == expected  # of one row, the stride says nothing
-        for length, stride, expected in zip(shape, found.stride, strides, strict=True)
-    )
-    return Layout(shape, dtype, offset, row_major)
+    return Layout(tuple(found.shape), dtype, offset, tuple(found.stride))
 
 
 class _NoTensorError(Exception):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flowjobs.config import DATA_FILE_SUFFIXES, PINNED, TrainingConfig, is_data_file
-from flowjobs.errors import DataError
+from flowjobs.errors import ConfigError, DataError
 from flowjobs.formatting import counted
 from flowjobs.nearest import did_you_mean, meant
 from flowjobs.runs.data_file import DataContent, check_file, content_of_file, shape_of_file
@@ -16,6 +16,10 @@ TOY_SETS = (
     *("8gaussians", "moons", "scurve"),
     *("8gaussians-tong", "moons-tong", "8gaussians-c2ot", "moons-c2ot"),
 )
+DIGITS_ROWS = 1797
+TOY_ROWS = 10_000  # for training, and as many others for validation and measures
+# Of a file that is not split, what is for validation.
+VAL_SHARE = 0.15
 # Before the name of a part of a run's data: of what its paths start at, and of pairs of reflow.
 SOURCE = "source "
 PAIRS = "pairs "
@@ -99,6 +103,46 @@ def row_shape(dataset: str, study: Path) -> tuple[int, ...] | None:
     return shape[1:] if shape else None
 
 
+def training_rows(dataset: str, study: Path) -> int | None:
+    """How many rows of a dataset are trained on; None where it is not known without torch.
+
+    Raises:
+        DataError: A file of it can surely not be used.
+    """
+    files = dataset_files(dataset, study)
+    if not files:
+        return DIGITS_ROWS - validation_rows(DIGITS_ROWS) if dataset == DIGITS else TOY_ROWS
+    part, file = next(iter(files.items()))
+    shape = shape_of_file(file)
+    if shape is None:
+        return None
+    return shape[0] - validation_rows(shape[0]) if part == "data" else shape[0]
+
+
+def validation_rows(n: int) -> int:
+    """How many of so many rows are for validation."""
+    return max(1, round(VAL_SHARE * n))
+
+
+def rows_per_step(batch_size: int, n: int, ranks: int) -> int:
+    """How many rows a step takes, of all ranks together.
+
+    Args:
+        batch_size: What is asked for. Of fewer rows than a batch, an epoch would have no step.
+        n: Rows of the training data.
+        ranks: How many processes share a batch.
+
+    Raises:
+        ConfigError: They cannot share it equally.
+    """
+    rows = min(batch_size, n)
+    if rows % ranks:
+        raise ConfigError(
+            f"--batch-size: {rows} rows per step cannot be shared equally by {ranks} ranks"
+        )
+    return rows
+
+
 def check_data(dataset: str, study: Path, option: str = "--dataset") -> None:
     """Raise a DataError for data that can surely not be trained on. Takes a second at most.
 
@@ -132,6 +176,16 @@ def check_shapes(
         raise DataError(
             f"{train_file} has rows of shape {train_shape}, {val_file} of shape {val_shape}: "
             "both must be of one shape"
+        )
+
+
+def check_source(
+    source: str, shape: tuple[int, ...] | None, of_data: tuple[int, ...] | None
+) -> None:
+    """Raise a DataError where rows of `--source` are surely of another shape than the data."""
+    if None not in (shape, of_data) and shape != of_data:
+        raise DataError(
+            f"--source {source} has rows of shape {shape}, expected {of_data}, as the data have"
         )
 
 

@@ -24,6 +24,11 @@ def hint(command: str, *words: str, study: Path | None = None) -> str:
     return shlex.join([*_flowjobs(), command, *words])
 
 
+def program(name: str) -> str:
+    """How a program of this environment is called from a shell here (`wandb`)."""
+    return shlex.join(_called(name, Path(sys.executable).with_name(name)))
+
+
 def _default_here() -> Path | None:
     """The default study; None where the working directory is gone, or called as none can be."""
     try:
@@ -33,19 +38,24 @@ def _default_here() -> Path | None:
 
 
 def _flowjobs() -> list[str]:
-    """How this flowjobs is called from here: the environment need not be activated."""
+    """How this flowjobs is called from here."""
     script = Path(sys.argv[0])
     if not (script.name == "flowjobs" and script.is_file()):  # started as python -m flowjobs
         script = Path(sys.executable).with_name("flowjobs")
-    on_path = shutil.which("flowjobs")
+    return _called("flowjobs", script)
+
+
+def _called(name: str, script: Path) -> list[str]:
+    """How a program is called from here: the environment need not be activated."""
+    on_path = shutil.which(name)
     if on_path and script.is_file() and os.path.samefile(on_path, script):
-        return ["flowjobs"]
+        return [name]
     if os.access(script, os.X_OK):
-        return [_program(script)]
-    return [_program(Path(sys.executable)), "-m", "flowjobs"]
+        return [_path_to(script)]
+    return [_path_to(Path(sys.executable)), "-m", name]
 
 
-def _program(path: Path) -> str:
+def _path_to(path: Path) -> str:
     shown = _from_here(path)
     return shown if "/" in shown else f"./{shown}"  # else a shell would look on PATH
 

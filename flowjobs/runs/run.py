@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowjobs.config import (
+    BUILT_IN_ARCHS,
     DATA_FIELDS,
     NOT_IN_SIGNATURE,
     PINNED,
@@ -310,6 +311,17 @@ class Run(Submittable):
                 f"begin anew: {removal}"
             )
 
+    def check_model(self, asked: TrainingConfig) -> None:
+        """Raise a RunMismatchError if it was trained in Python with another model than `--arch`."""
+        model = self.status().model
+        # One of the user's own may be its script's, under another name.
+        if model and self.started() and asked.arch_path in BUILT_IN_ARCHS:
+            raise RunMismatchError(
+                f"{self.name} was trained in Python with {model}, and a job would build --arch "
+                f"{asked.arch}: train it on in Python, FlowTrainer(…, name={self.name!r}), or give "
+                "the run of a job another --name"
+            )
+
     def _moved_by_rm(self) -> Path | None:
         """Its checkpoints, where a removal was killed between them and the record."""
         mark = f"{REMOVED}{self.name}-"
@@ -458,15 +470,9 @@ class Run(Submittable):
             epochs=max(found.training.epochs, asked.training.epochs),
             patience=max(found.training.patience, asked.training.patience),
         )
-<<<<<<< HEAD
-        if not settled:
-            length = asked.training
-        elif note := explain_extension(
+        if note := explain_extension(
             self.name, found.training, length, self.status(), self.metrics_file
         ):
-=======
-        if note := explain_extension(self.name, found.training, length, self.status()):
->>>>>>> fc1
             notes.append(note)
         for key, own in (("epochs", length.epochs), ("patience", length.patience)):
             fewer = getattr(asked.training, key)

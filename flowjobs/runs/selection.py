@@ -14,7 +14,7 @@ from typing import Any
 from flowjobs.config import FILE_FIELDS, PARTS, PINNED, SIZE_FIELDS, value_in_name
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.field_values import literal_or_text
-from flowjobs.nearest import did_you_mean, meant
+from flowjobs.nearest import LIST_AT_MOST, did_you_mean, meant
 from flowjobs.runs.run import Run, absolute, may_be_run, run_names
 
 # What is no field of a config and selects all the same.
@@ -224,12 +224,13 @@ class _Lookup:
 
     def _nothing_named(self, word: str) -> RunNotFoundError:
         groups = {config["group"] for config in self._configs.values() if config}
-        near = meant(word, self.names, "runs")
-        others = [f"; sweeps: {', '.join(sweeps)}" if (sweeps := sweep_names(self._study)) else ""]
-        others += [f"; groups: {', '.join(sorted(groups))}" if groups else ""]
-        return RunNotFoundError(
-            f"no run, sweep or group {word} in {self._study}: {near}{''.join(others)}"
-        )
+        text = f"no run, sweep or group {word} in {self._study}: {meant(word, self.names, 'runs')}"
+        for what, there in {"sweeps": sweep_names(self._study), "groups": sorted(groups)}.items():
+            if len(there) > LIST_AT_MOST:
+                text += f"; {meant(word, there, what)}"
+            elif there:
+                text += f"; {what}: {', '.join(there)}"
+        return RunNotFoundError(text)
 
     def _check_field(self, field: str, runs: Sequence[Run]) -> None:
         known = {SWEEP, *(key.name for cls in PARTS.values() for key in dataclasses.fields(cls))}

@@ -5,7 +5,6 @@ repeated mostly looks at those. Slurm is asked about all of the others together.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,9 @@ from flowjobs.jobs.dead_jobs import DeadJob, Finding, UnknownJob, final_outcome,
 from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
 from flowjobs.jobs.run_stages import Stage
 from flowjobs.jobs.snapshot import CodePlan
+from flowjobs.models.size import checkpoint_bytes_of
 from flowjobs.runs.code import code_of
-from flowjobs.runs.datasets import same_file
+from flowjobs.runs.datasets import row_shape, same_file
 from flowjobs.runs.files import read_json
 from flowjobs.runs.newest_job import ended_for_good
 from flowjobs.runs.run import Run, has_done
@@ -357,28 +357,30 @@ def _resources(slurm: SlurmConfig, runs: int, what: str) -> str:
     return f"{words} = {runs * gpus * hours:.3g} GPU hours a start" if gpus else f"{words} a start"
 
 
-def checkpoint_bytes(
-    members: Sequence[Member], starting: Sequence[Member]
-) -> tuple[int, int] | None:
-    """What the checkpoints of runs that are started will take, and what is free, in bytes.
+def checkpoint_bytes(members: Sequence[Member], starting: Sequence[Member]) -> int | None:
+    """About what the checkpoints of runs that are started will take, in bytes.
 
     Returns:
-        None if no run of the same model among `members` has any yet.
+        None if no run of the same model among `members` has any yet, and no model's size is known.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int | None] = {}
     for member in members:
         model = _model(member)
         if model not in sizes and member.stage == "finished":
             files = [file for file in member.run.saved_files() if file.exists()]
             sizes[model] = sum(file.stat().st_size for file in files)
-    wanted = [sizes.get(_model(member)) for member in starting if member.stage == "new"]
+    new = [member for member in starting if member.stage == "new"]
+    for member in new:
+        if (model := _model(member)) not in sizes:
+            training = member.config.training
+            shape = row_shape(training.dataset, member.run.study)
+            sizes[model] = checkpoint_bytes_of(training, shape)
+    wanted = [sizes[_model(member)] for member in new]
     known = [size for size in wanted if size]
-    if not known:
-        return None
-    free = shutil.disk_usage(members[0].run.study).free
-    return sum(known) * len(wanted) // len(known), free
+    return sum(known) * len(wanted) // len(known) if known else None
 
 
 def _model(member: Member) -> str:
     training = member.config.training
-    return json.dumps([training.arch_path, training.model_args], sort_keys=True)
+    found = [training.arch_path, training.model_args, training.dataset]
+    return json.dumps(found, sort_keys=True)

@@ -15,6 +15,7 @@ from flowjobs.config import RestartConfig, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
 from flowjobs.nearest import meant
+from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import Pack
 from flowjobs.sweeps.plan import CHECKPOINTS_GONE, GPU_MEMORY, Member
 from flowjobs.toml_values import typed_value
@@ -75,8 +76,8 @@ def _cause(kind: str, members: Sequence[Member]) -> Cause:
             return Cause(kind, members, options, f"--with {advice}")
         case _ if kind == CHECKPOINTS_GONE:
             advice = (
-                "restore last.pt or best.pt of each (from a backup), or remove them (flowjobs rm) "
-                "and submit anew"
+                "restore last.pt or best.pt of each (from a backup), or remove them "
+                f"({hint('rm', '...', study=members[0].run.study)}) and submit anew"
             )
             return Cause(kind, members, (CHECKPOINTS,), advice)
         case "diverged":  # its steps are the same ones again

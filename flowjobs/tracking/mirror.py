@@ -24,6 +24,7 @@ from typing import cast
 
 from flowjobs.errors import LockHeldError, ServerError
 from flowjobs.runs.files import append_line
+from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import MetricsReader, Row, read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import EXIT_PREEMPTED, Outcome
@@ -303,7 +304,8 @@ def main() -> None:
                 record.note_refusal(run, None)  # each attempt is a new try
             told = mirror.run_beside_training(parent) if role == "train" else mirror.tell()
     except LockHeldError as error:
-        logger.warning("%s; `flowjobs sync` uploads what W&B lacks", error)
+        sync = hint("sync", run.name, study=run.study)
+        logger.warning("%s; `%s` uploads what W&B lacks", error, sync)
         told = False
     # Not sys.exit: wandb's hooks there wait for servers, and would end a session that only died.
     os._exit(0 if told else EXIT_NOT_TOLD)

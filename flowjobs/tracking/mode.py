@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from flowjobs.config import TrackingConfig, WandbMode, is_server
 from flowjobs.errors import ConfigError, LoginError, ServerError
+from flowjobs.runs.hint import program
 
 # Where wandb goes without WANDB_BASE_URL: 0.31 and later, and before.
 DEFAULT_HOSTS = ["api.forge.coreweave.com", "api.wandb.ai"]
@@ -50,7 +51,8 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
         return "online", "there is a login"
     if not is_here(server):
         return "offline", f"no login for {server} here: {_to_log_in(server)}"
-    return "offline", "no login here: `wandb login` or WANDB_API_KEY would make it online"
+    log_in = f"`{program('wandb')} login`"
+    return "offline", f"no login here: {log_in} or WANDB_API_KEY would make it online"
 
 
 def has_login(server: str) -> bool:
@@ -83,14 +85,15 @@ def check_login(server: str) -> None:
 
 
 def _to_log_in(server: str) -> str:
+    wandb = program("wandb")
     if is_here(server):
         return (
-            "run `wandb login` once on this machine, or set WANDB_API_KEY (and WANDB_BASE_URL for "
-            "a server of your own)"
+            f"run `{wandb} login` once on this machine, or set WANDB_API_KEY (and WANDB_BASE_URL "
+            "for a server of your own)"
         )
     return (
-        f"run `wandb login --host {server}` once on this machine, or set WANDB_BASE_URL={server} "
-        "and its WANDB_API_KEY"
+        f"run `{wandb} login --host {server}` once on this machine, or set "
+        f"WANDB_BASE_URL={server} and its WANDB_API_KEY"
     )
 
 

@@ -26,7 +26,7 @@ from flowjobs.errors import ConfigError, ServerError
 from flowjobs.from_json import from_json
 from flowjobs.runs.file_lock import locked
 from flowjobs.runs.files import read_json, write_json
-from flowjobs.runs.hint import hint
+from flowjobs.runs.hint import hint, program
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
@@ -271,8 +271,8 @@ def refusal_of(error: Exception, run: Run) -> Refusal | None:
         if not has_login(server_of(tracking)):  # another node, or user, may have one
             return None
         return Refusal(
-            f"W&B refuses the login here ({said}): run `wandb login --relogin` or mend "
-            f"WANDB_API_KEY, then `{sync}`",
+            f"W&B refuses the login here ({said}): run `{program('wandb')} login --relogin` or "
+            f"mend WANDB_API_KEY, then `{sync}`",
             "login",
         )
     if PLACE.search(said):

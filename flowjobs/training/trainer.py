@@ -243,12 +243,8 @@ class Trainer:
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
                 )
-<<<<<<< HEAD
-        if note := run.create(asked, data_are_given=True):
-=======
         in_use = lock_holder(run.folder) is not None
         if note := run.create(asked, in_use=in_use, data_are_given=True):
->>>>>>> fc1
             logger.info("%s", note)
         return run
 

@@ -282,7 +282,8 @@ def test_a_model_of_another_shape_is_refused_before_training(
 
 
 def test_a_bug_gets_its_traceback(flowjobs: Command, workplace: Path) -> None:
-    (workplace / "buggy.py").write_text("import no_such_package_here\nclass Net: ...\n")
+    text = "from no_such_package_here import Module\nclass Net(Module): ...\n"
+    (workplace / "buggy.py").write_text(text)
     done = flowjobs("train", "--arch", "buggy:Net", "--wandb-mode", "disabled")
     assert done.returncode == 1
     assert "Traceback" in done.stderr

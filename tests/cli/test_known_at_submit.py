@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from flowjobs.config import RunConfig, TrainingConfig
-from flowjobs.data.dataset import write_splits
+from flowjobs.data.dataset import load_datasets, write_splits
 from flowjobs.errors import DataError
-from flowjobs.runs.datasets import check_data
+from flowjobs.models.mlp import MLP
+from flowjobs.models.size import checkpoint_bytes_of
+from flowjobs.runs.datasets import check_data, training_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.training import FlowDataset
+from flowjobs.training import FlowDataset, FlowTrainer
+from tests.conftest import Command
 
 # Imports torch where it is imported; submit must not.
 SUBMIT = """
@@ -51,12 +54,23 @@ def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("--time-mean", "0.5"), "--time-mean: found 0.5 with --time-sampling uniform, .* no use"),
         (("--dataset", "pictures.npy"), r"mlp is for vectors, .*pictures.npy .*\(3, 2, 2\)"),
         (
+            ("--dataset", "three.npy", "--source", "pictures.npy"),
+            r"--source .*pictures\.npy has rows of shape \(3, 2, 2\), expected \(3,\), as the",
+        ),
+        (
+            ("--batch-size", "65", "--gpus-per-node", "2", "--dry-run"),
+            "--batch-size: 65 rows per step cannot be shared equally by 2 ranks",
+        ),
+        (
             ("--dataset", "nan.npy"),
             r"nan\.npy: row 7 has a value that is NaN or infinite \(column ",
         ),
     ],
 )
-def test_a_mistake_submits_nothing(workplace: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_a_mistake_submits_nothing(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     (workplace / "my_models.py").write_text(
         "import torch\n"
         "class WideNet(torch.nn.Module):\n"
@@ -65,6 +79,7 @@ def test_a_mistake_submits_nothing(workplace: Path, arguments: tuple[str, ...], 
     data = np.zeros((20, 3), dtype=np.float32)
     data[7, 1] = np.nan
     np.save("nan.npy", data)
+    np.save("three.npy", np.nan_to_num(data))
     np.save("pictures.npy", np.zeros((20, 3, 2, 2), dtype=np.float32))
     done = submit(*arguments)
     assert done.returncode == 2, done.stderr
@@ -103,12 +118,39 @@ def a_late_nan(folder: Path) -> None:
     torch.save(data, folder / "mine.pt")
 
 
+def nan_column_by_column(folder: Path) -> None:
+    data = np.zeros((300, 20), dtype=np.float32)
+    data[[250, 7, 9], [0, 19, 1]] = np.nan
+    np.save(folder / "mine.npy", np.asfortranarray(data))  # as of a DataFrame
+
+
+def nan_in_a_permuted_tensor(folder: Path) -> None:
+    data = torch.zeros(300, 2, 3, 4, dtype=torch.bfloat16).permute(2, 0, 3, 1)
+    data[1, 250, 3, 0] = torch.nan
+    torch.save(data, folder / "mine.pt")
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "widths": (
         widths_that_differ,
         r"train\.pt has rows of shape \(3,\), .*val\.pt of shape \(2,\)",
     ),
     "bfloat16": (a_late_nan, "mine.pt: row 250 has a value"),
+    "column by column": (
+        nan_column_by_column,
+        r"mine.npy: row 7 has a value .* \(column 19\); 3 rows have one$",
+    ),
+    "permuted": (
+        nan_in_a_permuted_tensor,
+        rf"mine.pt: row 1 has a value .* \(column {250 * 4 * 2 + 3 * 2}\); no other row has one$",
+    ),
+    "columns cut short": (
+        lambda at: (
+            np.save(at / "mine.npy", np.asfortranarray(np.eye(9))),
+            os.truncate(at / "mine.npy", 300),
+        ),
+        "cut short",
+    ),
     "one row": (lambda at: torch.save(torch.zeros(1, 3), at / "mine.pt"), "1 row, expected at"),
     "a row for each part": (
         lambda at: torch.save(torch.randn(2, 3), at / "mine.pt"),
@@ -139,11 +181,18 @@ def test_data_that_cannot_be_used_are_known_without_torch(study: Path, case: str
         check_data(str(files[0]) if files else "mine", study)
 
 
+def rows_beside_nan(at: Path) -> None:
+    data = torch.randn(9, 6)
+    data[:, 5] = torch.nan
+    torch.save(data.T[:3].T, at)  # all of it is in the file
+
+
 GOOD: dict[str, Callable[[Path], object]] = {
     "torch's old format": lambda at: torch.save(
         torch.randn(9, 3), at, _use_new_zipfile_serialization=False
     ),
     "a part of a tensor": lambda at: torch.save(torch.randn(9, 6)[2:, ::2], at),
+    "a part without its NaN": rows_beside_nan,
     "a parameter": lambda at: torch.save(torch.nn.Parameter(torch.randn(9, 3)), at),
 }
 
@@ -153,3 +202,53 @@ def test_data_that_can_be_used_are_not_refused(study: Path, tmp_path: Path, case
     GOOD[case](tmp_path / "mine.pt")
     check_data(str(tmp_path / "mine.pt"), study)
     assert FlowDataset(tmp_path / "mine.pt").dim == 3
+
+
+@pytest.mark.parametrize("dataset", ["digits", "moons", "split", "rows.npy"])
+def test_the_rows_that_train_are_known_at_submit(study: Path, dataset: str) -> None:
+    write_splits(FlowDataset(torch.randn(40, 2)), study, {"split": 20})
+    np.save("rows.npy", np.random.default_rng(0).random((50, 3)))
+    for _ in range(2):  # before and after an embedded one is written
+        known = training_rows(dataset, study)
+        assert known == len(load_datasets(dataset, study)[0])
+
+
+def test_a_sweep_knows_whether_ranks_can_share_a_batch(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, flowjobs: Command
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    sweep = ("sweep", "--cluster", "local", "--gpus-per-node", "2", "--name", "s", "--dry-run")
+    assert flowjobs(*sweep, "--batch-size", "64", "66").returncode == 0
+    done = flowjobs(*sweep, "--batch-size", "64", "65")
+    assert (done.returncode, "65 rows per step cannot be shared" in done.stderr) == (2, True)
+
+
+def test_a_run_of_a_notebooks_model_is_no_jobs(study: Path, flowjobs: Command) -> None:
+    run = Run(study, "mine")
+    run.create(RunConfig(TrainingConfig(epochs=2)))
+    RunStatus("preempted", epochs=2, model="__main__:Net").write(run.status_file)
+    run.last.touch()
+    for command in (("resume", "mine"), ("submit", "--name", "mine"), ("train", "--name", "mine")):
+        done = flowjobs(*command, *(("--cluster", "local") * (command[0] != "train")))
+        said = "mine was trained in Python with __main__:Net, and a job would build --arch mlp"
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert run.submissions() == []
+
+
+def test_what_wide_models_take_on_disk_is_said_before(
+    workplace: Path, study: Path, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = r"^disk +about {} of checkpoints; \S+ .B are free$"
+    wide = ("--cluster", "local", "--width", "1024", "--dry-run")
+    shown = flowjobs("submit", *wide).stdout
+    assert re.search(said.format(r"4\d\d MB"), shown, re.MULTILINE)
+    assert "disk" not in flowjobs("submit", *wide, "--width", "64").stdout
+    sweep = flowjobs("sweep", *wide, "--seed", "0", "1", "--name", "s").stdout
+    assert re.search(said.format(r"9\d\d MB"), sweep, re.MULTILINE)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    config = TrainingConfig(epochs=1, width=256, evaluate=False)
+    rows = FlowDataset(torch.randn(64, 8))
+    FlowTrainer(MLP(8, 256), config, rows, rows, device="cpu", name="one").train()
+    expected = checkpoint_bytes_of(config, (8,))
+    assert expected is not None
+    assert 4 * Run(study, "one").best.stat().st_size == pytest.approx(expected, rel=0.1)

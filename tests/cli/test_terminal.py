@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.config import RunConfig
+from flowjobs.config import RunConfig, TrackingConfig
 from flowjobs.errors import RunInterrupted
 from flowjobs.runs.attempt import Attempt
-from flowjobs.runs.hint import hint
+from flowjobs.runs.hint import hint, program
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.status import JobInfo, Outcome
+from flowjobs.tracking.mode import resolve_mode
 from tests.conftest import Command
 from tests.report.made_up import made_run
 
@@ -121,6 +122,20 @@ def test_status_breaks_no_word(workplace: Path, study: Path, columns: int) -> No
     assert "val/loss" in values
 
 
+@pytest.mark.parametrize("command", ["status", "status a b", "show a"])
+def test_why_a_run_failed_is_broken_at_words(study: Path, command: str) -> None:
+    words = [f"reason-{number}" for number in range(30)]
+    for name in "ab":
+        run = made_run(study, [1.0], name=name, group="some")
+        status = run.status()
+        status.record_outcome(Outcome("failed", 1, " ".join(words), kind="exception"))
+        status.write(run.status_file)
+    shown = shown_in_terminal(80, *command.split()).splitlines()
+    lines = [line for line in shown if "reason-" in line]
+    assert max(map(len, lines)) <= 80
+    assert " ".join(words) in " ".join(map(str.strip, lines))
+
+
 def test_groups_keep_their_names_and_whole_words(workplace: Path, study: Path) -> None:
     for number in range(3):
         made_run(study, [1.0] * (3 - number), name=f"run-{number}", group="learning-rates")
@@ -176,6 +191,9 @@ def test_hints_work_as_they_stand(
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert f"folder {folder}" in done.stdout
     assert hint("status", "a") == f"{scripts}/flowjobs status a"
+    assert program("wandb") == f"{scripts}/wandb"
+    assert f"`{scripts}/wandb login`" in resolve_mode(TrackingConfig())[1]
+    assert f"{scripts}/flowjobs submit --help" in after_a_mistake()
     assert shlex.split(hint("status", "a", study=other))[-1] == "it's another"
     # Another flowjobs on PATH is not ours; ours is called by its name.
     (workplace / "bin").mkdir()
@@ -184,6 +202,15 @@ def test_hints_work_as_they_stand(
     assert hint("status", "a") == f"{scripts}/flowjobs status a"
     monkeypatch.setenv("PATH", f"{scripts}:/usr/bin:/bin")
     assert hint("status", "a") == "flowjobs status a"
+    assert program("wandb") == "wandb"
+    assert " flowjobs submit --help" in after_a_mistake()
+
+
+def after_a_mistake() -> str:
+    command = [sys.executable, "-m", "flowjobs", "submit", "--lrr", "1"]
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return done.stderr
 
 
 def test_a_terminal_that_draws_nothing_gets_no_codes(study: Path) -> None:

@@ -208,3 +208,14 @@ def test_a_large_file_is_known_by_blocks_of_it(
         assert content == FlowDataset(version).content  # memory and file alike
         digests.add(content)
     assert len(digests) == len(versions)
+
+
+def test_the_order_in_the_file_is_no_part_of_what_data_are(tmp_path: Path) -> None:
+    data = torch.randn(70, 8)
+    content = FlowDataset(data).content
+    np.save(tmp_path / "columns.npy", np.asfortranarray(data.numpy()))
+    torch.save(data.T.contiguous().T, tmp_path / "columns.pt")
+    torch.save(data.bfloat16().T.contiguous().T, tmp_path / "bfloat16.pt")
+    for name in ("columns.npy", "columns.pt"):
+        assert content_of_file(tmp_path / name) == content == FlowDataset(tmp_path / name).content
+    assert content_of_file(tmp_path / "bfloat16.pt") == FlowDataset(data.bfloat16()).content

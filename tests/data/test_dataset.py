@@ -47,7 +47,9 @@ def test_a_split_larger_than_the_data_is_refused(study: Path) -> None:
 def test_a_split_of_other_rows_is_not_overwritten_by_mistake(study: Path) -> None:
     write_splits(FlowDataset(torch.zeros(100, 2)), study, {"20": 20})
     write_splits(FlowDataset(torch.zeros(100, 2)), study, {"20": 20})
-    with pytest.raises(DataError, match="holds other rows: remove it, or add --overwrite"):
+    with pytest.raises(
+        DataError, match="holds other rows: give these another --name; --overwrite repl"
+    ):
         write_splits(FlowDataset(torch.ones(100, 2)), study, {"10": 10, "20": 20})
     assert not (study / "datasets/splits/10").exists()
     write_splits(FlowDataset(torch.ones(100, 2)), study, {"20": 20}, overwrite=True)

@@ -1,12 +1,12 @@
 """A run keeps the code that it was submitted with, whatever its user edits meanwhile."""
 
 import errno
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,13 +290,37 @@ def test_a_study_that_was_moved_finds_its_code_and_a_changed_one_is_refused(
         import_from_snapshot(moved)
 
 
-def test_an_error_in_a_snapshot_names_the_file_that_a_person_edits(tmp_path: Path) -> None:
-    file = tmp_path / "study/code/0123456789abcdef/own/nets.py"
-    failing: dict[str, Callable[[], None]] = {}
-    exec(compile("def f():\n    raise ValueError(1)", str(file), "exec"), failing)
-    with pytest.raises(ValueError, match="1") as raised:
-        failing["f"]()
-    assert user_place(raised.value) == "own/nets.py, line 2, in f"
+def test_the_file_that_its_user_edits_is_named_not_its_copy(
+    study: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git("init")
+    library = tmp_path_factory.mktemp("library")
+    fails = "def f():\n    raise ValueError(1)\n"
+    write({"experiments/nets.py": f"from mylib.blocks import f as g\n{fails}"})
+    write({str(library / "mylib/blocks.py"): fails})
+    monkeypatch.chdir("experiments")  # it is submitted from here, below the repository's root
+    monkeypatch.setattr(sys, "path", [os.getcwd(), str(library), *sys.path])
+    run = Run(study, "net")
+    training = TrainingConfig(arch="nets:Net")
+    run.create(RunConfig(training))
+    plan_code(run, training).carry_out()
+    import_from_snapshot(run)
+    nets = importlib.import_module("nets")
+    places = {nets.f: "nets.py, line 3, in f", nets.g: f"{library}/mylib/blocks.py, line 2, in f"}
+    for failing, place in places.items():
+        with pytest.raises(ValueError, match="1") as raised:
+            failing()
+        assert str(raised.traceback[-1].path).startswith(str(study))
+        assert user_place(raised.value) == place
+    run.last.touch()
+    write({"nets.py": "from mylib import blocks", str(library / "mylib/blocks.py"): ""})
+    sys.path[:] = [os.getcwd(), str(library), *sys.path]
+    with pytest.raises(RunMismatchError) as refused:
+        plan_code(run, training)
+    assert f"\n  {library}/mylib/blocks.py: changed\n" in str(refused.value)
+    assert "\n  nets.py: changed\n" in str(refused.value)
+    for name in ("nets", "mylib", "mylib.blocks"):
+        del sys.modules[name]
 
 
 def test_flags_that_contradict_each_other_and_a_dry_run(flowjobs: Command, run: Run) -> None:
@@ -305,7 +329,7 @@ def test_flags_that_contradict_each_other_and_a_dry_run(flowjobs: Command, run: 
         2,
         "error: found --keep-code and --no-snapshot, expected one of them\n",
     )
-    write({"own/nets.py": "class Net: pass"})
+    write({"own/nets.py": "from torch import nn\nclass Net(nn.Module): ..."})
     dry = flowjobs("submit", "--arch", TRAINING.arch, "--name", "dry", "--dry-run")
     assert "its code is kept: 3 files of" in dry.stdout
     assert not (run.study / "code").exists()

@@ -58,6 +58,14 @@ except ImportError:
     Either = None
 
 Alias = functools.partial(WideNet, width=3)
+
+def make(dim): return WideNet(dim)
+
+@functools.cache
+def made(dim): ...
+
+class Config:
+    width = 64
 """
 
 
@@ -73,6 +81,7 @@ def package(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "class Block:\n    pass\nclass Base:\n    def __init__(self, dim, groups=1): ...\n"
     )
     (folder / "broken.py").write_text("class Net(:\n")
+    (folder / "many.py").write_text("\n".join(f"class X{n}: ..." for n in range(70)))
     (folder / "lazy.py").write_text("def __getattr__(name): ...\n")
     (folder / "attached.py").write_text(
         "import lazy_loader as lazy\n"
@@ -102,6 +111,7 @@ def check(arch: str, **arguments: object) -> None:
         ("mlp", {"dim": 3}, "multiple values for argument 'dim'"),
         ("my_models.nets:WidNet", {}, "nets.py has no WidNet; did you mean WideNet?"),
         ("my_models.blocks:Net", {}, "blocks.py has no Net; its classes: Block, Base"),
+        ("my_models.many:Y", {}, "its classes: X0, X1, X2, X3, X4, X5 and 64 more$"),
         ("my_models.netz:WideNet", {}, "no module netz in .*my_models"),
         ("my_models.broken:Net", {}, r"broken\.py:1: invalid syntax"),
         ("my_models.nets:WideNet", {"deph": 3}, "did you mean depth.*width: int = 64, .*depth=3"),
@@ -111,6 +121,8 @@ def check(arch: str, **arguments: object) -> None:
         ("my_models.nets:FromElsewhere", {"group": 3}, "did you mean groups"),
         ("my_models.nets:NeedsRank", {}, "missing a required argument: 'rank'"),
         ("my_models.nets:Timeless", {}, r"Timeless: its forward takes \(x\), expected .* \(x, t\)"),
+        ("my_models.nets:make", {}, "make is a function, expected a subclass of torch.nn.Module"),
+        ("my_models.nets:Config", {}, "Config is not a subclass of torch.nn.Module"),
         ("my_models.nets:NoDim", {}, r"takes no argument that the data's width could be"),
     ],
 )
@@ -126,7 +138,7 @@ def test_a_mistake_that_the_source_shows(
     [
         *(
             f"my_models.nets:{name}"
-            for name in ("Open", "Decorated", "New", "Unknown", "Either", "Alias")
+            for name in ("Open", "Decorated", "New", "Unknown", "Either", "Alias", "made")
         ),
         *(f"my_models.{name}:Net" for name in ("lazy", "attached", "borrowed")),
         "my_models.star:Block",

@@ -12,16 +12,17 @@ import torch
 from flowjobs.config import TrainingConfig
 from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.source import NormalSource
-from flowjobs.data.toy import POINTS, toy_set
+from flowjobs.data.toy import toy_set
 from flowjobs.evaluation.evaluate import Scope, evaluate
 from flowjobs.evaluation.solver import Solver
 from flowjobs.evaluation.trained import TrainedModel
+from flowjobs.runs.datasets import TOY_ROWS
 from flowjobs.training import FlowTrainer
 from tests.papers.networks import VelocityNet
 
 SEEDS = range(5)
 EPOCHS, BATCH, SIGMA = 50, 256, 0.1
-STEPS = EPOCHS * (POINTS // BATCH)
+STEPS = EPOCHS * (TOY_ROWS // BATCH)
 CPU = torch.device("cpu")
 MEASURES = ("wasserstein2", "npe")
 
@@ -81,7 +82,7 @@ def test_both_loops_end_at_the_same_measures(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     points = toy_set("moons")
-    data = FlowDataset(points[:POINTS]), FlowDataset(points[POINTS:])
+    data = FlowDataset(points[:TOY_ROWS]), FlowDataset(points[TOY_ROWS:])
     scope = Scope(n=2000, repeats=1, with_c2st=False, solver=Solver("euler", 100), euler_steps=())
     stats = {"mean": torch.zeros(2), "std": torch.ones(2)}
     found: dict[str, dict[str, list[float]]] = {}

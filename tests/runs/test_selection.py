@@ -105,6 +105,21 @@ def test_words_that_mean_nothing(
         select(grid, words)
 
 
+def test_of_many_sweeps_and_groups_only_those_nearby_are_named(grid: Path) -> None:
+    for number in range(70):
+        (grid / f"sweeps/lr{number}.runs").write_text("mlp-icfm-s1\n")
+        training = TrainingConfig(group=f"night{number}")
+        Run(grid, f"of-group-{number}").create(RunConfig(training))
+    with pytest.raises(RunNotFoundError) as far:
+        select(grid, ["zzz"])
+    assert str(far.value).endswith(
+        "there are 77 runs, none of that name or nearly so; there are 72 sweeps, none of that name "
+        "or nearly so; there are 72 groups, none of that name or nearly so"
+    )
+    with pytest.raises(RunNotFoundError, match=r"did you mean lr7.*\(there are 72 sweeps\)"):
+        select(grid, ["lr7x"])
+
+
 def test_what_cannot_be_read_is_neither_meant_nor_forgotten(grid: Path) -> None:
     torn = Run(grid, "mlp-icfm-s0")
     torn.config_file.write_text('{"training": {"flow": "ic')

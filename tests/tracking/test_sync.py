@@ -23,6 +23,7 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
 from flowjobs.errors import RunInterrupted, TrackingError
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.files import write_json
+from flowjobs.runs.hint import program
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus
@@ -494,12 +495,12 @@ def test_a_wrong_key_and_no_key_say_what_to_do(
     done = flowjobs("sync")
     assert done.returncode == 2
     assert "W&B refuses the login here" in done.stderr
-    assert "run `wandb login --relogin` or mend WANDB_API_KEY" in done.stderr
+    assert "wandb login --relogin` or mend WANDB_API_KEY" in done.stderr
     assert "sync again" not in done.stderr
     monkeypatch.delenv("WANDB_API_KEY")
     done = flowjobs("sync")
     assert done.returncode == 2
-    assert f"no login for W&B at {backend.url}: run `wandb login` once" in done.stderr
+    assert f"no login for W&B at {backend.url}: run `{program('wandb')} login` once" in done.stderr
     assert backend.runs() == []
 
 
@@ -589,7 +590,8 @@ def test_the_server_is_the_one_that_the_run_was_submitted_with(
         monkeypatch.setenv(name, value)
     assert close_session(run)
     alone, all_runs = flowjobs("sync", run.name), flowjobs("sync")
-    refused = f"no login for W&B at {backend.url}: run `wandb login --host {backend.url}` once"
+    log_in = f"`{program('wandb')} login --host {backend.url}`"
+    refused = f"no login for W&B at {backend.url}: run {log_in} once"
     assert (alone.returncode, refused in alone.stderr) == (2, True), alone.stderr
     assert (all_runs.returncode, refused in all_runs.stderr) == (2, True), all_runs.stderr
     assert flowjobs("sync", other.name).stdout == f"{other.name}: not tracked\n"

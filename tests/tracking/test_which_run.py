@@ -259,7 +259,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
         ((403, "permission denied"), "see whether you may write to flow-matching-study there"),
         ((404, "project not found"), "see whether you may write to flow-matching-study there"),
         ((404, "entity a-lab not found"), "or mend what it names in"),
-        ((401, "user is not logged in"), "run `wandb login --relogin`"),
+        ((401, "user is not logged in"), "wandb login --relogin`"),
     ],
 )
 def test_what_wandb_refuses_is_said_once_with_what_to_do(
