@@ -145,7 +145,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
             if _jobs_noted(run) != known and (busy := running_job(run)):
                 print(f"{run.name} already has {busy}; nothing was submitted")
                 return 0
-            attempts_before = len(run.status().attempts)
+            attempts_before = len(run.status().attempts) if run.exists() else 0
             with run.undone_if_refused():
                 job = self._submit(run, config, code, cluster, why)
         if not job or cluster == "debug" or not self._follows(cluster):

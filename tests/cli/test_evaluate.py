@@ -47,7 +47,7 @@ def test_a_run_is_evaluated_at_its_end_and_when_asked(
     found = json.loads(run.evaluation_file.read_text())
     assert (found["n"], found["repeats"], found["step"]) == (256, 2, 23)
     of = found["measures"]["sliced_wasserstein"]
-    assert f"sliced wasserstein {of['value']:.3f} ({of['floor']:.3f})" in done.stdout
+    assert f"wasserstein {of['value']:.3f} (real data {of['floor']:.3f})" in done.stdout
 
     options = ("-n", "60", "--repeats", "1", "--steps", "5")
     done = flowjobs("evaluate", "a", "--json", *options)

@@ -241,7 +241,7 @@ def test_watching_ends_with_a_word_where_it_stays_unknown_what_runs(
     assert said.endswith("flowjobs status 'a*' --watch looks again"), said
 
 
-def test_a_watching_sync_says_once_what_cannot_be_read_and_looks_again(
+def test_a_watching_sync_says_what_cannot_be_read_when_that_is_new_and_looks_again(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
@@ -264,9 +264,10 @@ def test_a_watching_sync_says_once_what_cannot_be_read_and_looks_again(
     monkeypatch.setattr(time, "sleep", between)
     assert run_command(["sync", "--watch"]) == 0
     assert len(looks) == 6
-    broken, away = capsys.readouterr().err.splitlines()
+    broken, away, again = capsys.readouterr().err.splitlines()
     assert broken.startswith(f"error: a: {run.config_file} ")
     assert away.startswith(f"error: {study}/runs is a link to {study}/nowhere, which is not there")
+    assert again == broken  # it had been out of sight
     with pytest.raises(RunNotFoundError):  # at the first look it is a mistake
         run_command(["sync", "--watch", "b"])
 
