@@ -48,8 +48,11 @@ SAY_AFTER_S = 10.0
 CHUNK_BYTES = 8 * 1024**2
 # A smaller file is read into memory; of a larger one rows are read when they are asked for.
 LARGE_BYTES = 64 * 1024**2
-# A column varies in hardly any row where one is this far out: of two values, in one of 256.
-RARE_DEVIATIONS = 16
+# A column varies in hardly any row where one is so far out (of two values, in one of 256), and
+# nearly all have one value: of long tails (a price, a count) every row is far from the others.
+RARE_DEVIATIONS, RARE_SHARE = 16, 1 / 16
+# Among so many rows, all over the file, the commonest value of such a column is found.
+SAMPLED_ROWS = 64
 
 
 class FlowDataset(Dataset[Tensor]):
@@ -194,7 +197,9 @@ def normalization_stats(dataset: FlowDataset) -> dict[str, Tensor]:
         `mean` and `std`: float64 where the data are, or where float32 would move a value by more
         than a ten-thousandth of its column's deviation; else float32.
     """
-    columns = _Columns(dataset.dim)
+    last = len(dataset) - 1
+    spread = torch.linspace(0, last, SAMPLED_ROWS, dtype=torch.float64, device="cpu").long()
+    columns = _Columns(dataset._rows(spread).double().flatten(1).mode(dim=0).values)
     for _, rows in dataset.in_order_of_file():
         columns.add(rows.double().flatten(1))
     std = (columns.squares / columns.n).sqrt()
@@ -209,7 +214,8 @@ def normalization_stats(dataset: FlowDataset) -> dict[str, Tensor]:
     mean = torch.where(constant, columns.low, columns.mean)
     reach = torch.maximum(columns.high - mean, mean - columns.low)
     own = torch.where(constant, torch.where(mean == 0, 1.0, mean.abs()), reach / 2)
-    rare = constant | (reach > RARE_DEVIATIONS * std)
+    varies_rarely = columns.others < RARE_SHARE * columns.n
+    rare = constant | (varies_rarely & (reach > RARE_DEVIATIONS * std))
     std = torch.where(rare, torch.maximum(std, floor.minimum(own)), std)
     stats = {"mean": mean.view(dataset.shape), "std": std.view(dataset.shape)}
     if dataset.dtype == torch.float64:
@@ -258,18 +264,22 @@ class _Columns:
     """Number, mean, sum of squared deviations and range of each column, in one pass (float64).
 
     Parts are joined as by Chan et al. (https://doi.org/10.1080/00031305.1983.10483115), which keeps
-    the digits of a small deviation from a large mean.
+    the digits of a small deviation from a large mean. `others` counts the rows that have another
+    value than `common`, both of shape (dim,).
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, common: Tensor) -> None:
         self.n = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64, device="cpu")
+        self.common = common
+        self.mean = torch.zeros_like(common)
         self.squares = torch.zeros_like(self.mean)
         self.low = torch.full_like(self.mean, math.inf)
         self.high = -self.low
+        self.others = torch.zeros_like(common, dtype=torch.int64)
 
     def add(self, rows: Tensor) -> None:
         """Take in some rows, shape (m, dim)."""
+        self.others += (rows != self.common).sum(dim=0)
         low, high = torch.aminmax(rows, dim=0)
         self.low, self.high = self.low.minimum(low), self.high.maximum(high)
         mean = _sum(rows) / len(rows)

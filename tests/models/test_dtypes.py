@@ -503,10 +503,20 @@ def test_a_column_that_hardly_ever_varies_is_not_blown_up() -> None:
     data = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
     data *= torch.tensor([1e8, 1e8, 1.0])
     data[:, 2] = 0
-    data[7, 2] = 1
+    data[:3, 2] = torch.arange(1, 4)  # as in a file that is sorted
     stats = normalization_stats(FlowDataset(data))
     assert stats["std"].dtype == torch.float32
     assert abs((data - stats["mean"]) / stats["std"])[:, 2].max() < 2.1
+
+
+def test_a_column_with_long_tails_keeps_its_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowjobs.data.dataset.CHUNK_BYTES", 100 * 8 * 3)
+    normal = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
+    prices, counts = torch.exp(2 * normal[:, 1]), torch.exp(normal[:, 2])
+    counts[:16_000] = 0
+    data = torch.stack([1e6 * normal[:, 0], prices, counts], 1)
+    stats = normalization_stats(FlowDataset(data))
+    assert torch.allclose(((data - stats["mean"]) / stats["std"]).std(0), torch.ones(3), atol=0.01)
 
 
 def test_values_that_are_too_large_are_refused() -> None:
