@@ -42,7 +42,9 @@ def run_step(script_arguments: Sequence[str]) -> int:
     from flowjobs.jobs.environment import forget_submitting_job, is_batch_script
 
     forget_submitting_job()
-    own = is_batch_script()
+    by_line = script_arguments[:1] == ["--lines-of"]
+    given = script_arguments[1:] if by_line else script_arguments  # to sbatch, after the script
+    own = is_batch_script(given)
     if own:
         os.environ[JOB_OF_RUN] = os.environ["SLURM_JOB_ID"]
     elif job_id := os.environ.get("SLURM_JOB_ID"):
@@ -51,8 +53,6 @@ def run_step(script_arguments: Sequence[str]) -> int:
             "cancelled for the run: with sbatch the script gets a job of its own",
             file=sys.stderr,
         )
-    by_line = script_arguments[:1] == ["--lines-of"]
-    given = script_arguments[1:] if by_line else script_arguments  # to sbatch, after the script
     if run := _run_so_far(given, by_line=by_line):
         command = ["flowjobs.jobs", str(run.folder)]
     else:

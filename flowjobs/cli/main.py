@@ -14,7 +14,7 @@ from flowjobs import __version__
 from flowjobs.cli.commands import COMMANDS, command_of
 from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults, load_defaults
 from flowjobs.cli.output import Output, lasting_outputs
-from flowjobs.cli.parser import read_command_line
+from flowjobs.cli.parser import ParserExit, read_command_line
 from flowjobs.errors import ConfigError, FlowjobsError, UserCodeExitError
 from flowjobs.nearest import did_you_mean
 from flowjobs.runs.files import FILE_SERVER_IS_AWAY
@@ -65,8 +65,8 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
             code: Any
             try:
                 code = command()
-            except SystemExit as ended:  # after --help, or what is no command line
-                if user_place(ended, installed=False):
+            except SystemExit as ended:
+                if not isinstance(ended, ParserExit) and user_place(ended, installed=False):
                     raise UserCodeExitError(ended) from ended
                 code = ended.code
             sys.stdout.flush()

@@ -37,8 +37,16 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 DEFAULT_IN_WORDS = re.compile(r"[;,] default: ([^;]+?)\.(?= |$)")
 
 
+class ParserExit(SystemExit):
+    """The arguments were no command, or asked for help; what there is to say is printed."""
+
+
 def read_command_line(command: Any, prog: str, arguments: Sequence[str], **options: Any) -> Any:
-    """The command with its arguments in place. Exits where they are no command, or ask for help."""
+    """The command with its arguments in place.
+
+    Raises:
+        ParserExit: They are no command, or ask for help.
+    """
     shown, errors = _Captured(), _Captured()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
@@ -54,6 +62,8 @@ def read_command_line(command: Any, prog: str, arguments: Sequence[str], **optio
                 registry=_registry(),
                 **options,
             )
+    except SystemExit as ended:
+        raise ParserExit(ended.code) from None
     finally:
         if text := shown.getvalue():
             print(_wrapped(text), end="")

@@ -20,6 +20,7 @@ STATE = "state="
 SHOWN_AS = {
     "preempted": ("to resume",),
     "interrupted": ("to resume",),
+    "stopped": ("to resume", "new"),
     "submitted": ("waiting",),
 }
 

@@ -168,7 +168,9 @@ def _newest_job(run: Run, status: RunStatus, entries: Sequence[Submission]) -> J
         return attempt.job
     entry = entries[-1]
     host = entry.host or "its node"
-    return JobInfo(entry.cluster, entry.job_id, entry.log, host, pid=0, process=entry.process)
+    continues = bool(entry.continues)  # else each restart would count as its user's wish
+    start = (entry.cluster, entry.job_id, entry.log, host)
+    return JobInfo(*start, pid=0, continues=continues, process=entry.process)
 
 
 def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer) -> Finding | None:

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,20 +183,33 @@ def _submitit_environment() -> JobEnvironment | None:
     return None
 
 
-def is_batch_script() -> bool:
-    """Whether this process is the batch script of its job, or was started by that itself.
+def is_batch_script(arguments: Sequence[str]) -> bool:
+    """Whether this process is the batch script of its job, or does its work.
 
     sbatch/*.sh may as well be run with bash in a terminal of a notebook, or under srun. The
     variables do not tell: a job that is submitted from inside a step inherits that one's.
+
+    Args:
+        arguments: Those of sbatch/*.sh. A batch script that got the same has us started by another
+            program (`conda run`, `timeout`); a notebook's got others, or none.
     """
     task = os.environ.get("SLURM_TASK_PID", "")
-    if task not in (str(os.getpid()), str(os.getppid())):
+    has_the_same = bool(arguments) and _arguments_of(task)[-len(arguments) :] == [*arguments]
+    if task not in (str(os.getpid()), str(os.getppid())) and not has_the_same:
         return False
     try:
         slurmstepd = Path(f"/proc/{parent_of(int(task))}/cmdline").read_text(errors="replace")
     except OSError:
         return True  # hidden from users (hidepid): no other step is known to have started it
     return re.search(r"slurmstepd: \[\S+\.(?!batch\])", slurmstepd) is None
+
+
+def _arguments_of(pid: str) -> list[str]:
+    try:
+        command = Path(f"/proc/{int(pid)}/cmdline").read_text(errors="surrogateescape")
+    except (OSError, ValueError):
+        return []
+    return command.split("\0")[:-1]
 
 
 def batch_script_job(run: Submittable) -> JobInfo:

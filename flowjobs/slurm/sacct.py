@@ -85,7 +85,10 @@ def accounting(submitted_at: Mapping[str, float]) -> list[JobRow] | None:
 
 def submit_line(job_id: str) -> str:
     """The command that a job was submitted by, its words as they are; empty if nobody says."""
-    answer = run_command("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "SubmitLine")
+    # Asked by a job that may be killed any moment, of what it can do without.
+    answer = run_command(
+        *("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "SubmitLine"), timeout_s=5.0
+    )
     lines = [line for line in answer.stdout.splitlines() if "sbatch " in line]
     return lines[-1] if answer.returncode == 0 and lines else ""
 

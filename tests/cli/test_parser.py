@@ -2,11 +2,12 @@
 
 import dataclasses
 import shlex
+import sys
 from typing import Any
 
 import pytest
 
-from flowjobs.cli.main import parse
+from flowjobs.cli.main import main, parse
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,16 @@ def test_the_values_of_an_option_that_is_given_twice_are_joined(twice: str, once
         return dataclasses.asdict(parse(shlex.split(line))[0])
 
     assert values(twice) == values(once)
+
+
+def test_what_the_parser_exits_with_is_no_users_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As where tyro lies in a folder of the user's own (pip install --target).
+    module = sys.modules["flowjobs.cli.main"]
+    monkeypatch.setattr(module, "user_place", lambda *_, **__: "deps/tyro.py, line 1")
+    for arguments, code in ((["submit", "--help"], 0), (["submit", "--epohcs", "3"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == code
 
 
 def test_the_value_of_an_option_of_sbatch_is_as_it_is_typed() -> None:

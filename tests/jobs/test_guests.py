@@ -77,16 +77,18 @@ def test_a_batch_script_is_told_from_what_runs_in_its_job(
     slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_STEP_ID", "0")  # as it is submitted from a shell of srun's
-    code = "from flowjobs.jobs.environment import is_batch_script; print(is_batch_script())"
+    code = "import sys; from flowjobs.jobs.environment import is_batch_script"
+    code += "; print(is_batch_script(sys.argv[1:]))"
     ask = f"{sys.executable} -c '{code}'"
     in_shell = shlex.join(("bash", "-c", f"{ask}; exec {ask}"))
-    lines = (ask, in_shell, f"srun {in_shell}", f"exec {ask}")
+    lines = (ask, in_shell, f"srun {in_shell}", f'timeout 600 {ask} "$@"', f"exec {ask}")
     Path("job.sh").write_text("#!/bin/bash\n" + "\n".join(lines))
-    job_id = slurm.submit("--output=said", "--error=/dev/null", "job.sh")
+    job_id = slurm.submit("--output=said", "--error=/dev/null", "job.sh", "--flow", "icfm")
     assert slurm.wait_state(job_id, {"COMPLETED", "FAILED"}) == "COMPLETED"
     own = [word == "True" for word in Path("said").read_text().split()]
-    # The script's child, that one's own child, and what takes its place; the same in a step.
-    assert own == [True, False, True, False, False, True]
+    # The script's child, that one's own child, and what takes its place; the same in a step; what
+    # another program starts with the script's arguments; and what takes the place of the script.
+    assert own == [True, False, True, False, False, True, True]
 
 
 def test_only_a_batch_script_of_a_run_says_how_its_step_ended(

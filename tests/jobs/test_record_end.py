@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,16 @@ def test_a_process_elsewhere_that_is_gone_is_unknown_and_no_longer_said_to_run(r
             os.utime(file, (0, 0))
     assert isinstance(find_dead_jobs([run])[run], UnknownJob)
     assert run.status().state == "running"
+
+
+def test_a_restart_that_never_began_is_not_taken_for_its_users_wish(run: Run) -> None:
+    """Else restarts that come to nothing would not be counted, and go on for ever."""
+    gone = {"host": socket.gethostname(), "process": "another boot"}
+    for continues in (None, "999999998"):
+        run.add_submission("999999999", "local", None, continues=continues, identity=gone)
+        dead = find_dead_jobs([run])[run]
+        assert isinstance(dead, DeadJob)
+        assert dead.job.started_by_user is (continues is None)
 
 
 def test_a_job_by_hand_that_was_refused_says_nothing_of_the_run(run: Run) -> None:
