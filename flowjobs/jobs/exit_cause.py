@@ -29,6 +29,7 @@ from flowjobs.runs.status import (
 )
 from flowjobs.slurm.controller import JobRow
 from flowjobs.slurm.jobs import JobAnswer, Known, ask_one
+from flowjobs.user_code import user_place
 
 # The kind of what ended since srun could start nothing.
 NOT_LAUNCHED = "launch failed"
@@ -280,7 +281,9 @@ def _own_transient_kind(error: BaseException) -> str | None:
         return "out of memory"
     if isinstance(error, CheckpointWriteError):
         return "file system"
-    if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
+    of_a_socket = isinstance(error, ConnectionError) and not error.filename
+    of_users_socket = of_a_socket and user_place(error, installed=False) is not None
+    if isinstance(error, OSError) and error.errno in FILE_SYSTEM and not of_users_socket:
         return "file system"
     text = str(error)
     if isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(text):

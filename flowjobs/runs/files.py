@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -19,24 +20,13 @@ FILES_AT_ONCE = 16
 AWAY_AT_MOST_S = 60.0
 # What NFS, Lustre (108 as it evicts a client) and others say as their server is away or comes back.
 FILE_SERVER_IS_AWAY = frozenset(
-    {
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        errno.ENOTCONN,
-        errno.EREMOTEIO,
-        errno.EHOSTDOWN,
-        errno.ESHUTDOWN,
-        errno.ECONNRESET,
-        errno.ECONNREFUSED,
-        errno.ECONNABORTED,
-        errno.EHOSTUNREACH,
-        errno.ENETDOWN,
-        errno.ENETUNREACH,
-        errno.ENETRESET,
-        errno.ECOMM,
-        errno.ENOLINK,
-        errno.ENODEV,
-    }
+    getattr(errno, name)
+    for name in (
+        *("ESTALE", "ETIMEDOUT", "EREMOTEIO", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET"),
+        *("ENETUNREACH", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "ENOTCONN", "ESHUTDOWN"),
+        *("ECOMM", "ENOLINK", "ENODEV"),
+    )
+    if hasattr(errno, name)  # some are Linux's own
 )
 
 
@@ -45,7 +35,7 @@ def replaced_whole(path: Path, *, flush: bool = True, mode: int = 0o666) -> Iter
     """Open a new file that takes `path`'s place when the block ends without an exception.
 
     The bytes are flushed to the disk before the rename and the folder after it, so that a power
-    loss leaves the old file or the new one. The name is unique to the process: two writers
+    loss leaves the old file or the new one. The name is unique to the thread: two writers
     cannot mix their bytes.
 
     Args:
@@ -54,7 +44,8 @@ def replaced_whole(path: Path, *, flush: bool = True, mode: int = 0o666) -> Iter
             but a power loss may leave an empty one.
         mode: Who may read it, before the umask.
     """
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    writer = f"{os.uname().nodename}-{os.getpid()}-{threading.get_native_id()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         # The mode from the first byte on: after a chmod it would have been readable for a moment.
         # And "+": a checkpoint is read back before it takes its name.

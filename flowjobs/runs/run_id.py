@@ -171,6 +171,8 @@ def is_same_folder(recorded: str, folder: Path) -> bool:
         there, here = (_file(each).stat() for each in (Path(recorded), folder))
     except OSError:
         return False
+    if there.st_nlink > 1:
+        return False  # a copy that was made of hard links (`cp -al`) has the very file
     return (there.st_ctime_ns, there.st_mtime_ns) == (here.st_ctime_ns, here.st_mtime_ns)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from flowjobs.errors import RunTakenOverError
-from flowjobs.runs.files import warn_once
 from flowjobs.runs.run import Run
 from flowjobs.tracking import record
 from flowjobs.tracking.mode import ResolvedMode, resolve_mode
@@ -58,6 +57,7 @@ class WandbTracker:
         self._run = run
         self._mode = mode
         self._connected: bool | None = None
+        self._warned = False
         self._session: record.Session | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
         self._changing = threading.Lock()
@@ -134,4 +134,6 @@ class WandbTracker:
         try:
             yield
         except Exception as error:  # of any kind: tracking never stops training
-            warn_once(f"W&B gets nothing of this attempt for now: {error}")
+            if not self._warned:
+                self._warned = True
+                logger.warning("W&B gets nothing of this attempt for now: %s", error)

@@ -160,9 +160,9 @@ class CheckpointSaver:
         self._collect()
 
     def close_after_error(self) -> None:
-        """Wait for the write under way, but not for long: the error is to be told."""
+        """Wait for the write under way, but not for one that hangs: the error is to be told."""
         try:
-            self._collect(WAIT_AFTER_ERROR_S)
+            self._collect(WAIT_AFTER_ERROR_S + self._size / SLOWEST_BYTES_PER_S)
         except CheckpointWriteError as error:
             logger.error("%s", error)
 

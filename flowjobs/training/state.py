@@ -31,6 +31,9 @@ from flowjobs.training.schedule import get_cosine_schedule_with_warmup
 logger = logging.getLogger(__name__)
 
 
+INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
 class TrainState:
     """Weights, average, optimizer, schedule and counters of a run.
 
@@ -145,6 +148,8 @@ class TrainState:
             stats=self._stats,
         )
         payload["unvalidated"] = self.unvalidated
+        if self._types_may_differ:
+            payload["types_may_differ"] = True
         payload["data"] = {part: asdict(content) for part, content in self._data.items()}
         return payload
 
@@ -308,6 +313,7 @@ class TrainState:
     def _note_types(self, payload: Payload, path: Path) -> None:
         """Warn of a checkpoint from before `check_before_save` looked at types, and let it be."""
         types = _types(payload["model_state_dict"])
+        self._types_may_differ = "types_may_differ" in payload
         if difference := _difference(types, self._types_as_built):
             self._types_may_differ = True
             logger.warning(
@@ -367,14 +373,13 @@ def _shapes(weights: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _types(weights: Mapping[str, Any]) -> dict[str, str]:
-    return _of_each(
-        weights,
-        lambda tensor: (
-            str(tensor.dtype)
-            if tensor.layout is torch.strided
-            else f"{tensor.dtype} {tensor.layout}"
-        ),
-    )
+    def told(tensor: Tensor) -> str:
+        if tensor.layout is not torch.strided:
+            return f"{tensor.dtype} {tensor.layout}"
+        # Of integers none is rounded: a count may become wider as another is added.
+        return "an integer type" if tensor.dtype in INTEGERS else str(tensor.dtype)
+
+    return _of_each(weights, told)
 
 
 def _of_each(weights: Mapping[str, Any], told: Callable[[Tensor], str]) -> dict[str, str]:

@@ -146,6 +146,12 @@ def test_only_what_may_pass_is_worth_another_try(error: Exception, kind: str | N
     assert exit_cause.transient_kind(error) == kind
 
 
+def test_a_connection_that_the_users_code_did_not_get_is_an_exception_of_it() -> None:
+    with pytest.raises(ConnectionRefusedError) as refused:  # this test is the user's code
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    assert exit_cause.transient_kind(refused.value) is None
+
+
 def test_the_node_to_leave_out_is_the_one_whose_process_died_first(tmp_path: Path) -> None:
     log = tmp_path / "12_0_log.out"
     run, job = Run(tmp_path, "a"), JobInfo("slurm", "12", str(log), "n1", 1)

@@ -133,6 +133,14 @@ def test_a_folder_that_is_mounted_twice_is_one_run(
     assert sorted({*run.folder.iterdir()} - {*files}) == []
 
 
+def test_a_copy_of_hard_links_has_none_of_the_jobs(study: Path) -> None:
+    run = make(study)
+    run.add_submission("1", "slurm", None)
+    copied = study.with_name("copied")
+    shutil.copytree(study, copied, copy_function=os.link)
+    assert list(Run(copied, "a").submissions()) == []
+
+
 def test_where_the_original_cannot_be_looked_at_the_id_is_kept(
     study: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
