@@ -10,6 +10,14 @@ from flowjobs.errors import ConfigError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
+# What gloo and NCCL pass on, both.
+BETWEEN_RANKS = frozenset(
+    {
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
+        *(torch.complex128, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
+    }
+)
+
 
 def input_dtype(model: nn.Module) -> torch.dtype:
     """What a model is given x and t in: float64 where all its weights are, else float32."""
@@ -43,6 +51,19 @@ def checked_velocity(model: Velocity, dtype: torch.dtype, name: str) -> Velocity
         return found.float()
 
     return velocity
+
+
+def check_types_of_ranks(model: nn.Module) -> None:
+    """Raise a ConfigError for weights and buffers that ranks cannot pass to one another."""
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        dense = tensor.layout is torch.strided
+        if not dense or tensor.dtype not in BETWEEN_RANKS:
+            raise ConfigError(
+                f"--arch {type(model).__name__}: {key} is of type "
+                f"{_word(tensor.dtype if dense else tensor.layout)}, which several ranks cannot "
+                "pass to one another: keep it in a type that they can (float32, int64), with "
+                "register_buffer(…) of the dense values, or train on one GPU"
+            )
 
 
 def check_weights(model: nn.Module) -> None:

@@ -42,6 +42,7 @@ from flowjobs.models.velocity import (
     check_leaves,
     check_new_model,
     check_parameters,
+    check_types_of_ranks,
     check_weights,
     checked_velocity,
     frozen_in_evaluation,
@@ -618,6 +619,7 @@ class Trainer:
                     "orders, as where the constructor makes them of a set: let it use a list "
                     "(sorted(…))"
                 )
+            check_types_of_ranks(model)
             # Looking for unused parameters also keeps DDP from regrouping the gradients after
             # the first step: a resumed run would sum them in another order than a whole one.
             model = DistributedDataParallel(model, find_unused_parameters=True)

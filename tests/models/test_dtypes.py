@@ -25,6 +25,7 @@ from flowjobs.errors import ConfigError, DataError, RunInterrupted, TrainingDive
 from flowjobs.evaluation.measures import sliced_wasserstein
 from flowjobs.evaluation.sampling import sample
 from flowjobs.models.flops import flops_per_sample
+from flowjobs.models.velocity import check_types_of_ranks
 from flowjobs.runs.run import Run
 from flowjobs.training import EMAModel, FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
@@ -507,6 +508,20 @@ def test_a_column_that_hardly_ever_varies_is_not_blown_up() -> None:
     stats = normalization_stats(FlowDataset(data))
     assert stats["std"].dtype == torch.float32
     assert abs((data - stats["mean"]) / stats["std"])[:, 2].max() < 2.1
+
+
+@pytest.mark.parametrize(
+    ("buffer", "said"),
+    [
+        (torch.eye(3).to_sparse(), "table is of type sparse_coo, which several ranks cannot"),
+        (torch.arange(3, dtype=torch.int16), "table is of type int16"),
+        (torch.ones(3).to(torch.float8_e4m3fn), "table is of type float8_e4m3fn"),
+    ],
+)
+def test_what_ranks_cannot_pass_to_one_another_is_refused(buffer: Tensor, said: str) -> None:
+    check_types_of_ranks(net(lambda model: model.register_buffer("mask", torch.ones(3) > 0)))
+    with pytest.raises(ConfigError, match=said):
+        check_types_of_ranks(net(lambda model: model.register_buffer("table", buffer)))
 
 
 def test_a_column_with_long_tails_keeps_its_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
