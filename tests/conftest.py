@@ -61,7 +61,7 @@ def study(workplace: Path) -> Path:
 def flowjobs() -> Command:
     """Runs `python -m flowjobs …` as a person would, in the working directory."""
 
-    def run(*arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, timeout_s: float = 1800) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "flowjobs", *arguments],
             capture_output=True,

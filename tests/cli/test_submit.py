@@ -226,7 +226,7 @@ def test_debug_runs_in_the_process_and_stops_in_the_debugger(workplace: Path) ->
         input="p lost\nq\n",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert "(Pdb) 42" in done.stdout
@@ -268,7 +268,7 @@ def test_every_command_finds_the_study_of_the_config_file(
     assert flowjobs("logs", "mlp-icfm-digits-none").returncode == 0
 
 
-def wait_for(condition: object, timeout_s: float = 120) -> None:
+def wait_for(condition: object, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "waited too long"

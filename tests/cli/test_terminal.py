@@ -162,7 +162,9 @@ def test_another_program_reads_whole_names(
         assert (name in row, "step" in head.split()) == (True, True)
     shown = flowjobs("status", name).stdout
     assert "steps 0 to 46, running" in shown
-    assert re.search(r"attempt 1: \S+ \S+ UTC for 0:00:\d\d, debug job 1234567 on elsewhere", shown)
+    assert re.search(
+        r"attempt 1: \S+ \S+ UTC for \d+:\d\d:\d\d, debug job 1234567 on elsewhere", shown
+    )
 
 
 def test_ctrl_c_is_no_preemption(flowjobs: Command, study: Path) -> None:

@@ -38,7 +38,7 @@ class CommandError(ClusterError):
         self.stderr = stderr
 
 
-def run_client(slurm_conf: Path, command: tuple[str, ...], timeout_s: float = 30) -> str:
+def run_client(slurm_conf: Path, command: tuple[str, ...], timeout_s: float = 120) -> str:
     """Runs a client command and returns what it printed.
 
     Raises:

@@ -56,6 +56,7 @@ def test_a_guest_saves_and_leaves_and_its_host_lives_on(
         monkeypatch.setenv(name, value)
     wrapped = ("--wrap", f"bash -c {shlex.quote(notebook)}")
     what = wrapped if command[0] == "sbatch" else ("bash", "-c", notebook)
+    Path("control").write_text("await 10")
     with subprocess.Popen([*command, "--job-name=notebook", *what]) as process:
         job_id = wait_until(lambda: slurm.run("squeue", "-h", "-o", "%A").strip(), "a job", 120)
         job = Disturbed(run, job_id, slurm)

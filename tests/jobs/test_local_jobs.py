@@ -59,6 +59,7 @@ def test_a_time_limit_starts_the_job_again_at_once(run: Run, whole: Run) -> None
     run.cancel_file.symlink_to(run.cancel_file)
     os.kill(status_of(run).attempts[-1].job.pid, signal.SIGUSR2)
     wait_for(run, "preempted")
+    Path("control").write_text("await 0")  # the next start, too
     run.cancel_file.unlink()
     wait_until(lambda: len(status_of(run).attempts) == 2, "the next start", 60)
     os.kill(status_of(run).attempts[-1].job.pid, signal.SIGUSR2)

@@ -88,7 +88,7 @@ def test_a_holder_that_stays_in_completing_is_waited_for_and_the_run_has_not_fai
         wait_until(
             lambda: slurm.job(job.job_id)["Restarts"] != "0", "the requeue", 120, job.explain
         )
-        assert re.search(rf"waited \d s for slurm job {holder} .* has not ended yet", job.logs())
+        assert re.search(rf"waited \d+ s for slurm job {holder} .* has not ended yet", job.logs())
         assert job.attempts() == []
         assert job.status().state == "submitted"
     job.wait_for_state("finished")

@@ -44,6 +44,7 @@ def kill_with_its_batch_shell(job: Disturbed) -> None:
     """Kills all of a job that could say a word; the batch script's last lines die too."""
     # Another cluster of the tests may have a job of this id, too.
     own = f"SLURM_JOB_ID={job.job_id}\0", f"SLURM_CONF={job.slurm.env['SLURM_CONF']}\0"
+    scripts = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (process / "cmdline").read_text()
@@ -51,8 +52,11 @@ def kill_with_its_batch_shell(job: Disturbed) -> None:
             is_script = "slurm_script" in command or "flowjobs.cli.batch_script" in command
             environment = (process / "environ").read_text()
             if is_script and all(variable in environment for variable in own):
-                os.kill(int(process.name), signal.SIGKILL)
-    job.kill(signal.SIGKILL)
+                os.kill(int(process.name), signal.SIGSTOP)
+                scripts.append(int(process.name))
+    job.kill(signal.SIGKILL)  # before Slurm sees the end of its script, and tells it to leave
+    for pid in scripts:
+        os.kill(pid, signal.SIGKILL)
     job.slurm.wait_state(job.job_id, "FAILED", 120)
     wait_until(
         lambda: [row["State"] for row in job.slurm.accounting(job.job_id)] == ["FAILED"],
@@ -140,7 +144,7 @@ def reconcile_from_cron(job: Disturbed) -> subprocess.CompletedProcess[str]:
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

@@ -70,7 +70,7 @@ def in_browser(page: Path, *options: str) -> str:
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent}/browser"]
     done = subprocess.run(
-        [*command, *options, page.as_uri()], capture_output=True, text=True, check=True, timeout=120
+        [*command, *options, page.as_uri()], capture_output=True, text=True, check=True, timeout=600
     )
     return done.stdout
 

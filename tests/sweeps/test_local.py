@@ -110,7 +110,8 @@ def test_an_error_of_the_file_system_at_one_run_ends_neither_the_sweep_nor_anoth
     assert [next(sweep), next(sweep)] == [None, None]
     (workplace / "b").replace(runs[1].jobs_file)
     monkeypatch.setattr("flowjobs.sweeps.local.AWAY_AT_MOST_S", 0.0)
-    unknown, ended = filter(None, sweep)
+    events = {event.run: event for event in filter(None, sweep)}
+    unknown, ended = events[runs[2]], events[runs[1]]
     assert (unknown.run, unknown.what) == (runs[2], "unknown")
     assert "whether it still trains cannot be read ([Errno 40]" in unknown.why
     wait_until(runs[2].finished, "the run that is unknown to end", 60)

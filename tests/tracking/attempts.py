@@ -89,7 +89,7 @@ def start(run: Run, last_step: int, pace_s: float = 0.0) -> subprocess.Popen[str
     )
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 180) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 600) -> tuple[int, str]:
     """Wait for an attempt. Returns its exit code and what it said."""
     _, said = process.communicate(timeout=timeout_s)
     return process.returncode, said
@@ -103,7 +103,7 @@ def children(pid: int) -> list[int]:
 
 def mirror_and_core(trainer: int, but: int | None = None) -> tuple[int, int]:
     """The processes that mirror an attempt: ours (not `but`) and wandb's own. Waits for both."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         # A process may be gone between two looks at it.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -124,7 +124,7 @@ def kill(*pids: int, with_signal: signal.Signals = signal.SIGKILL) -> None:
             continue
 
 
-def wait_for_rows(run: Run, count: int, timeout_s: float = 120) -> None:
+def wait_for_rows(run: Run, count: int, timeout_s: float = 600) -> None:
     """Wait until `metrics.jsonl` has so many rows."""
     deadline = time.monotonic() + timeout_s
     while len(list(read_rows(run.metrics_file))) < count:

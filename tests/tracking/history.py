@@ -48,7 +48,7 @@ def has_picture(row: attempts.Row) -> bool:
 
 def wait_until_open(run: Run, backend: Backend | None) -> None:
     """Wait until the session has begun where it goes."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (session_files(run) if backend is None else backend.runs()):
         assert time.monotonic() < deadline, "no session began"
         time.sleep(0.05)

@@ -20,7 +20,11 @@ run.define_metric("loss", summary="min")
 
 def client(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", INIT + code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", INIT + code],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
 
 
@@ -71,7 +75,7 @@ def test_what_came_while_it_was_down_arrives_later(backend: Backend) -> None:
         stdin=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not backend.runs() and time.monotonic() < deadline:
         time.sleep(0.05)
     backend.go_down()

@@ -172,7 +172,7 @@ def test_the_last_row_of_a_run_that_is_killed_at_its_picture_is_there(
     attempts.wait_for_rows(run, 20)
     attempts.kill(process.pid)
     attempts.finish(process)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while Path(f"/proc/{mirror}").exists():
         assert time.monotonic() < deadline, "the mirror goes on without its parent"
         time.sleep(0.05)

@@ -65,7 +65,7 @@ def rows_written(run: Run) -> int:
     return sum(1 for _ in read_rows(run.metrics_file))
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 600) -> None:
     give_up_at = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up_at
@@ -111,7 +111,7 @@ def test_a_finished_run_is_on_the_server_as_if_it_had_been_online(
     monkeypatch.setenv("TMPDIR", str(temporary))
     attempt(run, 100)
     there = sync(run, backend)
-    wait_for(lambda: not list(temporary.iterdir()), 10)  # wandb's own process ends a moment later
+    wait_for(lambda: not list(temporary.iterdir()))  # wandb's own process ends a moment later
     assert_equal_histories(run, there)
     assert [row["step"] for row in there.rows] == list(range(1, 101))
     assert (there.state, there.exit_code) == ("finished", 0)
@@ -191,7 +191,6 @@ def test_files_that_cannot_be_uploaded_do_not_keep_rows_and_state(
 ) -> None:
     # The store of files is another server, which a firewall may not let through.
     backend.files_at = "http://127.0.0.1:1"
-    monkeypatch.setattr("flowjobs.tracking.process.UPLOAD_BASE_S", 20)
     Image.new("RGB", (4, 4)).save(run.samples_picture)
     attempt(run, 30)
     there = sync(run, backend)
@@ -346,7 +345,7 @@ def test_a_sync_killed_at_any_time_and_repeated_gives_each_step_once(
                 time.sleep(chance.uniform(0.8, 4))
                 kill(process)
     with start_sync(study) as process:
-        assert process.communicate(timeout=60)[1] == ""
+        assert process.communicate(timeout=600)[1] == ""
     assert process.returncode == 0
     for each in (run, other):
         there = backend.run(each.tracking_id())
@@ -363,7 +362,7 @@ def test_a_terminal_sees_that_a_run_is_uploaded(study: Path, run: Run, backend: 
         with contextlib.suppress(OSError):  # so a terminal says that nobody writes any more
             while piece := os.read(terminal, 4096):
                 said += piece
-        assert process.communicate(timeout=60)[0] == "tracked: 100 rows uploaded, verified\n"
+        assert process.communicate(timeout=600)[0] == "tracked: 100 rows uploaded, verified\n"
     os.close(terminal)
     assert b"uploading tracked" in said
 
@@ -371,7 +370,7 @@ def test_a_terminal_sees_that_a_run_is_uploaded(study: Path, run: Run, backend: 
 def test_two_syncs_at_once_upload_once(study: Path, run: Run, backend: Backend) -> None:
     attempt(run, 100)
     with slow(backend, 0.2), start_sync(study) as first, start_sync(study) as second:
-        outputs = [each.communicate(timeout=60) for each in (first, second)]
+        outputs = [each.communicate(timeout=600) for each in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0)
     assert sorted(said for said, _ in outputs) == [
         "tracked: 100 rows uploaded, verified\n",
@@ -428,7 +427,7 @@ def test_a_server_that_fails_for_a_while_costs_no_row(
         backend.fail_with = 500
         time.sleep(4)
         backend.fail_with = None
-        assert process.communicate(timeout=100)[1] == ""
+        assert process.communicate(timeout=600)[1] == ""
     assert process.returncode == 0
     assert_equal_histories(run, backend.run(run.tracking_id()))
 

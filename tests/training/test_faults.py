@@ -199,5 +199,5 @@ def die_at_each(folder: Path, hard_links: bool) -> None:
 def test_death_at_any_file_operation_leaves_a_good_state(tmp_path: Path, hard_links: bool) -> None:
     log = tmp_path / "log"
     process = warm_process.start(die_at_each, tmp_path, hard_links, log=log)
-    process.join(200)
+    process.join()
     assert process.exitcode == 0, log.read_text()
