@@ -18,7 +18,7 @@ Slurm is up: nodes n1 to n4, each with 16 CPUs, 64 GB and 4 GPUs (none of them r
 
 Partitions, all of the same nodes:
     gpu               the default; never preempted, preempts jobs of the others for their place
-    preempt           preempted: told at once, killed 5 s later at the earliest, requeued
+    preempt           preempted: told at once, killed 20 s later at the earliest, requeued
     preempt-nograce   preempted: told and killed together, requeued
     preempt-cancel    preempted: told at once, killed later, not requeued
 

@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -95,8 +96,10 @@ class Node:
                 # once, and Slurm would believe for 15 s and more that its jobs had never stopped.
                 self.set_state("down")
             # It tries each second. What it has for other nodes that are dead is not waited for.
+            end = time.monotonic() + 30
             with contextlib.suppress(ClusterError):
-                wait_until(self._was_told_all, "slurmctld to deliver its messages", 3)
+                while not self._was_told_all() and time.monotonic() < end:
+                    time.sleep(0.05)
         self.wait_ready()
 
     def wait_ready(self) -> None:

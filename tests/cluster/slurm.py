@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -138,7 +139,8 @@ class SlurmCluster:
         if self.job(job_id)["JobState"] == "PENDING":
             # Started in the second in which its last start ended, a job is refused by the node:
             # "already killed, do not launch".
-            self.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
+            with contextlib.suppress(client.CommandError):  # it has started meanwhile
+                self.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1")
 
     def cancel_all(self, timeout_s: float = 120) -> None:
         """Kills the processes of every job, cancels it and waits until the queue is empty."""
@@ -157,7 +159,7 @@ class SlurmCluster:
     def kill_node(self, name: str) -> None:
         """The node loses power: slurmd, slurmstepd and every process of its jobs die at once.
 
-        Slurm finds out some 16 s later, or when the node is started again, or by `mark_down`.
+        Slurm finds out minutes later, or when the node is started again, or by `mark_down`.
         """
         self._services.nodes[name].kill()
 
@@ -179,9 +181,11 @@ class SlurmCluster:
     def stop_controller(self) -> None:
         """Ends slurmctld, which saves its state; nodes and jobs go on."""
         self._services.slurmctld.stop()
+        self._set_message_timeout(5)  # nobody will answer, which commands wait for
 
     def start_controller(self) -> None:
         """Starts slurmctld and waits until it answers."""
+        self._set_message_timeout(60)
         self._services.start_controller()
 
     def restart_controller(self) -> None:
@@ -202,3 +206,10 @@ class SlurmCluster:
 
     def _user_signal(self) -> bool:
         return "preempt_send_user_signal" in self.run("scontrol", "show", "config")
+
+    def _set_message_timeout(self, seconds: int) -> None:
+        settings = self._services.slurm_conf
+        line = f"MessageTimeout={seconds}"
+        new = settings.with_name("slurm.conf.new")
+        new.write_text(re.sub(r"MessageTimeout=\d+", line, settings.read_text()))
+        new.replace(settings)

@@ -69,7 +69,7 @@ def test_on_slurm_every_interruption_ends_in_the_same_bits(
     facts = found["facts"]
     assert facts["scheduler"].startswith("Slurm ")
     assert (facts["partition"], facts["preempt_mode"]) == ("preempt", "REQUEUE")
-    assert (facts["grace_s"], facts["kill_wait_s"]) == (5, 3)
+    assert (facts["grace_s"], facts["kill_wait_s"]) == (20, 20)
     assert facts["user_signal"] is facts["requeue"] is facts["accounting"] is True
     node = facts["node"]
     assert node["commands"] is node["sees_our_lock"] is node["we_see_its_lock"] is True

@@ -274,7 +274,7 @@ def test_banners_and_bytes_that_are_no_text_change_no_answer(
     assert found.fields["Comment"] == expected[0].fields["Comment"]
     assert (found.state, found.seconds_left) == ("PENDING", expected[0].seconds_left)
     assert partitions() == expected[1]
-    assert kill_wait_s() == 3
+    assert kill_wait_s() == 20
     assert cluster_name() == "flowjobs"
     done = flowjobs("status")
     assert (done.returncode, done.stderr) == (0, "")

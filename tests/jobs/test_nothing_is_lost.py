@@ -298,7 +298,7 @@ def test_flowjobs_cancel_ends_the_run_until_it_is_submitted_again(
     # Not even if Slurm is told to start the job again.
     job.slurm.wait_state(job.job_id, "CANCELLED")
     job.slurm.run("scontrol", "requeue", job.job_id)
-    wait_until(lambda: "was cancelled: submit it again" in job.logs(), "the job to refuse", 240)
+    job.hurry_while(lambda: "was cancelled: submit it again" in job.logs())
     assert job.status().state == "cancelled"
     assert_in_wandb(job.run, "preempted", 130, "cancelled by flowjobs cancel")
     job.is_row("is cancelled by `flowjobs cancel`")
