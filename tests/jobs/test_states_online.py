@@ -7,7 +7,7 @@ import pytest
 from flowjobs.runs.metrics import read_rows
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
-from tests.jobs.disturbed import OPTIONS, Disturbed, Start
+from tests.jobs.disturbed import DEADLINE_S, OPTIONS, Disturbed, Start, tell_if_late
 from tests.tracking.backend import Backend, RunOnServer
 from tests.tracking.conftest import backend
 from tests.tracking.history import on_server, without_picture
@@ -19,12 +19,13 @@ ONLINE = ("--wandb-mode", "online")
 
 def wait_for_state(job: Disturbed, backend: Backend, state: str) -> RunOnServer:
     """The run on the server, once it is in this state."""
-    wait_until(
-        lambda: on_server(job.run, backend).state == state,
-        f"W&B to say {state}",
-        30,
-        lambda: str(on_server(job.run, backend)),
-    )
+
+    def says_so() -> bool:
+        tell_if_late(job.run)
+        return on_server(job.run, backend).state == state
+
+    said = f"W&B to say {state}"
+    wait_until(says_so, said, DEADLINE_S, lambda: str(on_server(job.run, backend)))
     return on_server(job.run, backend)
 
 
