@@ -45,8 +45,6 @@ class SlowModel(nn.Module):
         while (told := self._told()) == "hold" or self._awaits_signal(told):
             time.sleep(0.1)
         match told:
-            case "slow":
-                time.sleep(1)
             case "raise":
                 raise ValueError("the model was told to fail")
             case "file system":

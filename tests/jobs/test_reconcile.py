@@ -86,8 +86,9 @@ def test_a_job_that_is_gone_with_its_batch_shell_is_closed_once(
 
 @pytest.mark.long
 def test_a_job_that_slurm_kills_at_its_limit_says_so(start: Start, flowjobs: Command) -> None:
-    job = start("--timeout-min", "1", "--give-up-after", "1")
-    deadline = time.monotonic() + 180
+    job = start("--timeout-min", "60", "--give-up-after", "1")
+    job.limit(2)
+    deadline = time.monotonic() + 600
     while job.slurm.job(job.job_id)["JobState"] in ("RUNNING", "COMPLETING"):
         assert time.monotonic() < deadline, job.explain()
         for _ in range(1000):  # Slurm wakes what it tells to end; it must hear nothing
