@@ -1,5 +1,6 @@
 """A signal in the middle of a real run: it saves at a step boundary and goes on from there."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -89,23 +90,46 @@ def test_handlers_that_a_persons_module_sets_lose_no_signal() -> None:
 
 
 def test_a_signal_in_any_phase_loses_no_step_and_never_kills(study: Path) -> None:
-    # As a batch script starts it: blocked signals wait until there are handlers.
-    guard = ["env", "--block-signal=TERM", "--block-signal=USR2"]
     command = [sys.executable, "-m", "flowjobs", "train", "--wandb-mode", "offline"]
     command += ["--arch-args", "width=32", "depth=1", "dropout=0.1", "--epochs", "12"]
     run = Run(study, "interrupted")
-    # The command line, the imports, the start of W&B, the first steps, validation and saves.
-    for delay_s in (0.1, 0.4, 0.9, 1.5, 2.2):
-        process = subprocess.Popen(
-            [*guard, *command, "--name", run.name],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        time.sleep(delay_s)
-        os.killpg(process.pid, signal.SIGTERM)
-        os.killpg(process.pid, signal.SIGUSR2)
+
+    def reached() -> tuple[int, int]:
+        return len(run.status().attempts), len(list(read_rows(run.metrics_file)))
+
+    def is_in(phase: str, attempts: int, rows: int) -> bool:
+        """Whether a start is there, before which there were so many attempts and rows."""
+        newest = run.status().attempts[attempts:]
+        match phase:
+            case "imports":
+                return bool(newest)
+            case "first steps":
+                return bool(newest) and newest[0].first_step is not None
+            case "validation and saves":
+                return reached()[1] > rows + 3
+        return True
+
+    for phase in ("command line", "imports", "first steps", "validation and saves"):
+        attempts, rows = reached()
+        # As a batch script starts it: blocked signals wait until there are handlers.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
+        try:
+            process = subprocess.Popen(
+                [*command, "--name", run.name],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        deadline = time.monotonic() + 600
+        while not is_in(phase, attempts, rows) and process.poll() is None:
+            assert time.monotonic() < deadline, phase
+            time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGUSR2)
         said, _ = process.communicate(timeout=600)
         assert process.returncode in (75, 0), said
         assert "Traceback" not in said
