@@ -23,6 +23,7 @@ from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 from tests.jobs import disturbed
 from tests.jobs.disturbed import (
+    DEADLINE_S,
     OPTIONS,
     REPOSITORY,
     Disturbed,
@@ -310,7 +311,8 @@ def test_cancelled_while_it_waits_to_start_again_it_does_not(
 ) -> None:
     job = start()
     job.slurm.run("scontrol", "requeue", job.job_id)
-    job.wait_for_state("preempted")
+    # Not hurried: it is not to start yet.
+    wait_until(lambda: job.status().state == "preempted", "it to leave", DEADLINE_S, job.explain)
     job.slurm.wait_state(job.job_id, "PENDING", 240)
     job.slurm.run("scancel", job.job_id)
     before = contents(job.run.folder)
@@ -335,7 +337,8 @@ def test_cancelled_as_it_starts_again_it_is_cancelled(
 ) -> None:
     job = start()
     job.slurm.run("scontrol", "requeue", job.job_id)
-    job.wait_for_state("preempted")
+    # Not hurried: it is not to start yet.
+    wait_until(lambda: job.status().state == "preempted", "it to leave", DEADLINE_S, job.explain)
     job.tell("hold")  # the first step of the next start takes longer than Slurm waits
     job.slurm.hurry(job.job_id, 60)
     if moment == "imports":
