@@ -14,6 +14,9 @@ from flowjobs.slurm.submission import CLOCKS_S
 # What is tried where the time that one query may be about is limited (MaxQueryTimeRange).
 RANGES_D = (math.inf, 90, 30, 7, 1)
 
+# Asked by a job that may be killed any moment, of what it can do without.
+SUBMIT_LINE_WITHIN_S = 5.0
+
 
 def accounting_answers() -> bool:
     """Whether there is accounting, so that it can be asked how a job ended."""
@@ -85,10 +88,8 @@ def accounting(submitted_at: Mapping[str, float]) -> list[JobRow] | None:
 
 def submit_line(job_id: str) -> str:
     """The command that a job was submitted by, its words as they are; empty if nobody says."""
-    # Asked by a job that may be killed any moment, of what it can do without.
-    answer = run_command(
-        *("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "SubmitLine"), timeout_s=5.0
-    )
+    ask = ("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "SubmitLine")
+    answer = run_command(*ask, timeout_s=SUBMIT_LINE_WITHIN_S)
     lines = [line for line in answer.stdout.splitlines() if "sbatch " in line]
     return lines[-1] if answer.returncode == 0 and lines else ""
 

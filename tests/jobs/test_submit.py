@@ -35,6 +35,7 @@ from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, State, now
+from flowjobs.slurm import sacct
 from flowjobs.slurm.options import CONTINUES
 from flowjobs.slurm.sacct import submit_line
 from flowjobs.sweeps.plan import stages
@@ -109,9 +110,11 @@ def test_a_job_by_hand_that_is_submitted_again_keeps_its_options(
     slurm: SlurmCluster,
     site: Callable[[str, str], None],
     study: Path,
+    monkeypatch: pytest.MonkeyPatch,
     options: tuple[str, ...],
     gone: str,
 ) -> None:
+    monkeypatch.setattr(sacct, "SUBMIT_LINE_WITHIN_S", 600.0)
     site("sbatch", 'echo "$@" >> commands; $real --hold "$@"')
     run = Run(study, "a")
     run.create(RunConfig(TrainingConfig(epochs=1)))
