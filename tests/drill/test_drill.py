@@ -45,7 +45,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drill(flowjobs: Command, *options: str) -> tuple[int, dict[str, Any]]:
-    done = flowjobs("drill", "--json", *options, timeout_s=800)
+    done = flowjobs("drill", "--json", *options, timeout_s=3500)
     assert done.returncode in (0, 1), done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return done.returncode, found
@@ -96,7 +96,7 @@ def test_where_requeuing_is_forbidden_it_says_that_runs_get_new_jobs(
 @pytest.mark.long
 def test_on_this_machine_it_drills_the_local_executor(flowjobs: Command, study: Path) -> None:
     what = ("--flow", "otcfm", "--arch", "unet", "--aug", "mixup")
-    done = flowjobs("drill", *LOCAL, *what, *STEPS, timeout_s=800)
+    done = flowjobs("drill", *LOCAL, *what, *STEPS, timeout_s=3500)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(
         r"^ (.*?)  +(SIG\w+)  +(.*?)  +\d+ .* yes +$", done.stdout, flags=re.MULTILINE
@@ -169,8 +169,10 @@ def test_a_run_that_ends_before_it_is_interrupted_fails_the_drill(flowjobs: Comm
 def test_what_ends_it_leaves_no_jobs_behind(
     slurm: SlurmCluster, study: Path, number: signal.Signals
 ) -> None:
+    patient = "from flowjobs.drill import run; run.CANCEL_WAIT_S = 600.0"
+    command = "from flowjobs.cli import main; main(['drill'])"
     process = subprocess.Popen(
-        [sys.executable, "-m", "flowjobs", "drill"],
+        [sys.executable, "-c", f"{patient}; {command}"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -183,7 +185,7 @@ def test_what_ends_it_leaves_no_jobs_behind(
     lines = said.splitlines()
     assert lines[0] == "submitting"
     assert [line.partition(" ")[0] for line in lines[1:-2]] == ["undisturbed"] * (len(lines) - 3)
-    assert lines[-2:] == ["ending the drill's jobs, up to 60 s", "cancelled the drill's jobs"]
+    assert lines[-2:] == ["ending the drill's jobs, up to 600 s", "cancelled the drill's jobs"]
     assert slurm.run("squeue", "-h") == ""
 
 
