@@ -38,7 +38,7 @@ def _kill(slurm: SlurmCluster, daemon: str) -> None:
     wait_until(lambda: slurm.daemons()[daemon] is None, f"{daemon} to die", 60)
 
 
-def _wait_text(path: Path, text: str, timeout_s: float = 90) -> None:
+def _wait_text(path: Path, text: str, timeout_s: float = 600) -> None:
     end = time.monotonic() + timeout_s
     while not (path.exists() and text in path.read_text()):
         assert time.monotonic() < end, f"no {text} in {path}"
@@ -47,7 +47,7 @@ def _wait_text(path: Path, text: str, timeout_s: float = 90) -> None:
 
 def _last_state(slurm: SlurmCluster, job: str, index: int) -> str:
     """sacct's state of one start of a job, once it says so: its rows come seconds late."""
-    end = time.monotonic() + 90
+    end = time.monotonic() + 600
     while True:
         states = [row["State"] for row in slurm.accounting(job)]
         if index < len(states) and states[index] not in ("PENDING", "RUNNING"):
@@ -141,13 +141,18 @@ def test_killed_node_is_found_out_or_marked(slurm: SlurmCluster, tmp_path: Path)
 
 
 def test_job_survives_the_death_of_slurmd(slurm: SlurmCluster, tmp_path: Path) -> None:
-    command = "sleep 1; echo one; sleep 1; echo two"
+    dead, back = tmp_path / "dead", tmp_path / "back"
+    wait = "until [ -e {} ]; do sleep 0.1; done"
+    command = f"echo begun; {wait.format(dead)}; echo one; {wait.format(back)}; echo two"
     job = _start(slurm, tmp_path, "-w", "n3", command=command)
+    _wait_text(tmp_path / f"{job}.out", "begun")
     slurm.kill_slurmd("n3")
+    dead.touch()
     _wait_text(tmp_path / f"{job}.out", "one")
     slurm.start_node("n3")
+    back.touch()
     slurm.wait_state(job, "COMPLETED")
-    assert (tmp_path / f"{job}.out").read_text().split() == ["one", "two"]
+    assert (tmp_path / f"{job}.out").read_text().split() == ["begun", "one", "two"]
 
 
 def test_job_survives_a_restart_of_the_controller(slurm: SlurmCluster, tmp_path: Path) -> None:

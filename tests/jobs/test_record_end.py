@@ -230,7 +230,7 @@ def test_a_run_that_trains_lives_also_for_a_container_that_does_not_see_its_proc
 
 
 def test_cancel_ends_no_process_that_has_got_the_id_of_a_dead_one(run: Run) -> None:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as another:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) as another:
         before = replace(JobInfo.in_foreground(), pid=another.pid, process="an earlier boot:7")
         attempt = Attempt(run, before)
         attempt.__enter__()
@@ -244,7 +244,7 @@ def test_cancel_ends_no_process_that_has_got_the_id_of_a_dead_one(run: Run) -> N
 
 
 def test_cancel_ends_a_run_that_is_trained_in_the_debugger(run: Run) -> None:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) as process:
         here = replace(JobInfo.in_foreground(), cluster="debug", pid=process.pid)
         job = replace(here, process=process_mark(process.pid))
         with Attempt(run, job):

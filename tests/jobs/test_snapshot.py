@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import logging
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from flowjobs.slurm import client
 from flowjobs.tracking.page import config_for_wandb
 from flowjobs.user_code import user_place
 from tests.cluster.slurm import SlurmCluster
+from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 from tests.jobs.disturbed import (
     OPTIONS,
@@ -121,12 +123,21 @@ def test_a_slow_git_is_told_of_and_names_of_files_are_any_bytes(
     assert git_commit(Path())[1] is True
     monkeypatch.setattr(client, "SAY_AFTER_S", 0.05)
     slow = tmp_path / "git"
-    slow.write_text(f'#!/bin/sh\nsleep 0.2; exec {shutil.which("git")} "$@"\n')
+    told = tmp_path / "told"
+    wait = f'[ "$3" != ls-files ] || until [ -e {told} ]; do sleep 0.05; done'
+    slow.write_text(f'#!/bin/sh\n{wait}\nexec {shutil.which("git")} "$@"\n')
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    plan_code(run, TRAINING)
     said = f"git ls-files in {Path().absolute()} has not answered yet; waiting up to 60 s"
-    assert said in caplog.messages
+
+    def go_on(record: logging.LogRecord) -> bool:
+        if record.getMessage() == said:
+            told.touch()
+        return True
+
+    monkeypatch.setattr(client.logger, "filters", [go_on])
+    plan_code(run, TRAINING)
+    wait_until(lambda: said in caplog.messages, "its words", 60)
 
 
 def test_without_a_repository_the_module_and_its_neighbours_are_kept(run: Run) -> None:

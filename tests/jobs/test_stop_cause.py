@@ -15,7 +15,7 @@ from tests.cluster.waiting import wait_until
 
 
 def running_job(slurm: SlurmCluster) -> str:
-    ignore = "trap '' TERM; sleep 60"
+    ignore = "trap '' TERM; sleep 600"
     job_id = slurm.submit("-p", "preempt", "-w", "n1", "--output=/dev/null", "--wrap", ignore)
     slurm.wait_state(job_id, "RUNNING")
     return job_id
@@ -39,7 +39,7 @@ def test_a_preempted_job_without_a_time_limit_has_a_known_time_to_leave(
         record = job_record(job_id)
         return record is not None and record.preempted
 
-    wait_until(preempted, "the preemption", 30)
+    wait_until(preempted, "the preemption", 600)
     # Of such a job Slurm says nothing of the grace either.
     assert slurm.job(job_id)["EndTime"] == "Unknown"
     found = notice(study, job_id)
