@@ -21,8 +21,9 @@ class SlowModel(nn.Module):
         dim: Width of the data.
         control: The file; "await 10" lets a job get no further than step 10 before it is told to
             leave, however late on a busy machine; "hold" stops the step until the file says
-            something else, "raise", "memory" and so on are what goes wrong; "1:raise" is for rank
-            1 alone, one line a rank. Without the file, a step takes a moment.
+            something else; "raise", "memory" and so on are what goes wrong; "1:raise" is for rank 1
+            alone, one line a rank. Without the file, a step takes a moment. A process that a test
+            keeps from going on has a file "control-PID" beside it.
         pause_s: The moment.
     """
 
@@ -43,6 +44,7 @@ class SlowModel(nn.Module):
         self.steps += 1
         time.sleep(self.pause_s)
         while (told := self._told()) == "hold" or self._awaits_signal(told):
+            self.control.with_name(f"{self.control.name}-{os.getpid()}").touch()
             time.sleep(0.1)
         match told:
             case "raise":

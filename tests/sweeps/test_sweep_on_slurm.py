@@ -22,7 +22,7 @@ from tests.jobs.disturbed import REPOSITORY, assert_equal_to, hurry_all
 T = TypeVar("T")
 
 MODEL = (
-    *("--arch", "tests.jobs.slow_model:SlowModel", "--arch-args", "control=none", "pause_s=0.1"),
+    *("--arch", "tests.jobs.slow_model:SlowModel", "--arch-args", "control=control", "pause_s=0.1"),
     *("--epochs", "2", "--batch-size", "128", "--wandb-mode", "disabled"),
 )
 # Room for four tasks on a node.
@@ -44,13 +44,13 @@ class Runs:
         return Counter(status.state for status in self.all().values())
 
     def training_on(self, *nodes: str) -> tuple[str, RunStatus]:
-        """A run that trains on one of the nodes, once there is one."""
+        """A run that trains on one of the nodes and is held there, once there is one."""
 
         def found() -> tuple[str, RunStatus] | None:
             for name, status in self.all().items():
                 newest = status.attempts[-1] if status.attempts else None
-                begun = newest is not None and newest.first_step is not None
-                if begun and status.state == "running" and newest.job.host in nodes:
+                held = newest is not None and Path(f"control-{newest.job.pid}").exists()
+                if held and status.state == "running" and newest.job.host in nodes:
                     return name, status
             return None
 
@@ -66,24 +66,39 @@ class Runs:
     def explain(self) -> str:
         return f"{self.states()}\n{self.slurm.run('squeue', '-r')}\n{self.all()}"
 
+    def hold(self) -> None:
+        """Has the runs go no further: one that is over cannot be struck."""
+        for held in Path().glob("control-*"):
+            held.unlink()  # it no longer is
+        Path("control").write_text("hold")
+
+    def let_go(self) -> None:
+        Path("control").unlink(missing_ok=True)
+
     def preempt(self, node: str) -> None:
         """Gives a node to another job, and back when the runs have left it."""
         self.training_on(node)
         other = self.slurm.preempt(node)
         self.wait(lambda: self.slurm.job(other)["JobState"] == "RUNNING")
         self.slurm.run("scancel", other)
+        self.let_go()
 
-    def lose(self, node: str) -> None:
-        """Lets a node die, and come back."""
-        self.training_on(node)
+    def lose(self, *nodes: str) -> None:
+        """Lets a node die that trains, and come back."""
+        self.hold()
+        _, status = self.training_on(*nodes)
+        node = status.attempts[-1].job.host
         self.slurm.kill_node(node)
+        self.let_go()
         self.slurm.mark_down(node)
         self.slurm.start_node(node)
 
     def kill_one(self, *nodes: str) -> str:
         """Kills a process that trains. Returns the name of its run."""
+        self.hold()
         name, status = self.training_on(*nodes)
         os.kill(status.attempts[-1].job.pid, signal.SIGKILL)
+        self.let_go()
         # A node that is lost while a job of it ends has Slurm start that again.
         job_id = status.attempts[-1].job.job_id
         self.wait(lambda: self.slurm.job(job_id)["JobState"] == "FAILED")
@@ -123,13 +138,14 @@ def test_all_that_can_finish_do_with_the_bits_of_runs_left_alone(
     planned = flowjobs(*sweep, "--dry-run")
     assert f"new        {runs}\n" in planned.stdout, planned.stdout + planned.stderr
     assert not study.exists()
+    Path("control").write_text("await 3")  # until the first are preempted
     done = flowjobs(*sweep)
     assert re.findall(r"^submitted  job \d+, (\d+) runs$", done.stdout, re.M) == [str(runs)]
 
     found = Runs(study, slurm, timeout_s=6000)
     found.preempt("n1")
     crashed = found.kill_one("n1", "n2", "n3", "n4")
-    found.lose("n2")
+    found.lose("n1", "n2", "n3", "n4")
     found.wait(lambda: found.states() == {"finished": runs - 1, "failed": 1})
 
     ends = {name: [a.kind for a in status.attempts] for name, status in found.all().items()}
