@@ -67,6 +67,10 @@ def test_without_locks_a_living_process_holds_the_run_and_a_killed_one_does_not(
 ) -> None:
     with holder() as process:
         said = said_by("""
+            import itertools
+            from types import SimpleNamespace
+            clock = itertools.count(0.0, 0.1)  # each look is a tenth of a second later
+            file_lock.time = SimpleNamespace(monotonic=lambda: next(clock))
             file_lock.SAY_AFTER_S, record.UPLOAD_WAIT_S = 0.2, 1.0
             submittable.SUBMIT_WAIT_S = 0.5
             print("held by", lock_holder(run.folder))
@@ -122,8 +126,16 @@ def test_without_locks_a_process_elsewhere_is_waited_for_in_words_and_left_alone
         run.create(RunConfig())
         elsewhere = JobInfo("none", "7", None, "n9", 7)
         RunLock(run.folder, elsewhere).__enter__()
-        lock.SAY_AFTER_S, lock.LEAVING_WAIT_S = 0.3, 1.0
+        import time
+        from types import SimpleNamespace
         from flowjobs.cli import main
+        passed = [0.0]  # by a clock that only the pauses move
+        lock.time = SimpleNamespace(
+            monotonic=lambda: passed[0],
+            sleep=lambda s: passed.__setitem__(0, passed[0] + s),
+            time=time.time,
+        )
+        lock.SAY_AFTER_S, lock.LEAVING_WAIT_S = 0.3, 1.0
         main(["train", "--name", "a", "--wandb-mode", "disabled"])
     """)
     assert "waiting for process 7 on n9, up to 1 s" in said
