@@ -1,6 +1,7 @@
 """What a person sees in a terminal of any width, and what another program reads."""
 
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -12,9 +13,11 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from flowjobs.cli import live_line
 from flowjobs.config import RunConfig, TrackingConfig
 from flowjobs.errors import RunInterrupted
 from flowjobs.runs.attempt import Attempt
@@ -24,6 +27,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, Outcome
 from flowjobs.tracking.mode import resolve_mode
 from tests.conftest import Command
+from tests.jobs.disturbed import REPOSITORY
 from tests.report.made_up import made_run
 
 QUICK = ("--cluster", "local", "--wandb-mode", "disabled", "--arch-args", "width=8", "depth=1")
@@ -74,18 +78,46 @@ def test_the_live_line_has_what_counts_on_one_row(workplace: Path, columns: int)
         assert re.search(r"val/loss \d\.\d{4}  best \d\.\d{4}", row)
 
 
-def test_elsewhere_there_is_a_line_now_and_then(
-    flowjobs: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
+def test_elsewhere_there_is_a_line_for_each_state(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    lines = flowjobs("submit", "--epochs", "40", *QUICK).stdout.splitlines()
-    begin = lines.index("waiting for the job to start")
-    assert lines[begin + 1].startswith("running, epoch ")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    control = workplace / "control"
+    control.write_text("hold")  # until it is seen to run
+    model = ("--arch", "tests.jobs.slow_model:SlowModel", "--arch-args", "control=control")
+    command = ["submit", "--epochs", "40", *model, "pause_s=0", *QUICK[:4]]
+    lines = []
+    with subprocess.Popen(
+        [sys.executable, "-m", "flowjobs", *command], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if line.startswith("running, epoch "):
+                control.write_text("")
+    told = re.compile("(waiting for the job to start|running|finished)(, |$)")
+    states = [found[1] for line in lines if (found := told.match(line))]
+    once = [state for state, _ in itertools.groupby(states)]
+    all_three = ["waiting for the job to start", "running", "finished"]
+    assert once in (all_three, all_three[1:])  # the first look may be late
     assert any(
         re.fullmatch(r"finished, epoch 40/40, val/loss \S+  best \S+  train/loss \S+", line)
         for line in lines
     )
-    assert len(lines) - begin < 10
+
+
+def test_a_line_that_says_nothing_new_comes_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passed = [0.0]
+    monkeypatch.setattr(live_line, "time", SimpleNamespace(monotonic=lambda: passed[0]))
+    plain = live_line.PlainLines()
+    for second in range(0, 70, 10):
+        passed[0] = second
+        plain.say("running", f"running for {second} s")
+    plain.say("finished", "finished")
+    assert capsys.readouterr().out == "running for 0 s\nrunning for 40 s\nfinished\n"
 
 
 def running(study: Path, name: str) -> None:
