@@ -46,10 +46,24 @@ def arguments(name: str, epochs: int) -> list[str]:
     ]
 
 
-def attempt(options: list[str]) -> None:
-    """One attempt that saves whenever no save is under way, so that many kills hit one."""
-    from flowjobs.cli.main import main
+def attempt(options: list[str], last: int | None = None) -> None:
+    """One attempt that saves whenever no save is under way, so that many kills hit one.
 
+    Args:
+        options: Of the command line.
+        last: It gets no further than this step, however late its kill; None: to the end.
+    """
+    from flowjobs.cli.main import main
+    from flowjobs.training.trainer import Trainer
+
+    real, parent = Trainer._step, os.getppid()
+
+    def step(trainer: Trainer) -> dict[str, float]:
+        while trainer.state.step == last and os.getppid() == parent:
+            time.sleep(0.01)
+        return real(trainer)
+
+    Trainer._step = step  # type: ignore[method-assign]
     torch.set_num_threads(1)
     saving.COST_SHARE = 1e9
     main(options)
@@ -69,12 +83,8 @@ def ended_by(process: "BaseProcess | subprocess.Popen[bytes]") -> int | None:
     return process.exitcode
 
 
-def wait(run: Run, delay_s: float, steps: int) -> None:
-    """Until the time is over, or the run is so many steps further, so that it lasts."""
-    goal = latest_values(run.metrics_file).get("step", 0) + steps
-    until = time.monotonic() + delay_s
-    while time.monotonic() < until and latest_values(run.metrics_file).get("step", 0) < goal:
-        time.sleep(0.002)
+def step_of(run: Run) -> int:
+    return int(latest_values(run.metrics_file).get("step", 0))
 
 
 def finish(options: list[str], log: Path) -> None:
@@ -101,11 +111,20 @@ def test_a_run_killed_at_random_ends_as_if_nothing_had_happened(study: Path, cha
     order = [True] * chaos.cold_kills + [False] * chaos.kills
     chance.shuffle(order)
     hits, torn = 0, 0
+    process: BaseProcess | subprocess.Popen[bytes]
     for cold in order:
-        process = (
-            start_cold(options, log) if cold else warm_process.start(attempt, options, log=log)
-        )
-        wait(killed, chance.uniform(0, 5 if cold else 1.5), steps=chance.randrange(1, 150))
+        goal = step_of(killed) + chance.randrange(1, 120)
+        if cold:
+            process = start_cold(options, log)
+            until = time.monotonic() + chance.uniform(0, 5)
+            while time.monotonic() < until and step_of(killed) < goal:
+                time.sleep(0.002)
+        else:
+            process = warm_process.start(attempt, options, goal + 30, log=log)
+            while step_of(killed) < goal:
+                assert process.is_alive(), log.read_text()[-5000:]
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.02))  # not only just after a row
         process.kill()
         hits += ended_by(process) == -signal.SIGKILL
         torn += any(killed.checkpoints.glob(".*.tmp"))
@@ -124,6 +143,7 @@ def test_a_run_killed_at_random_ends_as_if_nothing_had_happened(study: Path, cha
     assert "set aside" not in said
     assert "Traceback" not in said
     assert firsts == sorted(firsts)
+    assert len(firsts) >= chaos.kills
     assert same(read_checkpoint(whole.last), read_checkpoint(killed.last))
     assert same(read_checkpoint(whole.best), read_checkpoint(killed.best))
     assert whole.metrics_file.read_bytes() == killed.metrics_file.read_bytes()
