@@ -1,5 +1,6 @@
 """The main command on this machine: one real job through submitit's local executor."""
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.dead_jobs import find_dead_jobs
 from flowjobs.runs.metrics import read_rows
+from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.tracking.page import config_for_wandb
@@ -150,7 +152,7 @@ def test_a_job_that_is_cancelled_before_it_begins_ends_the_watching(study: Path)
 def test_ctrl_c_detaches_and_the_job_goes_on(
     workplace: Path, study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    endless = ("--epochs", "20000", "--patience", "20000")  # a minute or two
+    endless = ("--epochs", "2000000", "--patience", "2000000")
     submitting = subprocess.Popen(
         [sys.executable, "-m", "flowjobs", "submit", *endless, *QUICK],
         stdout=subprocess.PIPE,
@@ -158,22 +160,32 @@ def test_ctrl_c_detaches_and_the_job_goes_on(
         text=True,
         start_new_session=True,  # a terminal's Ctrl-C reaches the whole process group
     )
+    assert submitting.stdout is not None
+    while not (line := submitting.stdout.readline()).startswith("running, epoch "):
+        assert line  # until it watches
     run = Run(study, "mlp-icfm-digits-none")
-    wait_for(lambda: run.metrics_file.exists() and run.metrics_file.stat().st_size > 0)
-    os.killpg(submitting.pid, signal.SIGINT)
-    _, said = submitting.communicate(timeout=400)
-    assert submitting.returncode == 0
-    assert "no longer watching" in said
-    again = subprocess.run(submitting.args, capture_output=True, text=True, check=True)
-    assert "already has local job" in again.stdout
-    assert run_command(["submit", *endless, *QUICK, "--dry-run"]) == 0
-    assert capsys.readouterr().out == again.stdout.replace("was submitted", "would be submitted")
-    rows_then = run.metrics_file.stat().st_size
-    wait_for(lambda: run.metrics_file.stat().st_size > rows_then)
-    # A kill is its user's: it saves, says so, and stays away.
-    os.kill(int(run.submissions()[-1].job_id), signal.SIGTERM)
-    wait_for(lambda: run.status().state == "preempted")
-    time.sleep(2)  # a new start would begin at once
+    (job,) = run.submissions()
+    try:
+        wait_for(lambda: run.metrics_file.exists() and run.metrics_file.stat().st_size > 0)
+        os.killpg(submitting.pid, signal.SIGINT)
+        _, said = submitting.communicate(timeout=400)
+        assert submitting.returncode == 0
+        assert "no longer watching" in said
+        again = subprocess.run(submitting.args, capture_output=True, text=True, check=True)
+        assert "already has local job" in again.stdout
+        assert run_command(["submit", *endless, *QUICK, "--dry-run"]) == 0
+        would = again.stdout.replace("was submitted", "would be submitted")
+        assert capsys.readouterr().out == would
+        rows_then = run.metrics_file.stat().st_size
+        wait_for(lambda: run.metrics_file.stat().st_size > rows_then)
+        # A kill is its user's: it saves, says so, and stays away.
+        os.kill(int(job.job_id), signal.SIGTERM)
+        wait_for(lambda: not process_lives(int(job.job_id), job.process))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(job.job_id), signal.SIGKILL)
+    # What starts it again does so before the job ends.
+    assert run.submissions() == [job]
     status = run.status()
     assert (status.state, len(status.attempts)) == ("preempted", 1)
     assert "SIGTERM" in status.reason
