@@ -25,6 +25,7 @@ from flowjobs.errors import (
 )
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
+from flowjobs.training import saving
 from flowjobs.training.checkpoint import previous_of, read_checkpoint, write_checkpoint
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import first_not_finite
@@ -189,12 +190,13 @@ vars(WITH_ATTRIBUTE).update(file=Path("cache"))
     ],
 )
 def test_a_state_that_cannot_be_loaded_is_not_kept_later_either(
-    study: Path, state: Any, said: str
+    study: Path, monkeypatch: pytest.MonkeyPatch, state: Any, said: str
 ) -> None:
     class Later(KeepsAnObject):
         def get_extra_state(self) -> Any:
             return state if self.calls > 25 else 0
 
+    monkeypatch.setattr(saving, "FIRST_COST_S", math.inf)  # no save before it leaves but the first
     run = Run(study, "run")
     with pytest.raises(CheckpointUnloadableError, match=said):
         train_in(run, CONFIG, model=Later(), stop_reason=stop_at(40))
