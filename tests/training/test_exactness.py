@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,11 @@ def small_files_only(run: Run, steps: range) -> Iterator[None]:
     real = FlowTrainer._step
 
     def step(trainer: FlowTrainer) -> dict[str, float]:
+        if trainer.state.step in (steps.start, steps.stop):
+            # A save that is under way ends under the limit that it began with.
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
         if trainer.state.step == steps.start:
             resource.setrlimit(resource.RLIMIT_FSIZE, (run.metrics_file.stat().st_size + 7, -1))
         if trainer.state.step == steps.stop:
