@@ -111,6 +111,7 @@ def test_a_process_of_another_host_whose_lock_is_not_seen_keeps_its_run_while_it
     lock._lock.release()
     metrics = tmp_path / "metrics.jsonl"
     metrics.touch()
+    os.utime(metrics, (time.time() + 3600,) * 2)  # stays new for that long
     here = RunLock(tmp_path, JobInfo.in_foreground())
     with pytest.raises(RunHolderUnknownError, match="on n9, which may not have ended"), here:
         pass
@@ -130,12 +131,13 @@ def test_a_holder_that_leaves_is_waited_for(
     told_at = time.monotonic()
     with pytest.raises(RunBusyError), RunLock(tmp_path, JOB, judge_that_says("leaving")):
         pass
-    assert 1.4 < time.monotonic() - told_at < 40
+    assert time.monotonic() - told_at > 1.4
 
     def judge(holder: JobInfo, lock_is_free: bool) -> Verdict:
         leaving.__exit__(None, None, None)  # it leaves while it is being asked about
         return "leaving"
 
+    monkeypatch.setattr(lock_module, "LEAVING_WAIT_S", 600.0)
     with RunLock(tmp_path, JOB, judge) as lock:
         lock.check_held()
 

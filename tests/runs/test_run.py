@@ -240,11 +240,12 @@ def test_an_attempt_that_could_not_say_it_ended_when_it_was_last_heard_of(study:
     assert (spent.starting_s, spent.progress_s) == (100, 3500)
 
     # Where it is known when its job ended, that counts; no clock makes it later than now.
-    for told, noted in (13_800, 13_800), (1, 10_000), (2**33, time.time()):
+    before = time.time()
+    for told, noted in (13_800, 13_800), (1, 10_000), (2**33, None):
         status.attempts = [dataclasses.replace(dead)]
         status.record_outcome_of_dead(Outcome("failed", 1, ended=utc(told)), run.metrics_file)
         ended = datetime.fromisoformat(status.attempts[0].ended or "").timestamp()
-        assert ended == pytest.approx(noted, abs=5)
+        assert (noted or before) - 1 <= ended <= (noted or time.time()) + 1
 
 
 def test_a_second_attempt_is_refused_with_who_holds_the_run(study: Path) -> None:
