@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from flowjobs.errors import RunInterrupted
@@ -12,8 +11,9 @@ from flowjobs.jobs.signals import StopSignals
 from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.training.ranks import joined_ranks
+from flowjobs.training import ranks
 from flowjobs.training.run_training import run_training
+from tests.cluster.waiting import wait_until
 
 
 def main(folder: str, rank: int, world_size: int, port: str) -> int:
@@ -21,30 +21,26 @@ def main(folder: str, rank: int, world_size: int, port: str) -> int:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     run = Run.at(Path(folder))
     try:
-        with StopSignals() as signals, joined_ranks(rank, world_size, rank, False) as ranks:
-            if ranks.is_first:
+        with StopSignals() as signals, ranks.joined_ranks(rank, world_size, rank, False) as own:
+            if own.is_first:
                 with recording(run, JobInfo.in_foreground()) as recorder:
-                    run_training(run, recorder, ranks, signals.reason)
+                    run_training(run, recorder, own, signals.reason)
             else:
-                run_training(run, None, ranks, signals.reason)
+                run_training(run, None, own, signals.reason)
     except RunInterrupted as interrupted:
         print(interrupted)
         return 75
     return 0
 
 
-def has_gloo_threads() -> bool:
-    """Whether there are any; one that has ended may be listed for a moment longer."""
-    for _ in range(100):
-        status = subprocess.check_output(["ps", "-L", "-o", "comm=", str(os.getpid())], text=True)
-        if "gloo" not in status:
-            return False
-        time.sleep(0.01)
-    return True
+def names_of_threads() -> str:
+    return subprocess.check_output(["ps", "-L", "-o", "comm=", str(os.getpid())], text=True)
 
 
 if __name__ == "__main__":
+    ranks.LEAVE_WITHIN_S = 600.0
     code = main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-    # One that is left would abort the process if it let go of a tensor while Python ends.
-    assert not has_gloo_threads()
+    # One that is left would abort the process if it let go of a tensor while Python ends. One that
+    # has ended may be listed for a moment longer.
+    wait_until(lambda: "gloo" not in names_of_threads(), "gloo's threads to end", 600)
     sys.exit(code)

@@ -1,6 +1,8 @@
 """Ranks of one run leave at the same step, whichever of them is told to."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,7 +35,7 @@ from flowjobs.training.ranks import Leave, Leaving, Ranks
 import torch
 rank, world_size, port, wishes = int(sys.argv[1]), 3, sys.argv[2], eval(sys.argv[3])
 distributed.init_process_group(
-    "gloo", f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=200), world_size, rank
+    "gloo", f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=900), world_size, rank
 )
 leaving = Leaving(Ranks(rank, world_size, torch.device("cpu")))
 for boundary in range(8):
@@ -97,7 +99,7 @@ class Normed(nn.Module):
         self.steps += self.training
         if self.training and str(self.steps) == os.environ.get("HELD_AT"):
             Path("held").touch()
-            wait_until(Path("on").exists, "the test", 200)
+            wait_until(Path("on").exists, "the test", 600)
         if not self.begun:
             self.scale.data.copy_(1 / (1 + x.std(0)))
             self.begun.fill_(True)
@@ -108,9 +110,12 @@ class Normed(nn.Module):
 
 
 def free_port() -> str:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return str(listening.getsockname()[1])
+    """Of those that the kernel hands to nobody: it stays free while the ranks load torch."""
+    for port in random.sample(range(17000, 18000), 1000):
+        with socket.socket() as listening, contextlib.suppress(OSError):
+            listening.bind(("127.0.0.1", port))
+            return str(port)
+    raise AssertionError("no port is free")
 
 
 def start(*arguments: object) -> Process:
@@ -129,7 +134,7 @@ def start_ranks(run: Run) -> list[Process]:
 
 def end(processes: list[Process], expected: int) -> list[str]:
     """Wait for all; what each printed."""
-    said = [process.communicate(timeout=300) for process in processes]
+    said = [process.communicate(timeout=900) for process in processes]
     assert [process.returncode for process in processes] == [expected] * len(processes), said
     return [out for out, _ in said]
 
@@ -149,7 +154,7 @@ def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(
         with monkeypatch.context() as patch:
             patch.setenv("HELD_AT", "30")
             processes = start_ranks(parts)
-        wait_until(Path("held").exists, "the step", 200)
+        wait_until(Path("held").exists, "the step", 600)
         processes[rank].send_signal(number)
         Path("on").touch()
         said = end(processes, 75)
