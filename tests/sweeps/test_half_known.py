@@ -62,11 +62,12 @@ def test_an_array_whose_submitter_dies_before_it_is_noted_is_found_by_its_mark(
     (array,) = arrays_of(study)
     os.chown(array.folder, 65534, -1)
     site("squeue", "exit 0")
-    assert all(
-        "user 65534 has prepared an array" in str(busy) for busy in running_jobs(runs).values()
-    )
+    said = [str(job) for job in running_jobs(runs).values()]
+    assert ["user 65534 has prepared an array" in words for words in said] == [True] * 6
     os.chown(array.folder, os.getuid(), -1)
-    assert all("sbatch may be taking it" in str(busy) for busy in running_jobs(runs).values())
+    os.utime(array.folder)  # as if it had just been prepared
+    said = [str(job) for job in running_jobs(runs).values()]
+    assert ["sbatch may be taking it" in words for words in said] == [True] * 6
     os.utime(array.folder, (0, 0))
     assert running_jobs(runs) == {}
     site("sbatch", "exit 1")
@@ -222,7 +223,7 @@ def test_who_is_asked_keeps_nobody_waiting_and_starts_nothing_cancelled_meanwhil
             with submitting(study):
                 run.request_cancel()
             os.write(ours, b"y\n")
-            said += sweep.communicate(timeout=120)[0]
+            said += sweep.communicate(timeout=600)[0]
         finally:
             os.close(ours)  # where nobody answers, it hears that
     assert "cancelled  1 of them by now: not started" in said
