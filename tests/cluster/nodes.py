@@ -96,7 +96,8 @@ class Node:
                 self.set_state("down")
             # It tries each second. What it has for other nodes that are dead is not waited for.
             with contextlib.suppress(ClusterError):
-                wait_until(self._was_told_all, "slurmctld to deliver its messages", 3)
+                what = "slurmctld to deliver its messages"
+                wait_until(self._was_told_all, what, 3, at_least_s=0)
         self.wait_ready()
 
     def wait_ready(self) -> None:
