@@ -32,6 +32,7 @@ CANCELLED = Outcome("cancelled", 130, "cancelled by its user")
 
 
 def attempt_that_is_killed(run: Run) -> None:
+    attempts.hold(run, 500)
     process = attempts.start(run, 5000, pace_s=0.02)
     everybody = [*attempts.mirror_and_core(process.pid), process.pid]
     attempts.wait_for_rows(run, 45)
@@ -39,6 +40,7 @@ def attempt_that_is_killed(run: Run) -> None:
         wait_until_open(run, None)
     attempts.kill(*everybody)
     attempts.finish(process)
+    attempts.let_go(run)
 
 
 def attempt_that_never_reached_wandb(run: Run) -> None:
@@ -123,6 +125,7 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_failed(
     tracked_run: MakeRun, mode: str
 ) -> None:
     run, backend = tracked_run(mode)
+    attempts.hold(run, 500)
     process = attempts.start(run, 5000, pace_s=0.02)
     attempts.wait_for_rows(run, 45)
     process.terminate()

@@ -14,6 +14,7 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.record import begin_session, read_session
 from flowjobs.tracking.tracker import WandbTracker
+from tests.cluster.waiting import wait_until
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -32,15 +33,18 @@ from tests.tracking.leet import offline_rows
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_one_run_over_three_attempts_has_every_step_once(tracked_run: MakeRun, mode: str) -> None:
     run, backend = tracked_run(mode)
+    attempts.hold(run, 500)
     first = attempts.start(run, 1000, pace_s=0.02)
     attempts.wait_for_rows(run, 30)
     first.terminate()
     assert attempts.finish(first)[0] == 75
 
+    attempts.hold(run, 900)
     second = attempts.start(run, 1000, pace_s=0.02)
     attempts.wait_for_rows(run, 60)
     attempts.kill(*attempts.mirror_and_core(second.pid), second.pid)
     attempts.finish(second)
+    attempts.let_go(run)
 
     run_to_the_end(run, 1000)
     assert_history_is_exact(run, backend)
@@ -88,13 +92,13 @@ def test_a_signal_to_all_processes_of_the_job_ends_it_preempted(
     tracked_run: MakeRun, mode: str
 ) -> None:
     run, backend = tracked_run(mode)
+    attempts.hold(run, 500)
     process = attempts.start(run, 10_000, pace_s=0.02)
     everybody = [*attempts.mirror_and_core(process.pid), process.pid]
     wait_until_open(run, backend)
     attempts.kill(*everybody, with_signal=signal.SIGUSR2)
     attempts.kill(*everybody, with_signal=signal.SIGTERM)
-    code, said = attempts.finish(process)
-    assert code == 75, said
+    finish_and_tell(run, process, 75)
     assert_history_is_exact(run, backend)
     if backend is not None:
         assert on_server(run, backend).state == "preempted"
@@ -119,7 +123,7 @@ def test_what_a_person_wrote_stays_and_recovery_clears_the_failure(
 ) -> None:
     run, _ = tracked_run("online")
     (run.folder / "step").mkdir()
-    assert attempts.finish(attempts.start(run, 100))[0] == 1
+    finish_and_tell(run, attempts.start(run, 100), 1)
     found = on_server(run, backend)
     assert (found.state, found.exit_code) == ("failed", 1)
     backend.edit(found.id, tags=[*found.tags, "mine"], notes=f"{found.notes}\n\nlook at this")
@@ -137,11 +141,15 @@ def test_what_a_person_writes_while_the_run_trains_stays(
     tracked_run: MakeRun, backend: Backend
 ) -> None:
     run, _ = tracked_run("online")
+    attempts.hold(run, 400)
     process = attempts.start(run, 500, pace_s=0.05)
     attempts.wait_for_rows(run, 20)
     wait_until_open(run, backend)
+    # Its tags and notes come after its first word, in place of what is there.
+    wait_until(lambda: on_server(run, backend).notes.startswith("flowjobs"), "its notes", 600)
     found = on_server(run, backend)
     backend.edit(found.id, tags=[*found.tags, "mine"], notes=f"{found.notes}\n\nlook at this")
+    attempts.let_go(run)
     finish_and_tell(run, process)
     found = on_server(run, backend)
     assert found.tags == ["mine", "flowjobs"]
@@ -185,7 +193,7 @@ def test_where_repeated_rows_differ_wandb_says_from_which_step_on(
 ) -> None:
     run, backend = tracked_run(mode)
     monkeypatch.setenv("NO_CHECKPOINT", "1")
-    process = attempts.start(run, 100_000, pace_s=0.02)
+    process = attempts.start(run, 10**6, pace_s=0.02)
     everybody = [*attempts.mirror_and_core(process.pid), process.pid]
     wait_until_open(run, backend)
     while backend is not None and len(on_server(run, backend).rows) < 4:
@@ -227,10 +235,12 @@ def test_the_picture_is_in_the_last_row_and_nowhere_else(
 ) -> None:
     run, backend = tracked_run(mode)
     monkeypatch.setenv("PICTURE_AFTER_S", "2")  # drawing it takes a while
+    attempts.hold(run, 400)
     process = attempts.start(run, 500, pace_s=0.02)
     attempts.wait_for_rows(run, 20)
     process.terminate()
     attempts.finish(process)
+    attempts.let_go(run)
     run_to_the_end(run, 500)
     # Its process died before it could note that the run is finished, so another one does it all.
     run_to_the_end(run, 500)

@@ -170,11 +170,13 @@ def test_a_copied_study_is_a_run_of_its_own_with_all_rows(
     tracked_run: MakeRun, mode: str, workplace: Path
 ) -> None:
     run, backend = tracked_run(mode)
+    attempts.hold(run, 500)
     process = attempts.start(run, 5000, pace_s=0.02)
     attempts.mirror_and_core(process.pid)
     attempts.wait_for_rows(run, 30)
     process.terminate()
     attempts.finish(process)
+    attempts.let_go(run)
     copy = Run(workplace / "copy", run.name)
     shutil.copytree(run.study, copy.study)
 
@@ -214,7 +216,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, _ = tracked_run("online")
-    process = attempts.start(run, 100_000, pace_s=0.02)
+    process = attempts.start(run, 10**6, pace_s=0.02)
     attempts.wait_for_rows(run, 20)
     wait_until_open(run, backend)
     deleted = run.tracking_id()
