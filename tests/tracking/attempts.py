@@ -117,8 +117,11 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 600) -> tuple[int,
 
 def children(pid: int) -> list[int]:
     """The child processes of a process, by what the kernel says."""
-    threads = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for thread in threads for child in thread.read_text().split()]
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread may have ended
+            found += map(int, thread.read_text().split())
+    return found
 
 
 def mirror_and_core(trainer: int, but: int | None = None) -> tuple[int, int]:
