@@ -132,6 +132,7 @@ def test_what_says_who_one_is_and_how_long_to_wait_reaches_wandb(
     monkeypatch: pytest.MonkeyPatch, study: Path
 ) -> None:
     run = make_run(study, "online")
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT")
     limit_s = upload_limit_s(run)
     assert mirror_environment("online")["WANDB_INIT_TIMEOUT"] == "20"
     given = {
@@ -236,7 +237,6 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     assert (done.returncode, remedy in done.stderr) == (1, True)
     assert backend.requests.count("RunResumeStatus") == sessions
 
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "4")  # which is how long wandb asks for a deleted one
     backend.undelete(deleted)  # as the text says, too
     done = flowjobs("sync", run.name, "--as-new")
     assert (done.returncode, done.stderr) == (0, "")
@@ -244,6 +244,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     assert "W&B" not in flowjobs("status").stdout
 
     backend.delete(deleted)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "10")  # how long wandb asks for a deleted one
     done = flowjobs("sync", run.name, "--as-new")
     assert (done.returncode, done.stderr) == (0, "")
     assert run.tracking_id() != deleted
