@@ -32,7 +32,7 @@ from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking.backend import KEY, Backend, RunOnServer
 from tests.tracking.driver import drive, row_of
-from tests.tracking.history import without_picture
+from tests.tracking.history import tell, without_picture
 from tests.tracking.leet import session_files
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +50,12 @@ def new_run(study: Path, name: str, mode: WandbMode = "offline") -> Run:
     return run
 
 
-def attempt(run: Run, steps: int, end: str = "finish") -> None:
-    """One attempt in this process."""
+def attempt(run: Run, steps: int, end: str = "finish", *, is_told: bool = True) -> None:
+    """One attempt in this process, of which W&B is told unless it cannot be."""
     with contextlib.suppress(RunInterrupted, ValueError):
         drive(run, steps, end)
+    if is_told:
+        tell(run)
 
 
 def start_attempt(run: Run, steps: int) -> "subprocess.Popen[bytes]":
@@ -477,7 +479,8 @@ def test_a_wandb_that_cannot_be_loaded_is_no_slow_server(
 ) -> None:
     (workplace / "wandb.py").write_text("raise TypeError('Descriptors cannot\\nMore: at https')")
     monkeypatch.setenv("PYTHONPATH", str(workplace))
-    attempt(run, 30)
+    monkeypatch.setattr("flowjobs.tracking.tracker.SHORT_FINISH_S", 600.0)
+    attempt(run, 30, is_told=False)
     why = f"has failed: TypeError: Descriptors cannot (see {run.mirror_log})"
     assert f"W&B does not know that tracked is finished: the process that tells W&B {why}" in (
         caplog.text
@@ -624,7 +627,7 @@ def test_another_server_of_the_shell_does_not_move_a_run_that_a_server_has(
     assert run.create(RunConfig(run.config().training, tracking=left_over)).startswith(
         "tracked stays in W&B's"
     )
-    attempt(run, 60)
+    attempt(run, 60, is_told=False)
     done = flowjobs("sync", "tracked")
     assert f"no login for W&B at {backend.url}" in done.stderr
     assert elsewhere.requests == []
@@ -677,7 +680,7 @@ def test_a_run_whose_server_was_never_there_is_uploaded_with_identity_and_pictur
     run = new_run(study, "tracked", "online")
     Image.new("RGB", (4, 3)).save(run.samples_picture)
     backend.go_down()
-    attempt(run, 50)
+    attempt(run, 50, is_told=False)
     assert not session_files(run)
     backend.come_back()
     there = sync(run, backend)
