@@ -75,7 +75,8 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 600) -> None:
 
 
 def kill(process: "subprocess.Popen[Any]") -> None:
-    os.kill(process.pid, signal.SIGKILL)
+    """Kill a process, which may have ended."""
+    process.kill()
     process.wait()
 
 
@@ -275,9 +276,11 @@ def test_two_sessions_at_once_give_each_step_once(run: Run, backend: Backend) ->
     (run.folder / ".lock").unlink()
     try:
         attempt(run, 300)
-    finally:
         os.kill(first.pid, signal.SIGCONT)
-        time.sleep(0.2)
+        # It goes on: its next checkpoint takes the place of the other's.
+        checkpoint = run.folder / "checkpoint"
+        wait_for(lambda: checkpoint.read_text() != "300" or first.poll() is not None)
+    finally:
         kill(first)
     there = sync(run, backend)
     assert len({row["_step"] for row in there.history}) == len(there.history)
@@ -334,6 +337,14 @@ def slow(backend: Backend, delay_s: float) -> Iterator[None]:
     backend.delay_s = 0
 
 
+def killed_sync(study: Path, backend: Backend, requests: int) -> None:
+    """A sync that is killed after so many requests; it may have ended before."""
+    before = len(backend.requests)
+    with start_sync(study) as process:
+        wait_for(lambda: len(backend.requests) >= before + requests or process.poll() is not None)
+        kill(process)
+
+
 def test_a_sync_killed_at_any_time_and_repeated_gives_each_step_once(
     study: Path, run: Run, backend: Backend
 ) -> None:
@@ -343,9 +354,7 @@ def test_a_sync_killed_at_any_time_and_repeated_gives_each_step_once(
     chance = random.Random(0)
     with slow(backend, 0.3):
         for _ in range(6):
-            with start_sync(study) as process:
-                time.sleep(chance.uniform(0.8, 4))
-                kill(process)
+            killed_sync(study, backend, chance.randrange(1, 8))
     with start_sync(study) as process:
         assert process.communicate(timeout=600)[1] == ""
     assert process.returncode == 0
