@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from flowjobs.runs.hint import program
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus
-from flowjobs.tracking.process import close_session, pending_outcome
+from flowjobs.tracking.process import close_session, pending_outcome, start_mirror
 from flowjobs.tracking.sync import sync_run
 from tests.conftest import Command
 from tests.tracking import attempts
@@ -450,12 +451,24 @@ def test_an_upload_that_does_not_arrive_is_given_up_and_continues_later(
 ) -> None:
     attempt(run, 100)
     take = backend._file_stream
-    # What a server says that takes none is no error to the client.
-    backend._file_stream = lambda run_id, sent: (answer, {})  # type: ignore[method-assign]
+    asked = threading.Event()
+
+    def take_none(run_id: str, sent: object) -> tuple[int, Any]:
+        asked.set()
+        return answer, {}  # what a server says that takes none is no error to the client
+
+    def started(*arguments: Any) -> "subprocess.Popen[bytes]":
+        mirror = start_mirror(*arguments)
+        asked.wait(600)  # its time begins when it has rows to send
+        return mirror
+
+    backend._file_stream = take_none  # type: ignore[method-assign]
     with monkeypatch.context() as hurried:
-        hurried.setattr("flowjobs.tracking.process.UPLOAD_BASE_S", 6)
+        hurried.setattr("flowjobs.tracking.sync.start_mirror", started)
+        hurried.setattr("flowjobs.tracking.sync.upload_limit_s", lambda run: 4.0)
         with pytest.raises(TrackingError, match="has not taken all of it in time; sync again"):
             sync(run, backend)
+    assert asked.is_set()
     backend._file_stream = take  # type: ignore[method-assign]
     # The server may have some of its rows: a plain `wandb sync` would number those anew.
     assert session_files(run) == []
