@@ -15,7 +15,9 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.mode import check_server_answers, entity_here
 from flowjobs.tracking.process import mirror_environment, upload_limit_s
+from flowjobs.tracking.record import read_uploaded
 from flowjobs.tracking.sync import sync_run
+from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 from tests.tracking import attempts
 from tests.tracking.attempts import make_run
@@ -274,7 +276,10 @@ def test_what_wandb_refuses_is_said_once_with_what_to_do(
 ) -> None:
     run, _ = tracked_run("online")
     backend.refuse_with = refusal
+    attempts.hold(run, 490)
     process = attempts.start(run, 500, pace_s=0.05)
+    wait_until(lambda: read_uploaded(run).refusal, "the refusal", 600)
+    attempts.let_go(run)
     code, said = attempts.finish(process)
     assert code == 0, said
     assert what_to_do in said
