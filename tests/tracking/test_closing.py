@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from flowjobs.jobs.reconcile import reconcile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.tracking.process import close_session, pending_outcome
+from flowjobs.tracking.record import read_session
+from tests.cluster.waiting import wait_until
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -203,9 +204,10 @@ def test_telling_a_death_beside_an_attempt_that_starts_does_not_end_that(
     run, backend = tracked_run(mode)
     attempt_that_is_killed(run)
     write_end(run, OUT_OF_MEMORY)
+    before = read_session(run)
     with ThreadPoolExecutor() as beside:
         telling = beside.submit(close_session, run)
-        time.sleep(0.3)
+        wait_until(lambda: read_session(run) != before, "it to begin", 600)
         run_to_the_end(run, 5000)
         telling.result()
     state, exit_code, tags, _ = state_of(run, backend)
