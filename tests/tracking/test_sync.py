@@ -312,7 +312,7 @@ def test_after_six_kills_the_server_has_every_step_once(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(7200)
 def test_after_fifty_kills_the_server_has_every_step_once(run: Run, backend: Backend) -> None:
     there = kill_often(run, backend, 50, synced_between=False)
     assert_equal_histories(run, there)
