@@ -114,7 +114,8 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
     Raises:
         RunNotFoundError: None did.
     """
-    from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, final_outcome, find_dead_jobs
+    from flowjobs.jobs.dead_jobs import DeadJob, final_outcome, find_dead_jobs
+    from flowjobs.slurm.jobs import Unknown
 
     runs, broken = readable_runs(study, names)
     # The record alone does not know it: a process may have been killed unnoticed.
@@ -128,7 +129,7 @@ def last_failed(study: Path, names: Sequence[str]) -> Run:
             newest = status.attempts[-1].ended if status.attempts else None
             ended[run] = newest or status.updated
     if not ended:
-        unknown = len(broken) + sum(isinstance(found, UnknownJob) for found in findings.values())
+        unknown = len(broken) + sum(isinstance(found, Unknown) for found in findings.values())
         of_others = f"; of {counted(unknown)} it is unknown" if unknown else ""
         raise RunNotFoundError(
             f"no run of {len(runs) + len(broken)} in {absolute(study)} has failed{of_others}"

@@ -158,7 +158,8 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
         `folder` and `checkpoints`. `show` adds `config`, what is not the default; `time`, in
         seconds, as in runs/goodput.py; and `files`.
     """
-    from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, final_outcome
+    from flowjobs.jobs.dead_jobs import DeadJob, final_outcome
+    from flowjobs.slurm.jobs import Unknown
     from flowjobs.slurm.waiting import Waiting
 
     status, latest = current_progress(run)
@@ -174,7 +175,7 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     described["left_s"] = time_left_s(status)
     described["jobs"] = [dataclasses.asdict(entry) for entry in run.submissions()]
     described["waits"] = finding.why if isinstance(finding, Waiting) else ""
-    described["unknown"] = finding.why if isinstance(finding, UnknownJob) else ""
+    described["unknown"] = finding.why if isinstance(finding, Unknown) else ""
     from flowjobs.tracking.record import read_uploaded
 
     refusal = read_uploaded(run).refusal

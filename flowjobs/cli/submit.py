@@ -93,12 +93,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
         # Also where the config alone is lost.
         there = run.folder.exists()
         known = _jobs_noted(run)
-        busy = None
-        try:
-            busy = running_job(run) if there else None
-        except SubmissionError:
-            if not cancelled:  # else the user has said that it is gone
-                raise
+        busy = running_job(run, cancelled=cancelled) if there else None
         if busy and cancelled and not plan:
             again = hint("cancel", run.name, study=run.study)
             raise SubmissionError(

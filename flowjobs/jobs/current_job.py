@@ -55,14 +55,20 @@ class RunningJob:
         return f"{self.description}{state}{waits}"
 
 
-def running_job(run: Run) -> RunningJob | None:
+def running_job(run: Run, *, cancelled: bool = False) -> RunningJob | None:
     """The run's job that is pending or running; None if there is none.
+
+    Args:
+        run: The run.
+        cancelled: Its user has said that its jobs are gone: so is then one that is unknown.
 
     Raises:
         SubmissionError: There was a Slurm job, and what became of it is unknown.
     """
     found = running_jobs([run]).get(run)
     if isinstance(found, SubmissionError):
+        if cancelled:
+            return None
         raise found
     return found
 
@@ -73,17 +79,12 @@ def job_besides(run: Run, own: str | None, *, cancelled: bool) -> RunningJob | N
     Args:
         run: The run.
         own: The id of the asker's own job; None outside of a job of the run.
-        cancelled: Whether its user has said that its jobs are gone, should that be unknown.
+        cancelled: See `running_job`.
 
     Raises:
         SubmissionError: That is unknown.
     """
-    try:
-        found = running_job(run)
-    except SubmissionError:
-        if not cancelled:
-            raise
-        return None
+    found = running_job(run, cancelled=cancelled)
     return found if found and found.job_id not in ("", own) else None
 
 

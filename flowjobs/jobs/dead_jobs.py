@@ -63,19 +63,9 @@ class DeadJob:
     job_still_runs: bool = False
 
 
-@dataclass(frozen=True)
-class UnknownJob:
-    """A run of whose newest job nothing can be said now, or from here.
-
-    Attributes:
-        why: As a sentence.
-    """
-
-    why: str
-
-
-# Waiting: the run's newest job is in the queue.
-Finding = DeadJob | UnknownJob | Waiting
+# Waiting: the run's newest job is in the queue. Unknown: nothing can be said of it, also where that
+# is so for another reason than Slurm's.
+Finding = DeadJob | Unknown | Waiting
 
 
 def find_dead_jobs(runs: Collection[Run], *, at_most_twice: bool = False) -> dict[Run, Finding]:
@@ -93,14 +83,14 @@ def find_dead_jobs(runs: Collection[Run], *, at_most_twice: bool = False) -> dic
             status, entries = run.status(), run.submissions()
             if (attempt := status.open_attempt) and run.is_anothers(attempt) and not entries:
                 why = f"{attempt.job.description} trains the run that {run.name} is a copy of"
-                found[run] = UnknownJob(f"{why}: submit it to have it trained here as well")
+                found[run] = Unknown(f"{why}: submit it to have it trained here as well")
             elif _awaits_an_end(run, status, entries):
                 job = _newest_job(run, status, entries)
                 suspects[run] = status, job
                 if job.cluster == "slurm":
                     jobs[run] = identity_among(entries, job.job_id, job.log)
         except (FlowjobsError, OSError) as error:
-            found[run] = UnknownJob(str(error))
+            found[run] = Unknown(str(error))
     answers = ask(set(jobs.values()), at_most_twice=at_most_twice)
     for run, (status, job) in suspects.items():
         finding: Finding | None
@@ -110,11 +100,11 @@ def find_dead_jobs(runs: Collection[Run], *, at_most_twice: bool = False) -> dic
             else:
                 finding = _find_on_this_machine(run, status, job)
         except (FlowjobsError, OSError) as error:
-            finding = UnknownJob(str(error))
+            finding = Unknown(str(error))
         # Restarted from here, it would become this user's job.
         if isinstance(finding, DeadJob) and run in jobs and not jobs[run].is_mine():
             words = f"{jobs[run].description} has ended ({finding.outcome.reason})"
-            finding = UnknownJob(f"{words}: it is that user's to reconcile")
+            finding = Unknown(f"{words}: it is that user's to reconcile")
         if finding:
             found[run] = finding
     return found
@@ -176,8 +166,8 @@ def _newest_job(run: Run, status: RunStatus, entries: Sequence[Submission]) -> J
 def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer) -> Finding | None:
     attempt, version = status.open_attempt, version_of(status)
     match answer:
-        case Unknown(why):
-            return UnknownJob(why)
+        case Unknown():
+            return answer
         case Known() if not answer.over:
             if attempt and answer.restarted_since(job.restart_count):
                 if answer.newest.state == "COMPLETING":
@@ -199,14 +189,14 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
         reason = f"{status.reason}; then no job of it was left"
         if isinstance(answer, Gone):
             # It may as well have been cancelled while it waited.
-            return UnknownJob(f"{reason}, and Slurm keeps no record of why: submit it again")
+            return Unknown(f"{reason}, and Slurm keeps no record of why: submit it again")
         return DeadJob(job, Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted"), version)
     if pack_of(run, job.job_id):
         reason = f"job {job.job_id} ended before the run had a slot"
         outcome = Outcome("preempted", EXIT_PREEMPTED, reason, kind="preempted")
         return DeadJob(job, outcome, version, attempt_began=False)
     if isinstance(answer, Gone) and not exit_cause.log_tail(job.log):
-        return UnknownJob(
+        return Unknown(
             f"job {job.job_id} is gone, and Slurm keeps no record of why: submit it again"
         )
     return DeadJob(
@@ -259,12 +249,10 @@ def _find_on_this_machine(run: Run, status: RunStatus, job: JobInfo) -> Finding 
         return None  # its status says what it does
     if not is_here:
         if status.open_attempt:
-            return UnknownJob(
+            return Unknown(
                 f"{job.description} seems to be gone: reconcile it there, or submit it again"
             )
-        return UnknownJob(
-            f"whether its job on {job.host} starts cannot be seen from here: ask there"
-        )
+        return Unknown(f"whether its job on {job.host} starts cannot be seen from here: ask there")
     if status.open_attempt:
         return DeadJob(job, exit_cause.cause_of(run, status.open_attempt), version_of(status))
     if job.cluster != "local":

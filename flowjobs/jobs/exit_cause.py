@@ -70,6 +70,13 @@ FILE_SYSTEM = FILE_SERVER_IS_AWAY | {
     errno.EROFS,
     errno.ENXIO,
 }
+# Of these, what a socket says too: one of the user's code names no file.
+OF_SOCKETS = frozenset(
+    {
+        *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH),
+        *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
+    }
+)
 # What gloo, NCCL and the store of a group say on a rank when another one is gone.
 OTHERS_ARE_GONE = re.compile(
     r"Connection (was likely )?(closed|reset|refused)|Broken pipe|Timed out (waiting|after)"
@@ -281,10 +288,10 @@ def _own_transient_kind(error: BaseException) -> str | None:
         return "out of memory"
     if isinstance(error, CheckpointWriteError):
         return "file system"
-    of_a_socket = isinstance(error, ConnectionError) and not error.filename
-    of_users_socket = of_a_socket and user_place(error, installed=False) is not None
-    if isinstance(error, OSError) and error.errno in FILE_SYSTEM and not of_users_socket:
-        return "file system"
+    if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
+        may_be_a_socket = error.errno in OF_SOCKETS and not error.filename
+        if not (may_be_a_socket and user_place(error, installed=False)):
+            return "file system"
     text = str(error)
     if isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(text):
         return "out of memory"

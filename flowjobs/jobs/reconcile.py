@@ -15,7 +15,7 @@ from flowjobs.config import RestartConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.current_job import RunningJob, running_job
-from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, find_dead_jobs, version_of
+from flowjobs.jobs.dead_jobs import DeadJob, find_dead_jobs, version_of
 from flowjobs.jobs.record_end import record_dead_attempt
 from flowjobs.jobs.restart import restart, resubmit
 from flowjobs.jobs.tasks import task_of
@@ -32,6 +32,7 @@ from flowjobs.runs.status import (
     RunStatus,
 )
 from flowjobs.runs.submittable import Submittable
+from flowjobs.slurm.jobs import Unknown
 from flowjobs.slurm.waiting import Waiting
 from flowjobs.tracking.process import close_session, pending_outcome
 
@@ -71,7 +72,7 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
     for run, found in find_dead_jobs(runs).items():
         if isinstance(found, Waiting):
             continue
-        if isinstance(found, UnknownJob):
+        if isinstance(found, Unknown):
             results.append(Reconciled(run, unclear=found.why))
             continue
         try:

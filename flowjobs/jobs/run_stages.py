@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from flowjobs.errors import ConfigError
-from flowjobs.jobs.dead_jobs import DeadJob, Finding, UnknownJob, final_outcome
+from flowjobs.jobs.dead_jobs import DeadJob, Finding, final_outcome
 from flowjobs.runs.files import warn_once
 from flowjobs.runs.hint import hint
 from flowjobs.runs.listing import Glance, glances
 from flowjobs.runs.newest_job import local_job
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
+from flowjobs.slurm.jobs import Unknown
 from flowjobs.slurm.waiting import Waiting
 
 # In the order in which they are shown. Of a run "to resume" or "new" no job waits or runs; "new"
@@ -151,7 +152,7 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
     match finding:
         case Waiting(why, stuck):
             return Standing(glance, "waiting", why, stuck)
-        case UnknownJob(why):
+        case Unknown(why):
             return Standing(glance, "unknown", why)
         case DeadJob():
             run = Run(study, glance.name)

@@ -15,7 +15,7 @@ study/                                     --study DIR, or $FLOWJOBS_STUDY
                                            that lacks
            metrics.jsonl                   a row every 10 steps, and one every epoch
            metrics.lost.jsonl              rows that a sudden death lost, until they are repeated
-           samples.png evaluation.json     samples of best.pt, and what they are worth
+           samples.png evaluation.json     samples of best.pt, and their measures
            tracking.json cancelled.json    its newest session in W&B; there while it is cancelled
            logs/                           batch files and output of its jobs
            wandb/                          W&B's own files, and what W&B has of the run:

@@ -47,7 +47,7 @@ def time_left_s(status: RunStatus) -> float | None:
 
 
 def state_in_words(status: RunStatus) -> str:
-    """The state, as a person calls it.
+    """The state, as a user calls it.
 
     A run whose steps are done is not at its end until its samples are drawn, and Ctrl-C is no
     preemption, though both are resumed alike.

@@ -48,7 +48,7 @@ def may_retry(attempts: Sequence[AttemptRecord], kind: str, step: int | None, re
         attempts: All attempts that ended before the one that died.
         kind: How it died; see `TRANSIENT`.
         step: The last step that it is known to have done.
-        retries: How often it may be, since a person started the run (--retries).
+        retries: How often it may be, since the user started the run (--retries).
     """
     if kind not in TRANSIENT:
         return False

@@ -158,7 +158,7 @@ class Run(Submittable):
 
     @property
     def evaluation_file(self) -> Path:
-        """What the samples are worth; see `evaluation.evaluate`."""
+        """The measures of the samples; see `evaluation.evaluate`."""
         return self.folder / "evaluation.json"
 
     def is_outdated(self, evaluation: Mapping[str, Any]) -> bool:

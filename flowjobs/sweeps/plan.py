@@ -15,7 +15,7 @@ from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError
 from flowjobs.field_values import flag
 from flowjobs.formatting import counted, first_of
 from flowjobs.jobs.current_job import RunningJob, running_jobs
-from flowjobs.jobs.dead_jobs import DeadJob, Finding, UnknownJob, final_outcome, find_dead_jobs
+from flowjobs.jobs.dead_jobs import DeadJob, Finding, final_outcome, find_dead_jobs
 from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
 from flowjobs.jobs.run_stages import Stage
 from flowjobs.jobs.snapshot import CodePlan
@@ -27,6 +27,7 @@ from flowjobs.runs.newest_job import ended_for_good
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.runs.status import RunStatus, read_sound_status
+from flowjobs.slurm.jobs import Unknown
 from flowjobs.slurm.waiting import Waiting
 
 TO_START: tuple[Stage, ...] = ("to resume", "new")
@@ -210,7 +211,7 @@ def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding |
             return Member(run, config, "waiting")
         case DeadJob() as dead:
             status.record_outcome(final_outcome(run, status, dead))
-        case UnknownJob(why):
+        case Unknown(why):
             return Member(run, config, "unknown", why)
         case Waiting(why, stuck):
             return Member(run, config, "waiting", why, stuck=stuck)

@@ -151,7 +151,8 @@ class Daemon:
             return True
         send_signal(pid, signal.SIGTERM)
         try:
-            wait_until(lambda: self.pid() is None, f"{self.name} to end", timeout_s)
+            gone = f"{self.name} to end"
+            wait_until(lambda: self.pid() is None, gone, timeout_s, at_least_s=0)
         except ClusterError:
             self.kill()
             return False

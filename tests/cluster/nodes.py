@@ -96,10 +96,9 @@ class Node:
                 # once, and Slurm would believe for 15 s and more that its jobs had never stopped.
                 self.set_state("down")
             # It tries each second. What it has for other nodes that are dead is not waited for.
-            end = time.monotonic() + 30
             with contextlib.suppress(ClusterError):
-                while not self._was_told_all() and time.monotonic() < end:
-                    time.sleep(0.05)
+                what = "slurmctld to deliver its messages"
+                wait_until(self._was_told_all, what, 30, at_least_s=0)
         self.wait_ready()
 
     def wait_ready(self) -> None:

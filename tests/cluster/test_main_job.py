@@ -1,6 +1,7 @@
 """The main job on the real Slurm: submitted by the command line and by hand."""
 
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -26,9 +27,16 @@ MODEL = ("--arch", "mlp", "--flow", "icfm")
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("PYTHON", sys.executable)
+    # What W&B was told too late would be in a second file.
+    patient = tmp_path / "patient"
+    patient.mkdir()
+    limits = "tracker.SHORT_FINISH_S = tracker.LONG_FINISH_S = 600.0"
+    patch = f"from flowjobs.tracking import tracker\n{limits}\n"
+    (patient / "sitecustomize.py").write_text(patch)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(patient), str(SBATCH.parent)]))
 
 
 def submitted(done: subprocess.CompletedProcess[str]) -> str:

@@ -23,19 +23,21 @@ def wait_until(
     what: str,
     timeout_s: float,
     explain: Callable[[], str] = str,
+    at_least_s: float = AT_LEAST_S,
 ) -> Result:
     """Polls until the answer is truthy and returns it.
 
     Args:
         poll: asked every 50 ms.
         what: what is waited for, for the error text.
-        timeout_s: how long it may take; ten minutes, if it is less.
+        timeout_s: how long it may take, on a machine that has time.
         explain: called on a time-out; its text ends the error's.
+        at_least_s: how long it is waited for all the same; 0 where there is another way.
 
     Raises:
         ClusterError: the time is over.
     """
-    timeout_s = max(timeout_s, AT_LEAST_S)
+    timeout_s = max(timeout_s, at_least_s)
     end = time.monotonic() + timeout_s
     while True:
         try:

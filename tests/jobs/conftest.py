@@ -34,6 +34,9 @@ def start(
 ) -> Start:
     """Submits the run and waits until it trains; it gets no further before it is disturbed."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    # On a machine that is busy with other things wandb takes minutes to start.
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "240")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "240")
 
     def start(*options: str, step: int = 10, noted: bool = True) -> Disturbed:
         Path("control").write_text(f"await {step}")

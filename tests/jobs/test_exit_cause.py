@@ -146,10 +146,14 @@ def test_only_what_may_pass_is_worth_another_try(error: Exception, kind: str | N
     assert exit_cause.transient_kind(error) == kind
 
 
-def test_a_connection_that_the_users_code_did_not_get_is_an_exception_of_it() -> None:
-    with pytest.raises(ConnectionRefusedError) as refused:  # this test is the user's code
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+@pytest.mark.parametrize("number", [errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH])
+def test_a_connection_that_the_users_code_did_not_get_is_an_exception_of_it(number: int) -> None:
+    with pytest.raises(OSError, match=os.strerror(number)) as refused:  # as the user's code would
+        raise OSError(number, os.strerror(number))
     assert exit_cause.transient_kind(refused.value) is None
+    # Of a file it is its server.
+    refused.value.filename = "rows.npy"
+    assert exit_cause.transient_kind(refused.value) == "file system"
 
 
 def test_the_node_to_leave_out_is_the_one_whose_process_died_first(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from flowjobs.errors import SubmissionError
 from flowjobs.jobs import exit_cause
 from flowjobs.jobs.cancel import cancel, cancel_together
 from flowjobs.jobs.current_job import running_job
-from flowjobs.jobs.dead_jobs import DeadJob, UnknownJob, find_dead_jobs, version_of
+from flowjobs.jobs.dead_jobs import DeadJob, find_dead_jobs, version_of
 from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end, reconcile
 from flowjobs.jobs.record_end import record_dead_attempt
 from flowjobs.jobs.stop_cause import notice_of
@@ -33,6 +33,7 @@ from flowjobs.runs.status import (
     RunStatus,
     now,
 )
+from flowjobs.slurm.jobs import Unknown
 
 DISABLED = TrackingConfig(wandb_mode="disabled")
 
@@ -90,7 +91,7 @@ def test_a_process_elsewhere_that_is_gone_is_unknown_and_no_longer_said_to_run(r
     for file in (run.status_file, run.metrics_file):
         if file.exists():
             os.utime(file, (0, 0))
-    assert isinstance(find_dead_jobs([run])[run], UnknownJob)
+    assert isinstance(find_dead_jobs([run])[run], Unknown)
     assert run.status().state == "running"
 
 

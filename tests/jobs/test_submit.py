@@ -22,7 +22,7 @@ from flowjobs.field_values import KeyValues
 from flowjobs.jobs import current_job, plain_sbatch
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.current_job import running_job, running_jobs
-from flowjobs.jobs.dead_jobs import UnknownJob, find_dead_jobs
+from flowjobs.jobs.dead_jobs import find_dead_jobs
 from flowjobs.jobs.deferred_signals import signals_deferred
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.restart import cancel_requested_with_retries, resubmit
@@ -36,6 +36,7 @@ from flowjobs.runs.process import process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, State, now
 from flowjobs.slurm import sacct
+from flowjobs.slurm.jobs import Unknown
 from flowjobs.slurm.options import CONTINUES
 from flowjobs.slurm.sacct import submit_line
 from flowjobs.sweeps.plan import stages
@@ -278,7 +279,7 @@ def test_what_an_older_job_of_its_id_has_done_says_nothing_of_a_new_one(study: P
     # The controller has lost its state, or a machine has come round to the number of a process.
     with pytest.raises(SubmissionError, match="what became of job 7 of a is unknown"):
         running_job(run)
-    assert isinstance(find_dead_jobs([run])[run], UnknownJob)
+    assert isinstance(find_dead_jobs([run])[run], Unknown)
     pack = new_pack(study, "shared", [run], 1, run.asked())
     pack.add_submission("7", "slurm", None)
     assert pack.remaining("7") == [run]

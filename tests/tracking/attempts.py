@@ -55,6 +55,24 @@ def row_at(step: int) -> Row:
     return row
 
 
+def hold(run: Run, step: int) -> None:
+    """Let no attempt at the run go past a step, before `let_go` or a signal."""
+    with replaced_whole(run.folder / "hold", flush=False) as file:
+        file.write(str(step).encode())
+
+
+def let_go(run: Run) -> None:
+    """Let attempts at the run go on to their end."""
+    (run.folder / "hold").unlink()
+
+
+def held(run: Run, step: int) -> bool:
+    """Whether a test keeps the run from this step for now."""
+    with contextlib.suppress(FileNotFoundError):
+        return step > int((run.folder / "hold").read_text())
+    return False
+
+
 def attempt(run: Run, last_step: int, pace_s: float) -> None:
     """One attempt, in this process."""
     checkpoint = run.folder / "step"
@@ -66,6 +84,8 @@ def attempt(run: Run, last_step: int, pace_s: float) -> None:
         recorder.start_at(start)
         for step in range(start + ROW_EVERY_STEPS, last_step + 1, ROW_EVERY_STEPS):
             time.sleep(pace_s)
+            while held(run, step) and not signals.reason():
+                time.sleep(0.05)
             recorder.record(row_at(step))
             recorder.attempt.progress(step, last_step, step // 100, None)
             if step % SAVE_EVERY_STEPS == 0 and "NO_CHECKPOINT" not in os.environ:
@@ -97,8 +117,11 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 600) -> tuple[int,
 
 def children(pid: int) -> list[int]:
     """The child processes of a process, by what the kernel says."""
-    threads = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for thread in threads for child in thread.read_text().split()]
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread may have ended
+            found += map(int, thread.read_text().split())
+    return found
 
 
 def mirror_and_core(trainer: int, but: int | None = None) -> tuple[int, int]:

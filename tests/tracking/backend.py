@@ -106,6 +106,7 @@ class Backend:
     Attributes:
         delay_s: How long every answer takes.
         fail_with: A status code that every request is answered with, or None.
+        failed: How many requests were answered so.
         refuse_with: A status code and a text that every start of a session is answered with.
         refuse_only: The id of the one run that it is for; None for all.
         files_at: Where the client is sent with its files.
@@ -116,6 +117,7 @@ class Backend:
     def __init__(self) -> None:
         self.delay_s = 0.0
         self.fail_with: int | None = None
+        self.failed = 0
         self.refuse_with: tuple[int, str] | None = None
         self.refuse_only: str | None = None
         self.entity = ENTITY
@@ -231,6 +233,7 @@ class Backend:
         if path.startswith("/sdk/otel"):
             return 200, {}  # the client's reports on itself
         if self.fail_with is not None:
+            self.failed += 1
             return self.fail_with, {"errors": [{"message": "the server fails as it was told to"}]}
         if method == "PUT":  # a signed address needs no key
             return self._put(path, body)

@@ -12,6 +12,13 @@ from tests.tracking.attempts import make_run
 from tests.tracking.backend import Backend
 
 
+@pytest.fixture(autouse=True)
+def patient(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wandb that takes minutes to start, on a machine that is busy with other things, may."""
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "240")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "240")
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """A server that is up, and an environment in which wandb talks to it."""

@@ -68,13 +68,15 @@ def run_to_the_end(run: Run, last_step: int) -> str:
 
 
 def finish_and_tell(run: Run, process: "subprocess.Popen[str]", exit_code: int = 0) -> str:
-    """Wait for an attempt that ends with this code. Returns what it said.
-
-    On a machine that is busy with other things W&B may come too late for it; it is told then.
-    """
+    """Wait for an attempt that ends with this code, and have W&B told. Returns what it said."""
     code, said = attempts.finish(process)
     assert code == exit_code, said
+    tell(run)
+    return said
+
+
+def tell(run: Run) -> None:
+    """Tell W&B how a run ended for which it came too late, as on a machine that is busy."""
     for _ in range(3):
         if pending_outcome(run):
             close_session(run)
-    return said

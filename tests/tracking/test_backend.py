@@ -1,9 +1,10 @@
 """The local backend does to the real client what the hosted server would."""
 
 import os
+import socket
 import subprocess
 import sys
-import time
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -13,14 +14,14 @@ INIT = """
 import wandb
 run = wandb.init(project="p", id="a-run", name="a name", group="g", config={"lr": 0.5},
     tags=["mine"], notes="seen", resume="allow",
-    settings=wandb.Settings(console="off", silent=True, init_timeout=8))
+    settings=wandb.Settings(console="off", silent=True, init_timeout=%d))
 run.define_metric("loss", summary="min")
 """
 
 
-def client(code: str) -> subprocess.CompletedProcess[str]:
+def client(code: str, init_timeout_s: int = 240) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", INIT + code],
+        [sys.executable, "-c", INIT % init_timeout_s + code],
         capture_output=True,
         text=True,
         timeout=600,
@@ -70,22 +71,23 @@ def test_a_row_at_a_step_that_is_there_is_dropped(backend: Backend) -> None:
 
 
 def test_what_came_while_it_was_down_arrives_later(backend: Backend) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", INIT + "input()\nrun.log({'loss': 1}, step=1)\nrun.finish()"],
-        stdin=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 600
-    while not backend.runs() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    backend.go_down()
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    time.sleep(1)
-    backend.come_back()
-    assert process.wait(timeout=240) == 0
-    process.stdin.close()
+    code = "print(1, flush=True)\ninput()\nrun.log({'loss': 1}, step=1)\nrun.finish()"
+    command = [sys.executable, "-c", INIT % 240 + code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n"
+        backend.go_down()
+        # Until somebody has come in vain to the address.
+        address = urlsplit(backend.url)
+        with socket.create_server((address.hostname or "", address.port or 0)) as dead:
+            dead.settimeout(600)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            dead.accept()[0].close()
+        backend.come_back()
+        assert process.wait(timeout=600) == 0
     assert len(backend.run("a-run").history) == 1
 
 
@@ -99,7 +101,7 @@ def test_a_client_that_gets_no_answer_raises(
         backend.go_down()
     else:
         backend.fail_with = 500
-    done = client("")
+    done = client("", 8)
     assert done.returncode != 0, done.stderr
     assert backend.runs() == []
     assert os.environ["WANDB_BASE_URL"] == backend.url

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from flowjobs.jobs.reconcile import reconcile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.tracking.process import close_session, pending_outcome
+from flowjobs.tracking.record import read_session
+from tests.cluster.waiting import wait_until
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
 from tests.tracking.conftest import MakeRun
@@ -32,6 +33,7 @@ CANCELLED = Outcome("cancelled", 130, "cancelled by its user")
 
 
 def attempt_that_is_killed(run: Run) -> None:
+    attempts.hold(run, 500)
     process = attempts.start(run, 5000, pace_s=0.02)
     everybody = [*attempts.mirror_and_core(process.pid), process.pid]
     attempts.wait_for_rows(run, 45)
@@ -39,6 +41,7 @@ def attempt_that_is_killed(run: Run) -> None:
         wait_until_open(run, None)
     attempts.kill(*everybody)
     attempts.finish(process)
+    attempts.let_go(run)
 
 
 def attempt_that_never_reached_wandb(run: Run) -> None:
@@ -123,6 +126,7 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_failed(
     tracked_run: MakeRun, mode: str
 ) -> None:
     run, backend = tracked_run(mode)
+    attempts.hold(run, 500)
     process = attempts.start(run, 5000, pace_s=0.02)
     attempts.wait_for_rows(run, 45)
     process.terminate()
@@ -200,9 +204,10 @@ def test_telling_a_death_beside_an_attempt_that_starts_does_not_end_that(
     run, backend = tracked_run(mode)
     attempt_that_is_killed(run)
     write_end(run, OUT_OF_MEMORY)
+    before = read_session(run)
     with ThreadPoolExecutor() as beside:
         telling = beside.submit(close_session, run)
-        time.sleep(0.3)
+        wait_until(lambda: read_session(run) != before, "it to begin", 600)
         run_to_the_end(run, 5000)
         telling.result()
     state, exit_code, tags, _ = state_of(run, backend)

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import signal
 import socket
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from flowjobs.errors import ServerError
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.mode import check_server_answers, server_url
-from flowjobs.tracking.process import close_session, pending_outcome
+from flowjobs.tracking.process import close_session, pending_outcome, upload_limit_s
 from flowjobs.tracking.record import read_uploaded, refusal_of
 from tests.cluster.waiting import wait_until
 from tests.tracking import attempts
@@ -65,13 +66,17 @@ def test_a_server_that_fails_from_the_start_costs_nothing_but_the_wait_at_the_en
 ) -> None:
     run, _ = tracked_run("online")
     break_server(backend, fault)
+    attempts.hold(run, 490)
     process = attempts.start(run, 500, pace_s=0.02)
-    began = time.monotonic()
     attempts.wait_for_rows(run, 1)
-    first_row_s = time.monotonic() - began
+    if fault == "hang":  # wandb waits for minutes: a start that waited, too, would come after that
+        assert "lost W&B" not in run.mirror_log.read_text()
+    if fault == "key":
+        wait_until(lambda: read_uploaded(run).refusal, "the refusal", 600)
+        wait_until(lambda: not list(run.folder.glob("wandb/run-*")), "the end of that try", 600)
+    attempts.let_go(run)
     code, said = attempts.finish(process)
     assert code == 0, said
-    assert first_row_s < 3, "the start waited"
     assert said.count("W&B cannot be told now") <= 1
     assert f"flowjobs sync {run.name}` tries again" in said or fault == "key"
     assert said.count("wandb login --relogin`") == (2 if fault == "key" else 0)
@@ -90,12 +95,15 @@ def test_a_server_that_fails_in_the_middle_gets_everything_when_it_is_back(
     tracked_run: MakeRun, backend: Backend, fault: str
 ) -> None:
     run, _ = tracked_run("online")
+    attempts.hold(run, 400)
     process = attempts.start(run, 2000, pace_s=0.02)
     attempts.mirror_and_core(process.pid)
     attempts.wait_for_rows(run, 40)
     break_server(backend, fault)
+    attempts.hold(run, 800)
     attempts.wait_for_rows(run, 80)
     mend_server(backend, fault)
+    attempts.let_go(run)
     code, said = attempts.finish(process)
     assert code == 0, said
     if pending_outcome(run) or read_uploaded(run).refusal:
@@ -108,6 +116,7 @@ def test_a_preempted_attempt_does_not_wait_for_a_server_that_went_away(
     tracked_run: MakeRun, backend: Backend
 ) -> None:
     run, _ = tracked_run("online")
+    attempts.hold(run, 1000)
     process = attempts.start(run, 5000, pace_s=0.02)
     attempts.mirror_and_core(process.pid)
     attempts.wait_for_rows(run, 60)
@@ -116,7 +125,8 @@ def test_a_preempted_attempt_does_not_wait_for_a_server_that_went_away(
     began = time.monotonic()
     code, said = attempts.finish(process)
     assert code == 75, said
-    assert time.monotonic() - began < 20  # of a minute that W&B may take
+    assert time.monotonic() - began < upload_limit_s(run)  # which W&B may take otherwise
+    attempts.let_go(run)
     backend.come_back()
     run_to_the_end(run, 1500)
     assert_history_is_exact(run, backend)
@@ -136,11 +146,13 @@ def test_a_service_of_another_process_is_not_joined(
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_a_mirror_that_is_killed_costs_no_row(tracked_run: MakeRun, mode: str) -> None:
     run, backend = tracked_run(mode)
-    process = attempts.start(run, 4000, pace_s=0.02)
+    attempts.hold(run, 500)
+    process = attempts.start(run, 1000, pace_s=0.02)
     mirror, core = attempts.mirror_and_core(process.pid)
     attempts.wait_for_rows(run, 40)
     attempts.kill(mirror, core)
     attempts.mirror_and_core(process.pid, but=mirror)  # takes its place while the attempt trains
+    attempts.let_go(run)
     finish_and_tell(run, process)
     assert pending_outcome(run) is None
     assert_history_is_exact(run, backend)
@@ -153,28 +165,35 @@ def test_a_mirror_that_cannot_read_what_it_needs_is_started_again(
     # As where a file server is away for a while.
     surroundings = run.surroundings_file
     surroundings.mkdir(parents=True)
-    process = attempts.start(run, 4000, pace_s=0.02)
+    attempts.hold(run, 500)
+    process = attempts.start(run, 1000, pace_s=0.02)
     wait_until(run.mirror_log.exists, "the first to start", 60)
     wait_until(lambda: "IsADirectoryError" in run.mirror_log.read_text(), "it to end", 60)
     surroundings.rmdir()
     attempts.mirror_and_core(process.pid)
-    code, said = attempts.finish(process)
-    assert (code, "another one starts" in said) == (0, True), said
+    attempts.let_go(run)
+    said = finish_and_tell(run, process)
+    assert "another one starts" in said
     assert_history_is_exact(run, backend)
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_two_attempts_alive_at_once_give_each_step_once(tracked_run: MakeRun, mode: str) -> None:
     run, backend = tracked_run(mode)
+    attempts.hold(run, 480)  # past its checkpoint
     first = attempts.start(run, 1000, pace_s=0.02)
     attempts.mirror_and_core(first.pid)
-    attempts.wait_for_rows(run, 50)
+    attempts.wait_for_rows(run, 48)
     # As when only slurmd has died: nothing keeps the second one from starting.
     (run.folder / ".lock").unlink()
+    attempts.kill(first.pid, with_signal=signal.SIGSTOP)
+    attempts.hold(run, 1400)
     second = attempts.start(run, 1500, pace_s=0.02)
-    code, said = attempts.finish(second)
-    assert code == 0, said
+    attempts.wait_for_rows(run, 140)
+    attempts.kill(first.pid, with_signal=signal.SIGCONT)  # which is behind now, and goes on
     attempts.finish(first)
+    attempts.let_go(run)
+    finish_and_tell(run, second)
     expected = [attempts.row_at(10 * number) for number in range(1, 151)]
     if backend is None:
         assert without_picture(offline_rows(run)) == expected
@@ -218,10 +237,12 @@ def test_a_network_that_may_not_be_used_is_no_refusal_and_a_servers_no_is_one(
 
 def test_a_full_disk_costs_no_row(tracked_run: MakeRun) -> None:
     run, _ = tracked_run("offline")
+    attempts.hold(run, 10)  # or all rows may be in it before that
     process = attempts.start(run, 1000, pace_s=0.02)
     _, core = attempts.mirror_and_core(process.pid)
     # What a full disk does to wandb's file, and to that alone.
     resource.prlimit(core, resource.RLIMIT_FSIZE, (3000, 3000))
+    attempts.let_go(run)
     code, said = attempts.finish(process)
     assert code == 0, said
     tell_what_is_pending(run)
@@ -233,9 +254,7 @@ def test_without_an_account_nothing_asks_for_one(
 ) -> None:
     run, _ = tracked_run("online")
     monkeypatch.delenv("WANDB_API_KEY")
-    began = time.monotonic()
     said = run_to_the_end(run, 1000)
-    assert time.monotonic() - began < 40
     assert "wandb.ai/authorize" not in said
     assert not os.path.exists(os.path.expanduser("~/.netrc"))
     assert read_uploaded(run).refusal is None  # whoever has a key tells it

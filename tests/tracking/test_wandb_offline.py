@@ -28,6 +28,13 @@ CONFIG = TrainingConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def patient_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run has one session: what W&B was told too late would be in another."""
+    for limit in ("SHORT_FINISH_S", "LONG_FINISH_S"):
+        monkeypatch.setattr(f"flowjobs.tracking.tracker.{limit}", 600.0)
+
+
 def record_of(run: Run) -> Path:
     """The one offline file of a run."""
     (found,) = session_files(run)

@@ -15,7 +15,9 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.tracking.mode import check_server_answers, entity_here
 from flowjobs.tracking.process import mirror_environment, upload_limit_s
+from flowjobs.tracking.record import read_uploaded
 from flowjobs.tracking.sync import sync_run
+from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 from tests.tracking import attempts
 from tests.tracking.attempts import make_run
@@ -132,6 +134,7 @@ def test_what_says_who_one_is_and_how_long_to_wait_reaches_wandb(
     monkeypatch: pytest.MonkeyPatch, study: Path
 ) -> None:
     run = make_run(study, "online")
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT")
     limit_s = upload_limit_s(run)
     assert mirror_environment("online")["WANDB_INIT_TIMEOUT"] == "20"
     given = {
@@ -170,11 +173,13 @@ def test_a_copied_study_is_a_run_of_its_own_with_all_rows(
     tracked_run: MakeRun, mode: str, workplace: Path
 ) -> None:
     run, backend = tracked_run(mode)
+    attempts.hold(run, 500)
     process = attempts.start(run, 5000, pace_s=0.02)
     attempts.mirror_and_core(process.pid)
     attempts.wait_for_rows(run, 30)
     process.terminate()
     attempts.finish(process)
+    attempts.let_go(run)
     copy = Run(workplace / "copy", run.name)
     shutil.copytree(run.study, copy.study)
 
@@ -214,7 +219,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, _ = tracked_run("online")
-    process = attempts.start(run, 100_000, pace_s=0.02)
+    process = attempts.start(run, 10**6, pace_s=0.02)
     attempts.wait_for_rows(run, 20)
     wait_until_open(run, backend)
     deleted = run.tracking_id()
@@ -234,7 +239,6 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     assert (done.returncode, remedy in done.stderr) == (1, True)
     assert backend.requests.count("RunResumeStatus") == sessions
 
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "4")  # which is how long wandb asks for a deleted one
     backend.undelete(deleted)  # as the text says, too
     done = flowjobs("sync", run.name, "--as-new")
     assert (done.returncode, done.stderr) == (0, "")
@@ -242,6 +246,7 @@ def test_a_run_that_is_deleted_in_the_page_says_what_to_do_and_is_not_tried_for_
     assert "W&B" not in flowjobs("status").stdout
 
     backend.delete(deleted)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "10")  # how long wandb asks for a deleted one
     done = flowjobs("sync", run.name, "--as-new")
     assert (done.returncode, done.stderr) == (0, "")
     assert run.tracking_id() != deleted
@@ -271,7 +276,10 @@ def test_what_wandb_refuses_is_said_once_with_what_to_do(
 ) -> None:
     run, _ = tracked_run("online")
     backend.refuse_with = refusal
+    attempts.hold(run, 490)
     process = attempts.start(run, 500, pace_s=0.05)
+    wait_until(lambda: read_uploaded(run).refusal, "the refusal", 600)
+    attempts.let_go(run)
     code, said = attempts.finish(process)
     assert code == 0, said
     assert what_to_do in said
