@@ -4,7 +4,6 @@ import contextlib
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
