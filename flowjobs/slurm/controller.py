@@ -20,7 +20,6 @@ from flowjobs.slurm.client import (
     timestamp,
 )
 from flowjobs.slurm.cluster import FIELD
-from flowjobs.slurm.options import minutes, seconds
 from flowjobs.slurm.requested import starts_without
 
 logger = logging.getLogger(__name__)
@@ -181,7 +180,6 @@ class JobRecord:
         preempted: Whether its place was given to another job.
         seconds_left: Until Slurm kills it: to the time limit, or to the end of the grace; None if
             Slurm does not say: of a job without a time limit it says neither.
-        over_limit: Whether it ran until its time limit.
         requeue: Whether Slurm may start it again.
         submitted: When it was submitted, or requeued, in seconds of the epoch.
         fields: All fields, by scontrol's names.
@@ -191,10 +189,17 @@ class JobRecord:
     restarts: int
     preempted: bool
     seconds_left: float | None
-    over_limit: bool
     requeue: bool
     submitted: float
     fields: Mapping[str, str]
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether Slurm ends it for its time: at its own limit, at the end of its reservation, or
+        as the hours of its account or QOS are used up."""
+        # Not by the times on record: its own limit is not the only one, and a partition may let it
+        # run over that (OverTimeLimit), where a scancel is still one.
+        return self.fields.get("Reason") == "TimeLimit"
 
     @property
     def lost_a_node(self) -> bool:
@@ -229,15 +234,12 @@ def job_record(job_id: str) -> JobRecord | None:
             continue
         for key, value in FIELD.findall(line):
             fields.setdefault(key, value)
-    end, limit_s = timestamp(fields.get("EndTime")), _limit_s(fields.get("TimeLimit", ""))
-    # Without the time that it was suspended, which does not count towards the limit.
-    ran_s = _elapsed_s(fields.get("RunTime", ""))
+    end = timestamp(fields.get("EndTime"))
     return JobRecord(
         state=fields.get("JobState", "").split()[0],
         restarts=int(fields.get("Restarts", "0")),
         preempted=timestamp(fields.get("PreemptTime")) is not None,
         seconds_left=None if end is None else end - time.time(),
-        over_limit=limit_s is not None and ran_s >= limit_s,
         requeue=fields.get("Requeue") == "1",
         submitted=timestamp(fields.get("SubmitTime")) or 0.0,
         fields=fields,
@@ -337,17 +339,3 @@ def set_parallel(job_id: str, tasks: int) -> None:
     said = [line[1] for line in lines if line]
     if answer.returncode != 0 and not (said and {*said} <= {*CHANGED_OR_ENDED}):
         raise SubmissionError(f"job {job_id} keeps its number of tasks: {first_line(answer)}")
-
-
-def _limit_s(text: str) -> float | None:
-    try:
-        return 60.0 * minutes(text)
-    except ValueError:
-        return None
-
-
-def _elapsed_s(text: str) -> int:
-    try:
-        return seconds(text)
-    except ValueError:
-        return 0
