@@ -90,6 +90,10 @@ def reconcile(runs: Iterable[Run]) -> list[Reconciled]:
     for left, (found, avoid) in again.items():
         try:
             with left.one_submits():
+                if isinstance(left, Pack) and not left.remaining(found.job.job_id):
+                    why = "its runs are done, cancelled, or have newer jobs"
+                    logger.info("%s is not continued: %s", left.name, why)
+                    continue
                 if busy := _newer_job(left, found.job):
                     logger.info("%s already has %s", left.name, busy)
                     continue

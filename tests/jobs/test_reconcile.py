@@ -25,6 +25,7 @@ from flowjobs.jobs.run_stages import stages_of
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
+from flowjobs.runs.submittable import Submittable
 from flowjobs.sweeps.plan import stages
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -171,24 +172,29 @@ def test_a_lost_job_is_started_again_as_it_was_submitted(start: Start) -> None:
     assert_in_wandb(job.run, "finished", 0)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 def test_a_lost_job_is_not_started_again_beside_one_that_was_submitted_since(
-    slurm: SlurmCluster, study: Path, caplog: pytest.LogCaptureFixture
+    slurm: SlurmCluster, study: Path, caplog: pytest.LogCaptureFixture, shared: bool
 ) -> None:
     caplog.set_level("INFO")
     run = Run(study, "a")
     run.create(RunConfig(restarts=RestartConfig(1), tracking=TrackingConfig("disabled")))
-    lost = slurm.submit("--output=job.out", "--wrap", "kill -9 $$")
+    first: Submittable = new_pack(study, "shared", [run], 1, run.asked()) if shared else run
+    log = Path("job.out").absolute()
+    lost = slurm.submit(f"--output={log}", "--wrap", "kill -9 $$")
     slurm.wait_state(lost, "FAILED", 60)
-    since = slurm.submit("--hold", "--output=job.out", "--wrap", "true")
-    for job_id in (lost, since):
-        Origin.here(run.asked()).note(run, job_id)
-        run.add_submission(job_id, "slurm", None)
+    since = slurm.submit("--hold", f"--output={log}", "--wrap", "true")
+    for submitted, job_id in ((first, lost), (run, since)):
+        Origin.here(run.asked()).note(submitted, job_id)
+        submitted.add_submission(job_id, "slurm", log)
     job = JobInfo("slurm", lost, None, "n1", 1)
     RunStatus("running", attempts=[AttemptRecord(1, job, now())]).write(run.status_file)
     (found,) = reconcile([run])
     assert found.outcome is not None
     assert found.outcome.state == "preempted", found
-    assert f"a already has job {since} (pending)" in caplog.text
+    why = "is not continued" if shared else f"already has job {since} (pending)"
+    assert f"{first.name} {why}" in caplog.text
+    assert slurm.run("squeue", "-h", "-o", "%i").split() == [since]
     assert [entry.job_id for entry in run.submissions()] == [lost, since]
 
 
