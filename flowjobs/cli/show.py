@@ -42,9 +42,9 @@ class Show(InStudy):
             time = {**dataclasses.asdict(spent), "goodput": spent.goodput}
             print_json({**described, "config": changed, "time": time, "files": files}, indent=None)
             return 0
-        waits = f"waits {described['waits']}" if described["waits"] else ""
-        why = waits or described["unknown"] or described["reason"]
-        print_text(f"{run.name}: {described['state_in_words']}{f', {why}' if why else ''}")
+        waits, why = described["waits"], described["unknown"] or described["reason"]
+        stands = f": {described['state_in_words']}{f', {why}' if why else ''}"
+        print_text(run.name + (f" waits {waits}" if waits else stands))
         for name, value in changed.items():
             print(f"  {flag(name)} {value}")
         if not changed:

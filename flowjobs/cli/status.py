@@ -119,7 +119,8 @@ def _print_notes(run: dict[str, Any], *, named: bool) -> None:
     """Print what is to be known of a run beside its line."""
     from flowjobs.cli.table import print_text
 
-    if run["state"] == "failed" and not named:  # else its attempts say so
+    # Else its attempts say so, and of one that was submitted again that is no news.
+    if run["state"] == "failed" and not (named or run["waits"]):
         print_text(f"{run['run']} failed: {run['reason']}")
     if run["unknown"]:
         print_text(f"{run['run']}: {run['unknown']}", stderr=True)
@@ -163,18 +164,21 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     from flowjobs.slurm.waiting import Waiting
 
     status, latest = current_progress(run)
+    waits = finding.newer if isinstance(finding, DeadJob) else finding
     if isinstance(finding, DeadJob):
         # Shown, not noted: that is what `reconcile` is for, and the run's own jobs.
         status.record_outcome_of_dead(final_outcome(run, status, finding), run.metrics_file)
     described = {"run": run.name, **dataclasses.asdict(status)}
     if not status.epochs:  # its job has not begun
         described["epochs"] = run.config().training.epochs
-    described["state_in_words"] = state_in_words(status)
+    # How its last attempt ended says nothing of a run that a job waits to resume.
+    waiting = isinstance(waits, Waiting)
+    described["state_in_words"] = "waiting" if waiting else state_in_words(status)
     described["latest"] = latest
     described["steps_per_s"] = steps_per_s(status)
     described["left_s"] = time_left_s(status)
     described["jobs"] = [dataclasses.asdict(entry) for entry in run.submissions()]
-    described["waits"] = finding.why if isinstance(finding, Waiting) else ""
+    described["waits"] = waits.why if isinstance(waits, Waiting) else ""
     described["unknown"] = finding.why if isinstance(finding, Unknown) else ""
     from flowjobs.tracking.record import read_uploaded
 

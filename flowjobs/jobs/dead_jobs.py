@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs import exit_cause
-from flowjobs.jobs.origin import identity_among
+from flowjobs.jobs.origin import identity_among, noted_identity
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import is_remaining, pack_of
 from flowjobs.runs.process import process_lives
@@ -52,6 +52,7 @@ class DeadJob:
         cause_known: Whether Slurm says how it ended; the log alone does not tell a scancel from
             what may be tried again.
         job_still_runs: Whether it was one process of a job that runs on and can start it again.
+        newer: What a job waits for that was submitted since; None if there is none that lives.
     """
 
     job: JobInfo
@@ -61,6 +62,7 @@ class DeadJob:
     attempt_began: bool = True
     cause_known: bool = True
     job_still_runs: bool = False
+    newer: Waiting | None = None
 
 
 # Waiting: the run's newest job is in the queue. Unknown: nothing can be said of it, also where that
@@ -78,6 +80,7 @@ def find_dead_jobs(runs: Collection[Run], *, at_most_twice: bool = False) -> dic
     found: dict[Run, Finding] = {}
     suspects: dict[Run, tuple[RunStatus, JobInfo]] = {}
     jobs: dict[Run, JobIdentity] = {}
+    newer: dict[Run, JobIdentity] = {}
     for run in runs:
         try:
             status, entries = run.status(), run.submissions()
@@ -89,22 +92,27 @@ def find_dead_jobs(runs: Collection[Run], *, at_most_twice: bool = False) -> dic
                 suspects[run] = status, job
                 if job.cluster == "slurm":
                     jobs[run] = identity_among(entries, job.job_id, job.log)
+                if since := _submitted_since(run, status, entries, job):
+                    newer[run] = since
         except (FlowjobsError, OSError) as error:
             found[run] = Unknown(str(error))
-    answers = ask(set(jobs.values()), at_most_twice=at_most_twice)
+    answers = ask({*jobs.values(), *newer.values()}, at_most_twice=at_most_twice)
     for run, (status, job) in suspects.items():
-        finding: Finding | None
+        answer = answers[jobs[run]] if run in jobs else None
         try:
-            if run in jobs:
-                finding = _find_in_slurm(run, status, job, answers[jobs[run]])
-            else:
-                finding = _find_on_this_machine(run, status, job)
+            finding = (
+                _find_on_this_machine(run, status, job)
+                if answer is None
+                else _find_in_slurm(run, status, job, answer)
+            )
         except (FlowjobsError, OSError) as error:
             finding = Unknown(str(error))
         # Restarted from here, it would become this user's job.
         if isinstance(finding, DeadJob) and run in jobs and not jobs[run].is_mine():
             words = f"{jobs[run].description} has ended ({finding.outcome.reason})"
             finding = Unknown(f"{words}: it is that user's to reconcile")
+        if run in newer:
+            finding = _beside_newer_job(finding, job, answer, answers[newer[run]])
         if finding:
             found[run] = finding
     return found
@@ -161,6 +169,47 @@ def _newest_job(run: Run, status: RunStatus, entries: Sequence[Submission]) -> J
     continues = bool(entry.continues)  # else each restart would count as its user's wish
     start = (entry.cluster, entry.job_id, entry.log, host)
     return JobInfo(*start, pid=0, continues=continues, process=entry.process)
+
+
+def _submitted_since(
+    run: Run, status: RunStatus, entries: Sequence[Submission], job: JobInfo
+) -> JobIdentity | None:
+    """The Slurm job of a run that was submitted after `job` and has not begun to train it."""
+    if not entries or entries[-1].cluster != "slurm" or entries[-1].job_id == job.job_id:
+        return None
+    if attempts_of(entries[-1], status.attempts):
+        return None
+    if entries[-1].pack and not is_remaining(run, entries[-1].job_id):
+        return None  # it may live for others
+    return noted_identity(entries[-1])
+
+
+def _beside_newer_job(
+    finding: Finding | None, job: JobInfo, answer: JobAnswer | None, newer: JobAnswer
+) -> Finding | None:
+    """What is found of a run that has a job which was submitted since, and has not begun.
+
+    If that lives, it is what a person has done about the older one, and what they look for.
+
+    Args:
+        finding: What is found of the older job.
+        job: That one.
+        answer: Slurm's word on it, if it is Slurm's.
+        newer: Slurm's word on the newer one.
+    """
+    if not isinstance(newer, Known) or newer.over or newer.newest.state == "COMPLETING":
+        return finding
+    row = newer.newest
+    waits = why_it_waits(row) if row.waits else Waiting(f"for job {row.job_id} to resume it")
+    if isinstance(finding, DeadJob):
+        return replace(finding, newer=waits)  # `reconcile` has still to note it
+    # Nothing is said of one that trains, of one that accounting will know soon, and of one that
+    # leaves: for hours, where its node hangs.
+    ends = isinstance(answer, Known) and (
+        answer.over
+        or (answer.newest.state == "COMPLETING" and not answer.restarted_since(job.restart_count))
+    )
+    return waits if isinstance(finding, Unknown) or (finding is None and ends) else finding
 
 
 def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer) -> Finding | None:

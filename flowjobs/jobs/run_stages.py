@@ -150,7 +150,7 @@ def stages_of(runs: Iterable[Run], findings: Mapping[Run, Finding]) -> set[Stage
 
 def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
     match finding:
-        case Waiting(why, stuck):
+        case Waiting(why, stuck) | DeadJob(newer=Waiting(why, stuck)):
             return Standing(glance, "waiting", why, stuck)
         case Unknown(why):
             return Standing(glance, "unknown", why)

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.main import run as run_command
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.jobs.dead_jobs import DeadJob, find_dead_jobs
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end, reconcile
 from flowjobs.jobs.record_end import record_dead_attempt
-from flowjobs.jobs.run_stages import stages_of
+from flowjobs.jobs.run_stages import Stage, stages_of
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
@@ -174,7 +175,11 @@ def test_a_lost_job_is_started_again_as_it_was_submitted(start: Start) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_lost_job_is_not_started_again_beside_one_that_was_submitted_since(
-    slurm: SlurmCluster, study: Path, caplog: pytest.LogCaptureFixture, shared: bool
+    slurm: SlurmCluster,
+    study: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    shared: bool,
 ) -> None:
     caplog.set_level("INFO")
     run = Run(study, "a")
@@ -189,6 +194,18 @@ def test_a_lost_job_is_not_started_again_beside_one_that_was_submitted_since(
         submitted.add_submission(job_id, "slurm", log)
     job = JobInfo("slurm", lost, None, "n1", 1)
     RunStatus("running", attempts=[AttemptRecord(1, job, now())]).write(run.status_file)
+
+    def reasons() -> list[str]:
+        return slurm.run("squeue", "-h", "-o", "%r").split()
+
+    wait_until(lambda: reasons() == ["JobHeldUser"], "the scheduler's look", 60)
+    # That it waits is what there is to know of the run, before its end is noted as well.
+    assert stages_of([run], find_dead_jobs([run])) == {"waiting"}
+    assert run_command(["status", "a"]) == 0
+    _, row, waits, ended, *_ = capsys.readouterr().out.splitlines()
+    assert row.split()[:2] == ["a", "waiting"]
+    assert waits.startswith(f"a waits held by its user: `scontrol release {since}`")
+    assert "preempted: killed (SIGKILL) on n1, attempt 1; starts again" in ended
     (found,) = reconcile([run])
     assert found.outcome is not None
     assert found.outcome.state == "preempted", found
@@ -196,6 +213,35 @@ def test_a_lost_job_is_not_started_again_beside_one_that_was_submitted_since(
     assert f"{first.name} {why}" in caplog.text
     assert slurm.run("squeue", "-h", "-o", "%i").split() == [since]
     assert [entry.job_id for entry in run.submissions()] == [lost, since]
+
+
+def test_a_job_that_waits_is_shown_unless_the_one_before_it_trains(
+    slurm: SlurmCluster, site: Callable[[str, str], None], study: Path
+) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig(tracking=TrackingConfig("disabled")))
+    before = slurm.submit("--output=/dev/null", "--wrap", "sleep 600")
+    since = slurm.submit("--hold", "--output=/dev/null", "--wrap", "true")
+    slurm.wait_state(before, "RUNNING")
+    for job_id in (before, since):
+        run.add_submission(job_id, "slurm", None)
+
+    def stage_with_an_attempt_of(job_id: str) -> set[Stage]:
+        job = JobInfo("slurm", job_id, None, "n1", 1)
+        RunStatus("running", attempts=[AttemptRecord(1, job, now())]).write(run.status_file)
+        return stages_of([run], find_dead_jobs([run]))
+
+    assert stage_with_an_attempt_of(before) == {"running"}
+    # As for hours, where its node hangs.
+    site("squeue", '$real "$@" | sed s/RUNNING/COMPLETING/')
+    assert stage_with_an_attempt_of(before) == {"waiting"}
+    elsewhere = "999999"
+    run.jobs_file.unlink()
+    run.add_submission(elsewhere, "slurm", None, identity={"slurm_cluster": "other"})
+    assert stage_with_an_attempt_of(elsewhere) == {"unknown"}
+    run.add_submission(since, "slurm", None)
+    assert stage_with_an_attempt_of(elsewhere) == {"waiting"}
+    assert reconcile([run]) == []
 
 
 @pytest.mark.long
