@@ -1,5 +1,6 @@
 """Before a job is submitted, whether there is one; while it is, signals that end a command."""
 
+import json
 import logging
 import os
 import resource
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.cli.main import run as run_command
-from flowjobs.config import RunConfig, SlurmConfig, TrainingConfig
+from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.field_values import KeyValues
 from flowjobs.jobs import current_job, plain_sbatch
@@ -37,7 +38,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, State, now
 from flowjobs.slurm import sacct
 from flowjobs.slurm.jobs import Unknown
-from flowjobs.slurm.options import CONTINUES
+from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, SCRIPT_OUTPUT
 from flowjobs.slurm.sacct import submit_line
 from flowjobs.sweeps.plan import stages
 from tests.cli.test_many import ended
@@ -132,6 +133,42 @@ def test_a_job_by_hand_that_is_submitted_again_keeps_its_options(
     assert [line.count("--signal=USR2@300") for line in commands] in ([0, 0], [1, 1])
     own = ("JobId", "SubmitTime", "LastSchedEval", "Command", "Comment", "NumNodes")
     assert {**after, **dict.fromkeys(own)} == {**before, **dict.fromkeys(own)}
+
+
+def test_a_job_by_hand_that_began_while_slurm_was_silent_is_known_all_the_same(
+    slurm: SlurmCluster,
+    site: Callable[[str, str], None],
+    study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site("sbatch", '$real --hold "$@"')
+    run = Run(study, "a")
+    disabled = TrackingConfig(wandb_mode="disabled")
+    run.create(RunConfig(TrainingConfig(epochs=1), tracking=disabled))
+    Path("job.sh").write_text("#!/bin/sh\n")
+    old = slurm.submit("--output=job.out", "--mem=1G", "job.sh", "--lr", "1")
+    output = str(Path("job.out").absolute())
+    # What it has of Slurm and of its batch script.
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "flowjobs")
+    monkeypatch.setenv("SLURM_JOB_NAME", "job.sh")
+    monkeypatch.setenv(SCRIPT_ARGUMENTS, json.dumps(["--lr", "1"]))
+    monkeypatch.setenv(SCRIPT_OUTPUT, json.dumps([output, output]))
+    site("scontrol", "exit 1")
+    assert plain_sbatch.note_job(run, old) == output
+    assert plain_sbatch.run_of_job(study, old, ["--lr", "1"]) == run
+    assert plain_sbatch.run_of_job(study, old, ["--lr", "2"]) is None
+    # What it was submitted with is asked when it is needed, and nothing else is submitted.
+    job = JobInfo("slurm", old, output, "n1", 1)
+    with pytest.raises(SubmissionError, match=f"Slurm says nothing of job {old}"):
+        resubmit(run, job, task_of(run))
+    site("scontrol", '[ "$1" = write ] && exit 1; exec $real "$@"')
+    with pytest.raises(SubmissionError, match=r"not known.*: submit a again as you did"):
+        resubmit(run, job, task_of(run))
+    site("scontrol", 'exec $real "$@"')
+    new = resubmit(run, job, task_of(run))
+    assert slurm.job(new)["MinMemoryNode"] == "1G"
+    assert run.submissions()[-1].again[-2:] == ["--lr", "1"]
+    assert cancel(run) == f"a: cancelled job {old}, job {new}; submit it again to resume"
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
