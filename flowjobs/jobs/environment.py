@@ -283,7 +283,8 @@ def _log_file(environment: JobEnvironment, run: Submittable) -> str | None:
                 _note_itself(run, environment.job_id, log)
         return str(log)
     if environment.name() == "slurm":
-        return plain_sbatch.note_job(run, environment.job_id)
+        note = plain_sbatch.note_job if environment.global_rank == 0 else plain_sbatch.known_log
+        return note(run, environment.job_id)
     return None
 
 

@@ -458,7 +458,7 @@ def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
 ) -> None:
     job = by_hand(study, slurm, "train.sh", hand_made)
     script = str(REPOSITORY / "sbatch" / "train.sh")
-    waiting = slurm.submit("--hold", script, *hand_made)
+    waiting = slurm.submit("--hold", "--nodes=2", script, *hand_made)  # of two ranks
     # Slurm's times are in whole seconds.
     second = int(time.time())
     wait_until(lambda: int(time.time()) > second, "the next second", 120)
@@ -472,7 +472,7 @@ def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
     slurm.wait_state(waiting, {"FAILED", "COMPLETED"}, 240)
     assert job.status().state == "cancelled"
     assert len(job.attempts()) == 1
-    first, _, noted = job.run.submissions()
+    first, _, noted = job.run.submissions()  # by its first rank alone
     assert (noted.job_id, noted.slurm_cluster) == (waiting, first.slurm_cluster)
     output = Path.cwd() / f"flowjobs-{waiting}.out"
     assert (noted.job_name, noted.log) == (first.job_name, str(output))
