@@ -27,7 +27,7 @@ from flowjobs.slurm.submission import AcceptedJob, cancelled_unless_noted, sbatc
 
 
 def known_log(run: Submittable, job_id: str) -> str | None:
-    """The output file of the job that this process is in, if the run has noted the job."""
+    """The log of the job that this process is in, if the run has noted the job."""
     noted = run.submission(job_id, os.environ.get("SLURM_CLUSTER_NAME", ""))
     return noted.log or None if noted else None
 
@@ -39,13 +39,15 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     could not be cancelled.
 
     Returns:
-        Its output file; None if that is not known.
+        The file that its errors go to, with all that flowjobs and Slurm say; None if that is not
+        known.
     """
     cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
     if noted := run.submission(job_id, cluster):
         return noted.log or None
     arguments: list[str] = json.loads(os.environ.get(SCRIPT_ARGUMENTS, "[]"))
     again: list[str] = []
+    output = errors = ""
     identity: dict[str, object] = {"slurm_cluster": cluster}
     try:
         record = job_record(job_id)
@@ -55,13 +57,13 @@ def note_job(run: Submittable, job_id: str) -> str | None:
     else:
         if record is None:
             return None
-        output, errors = record.fields.get("StdOut", ""), ""
+        output, errors = (record.fields.get(name, "") for name in ("StdOut", "StdErr"))
         if record.fields.get("BatchFlag") in (None, "0"):
             return output or None  # a shell of salloc's, say: nothing to submit again
         again = _command(run, job_id, record, arguments)
         identity["job_name"] = record.fields.get("JobName", "")
         identity["handed_over"] = 0.0 if record.restarts else record.submitted
-    log = errors or output  # we and Slurm say all that there is to say as errors
+    log = errors or output
     identity["job_log"] = "" if output == log else output
     if not again:
         identity["script_arguments"] = arguments
@@ -125,7 +127,7 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
         nodes = f"{before[-1].partition('=')[2]},{exclude}" if before else exclude
         command.insert(1, f"--exclude={nodes}")
         command = [option for option in command if option not in before]
-    command[1:1] = _signal_of(entry)
+    command = _with_what_was_typed(command, entry)
     # The new job must know what it is, also where jobs get no environment by default.
     command.insert(1, "--export=ALL")
     old = entry.job_id
@@ -145,17 +147,29 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     return new
 
 
-def _signal_of(entry: Submission) -> list[str]:
-    """The --signal that a job was submitted with: Slurm's record has none, the script another."""
+def _with_what_was_typed(command: Sequence[str], entry: Submission) -> list[str]:
+    """The command with what Slurm's record of a job that runs lacks: the --signal, for which the
+    script has another; and of several partitions those that the job does not run in."""
+    typed = _typed_options(entry)
+    signals = re.findall(r"(?<=\s)--signal[= ](\S+)", typed)
+    lists = re.findall(r"(?<=\s)(?:--partition[= ]|-p ?)(\S+)", typed)
+    options = [f"--signal={signals[-1]}"] if signals else []
+    for option in command[1:]:
+        name, _, value = option.partition("=")
+        listed = name == "--partition" and lists and value in lists[-1].split(",")
+        options.append(f"{name}={lists[-1]}" if listed else option)
+    return [command[0], *options]
+
+
+def _typed_options(entry: Submission) -> str:
+    """The options that a job was submitted with, by accounting; empty if it does not say."""
     line = submit_line(entry.job_id)
     script = next((word for word in entry.again if word.endswith(f"/{entry.job_id}.sh")), "")
     words, arguments = line.split(), entry.again[entry.again.index(script) + 1 :] if script else []
     tail = " ".join(arguments).split()
     if words[len(words) - len(tail) :] != tail:
-        return []  # another job, of an earlier cluster with the same ids
-    options = " ".join(words[: len(words) - len(tail) - 1])
-    found = re.findall(r"(?<=\s)--signal[= ](\S+)", options)
-    return [f"--signal={found[-1]}"] if found else []
+        return ""  # another job, of an earlier cluster with the same ids
+    return " ".join(words[: len(words) - len(tail) - 1])
 
 
 def _command_by_now(run: Submittable, entry: Submission) -> list[str]:

@@ -458,7 +458,8 @@ def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
 ) -> None:
     job = by_hand(study, slurm, "train.sh", hand_made)
     script = str(REPOSITORY / "sbatch" / "train.sh")
-    waiting = slurm.submit("--hold", "--nodes=2", script, *hand_made)  # of two ranks
+    # Of two ranks, and with a file for what is said.
+    waiting = slurm.submit("--hold", "--nodes=2", "--error=%j.err", script, *hand_made)
     # Slurm's times are in whole seconds.
     second = int(time.time())
     wait_until(lambda: int(time.time()) > second, "the next second", 120)
@@ -474,10 +475,11 @@ def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
     assert len(job.attempts()) == 1
     first, _, noted = job.run.submissions()  # by its first rank alone
     assert (noted.job_id, noted.slurm_cluster) == (waiting, first.slurm_cluster)
-    output = Path.cwd() / f"flowjobs-{waiting}.out"
-    assert (noted.job_name, noted.log) == (first.job_name, str(output))
-    assert "whether this job was submitted before that or since is unknown" in output.read_text()
-    assert "resume disturbed` from where Slurm answers" in output.read_text()
+    log, output = (Path.cwd() / name for name in (f"{waiting}.err", f"flowjobs-{waiting}.out"))
+    found = (noted.job_name, noted.log, noted.job_log)
+    assert found == (first.job_name, str(log), str(output))
+    assert "whether this job was submitted before that or since is unknown" in log.read_text()
+    assert "resume disturbed` from where Slurm answers" in log.read_text()
 
 
 @pytest.mark.long

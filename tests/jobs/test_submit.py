@@ -101,10 +101,17 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
             (
                 *("--no-requeue", "--exclusive", "--nice=5", "--mail-type=END,FAIL", "--tmp=1"),
                 *("--mail-user=a@b", "--switches=1@5", "--time-min=5", "--signal=USR2@300"),
+                "--partition=preempt,gpu",
             ),
             "--requeue --signal=USR2@90",
         ),
-        (("--gpus=1", "--cpus-per-gpu=2", "--exclusive=user"), "--gpus-per-node=1"),
+        (
+            (
+                *("--gpus=1", "--cpus-per-gpu=2", "--exclusive=user"),
+                *("--error=job.err", "--time=UNLIMITED"),
+            ),
+            "--gpus-per-node=1 --time=9",
+        ),
         (("--gpus-per-task=1", "--mem-per-gpu=1G", "--oversubscribe"), "--ntasks-per-node=1"),
     ],
 )
@@ -123,12 +130,18 @@ def test_a_job_by_hand_that_is_submitted_again_keeps_its_options(
     # Not UTF-8, which bash does not mind.
     Path("job.sh").write_bytes(f"#!/bin/sh\n#SBATCH {gone}\n# Gr".encode() + b"\xf6\xdfe\n")
     old = slurm.submit("--output=job.out", *options, "job.sh")
-    assert plain_sbatch.note_job(run, old) is not None
+    site("scontrol", '$real "$@" | sed -E "s/=(preempt,gpu|gpu,preempt)/=gpu/"')  # as it runs
+    log, output = (str(Path(name).absolute()) for name in ("job.err", "job.out"))
+    if "--error=job.err" not in options:
+        log, output = output, ""
+    assert plain_sbatch.note_job(run, old) == log
+    site("scontrol", 'exec $real "$@"')
     before = slurm.job(old)
     if "--signal=USR2@300" in options:  # which only accounting has, once the job is not held
         slurm.run("scontrol", "release", old)
         wait_until(lambda: submit_line(old), "accounting to know it", 60)
     after = slurm.job(plain_sbatch.resubmit(run, run.submissions()[0], None))
+    assert [(entry.log, entry.job_log) for entry in run.submissions()] == [(log, output)] * 2
     commands = Path("commands").read_text().splitlines()
     assert [line.count("--signal=USR2@300") for line in commands] in ([0, 0], [1, 1])
     own = ("JobId", "SubmitTime", "LastSchedEval", "Command", "Comment", "NumNodes")
