@@ -25,6 +25,15 @@ from flowjobs.slurm.requested import gres_of, options_of
 from flowjobs.slurm.sacct import submit_line
 from flowjobs.slurm.submission import AcceptedJob, cancelled_unless_noted, sbatch
 
+# Options of sbatch that only accounting has, in the line that was typed. A dependency on certain
+# jobs is over once the job has started.
+TYPED = {
+    "--signal": r"--signal[= ](\S+)",
+    "--hint": r"--hint[= ](\S+)",
+    "--threads-per-core": r"--threads-per-core[= ](\S+)",
+    "--dependency": r"(?:--dependency[= ]|-d ?)(singleton)(?=\s|$)",
+}
+
 
 def known_log(run: Submittable, job_id: str) -> str | None:
     """The log of the job that this process is in, if the run has noted the job."""
@@ -148,12 +157,15 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
 
 
 def _with_what_was_typed(command: Sequence[str], entry: Submission) -> list[str]:
-    """The command with what Slurm's record of a job that runs lacks: the --signal, for which the
-    script has another; and of several partitions those that the job does not run in."""
+    """The command with what Slurm's record of a job that runs lacks (see TYPED), and of several
+    partitions those that the job does not run in."""
     typed = _typed_options(entry)
-    signals = re.findall(r"(?<=\s)--signal[= ](\S+)", typed)
+    options = [
+        f"{option}={found[-1]}"
+        for option, pattern in TYPED.items()
+        if (found := re.findall(rf"(?<=\s){pattern}", typed))
+    ]
     lists = re.findall(r"(?<=\s)(?:--partition[= ]|-p ?)(\S+)", typed)
-    options = [f"--signal={signals[-1]}"] if signals else []
     for option in command[1:]:
         name, _, value = option.partition("=")
         listed = name == "--partition" and lists and value in lists[-1].split(",")

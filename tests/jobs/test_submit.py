@@ -101,7 +101,7 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
             (
                 *("--no-requeue", "--exclusive", "--nice=5", "--mail-type=END,FAIL", "--tmp=1"),
                 *("--mail-user=a@b", "--switches=1@5", "--time-min=5", "--signal=USR2@300"),
-                "--partition=preempt,gpu",
+                *("--partition=preempt,gpu", "--threads-per-core=1"),
             ),
             "--requeue --signal=USR2@90",
         ),
