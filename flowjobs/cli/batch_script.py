@@ -22,7 +22,7 @@ from flowjobs.cli.reconcile import print_job_end
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.slots import JOB_OF_RUN
-from flowjobs.slurm.options import SCRIPT_ARGUMENTS
+from flowjobs.slurm.options import SCRIPT_ARGUMENTS, SCRIPT_OUTPUT
 
 # Slurm tells them to all of a job; what a batch script has left to do comes after.
 OUTLIVED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -127,6 +127,7 @@ def _train(module: Sequence[str], script_arguments: Sequence[str]) -> int:
     environment = {
         **os.environ,
         SCRIPT_ARGUMENTS: json.dumps(list(script_arguments)),
+        SCRIPT_OUTPUT: json.dumps([_file_of_script(descriptor) for descriptor in (1, 2)]),
         # Slurm may have been told to pass on nothing to srun, which then finds no program.
         "SLURM_EXPORT_ENV": "ALL",
     }
@@ -138,6 +139,17 @@ def _train(module: Sequence[str], script_arguments: Sequence[str]) -> int:
     command += [*_guard(), sys.executable, "-u", "-m", *module]
     code = subprocess.run(command, env=environment, check=False).returncode
     return code if code >= 0 else 128 - code
+
+
+def _file_of_script(descriptor: int) -> str:
+    """The file that the batch script's output (1) or errors (2) go to; empty if it is none."""
+    # Not this process's own: `conda run` puts a pipe between.
+    pid = os.environ.get("SLURM_TASK_PID", "self")
+    try:
+        path = os.readlink(f"/proc/{pid}/fd/{descriptor}")
+    except OSError:
+        return ""
+    return path if os.path.isfile(path) else ""
 
 
 def _guard() -> list[str]:

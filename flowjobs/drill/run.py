@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord
 from flowjobs.slurm.controller import JobRow, start_soon
 from flowjobs.slurm.jobs import Known, Unknown, ask
+from flowjobs.slurm.waiting import Waiting, why_it_waits
 
 POLL_S = 0.2
 ASK_SLURM_EVERY_S = 2.0
@@ -38,6 +39,35 @@ CANCEL_WAIT_S = 60.0
 # Nothing happens for so long to a job that runs: it hangs. So does a Slurm that does not answer.
 HANGS_S = 600.0
 SILENT_S = 60.0
+# A person may yet release a job that is held, say.
+STUCK_S = 60.0
+
+
+@dataclass
+class Queued:
+    """Why a job waits in the queue, as seen from look to look.
+
+    Attributes:
+        waits: Why; None if it does not wait.
+        stuck_since: Since when it has waited for what never comes, by this process's monotonic
+            clock; infinite if it does not.
+    """
+
+    waits: Waiting | None = None
+    stuck_since: float = math.inf
+
+    def look(self, live: Sequence[JobRow]) -> None:
+        """Take in which jobs of the run wait or run."""
+        waiting = [row for row in live if row.state == "PENDING"]
+        # When it would start Slurm estimates anew again and again, which is no news.
+        self.waits = why_it_waits(replace(waiting[-1], starts=None)) if waiting else None
+        stuck = self.waits is not None and self.waits.stuck
+        self.stuck_since = min(self.stuck_since, time.monotonic()) if stuck else math.inf
+
+    @property
+    def never_starts(self) -> bool:
+        """Whether it has waited for a while for what never comes."""
+        return time.monotonic() - self.stuck_since > STUCK_S
 
 
 @dataclass(kw_only=True)
@@ -47,7 +77,7 @@ class Watched(Drilled):
     Attributes:
         job: Its first job.
         interrupted_at: When it was interrupted, by this process's monotonic clock; None if unknown.
-        waits_for: Why the job waits, by Slurm's word; empty if it does not.
+        queued: Why its job waits.
         expedited_at: When Slurm was last asked to start it sooner.
         last_seen: What was last seen of it.
         changed_at: When that was new.
@@ -56,7 +86,7 @@ class Watched(Drilled):
 
     job: SubmittedJob
     interrupted_at: float | None = None
-    waits_for: str = ""
+    queued: Queued = field(default_factory=Queued)
     expedited_at: float = -math.inf
     last_seen: object = None
     changed_at: float = field(default_factory=time.monotonic)
@@ -73,8 +103,8 @@ def drill(
 ) -> Report:
     """Submit the runs, interrupt them, wait for their end and compare.
 
-    Takes minutes, and as long as the jobs wait for their place. Leaves no jobs behind, whatever
-    ends it, or says which.
+    Takes minutes, and as long as the jobs wait for their place, if they can get one. Leaves no jobs
+    behind, whatever ends it, or says which.
 
     Args:
         study: An empty folder for the drill's own runs, absolute, in the user's study.
@@ -85,7 +115,8 @@ def drill(
             a line that also has their steps.
 
     Raises:
-        SubmissionError: A job was refused, or Slurm does not answer for too long.
+        SubmissionError: A job was refused, or can never start, or Slurm does not answer for too
+            long.
         SubmissionUnknownError: Something has ended it, and jobs of it may live: they need the
             folder.
     """
@@ -120,6 +151,7 @@ class _Drill:
         self._probe = probe
         self._question = NodeQuestion(probe.folder)
         self._probe_gone_at: float | None = None
+        self._probe_queued = Queued()
         self._say = say
         self._jobs: list[tuple[Run, SubmittedJob]] = []
         self.watched: list[Watched] = []
@@ -180,6 +212,9 @@ class _Drill:
 
         Returns:
             The node's answer; None if its job has ended without one.
+
+        Raises:
+            SubmissionError: A job can never start, or Slurm does not answer for too long.
         """
         node: NodeAnswer | None = None
         asked_at, answered_at, silent = 0.0, time.monotonic(), ""
@@ -192,19 +227,25 @@ class _Drill:
                 asked_at = time.monotonic()
                 try:
                     self._look_at_jobs()
-                    answered_at, silent = asked_at, ""
                 except SubmissionError as error:  # Slurm is away, or does not know yet
                     silent_s = asked_at - answered_at
                     if silent_s > HANGS_S:
                         raise
                     silent = f"; for {silent_s:.0f} s: {error}" if silent_s > SILENT_S else ""
+                else:
+                    answered_at, silent = asked_at, ""
+                    self._check_that_jobs_can_start()
             # The probe's answer may come late over a network file system.
             probed = self._probe_gone_at and (
                 node or time.monotonic() - self._probe_gone_at > GONE_S
             )
             if probed and all(watched.done for watched in self.watched):
                 return node
-            states, words = zip(*map(_state_and_words, self.watched), strict=True)
+            shown = [_state_and_words(watched) for watched in self.watched]
+            if waits := self._probe_queued.waits:
+                text = f"the probe of a node waits {waits.why}"
+                shown.append((text, text))
+            states, words = zip(*shown, strict=True)
             # For how long it has been silent is no news.
             unanswered = "; no answer" if silent else ""
             self._say("; ".join(states) + unanswered, "; ".join(words) + silent)
@@ -226,12 +267,12 @@ class _Drill:
             if begun and run.last.exists():
                 _interrupt(watched, watched.how, attempt)
         seen = (status.state, len(status.attempts), step)
-        if seen != watched.last_seen or watched.waits_for:
+        if seen != watched.last_seen or watched.queued.waits:
             watched.last_seen, watched.changed_at = seen, time.monotonic()
 
     def _look_at_jobs(self) -> None:
         """Find out which runs are done, and why the others wait."""
-        if self._probe_gone_at is None and not self._jobs[0][1].alive(self._probe):
+        if self._probe_gone_at is None and not self._probe_lives():
             self._probe_gone_at = time.monotonic()
         for watched in self.watched:
             if watched.done:
@@ -239,28 +280,45 @@ class _Drill:
             if self._cluster == "slurm":
                 live = _live_jobs(watched.run)
                 alive = bool(live)
-                watched.waits_for = self._expedite(
-                    watched, [row for row in live if row.state == "PENDING"]
-                )
+                watched.queued.look(live)
+                self._expedite(watched, live)
             else:
                 alive = watched.job.alive(watched.run)
             self._judge(watched, alive)
 
-    def _expedite(self, watched: Watched, waiting: list[JobRow]) -> str:
-        """Why jobs of a run wait; one that is only to wait before it is started again need not."""
-        for row in waiting:
+    def _probe_lives(self) -> bool:
+        if self._cluster != "slurm":
+            return self._jobs[0][1].alive(self._probe)
+        live = _live_jobs(self._probe)
+        self._probe_queued.look(live)
+        return bool(live)
+
+    def _expedite(self, watched: Watched, live: Sequence[JobRow]) -> None:
+        """Let a job start that is only to wait for a while before it is started again."""
+        for row in live:
             due = time.monotonic() - watched.expedited_at > EXPEDITE_EVERY_S
-            if row.reason == "BeginTime" and due:
+            if row.state == "PENDING" and row.reason == "BeginTime" and due:
                 watched.expedited_at = time.monotonic()
                 start_soon(row.job_id)
-        return waiting[-1].reason if waiting else ""
+
+    def _check_that_jobs_can_start(self) -> None:
+        """Raise a SubmissionError if one that has never run has waited too long for what never
+        comes: all of them ask for the same."""
+        queued = [each.queued for each in self.watched if not each.run.status().attempts]
+        for each in (self._probe_queued, *queued):
+            if each.waits and each.never_starts:
+                raise SubmissionError(f"a job of the drill waits {each.waits.why}")
 
     def _judge(self, watched: Watched, alive: bool) -> None:
         status = watched.run.status()
         still_s = time.monotonic() - watched.changed_at
         if alive:
+            waits = watched.queued.waits
             if still_s > HANGS_S:
                 watched.problem = f"nothing happened for {HANGS_S:.0f} s"
+                cancel(watched.run)
+            elif waits and watched.queued.never_starts and status.attempts:  # held since, say
+                watched.problem = f"its job waits {waits.why}"
                 cancel(watched.run)
         elif status.state in ("finished", "failed", "cancelled"):
             watched.done = True
@@ -302,7 +360,8 @@ def _state_and_words(watched: Watched) -> tuple[str, str]:
     """The state of a run, and how far it is."""
     name = watched.how.way if watched.how else "undisturbed"
     status = watched.run.status()
-    state = f"waits ({watched.waits_for})" if watched.waits_for else status.state
+    waits = watched.queued.waits
+    state = f"waits {waits.why}" if waits else status.state
     if state != "running":
         return f"{name} {state}", f"{name} {state}"
     step = int(latest_values(watched.run.metrics_file).get("step", 0))

@@ -20,6 +20,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 from flowjobs.errors import SubmissionError
 from flowjobs.jobs import plain_sbatch
 from flowjobs.jobs.array import array_at
+from flowjobs.runs.hint import hint
 from flowjobs.runs.process import parent_of, process_mark
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
@@ -251,8 +252,15 @@ def waited_while_cancelled(run: Run) -> bool:
         return False
     try:
         record = job_record(os.environ["SLURM_JOB_ID"])
-    except SubmissionError:
-        return True  # unknown: never restart what may have been cancelled
+    except SubmissionError as error:  # never restart what may have been cancelled
+        logger.warning(
+            "%s was cancelled, and whether this job was submitted before that or since is unknown "
+            "(%s): it does not start; `%s` from where Slurm answers resumes the run",
+            run.name,
+            error,
+            hint("resume", run.name, study=run.study),
+        )
+        return True
     # Slurm knows it to the second: one that was submitted right after is wanted.
     return record is not None and record.submitted < math.floor(cancelled_at)
 
@@ -275,7 +283,8 @@ def _log_file(environment: JobEnvironment, run: Submittable) -> str | None:
                 _note_itself(run, environment.job_id, log)
         return str(log)
     if environment.name() == "slurm":
-        return plain_sbatch.note_job(run, environment.job_id)
+        note = plain_sbatch.note_job if environment.global_rank == 0 else plain_sbatch.known_log
+        return note(run, environment.job_id)
     return None
 
 

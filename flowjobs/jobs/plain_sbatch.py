@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from flowjobs.errors import SubmissionError
@@ -14,50 +15,77 @@ from flowjobs.runs.files import FILES_AT_ONCE
 from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slurm.controller import JobRecord, job_record, write_batch_script
-from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, environment_for_sbatch
+from flowjobs.slurm.options import (
+    CONTINUES,
+    SCRIPT_ARGUMENTS,
+    SCRIPT_OUTPUT,
+    environment_for_sbatch,
+)
 from flowjobs.slurm.requested import gres_of, options_of
 from flowjobs.slurm.sacct import submit_line
 from flowjobs.slurm.submission import AcceptedJob, cancelled_unless_noted, sbatch
 
+# Options of sbatch that only accounting has, in the line that was typed. A dependency on certain
+# jobs is over once the job has started.
+TYPED = {
+    "--signal": r"--signal[= ](\S+)",
+    "--hint": r"--hint[= ](\S+)",
+    "--threads-per-core": r"--threads-per-core[= ](\S+)",
+    "--dependency": r"(?:--dependency[= ]|-d ?)(singleton)(?=\s|$)",
+}
+
 
 def known_log(run: Submittable, job_id: str) -> str | None:
-    """The output file of the job that this process is in, if the run has noted the job."""
+    """The log of the job that this process is in, if the run has noted the job."""
     noted = run.submission(job_id, os.environ.get("SLURM_CLUSTER_NAME", ""))
     return noted.log or None if noted else None
 
 
 def note_job(run: Submittable, job_id: str) -> str | None:
-    """Note how the job that this process is in can be submitted again, once a job.
+    """Note the job that this process is in, and how it can be submitted again, once a job.
+
+    Where Slurm may not or cannot be asked now, by what the job itself knows: one that is not noted
+    could not be cancelled.
 
     Returns:
-        Its output file; None if Slurm does not say.
+        The file that its errors go to, with all that flowjobs and Slurm say; None if that is not
+        known.
     """
     cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
     if noted := run.submission(job_id, cluster):
         return noted.log or None
+    arguments: list[str] = json.loads(os.environ.get(SCRIPT_ARGUMENTS, "[]"))
+    again: list[str] = []
+    output = errors = ""
+    identity: dict[str, object] = {"slurm_cluster": cluster}
     try:
         record = job_record(job_id)
     except SubmissionError:
-        return None
-    if record is None:
-        return None
-    log = record.fields.get("StdOut")
-    if record.fields.get("BatchFlag") in (None, "0"):
-        return log  # a shell of salloc's, say: nothing to submit again
-    again: list[str] = []
-    script = run.logs / f"{job_id}.sh"
+        output, errors = json.loads(os.environ.get(SCRIPT_OUTPUT, '["", ""]'))
+        identity["job_name"] = os.environ.get("SLURM_JOB_NAME", "")
+    else:
+        if record is None:
+            return None
+        output, errors = (record.fields.get(name, "") for name in ("StdOut", "StdErr"))
+        if record.fields.get("BatchFlag") in (None, "0"):
+            return output or None  # a shell of salloc's, say: nothing to submit again
+        again = _command(run, job_id, record, arguments)
+        identity["job_name"] = record.fields.get("JobName", "")
+        identity["handed_over"] = 0.0 if record.restarts else record.submitted
+    log = errors or output
+    identity["job_log"] = "" if output == log else output
+    if not again:
+        identity["script_arguments"] = arguments
     Origin.here().note(run, job_id)
-    if write_batch_script(job_id, str(script)):
-        again = _command(record, script)
-    continues = os.environ.get(CONTINUES)
-    identity = {
-        "job_name": record.fields.get("JobName", ""),
-        "slurm_cluster": cluster,
-        "handed_over": 0.0 if record.restarts else record.submitted,
-    }
-    file = Path(log) if log else None
-    run.add_submission(job_id, "slurm", file, continues=continues, again=again, identity=identity)
-    return log
+    run.add_submission(
+        job_id,
+        "slurm",
+        Path(log) if log else None,
+        continues=os.environ.get(CONTINUES),
+        again=again,
+        identity=identity,
+    )
+    return log or None
 
 
 def run_of_job(study: Path, job_id: str, arguments: Sequence[str]) -> Run | None:
@@ -78,11 +106,14 @@ def run_of_job(study: Path, job_id: str, arguments: Sequence[str]) -> Run | None
             entries = [run.submission(each, cluster) for each in ids]
         except OSError:
             return ""  # it cannot be read now
-        times = [entry.submitted for entry in entries if entry and same_arguments(entry.again)]
+        times = [entry.submitted for entry in entries if entry and has_arguments(entry)]
         return max(times, default="")
 
-    def same_arguments(command: Sequence[str]) -> bool:
-        return bool(command) and [*command[len(command) - len(arguments) :]] == [*arguments]
+    def has_arguments(entry: Submission) -> bool:
+        if entry.script_arguments is not None:
+            return entry.script_arguments == [*arguments]
+        command = entry.again
+        return bool(command) and command[len(command) - len(arguments) :] == [*arguments]
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
         noted_at = dict(zip(runs, threads.map(noted, runs), strict=True))
@@ -95,15 +126,17 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     """Submit the job of an entry of `jobs.jsonl` again. Returns the new job's id.
 
     Raises:
-        SubmissionError: sbatch refused.
+        SubmissionError: sbatch refused; or how the job was submitted is not known.
     """
+    if not entry.again:
+        entry = replace(entry, again=_command_by_now(run, entry), script_arguments=None)
     command = list(entry.again)
     if exclude:
         before = [option for option in command if option.startswith("--exclude=")]
         nodes = f"{before[-1].partition('=')[2]},{exclude}" if before else exclude
         command.insert(1, f"--exclude={nodes}")
         command = [option for option in command if option not in before]
-    command[1:1] = _signal_of(entry)
+    command = _with_what_was_typed(command, entry)
     # The new job must know what it is, also where jobs get no environment by default.
     command.insert(1, "--export=ALL")
     old = entry.job_id
@@ -117,26 +150,66 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
         new = taken.job_id
         if any(option.startswith("--array=") for option in command):
             new = f"{new}_{old.partition('_')[2]}"
-        identity = taken.identity(entry.job_name)
+        identity = taken.identity(entry.job_name) | {"job_log": entry.job_log}
         origin.note(run, new)
         run.add_submission(new, "slurm", log, continues=old, again=entry.again, identity=identity)
     return new
 
 
-def _signal_of(entry: Submission) -> list[str]:
-    """The --signal that a job was submitted with: Slurm's record has none, the script another."""
+def _with_what_was_typed(command: Sequence[str], entry: Submission) -> list[str]:
+    """The command with what Slurm's record of a job that runs lacks (see TYPED), and of several
+    partitions those that the job does not run in."""
+    typed = _typed_options(entry)
+    options = [
+        f"{option}={found[-1]}"
+        for option, pattern in TYPED.items()
+        if (found := re.findall(rf"(?<=\s){pattern}", typed))
+    ]
+    lists = re.findall(r"(?<=\s)(?:--partition[= ]|-p ?)(\S+)", typed)
+    for option in command[1:]:
+        name, _, value = option.partition("=")
+        listed = name == "--partition" and lists and value in lists[-1].split(",")
+        options.append(f"{name}={lists[-1]}" if listed else option)
+    return [command[0], *options]
+
+
+def _typed_options(entry: Submission) -> str:
+    """The options that a job was submitted with, by accounting; empty if it does not say."""
     line = submit_line(entry.job_id)
     script = next((word for word in entry.again if word.endswith(f"/{entry.job_id}.sh")), "")
     words, arguments = line.split(), entry.again[entry.again.index(script) + 1 :] if script else []
     tail = " ".join(arguments).split()
     if words[len(words) - len(tail) :] != tail:
-        return []  # another job, of an earlier cluster with the same ids
-    options = " ".join(words[: len(words) - len(tail) - 1])
-    found = re.findall(r"(?<=\s)--signal[= ](\S+)", options)
-    return [f"--signal={found[-1]}"] if found else []
+        return ""  # another job, of an earlier cluster with the same ids
+    return " ".join(words[: len(words) - len(tail) - 1])
 
 
-def _command(record: JobRecord, script: Path) -> list[str]:
+def _command_by_now(run: Submittable, entry: Submission) -> list[str]:
+    """The command of a job that Slurm did not tell of as it began, if it tells of it now."""
+    record = job_record(entry.job_id)
+    command = _command(run, entry.job_id, record, entry.script_arguments or []) if record else []
+    if not command:
+        raise SubmissionError(
+            f"with which options job {entry.job_id} was submitted is not known, Slurm did not say: "
+            f"submit {run.name} again as you did"
+        )
+    return command
+
+
+def _command(
+    run: Submittable, job_id: str, record: JobRecord, arguments: Sequence[str]
+) -> list[str]:
+    """The command that submits a job again; empty if Slurm does not give its script.
+
+    Args:
+        run: Which keeps the script.
+        job_id: The job.
+        record: Slurm's, of it.
+        arguments: As the script got them: in its record of the command Slurm quotes nothing.
+    """
+    script = run.logs / f"{job_id}.sh"
+    if not write_batch_script(job_id, str(script)):
+        return []
     options = options_of(record.fields)
     if wanted := gres_of(record.fields):
         # Slurm says gres:gpu:1 for what was asked as --gpus-per-node=1 or as --gres=gpu:1, and
@@ -145,6 +218,4 @@ def _command(record: JobRecord, script: Path) -> list[str]:
             options.append(f"--gpus-per-node={wanted.removeprefix('gpu:')}")
         else:
             options.append(f"--gres={wanted}")
-    # As the script got them: in its record of the command Slurm quotes nothing.
-    arguments = json.loads(os.environ.get(SCRIPT_ARGUMENTS, "[]"))
     return ["sbatch", "--open-mode=append", *options, str(script), *arguments]

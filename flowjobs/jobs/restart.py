@@ -164,7 +164,7 @@ def resubmit(run: Submittable, job: JobInfo, task: Task, exclude: str | None = N
 def _resubmit_to_slurm(run: Submittable, job: JobInfo, task: Task, exclude: str | None) -> str:
     entries = [entry for entry in run.submissions() if entry.job_id == job.job_id]
     # Submitted by sbatch, with a script of its user's: by that script again.
-    if entries and entries[-1].again:
+    if entries and (entries[-1].again or entries[-1].script_arguments is not None):
         return plain_sbatch.resubmit(run, entries[-1], exclude)
     origin = origin_of(run, job.job_id)
     return submit(run, "slurm", task, continues=job.job_id, exclude=exclude, origin=origin).job_id

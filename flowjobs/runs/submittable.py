@@ -49,11 +49,14 @@ class Submission:
         slurm_cluster: Slurm's name of its cluster; empty if that is not known.
         mark: Ours, that Slurm gives back; empty for a job that was submitted by hand.
         handed_over: When sbatch accepted it, in seconds of the epoch; 0 if that is not known.
-        job_log: Of a job that runs share: where its own output goes.
+        job_log: Where the job's own output goes, if that is another file (of a job that runs share,
+            or whose errors go to a file of their own); else empty.
         array: The folder of the array whose task it is; empty if it is none.
         pack: The pack that shares it; empty if it is the run's own.
         continues: The job that it continues, if flowjobs itself submitted it.
         again: The command that submits the same job again, if it was submitted by hand.
+        script_arguments: Those of the batch script of a job by hand whose command is not known, as
+            Slurm did not say; None of any other job.
     """
 
     job_id: str
@@ -72,6 +75,7 @@ class Submission:
     pack: str = ""
     continues: str = ""
     again: list[str] = field(default_factory=list)
+    script_arguments: list[str] | None = None
 
 
 def attempts_of(job: Submission, attempts: Iterable[AttemptRecord]) -> list[AttemptRecord]:

@@ -19,6 +19,8 @@ ARRAY = "FLOWJOBS_ARRAY"
 CONTINUES = "FLOWJOBS_CONTINUES"
 # Set by sbatch/*.sh: their own arguments, as a JSON list.
 SCRIPT_ARGUMENTS = "FLOWJOBS_SCRIPT_ARGUMENTS"
+# Set by them too: the files that their output and their errors go to, as a JSON list.
+SCRIPT_OUTPUT = "FLOWJOBS_SCRIPT_OUTPUT"
 
 # Where a site, or its user, lets jobs start without the environment of their submission
 # (SBATCH_EXPORT=NONE), a job of ours still needs these.
@@ -219,7 +221,8 @@ def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -
     foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
     fields = {variable: field for variable, (field, _) in _MEANINGS.items()} | _ALTERNATIVES
     hidden = {variable for variable, field in fields.items() if getattr(asked, field) is not None}
-    hidden |= {*DECIDED, *variables_of("export"), JOB_OF_RUN, ARRAY, SLOTS, SCRIPT_ARGUMENTS}
+    hidden |= {*DECIDED, *variables_of("export"), JOB_OF_RUN, ARRAY, SLOTS}
+    hidden |= {SCRIPT_ARGUMENTS, SCRIPT_OUTPUT}
     for option in asked.sbatch:
         hidden.update(variables_of(option))
     cleaned = {

@@ -35,7 +35,7 @@ OPTIONS = {
     "MailUser": "--mail-user",
     "MailType": "--mail-type",
 }
-NOTHING = ("", "(null)", "N/A", "UNLIMITED")
+NOTHING = ("", "(null)", "N/A")
 # What says nothing, or cannot be asked for.
 UNASKED = {
     "MinTmpDiskNode": re.compile("0"),
@@ -79,6 +79,9 @@ def options_of(fields: Mapping[str, str]) -> list[str]:
         and not (name in UNASKED and UNASKED[name].fullmatch(value))
     ]
     options += [f"{GPU_OPTIONS[name]}={value}" for name, value in gpus.items()]
+    errors = fields.get("StdErr", "")
+    if errors not in (*NOTHING, fields.get("StdOut")):  # else they go where the output goes
+        options.append(f"--error={errors}")
     options += [words[fields[name]] for name, words in WORDS.items() if fields.get(name) in words]
     tasks = fields.get("NtasksPerN:B:S:C", "").partition(":")[0]
     if tasks not in (*NOTHING, "0"):
@@ -102,7 +105,7 @@ def starts_without(nodes: str, fields: Mapping[str, str]) -> bool:
         fields: All fields of the job's record, by scontrol's names.
     """
     # Not what makes it this job, should a site's sbatch submit it all the same.
-    own = ("--comment=", "--job-name=", "--output=", "--array=", "--chdir=")
+    own = ("--comment=", "--job-name=", "--output=", "--error=", "--array=", "--chdir=")
     options = [option for option in options_of(fields) if not option.startswith(own)]
     options.append(f"--exclude={nodes}")
     if gres := gres_of(fields):

@@ -189,29 +189,33 @@ def test_what_ends_it_leaves_no_jobs_behind(
     assert slurm.run("squeue", "-h") == ""
 
 
-def test_jobs_that_are_not_known_to_be_cancelled_are_named_and_keep_their_folder(
+def test_jobs_that_can_never_start_end_it_and_if_not_known_to_be_cancelled_keep_their_folder(
     slurm: SlurmCluster,
     study: Path,
     site: Callable[[str, str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("flowjobs.drill.run.CANCEL_WAIT_S", 0.5)
+    monkeypatch.setattr("flowjobs.drill.run.ASK_SLURM_EVERY_S", 0.1)
     site("scancel", "exit 1")
     held = RunConfig(TrainingConfig(), SlurmConfig(sbatch=KeyValues({"hold": True})))
 
-    said_last: list[str] = []
+    shown: list[str] = []
 
-    def end(state: str, words: str) -> None:
-        said_last[:] = [words]
-        if not words.startswith("ending"):
-            raise KeyboardInterrupt
+    def say(state: str, words: str) -> None:
+        shown.append(words)
+        monkeypatch.setattr("flowjobs.drill.run.STUCK_S", 0.0)  # its user has had time to read it
 
     study.mkdir()
     with pytest.raises(SubmissionUnknownError, match="not known to have") as said:
-        drill_runs(study / "drill-1", "slurm", held, time_limit=False, say=end)
+        drill_runs(study / "drill-1", "slurm", held, time_limit=False, say=say)
+    assert "ended (a job of the drill waits held by its user: `scontrol" in str(said.value)
     jobs = sorted(slurm.run("squeue", "-h", "-o", "%i").split(), key=int)
     assert f": scancel {' '.join(jobs)}; then remove {study}/drill-1" in str(said.value)
-    assert said_last == ["ending the drill's jobs, up to 0 s"]
+    waits, ending = shown[-2:]
+    assert waits.startswith("undisturbed waits held by its user: `scontrol release ")
+    assert "the probe of a node waits held by its user" in waits
+    assert ending == "ending the drill's jobs, up to 0 s"
 
 
 def test_bad_input_leaves_nothing(slurm: SlurmCluster, flowjobs: Command, study: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -449,11 +450,16 @@ def test_a_job_by_hand_goes_on_as_a_new_job_where_requeuing_is_forbidden(
 
 
 def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
-    hand_made: tuple[str, ...], study: Path, slurm: SlurmCluster, flowjobs: Command
+    hand_made: tuple[str, ...],
+    study: Path,
+    slurm: SlurmCluster,
+    site: Callable[[str, str], None],
+    flowjobs: Command,
 ) -> None:
     job = by_hand(study, slurm, "train.sh", hand_made)
     script = str(REPOSITORY / "sbatch" / "train.sh")
-    waiting = slurm.submit("--hold", script, *hand_made)
+    # Of two ranks, and with a file for what is said.
+    waiting = slurm.submit("--hold", "--nodes=2", "--error=%j.err", script, *hand_made)
     # Slurm's times are in whole seconds.
     second = int(time.time())
     wait_until(lambda: int(time.time()) > second, "the next second", 120)
@@ -461,12 +467,19 @@ def test_a_job_by_hand_that_waits_while_its_run_is_cancelled_does_not_start_it(
     job.wait_for_state("cancelled")
     # On this home there is another cluster, which has had a job of the same id.
     job.run.add_submission(waiting, "slurm", None, identity={"slurm_cluster": "other"})
+    for command in ("scontrol", "squeue"):  # which the site's nodes may not call
+        site(command, '[ "$SLURM_JOB_ID" ] && exit 1; exec $real "$@"')
     slurm.run("scontrol", "release", waiting)
     slurm.wait_state(waiting, {"FAILED", "COMPLETED"}, 240)
     assert job.status().state == "cancelled"
     assert len(job.attempts()) == 1
-    first, _, noted = job.run.submissions()
+    first, _, noted = job.run.submissions()  # by its first rank alone
     assert (noted.job_id, noted.slurm_cluster) == (waiting, first.slurm_cluster)
+    log, output = (Path.cwd() / name for name in (f"{waiting}.err", f"flowjobs-{waiting}.out"))
+    found = (noted.job_name, noted.log, noted.job_log)
+    assert found == (first.job_name, str(log), str(output))
+    assert "whether this job was submitted before that or since is unknown" in log.read_text()
+    assert "resume disturbed` from where Slurm answers" in log.read_text()
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """Before a job is submitted, whether there is one; while it is, signals that end a command."""
 
+import json
 import logging
 import os
 import resource
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.cli.main import run as run_command
-from flowjobs.config import RunConfig, SlurmConfig, TrainingConfig
+from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunHolderUnknownError, SubmissionError
 from flowjobs.field_values import KeyValues
 from flowjobs.jobs import current_job, plain_sbatch
@@ -37,7 +38,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, State, now
 from flowjobs.slurm import sacct
 from flowjobs.slurm.jobs import Unknown
-from flowjobs.slurm.options import CONTINUES
+from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, SCRIPT_OUTPUT
 from flowjobs.slurm.sacct import submit_line
 from flowjobs.sweeps.plan import stages
 from tests.cli.test_many import ended
@@ -100,10 +101,17 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
             (
                 *("--no-requeue", "--exclusive", "--nice=5", "--mail-type=END,FAIL", "--tmp=1"),
                 *("--mail-user=a@b", "--switches=1@5", "--time-min=5", "--signal=USR2@300"),
+                *("--partition=preempt,gpu", "--threads-per-core=1"),
             ),
             "--requeue --signal=USR2@90",
         ),
-        (("--gpus=1", "--cpus-per-gpu=2", "--exclusive=user"), "--gpus-per-node=1"),
+        (
+            (
+                *("--gpus=1", "--cpus-per-gpu=2", "--exclusive=user"),
+                *("--error=job.err", "--time=UNLIMITED"),
+            ),
+            "--gpus-per-node=1 --time=9",
+        ),
         (("--gpus-per-task=1", "--mem-per-gpu=1G", "--oversubscribe"), "--ntasks-per-node=1"),
     ],
 )
@@ -122,16 +130,58 @@ def test_a_job_by_hand_that_is_submitted_again_keeps_its_options(
     # Not UTF-8, which bash does not mind.
     Path("job.sh").write_bytes(f"#!/bin/sh\n#SBATCH {gone}\n# Gr".encode() + b"\xf6\xdfe\n")
     old = slurm.submit("--output=job.out", *options, "job.sh")
-    assert plain_sbatch.note_job(run, old) is not None
+    site("scontrol", '$real "$@" | sed -E "s/=(preempt,gpu|gpu,preempt)/=gpu/"')  # as it runs
+    log, output = (str(Path(name).absolute()) for name in ("job.err", "job.out"))
+    if "--error=job.err" not in options:
+        log, output = output, ""
+    assert plain_sbatch.note_job(run, old) == log
+    site("scontrol", 'exec $real "$@"')
     before = slurm.job(old)
     if "--signal=USR2@300" in options:  # which only accounting has, once the job is not held
         slurm.run("scontrol", "release", old)
         wait_until(lambda: submit_line(old), "accounting to know it", 60)
     after = slurm.job(plain_sbatch.resubmit(run, run.submissions()[0], None))
+    assert [(entry.log, entry.job_log) for entry in run.submissions()] == [(log, output)] * 2
     commands = Path("commands").read_text().splitlines()
     assert [line.count("--signal=USR2@300") for line in commands] in ([0, 0], [1, 1])
     own = ("JobId", "SubmitTime", "LastSchedEval", "Command", "Comment", "NumNodes")
     assert {**after, **dict.fromkeys(own)} == {**before, **dict.fromkeys(own)}
+
+
+def test_a_job_by_hand_that_began_while_slurm_was_silent_is_known_all_the_same(
+    slurm: SlurmCluster,
+    site: Callable[[str, str], None],
+    study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site("sbatch", '$real --hold "$@"')
+    run = Run(study, "a")
+    disabled = TrackingConfig(wandb_mode="disabled")
+    run.create(RunConfig(TrainingConfig(epochs=1), tracking=disabled))
+    Path("job.sh").write_text("#!/bin/sh\n")
+    old = slurm.submit("--output=job.out", "--mem=1G", "job.sh", "--lr", "1")
+    output = str(Path("job.out").absolute())
+    # What it has of Slurm and of its batch script.
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "flowjobs")
+    monkeypatch.setenv("SLURM_JOB_NAME", "job.sh")
+    monkeypatch.setenv(SCRIPT_ARGUMENTS, json.dumps(["--lr", "1"]))
+    monkeypatch.setenv(SCRIPT_OUTPUT, json.dumps([output, output]))
+    site("scontrol", "exit 1")
+    assert plain_sbatch.note_job(run, old) == output
+    assert plain_sbatch.run_of_job(study, old, ["--lr", "1"]) == run
+    assert plain_sbatch.run_of_job(study, old, ["--lr", "2"]) is None
+    # What it was submitted with is asked when it is needed, and nothing else is submitted.
+    job = JobInfo("slurm", old, output, "n1", 1)
+    with pytest.raises(SubmissionError, match=f"Slurm says nothing of job {old}"):
+        resubmit(run, job, task_of(run))
+    site("scontrol", '[ "$1" = write ] && exit 1; exec $real "$@"')
+    with pytest.raises(SubmissionError, match=r"not known.*: submit a again as you did"):
+        resubmit(run, job, task_of(run))
+    site("scontrol", 'exec $real "$@"')
+    new = resubmit(run, job, task_of(run))
+    assert slurm.job(new)["MinMemoryNode"] == "1G"
+    assert run.submissions()[-1].again[-2:] == ["--lr", "1"]
+    assert cancel(run) == f"a: cancelled job {old}, job {new}; submit it again to resume"
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
