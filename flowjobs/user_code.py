@@ -11,6 +11,7 @@ from typing import Any
 
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import did_you_mean
+from flowjobs.working_folder import working_folder
 
 OURS = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -28,7 +29,8 @@ def note_snapshot(folders: Mapping[Path, Path]) -> None:
 
 def shown_path(path: Path) -> Path:
     """A file that the user edits as errors name it: relative below the working folder."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    here = working_folder()
+    return path.relative_to(here) if here and path.is_relative_to(here) else path
 
 
 def is_installed(path: Path) -> bool:
@@ -85,7 +87,7 @@ def _package(file: str) -> str:
 
 
 def _in_words(file: str, line: int | None, function: str | None) -> str:
-    path = Path(file).absolute()
+    path = (working_folder() or Path()) / file
     # The innermost: one folder of a snapshot may be in another.
     if folder := next((above for above in path.parents if above in _taken_from), None):
         path = _taken_from[folder] / path.relative_to(folder)

@@ -20,7 +20,9 @@ from flowjobs.nearest import did_you_mean
 from flowjobs.runs.files import FILE_SERVER_IS_AWAY
 from flowjobs.runs.hint import hint
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
+from flowjobs.slots import submitted_for_run
 from flowjobs.user_code import user_place
+from flowjobs.working_folder import working_folder
 
 # `flowjobs logs -f RUN | head`: these print, and end where nobody reads it. The others act.
 LOOKING = ("status", "show", "report", "logs")
@@ -80,13 +82,13 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
 
 
 def _look_up_models_here() -> None:
-    try:
-        here = os.getcwd()
-    except FileNotFoundError as error:
-        raise ConfigError("the working directory is gone: go to one that is there") from error
+    here = working_folder()
+    # The last lines of a run's own batch script need none: somebody may have removed it meanwhile.
+    if here is None and not submitted_for_run():
+        raise ConfigError("the working directory is gone: go to one that is there")
     # A user's own model is looked up from here, also by the console script.
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    if here and str(here) not in sys.path:
+        sys.path.insert(0, str(here))
 
 
 def _exit_code_of(error: Exception) -> int:
