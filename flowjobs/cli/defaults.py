@@ -215,8 +215,9 @@ def _files(environment: Mapping[str, str]) -> list[Path]:
     files = [Path(config_home) / "flowjobs" / FILE_NAME]
     here = working_folder()
     nearest = [folder / FILE_NAME for folder in (here, *here.parents)] if here else []
-    files.extend([path for path in nearest if path.is_file()][:1])
-    return [path for path in files if path.is_file()]
+    # Not Path.is_file(), an error where a folder may not be entered: a home of root's, say.
+    files.extend([path for path in nearest if os.path.isfile(path)][:1])
+    return [path for path in files if os.path.isfile(path)]
 
 
 def _read_file(path: Path, defaults: Defaults) -> None:
