@@ -121,7 +121,22 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
+def _needs_no_file(arguments: Sequence[str]) -> bool:
+    """Whether a command does its work where a flowjobs.toml cannot be used: it only looks, or would
+    take nothing but the study from it, and is given that. So do the last lines of a batch script: a
+    restart does not depend on what somebody is just writing there."""
+    name = arguments[0] if arguments else ""
+    if name in LOOKING:
+        return True
+    if name not in COMMANDS or issubclass(command_of(name), CommandOptions | WithDefaults):
+        return False
+    study_given = any(word.partition("=")[0] == "--study" for word in arguments)
+    return study_given or bool(os.environ.get("FLOWJOBS_STUDY"))
+
+
 def _warn_of_file(error: str) -> None:
+    if submitted_for_run():
+        return  # the last line of a job's log may be taken for why it ended
     print(f"warning: {error}; the file is not used", file=sys.stderr)
 
 
@@ -135,8 +150,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     """The command, and the defaults that it was filled with."""
     if arguments[:1] == ["sweep"]:
         arguments = command_of("sweep").spelled_out(arguments)
-    looks = arguments[:1] and arguments[0] in LOOKING
-    defaults = load_defaults(arguments=arguments, warn=_warn_of_file if looks else None)
+    warn = _warn_of_file if _needs_no_file(arguments) else None
+    defaults = load_defaults(arguments=arguments, warn=warn)
     if "study" in defaults.values:
         # Every command looks there for the study, and so does each job that it submits; a flag
         # wins over it.

@@ -123,8 +123,10 @@ def test_killed_by_sigkill_it_fails_and_goes_on_when_asked(
     start: Start, flowjobs: Command, whole: Run
 ) -> None:
     job = start()
+    Path("flowjobs.toml").write_text("partition = ")  # somebody is just writing it
     job.kill(signal.SIGKILL)
     job.wait_for_state("failed")
+    Path("flowjobs.toml").unlink()
     assert job.attempts() == [("failed", "killed")]
     assert "killed (SIGKILL) on n1, attempt 1, step" in job.status().reason
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
