@@ -62,6 +62,14 @@ def user_place(error: BaseException, *, installed: bool = True) -> str | None:
     return _in_words(frames[0].filename, frames[0].lineno, frames[0].name)
 
 
+def text_of(error: BaseException) -> str:
+    """What an error says, also where a class of the user's own fails as it is asked."""
+    try:
+        return str(error)
+    except Exception:
+        return "<exception str() failed>"  # as its traceback has it
+
+
 def _innermost_first(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
