@@ -18,7 +18,7 @@ from flowjobs.cli.parser import ParserExit, read_command_line
 from flowjobs.errors import ConfigError, FlowjobsError, UserCodeExitError
 from flowjobs.nearest import did_you_mean
 from flowjobs.runs.files import FILE_SERVER_IS_AWAY
-from flowjobs.runs.hint import hint
+from flowjobs.runs.hint import hint, program
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
 from flowjobs.slots import submitted_for_run
 from flowjobs.user_code import user_place
@@ -158,6 +158,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
         study = str(defaults.values.pop("study"))
         os.environ["FLOWJOBS_STUDY"] = os.environ.get("FLOWJOBS_STUDY") or study
     name, *rest = arguments or ("",)
+    # As the last line of a mistake it is typed as it stands; help says what the program is called.
+    asks = {"-h", "--help"} & {*arguments}
     if name not in COMMANDS:
         if name and not name.startswith("-"):
             raise ConfigError(
@@ -167,7 +169,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
         # Help, or nothing: tyro lists the commands, and exits.
         # `|` cannot join types made at run time.
         every: Any = Union[tuple(_named(name) for name in COMMANDS)]  # noqa: UP007
-        read_command_line(every, "flowjobs", arguments, description=DESCRIPTION)
+        called = "flowjobs" if asks else program("flowjobs")
+        read_command_line(every, called, arguments, description=DESCRIPTION)
     # The parser of one command alone is built in half the time of all of them.
     cls = command_of(name)
     default: dict[str, Any] = {}
@@ -175,8 +178,6 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
         default = {"default": cls.with_defaults(defaults)}
     if examples := getattr(sys.modules[cls.__module__], "EXAMPLES", ""):
         default["description"] = f"{examples}\n{cls.__doc__}"
-    # As the last line of a mistake it is typed as it stands; help says what the program is called.
-    asks = {"-h", "--help"} & {*rest}
     command = read_command_line(cls, f"flowjobs {name}" if asks else hint(name), rest, **default)
     if isinstance(command, CommandOptions) and "--cluster" not in defaults.flags:
         # Also of those that name a run, and have no default as a whole.
