@@ -18,7 +18,7 @@ The rooms, each of which imports only those behind it:
     slurm       asking Slurm; knows no run
 Beside them, for all: config, errors, user_code, user_source; notebook, the trainer of a script; and
 small ones (cgroups, field_values, formatting, from_json, learning_rate, nearest, slots,
-toml_values).
+toml_values, working_folder).
 """
 
 from pathlib import Path

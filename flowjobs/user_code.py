@@ -11,6 +11,7 @@ from typing import Any
 
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import did_you_mean
+from flowjobs.working_folder import working_folder
 
 OURS = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -28,7 +29,8 @@ def note_snapshot(folders: Mapping[Path, Path]) -> None:
 
 def shown_path(path: Path) -> Path:
     """A file that the user edits as errors name it: relative below the working folder."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    here = working_folder()
+    return path.relative_to(here) if here and path.is_relative_to(here) else path
 
 
 def is_installed(path: Path) -> bool:
@@ -48,7 +50,8 @@ def user_place(error: BaseException, *, installed: bool = True) -> str | None:
     Returns:
         None if no frame is the user's. The path is relative where it is below the working folder.
     """
-    if isinstance(error, SyntaxError) and error.filename:
+    # Of text that a module evaluates, which is in no file ("<string>"), that module is named.
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         return _in_words(error.filename, error.lineno, None)
     frames = [frame for frame in _innermost_first(error) if _may_be_users(frame.filename)]
     frames.sort(key=lambda frame: bool(_package(frame.filename)))
@@ -57,6 +60,14 @@ def user_place(error: BaseException, *, installed: bool = True) -> str | None:
     if not frames:
         return None
     return _in_words(frames[0].filename, frames[0].lineno, frames[0].name)
+
+
+def text_of(error: BaseException) -> str:
+    """What an error says, also where a class of the user's own fails as it is asked."""
+    try:
+        return str(error)
+    except Exception:
+        return "<exception str() failed>"  # as its traceback has it
 
 
 def _innermost_first(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
@@ -85,7 +96,7 @@ def _package(file: str) -> str:
 
 
 def _in_words(file: str, line: int | None, function: str | None) -> str:
-    path = Path(file).absolute()
+    path = (working_folder() or Path()) / file
     # The innermost: one folder of a snapshot may be in another.
     if folder := next((above for above in path.parents if above in _taken_from), None):
         path = _taken_from[folder] / path.relative_to(folder)

@@ -23,7 +23,10 @@ ROWS = (
     ("runs", "slurm"),
     ("config", "user_code", "user_source"),
     ("field_values",),
-    ("cgroups", "errors", "formatting", "from_json", "learning_rate", "nearest", "slots"),
+    (
+        *("cgroups", "errors", "formatting", "from_json", "learning_rate", "nearest", "slots"),
+        "working_folder",
+    ),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

@@ -22,6 +22,7 @@ from flowjobs.runs.run import default_study
 from flowjobs.slurm.options import fields_from, variables_of
 from flowjobs.toml_values import read_toml, typed_value
 from flowjobs.tracking.mode import mode_of_settings, server_of_settings, setting
+from flowjobs.working_folder import working_folder
 
 FILE_NAME = "flowjobs.toml"
 
@@ -212,10 +213,11 @@ def _files(environment: Mapping[str, str]) -> list[Path]:
     # Not Path.home(): in a container there may be neither $HOME nor a name of the user.
     config_home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     files = [Path(config_home) / "flowjobs" / FILE_NAME]
-    here = Path.cwd()
-    nearest = (folder / FILE_NAME for folder in (here, *here.parents))
-    files.extend([path for path in nearest if path.is_file()][:1])
-    return [path for path in files if path.is_file()]
+    here = working_folder()
+    nearest = [folder / FILE_NAME for folder in (here, *here.parents)] if here else []
+    # Not Path.is_file(), an error where a folder may not be entered: a home of root's, say.
+    files.extend([path for path in nearest if os.path.isfile(path)][:1])
+    return [path for path in files if os.path.isfile(path)]
 
 
 def _read_file(path: Path, defaults: Defaults) -> None:

@@ -18,9 +18,11 @@ from flowjobs.cli.parser import ParserExit, read_command_line
 from flowjobs.errors import ConfigError, FlowjobsError, UserCodeExitError
 from flowjobs.nearest import did_you_mean
 from flowjobs.runs.files import FILE_SERVER_IS_AWAY
-from flowjobs.runs.hint import hint
+from flowjobs.runs.hint import hint, program
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_CANCELLED, EXIT_FAILED, outcome_of
+from flowjobs.slots import submitted_for_run
 from flowjobs.user_code import user_place
+from flowjobs.working_folder import working_folder
 
 # `flowjobs logs -f RUN | head`: these print, and end where nobody reads it. The others act.
 LOOKING = ("status", "show", "report", "logs")
@@ -80,13 +82,13 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
 
 
 def _look_up_models_here() -> None:
-    try:
-        here = os.getcwd()
-    except FileNotFoundError as error:
-        raise ConfigError("the working directory is gone: go to one that is there") from error
+    here = working_folder()
+    # The last lines of a run's own batch script need none: somebody may have removed it meanwhile.
+    if here is None and not submitted_for_run():
+        raise ConfigError("the working directory is gone: go to one that is there")
     # A user's own model is looked up from here, also by the console script.
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    if here and str(here) not in sys.path:
+        sys.path.insert(0, str(here))
 
 
 def _exit_code_of(error: Exception) -> int:
@@ -119,7 +121,22 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
+def _needs_no_file(arguments: Sequence[str]) -> bool:
+    """Whether a command does its work where a flowjobs.toml cannot be used: it only looks, or would
+    take nothing but the study from it, and is given that. So do the last lines of a batch script: a
+    restart does not depend on what somebody is just writing there."""
+    name = arguments[0] if arguments else ""
+    if name in LOOKING:
+        return True
+    if name not in COMMANDS or issubclass(command_of(name), CommandOptions | WithDefaults):
+        return False
+    study_given = any(word.partition("=")[0] == "--study" for word in arguments)
+    return study_given or bool(os.environ.get("FLOWJOBS_STUDY"))
+
+
 def _warn_of_file(error: str) -> None:
+    if submitted_for_run():
+        return  # the last line of a job's log may be taken for why it ended
     print(f"warning: {error}; the file is not used", file=sys.stderr)
 
 
@@ -133,14 +150,16 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
     """The command, and the defaults that it was filled with."""
     if arguments[:1] == ["sweep"]:
         arguments = command_of("sweep").spelled_out(arguments)
-    looks = arguments[:1] and arguments[0] in LOOKING
-    defaults = load_defaults(arguments=arguments, warn=_warn_of_file if looks else None)
+    warn = _warn_of_file if _needs_no_file(arguments) else None
+    defaults = load_defaults(arguments=arguments, warn=warn)
     if "study" in defaults.values:
         # Every command looks there for the study, and so does each job that it submits; a flag
         # wins over it.
         study = str(defaults.values.pop("study"))
         os.environ["FLOWJOBS_STUDY"] = os.environ.get("FLOWJOBS_STUDY") or study
     name, *rest = arguments or ("",)
+    # As the last line of a mistake it is typed as it stands; help says what the program is called.
+    asks = {"-h", "--help"} & {*arguments}
     if name not in COMMANDS:
         if name and not name.startswith("-"):
             raise ConfigError(
@@ -150,7 +169,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
         # Help, or nothing: tyro lists the commands, and exits.
         # `|` cannot join types made at run time.
         every: Any = Union[tuple(_named(name) for name in COMMANDS)]  # noqa: UP007
-        read_command_line(every, "flowjobs", arguments, description=DESCRIPTION)
+        called = "flowjobs" if asks else program("flowjobs")
+        read_command_line(every, called, arguments, description=DESCRIPTION)
     # The parser of one command alone is built in half the time of all of them.
     cls = command_of(name)
     default: dict[str, Any] = {}
@@ -158,8 +178,6 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Defaults]:
         default = {"default": cls.with_defaults(defaults)}
     if examples := getattr(sys.modules[cls.__module__], "EXAMPLES", ""):
         default["description"] = f"{examples}\n{cls.__doc__}"
-    # As the last line of a mistake it is typed as it stands; help says what the program is called.
-    asks = {"-h", "--help"} & {*rest}
     command = read_command_line(cls, f"flowjobs {name}" if asks else hint(name), rest, **default)
     if isinstance(command, CommandOptions) and "--cluster" not in defaults.flags:
         # Also of those that name a run, and have no default as a whole.

@@ -11,6 +11,7 @@ import tyro
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
 from flowjobs.formatting import counted, first_of
 from flowjobs.nearest import LIST_AT_MOST, did_you_mean
+from flowjobs.runs.hint import hint
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run
 from flowjobs.runs.selection import Selection, select
@@ -45,7 +46,7 @@ def existing_run(study: Path, name: str) -> Run:
 def check_named(command: str, words: Sequence[str]) -> None:
     """Raise a ConfigError unless a command that acts on runs is told on which."""
     if not words:
-        raise ConfigError(f"{command}: name runs, groups or sweeps (flowjobs {command} NAME)")
+        raise ConfigError(f"{command}: name runs, groups or sweeps ({hint(command, 'NAME')})")
 
 
 def runs_matching(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Run]]:

@@ -29,7 +29,7 @@ from flowjobs.runs.status import (
 )
 from flowjobs.slurm.controller import JobRow
 from flowjobs.slurm.jobs import JobAnswer, Known, ask_one
-from flowjobs.user_code import user_place
+from flowjobs.user_code import text_of, user_place
 
 # The kind of what ended since srun could start nothing.
 NOT_LAUNCHED = "launch failed"
@@ -163,7 +163,7 @@ def failure_of(error: BaseException, process: JobProcess) -> RankFailure:
     """How this process failed as a rank of its job, that ended with `error`."""
     outcome = outcome_of(error)
     kind = transient_kind(error) or outcome.kind
-    gone = isinstance(error, RuntimeError) and OTHERS_ARE_GONE.search(str(error))
+    gone = isinstance(error, RuntimeError) and OTHERS_ARE_GONE.search(text_of(error))
     if process.world_size > 1 and (gone or isinstance(error, RankFailedError)):
         kind = LOST_CONNECTION
     return RankFailure(process.rank, process.job.host, replace(outcome, kind=kind))
@@ -292,7 +292,7 @@ def _own_transient_kind(error: BaseException) -> str | None:
         may_be_a_socket = error.errno in OF_SOCKETS and not error.filename
         if not (may_be_a_socket and user_place(error, installed=False)):
             return "file system"
-    text = str(error)
+    text = text_of(error)
     if isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(text):
         return "out of memory"
     if isinstance(error, RuntimeError) and ADDRESS_IN_USE.search(text):

@@ -323,7 +323,8 @@ def _import_roots(modules: tuple[str, ...]) -> list[Path]:
             roots += [Path(folder).parent for folder in spec.submodule_search_locations]
         elif spec and spec.origin:
             roots.append(Path(spec.origin).parent)
-    found = [root.resolve() for root in roots if root.is_dir() and not is_installed(root)]
+    # Python passes over what may not be entered, which is an error to Path.is_dir().
+    found = [root.resolve() for root in roots if os.path.isdir(root) and not is_installed(root)]
     return list(dict.fromkeys(found))
 
 

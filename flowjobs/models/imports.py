@@ -1,6 +1,7 @@
 """The files that the user's modules are made of, read without running them."""
 
 import ast
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.machinery import all_suffixes
@@ -66,7 +67,7 @@ def _beside(file: Path, name: str) -> Iterator[Path]:
     if ".." in Path(name).parts or "\0" in name or Path(name).is_absolute():
         return
     beside = file.parent / name
-    if beside.is_file():
+    if os.path.isfile(beside):
         yield beside
 
 
@@ -83,9 +84,10 @@ def _in_roots(module: str, roots: Sequence[Path]) -> Iterator[Path]:
 
 def _in_folder(module: str, folder: Path) -> Iterator[Path]:
     for part in filter(None, module.split(".")):
-        if (init := folder / part / "__init__.py").is_file():
+        # As Python does it: in a folder that may not be entered there is none.
+        if os.path.isfile(init := folder / part / "__init__.py"):
             yield init
         else:
             files = (folder / f"{part}{suffix}" for suffix in all_suffixes())
-            yield from [file for file in files if file.is_file()][:1]
+            yield from [file for file in files if os.path.isfile(file)][:1]
         folder = folder / part

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from flowjobs.errors import ConfigError
 from flowjobs.runs.run import absolute, default_study
+from flowjobs.user_code import shown_path
+from flowjobs.working_folder import working_folder
 
 
 def hint(command: str, *words: str, study: Path | None = None) -> str:
@@ -62,8 +64,4 @@ def _path_to(path: Path) -> str:
 
 def _from_here(path: Path) -> str:
     """The path, relative where it lies below the working directory."""
-    try:
-        here, path = Path.cwd(), path.absolute()
-    except OSError:  # the working directory is gone
-        return str(path)
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return str(shown_path((working_folder() or Path()) / path))

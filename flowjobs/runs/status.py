@@ -24,7 +24,7 @@ from flowjobs.from_json import from_json
 from flowjobs.runs.files import read_json, warn_once, write_json
 from flowjobs.runs.metrics import METRICS_FILE, latest_values
 from flowjobs.runs.process import process_mark
-from flowjobs.user_code import user_place
+from flowjobs.user_code import text_of, user_place
 
 State = Literal["submitted", "running", "preempted", "finished", "failed", "cancelled"]
 
@@ -94,7 +94,7 @@ def outcome_of(error: BaseException | None) -> Outcome:
     place = user_place(error)
     # Before the text, which may be long: W&B and a terminal show the begin.
     where = f" ({place})" if place else ""
-    reason = f"{type(error).__name__}{where}: {_on_one_line(str(error))}"
+    reason = f"{type(error).__name__}{where}: {_on_one_line(text_of(error))}"
     return Outcome("failed", EXIT_FAILED, reason, text, kind="exception")
 
 

@@ -17,16 +17,16 @@ from flowjobs.runs.run import Run
 COMMAND_TIMEOUT_S = 10
 
 
-def note_surroundings(run: Run, directory: Path) -> None:
+def note_surroundings(run: Run, directory: Path | None) -> None:
     """Note with what code and where the run trains: on this machine.
 
     Whoever tells W&B of the run later, from another machine, finds it in the run's folder.
 
     Args:
         run: The run.
-        directory: The working directory of the user, for its git commit.
+        directory: The working directory of the user, for its git commit; None if it is gone.
     """
-    commit, dirty = git_commit(directory)
+    commit, dirty = git_commit(directory) if directory else (None, None)
     found = {
         "git_commit": commit,
         "git_dirty": dirty,

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
+from flowjobs.working_folder import working_folder
+
 logger = logging.getLogger(__name__)
 
 # What Slurm tells every process of a step.
@@ -106,6 +108,8 @@ def run_command(
                 check=False,
                 timeout=timeout_s,
                 env=kept,
+                # Where it is gone sbatch ends at once, also if it is given another (--chdir).
+                cwd=None if working_folder() else "/",
             )
         answer.returncode = answer.returncode or int(bool(_FAILED.search(answer.stderr)))
         return answer

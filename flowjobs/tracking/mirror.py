@@ -39,6 +39,7 @@ from flowjobs.tracking.session import (
     missing_on_server,
     tear_down_wandb,
 )
+from flowjobs.working_folder import working_folder
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +284,7 @@ def main() -> None:
     folder, token, parent = sys.argv[1], sys.argv[2], int(sys.argv[3])
     role = cast(Role, sys.argv[4])
     run = Run.at(Path(folder).absolute())
-    here = Path.cwd()
+    here = working_folder()
     os.chdir(run.wandb_folder)  # wandb reads wandb/settings of the working directory
     # Nothing that wandb reads or prints, nor its own process, may take part in the conversation.
     to_finish, events = os.dup(0), os.dup(1)

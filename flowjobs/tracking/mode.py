@@ -174,7 +174,7 @@ def mode_of_settings() -> tuple[str, str]:
 def setting(name: str) -> tuple[str, str]:
     """What W&B's settings files say of this name, and the file that does; "" where none does."""
     # wandb's own order: the working directory's wins.
-    folder = ".wandb" if Path(".wandb").exists() else "wandb"
+    folder = ".wandb" if os.path.exists(".wandb") else "wandb"
     for file in (Path(folder) / "settings", _user_file()):
         if value := _settings_in(file).get(name, "").strip():
             return value, str(file)

@@ -151,6 +151,26 @@ def test_no_command_ends_in_a_traceback(workplace: Path, template: Path, place: 
     assert {name: codes[name] for name in writes} == dict.fromkeys(writes, 0 if usable else 2)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user needs root")
+def test_what_may_not_be_entered_is_passed_over(
+    workplace: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = "class Net(torch.nn.Module):\n    def __init__(self, dim): super().__init__()\n"
+    (workplace / "my_models.py").write_text(f"import torch\n{net}")
+    closed = workplace / "closed"
+    closed.mkdir(mode=0)
+    # Root's, in a container that runs as another user; and a colleague's.
+    monkeypatch.setenv("HOME", str(closed))
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    path = [str(closed / "lib"), str(closed), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    dry_run = ["submit", "--dry-run", "--cluster", "local", "--arch", "my_models:Net"]
+    for folder, words in ((workplace, dry_run), (closed, ["status", "--study", str(study)])):
+        command = [*AS_A_STRANGER, sys.executable, "-m", "flowjobs", *words]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
 def half_copied(study: Path) -> dict[str, Path]:
     """A study in which each run lacks another part, as where a copy was broken off."""
     whole, weights = study / "runs/a", study / "checkpoints/a"

@@ -104,6 +104,25 @@ def test_a_bad_file_keeps_nobody_from_looking(
         parse(["cancel", "a"])
 
 
+def test_a_bad_file_stops_nothing_that_would_take_the_study_from_it_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "flowjobs.toml", "partition = preempt")
+    parse(["reconcile", "a", "--study", "there", "--exit-code", "137"])
+    parse(["cancel", "a", "--study=there"])
+    monkeypatch.setenv("FLOWJOBS_STUDY", "there")
+    parse(["wait", "a"])
+    assert capsys.readouterr().err.count("warning: ") == 3
+    # As a batch script does, whose log it would be in.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("FLOWJOBS_JOB", "7")
+    parse(["reconcile", "a", "--study", "there", "--exit-code", "137"])
+    assert capsys.readouterr().err == ""
+    for words in (["submit", "--study", "there"], ["retry", "a", "--study", "there"]):
+        with pytest.raises(ConfigError, match="text needs quotes"):
+            parse(words)
+
+
 def test_a_time_limit_in_sbatchs_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBATCH_TIMELIMIT", "1-12")
     assert load_defaults().fill(SlurmConfig).timeout_min == 2160

@@ -13,7 +13,7 @@ import torch
 
 from flowjobs.cli.main import _exit_code_of, exit_with
 from flowjobs.cli.main import run as run_command
-from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import FlowjobsError
 from flowjobs.runs.run import Run
 from flowjobs.tracking.page import our_lines
@@ -305,6 +305,31 @@ def test_a_file_server_that_is_away_is_no_bug(capsys: pytest.CaptureFixture[str]
     said = "error: study/runs: Cannot send after transport endpoint shutdown; the file system was "
     assert capsys.readouterr().err.startswith(said)
     assert _exit_code_of(OSError(refused, os.strerror(refused))) == 1  # of a socket
+
+
+def test_a_working_directory_that_is_gone_is_said_and_keeps_no_end_from_being_recorded(
+    study: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(study, "a")
+    run.create(RunConfig(tracking=TrackingConfig(wandb_mode="disabled")))
+    gone = workplace / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        exit_with(lambda: run_command(["status", "--study", str(study)]))
+    said = "error: the working directory is gone: go to one that is there\n"
+    assert capsys.readouterr().err == said
+    # As the last line of the batch script of a job that runs there.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("FLOWJOBS_JOB", "7")
+    of_script = ["reconcile", "a", "--study", str(study), "--exit-code", "137"]
+    with pytest.raises(SystemExit, match="0"):
+        exit_with(lambda: run_command(of_script))
+    assert run.status().reason == "job 7 ended before the run could start: it has no log"
 
 
 def test_a_failing_model_is_told_by_its_file_and_line(

@@ -1,6 +1,7 @@
 """What words on the command line come to."""
 
 import dataclasses
+import re
 import shlex
 import sys
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 
 from flowjobs.cli.main import main, parse
+from flowjobs.cli.runs_named import check_named
+from flowjobs.errors import ConfigError
+from flowjobs.runs.hint import program
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,21 @@ def test_what_the_parser_exits_with_is_no_users_code(monkeypatch: pytest.MonkeyP
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == code
+
+
+@pytest.mark.parametrize("words", [["-V"], ["--study", "x", "status"], []])
+def test_a_line_to_type_after_a_mistake_works_outside_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("COLUMNS", "300")
+    called = program("flowjobs")
+    assert called != "flowjobs"
+    with pytest.raises(SystemExit, match="2"):
+        parse(words)
+    assert f"run {called} --help" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=re.escape(f"({called} cancel NAME)")):
+        check_named("cancel", [])
 
 
 def test_the_value_of_an_option_of_sbatch_is_as_it_is_typed() -> None:

@@ -156,6 +156,15 @@ def test_a_connection_that_the_users_code_did_not_get_is_an_exception_of_it(numb
     assert exit_cause.transient_kind(refused.value) == "file system"
 
 
+def test_an_error_that_fails_to_say_its_text_is_told_all_the_same() -> None:
+    class OwnError(RuntimeError):
+        def __str__(self) -> str:
+            raise IndexError(self.args)
+
+    outcome = exit_cause.failure_of(OwnError(), process(0)).outcome
+    assert (outcome.kind, outcome.reason) == ("exception", "OwnError: <exception str() failed>")
+
+
 def test_the_node_to_leave_out_is_the_one_whose_process_died_first(tmp_path: Path) -> None:
     log = tmp_path / "12_0_log.out"
     run, job = Run(tmp_path, "a"), JobInfo("slurm", "12", str(log), "n1", 1)

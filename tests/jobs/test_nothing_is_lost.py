@@ -124,8 +124,10 @@ def test_killed_by_sigkill_it_fails_and_goes_on_when_asked(
     start: Start, flowjobs: Command, whole: Run
 ) -> None:
     job = start()
+    Path("flowjobs.toml").write_text("partition = ")  # somebody is just writing it
     job.kill(signal.SIGKILL)
     job.wait_for_state("failed")
+    Path("flowjobs.toml").unlink()
     assert job.attempts() == [("failed", "killed")]
     assert "killed (SIGKILL) on n1, attempt 1, step" in job.status().reason
     assert job.slurm.wait_state(job.job_id, {"FAILED", "PENDING"}) == "FAILED"
@@ -136,8 +138,18 @@ def test_killed_by_sigkill_it_fails_and_goes_on_when_asked(
     assert_equal_to(whole, job.run)
 
 
-def test_killed_by_sigkill_it_is_retried_on_another_node(start: Start, whole: Run) -> None:
+def test_killed_by_sigkill_it_is_retried_on_another_node(
+    start: Start, whole: Run, study: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The folder that it was submitted from is gone by then: of another branch, say.
+    branch = workplace / "branch"
+    branch.mkdir()
+    monkeypatch.setenv("FLOWJOBS_STUDY", str(study))
+    monkeypatch.chdir(branch)
     job = start("--retries", "1")
+    monkeypatch.chdir(workplace)
+    job.kill(signal.SIGSTOP)  # without the file that tells it to wait it would go on
+    shutil.rmtree(branch)
     job.kill(signal.SIGKILL)
     job.wait_for_state("finished")
     assert job.attempts() == [("preempted", "killed"), ("finished", "")]

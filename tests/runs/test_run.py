@@ -328,6 +328,20 @@ def test_the_reason_of_an_error_is_one_line_that_a_terminal_can_show() -> None:
     assert "in loading:\n\tsize" in outcome.traceback
 
 
+@pytest.mark.parametrize("file", ["/nets.py", "nets.py"])
+def test_an_error_is_told_where_the_working_directory_was_removed(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    gone = workplace / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ZeroDivisionError) as raised:
+        exec(compile("1 / 0", file, "exec"))
+    said = f"ZeroDivisionError ({file}, line 1): division by zero"
+    assert outcome_of(raised.value).reason == said
+
+
 def test_a_submission_that_a_full_disk_refuses_leaves_the_run_as_it_was_or_whole(
     study: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -160,13 +160,16 @@ def test_a_model_that_cannot_be_built(config: TrainingConfig, said: str) -> None
 @pytest.mark.parametrize(
     ("use", "build"), [("arch", lambda config: build_model(config, 4)), ("flow", flow_of)]
 )
-@pytest.mark.parametrize("line", ["torch.nothing", "import numpy.nothing", "1 / 0"])
+@pytest.mark.parametrize(
+    "line", ["torch.nothing", "import numpy.nothing", "1 / 0", "eval('relu(')"]
+)
 def test_a_bug_in_ones_own_module_is_said_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str, build: Any, line: str
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("has_a_bug.py").write_text(f"import torch\n{line}\nclass Net(torch.nn.Module): ...\n")
-    with pytest.raises((AttributeError, ImportError, ZeroDivisionError)) as caught:
+    expected = (AttributeError, ImportError, ZeroDivisionError, SyntaxError)
+    with pytest.raises(expected) as caught:
         build(TrainingConfig(**{use: "has_a_bug:Net"}))
     assert user_place(caught.value) == "has_a_bug.py, line 2"
