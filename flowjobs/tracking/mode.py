@@ -4,9 +4,10 @@ import configparser
 import netrc
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 from urllib.parse import urlsplit
 
 from flowjobs.config import TrackingConfig, WandbMode, is_server
@@ -39,9 +40,7 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
     """
     asked: str = config.wandb_mode
     why = f"--wandb-mode {asked}"
-    environment = os.environ.get("WANDB_MODE", "").lower()
-    environment = OLDER_WORDS.get(environment, environment)
-    if environment in ("online", "offline", "disabled"):
+    if environment := mode_of_variable():
         asked, why = environment, f"WANDB_MODE={environment}"
     match asked:
         case "online" | "offline" | "disabled":
@@ -162,6 +161,16 @@ def entity_here() -> str | None:
     another one, and so another run in W&B.
     """
     return os.environ.get("WANDB_ENTITY", "").strip() or setting("entity")[0] or None
+
+
+def mode_of_variable(environment: Mapping[str, str] = os.environ) -> ResolvedMode | None:
+    """What WANDB_MODE says; None where it says nothing that counts.
+
+    To be noted as a run is made, too: whoever records how it ended may have another environment.
+    """
+    mode = environment.get("WANDB_MODE", "").strip().lower()
+    mode = OLDER_WORDS.get(mode, mode)
+    return cast(ResolvedMode, mode) if mode in get_args(ResolvedMode) else None
 
 
 def mode_of_settings() -> tuple[str, str]:

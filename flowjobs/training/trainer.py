@@ -227,11 +227,14 @@ class Trainer:
     def _own_run(self) -> Run:
         """The run of a trainer on its own, made if it is not there."""
         run = Run(self._study, self._name)
-        asked = RunConfig(self._config, tracking=self.tracking())
+        tracking = self.tracking()
+        asked = RunConfig(self._config, tracking=tracking)
         if run.exists():
             found = run.config()
+            if tracking.wandb_mode == "auto":  # nothing here asks for another than the run has
+                tracking = replace(tracking, wandb_mode=found.tracking.wandb_mode)
             # A notebook does not change what the command line asked of the cluster.
-            asked = replace(asked, slurm=found.slurm, restarts=found.restarts)
+            asked = replace(asked, slurm=found.slurm, tracking=tracking, restarts=found.restarts)
             if not run.started() and (job := job_to_come(run)):
                 cancel = hint("cancel", run.name, study=run.study)
                 raise RunBusyError(

@@ -128,6 +128,9 @@ def test_server_and_mode_of_wandbs_settings_are_read_as_a_run_is_made(
         assert made() == ("https://another.test", mode)
     Path("flowjobs.toml").write_text('wandb_mode = "online"')
     assert made() == ("https://another.test", "online")
+    for written, mode in ((" dryrun", "offline"), ("Disabled", "disabled"), ("shared", "online")):
+        monkeypatch.setenv("WANDB_MODE", written)
+        assert made() == ("https://another.test", mode)
 
 
 def test_what_says_who_one_is_and_how_long_to_wait_reaches_wandb(

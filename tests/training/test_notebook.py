@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from flowjobs.config import RunConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.models.mlp import MLP
 from flowjobs.runs.run import Run
+from flowjobs.training import FlowDataset, FlowTrainer
 from flowjobs.training.trainer import _default_logging
 from tests.report.test_comparison import compared
 
@@ -111,6 +114,17 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
     assert models.rows == [("Net (40 parameters)",), ("Net (49 parameters)",)]
     config = json.loads((study / "runs/mine/config.json").read_text())
     assert config["tracking"]["wandb_entity"] == "the-lab"
+    assert config["tracking"]["wandb_mode"] == "disabled"
+
+
+def test_a_run_of_the_command_line_stays_out_of_wandb_in_a_notebook(study: Path) -> None:
+    run = Run(study, "mine")
+    config = TrainingConfig(epochs=1)
+    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    rows = FlowDataset(torch.randn(64, 8))
+    FlowTrainer(MLP(8, 16), config, rows, rows, device="cpu", name="mine").train()
+    assert run.config().tracking.wandb_mode == "disabled"
+    assert not run.tracking_file.exists()
 
 
 @pytest.mark.parametrize(
