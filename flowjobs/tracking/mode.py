@@ -58,14 +58,19 @@ def has_login(server: str) -> bool:
     """Whether wandb would find credentials: in the environment, its settings or the netrc file."""
     if is_here(server) and variables().keys() & {*CREDENTIALS}:
         return True
-    hosts = _names_of(server)
-    home = Path(os.path.expanduser("~"))
-    for file in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
-        with suppress(OSError, ValueError, netrc.NetrcParseError):  # of bytes that are no text
-            # Not authenticators(): it takes the file's default entry for any host.
-            if any(netrc.netrc(file).hosts.get(each) for each in hosts):
-                return True
+    with suppress(OSError, ValueError, netrc.NetrcParseError):  # of bytes that are no text
+        # Not authenticators(): it takes the file's default entry for any host.
+        hosts = netrc.netrc(_netrc_file()).hosts
+        return any(hosts[each][2] for each in _names_of(server) if each in hosts)
     return False
+
+
+def _netrc_file() -> str:
+    """The one netrc file that wandb reads, which need not be there."""
+    if named := os.environ.get("NETRC"):
+        return os.path.expanduser(named)  # as a crontab has it: no shell has read it
+    unix, windows = (os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc"))
+    return windows if os.path.exists(windows) and not os.path.exists(unix) else unix
 
 
 def check_login(server: str) -> None:
