@@ -23,7 +23,16 @@ ROWS = (
     ("runs", "slurm"),
     ("config", "user_code", "user_source"),
     ("field_values",),
-    ("cgroups", "errors", "formatting", "from_json", "learning_rate", "nearest", "slots"),
+    (
+        "cgroups",
+        "default_logging",
+        "errors",
+        "formatting",
+        "from_json",
+        "learning_rate",
+        "nearest",
+        "slots",
+    ),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

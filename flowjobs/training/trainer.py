@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,6 +18,7 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.batches import make_batches
 from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import random_numbers_kept, seed_python_and_numpy, seed_step
+from flowjobs.default_logging import default_logging
 from flowjobs.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -211,7 +212,7 @@ class Trainer:
         ):
             if self._run is not None:
                 return self._train(self._run, self._recorder)
-            with _default_logging():
+            with default_logging():
                 run = self._own_run()
                 with recording(run, JobInfo.in_foreground(), track=self.track) as recorder:
                     return self._train(run, recorder)
@@ -681,38 +682,3 @@ class Trainer:
             checkpoint_path=str(run.best),
             time_s=time_s,
         )
-
-
-@contextmanager
-def _default_logging() -> Iterator[None]:
-    """Show progress, as long as the block lasts, unless a level is set for `flowjobs` itself.
-
-    Many a notebook has handlers and shows warnings alone: without a wish of its user, and a trainer
-    that says nothing for an hour seems to hang.
-    """
-    ours = logging.getLogger("flowjobs")
-    level = ours.level
-    if level > logging.INFO:
-        yield
-        return
-    others = min((handler.level for handler in _handlers_of(ours)), default=None)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    if others is not None:  # what they show is not said twice
-        handler.addFilter(lambda record: record.levelno < others)
-    ours.addHandler(handler)
-    if not ours.isEnabledFor(logging.INFO):
-        ours.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        ours.removeHandler(handler)
-        ours.setLevel(level)
-
-
-def _handlers_of(logger: logging.Logger) -> Iterator[logging.Handler]:
-    """Those that get what is logged there, by way of its parents too."""
-    above: logging.Logger | None = logger
-    while above:
-        yield from above.handlers
-        above = above.parent if above.propagate else None

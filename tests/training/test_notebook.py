@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.default_logging import default_logging
 from flowjobs.models.mlp import MLP
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer
-from flowjobs.training.trainer import _default_logging
 from tests.report.test_comparison import compared
 
 SETUP = """
@@ -150,7 +150,7 @@ def test_progress_is_shown_once_unless_a_level_is_set_for_it(
     monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
     ours.setLevel(own_level)
     try:
-        with _default_logging():
+        with default_logging():
             logging.getLogger("flowjobs.training").info("epoch")
             logging.getLogger("flowjobs.training").warning("slow")
         logging.getLogger("flowjobs.training").info("later")
