@@ -197,7 +197,7 @@ class Trainer:
             TrainingDivergedError: The loss or the state is not a number any more.
             CheckpointError: The run cannot resume from what is on disk, or could not be resumed
                 from what it would save.
-            ConfigError: The model cannot be trained.
+            ConfigError: The model cannot be trained, or W&B would refuse the entity or the group.
             RunBusyError: On its own: another process trains this run, or a job of it waits that has
                 not trained yet.
             RunMismatchError: On its own: the run of this name is of another config, model or data;
@@ -248,6 +248,7 @@ class Trainer:
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
                 )
+        tracking.check_asked(self._config.group)
         in_use = lock_holder(run.folder) is not None
         if note := run.create(asked, in_use=in_use, data_are_given=True):
             logger.info("%s", note)

@@ -13,6 +13,7 @@ import torch
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.default_logging import default_logging
+from flowjobs.errors import ConfigError
 from flowjobs.models.mlp import MLP
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer
@@ -125,6 +126,15 @@ def test_a_run_of_the_command_line_stays_out_of_wandb_in_a_notebook(study: Path)
     FlowTrainer(MLP(8, 16), config, rows, rows, device="cpu", name="mine").train()
     assert run.config().tracking.wandb_mode == "disabled"
     assert not run.tracking_file.exists()
+
+
+def test_an_entity_that_wandb_would_refuse_makes_no_run(study: Path) -> None:
+    rows = FlowDataset(torch.randn(64, 8))
+    asked = {"name": "mine", "wandb_entity": "my-team/project"}
+    trainer = FlowTrainer(MLP(8, 16), TrainingConfig(epochs=1), rows, rows, device="cpu", **asked)
+    with pytest.raises(ConfigError, match="--wandb-entity, WANDB_ENTITY: found 'my-team/project'"):
+        trainer.train()
+    assert not Run(study, "mine").folder.exists()
 
 
 @pytest.mark.parametrize(
