@@ -194,6 +194,8 @@ def test_what_was_kept_out_of_wandb_stays_out_where_the_variable_is_not_set(
     write_end(run, Outcome("failed", 1, "ImportError: no module named einops"))
     assert pending_outcome(run) is None  # as cron sees it
     assert not close_session(run)
+    monkeypatch.setenv("WANDB_MODE", "online")  # of another run
+    assert not close_session(run)
     assert sync_run(run, ask=True).state == "untracked"
     assert (backend.runs(), run.tracking_file.exists()) == ([], False)
 
