@@ -17,8 +17,8 @@ The rooms, each of which imports only those behind it:
     runs        a run on disk; every other room reads and writes it only through this one
     slurm       asking Slurm; knows no run
 Beside them, for all: config, errors, user_code, user_source; notebook, the trainer of a script; and
-small ones (cgroups, field_values, formatting, from_json, learning_rate, nearest, slots,
-toml_values, working_folder).
+small ones (cgroups, default_logging, field_values, formatting, from_json, learning_rate, nearest,
+slots, toml_values, working_folder).
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@ from typing import cast
 
 from flowjobs.config import TrackingConfig, WandbMode
 from flowjobs.runs.run import Run
-from flowjobs.tracking.mode import entity_here, mode_of_settings, variables
+from flowjobs.tracking.mode import entity_here, mode_of_settings, mode_of_variable, variables
 from flowjobs.tracking.tracker import tracked
 from flowjobs.training.trainer import Trainer
 
@@ -19,12 +19,12 @@ class FlowTrainer(Trainer):
         return tracked(run)
 
     def tracking(self) -> TrackingConfig:
-        """As it was asked for; else as W&B's own settings here have it."""
+        """As it was asked for; else as W&B's own variables and settings here have it."""
         asked = super().tracking()
-        mode, _ = mode_of_settings()
+        mode = mode_of_variable() or cast(WandbMode, mode_of_settings()[0])
         return replace(
             asked,
             wandb_entity=asked.wandb_entity or entity_here(),
             wandb_base_url=variables().get("WANDB_BASE_URL"),
-            wandb_mode=cast(WandbMode, mode) if mode else asked.wandb_mode,
+            wandb_mode=mode or asked.wandb_mode,
         )

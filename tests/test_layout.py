@@ -24,7 +24,14 @@ ROWS = (
     ("config", "user_code", "user_source"),
     ("field_values",),
     (
-        *("cgroups", "errors", "formatting", "from_json", "learning_rate", "nearest", "slots"),
+        "cgroups",
+        "default_logging",
+        "errors",
+        "formatting",
+        "from_json",
+        "learning_rate",
+        "nearest",
+        "slots",
         "working_folder",
     ),
 )

@@ -2,7 +2,7 @@
 
 In order, the later wins: the built-in default, the entity, server and mode of W&B's own settings
 files, flowjobs.toml in the user's config folder, the flowjobs.toml of the working directory or the
-nearest folder above, SBATCH_* variables, WANDB_ENTITY and WANDB_BASE_URL, flags.
+nearest folder above, SBATCH_* variables, WANDB_ENTITY, WANDB_BASE_URL and WANDB_MODE, flags.
 """
 
 import dataclasses
@@ -21,7 +21,12 @@ from flowjobs.nearest import meant
 from flowjobs.runs.run import default_study
 from flowjobs.slurm.options import fields_from, variables_of
 from flowjobs.toml_values import read_toml, typed_value
-from flowjobs.tracking.mode import mode_of_settings, server_of_settings, setting
+from flowjobs.tracking.mode import (
+    mode_of_settings,
+    mode_of_variable,
+    server_of_settings,
+    setting,
+)
 from flowjobs.working_folder import working_folder
 
 FILE_NAME = "flowjobs.toml"
@@ -190,6 +195,9 @@ def _read_variables(environment: Mapping[str, str], defaults: Defaults) -> None:
         if value := environment.get(variable := name.upper(), "").strip():
             # Read once, here: an attempt that found another value would write to another W&B run.
             defaults.values[name], defaults.sources[name] = value, variable
+    if mode := mode_of_variable(environment):
+        # As it is known in no cron: `reconcile` there is to keep out of W&B what was kept out here.
+        defaults.values["wandb_mode"], defaults.sources["wandb_mode"] = mode, "WANDB_MODE"
     for name, (variable, found) in fields_from(environment).items():
         if found is None:
             defaults.values.pop(name, None)

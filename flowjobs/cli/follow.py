@@ -60,9 +60,11 @@ def follow(
     if status.state == "finished":
         print(f"finished  {status.epoch} epochs, best validation loss {status.best_val_loss:.4f}")
         print(f"weights   {run.best}")
-        print(f"samples   {run.samples_picture}")
-        if measures := in_a_line(run):
-            print(f"metrics   {measures}")
+        none = f"none: see {hint('logs', run.name, study=run.study)}"
+        print(f"samples   {run.samples_picture if run.samples_picture.exists() else none}")
+        measures = in_a_line(run)
+        if measures or run.config().training.evaluate:
+            print(f"metrics   {measures or none}")
     else:
         if status.state == "failed":
             print(f"see {hint('logs', run.name, study=run.study)}", file=sys.stderr)

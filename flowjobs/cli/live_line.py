@@ -113,12 +113,16 @@ class LiveLine:
 
 
 class StatusLine:
-    """Draws words on standard error for as long as the block lasts; elsewhere prints them."""
+    """Draws words on standard error for as long as the block lasts; elsewhere prints them.
 
-    def __init__(self) -> None:
+    Args:
+        words: Drawn at first; not printed.
+    """
+
+    def __init__(self, words: str = "") -> None:
         console = live_console(stderr=True)
         self._drawn = console.is_terminal and not console.is_dumb_terminal
-        self._status = console.status("")
+        self._status = console.status(Text(words))
         self._plain = PlainLines(stderr=True)
 
     def __enter__(self) -> "StatusLine":
@@ -132,7 +136,7 @@ class StatusLine:
     def say(self, state: str, words: str) -> None:
         """Show words; where none are redrawn, as soon as the state that they tell of is new."""
         if self._drawn:
-            self._status.update(words)
+            self._status.update(Text(words))
         else:
             with contextlib.suppress(OSError):  # no reader is no reason to end what it tells of
                 self._plain.say(state, words)

@@ -1,6 +1,7 @@
 """From a parsed command to a run: checks everything that can be checked without torch."""
 
 import dataclasses
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from flowjobs.errors import ConfigError
 from flowjobs.field_values import flag
 from flowjobs.flows.flow import check_flow
 from flowjobs.flows.uses import check_uses
+from flowjobs.models.imports import missing_imports
 from flowjobs.models.size import with_fixed_width
 from flowjobs.models.source import check_arch, check_model, check_vectors
 from flowjobs.runs.code import import_from_snapshot
@@ -40,7 +42,7 @@ def prepare_run(
     *,
     own_code: bool = False,
 ) -> tuple[Run, RunConfig]:
-    """The run that a command means, and its config. Writes nothing.
+    """The run that a command means, and its config. Writes nothing but warnings.
 
     Args:
         defaults: For the user's names of models.
@@ -77,6 +79,7 @@ def prepare_run(
     if slurm is not None:
         tracking.check_asked(training.group)
         defaults.check_sbatch(slurm)
+        warn_of_missing_imports([training])
     else:
         slurm = run.config().slurm if run.exists() else SlurmConfig()
     return run, RunConfig(training, slurm, tracking, restarts)
@@ -94,6 +97,13 @@ def check_parts(training: TrainingConfig, study: Path, defaults: Defaults) -> No
     if training.source != "normal":
         check_data(training.source, study, "--source")
         check_source(training.source, row_shape(training.source, study), shape)
+
+
+def warn_of_missing_imports(configs: Iterable[TrainingConfig]) -> None:
+    """Say what the user's modules import that is not there; a job's environment may be another."""
+    modules = dict.fromkeys(module for config in configs for module in config.user_modules)
+    for missing in missing_imports(modules):
+        print(f"warning: {missing}", file=sys.stderr, flush=True)
 
 
 def check_ranks(configs: Iterable[TrainingConfig], study: Path, ranks: int) -> None:

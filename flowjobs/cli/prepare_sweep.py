@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import check_parts, with_absolute_paths
+from flowjobs.cli.prepare import check_parts, warn_of_missing_imports, with_absolute_paths
 from flowjobs.config import SIZE_FIELDS, RunConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import flag
@@ -72,6 +72,7 @@ def prepare_sweep(
     defaults.check_sbatch(parts["slurm"])
     for config in configs:
         parts["tracking"].check_asked(config.group)
+    warn_of_missing_imports(configs)
     given = {"epochs", "patience"} & {field for point in points for field in point}
     return runs, frozenset(given)
 

@@ -277,5 +277,5 @@ def _size_rows(run: Run, training: TrainingConfig) -> dict[str, str]:
 def _print_finished(run: Run) -> None:
     picture = run.samples_picture
     print(f"{run.name} is finished: {run.best}", end="")
-    print(f", {picture}" if picture.exists() else f"; {picture} is gone")
+    print(f", {picture}" if picture.exists() else f"; there is no {picture}")
     print("to train on, give it more --epochs, or more --patience if it stopped early")

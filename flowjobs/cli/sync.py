@@ -2,8 +2,9 @@
 
 import contextlib
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -20,6 +21,9 @@ from flowjobs.runs.status import JobInfo
 
 if TYPE_CHECKING:
     from flowjobs.tracking.sync import Synced
+
+# An upload that takes longer is spoken of where no terminal shows it.
+SAY_AFTER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -105,19 +109,37 @@ class Sync(InStudy):
         return bool(failures)
 
     def _sync_one(self, run: Run) -> "Synced":
-        """Sync a run, and show in a terminal that it takes a while."""
-        from rich.text import Text
-
-        from flowjobs.cli.table import live_console
+        """Sync a run, and say that it takes a while."""
         from flowjobs.jobs.lock_judge import judge_for
         from flowjobs.tracking.sync import sync_run
 
         # Where a file system has no locks, Slurm says whether the run still trains.
         judge = judge_for(run, JobInfo.in_foreground())
-        with live_console(stderr=True).status(Text(f"uploading {run.name}")):
+        with _while_it_lasts(f"uploading {run.name}"):
             # Of a whole study, and at each look of a watch, that would be too many questions.
             ask = bool(self.names) and not self.watch
             return sync_run(run, judge, ask=ask, as_new=self.as_new)
+
+
+@contextlib.contextmanager
+def _while_it_lasts(words: str) -> Iterator[None]:
+    """Show words in a terminal as long as the block lasts; elsewhere print them if it is long."""
+    from flowjobs.cli.live_line import StatusLine  # slow to load
+
+    ended = threading.Event()
+    with StatusLine(words) as line:
+
+        def say() -> None:
+            while not ended.wait(SAY_AFTER_S):
+                line.say(words, words)
+
+        speaker = threading.Thread(target=say, daemon=True)
+        speaker.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            speaker.join()
 
 
 def _without_login(servers: set[str]) -> dict[str, FlowjobsError]:

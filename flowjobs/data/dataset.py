@@ -20,6 +20,7 @@ from flowjobs.data.memory import free_memory_bytes
 from flowjobs.data.row_reader import RowReader
 from flowjobs.data.tensor_file import write_tensor
 from flowjobs.data.toy import toy_set
+from flowjobs.default_logging import default_logging
 from flowjobs.errors import DataError
 from flowjobs.runs.data_file import (
     FLOATS,
@@ -135,7 +136,9 @@ class FlowDataset(Dataset[Tensor]):
     def in_order(self) -> Iterator[Tensor]:
         """All rows once, (m, *shape) at a time, of the file's type."""
         n = rows_of_chunk(self.dim)
+        progress = _PassProgress(self)
         for start in range(0, len(self), n):
+            progress.say(start)
             yield self._rows(slice(start, start + n))
 
     def in_order_of_file(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -148,12 +151,9 @@ class FlowDataset(Dataset[Tensor]):
         order = (
             torch.arange(len(self), device="cpu") if self._index is None else self._index.argsort()
         )
-        started, say_after_s, n_read = time.monotonic(), SAY_AFTER_S, 0
+        progress, n_read = _PassProgress(self), 0
         for indices in torch.split(order, rows_of_chunk(self.dim)):
-            if (elapsed_s := time.monotonic() - started) > say_after_s:
-                words = "%s: %d of %d rows read in %.0f s, in a pass over all of them"
-                logger.info(words, self.name, n_read, len(self), elapsed_s)
-                say_after_s *= 4
+            progress.say(n_read)
             yield indices, self._rows(indices)
             n_read += len(indices)
 
@@ -176,6 +176,25 @@ class FlowDataset(Dataset[Tensor]):
                 count += int(bad.sum())
         if first:
             raise DataError(f"{self.name}: {not_finite_words(*first, count)}")
+
+
+class _PassProgress:
+    """Says now and then how far a pass over all rows is, whoever asked for it."""
+
+    def __init__(self, dataset: FlowDataset) -> None:
+        self._dataset = dataset
+        self._started, self._say_after_s = time.monotonic(), SAY_AFTER_S
+
+    def say(self, n_read: int) -> None:
+        """Say how many rows are read, if that takes long."""
+        if (elapsed_s := time.monotonic() - self._started) > self._say_after_s:
+            self._say_after_s *= 4
+            of, words = (
+                self._dataset,
+                "%s: %d of %d rows read in %.0f s, in a pass over all of them",
+            )
+            with default_logging():
+                logger.info(words, of.name, n_read, len(of), elapsed_s)
 
 
 def rows_of_chunk(dim: int) -> int:

@@ -147,8 +147,8 @@ def _train(job: "TrainingJob", run: Run, resume_path: Path | None) -> int:
         if resume_path is None and run.finished():
             run.check_files()
             picture = run.samples_picture
-            gone = "" if picture.exists() else f"; {picture} is gone"
-            logger.info("%s is finished%s", run.name, gone)
+            missing = "" if picture.exists() else f"; there is no {picture}"
+            logger.info("%s is finished%s", run.name, missing)
             return 0
         if job.end_if_cancelled():
             logger.info("%s was cancelled: submit it again to resume", run.name)

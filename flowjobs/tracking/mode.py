@@ -4,9 +4,10 @@ import configparser
 import netrc
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 from urllib.parse import urlsplit
 
 from flowjobs.config import TrackingConfig, WandbMode, is_server
@@ -39,9 +40,7 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
     """
     asked: str = config.wandb_mode
     why = f"--wandb-mode {asked}"
-    environment = os.environ.get("WANDB_MODE", "").lower()
-    environment = OLDER_WORDS.get(environment, environment)
-    if environment in ("online", "offline", "disabled"):
+    if environment := mode_of_variable():
         asked, why = environment, f"WANDB_MODE={environment}"
     match asked:
         case "online" | "offline" | "disabled":
@@ -59,14 +58,19 @@ def has_login(server: str) -> bool:
     """Whether wandb would find credentials: in the environment, its settings or the netrc file."""
     if is_here(server) and variables().keys() & {*CREDENTIALS}:
         return True
-    hosts = _names_of(server)
-    home = Path(os.path.expanduser("~"))
-    for file in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
-        with suppress(OSError, ValueError, netrc.NetrcParseError):  # of bytes that are no text
-            # Not authenticators(): it takes the file's default entry for any host.
-            if any(netrc.netrc(file).hosts.get(each) for each in hosts):
-                return True
+    with suppress(OSError, ValueError, netrc.NetrcParseError):  # of bytes that are no text
+        # Not authenticators(): it takes the file's default entry for any host.
+        hosts = netrc.netrc(_netrc_file()).hosts
+        return any(hosts[each][2] for each in _names_of(server) if each in hosts)
     return False
+
+
+def _netrc_file() -> str:
+    """The one netrc file that wandb reads, which need not be there."""
+    if named := os.environ.get("NETRC"):
+        return os.path.expanduser(named)  # as a crontab has it: no shell has read it
+    unix, windows = (os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc"))
+    return windows if os.path.exists(windows) and not os.path.exists(unix) else unix
 
 
 def check_login(server: str) -> None:
@@ -162,6 +166,16 @@ def entity_here() -> str | None:
     another one, and so another run in W&B.
     """
     return os.environ.get("WANDB_ENTITY", "").strip() or setting("entity")[0] or None
+
+
+def mode_of_variable(environment: Mapping[str, str] = os.environ) -> ResolvedMode | None:
+    """What WANDB_MODE says; None where it says nothing that counts.
+
+    To be noted as a run is made, too: whoever records how it ended may have another environment.
+    """
+    mode = environment.get("WANDB_MODE", "").strip().lower()
+    mode = OLDER_WORDS.get(mode, mode)
+    return cast(ResolvedMode, mode) if mode in get_args(ResolvedMode) else None
 
 
 def mode_of_settings() -> tuple[str, str]:

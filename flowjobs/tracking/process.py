@@ -170,12 +170,15 @@ def pending_outcome(run: Run) -> Outcome | None:
 
 def _unreported_outcome(run: Run) -> Outcome | None:
     """How the run's newest attempt ended, if W&B is told of the run and does not know that."""
-    mode, _ = resolve_mode(record.tracking_of(run))
+    tracking = record.tracking_of(run)
+    mode, _ = resolve_mode(tracking)
     status = run.status()
     # A session is noted before a run trains: without one, WANDB_MODE kept W&B out there. Nor is it
-    # told of a run without an attempt, which was cancelled before it began.
+    # told of a run without an attempt, which was cancelled before it began; nor, whatever the
+    # WANDB_MODE of whoever asks, of one that was to be kept out.
     trained = any(attempt.first_step is not None for attempt in status.attempts)
-    untracked = record.read_session(run) is None and (trained or not status.attempts)
+    kept_out = trained or not status.attempts or tracking.wandb_mode == "disabled"
+    untracked = record.read_session(run) is None and kept_out
     if mode == "disabled" or untracked:
         return None
     known, now = record.read_uploaded(run).reported, record.state_to_report(run)

@@ -24,6 +24,7 @@ from flowjobs.data.dataset import FlowDataset, is_same_normalization
 from flowjobs.data.randomness import derive_seed
 from flowjobs.data.source import Sources
 from flowjobs.data.tensor_file import write_tensor
+from flowjobs.default_logging import default_logging
 from flowjobs.errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -141,7 +142,7 @@ def _make(
     # A chunk follows from the seed and its number: it does not matter who made those before it, nor
     # (where there are no locks) whether two make it.
     try:
-        with partial.open("r+b") as rows:
+        with partial.open("r+b") as rows, default_logging():
             first = partial.stat().st_size // (CHUNK * row_bytes)
             logger.info("makes %d pairs of %s, from %d: %s", n, teacher.name, first * CHUNK, file)
             rows.seek(first * CHUNK * row_bytes)

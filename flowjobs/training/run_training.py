@@ -74,6 +74,7 @@ def run_training(
     with computing(ranks, flops):
         ema = trainer.state.ema.model
         draw_and_measure(run, ema, (train_dataset, val_dataset), ranks.device, stop_reason)
+    picture = run.samples_picture
     logger.info(
         "finished %s: %s in %.1f s, best validation loss %.4f, %s, %s",
         run.name,
@@ -81,7 +82,7 @@ def run_training(
         result["time_s"],
         result["best_val_loss"],
         result["checkpoint_path"],
-        run.samples_picture,
+        picture if picture.exists() else f"no {picture.name}",
     )
 
 

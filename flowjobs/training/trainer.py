@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,6 +18,7 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.batches import make_batches
 from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import random_numbers_kept, seed_python_and_numpy, seed_step
+from flowjobs.default_logging import default_logging
 from flowjobs.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -196,7 +197,7 @@ class Trainer:
             TrainingDivergedError: The loss or the state is not a number any more.
             CheckpointError: The run cannot resume from what is on disk, or could not be resumed
                 from what it would save.
-            ConfigError: The model cannot be trained.
+            ConfigError: The model cannot be trained, or W&B would refuse the entity or the group.
             RunBusyError: On its own: another process trains this run, or a job of it waits that has
                 not trained yet.
             RunMismatchError: On its own: the run of this name is of another config, model or data;
@@ -211,7 +212,7 @@ class Trainer:
         ):
             if self._run is not None:
                 return self._train(self._run, self._recorder)
-            with _default_logging():
+            with default_logging():
                 run = self._own_run()
                 with recording(run, JobInfo.in_foreground(), track=self.track) as recorder:
                     return self._train(run, recorder)
@@ -227,11 +228,14 @@ class Trainer:
     def _own_run(self) -> Run:
         """The run of a trainer on its own, made if it is not there."""
         run = Run(self._study, self._name)
-        asked = RunConfig(self._config, tracking=self.tracking())
+        tracking = self.tracking()
+        asked = RunConfig(self._config, tracking=tracking)
         if run.exists():
             found = run.config()
+            if tracking.wandb_mode == "auto":  # nothing here asks for another than the run has
+                tracking = replace(tracking, wandb_mode=found.tracking.wandb_mode)
             # A notebook does not change what the command line asked of the cluster.
-            asked = replace(asked, slurm=found.slurm, restarts=found.restarts)
+            asked = replace(asked, slurm=found.slurm, tracking=tracking, restarts=found.restarts)
             if not run.started() and (job := job_to_come(run)):
                 cancel = hint("cancel", run.name, study=run.study)
                 raise RunBusyError(
@@ -244,6 +248,7 @@ class Trainer:
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
                 )
+        tracking.check_asked(self._config.group)
         in_use = lock_holder(run.folder) is not None
         if note := run.create(asked, in_use=in_use, data_are_given=True):
             logger.info("%s", note)
@@ -678,38 +683,3 @@ class Trainer:
             checkpoint_path=str(run.best),
             time_s=time_s,
         )
-
-
-@contextmanager
-def _default_logging() -> Iterator[None]:
-    """Show progress, as long as the block lasts, unless a level is set for `flowjobs` itself.
-
-    Many a notebook has handlers and shows warnings alone: without a wish of its user, and a trainer
-    that says nothing for an hour seems to hang.
-    """
-    ours = logging.getLogger("flowjobs")
-    level = ours.level
-    if level > logging.INFO:
-        yield
-        return
-    others = min((handler.level for handler in _handlers_of(ours)), default=None)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    if others is not None:  # what they show is not said twice
-        handler.addFilter(lambda record: record.levelno < others)
-    ours.addHandler(handler)
-    if not ours.isEnabledFor(logging.INFO):
-        ours.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        ours.removeHandler(handler)
-        ours.setLevel(level)
-
-
-def _handlers_of(logger: logging.Logger) -> Iterator[logging.Handler]:
-    """Those that get what is logged there, by way of its parents too."""
-    above: logging.Logger | None = logger
-    while above:
-        yield from above.handlers
-        above = above.parent if above.propagate else None

@@ -179,7 +179,7 @@ def test_files_of_a_finished_run_that_are_gone_are_named(flowjobs: Command, stud
     for command in ("train", "submit"):
         done = flowjobs(command, *options)
         assert done.returncode == 0
-        assert f"; {run.samples_picture} is gone" in done.stdout + done.stderr
+        assert f"; there is no {run.samples_picture}" in done.stdout + done.stderr
     before = run.status_file.read_bytes()
     run.best.unlink()
     # From last.pt it could go on, but what it ended with is gone.

@@ -87,6 +87,23 @@ def test_a_mistake_submits_nothing(
     assert not (workplace / "study").exists()
 
 
+def test_an_import_that_is_not_installed_here_is_a_warning(
+    workplace: Path, flowjobs: Command
+) -> None:
+    (workplace / "my_models.py").write_text(
+        "import torch\n"
+        "import einopsx\n"
+        "class WideNet(torch.nn.Module):\n"
+        "    def __init__(self, dim): super().__init__()\n"
+    )
+    said = "warning: my_models.py:2 imports einopsx, which is not installed here\n"
+    done = submit("--arch", "my_models:WideNet", "--dry-run")
+    assert (done.returncode, said in done.stderr) == (0, True), done.stderr
+    seeds = ("--seed", "0", "1", "--name", "s", "--cluster", "local", "--dry-run")
+    done = flowjobs("sweep", "--arch", "my_models:WideNet", *seeds)
+    assert (done.returncode, done.stderr.count(said)) == (0, 1), done.stderr
+
+
 def test_data_that_changed_are_refused_at_submit(workplace: Path, study: Path) -> None:
     write_splits(FlowDataset(torch.randn(40, 2)), study, {"mine": None})
     run = Run(study, "run")

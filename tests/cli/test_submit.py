@@ -19,6 +19,7 @@ from flowjobs.cli.main import run as run_command
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.dead_jobs import find_dead_jobs
+from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
@@ -27,6 +28,7 @@ from flowjobs.tracking.page import config_for_wandb
 from flowjobs.training.checkpoint import read_checkpoint
 from tests.cli.test_many import ended
 from tests.conftest import Command
+from tests.report.made_up import made_run
 
 QUICK = ("--cluster", "local", "--wandb-mode", "disabled", "--arch-args", "width=32", "depth=1")
 
@@ -82,6 +84,17 @@ def test_submit_trains_here_to_the_end(
         (run.name, "finished", 69)
     ]
     assert "attempt 1" in flowjobs("status", run.name).stdout
+
+
+def test_the_last_lines_of_a_run_say_where_nothing_was_drawn_or_measured(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_run(study, [1.0] * 3, name="a")
+    none = f"none: see {hint('logs', 'a', study=study)}"
+    for picture in (none, str(run.samples_picture)):
+        assert follow(run, 0, lambda: False, requeues=False) == 0
+        assert f"\nsamples   {picture}\nmetrics   {none}\n" in capsys.readouterr().out
+        run.samples_picture.touch()
 
 
 def test_a_larger_number_of_epochs_goes_on(flowjobs: Command, study: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowjobs.cli.main import run as run_command
 from flowjobs.data import dataset as dataset_module
 from flowjobs.data.dataset import (
     load_datasets,
@@ -192,3 +193,16 @@ def test_a_long_pass_over_all_rows_says_how_far_it_is(
     FlowDataset(torch.zeros(200, 1))
     said = [record.getMessage().partition(",")[0] for record in caplog.records]
     assert said == [f"tensor: {n} of 200 rows read in {s} s" for n, s in ((20, 12), (100, 44))]
+
+
+def test_a_long_pass_is_seen_where_nobody_has_set_up_logging(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(dataset_module, "SAY_AFTER_S", 0.0)
+    monkeypatch.setattr(dataset_module, "CHUNK_BYTES", 8 * 10)
+    np.save("rows.npy", np.arange(20.0).reshape(20, 1))
+    assert run_command(["data", "split", "rows.npy"]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"^rows.npy: 10 of 20 rows read in \d+ s, in a pass over", said, re.MULTILINE)
+    assert re.search(r"^all: 10 of 17 rows read in \d+ s", said, re.MULTILINE)  # to be written

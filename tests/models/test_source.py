@@ -9,6 +9,7 @@ from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
 from flowjobs.flows.flow import check_flow
+from flowjobs.models.imports import missing_imports
 from flowjobs.models.source import check_arch, check_model
 
 NETS = """
@@ -185,3 +186,38 @@ def test_what_is_no_module_is_said(arch: str, said: str) -> None:
         check_arch(TrainingConfig(arch=arch))
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
         check_flow(TrainingConfig(flow=arch))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import torch, einopsx.layers\n", ["my_nets.py:1 imports einopsx, which is not"]),
+        (
+            "\nfrom einopsx import rearrange, reduce\n",
+            ["my_nets.py:2 imports einopsx, which is not"],
+        ),
+        ("import beside\n", ["beside.py:2 imports einopsx, which is not installed here"]),
+        ("from .blocks import Block\n", ["my_nets.py:1 imports relative to a package that it is"]),
+        ("import nets\n", ["nets/inner.py:1 imports relative to a package that it is not in"]),
+        ("try:\n    import einopsx\nexcept ImportError:\n    einopsx = None\n", []),
+        ("def forward():\n    import einopsx\n", []),
+        ("import sys\nsys.path.insert(0, 'vendored')\nimport einopsx\n", []),
+        ("from __future__ import annotations\nimport os.path, __main__\n", []),
+        ("import (\n", []),  # which is said where its classes are looked up
+    ],
+)
+def test_an_import_that_surely_fails_is_named(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, source: str, said: list[str]
+) -> None:
+    (workplace / "nets").mkdir()
+    for name, text in (
+        ("my_nets", source),
+        ("beside", "import torch\nimport einopsx\n"),
+        ("nets/__init__", "from .inner import Net\n"),
+        ("nets/inner", "from ..outer import Net\n"),
+    ):
+        (workplace / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(workplace)
+    found = missing_imports(["my_nets"])
+    assert len(found) == len(said)
+    assert all(line.startswith(start) for line, start in zip(found, said, strict=True)), found

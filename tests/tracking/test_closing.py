@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.defaults import load_defaults
+from flowjobs.config import RunConfig, TrackingConfig
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.reconcile import reconcile
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from flowjobs.tracking.process import close_session, pending_outcome
 from flowjobs.tracking.record import read_session
+from flowjobs.tracking.sync import sync_run
 from tests.cluster.waiting import wait_until
 from tests.tracking import attempts
 from tests.tracking.backend import Backend
@@ -178,6 +181,23 @@ def test_a_run_without_tracking_has_nothing_to_close(tracked_run: MakeRun) -> No
     write_end(run, OUT_OF_MEMORY)
     assert not close_session(run)
     assert not run.tracking_file.exists()
+
+
+def test_what_was_kept_out_of_wandb_stays_out_where_the_variable_is_not_set(
+    study: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(study, "mine")
+    with monkeypatch.context() as shell:
+        shell.setenv("WANDB_MODE", "disabled")
+        run.create(RunConfig(tracking=load_defaults().fill(TrackingConfig)))
+    attempt_that_never_reached_wandb(run)
+    write_end(run, Outcome("failed", 1, "ImportError: no module named einops"))
+    assert pending_outcome(run) is None  # as cron sees it
+    assert not close_session(run)
+    monkeypatch.setenv("WANDB_MODE", "online")  # of another run
+    assert not close_session(run)
+    assert sync_run(run, ask=True).state == "untracked"
+    assert (backend.runs(), run.tracking_file.exists()) == ([], False)
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets
@@ -18,14 +19,18 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.tracking.mode import DEFAULT_HOSTS, resolve_mode
+from flowjobs.tracking.mode import DEFAULT_HOSTS, has_login, resolve_mode
 from flowjobs.tracking.tracker import tracked
 from flowjobs.training import FlowTrainer
+from tests.tracking.backend import KEY
 from tests.tracking.leet import Inspected, history, inspect, records, session_files
 
 CONFIG = TrainingConfig(
     epochs=2, group="flow-methods", arch_args=KeyValues(width=16, depth=1), lr=2e-3
 )
+
+LOGIN = f"machine {DEFAULT_HOSTS[0]} login user password {KEY}\n"
+OF_GIT = "machine github.com login user password token\n"
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +187,29 @@ def test_a_login_in_the_netrc_file_counts(tmp_path: Path, monkeypatch: pytest.Mo
     for file in (netrc, settings):
         file.write_bytes(b"# Gr\xfc\xdfe\n" + file.read_bytes())  # no UTF-8
     assert resolve_mode(TrackingConfig())[0] == "offline"
+
+
+@pytest.mark.parametrize(
+    ("variable", "files", "expected"),
+    [
+        ("~/mine", {"mine": LOGIN}, KEY),  # as a crontab has it: no shell has read it
+        ("~/mine", {"mine": OF_GIT, ".netrc": LOGIN}, None),
+        ("~/gone", {".netrc": LOGIN}, None),
+        ("", {"_netrc": LOGIN}, KEY),
+        ("", {".netrc": OF_GIT, "_netrc": LOGIN}, None),
+        ("", {".netrc": f"machine {DEFAULT_HOSTS[0]} login user\n"}, None),
+    ],
+)
+def test_a_login_is_looked_up_in_the_file_that_wandb_reads(
+    monkeypatch: pytest.MonkeyPatch, variable: str, files: dict[str, str], expected: str | None
+) -> None:
+    Path.home().mkdir()
+    monkeypatch.setenv("NETRC", variable)
+    for name, text in files.items():
+        (Path.home() / name).write_text(text)
+    server = f"https://{DEFAULT_HOSTS[0]}"
+    assert has_login(server) == (expected is not None)
+    assert read_netrc_auth(host=server) == expected
 
 
 def test_a_login_from_before_the_server_had_another_name_counts(

@@ -1,6 +1,7 @@
 """Every flow, model and augmentation: a run that is interrupted ends with the same bits."""
 
 import itertools
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -193,7 +194,10 @@ def test_pairs_that_are_made_survive_an_interruption_and_are_progress(
 
 
 def test_the_pairs_of_the_training_part_start_at_rows_of_the_sources(
-    study: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    study: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.syspath_prepend(workplace)
     monkeypatch.setattr(reflow, "SOLVER", Solver("euler", 2))
@@ -206,7 +210,10 @@ def test_the_pairs_of_the_training_part_start_at_rows_of_the_sources(
     teacher_of(study, base, parts)
     asked = replace(base, flow="straight:flow", reflow_from="teacher")
     config = with_pinned_files(asked, study, None)
-    FlowTrainer(build_model(config, 6), config, *parts, CPU, name="student")
+    with monkeypatch.context() as script:
+        script.setattr(logging.getLogger(), "handlers", [])  # of one that sets up no logging
+        FlowTrainer(build_model(config, 6), config, *parts, CPU, name="student")
+    assert "makes 43 pairs of teacher, from 0: " in capsys.readouterr().err
     for file, rows in zip(
         pair_files(study, str(config.reflow_from)), load_datasets("source.pt", study), strict=True
     ):

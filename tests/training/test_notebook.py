@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from flowjobs.config import RunConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.default_logging import default_logging
+from flowjobs.errors import ConfigError
+from flowjobs.models.mlp import MLP
 from flowjobs.runs.run import Run
-from flowjobs.training.trainer import _default_logging
+from flowjobs.training import FlowDataset, FlowTrainer
 from tests.report.test_comparison import compared
 
 SETUP = """
@@ -111,6 +115,26 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
     assert models.rows == [("Net (40 parameters)",), ("Net (49 parameters)",)]
     config = json.loads((study / "runs/mine/config.json").read_text())
     assert config["tracking"]["wandb_entity"] == "the-lab"
+    assert config["tracking"]["wandb_mode"] == "disabled"
+
+
+def test_a_run_of_the_command_line_stays_out_of_wandb_in_a_notebook(study: Path) -> None:
+    run = Run(study, "mine")
+    config = TrainingConfig(epochs=1)
+    run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+    rows = FlowDataset(torch.randn(64, 8))
+    FlowTrainer(MLP(8, 16), config, rows, rows, device="cpu", name="mine").train()
+    assert run.config().tracking.wandb_mode == "disabled"
+    assert not run.tracking_file.exists()
+
+
+def test_an_entity_that_wandb_would_refuse_makes_no_run(study: Path) -> None:
+    rows = FlowDataset(torch.randn(64, 8))
+    asked = {"name": "mine", "wandb_entity": "my-team/project"}
+    trainer = FlowTrainer(MLP(8, 16), TrainingConfig(epochs=1), rows, rows, device="cpu", **asked)
+    with pytest.raises(ConfigError, match="--wandb-entity, WANDB_ENTITY: found 'my-team/project'"):
+        trainer.train()
+    assert not Run(study, "mine").folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +160,7 @@ def test_progress_is_shown_once_unless_a_level_is_set_for_it(
     monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
     ours.setLevel(own_level)
     try:
-        with _default_logging():
+        with default_logging():
             logging.getLogger("flowjobs.training").info("epoch")
             logging.getLogger("flowjobs.training").warning("slow")
         logging.getLogger("flowjobs.training").info("later")
