@@ -367,4 +367,8 @@ def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
             return "".join(f"\n{'':10} waits {why}" for why in held_for(members))
         case "unknown":
             return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
+        case "finished":
+            early = [member.run.name for member in members if member.why]
+            words = "ran out of patience: to train more epochs they need more --patience too"
+            return f"\n{'':10} {len(early)} of them {words}: {first_of(early)}" if early else ""
     return ""
