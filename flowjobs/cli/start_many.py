@@ -1,6 +1,7 @@
 """Submitting many runs, or training them here, with what is printed of it."""
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.output import print_rows
 from flowjobs.cli.prepare import check_ranks
-from flowjobs.formatting import counted
+from flowjobs.formatting import counted, first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from flowjobs.jobs.executors import Cluster
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
     from flowjobs.sweeps.plan import Member
+
+REFUSALS_SHOWN = 3
 
 
 def cluster_flag(command: CommandOptions, defaults: Defaults) -> list[str]:
@@ -51,6 +54,19 @@ def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[Cod
         plan_code(member.run, member.config.training, choice, snapshots=snapshots)
         for member in members
     ]
+
+
+def that_can_be_started(members: Sequence["Member"]) -> "list[Member]":
+    """Those of the runs that are not refused; says why the others are."""
+    from flowjobs.sweeps.plan import refusals
+
+    refused = refusals(members)
+    for why in [*refused.values()][:REFUSALS_SHOWN]:
+        print(f"error: {why}", file=sys.stderr)
+    if refused:
+        names = first_of([run.name for run in refused], REFUSALS_SHOWN)
+        print(f"error: so not started: {names}", file=sys.stderr)
+    return [member for member in members if member.run not in refused]
 
 
 def check_ranks_of(members: Sequence["Member"], cluster: "Cluster") -> None:

@@ -27,6 +27,7 @@ from flowjobs.cli.start_many import (
     print_notes,
     print_resources,
     submit_many,
+    that_can_be_started,
     train_many_here,
 )
 from flowjobs.config import (
@@ -45,6 +46,7 @@ from flowjobs.formatting import counted, first_of
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run, absolute
+from flowjobs.runs.status import EXIT_BAD_INPUT
 from flowjobs.sweeps import grid
 from flowjobs.sweeps.applying import ARGUMENT
 from flowjobs.sweeps.saved import (
@@ -242,18 +244,22 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
         with ExitStack() as stack:
             stack.enter_context(only_submitter(study, locks))
             members = look_at(runs, length_given)
-            starting = [member for member in members if member.stage in TO_START]
-            starting = starting[: self.first]
+            asked = [member for member in members if member.stage in TO_START]
+            able = that_can_be_started(asked)
+            # The exit code if nothing else goes wrong.
+            code_at_best = EXIT_BAD_INPUT if len(able) < len(asked) else 0
+            starting = able[: self.first]
+            left = len(able) - len(starting)
             check_ranks_of(starting, cluster)
             code = plan_code_of(starting, self.code_choice())
-            _print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry, self.first)
+            _print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry, left)
             print_notes(plan.note for plan in code)
             if others := with_other_code(members, code):
                 print(f"with other code than the new ones: {first_of(others)}")
             if lost := left_out(study, name, names):
                 print(f"no longer in the sweep, unchanged: {first_of(lost)}")
             if self.dry_run:
-                return 0
+                return code_at_best
             if len(starting) > ASKS_ABOVE and not self.yes:
                 stack.close()  # nobody is to wait for an answer, and what there is may change
                 if not confirmed(
@@ -269,8 +275,9 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
             slots = sweep.runs_per_gpu
             if cluster == "slurm":
                 parallel = self._share_parallel(members, len(starting), sweep.parallel)
-                return submit_many(starting, code, name, parallel, slots, again, [name])
-        return train_many_here(starting, code, sweep.parallel, slots, again)
+                exit_code = submit_many(starting, code, name, parallel, slots, again, [name])
+                return exit_code or code_at_best
+        return train_many_here(starting, code, sweep.parallel, slots, again) or code_at_best
 
     def _share_parallel(
         self, members: Sequence["Member"], starting: int, parallel: int | None
@@ -305,7 +312,7 @@ def _print_plan(
     starting: Sequence["Member"],
     cluster: str,
     retry: str,
-    first: int | None,
+    left: int,
 ) -> None:
     """Print what there is of the runs, and what is to be started."""
     from flowjobs.sweeps.plan import checkpoint_bytes
@@ -319,7 +326,6 @@ def _print_plan(
         by_stage.setdefault(member.stage, []).append(member)
     for stage, found in sorted(by_stage.items()):
         print(f"{stage:10} {len(found)}{_why(stage, found, retry)}")
-    left = sum(member.stage in ("new", "to resume") for member in members) - len(starting)
     if not starting:
         print("nothing to submit")
         return
@@ -328,7 +334,7 @@ def _print_plan(
     if not cluster.startswith("local"):
         print_resources(starting, sweep.parallel, sweep.runs_per_gpu)
     if left:
-        print(f"{'':10} {left} more of them are left for later (--first {first})")
+        print(f"{'':10} {left} more of them are left for later (--first {len(starting)})")
     if sweep.parallel:
         print(f"{'':10} {sweep.parallel} at a time")
     if disk := checkpoint_bytes(members, starting):

@@ -247,6 +247,20 @@ def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
     return Member(run, config, stage, _cause(status) if stage == "failed" else "")
 
 
+def refusals(members: Iterable[Member]) -> dict[Run, str]:
+    """Why runs cannot be started with what is asked of them, as each alone would be refused: its
+    data have changed, say. Writes nothing."""
+    found = {}
+    for member in members:
+        try:
+            if member.run.exists():
+                member.run.merge(member.config)
+                member.run.check_model(member.config.training)
+        except (FlowjobsError, OSError) as error:
+            found[member.run] = str(error)
+    return found
+
+
 def _stage_without_job(run: Run, status: RunStatus) -> Stage:
     if run.cancel_requested():
         return "cancelled"

@@ -21,6 +21,7 @@ from flowjobs.runs.status import RunStatus
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
+from tests.sweeps.test_plan import patient_for_five
 
 Site = Callable[[str, str], None]
 
@@ -149,6 +150,34 @@ def test_a_task_notes_itself_where_nobody_has(
     assert "finished" in Path(entry.log).read_text()
     assert counts(flowjobs(*sweep)) == {"finished": 1}
     assert len(run.submissions()) == 1
+
+
+def test_a_run_that_cannot_be_extended_keeps_no_other_from_it(
+    slurm: SlurmCluster, study: Path, flowjobs: Command
+) -> None:
+    names = [f"mlp-icfm-digits-none-seed{seed}" for seed in range(4)]
+    whole = patient_for_five(study, names[0], 10)
+    patient_for_five(study, names[1], 6, losses=[1.0] * 6, seed=1)
+    of_a_notebook = patient_for_five(study, names[2], 6, state="preempted", seed=2)
+    patient_for_five(study, names[3], 4, state="failed", seed=3)
+    status = of_a_notebook.status()
+    status.model = "__main__:Net"
+    status.write(of_a_notebook.status_file)
+    sweep = ("sweep", "--seed", "0", "1", "2", "3", "--epochs", "20", "--name", "s")
+    done = flowjobs(*sweep, "--wandb-mode", "disabled", "--sbatch", "hold=True")
+    assert (done.returncode, done.stderr.count("error: ")) == (2, 2), done.stderr
+    assert f"error: {names[2]} was trained in Python with __main__:Net" in done.stderr
+    assert f"error: so not started: {names[2]}\n" in done.stderr
+    assert "finished   1\n           1 of them ran out of patience" in done.stdout
+    assert "to resume  2\n" in done.stdout
+    assert f"extends {names[0]} from 10 to 20 epochs" in done.stdout
+    assert re.search(r"^submitted  job \d+, 1 run$", done.stdout, re.M), done.stdout
+    assert noted(study) == tasks(slurm)
+    assert [entry.array for entry in whole.submissions()] == [arrays_of(study)[0].folder.name]
+    # Nor is the sweep that is saved one that is refused.
+    again = flowjobs("sweep", "s", "--dry-run")
+    assert "waiting    1\n" in again.stdout, again.stdout + again.stderr
+    assert "nothing to submit" in again.stdout
 
 
 def test_what_the_cluster_does_not_take_now_comes_with_the_next_call(
