@@ -326,6 +326,8 @@ def _print_plan(
         by_stage.setdefault(member.stage, []).append(member)
     for stage, found in sorted(by_stage.items()):
         print(f"{stage:10} {len(found)}{_why(stage, found, retry)}")
+        if stage in ("running", "waiting", "failed", "cancelled"):
+            _print_shorter(found)
     if not starting:
         print("nothing to submit")
         return
@@ -339,6 +341,16 @@ def _print_plan(
         print(f"{'':10} {sweep.parallel} at a time")
     if disk := checkpoint_bytes(members, starting):
         print_rows(disk=disk_words(disk, members[0].run.study))
+
+
+def _print_shorter(members: Sequence["Member"]) -> None:
+    """Print which runs, that are not started now, are not as long as is asked for."""
+    from flowjobs.sweeps.plan import shorter_than_asked
+
+    for length, count in Counter(map(shorter_than_asked, members)).items():
+        if length:
+            once = "once finished, the same command extends them"
+            print(f"{'':10} {counted(count)} still with {length}: {once}")
 
 
 def _still_to_start(

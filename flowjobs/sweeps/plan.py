@@ -247,6 +247,18 @@ def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
     return Member(run, config, stage, _cause(status) if stage == "failed" else "")
 
 
+def shorter_than_asked(member: Member) -> str:
+    """What a run that is not started now keeps of its length, as options: "--epochs 200" where 400
+    are asked for; empty if nothing, or if that cannot be read."""
+    try:
+        own, asked = vars(member.run.config().training), vars(member.config.training)
+    except (FlowjobsError, OSError):
+        return ""
+    return " ".join(
+        f"{flag(key)} {own[key]}" for key in ("epochs", "patience") if own[key] < asked[key]
+    )
+
+
 def refusals(members: Iterable[Member]) -> dict[Run, str]:
     """Why runs cannot be started with what is asked of them, as each alone would be refused: its
     data have changed, say. Writes nothing."""

@@ -170,6 +170,7 @@ def test_a_run_that_cannot_be_extended_keeps_no_other_from_it(
     assert f"error: so not started: {names[2]}\n" in done.stderr
     assert "finished   1\n           1 of them ran out of patience" in done.stdout
     assert "to resume  2\n" in done.stdout
+    assert re.search(r"^failed     1: .*\n +1 run still with --epochs 10: once", done.stdout, re.M)
     assert f"extends {names[0]} from 10 to 20 epochs" in done.stdout
     assert re.search(r"^submitted  job \d+, 1 run$", done.stdout, re.M), done.stdout
     assert noted(study) == tasks(slurm)
