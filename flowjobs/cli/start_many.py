@@ -103,14 +103,17 @@ def submit_many(
     Returns:
         The exit code.
     """
-    from flowjobs.sweeps.submit_arrays import submit_arrays
+    from flowjobs.sweeps.submit_arrays import Submitted, submit_arrays
 
     if not members:
         return 0
-    done = submit_arrays(members, code, name, parallel, slots)
-    print_notes(done.notes)
-    for job_id, tasks in done.jobs.items():
-        print(f"{'submitted':10} job {job_id}, {counted(tasks)}")
+    done = Submitted()
+    try:
+        submit_arrays(members, code, name, parallel, slots, done)
+    finally:  # also if another was refused, or Ctrl-C came: these are in the queue
+        print_notes(done.notes)
+        for job_id, runs in done.jobs.items():
+            print(f"{'submitted':10} job {job_id}, {counted(runs)}")
     if done.left:
         print(
             f"the cluster does not take {counted(len(done.left))} more now ({done.why}): {again} "

@@ -27,6 +27,10 @@ from flowjobs.sweeps.plan import Member, resource_sets
 TOO_MANY = re.compile(
     "submit limit|temporarily unable to accept|array specification|job count", re.IGNORECASE
 )
+# The same, and it can be nothing else: AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit.
+SURELY_TOO_MANY = re.compile(
+    "SubmitJobs?(Per|Limit)|temporarily unable to accept|job count", re.IGNORECASE
+)
 # Runs of a job that has as many slots: the next one is there when one ends, and a sweep that is
 # given more --parallel later has jobs left to start.
 RUNS_PER_SLOT = 4
@@ -39,7 +43,7 @@ class Submitted:
     """What came of a submission.
 
     Attributes:
-        jobs: The arrays, by id, and how many tasks each has.
+        jobs: The arrays, by id, and how many runs each has.
         left: Runs that the cluster does not take now.
         why: What it said.
         notes: Notes to print on the runs.
@@ -56,8 +60,9 @@ def submit_arrays(
     code: Sequence[CodePlan],
     name: str,
     parallel: int | None,
-    slots: int = 1,
-) -> Submitted:
+    slots: int,
+    done: Submitted,
+) -> None:
     """Make the runs and submit them, as few arrays.
 
     The caller is the only one who does that in the study; see `jobs.array.submitting`.
@@ -68,37 +73,41 @@ def submit_arrays(
         name: The arrays' name in the queue.
         parallel: How many run at a time.
         slots: How many share a job.
+        done: Is told of each array as soon as it is submitted: the next may be refused, or Ctrl-C
+            come.
 
     Raises:
-        SubmissionError: Nothing was submitted: the runs are as they were.
+        SubmissionError: An array was refused: its runs are as they were, and none follows it.
         SubmissionUnknownError: Whether an array was taken is unknown.
     """
     code_of = dict(zip((member.run for member in members), code, strict=True))
-    done = Submitted()
     largest = _largest_array()
     # One array has one set of options: sbatch takes no other for a single task.
     for of_set in resource_sets(members):
         waiting = tasks_of(of_set, parallel, slots)
         size = min(largest, len(waiting))
+        taken = False
         while waiting and size:
             chunk = waiting[:size]
             runs = sum(map(len, chunk))
             share = None if parallel is None else parallel * runs // len(members)
             try:
-                job_id = _submit_one(chunk, code_of, name, share, slots, done)
+                _submit_one(chunk, code_of, name, share, slots, done)
             except SubmissionUnknownError:
                 raise
             except SubmissionError as error:
-                if not (TOO_MANY.search(str(error)) and (size > 1 or done.jobs)):
+                why = str(error)
+                # What the cluster has taken of another set says nothing of this one's options.
+                full = taken or (done.jobs and SURELY_TOO_MANY.search(why))
+                if not (TOO_MANY.search(why) and (size > 1 or full)):
                     raise
-                done.why = str(error)
+                done.why = why
                 size //= 2  # what there is room for is not told: it is found by halving
                 continue
-            done.jobs[job_id] = runs
+            taken = True
             waiting = waiting[size:]
             size = min(size, len(waiting))
         done.left += itertools.chain(*waiting)
-    return done
 
 
 def tasks_of(members: Sequence[Member], parallel: int | None, slots: int) -> list[list[Member]]:
@@ -128,8 +137,8 @@ def _submit_one(
     parallel: int | None,
     slots: int,
     done: Submitted,
-) -> str:
-    """Submit one array. Returns its id."""
+) -> None:
+    """Submit one array."""
     members = [member for task in tasks for member in task]
     runs, asked = [member.run for member in members], members[0].config.slurm
     array = new_array(runs[0].study)
@@ -142,8 +151,9 @@ def _submit_one(
             submitted = [new_pack(array.study, name, some, slots, asked) for some in shared]
         task = ArrayTask(str(array.folder))
         job_id = submit_array(array, submitted, name, task, asked, at_once)
-    done.notes += notes
-    return job_id
+        # While signals wait: Ctrl-C ends the command as the block ends.
+        done.jobs[job_id] = len(members)
+        done.notes += notes
 
 
 @contextlib.contextmanager

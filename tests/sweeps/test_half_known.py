@@ -205,6 +205,30 @@ $real "$@" """.replace("%s", refusal)
     assert len(tasks(slurm)) == 6
 
 
+def test_what_is_in_the_queue_is_said_though_the_next_array_is_refused_or_ctrl_c_comes(
+    slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command, workplace: Path
+) -> None:
+    (workplace / "two.toml").write_text(
+        "[grid]\nseed = [0, 1]\n[[zip]]\nflow = ['icfm', 'otcfm']\nmem_gb = [1, 2]\n"
+        "[slurm]\nsbatch = { hold = true }\n[tracking]\nwandb_mode = 'disabled'\n"
+    )
+    submitted = re.compile(r"^submitted  job \d+, (\d) runs$", re.M)
+    # As of a time limit that is too long for all of these, whatever room there is.
+    policy = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    of_two = 'if grep -q -- "--mem=2" "${@: -1}"; then'
+    site("sbatch", f'{of_two} echo "sbatch: error: {policy}" >&2; exit 1; fi; $real "$@"')
+    refused = flowjobs("sweep", "two.toml")
+    assert (refused.returncode, policy in refused.stderr) == (2, True), refused.stdout
+    assert submitted.findall(refused.stdout) == ["2"]
+    assert len(noted(study)) == len(list((study / "runs").iterdir())) == 2
+    site("sbatch", '$real "$@"; kill -INT $PPID')
+    stopped = flowjobs("sweep", "two")
+    assert stopped.returncode == 130, stopped.stdout + stopped.stderr
+    assert submitted.findall(stopped.stdout) == ["2"]
+    assert len(tasks(slurm)) == 4
+    assert noted(study) == tasks(slurm)
+
+
 def test_nothing_is_left_of_what_is_refused(
     slurm: SlurmCluster, study: Path, flowjobs: Command
 ) -> None:
