@@ -15,10 +15,12 @@ from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, check_named, readable_runs
 from flowjobs.cli.start_many import (
+    check_parallel,
     cluster_flag,
     only_submitter,
     plan_code_of,
     print_notes,
+    print_parallel,
     print_resources,
     submit_many,
     that_can_be_started,
@@ -73,6 +75,8 @@ class Retry(CodeOptions, CommandOptions):
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
             raise ConfigError("--cluster debug: found several runs; submit one of them")
+        if cluster == "slurm":
+            check_parallel(self.parallel, slots)
         runs, broken = readable_runs(self.study, self.names)
         study = _study_of(runs) or absolute(self.study)
         with only_submitter(study, cluster == "slurm" and not self.dry_run):
@@ -85,6 +89,8 @@ class Retry(CodeOptions, CommandOptions):
                 print_resources(starting, self.parallel, slots)
             else:
                 print("nothing to start")
+            if starting and self.parallel and cluster == "slurm":
+                print_parallel([], starting, self.parallel, slots)
             # The exit code if nothing else goes wrong.
             code_at_best = EXIT_BAD_INPUT if broken or len(starting) < len(asked) else 0
             code = plan_code_of(starting, self.code_choice())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.output import print_rows
 from flowjobs.cli.prepare import check_ranks
+from flowjobs.errors import ConfigError
 from flowjobs.formatting import counted, first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
@@ -43,6 +44,15 @@ def only_submitter(study: Path, locks: bool) -> Iterator[None]:
         for said in settled:
             print(said)
         yield
+
+
+def check_parallel(parallel: int | None, slots: int) -> None:
+    """Raise a ConfigError if one job already trains more runs than are to run at a time."""
+    if parallel is not None and parallel < slots:
+        raise ConfigError(
+            f"--parallel: found {parallel}, and each job trains {slots} runs at a time: expected "
+            f"at least {slots}, or fewer runs per GPU"
+        )
 
 
 def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[CodePlan]":
@@ -173,6 +183,26 @@ def print_resources(members: Sequence["Member"], parallel: int | None, slots: in
         jobs = len(tasks_of(of_set, parallel, slots))
         print(f"{title:10} {resources_asked(of_set[0].config.slurm, len(of_set), jobs, slots)}")
         title = ""
+
+
+def print_parallel(
+    members: Sequence["Member"], starting: Sequence["Member"], parallel: int, slots: int
+) -> None:
+    """Print how many runs are trained at a time on Slurm.
+
+    Args:
+        members: Runs of which some may wait or run, in arrays that share what is asked for.
+        starting: Those that are to be submitted.
+        parallel: How many are asked for.
+        slots: How many of those that are submitted share a job.
+    """
+    from flowjobs.sweeps.submit_arrays import arrays_left, at_a_time, jobs_at_once, new_arrays
+
+    arrays, _ = arrays_left(members)
+    parts = [*arrays.values(), *new_arrays(starting, parallel, slots)]
+    n = at_a_time(parts, jobs_at_once(parts, parallel))
+    more = f", not {parallel}: Slurm runs at least one job of each of {len(parts)} arrays"
+    print(f"{'':10} {n} at a time{more}" if n > parallel else f"{'':10} {parallel} at a time")
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -20,11 +20,13 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import from_root
 from flowjobs.cli.prepare_sweep import prepare_sweep
 from flowjobs.cli.start_many import (
+    check_parallel,
     check_ranks_of,
     cluster_flag,
     only_submitter,
     plan_code_of,
     print_notes,
+    print_parallel,
     print_resources,
     submit_many,
     that_can_be_started,
@@ -235,6 +237,8 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
             raise ConfigError("--cluster debug: a sweep is no one run; submit one of its runs")
+        if cluster == "slurm":
+            check_parallel(sweep.parallel, sweep.runs_per_gpu)
         names, where = [run.name for run in runs], cluster_flag(self, defaults)
         again = hint("sweep", name, *self.flags(), *where, study=study)
         retry = hint("retry", name, *where, study=study)
@@ -274,25 +278,31 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
             save_sweep(study, name, sweep, names)
             slots = sweep.runs_per_gpu
             if cluster == "slurm":
-                parallel = self._share_parallel(members, len(starting), sweep.parallel)
+                parallel = self._share_parallel(members, starting, sweep.parallel, slots)
                 exit_code = submit_many(starting, code, name, parallel, slots, again, [name])
                 return exit_code or code_at_best
         return train_many_here(starting, code, sweep.parallel, slots, again) or code_at_best
 
     def _share_parallel(
-        self, members: Sequence["Member"], starting: int, parallel: int | None
+        self,
+        members: Sequence["Member"],
+        starting: Sequence["Member"],
+        parallel: int | None,
+        slots: int,
     ) -> int | None:
         """Divide `--parallel` among what is submitted already and what will be; see there."""
         from flowjobs.sweeps.submit_arrays import share_parallel
 
         if parallel is None or not (starting or self.parallel):
             return parallel
-        changed, left = share_parallel(members, starting, parallel)
+        changed, left = share_parallel(members, starting, parallel, slots)
         for job_id, at_once in changed.items():
             if isinstance(at_once, int):
                 print(f"job {job_id} runs {at_once} at a time from now on")
             else:
                 print(f"error: {at_once}", file=sys.stderr)
+        if changed and not starting:  # else the plan has said it
+            print_parallel(members, starting, parallel, slots)
         return left
 
 
@@ -337,8 +347,10 @@ def _print_plan(
         print_resources(starting, sweep.parallel, sweep.runs_per_gpu)
     if left:
         print(f"{'':10} {left} more of them are left for later (--first {len(starting)})")
-    if sweep.parallel:
+    if sweep.parallel and cluster.startswith("local"):
         print(f"{'':10} {sweep.parallel} at a time")
+    elif sweep.parallel:
+        print_parallel(members, starting, sweep.parallel, sweep.runs_per_gpu)
     if disk := checkpoint_bytes(members, starting):
         print_rows(disk=disk_words(disk, members[0].run.study))
 

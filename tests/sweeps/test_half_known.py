@@ -18,6 +18,7 @@ from flowjobs.jobs.array import arrays_of, submitting
 from flowjobs.jobs.current_job import running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
+from flowjobs.sweeps.submit_arrays import Part, jobs_at_once
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -296,6 +297,8 @@ def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(
     done = flowjobs("sweep", "two.toml", "--parallel", "2")
     # Three runs with 1 GB and three with 2 GB, in arrays of two at most.
     assert re.findall(r"job \d+, (\d) run", done.stdout) == ["2", "1", "2", "1"], done.stderr
+    assert "4 at a time, not 2: Slurm runs at least one job of each of 4 arrays\n" in done.stdout
+    assert {slurm.job(task)["ArrayTaskThrottle"] for task in tasks(slurm)} == {"1"}
     asked = {Run(study, f"mlp-{flow}-digits-none-seed0") for flow in ("icfm", "otcfm")}
     memory = {
         slurm.job(run.submissions()[0].job_id)["MinMemoryNode"] for run in sorted(asked, key=str)
@@ -306,11 +309,32 @@ def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(
     done = flowjobs("sweep", "two", "--parallel", "8")
     assert done.returncode == 0, done.stderr
     # Shared by the runs that are left: two arrays of two runs, one of which has one left.
-    assert sorted(re.findall(r"runs (\d) at a time from now on", done.stdout)) == list("1113")
+    assert sorted(re.findall(r"runs (\d) at a time from now on", done.stdout)) == list("1223")
+    assert " 8 at a time\n" in done.stdout
     assert Counter(slurm.job(task)["ArrayTaskThrottle"] for task in tasks(slurm)) == {
         "3": 2,
-        "1": 3,
+        "2": 2,
+        "1": 1,
     }
+    shared = flowjobs("sweep", "two", "--parallel", "3", "--runs-per-gpu", "4")
+    assert (shared.returncode, "expected at least 4, or fewer" in shared.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "parallel", "jobs"),
+    [
+        ([Part(14), Part(13)], 4, [2, 2]),  # all of it is handed out
+        ([Part(30), Part(1), Part(1)], 4, [2, 1, 1]),  # one of each, and no more in all
+        ([Part(2), Part(1), Part(2), Part(1)], 2, [1, 1, 1, 1]),
+        ([Part(20, slots=4), Part(20, slots=4)], 10, [1, 1]),  # no third job has room
+        ([Part(20, slots=4), Part(5)], 10, [2, 2]),
+        ([], 3, []),
+    ],
+)
+def test_arrays_share_what_is_to_run_at_a_time(
+    parts: list[Part], parallel: int, jobs: list[int]
+) -> None:
+    assert jobs_at_once(parts, parallel) == jobs
 
 
 def test_a_description_that_was_kept_is_the_same_sweep(
