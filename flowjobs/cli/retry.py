@@ -15,12 +15,15 @@ from flowjobs.cli.output import print_rows
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunNames, check_named, readable_runs
 from flowjobs.cli.start_many import (
+    check_parallel,
     cluster_flag,
     only_submitter,
     plan_code_of,
     print_notes,
+    print_parallel,
     print_resources,
     submit_many,
+    that_can_be_started,
     train_many_here,
 )
 from flowjobs.config import OptionalInt
@@ -28,7 +31,7 @@ from flowjobs.errors import ConfigError
 from flowjobs.formatting import first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import check_shared
-from flowjobs.runs.run import absolute
+from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.selection import sweep_names
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
@@ -72,15 +75,24 @@ class Retry(CodeOptions, CommandOptions):
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
             raise ConfigError("--cluster debug: found several runs; submit one of them")
+        if cluster == "slurm":
+            check_parallel(self.parallel, slots)
         runs, broken = readable_runs(self.study, self.names)
-        # The exit code if nothing else goes wrong.
-        code_at_best = EXIT_BAD_INPUT if broken else 0
-        study = runs[0].study if runs else absolute(self.study)
+        study = _study_of(runs) or absolute(self.study)
         with only_submitter(study, cluster == "slurm" and not self.dry_run):
             found = stages({run: run.config() for run in runs})
             members = [found[run] for run in runs]
             print_rows(cluster=f"{cluster} ({why})")
-            starting = self._print_plan(members, changes, slots)
+            asked = self._print_plan(members, changes, slots)
+            starting = that_can_be_started(asked)
+            if starting:
+                print_resources(starting, self.parallel, slots)
+            else:
+                print("nothing to start")
+            if starting and self.parallel and cluster == "slurm":
+                print_parallel([], starting, self.parallel, slots)
+            # The exit code if nothing else goes wrong.
+            code_at_best = EXIT_BAD_INPUT if broken or len(starting) < len(asked) else 0
             code = plan_code_of(starting, self.code_choice())
             print_notes(plan.note for plan in code)
             if self.dry_run or not starting:
@@ -125,10 +137,6 @@ class Retry(CodeOptions, CommandOptions):
                     replace(member, config=with_changes(member.config, changes))
                     for member in cause.members
                 ]
-        if starting:
-            print_resources(starting, self.parallel, slots)
-        else:
-            print("nothing to start")
         return starting
 
     def flags_again(self, defaults: Defaults) -> list[str]:
@@ -141,3 +149,16 @@ class Retry(CodeOptions, CommandOptions):
         """The array's name in the queue."""
         sweeps = [name for name in self.names if name in sweep_names(study)]
         return sweeps[0] if sweeps else "retry"
+
+
+def _study_of(runs: Sequence[Run]) -> Path | None:
+    """The study of the runs; None if there are none.
+
+    Raises:
+        ConfigError: They are of several: runs that share an array, or a job, are known by name.
+    """
+    studies = sorted({run.study for run in runs})
+    if len(studies) > 1:
+        found = " and ".join(map(str, studies))
+        raise ConfigError(f"retry: found runs of {found}, expected those of one study at a time")
+    return studies[0] if studies else None

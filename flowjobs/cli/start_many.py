@@ -1,6 +1,7 @@
 """Submitting many runs, or training them here, with what is printed of it."""
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.output import print_rows
 from flowjobs.cli.prepare import check_ranks
-from flowjobs.formatting import counted
+from flowjobs.errors import ConfigError
+from flowjobs.formatting import counted, first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from flowjobs.jobs.executors import Cluster
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
     from flowjobs.sweeps.plan import Member
+
+REFUSALS_SHOWN = 3
 
 
 def cluster_flag(command: CommandOptions, defaults: Defaults) -> list[str]:
@@ -42,6 +46,15 @@ def only_submitter(study: Path, locks: bool) -> Iterator[None]:
         yield
 
 
+def check_parallel(parallel: int | None, slots: int) -> None:
+    """Raise a ConfigError if one job already trains more runs than are to run at a time."""
+    if parallel is not None and parallel < slots:
+        raise ConfigError(
+            f"--parallel: found {parallel}, and each job trains {slots} runs at a time: expected "
+            f"at least {slots}, or fewer runs per GPU"
+        )
+
+
 def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[CodePlan]":
     """What code each run is trained with; what they have in common is taken once."""
     from flowjobs.jobs.snapshot import Snapshots, plan_code
@@ -51,6 +64,19 @@ def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[Cod
         plan_code(member.run, member.config.training, choice, snapshots=snapshots)
         for member in members
     ]
+
+
+def that_can_be_started(members: Sequence["Member"]) -> "list[Member]":
+    """Those of the runs that are not refused; says why the others are."""
+    from flowjobs.sweeps.plan import refusals
+
+    refused = refusals(members)
+    for why in [*refused.values()][:REFUSALS_SHOWN]:
+        print(f"error: {why}", file=sys.stderr)
+    if refused:
+        names = first_of([run.name for run in refused], REFUSALS_SHOWN)
+        print(f"error: so not started: {names}", file=sys.stderr)
+    return [member for member in members if member.run not in refused]
 
 
 def check_ranks_of(members: Sequence["Member"], cluster: "Cluster") -> None:
@@ -87,14 +113,17 @@ def submit_many(
     Returns:
         The exit code.
     """
-    from flowjobs.sweeps.submit_arrays import submit_arrays
+    from flowjobs.sweeps.submit_arrays import Submitted, submit_arrays
 
     if not members:
         return 0
-    done = submit_arrays(members, code, name, parallel, slots)
-    print_notes(done.notes)
-    for job_id, tasks in done.jobs.items():
-        print(f"{'submitted':10} job {job_id}, {counted(tasks)}")
+    done = Submitted()
+    try:
+        submit_arrays(members, code, name, parallel, slots, done)
+    finally:  # also if another was refused, or Ctrl-C came: these are in the queue
+        print_notes(done.notes)
+        for job_id, runs in done.jobs.items():
+            print(f"{'submitted':10} job {job_id}, {counted(runs)}")
     if done.left:
         print(
             f"the cluster does not take {counted(len(done.left))} more now ({done.why}): {again} "
@@ -154,6 +183,26 @@ def print_resources(members: Sequence["Member"], parallel: int | None, slots: in
         jobs = len(tasks_of(of_set, parallel, slots))
         print(f"{title:10} {resources_asked(of_set[0].config.slurm, len(of_set), jobs, slots)}")
         title = ""
+
+
+def print_parallel(
+    members: Sequence["Member"], starting: Sequence["Member"], parallel: int, slots: int
+) -> None:
+    """Print how many runs are trained at a time on Slurm.
+
+    Args:
+        members: Runs of which some may wait or run, in arrays that share what is asked for.
+        starting: Those that are to be submitted.
+        parallel: How many are asked for.
+        slots: How many of those that are submitted share a job.
+    """
+    from flowjobs.sweeps.submit_arrays import arrays_left, at_a_time, jobs_at_once, new_arrays
+
+    arrays, _ = arrays_left(members)
+    parts = [*arrays.values(), *new_arrays(starting, parallel, slots)]
+    n = at_a_time(parts, jobs_at_once(parts, parallel))
+    more = f", not {parallel}: Slurm runs at least one job of each of {len(parts)} arrays"
+    print(f"{'':10} {n} at a time{more}" if n > parallel else f"{'':10} {parallel} at a time")
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -20,13 +20,16 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import from_root
 from flowjobs.cli.prepare_sweep import prepare_sweep
 from flowjobs.cli.start_many import (
+    check_parallel,
     check_ranks_of,
     cluster_flag,
     only_submitter,
     plan_code_of,
     print_notes,
+    print_parallel,
     print_resources,
     submit_many,
+    that_can_be_started,
     train_many_here,
 )
 from flowjobs.config import (
@@ -45,6 +48,7 @@ from flowjobs.formatting import counted, first_of
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run, absolute
+from flowjobs.runs.status import EXIT_BAD_INPUT
 from flowjobs.sweeps import grid
 from flowjobs.sweeps.applying import ARGUMENT
 from flowjobs.sweeps.saved import (
@@ -233,6 +237,8 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
             raise ConfigError("--cluster debug: a sweep is no one run; submit one of its runs")
+        if cluster == "slurm":
+            check_parallel(sweep.parallel, sweep.runs_per_gpu)
         names, where = [run.name for run in runs], cluster_flag(self, defaults)
         again = hint("sweep", name, *self.flags(), *where, study=study)
         retry = hint("retry", name, *where, study=study)
@@ -242,18 +248,22 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
         with ExitStack() as stack:
             stack.enter_context(only_submitter(study, locks))
             members = look_at(runs, length_given)
-            starting = [member for member in members if member.stage in TO_START]
-            starting = starting[: self.first]
+            asked = [member for member in members if member.stage in TO_START]
+            able = that_can_be_started(asked)
+            # The exit code if nothing else goes wrong.
+            code_at_best = EXIT_BAD_INPUT if len(able) < len(asked) else 0
+            starting = able[: self.first]
+            left = len(able) - len(starting)
             check_ranks_of(starting, cluster)
             code = plan_code_of(starting, self.code_choice())
-            _print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry, self.first)
+            _print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry, left)
             print_notes(plan.note for plan in code)
             if others := with_other_code(members, code):
                 print(f"with other code than the new ones: {first_of(others)}")
             if lost := left_out(study, name, names):
                 print(f"no longer in the sweep, unchanged: {first_of(lost)}")
             if self.dry_run:
-                return 0
+                return code_at_best
             if len(starting) > ASKS_ABOVE and not self.yes:
                 stack.close()  # nobody is to wait for an answer, and what there is may change
                 if not confirmed(
@@ -268,24 +278,31 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
             save_sweep(study, name, sweep, names)
             slots = sweep.runs_per_gpu
             if cluster == "slurm":
-                parallel = self._share_parallel(members, len(starting), sweep.parallel)
-                return submit_many(starting, code, name, parallel, slots, again, [name])
-        return train_many_here(starting, code, sweep.parallel, slots, again)
+                parallel = self._share_parallel(members, starting, sweep.parallel, slots)
+                exit_code = submit_many(starting, code, name, parallel, slots, again, [name])
+                return exit_code or code_at_best
+        return train_many_here(starting, code, sweep.parallel, slots, again) or code_at_best
 
     def _share_parallel(
-        self, members: Sequence["Member"], starting: int, parallel: int | None
+        self,
+        members: Sequence["Member"],
+        starting: Sequence["Member"],
+        parallel: int | None,
+        slots: int,
     ) -> int | None:
         """Divide `--parallel` among what is submitted already and what will be; see there."""
         from flowjobs.sweeps.submit_arrays import share_parallel
 
         if parallel is None or not (starting or self.parallel):
             return parallel
-        changed, left = share_parallel(members, starting, parallel)
+        changed, left = share_parallel(members, starting, parallel, slots)
         for job_id, at_once in changed.items():
             if isinstance(at_once, int):
                 print(f"job {job_id} runs {at_once} at a time from now on")
             else:
                 print(f"error: {at_once}", file=sys.stderr)
+        if changed and not starting:  # else the plan has said it
+            print_parallel(members, starting, parallel, slots)
         return left
 
 
@@ -305,7 +322,7 @@ def _print_plan(
     starting: Sequence["Member"],
     cluster: str,
     retry: str,
-    first: int | None,
+    left: int,
 ) -> None:
     """Print what there is of the runs, and what is to be started."""
     from flowjobs.sweeps.plan import checkpoint_bytes
@@ -319,7 +336,8 @@ def _print_plan(
         by_stage.setdefault(member.stage, []).append(member)
     for stage, found in sorted(by_stage.items()):
         print(f"{stage:10} {len(found)}{_why(stage, found, retry)}")
-    left = sum(member.stage in ("new", "to resume") for member in members) - len(starting)
+        if stage in ("running", "waiting", "failed", "cancelled"):
+            _print_shorter(found)
     if not starting:
         print("nothing to submit")
         return
@@ -328,11 +346,23 @@ def _print_plan(
     if not cluster.startswith("local"):
         print_resources(starting, sweep.parallel, sweep.runs_per_gpu)
     if left:
-        print(f"{'':10} {left} more of them are left for later (--first {first})")
-    if sweep.parallel:
+        print(f"{'':10} {left} more of them are left for later (--first {len(starting)})")
+    if sweep.parallel and cluster.startswith("local"):
         print(f"{'':10} {sweep.parallel} at a time")
+    elif sweep.parallel:
+        print_parallel(members, starting, sweep.parallel, sweep.runs_per_gpu)
     if disk := checkpoint_bytes(members, starting):
         print_rows(disk=disk_words(disk, members[0].run.study))
+
+
+def _print_shorter(members: Sequence["Member"]) -> None:
+    """Print which runs, that are not started now, are not as long as is asked for."""
+    from flowjobs.sweeps.plan import shorter_than_asked
+
+    for length, count in Counter(map(shorter_than_asked, members)).items():
+        if length:
+            once = "once finished, the same command extends them"
+            print(f"{'':10} {counted(count)} still with {length}: {once}")
 
 
 def _still_to_start(
@@ -367,4 +397,8 @@ def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
             return "".join(f"\n{'':10} waits {why}" for why in held_for(members))
         case "unknown":
             return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
+        case "finished":
+            early = [member.run.name for member in members if member.why]
+            words = "ran out of patience: to train more epochs they need more --patience too"
+            return f"\n{'':10} {len(early)} of them {words}: {first_of(early)}" if early else ""
     return ""

@@ -45,19 +45,10 @@ def explain_extension(
     Raises:
         ConfigError: Its patience has run out, and more epochs alone would not train a step.
     """
+    if why := out_of_patience(name, before, asked, status, metrics_file):
+        raise ConfigError(why)
     longer = asked.epochs > before.epochs
     more_patience = asked.patience > before.patience
-    stopped_early = status.state == "finished" and status.epoch < before.epochs
-    # It may run out in the very last epoch, or the run be killed before it says that it finished.
-    if longer and (
-        (stopped_early and not more_patience)
-        or epochs_without_improvement(metrics_file) >= asked.patience
-    ):
-        raise ConfigError(
-            f"{name} ran out of patience, at epoch {status.epoch} of {before.epochs}: with "
-            f"--epochs {asked.epochs} alone it would stop at once. Give it more --patience too "
-            f"(it has {before.patience})"
-        )
     notes = []
     if longer:
         notes.append(f"extends {name} from {before.epochs} to {asked.epochs} epochs")
@@ -66,6 +57,29 @@ def explain_extension(
     if more_patience:
         notes.append(f"raises the patience of {name} from {before.patience} to {asked.patience}")
     return "\n".join(notes)
+
+
+def out_of_patience(
+    name: str,
+    before: TrainingConfig,
+    asked: TrainingConfig,
+    status: RunStatus,
+    metrics_file: Path,
+) -> str:
+    """Why the run `name` would not train a step of the epochs that it is given; "" if it would."""
+    patience = max(before.patience, asked.patience)
+    stopped_early = status.state == "finished" and status.epoch < before.epochs
+    # It may run out in the very last epoch, or the run be killed before it says that it finished.
+    if asked.epochs > before.epochs and (
+        (stopped_early and patience == before.patience)
+        or epochs_without_improvement(metrics_file) >= patience
+    ):
+        return (
+            f"{name} ran out of patience, at epoch {status.epoch} of {before.epochs}: with "
+            f"--epochs {asked.epochs} alone it would stop at once. Give it more --patience too "
+            f"(it has {before.patience})"
+        )
+    return ""
 
 
 def _rates(before: TrainingConfig, asked: TrainingConfig, status: RunStatus) -> str:

@@ -22,6 +22,7 @@ from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.models.size import checkpoint_bytes_of
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import row_shape, same_file
+from flowjobs.runs.extending import out_of_patience
 from flowjobs.runs.files import read_json
 from flowjobs.runs.newest_job import ended_for_good
 from flowjobs.runs.run import Run, has_done
@@ -47,7 +48,8 @@ class Member:
         stage: How far it is.
         why: Of what has failed the cause in a word or two; of what is unknown why, as a sentence;
             of what waits the reason, to be read after "waits", if Slurm says it. What was cancelled
-            has one only where it cannot be resumed.
+            has one only where it cannot be resumed, what is finished only where the epochs that it
+            is given would not be trained.
         stuck: Whether it waits, and never starts as it is.
         jobs_unknown: Of what is cancelled why it is unknown whether a job of it lives, as a
             sentence; empty if none does.
@@ -226,6 +228,14 @@ def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
     if stage == "unknown":
         why = "its job has just ended, and Slurm does not say yet how: ask again"
         return Member(run, config, "unknown", why)
+    if stage == "to resume":
+        own, asked = run.config().training, config.training
+        if why := out_of_patience(run.name, own, asked, status, run.metrics_file):
+            if status.state == "finished":
+                return Member(run, config, "finished", why)
+            # Interrupted before it could say that it is: it is resumed to its own end.
+            as_long = replace(asked, epochs=own.epochs, patience=own.patience)
+            config = replace(config, training=as_long)
     try:
         run.check_files(config.training)
     except CheckpointGoneError as error:
@@ -235,6 +245,32 @@ def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
         stage = "cancelled" if stage == "cancelled" else "failed"
         return Member(run, config, stage, CHECKPOINTS_GONE)
     return Member(run, config, stage, _cause(status) if stage == "failed" else "")
+
+
+def shorter_than_asked(member: Member) -> str:
+    """What a run that is not started now keeps of its length, as options: "--epochs 200" where 400
+    are asked for; empty if nothing, or if that cannot be read."""
+    try:
+        own, asked = vars(member.run.config().training), vars(member.config.training)
+    except (FlowjobsError, OSError):
+        return ""
+    return " ".join(
+        f"{flag(key)} {own[key]}" for key in ("epochs", "patience") if own[key] < asked[key]
+    )
+
+
+def refusals(members: Iterable[Member]) -> dict[Run, str]:
+    """Why runs cannot be started with what is asked of them, as each alone would be refused: its
+    data have changed, say. Writes nothing."""
+    found = {}
+    for member in members:
+        try:
+            if member.run.exists():
+                member.run.merge(member.config)
+                member.run.check_model(member.config.training)
+        except (FlowjobsError, OSError) as error:
+            found[member.run] = str(error)
+    return found
 
 
 def _stage_without_job(run: Run, status: RunStatus) -> Stage:

@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
@@ -27,6 +27,10 @@ from flowjobs.sweeps.plan import Member, resource_sets
 TOO_MANY = re.compile(
     "submit limit|temporarily unable to accept|array specification|job count", re.IGNORECASE
 )
+# The same, and it can be nothing else: AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit.
+SURELY_TOO_MANY = re.compile(
+    "SubmitJobs?(Per|Limit)|temporarily unable to accept|job count", re.IGNORECASE
+)
 # Runs of a job that has as many slots: the next one is there when one ends, and a sweep that is
 # given more --parallel later has jobs left to start.
 RUNS_PER_SLOT = 4
@@ -39,7 +43,7 @@ class Submitted:
     """What came of a submission.
 
     Attributes:
-        jobs: The arrays, by id, and how many tasks each has.
+        jobs: The arrays, by id, and how many runs each has.
         left: Runs that the cluster does not take now.
         why: What it said.
         notes: Notes to print on the runs.
@@ -51,13 +55,69 @@ class Submitted:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Runs of one array.
+
+    Attributes:
+        runs: How many are left.
+        slots: How many share a job.
+    """
+
+    runs: int
+    slots: int = 1
+
+
+def jobs_at_once(parts: Sequence[Part], parallel: int) -> list[int]:
+    """How many jobs of each array run at a time, so that so many runs do in all.
+
+    Each array gets its part by the runs that it has left, and at least one job: Slurm has no less,
+    and where the arrays are many, more runs than `parallel` are trained at a time.
+    """
+    total = sum(part.runs for part in parts)
+    jobs = [max(1, parallel * part.runs // total // part.slots) for part in parts]
+
+    def excess(number: int) -> float:
+        return jobs[number] * parts[number].slots - parallel * parts[number].runs / total
+
+    while at_a_time(parts, jobs) > parallel and (more := [i for i, n in enumerate(jobs) if n > 1]):
+        jobs[max(more, key=excess)] -= 1
+    # What is left over of the divisions.
+    while room := [
+        number
+        for number, part in enumerate(parts)
+        if part.slots <= parallel - at_a_time(parts, jobs)
+    ]:
+        jobs[min(room, key=excess)] += 1
+    return jobs
+
+
+def at_a_time(parts: Sequence[Part], jobs: Sequence[int]) -> int:
+    """How many runs are trained at a time if so many jobs of each array run."""
+    return sum(n * part.slots for n, part in zip(jobs, parts, strict=True))
+
+
+def new_arrays(members: Sequence[Member], parallel: int | None, slots: int) -> list[Part]:
+    """The arrays that runs would be submitted as, where the cluster has room for all of them."""
+    largest = _largest_array() if members else 1
+    sets = [tasks_of(of_set, parallel, slots) for of_set in resource_sets(members)]
+    return [part for tasks in sets for part in _parts(tasks, largest, slots)]
+
+
+def _parts(tasks: Sequence[Sequence[Member]], size: int, slots: int) -> list[Part]:
+    """Tasks as arrays of so many at most."""
+    chunks = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+    return [Part(sum(map(len, chunk)), slots) for chunk in chunks]
+
+
 def submit_arrays(
     members: Sequence[Member],
     code: Sequence[CodePlan],
     name: str,
     parallel: int | None,
-    slots: int = 1,
-) -> Submitted:
+    slots: int,
+    done: Submitted,
+) -> None:
     """Make the runs and submit them, as few arrays.
 
     The caller is the only one who does that in the study; see `jobs.array.submitting`.
@@ -68,37 +128,44 @@ def submit_arrays(
         name: The arrays' name in the queue.
         parallel: How many run at a time.
         slots: How many share a job.
+        done: Is told of each array as soon as it is submitted: the next may be refused, or Ctrl-C
+            come.
 
     Raises:
-        SubmissionError: Nothing was submitted: the runs are as they were.
+        SubmissionError: An array was refused: its runs are as they were, and none follows it.
         SubmissionUnknownError: Whether an array was taken is unknown.
     """
     code_of = dict(zip((member.run for member in members), code, strict=True))
-    done = Submitted()
-    largest = _largest_array()
+    largest, free = _largest_array(), parallel
     # One array has one set of options: sbatch takes no other for a single task.
-    for of_set in resource_sets(members):
-        waiting = tasks_of(of_set, parallel, slots)
+    sets = [tasks_of(of_set, parallel, slots) for of_set in resource_sets(members)]
+    for number, tasks in enumerate(sets):
+        later = [part for of_set in sets[number + 1 :] for part in _parts(of_set, largest, slots)]
+        waiting = tasks
         size = min(largest, len(waiting))
+        taken = False
         while waiting and size:
-            chunk = waiting[:size]
-            runs = sum(map(len, chunk))
-            share = None if parallel is None else parallel * runs // len(members)
+            parts = [*_parts(waiting, size, slots), *later]
+            at_once = None if free is None else jobs_at_once(parts, free)[0]
             try:
-                job_id = _submit_one(chunk, code_of, name, share, slots, done)
+                _submit_one(waiting[:size], code_of, name, at_once, slots, done)
             except SubmissionUnknownError:
                 raise
             except SubmissionError as error:
-                if not (TOO_MANY.search(str(error)) and (size > 1 or done.jobs)):
+                why = str(error)
+                # What the cluster has taken of another set says nothing of this one's options.
+                full = taken or (done.jobs and SURELY_TOO_MANY.search(why))
+                if not (TOO_MANY.search(why) and (size > 1 or full)):
                     raise
-                done.why = str(error)
+                done.why = why
                 size //= 2  # what there is room for is not told: it is found by halving
                 continue
-            done.jobs[job_id] = runs
+            taken = True
+            if free is not None and at_once is not None:
+                free -= at_once * slots
             waiting = waiting[size:]
             size = min(size, len(waiting))
         done.left += itertools.chain(*waiting)
-    return done
 
 
 def tasks_of(members: Sequence[Member], parallel: int | None, slots: int) -> list[list[Member]]:
@@ -125,15 +192,14 @@ def _submit_one(
     tasks: Sequence[Sequence[Member]],
     code_of: dict[Run, CodePlan],
     name: str,
-    parallel: int | None,
+    at_once: int | None,
     slots: int,
     done: Submitted,
-) -> str:
-    """Submit one array. Returns its id."""
+) -> None:
+    """Submit one array, of which so many tasks run at a time."""
     members = [member for task in tasks for member in task]
     runs, asked = [member.run for member in members], members[0].config.slurm
     array = new_array(runs[0].study)
-    at_once = None if parallel is None else max(1, parallel // slots)
     with signals_deferred(), _put_back_if_refused(runs):
         notes = make_runs(members, [code_of[run] for run in runs])
         submitted: Sequence[Submittable] = runs
@@ -142,8 +208,9 @@ def _submit_one(
             submitted = [new_pack(array.study, name, some, slots, asked) for some in shared]
         task = ArrayTask(str(array.folder))
         job_id = submit_array(array, submitted, name, task, asked, at_once)
-    done.notes += notes
-    return job_id
+        # While signals wait: Ctrl-C ends the command as the block ends.
+        done.jobs[job_id] = len(members)
+        done.notes += notes
 
 
 @contextlib.contextmanager
@@ -181,24 +248,14 @@ def make_runs(members: Sequence[Member], code: Sequence[CodePlan]) -> list[str]:
     return notes
 
 
-def share_parallel(
-    members: Sequence[Member], starting: int, parallel: int
-) -> tuple[dict[str, int | FlowjobsError], int]:
-    """Have arrays that wait or run, and those to come, train so many at a time together.
-
-    Each gets its part by the runs that it has left.
-
-    Args:
-        members: The runs of the sweep.
-        starting: How many will be submitted.
-        parallel: How many are to run at a time.
-
-    Returns:
-        How many runs each array trains at a time from now on, by its id, or why it does not; and
-        how many those that will be submitted may.
-    """
+def arrays_left(
+    members: Iterable[Member],
+) -> tuple[dict[str, Part], dict[str, FlowjobsError]]:
+    """The arrays that runs wait or run in, by id, and why it is unknown of some how many of their
+    runs share a job; these count as if each run had its own."""
     left: Counter[str] = Counter()
-    packs: dict[str, Pack] = {}
+    slots: dict[str, int] = {}
+    unknown: dict[str, FlowjobsError] = {}
     for member in members:
         if member.stage not in ("waiting", "running"):
             continue
@@ -206,17 +263,41 @@ def share_parallel(
         if newest and newest.array:
             array_id = newest.job_id.partition("_")[0]
             left[array_id] += 1
-            if newest.pack:
-                packs[array_id] = Pack(member.run.study, newest.pack)
-    total = left.total() + starting
+            if newest.pack and array_id not in {*slots, *unknown}:
+                try:
+                    slots[array_id] = Pack(member.run.study, newest.pack).slots
+                except FlowjobsError as error:
+                    unknown[array_id] = error
+    parts = {job_id: Part(runs, slots.get(job_id, 1)) for job_id, runs in sorted(left.items())}
+    return parts, unknown
+
+
+def share_parallel(
+    members: Sequence[Member], starting: Sequence[Member], parallel: int, slots: int
+) -> tuple[dict[str, int | FlowjobsError], int]:
+    """Have arrays that wait or run, and those to come, train so many runs at a time together.
+
+    Args:
+        members: The runs of the sweep.
+        starting: Those that will be submitted.
+        parallel: How many are to run at a time; see `jobs_at_once`.
+        slots: How many of those that will be submitted share a job.
+
+    Returns:
+        How many runs each array trains at a time from now on, by its id, or why it does not; and
+        how many those that will be submitted may.
+    """
+    arrays, unknown = arrays_left(members)
+    new = new_arrays(starting, parallel, slots)
+    jobs = jobs_at_once([*arrays.values(), *new], parallel)
     changed: dict[str, int | FlowjobsError] = {}
-    for job_id, runs in sorted(left.items()):
+    for (job_id, part), n in zip(arrays.items(), jobs[: len(arrays)], strict=True):
         try:
-            slots = packs[job_id].slots if job_id in packs else 1
-            tasks = max(1, parallel * runs // total // slots)
-            set_parallel(job_id, tasks)
+            if job_id in unknown:
+                raise unknown[job_id]
+            set_parallel(job_id, n)
         except FlowjobsError as error:  # the others are started all the same
             changed[job_id] = error
         else:
-            changed[job_id] = tasks * slots
-    return changed, max(1, parallel * starting // total) if total else parallel
+            changed[job_id] = n * part.slots
+    return changed, min(parallel, at_a_time(new, jobs[len(arrays) :]))

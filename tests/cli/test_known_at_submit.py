@@ -18,7 +18,7 @@ from flowjobs.models.mlp import MLP
 from flowjobs.models.size import checkpoint_bytes_of
 from flowjobs.runs.datasets import check_data, training_rows
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import RunStatus
+from flowjobs.runs.status import RunStatus, State
 from flowjobs.training import FlowDataset, FlowTrainer
 from tests.conftest import Command
 
@@ -250,6 +250,20 @@ def test_a_run_of_a_notebooks_model_is_no_jobs(study: Path, flowjobs: Command) -
         said = "mine was trained in Python with __main__:Net, and a job would build --arch mlp"
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     assert run.submissions() == []
+    of_a_sweep = Run(study, "mlp-icfm-digits-none")
+    of_a_sweep.create(RunConfig(TrainingConfig(epochs=2)))
+    of_a_sweep.last.touch()
+    many: dict[State, tuple[str, ...]] = {
+        "preempted": ("sweep", "--seed", "0", "--epochs", "2", "--name", "s"),
+        "failed": ("retry", of_a_sweep.name),
+    }
+    for state, words in many.items():
+        RunStatus(state, epochs=2, model="__main__:Net").write(of_a_sweep.status_file)
+        done = flowjobs(*words, "--cluster", "local")
+        said = f"error: {of_a_sweep.name} was trained in Python with __main__:Net"
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+        assert "nothing to s" in done.stdout, done.stdout
+    assert of_a_sweep.submissions() == []
 
 
 def test_what_wide_models_take_on_disk_is_said_before(

@@ -138,6 +138,14 @@ def test_what_shared_the_memory_of_a_job_is_retried_with_fewer_beside_it(
     assert "would fail again: --with mem_gb=32\n" in flowjobs(*retry).stdout
 
 
+def test_a_retry_is_of_one_study(workplace: Path, flowjobs: Command) -> None:
+    for study in ("a", "b"):  # a name says nothing of which one is meant
+        failed(workplace / study, "x", "killed")
+    done = flowjobs("retry", "a/runs/x", "b/runs/x", "--cluster", "local", "--dry-run")
+    said = f"runs of {workplace}/a and {workplace}/b, expected those of one study"
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -210,7 +210,7 @@ def test_a_job_that_waits_is_cancelled_with_the_last_of_its_runs(
     assert "cancelled its place in job" in flowjobs("cancel", "seed=0").stdout
     # Without its folder the runs still know whose job it is, and that one of them wants it.
     shutil.rmtree(study / "packs")
-    assert "pack.json cannot be read" in flowjobs("sweep", "shared", "--parallel", "1").stderr
+    assert "pack.json cannot be read" in flowjobs("sweep", "shared", "--parallel", "3").stderr
     assert "cancelled its place in job" in flowjobs("cancel", "seed=1").stdout
     assert "PENDING" in slurm.run("squeue", "-h", "-o", "%T")
     # Where nothing can be written any more, the job is ended all the same.

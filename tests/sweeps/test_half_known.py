@@ -18,9 +18,11 @@ from flowjobs.jobs.array import arrays_of, submitting
 from flowjobs.jobs.current_job import running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
+from flowjobs.sweeps.submit_arrays import Part, jobs_at_once
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
+from tests.sweeps.test_plan import patient_for_five
 
 Site = Callable[[str, str], None]
 
@@ -151,6 +153,35 @@ def test_a_task_notes_itself_where_nobody_has(
     assert len(run.submissions()) == 1
 
 
+def test_a_run_that_cannot_be_extended_keeps_no_other_from_it(
+    slurm: SlurmCluster, study: Path, flowjobs: Command
+) -> None:
+    names = [f"mlp-icfm-digits-none-seed{seed}" for seed in range(4)]
+    whole = patient_for_five(study, names[0], 10)
+    patient_for_five(study, names[1], 6, losses=[1.0] * 6, seed=1)
+    of_a_notebook = patient_for_five(study, names[2], 6, state="preempted", seed=2)
+    patient_for_five(study, names[3], 4, state="failed", seed=3)
+    status = of_a_notebook.status()
+    status.model = "__main__:Net"
+    status.write(of_a_notebook.status_file)
+    sweep = ("sweep", "--seed", "0", "1", "2", "3", "--epochs", "20", "--name", "s")
+    done = flowjobs(*sweep, "--wandb-mode", "disabled", "--sbatch", "hold=True")
+    assert (done.returncode, done.stderr.count("error: ")) == (2, 2), done.stderr
+    assert f"error: {names[2]} was trained in Python with __main__:Net" in done.stderr
+    assert f"error: so not started: {names[2]}\n" in done.stderr
+    assert "finished   1\n           1 of them ran out of patience" in done.stdout
+    assert "to resume  2\n" in done.stdout
+    assert re.search(r"^failed     1: .*\n +1 run still with --epochs 10: once", done.stdout, re.M)
+    assert f"extends {names[0]} from 10 to 20 epochs" in done.stdout
+    assert re.search(r"^submitted  job \d+, 1 run$", done.stdout, re.M), done.stdout
+    assert noted(study) == tasks(slurm)
+    assert [entry.array for entry in whole.submissions()] == [arrays_of(study)[0].folder.name]
+    # Nor is the sweep that is saved one that is refused.
+    again = flowjobs("sweep", "s", "--dry-run")
+    assert "waiting    1\n" in again.stdout, again.stdout + again.stderr
+    assert "nothing to submit" in again.stdout
+
+
 def test_what_the_cluster_does_not_take_now_comes_with_the_next_call(
     slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command
 ) -> None:
@@ -173,6 +204,30 @@ $real "$@" """.replace("%s", refusal)
     assert counts(flowjobs("sweep", "ablation")) == {"waiting": 4, "new": 2}
     assert noted(study) == tasks(slurm)
     assert len(tasks(slurm)) == 6
+
+
+def test_what_is_in_the_queue_is_said_though_the_next_array_is_refused_or_ctrl_c_comes(
+    slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command, workplace: Path
+) -> None:
+    (workplace / "two.toml").write_text(
+        "[grid]\nseed = [0, 1]\n[[zip]]\nflow = ['icfm', 'otcfm']\nmem_gb = [1, 2]\n"
+        "[slurm]\nsbatch = { hold = true }\n[tracking]\nwandb_mode = 'disabled'\n"
+    )
+    submitted = re.compile(r"^submitted  job \d+, (\d) runs$", re.M)
+    # As of a time limit that is too long for all of these, whatever room there is.
+    policy = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    of_two = 'if grep -q -- "--mem=2" "${@: -1}"; then'
+    site("sbatch", f'{of_two} echo "sbatch: error: {policy}" >&2; exit 1; fi; $real "$@"')
+    refused = flowjobs("sweep", "two.toml")
+    assert (refused.returncode, policy in refused.stderr) == (2, True), refused.stdout
+    assert submitted.findall(refused.stdout) == ["2"]
+    assert len(noted(study)) == len(list((study / "runs").iterdir())) == 2
+    site("sbatch", '$real "$@"; kill -INT $PPID')
+    stopped = flowjobs("sweep", "two")
+    assert stopped.returncode == 130, stopped.stdout + stopped.stderr
+    assert submitted.findall(stopped.stdout) == ["2"]
+    assert len(tasks(slurm)) == 4
+    assert noted(study) == tasks(slurm)
 
 
 def test_nothing_is_left_of_what_is_refused(
@@ -242,6 +297,8 @@ def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(
     done = flowjobs("sweep", "two.toml", "--parallel", "2")
     # Three runs with 1 GB and three with 2 GB, in arrays of two at most.
     assert re.findall(r"job \d+, (\d) run", done.stdout) == ["2", "1", "2", "1"], done.stderr
+    assert "4 at a time, not 2: Slurm runs at least one job of each of 4 arrays\n" in done.stdout
+    assert {slurm.job(task)["ArrayTaskThrottle"] for task in tasks(slurm)} == {"1"}
     asked = {Run(study, f"mlp-{flow}-digits-none-seed0") for flow in ("icfm", "otcfm")}
     memory = {
         slurm.job(run.submissions()[0].job_id)["MinMemoryNode"] for run in sorted(asked, key=str)
@@ -252,11 +309,32 @@ def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(
     done = flowjobs("sweep", "two", "--parallel", "8")
     assert done.returncode == 0, done.stderr
     # Shared by the runs that are left: two arrays of two runs, one of which has one left.
-    assert sorted(re.findall(r"runs (\d) at a time from now on", done.stdout)) == list("1113")
+    assert sorted(re.findall(r"runs (\d) at a time from now on", done.stdout)) == list("1223")
+    assert " 8 at a time\n" in done.stdout
     assert Counter(slurm.job(task)["ArrayTaskThrottle"] for task in tasks(slurm)) == {
         "3": 2,
-        "1": 3,
+        "2": 2,
+        "1": 1,
     }
+    shared = flowjobs("sweep", "two", "--parallel", "3", "--runs-per-gpu", "4")
+    assert (shared.returncode, "expected at least 4, or fewer" in shared.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "parallel", "jobs"),
+    [
+        ([Part(14), Part(13)], 4, [2, 2]),  # all of it is handed out
+        ([Part(30), Part(1), Part(1)], 4, [2, 1, 1]),  # one of each, and no more in all
+        ([Part(2), Part(1), Part(2), Part(1)], 2, [1, 1, 1, 1]),
+        ([Part(20, slots=4), Part(20, slots=4)], 10, [1, 1]),  # no third job has room
+        ([Part(20, slots=4), Part(5)], 10, [2, 2]),
+        ([], 3, []),
+    ],
+)
+def test_arrays_share_what_is_to_run_at_a_time(
+    parts: list[Part], parallel: int, jobs: list[int]
+) -> None:
+    assert jobs_at_once(parts, parallel) == jobs
 
 
 def test_a_description_that_was_kept_is_the_same_sweep(

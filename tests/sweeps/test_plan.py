@@ -8,6 +8,7 @@ import pytest
 
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunMismatchError
+from flowjobs.runs.run import Run
 from flowjobs.sweeps.plan import look_at, stages
 from tests.cli.test_many import without_checkpoints
 from tests.report.made_up import made_run
@@ -86,3 +87,34 @@ def test_a_run_whose_checkpoints_are_gone_has_failed_unless_their_disk_is_away(s
     run.checkpoints.parent.mkdir()
     run.checkpoints.symlink_to(Path("unmounted").absolute())
     assert found()[0] == "unknown"
+
+
+def patient_for_five(study: Path, name: str, epochs_done: int, **options: Any) -> Run:
+    """A run of 10 epochs and a patience of 5, of which so many are done, each the best so far."""
+    losses = options.pop("losses", [9.0 - epoch for epoch in range(epochs_done)])
+    run = made_run(study, losses, name=name, epochs=10, patience=5, **options)
+    status = run.status()
+    status.patience = 5
+    status.write(run.status_file)
+    run.last.touch()
+    return run
+
+
+def test_what_ran_out_of_patience_is_finished_and_the_others_are_extended(study: Path) -> None:
+    whole = patient_for_five(study, "whole", 10)
+    early = patient_for_five(study, "early", 6, losses=[1.0] * 6)
+    # Killed before it could say that it had finished.
+    killed = patient_for_five(study, "killed", 6, losses=[1.0] * 6, state="preempted")
+    asked = {run: RunConfig(TrainingConfig(epochs=20)) for run in (whole, early, killed)}
+    members = look_at(asked, frozenset({"epochs"}))
+    assert [member.stage for member in members] == ["to resume", "finished", "to resume"]
+    assert members[1].why.startswith(
+        "early ran out of patience, at epoch 6 of 10: with --epochs 20"
+    )
+    assert [member.config.training.epochs for member in members] == [20, 20, 10]
+    for member in (members[0], members[2]):  # as their submission does
+        member.run.create(member.config)
+    # With more patience all of them train on.
+    asked = {run: RunConfig(TrainingConfig(epochs=20, patience=7)) for run in asked}
+    stages_found = [member.stage for member in look_at(asked, frozenset({"epochs", "patience"}))]
+    assert stages_found == ["to resume"] * 3
