@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare_sweep import configs_kept, prepare_sweep
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunMismatchError
+from flowjobs.sweeps.grid import Sweep
 from flowjobs.sweeps.plan import look_at, stages
+from flowjobs.sweeps.saved import save_sweep
+from flowjobs.training.seal import SealedWriter
 from tests.cli.test_many import without_checkpoints
 from tests.report.made_up import made_run
 
@@ -46,6 +51,26 @@ def test_a_run_whose_files_are_damaged_is_unknown_and_the_others_as_they_are(
     assert (unknown.stage, finished.stage) == ("unknown", "finished")
     assert said in unknown.why
     assert unknown.why.startswith(str(damaged.folder))
+
+
+def test_a_damaged_config_keeps_no_sweep_of_a_file_of_weights_from_starting_the_others(
+    study: Path, workplace: Path
+) -> None:
+    weights = workplace / "best.pt"
+    with weights.open("wb") as file:
+        sealed = SealedWriter(file)
+        sealed.write(b"weights\0\0")
+        sealed.seal()
+    sweep = Sweep(base={"init_from": str(weights)}, grid={"seed": [0, 1]})
+    runs, _ = prepare_sweep(Defaults(), study, "s", sweep)
+    names = [run.name for run in runs]
+    save_sweep(study, "s", sweep, names)
+    damaged = next(iter(runs))
+    damaged.create(runs[damaged])
+    damaged.config_file.write_text("{")
+    found = look_at(*prepare_sweep(Defaults(), study, "s", sweep))
+    assert [member.stage for member in found] == ["unknown", "new"]
+    assert [*configs_kept(Defaults(), study, "s")] == names
 
 
 def test_other_data_are_another_config_and_an_older_run_starts_at_noise(study: Path) -> None:
