@@ -38,6 +38,7 @@ def test_a_run_whose_files_are_damaged_is_unknown_and_the_others_as_they_are(
     study: Path, file: str, change: dict[str, Any] | str | None, said: str
 ) -> None:
     damaged, other = (made_run(study, [1.0] * 3, name=f"s{seed}", seed=seed) for seed in (0, 1))
+    other.best.touch()
     path = damaged.folder / file
     match change:
         case None:
@@ -79,6 +80,7 @@ def test_other_data_are_another_config_and_an_older_run_starts_at_noise(study: P
         made_run(study, [1.0] * 3, name="a", **options),
         made_run(study, [1.0] * 3, name="b"),
     )
+    older.best.touch()
     config = json.loads(older.config_file.read_text())
     del config["training"]["source"]
     older.config_file.write_text(json.dumps(config))
@@ -111,3 +113,27 @@ def test_a_run_whose_checkpoints_are_gone_has_failed_unless_their_disk_is_away(s
     run.checkpoints.parent.mkdir()
     run.checkpoints.symlink_to(Path("unmounted").absolute())
     assert found()[0] == "unknown"
+
+
+def test_a_finished_run_whose_best_is_gone_has_failed_unless_its_disk_is_away(study: Path) -> None:
+    run = made_run(study, [1.0] * 3, name="a")
+    run.last.touch()
+    asked = {run: RunConfig(TrainingConfig(epochs=3))}
+
+    def found() -> set[tuple[str, str]]:
+        members = [*look_at(asked, frozenset()), *stages({run: run.config()}).values()]
+        return {(member.stage, member.why) for member in members}
+
+    assert found() == {("failed", "checkpoints gone")}
+    run.best.symlink_to(run.best)  # as a disk that does not answer
+    assert found() == {("finished", "")}
+    run.best.unlink()
+    (study / "checkpoints").rename("scratch")
+    assert found() == {("finished", "")}
+    run.checkpoints.parent.mkdir()
+    run.checkpoints.symlink_to(Path("unmounted").absolute())
+    assert found() == {("finished", "")}
+    run.checkpoints.unlink()
+    run.checkpoints.mkdir()
+    run.best.touch()
+    assert found() == {("finished", "")}
