@@ -13,8 +13,10 @@ from flowjobs.cli.json_output import print_json
 from flowjobs.cli.numbers import check_seconds
 from flowjobs.cli.parser import Flag
 from flowjobs.cli.prepare import prepare_run
-from flowjobs.config import RestartConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import RestartConfig, TrackingConfig, TrainingConfig, value_in_name
 from flowjobs.errors import ConfigError
+from flowjobs.flows.flow import FLOWS
+from flowjobs.runs.datasets import pair_files
 from flowjobs.runs.run import default_study
 from flowjobs.runs.status import EXIT_FAILED
 
@@ -57,11 +59,10 @@ class Bench(WithDefaults):
         run, config = prepare_run(
             defaults, self.study, None, self.training, None, TrackingConfig(), RestartConfig()
         )
+        training = _without_pairs_to_make(config.training, run.study)
         measured: list[SideBySide] = []
         for count in counts:
-            measured.append(
-                measure(config.training, run.study, count, self.seconds, _say, mps=self.mps)
-            )
+            measured.append(measure(training, run.study, count, self.seconds, _say, mps=self.mps))
             if measured[-1].why:
                 break  # more of them cannot either
         best = advised(measured)
@@ -71,6 +72,24 @@ class Bench(WithDefaults):
         else:
             _print(measured, best)
         return 0 if best else EXIT_FAILED
+
+
+def _without_pairs_to_make(training: TrainingConfig, study: Path) -> TrainingConfig:
+    """The config, or one that costs the same where its pairs (`--reflow-from`) are not made yet.
+
+    Raises:
+        ConfigError: It has a flow of the user's own, which may need them.
+    """
+    if training.reflow_from is None or pair_files(study, training.reflow_from)[0].exists():
+        return training
+    not_made = f"the pairs of {value_in_name('reflow_from', training.reflow_from)} are not made yet"
+    if training.flow_path in FLOWS:
+        _say(f"{not_made}: icfm is measured, whose steps cost the same")
+        return dataclasses.replace(training, flow="icfm", reflow_from=None)
+    raise ConfigError(
+        f"--flow {training.flow}: {not_made}, and without them it cannot be measured: the first "
+        "run that takes them makes them, so submit one before"
+    )
 
 
 def _say(what: str) -> None:

@@ -47,6 +47,8 @@ class Checkpoint:
 
 def describe(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds, as JSON's types."""
+    from torch import Tensor
+
     weights = payload["model_state_dict"]
     stats = payload["normalization_stats"]
     return {
@@ -60,10 +62,13 @@ def describe(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
         "computed_with": payload.get("computed_with", {}),
         "data_width": stats["mean"].numel(),
         "data_shape": list(stats["mean"].shape),
-        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        # Not parameters: buffers are among them, and weights under two names.
+        "elements": sum(of.numel() for of in weights.values() if isinstance(of, Tensor)),
         "config": payload["config"],
         "model": {
-            name: f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            for name, tensor in weights.items()
+            name: f"{tuple(of.shape)} {str(of.dtype).removeprefix('torch.')}"
+            if isinstance(of, Tensor)
+            else type(of).__name__  # of get_extra_state
+            for name, of in weights.items()
         },
     }

@@ -104,12 +104,20 @@ class Evaluate(InStudy):
                 print(f"error: {run.name} was not measured: see above", file=sys.stderr)
                 raised = True
                 continue
-            if _was_taken_otherwise(run, found):
-                replaced.append(run.name)
-            write_json(run.evaluation_file, found)
             evaluations.append(found)
             if not self.json:
                 print_evaluation(found)
+            differs = _was_taken_otherwise(run, found)
+            try:
+                write_json(run.evaluation_file, found)
+            except OSError as error:  # another's study, a full disk; it took minutes to measure
+                why = error.strerror or error
+                said = f"measured, but {run.evaluation_file} is not written: {why}"
+                print(f"error: {run.name}: {said}", file=sys.stderr)
+                broken.append(run)
+                continue
+            if differs:
+                replaced.append(run.name)
         if replaced:
             print(
                 f"{first_of(replaced)}: measured in another way before; the report compares by "

@@ -7,7 +7,7 @@ from pathlib import Path
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import check_parts, warn_of_missing_imports, with_absolute_paths
 from flowjobs.config import SIZE_FIELDS, RunConfig, TrainingConfig
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.field_values import flag
 from flowjobs.formatting import counted
 from flowjobs.models.size import with_fixed_width
@@ -62,8 +62,7 @@ def prepare_sweep(
         check_run_name(run_name)
         run, training = Run(study, run_name), config
         if training.init_from is not None or training.reflow_from is not None:
-            before = run.config().training if run.exists() else None
-            training = with_pinned_files(training, study, before)
+            training = with_pinned_files(training, study, _training_of(run))
         slurm = slurm_of(point, parts["slurm"])
         check_shared(sweep.runs_per_gpu, slurm)
         if slurm.mps and sweep.runs_per_gpu == 1:
@@ -89,12 +88,20 @@ def configs_kept(defaults: Defaults, study: Path, name: str) -> dict[str, Traini
     if not configs:
         return {}
     given = {"arch_args", *SIZE_FIELDS, *(field for point in points for field in point)}
-    made = (Run(study, of) for of in runs_of_sweep(study, name))
-    if like := next((run.config().training for run in made if run.exists()), None):
+    made = (_training_of(Run(study, of)) for of in runs_of_sweep(study, name))
+    if like := next(filter(None, made), None):
         others = [of.name for of in dataclasses.fields(like) if of.name not in given]
         same = {field: getattr(like, field) for field in others}
         configs = [dataclasses.replace(config, **same) for config in configs]
     return dict(zip(run_names_of(configs), configs, strict=True))
+
+
+def _training_of(run: Run) -> TrainingConfig | None:
+    """The config on disk; None where there is none, or it cannot be read, which `look_at` says."""
+    try:
+        return run.config().training if run.exists() else None
+    except (ConfigError, RunNotFoundError, OSError):
+        return None
 
 
 def _asked_of(

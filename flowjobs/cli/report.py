@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
@@ -12,12 +13,12 @@ import tyro
 from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.runs_named import RunNames, readable_runs
-from flowjobs.config import OptionalPath, OptionalStr
+from flowjobs.cli.runs_named import RunNames, never_made, readable_runs
+from flowjobs.config import OptionalPath, OptionalStr, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
 from flowjobs.formatting import first_of
 from flowjobs.runs.run import Run, absolute
-from flowjobs.runs.selection import fits, never_made_by_sweep
+from flowjobs.runs.selection import fits
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
 if TYPE_CHECKING:
@@ -78,11 +79,11 @@ class Report(InStudy):
         if len(asked) > 1:
             raise ConfigError(f"found --{' and --'.join(asked)}, expected one of them")
         results, broken = self._results()
-        by_sweep = never_made_by_sweep(absolute(self.study), self.names)
-        missing = self._never_made(by_sweep, defaults)
-        found = compare(results, self.rows, self.columns, self.metric, self.at_step, missing)
-        if names := [name for of_sweep in by_sweep.values() for name in of_sweep]:
-            note = f"of the sweep, not in the study: {first_of(names)}; run it again"
+        missing = never_made(defaults, absolute(self.study), self.names, always_read=True)
+        not_made = self._not_made(missing)
+        found = compare(results, self.rows, self.columns, self.metric, self.at_step, not_made)
+        if missing:
+            note = f"of the sweep, not in the study: {first_of([*missing])}; run it again"
             found = dataclasses.replace(found, notes=[*found.notes, note])
         if self.html is not None:
             said = self._write_page(found, self.html)
@@ -119,23 +120,13 @@ class Report(InStudy):
             raise RunNotFoundError(f"there are no runs to report in {absolute(self.study)}")
         return results, unread
 
-    def _never_made(self, by_sweep: dict[str, list[str]], defaults: Defaults) -> list["Result"]:
-        """The runs of these names, as far as what the study keeps of their sweeps says it."""
-        from flowjobs.cli.prepare_sweep import configs_kept
+    def _not_made(self, missing: Mapping[str, TrainingConfig | None]) -> list["Result"]:
+        """What is to be in the cells of the runs that were never made, where that is known."""
         from flowjobs.report.results import not_made
 
         study = absolute(self.study)
-        found: dict[str, Result] = {}
-        for sweep, names in by_sweep.items():
-            try:
-                configs = configs_kept(defaults, study, sweep) if names else {}
-            except FlowjobsError as error:
-                print(f"note: no cell has the missing runs of {sweep}: {error}", file=sys.stderr)
-                continue
-            for name in names:
-                if name in configs:
-                    found[name] = not_made(Run(study, name), configs[name])
-        return [result for result in found.values() if fits(result.fields, self.names)]
+        found = [not_made(Run(study, name), config) for name, config in missing.items() if config]
+        return [result for result in found if fits(result.fields, self.names)]
 
     def _write_page(self, found: "Comparison", file: Path) -> str:
         """Write it. Returns what was written."""

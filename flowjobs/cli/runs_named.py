@@ -1,5 +1,6 @@
 """The runs that the words of a command line select, and what is said of unreadable ones."""
 
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -8,15 +9,32 @@ from typing import Annotated, get_args
 
 import tyro
 
+from flowjobs.cli.defaults import Defaults
+from flowjobs.config import PARTS, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
 from flowjobs.formatting import counted, first_of
 from flowjobs.nearest import LIST_AT_MOST, did_you_mean
 from flowjobs.runs.hint import hint
 from flowjobs.runs.progress import current_progress
 from flowjobs.runs.run import Run
-from flowjobs.runs.selection import Selection, select
+from flowjobs.runs.selection import (
+    SWEEP,
+    Selection,
+    fields_in,
+    fits,
+    is_condition,
+    never_made_by_sweep,
+    select,
+)
 
 STATE = "state="
+# By which a run that was never made is not known to be meant or not.
+NOT_OF_TRAINING = {SWEEP} | {
+    field.name
+    for part, cls in PARTS.items()
+    if part != "training"
+    for field in dataclasses.fields(cls)
+} - {field.name for field in dataclasses.fields(TrainingConfig)}
 # What `status` says of a run, and how far it is by that; see `jobs.run_stages.Stage`.
 SHOWN_AS = {
     "preempted": ("to resume",),
@@ -114,6 +132,45 @@ def readable_runs(study: Path, words: Sequence[str]) -> tuple[list[Run], list[Ru
         else:
             sound.append(run)
     return sound, broken
+
+
+def never_made(
+    defaults: Defaults, study: Path, words: Sequence[str], *, always_read: bool = False
+) -> dict[str, TrainingConfig | None]:
+    """The runs of the sweeps among the words that were never made, but those known not to be meant.
+
+    Args:
+        defaults: For what the sweeps do not say.
+        study: Root of the study, absolute.
+        words: As the user types them.
+        always_read: Whether to read their configs also where no word asks for a field of them.
+
+    Returns:
+        The config of each by its name; None where it is not read, or the study does not say it.
+    """
+    asked = [
+        word
+        for word in words
+        if is_condition(word) and word.partition("=")[0].replace("-", "_") not in NOT_OF_TRAINING
+    ]
+    found: dict[str, TrainingConfig | None] = {}
+    for sweep, names in never_made_by_sweep(study, words).items():
+        configs: dict[str, TrainingConfig] = {}
+        if names and (asked or always_read):
+            from flowjobs.cli.prepare_sweep import configs_kept
+
+            try:
+                configs = configs_kept(defaults, study, sweep)
+            except FlowjobsError as error:
+                said = f"note: what the missing runs of {sweep} are is unknown: {error}"
+                print(said, file=sys.stderr)
+        for name in names:
+            found[name] = configs.get(name) or found.get(name)
+    return {
+        name: config
+        for name, config in found.items()
+        if config is None or fits(fields_in({"training": config.to_dict()}), asked)
+    }
 
 
 def list_of(runs: Sequence[Run]) -> str:

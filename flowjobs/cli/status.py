@@ -1,6 +1,7 @@
 """flowjobs status."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.json_output import print_json
 from flowjobs.cli.overview import print_groups, print_overview, watch
 from flowjobs.cli.parser import Flag
-from flowjobs.cli.runs_named import RunNames, readable_runs
+from flowjobs.cli.runs_named import RunNames, never_made, readable_runs
 from flowjobs.errors import ConfigError
 from flowjobs.formatting import first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.listing import glances
 from flowjobs.runs.progress import current_progress, state_in_words, steps_per_s, time_left_s
 from flowjobs.runs.run import Run, absolute
-from flowjobs.runs.selection import names_one_run, never_made
+from flowjobs.runs.selection import names_one_run
 from flowjobs.runs.status import RunStatus
 
 if TYPE_CHECKING:
@@ -54,12 +55,13 @@ class Status(InStudy):
         if self.watch:
             if self.json:
                 raise ConfigError("found --watch and --json, expected one of them")
-            watch(self._show, hint("status", *self.names, "--watch", study=self.study))
+            again = hint("status", *self.names, "--watch", study=self.study)
+            watch(functools.partial(self._show, defaults), again)
         else:
-            self._show()
+            self._show(defaults)
         return 0
 
-    def _show(self) -> "Collection[Stage]":
+    def _show(self, defaults: Defaults) -> "Collection[Stage]":
         """Print once. Returns how the runs stand, for who watches."""
         # Slow to load, and --help does without.
         from flowjobs.jobs.dead_jobs import find_dead_jobs
@@ -78,7 +80,7 @@ class Status(InStudy):
         found = [describe(run, findings.get(run)) for run in runs]
         found += [_describe_broken(run) for run in broken]
         found.sort(key=itemgetter("run"))
-        missing = never_made(study, self.names)
+        missing = [*never_made(defaults, study, self.names)]
         of_sweep = f"of the sweep, not in the study: {first_of(missing)}\n" if missing else ""
         if not found:
             print(f"there are no runs in {study}", file=sys.stderr)

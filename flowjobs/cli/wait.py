@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.overview import UNKNOWN_AT_MOST
-from flowjobs.cli.runs_named import RunNames, check_named, readable_runs
+from flowjobs.cli.runs_named import RunNames, check_named, never_made, readable_runs
 from flowjobs.errors import ConfigError
 from flowjobs.formatting import first_of
 from flowjobs.runs.run import Run, absolute
-from flowjobs.runs.selection import never_made
 from flowjobs.runs.status import (
     EXIT_BAD_INPUT,
     EXIT_CANCELLED,
@@ -50,7 +49,7 @@ class Wait(InStudy):
         if not self.hours > 0:
             raise ConfigError(f"--hours: found {self.hours}, expected more than 0")
         runs, broken = readable_runs(self.study, self.names)
-        if missing := never_made(absolute(self.study), self.names):
+        if missing := [*never_made(defaults, absolute(self.study), self.names)]:
             print(f"error: of the sweep, not in the study: {first_of(missing)}", file=sys.stderr)
         # Once: of one that is removed, or cannot be read, meanwhile, `stages` says so.
         configs = {run: run.config() for run in runs}

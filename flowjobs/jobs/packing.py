@@ -120,12 +120,14 @@ class _Process:
         told: Whether it has been told to end, as the run is cancelled.
         ends_by: When it is killed, in time.monotonic's seconds; None: nobody will.
         noted_by: When it is given up to write down how it ended; None: it went well so far.
+        out_of_memory: Whether its log says that the kernel has killed it for the job's memory.
     """
 
     popen: "subprocess.Popen[bytes]"
     told: bool = False
     ends_by: float | None = None
     noted_by: float | None = None
+    out_of_memory: bool = False
 
 
 class _Slots:
@@ -137,7 +139,7 @@ class _Slots:
         self._waiting: deque[Run] = deque()
         self._running: dict[Run, _Process] = {}
         self._fruitless: Counter[Run] = Counter()
-        self._memory_kills = memory_kills()
+        self._memory_kills = memory_kills()  # those that are told of, or were there before
         self._looked_at = 0.0
         self._starts_from = 0.0
         self._variables: Mapping[str, str] = {}
@@ -241,7 +243,7 @@ class _Slots:
                     del self._running[run]
                     continue
                 # Popen has a signal as -n, and everything here as the shell does, 128 + n.
-                self._record_end(run, process.popen.pid, code if code >= 0 else 128 - code)
+                self._record_end(run, process, code if code >= 0 else 128 - code)
                 remaining = again and is_remaining(run, self._job.job_id)
                 attempts = run.status().attempts
                 began = bool(attempts) and attempts[-1].job.pid == process.popen.pid
@@ -260,16 +262,18 @@ class _Slots:
         process.noted_by = process.noted_by or now + AWAY_AT_MOST_S
         return now < process.noted_by
 
-    def _record_end(self, run: Run, pid: int, exit_code: int) -> None:
+    def _record_end(self, run: Run, process: _Process, exit_code: int) -> None:
         log = run.output_of(self._job.job_id)
-        kills = memory_kills()
-        if exit_code == 128 + signal.SIGKILL and kills > self._memory_kills:
+        killed = exit_code == 128 + signal.SIGKILL and not process.out_of_memory
+        if killed and memory_kills() > self._memory_kills:
             # In the run's log, where the cause is looked for: the kernel tells the job alone.
             line = "oom-kill: the kernel has killed the process, the job's memory is full\n"
             with log.open("a") as file:
                 file.write(line)
-        self._memory_kills = kills
-        job = replace(self._job, pid=pid, log=str(log), packed=True)
+            process.out_of_memory = True
+            # One is this run's: of others that the kernel has killed at once the turn comes yet.
+            self._memory_kills += 1
+        job = replace(self._job, pid=process.popen.pid, log=str(log), packed=True)
         if outcome := record_end_of_slot(run, job, exit_code):
             logger.error("%s: %s: %s", run.name, outcome.state, outcome.reason)
             if outcome.state != "preempted":  # else its next attempt tells

@@ -15,10 +15,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, is_data_file
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs.exit_cause import last_error, log_tail
 from flowjobs.jobs.mps import mps_daemon
+from flowjobs.runs.datasets import pair_files, split_files
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.slots import SLOTS
@@ -70,8 +71,7 @@ def measure(
         ConfigError: There is no MPS here.
     """
     with tempfile.TemporaryDirectory(prefix="flowjobs-bench-") as folder:
-        if (datasets := study / "datasets").is_dir():
-            (Path(folder) / "datasets").symlink_to(datasets)
+        _link_data(training, study, Path(folder))
         made = [_make(training, Path(folder), number) for number in range(runs)]
         daemon: AbstractContextManager[dict[str, str]] = mps_daemon() if mps else nullcontext({})
         with daemon as variables, _trained(made, variables) as processes:
@@ -94,6 +94,20 @@ def advised(measured: Sequence[SideBySide]) -> SideBySide | None:
     best = max((some.samples_per_s for some in measured), default=0.0)
     good = [some for some in measured if 0 < some.samples_per_s >= AS_GOOD * best]
     return min(good, key=lambda some: some.runs, default=None)
+
+
+def _link_data(training: TrainingConfig, study: Path, there: Path) -> None:
+    """Link what is trained on, a file at a time: what is not made yet is made in `there`."""
+    files: list[tuple[Path, Path]] = []
+    for name in (training.dataset, training.source):
+        if not is_data_file(name):
+            files += zip(split_files(study, name), split_files(there, name), strict=True)
+    if (teacher := training.reflow_from) is not None:
+        files += zip(pair_files(study, teacher), pair_files(there, teacher), strict=True)
+    for file, link in dict(files).items():
+        if file.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
 
 
 class _CannotTrainError(FlowjobsError):

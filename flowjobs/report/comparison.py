@@ -38,6 +38,8 @@ T_QUANTILES = (
 
 # The values of some fields, in the order of these.
 Key = tuple[str, ...]
+# Those of a cell's row, and of its column.
+Place = tuple[Key, Key]
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Comparison:
     column_fields: tuple[str, ...]
     rows: list[Key]
     columns: list[Key]
-    cells: Mapping[tuple[Key, Key], Cell]
+    cells: Mapping[Place, Cell]
     notes: list[str] = field(default_factory=list)
     results: tuple[Result, ...] = ()
 
@@ -143,7 +145,7 @@ def compare(
     varying = varying_fields(asked)
     row_fields, column_fields = _layout(asked, varying, rows, columns)
     chosen = choose_metric(results, metric, at_step)
-    members: dict[tuple[Key, Key], list[Result]] = {}
+    members: dict[Place, list[Result]] = {}
     for result in asked:
         place = (_key(result, row_fields), _key(result, column_fields))
         members.setdefault(place, []).append(result)
@@ -164,7 +166,8 @@ def compare(
     if incomparable:
         notes.insert(0, incomparable)
     elif chosen.lower_is_better is not None:
-        cells = _with_marks(cells, chosen)
+        cells, not_compared = _with_marks(cells, chosen)
+        notes += not_compared
     return Comparison(
         chosen,
         row_fields,
@@ -271,18 +274,20 @@ def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str]) -> Cel
     return Cell(made, values, len(some), states, floor=floor, best=best)
 
 
-def _with_marks(
-    cells: Mapping[tuple[Key, Key], Cell], metric: Metric
-) -> dict[tuple[Key, Key], Cell]:
-    """The cells with the best marked, among those that can be compared: of the same data."""
-    groups: dict[Key, list[tuple[Key, Key]]] = {}
+def _with_marks(cells: Mapping[Place, Cell], metric: Metric) -> tuple[dict[Place, Cell], list[str]]:
+    """The cells with the best marked, among those that can be compared: of the same data.
+
+    Returns:
+        The cells, and notes that name those that were not compared with the best.
+    """
+    groups: dict[Key, list[Place]] = {}
     for place, cell in cells.items():
         if cell.results:
             groups.setdefault(_key(cell.results[0], metric.floors), []).append(place)
-    best = {
-        place
-        for places in groups.values()
-        for place in _marked(
+    best: set[Place] = set()
+    notes: list[str] = []
+    for places in groups.values():
+        marked, note = _marked(
             {
                 place: {
                     key: metric.badness(value, cells[place].best)
@@ -291,33 +296,65 @@ def _with_marks(
                 for place in places
             }
         )
-    }
-    return {place: replace(cell, marked=place in best) for place, cell in cells.items()}
+        best.update(marked)
+        notes += [note] if note else []
+    return {place: replace(cell, marked=place in best) for place, cell in cells.items()}, notes
 
 
-def _marked(values: Mapping[tuple[Key, Key], Mapping[Key, float]]) -> list[tuple[Key, Key]]:
+def _marked(values: Mapping[Place, Mapping[Key, float]]) -> tuple[list[Place], str]:
     """The best cell and those that cannot be told from it; none where nothing can be told.
 
     Of values of which less is better.
 
     Two cells are told apart by a paired t-test (two-sided, 95 %) over the seeds that both have. One
-    seed alone tells nothing of chance: a cell with one is neither best nor compared.
+    seed alone tells nothing of chance: a cell with one is neither best nor compared, and those that
+    have fewer than two in common are not compared.
+
+    Returns:
+        The cells; and a note that names those that were not compared with the best, or "".
     """
     means = {place: statistics.fmean(of.values()) for place, of in values.items() if len(of) > 1}
     if len(means) < 2:
-        return []
+        return [], ""
     best = min(means, key=lambda place: means[place])
-    within = [
-        place for place in means if place == best or not _is_better(values[best], values[place])
-    ]
-    return within
+    differences = {
+        place: _differences(values[best], values[place]) for place in means if place != best
+    }
+    within = [best]
+    apart = []
+    for place, of in differences.items():
+        if len(of) < 2:
+            apart.append(place)
+        elif not _is_above_zero(of):
+            within.append(place)
+    if not apart:
+        return within, ""
+    names = [" ".join((*row, *column)) for row, column in (best, *apart)]
+    note = (
+        f"not compared with {names[0]}, whose mean is the best, for want of two common seeds: "
+        f"{first_of(names[1:])}"
+    )
+    return within if len(apart) < len(differences) else [], note
 
 
-def _is_better(one: Mapping[Key, float], other: Mapping[Key, float]) -> bool:
-    """Whether `one` is better than chance over the common seeds explains."""
-    differences = [other[key] - one[key] for key in one if key in other]
-    if len(differences) < 2:
-        return False
+def _differences(one: Mapping[Key, float], other: Mapping[Key, float]) -> list[float]:
+    """By how much `other` is worse, in each run or else each seed that both have."""
+    if len(one.keys() & other.keys()) < 2:
+        # What is averaged over beside seeds (each seed's own teacher) has other values there.
+        one, other = _by_seed(one), _by_seed(other)
+    return [other[key] - one[key] for key in one if key in other]
+
+
+def _by_seed(values: Mapping[Key, float]) -> dict[Key, float]:
+    """The mean of each seed's values."""
+    of_seed: dict[Key, list[float]] = {}
+    for key, value in values.items():
+        of_seed.setdefault(key[:1], []).append(value)
+    return {seed: statistics.fmean(some) for seed, some in of_seed.items()}
+
+
+def _is_above_zero(differences: Sequence[float]) -> bool:
+    """Whether two or more differences are more above 0 than chance explains."""
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     quantile = T_QUANTILES[min(len(differences) - 1, len(T_QUANTILES)) - 1]
     return statistics.fmean(differences) > quantile * error

@@ -103,13 +103,11 @@ def runs_of_sweep(study: Path, name: str) -> list[str]:
     return text.split()
 
 
-def never_made(study: Path, words: Sequence[str]) -> list[str]:
-    """The runs of the sweeps among the words that were never made: the cluster had no room, say."""
-    return [run for runs in never_made_by_sweep(study, words).values() for run in runs]
-
-
 def never_made_by_sweep(study: Path, words: Sequence[str]) -> dict[str, list[str]]:
-    """The same by sweep; of one without such runs an empty list."""
+    """The runs that were never made (the cluster had no room, say) of each sweep among the words.
+
+    What else the words ask for is not looked at.
+    """
     there, sweeps = {*run_names(study)}, {*sweep_names(study)} - {*run_names(study)}
     named = [name for word in words if (name := word.removeprefix(f"{SWEEP}=")) in sweeps]
     return {name: [run for run in runs_of_sweep(study, name) if run not in there] for name in named}

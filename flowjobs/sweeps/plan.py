@@ -1,7 +1,7 @@
 """Compare the runs of a sweep with disk and Slurm: which are done, alive, failed, to be started.
 
-Of a run that is finished two small files are read and nothing else: a sweep of thousands that is
-repeated mostly looks at those. Slurm is asked about all of the others together.
+Of a run that is finished two small files are read, best.pt is opened, and nothing else: a sweep of
+thousands that is repeated mostly looks at those. Slurm is asked about all of the others together.
 """
 
 import json
@@ -151,7 +151,7 @@ def _is_finished(run: Run, config: RunConfig) -> bool:
     found = _json(run.status_file) or {}
     keys = ("state", "epoch", "epochs", "patience")
     status = RunStatus(**{key: found[key] for key in keys if key in found})
-    return has_done(status, config.training)
+    return has_done(status, config.training) and not _lacks_best(run)
 
 
 def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
@@ -222,7 +222,7 @@ def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding |
 
 def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
     """A run of which no job waits or runs."""
-    if has_done(status, config.training):
+    if has_done(status, config.training) and not _lacks_best(run):
         return Member(run, config, "finished")
     stage = _stage_without_job(run, status)
     if stage == "unknown":
@@ -284,6 +284,18 @@ def _stage_without_job(run: Run, status: RunStatus) -> Stage:
         case "submitted" if not run.submissions():
             return "new"
     return "unknown"
+
+
+def _lacks_best(run: Run) -> bool:
+    """Whether the best.pt of a run is known to be gone, as after a purge of its disk."""
+    try:
+        # Not Path.exists: NFS remembers for a while that a file was not there.
+        run.best.open("rb").close()
+    except FileNotFoundError:
+        return not _is_away(run.checkpoints)
+    except OSError:
+        pass  # unknown
+    return False
 
 
 def _is_away(checkpoints: Path) -> bool:

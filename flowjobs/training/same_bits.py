@@ -42,6 +42,7 @@ def equal_to_the_bit(first: Any, second: Any) -> bool:
             return (
                 isinstance(second, torch.Tensor)
                 and (first.dtype, first.shape) == (second.dtype, second.shape)
+                and first.layout == second.layout
                 # Not torch.equal: it takes 0.0 and -0.0 for the same.
                 and all(map(torch.equal, _bytes(first), _bytes(second)))
             )
@@ -55,4 +56,18 @@ def equal_to_the_bit(first: Any, second: Any) -> bool:
 
 
 def _bytes(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+    for part in _parts(tensor.detach().cpu()):
+        yield part.reshape(-1).contiguous().view(torch.uint8)
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The dense tensors that a tensor, a sparse one too, is kept as."""
+    match tensor.layout:
+        case torch.sparse_coo:
+            tensor = tensor.coalesce()
+            return tensor.indices(), tensor.values()
+        case torch.sparse_csr | torch.sparse_bsr:
+            return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+        case torch.sparse_csc | torch.sparse_bsc:
+            return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)

@@ -1,10 +1,16 @@
 """`flowjobs bench`: what so many runs train together, and those that cannot."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from flowjobs.cli.bench import _without_pairs_to_make
+from flowjobs.config import TrainingConfig
+from flowjobs.errors import ConfigError
+from flowjobs.jobs.side_by_side import _link_data
+from flowjobs.runs.datasets import pair_files, split_files
 from tests.conftest import Command
 
 # Of two at once, neither finds room.
@@ -39,3 +45,34 @@ def test_what_runs_train_together_is_measured_until_they_cannot(
     none = flowjobs("bench", *model, "--mps")
     assert (none.returncode, "nvidia-cuda-mps-control is not on PATH" in none.stderr) == (2, True)
     assert not study.exists()
+    # What is not made yet, the digits and the pairs, is not made in the study either.
+    small = ("--arch", "mlp", "--width", "16")
+    teacher = ("--flow", "icfm", "--epochs", "1", "--no-evaluate", "--wandb-mode", "disabled")
+    assert flowjobs("train", *small, *teacher, "--name", "a").returncode == 0
+    files = sorted(study.rglob("*"))
+    straight = ("--flow", "reflow", "--reflow-from", "a", "--runs-per-gpu", "1", "--seconds", "0.5")
+    done = flowjobs("bench", *small, *straight)
+    assert (done.returncode, "the pairs of a are not made yet: icfm" in done.stderr) == (0, True)
+    assert sorted(study.rglob("*")) == files
+
+
+def test_data_are_linked_file_by_file_and_pairs_that_are_not_made_are_not_waited_for(
+    study: Path, tmp_path: Path
+) -> None:
+    pinned = f"a@sha256:{'0' * 64}"
+    training = TrainingConfig(flow="reflow", reflow_from=pinned, dataset="5k")
+    instead = _without_pairs_to_make(training, study)
+    assert instead == TrainingConfig(flow="icfm", dataset="5k")
+    own = replace(training, flow="mine:flow")
+    with pytest.raises(ConfigError, match="the pairs of a are not made yet, and without them"):
+        _without_pairs_to_make(own, study)
+    for file in (*pair_files(study, pinned), *split_files(study, "5k")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(file))
+    for config in (training, own):
+        assert _without_pairs_to_make(config, study) == config
+    there = tmp_path / "there"
+    _link_data(training, study, there)
+    for file in (*pair_files(there, pinned), *split_files(there, "5k")):
+        assert file.read_text() == str(study / file.relative_to(there))
+    assert not any(folder.is_symlink() for folder in there.rglob("*") if folder.is_dir())

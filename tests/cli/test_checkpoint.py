@@ -22,11 +22,16 @@ def test_inspect_says_what_is_in_a_checkpoint(flowjobs: Command, workplace: Path
     # One that was saved before the first validation, of rows that are no vectors.
     stats = {key: torch.zeros(3, 32, 32) for key in ("mean", "std")}
     changed = {"best_loss": math.inf, "normalization_stats": stats}
-    write_checkpoint(Path("early.pt"), read_checkpoint(Path(path)) | changed)
+    payload = read_checkpoint(Path(path)) | changed
+    # And with what a model keeps beside its tensors.
+    payload["model_state_dict"]["_extra_state"] = {"calls": 3}
+    write_checkpoint(Path("early.pt"), payload)
     shown = flowjobs("checkpoint", "inspect", "early.pt", "--json").stdout
     early = json.loads(shown, parse_constant=pytest.fail)
     assert early["best_loss"] is None
     assert (early["data_width"], early["data_shape"]) == (3072, [3, 32, 32])
+    assert early["model"] == found["model"] | {"_extra_state": "dict"}
+    assert early["elements"] == found["elements"]
 
 
 def test_inspect_refuses_a_damaged_file(flowjobs: Command, workplace: Path) -> None:

@@ -174,6 +174,10 @@ def test_runs_of_two_studies_have_their_own_floors_and_a_model_that_raises_stops
     assert together[1] == measured("there/runs/b", "there/runs/b")[1][0]
     floors = [of["measures"]["sliced_wasserstein"]["floor"] for of in together]
     assert floors[1] == pytest.approx(100 * floors[0])
+    # What cannot be written is shown, and the next one measured.
+    runs[0].evaluation_file.unlink()
+    runs[0].evaluation_file.mkdir()
+    assert measured("study/runs/a", "there/runs/b") == (2, together)
     with pytest.raises(RuntimeError, match="out of memory"):
         measured("study/runs/raises")
 

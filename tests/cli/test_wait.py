@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from flowjobs.cli import follow, wait
+from flowjobs.cli import follow, status, wait
 from flowjobs.cli.defaults import Defaults
+from flowjobs.config import TrainingConfig
 from flowjobs.errors import SubmissionError
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.status import JobInfo
+from flowjobs.sweeps.grid import Sweep, run_names_of
+from flowjobs.sweeps.saved import save_sweep
 from tests.cli.test_many import failed, without_checkpoints
+from tests.report.made_up import made_run
 
 
 def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_ends(
@@ -56,6 +60,33 @@ def test_wait_ends_however_long_another_run_was_unknown_or_gone_before_the_last_
     assert "failed: gone, lives (checkpoints gone, killed)" in said
     assert f"no run removed in {study}" in said
     assert f"unknown: damaged, removed, {unknown.name}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("s", 2),
+        ("s flow=icfm", 0),
+        ("s seed=0", 2),
+        ("sweep=s seed=0 seed=1 flow=icfm", 0),
+        ("s state=finished", 0),  # what was never made is in no state
+        ("s retries=0", 2),  # with how many it would be made, the study does not say
+    ],
+)
+def test_wait_asks_for_what_was_never_made_of_a_sweep_only_where_it_is_meant(
+    study: Path, words: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = Sweep(grid={"flow": ["icfm", "otcfm"], "seed": [0, 1]})
+    configs = [TrainingConfig(**point) for point in sweep.points()]
+    names = run_names_of(configs)
+    save_sweep(study, "s", sweep, names)
+    for name, config in zip(names[:2], configs[:2], strict=True):
+        made_run(study, [1.0] * 3, name=name, flow=config.flow, seed=config.seed).best.touch()
+    assert wait.Wait(names=tuple(words.split()), study=study).run(Defaults()) == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: of the sweep, not in the study: mlp-otcfm") if code else not said
+    assert status.Status(names=tuple(words.split()), study=study).run(Defaults()) == 0
+    assert ("not in the study: mlp-otcfm" in capsys.readouterr().out) is bool(code)
 
 
 def test_who_follows_a_job_of_which_nothing_is_known_hears_why_and_is_not_kept_for_ever(

@@ -311,6 +311,7 @@ def test_nothing_is_said_of_what_is_good_or_unknown(facts: ClusterFacts) -> None
     assert shortfalls(facts) == []
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
 def test_one_bit_is_a_difference() -> None:
     one = {"a": [torch.tensor([0.0, 1.0])], "step": 3}
     assert equal_to_the_bit(one, {"a": [torch.tensor([0.0, 1.0])], "step": 3})
@@ -319,3 +320,12 @@ def test_one_bit_is_a_difference() -> None:
     assert not equal_to_the_bit(one, {"a": [torch.tensor([0.0, 1.0])], "step": 4})
     nan = torch.tensor(float("nan"))
     assert equal_to_the_bit(nan, nan.clone())
+    dense = torch.eye(4)
+    other = dense.clone()
+    other[1, 1] = torch.nextafter(other[1, 1], torch.tensor(2.0))
+    for layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
+        sparse = dense.to_sparse(layout=layout)
+        assert equal_to_the_bit(sparse, dense.to_sparse(layout=layout))
+        assert not equal_to_the_bit(sparse, other.to_sparse(layout=layout))
+        assert not equal_to_the_bit(sparse, dense)
+        assert not equal_to_the_bit(sparse, dense.roll(1, 0).to_sparse(layout=layout))

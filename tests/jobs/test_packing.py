@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.field_values import KeyValues
+from flowjobs.jobs import packing
 from flowjobs.jobs.current_job import running_job
 from flowjobs.jobs.executors import Cluster
 from flowjobs.jobs.reconcile import handle_pack_end
@@ -21,7 +23,7 @@ from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.pack import Pack, new_pack, pack_of
 from flowjobs.runs.run import Run
-from flowjobs.runs.status import JobInfo, Outcome, RunStatus
+from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, now
 from tests.cli.test_many import ended
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -263,6 +265,34 @@ def test_a_run_that_was_removed_keeps_no_other_of_its_pack_from_being_noted(stud
     assert other.submission("9")
     assert pack.submissions()[-1].job_id == "9"
     assert not removed.folder.exists()
+
+
+def test_each_run_that_the_kernel_kills_for_memory_at_once_is_told_from_one_that_was_killed(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel_has_killed = 0
+    monkeypatch.setattr(packing, "memory_kills", lambda: kernel_has_killed)
+    runs = [made(study, name) for name in "abc"]
+    job = JobInfo("local", "7", None, "n1", 1)
+    slots = packing._Slots(new_pack(study, "shared", runs, 3, runs[0].asked()), job)
+    dead = {run: subprocess.Popen(["sh", "-c", "kill -9 $$"]) for run in runs}
+    for run, process in dead.items():
+        process.wait()
+        own = replace(job, pid=process.pid, log=str(run.output_of(job.job_id)))
+        attempt = AttemptRecord(1, own, started=now())
+        RunStatus("running", attempts=[attempt]).write(run.status_file)
+    kernel_has_killed = 2
+    # The first one's end is written down at the second try: it is one of them all the same.
+    first = runs[0]
+    first.cancel_file.symlink_to(first.cancel_file)
+    slots._running[first] = packing._Process(dead[first])
+    slots._note_ended(again=True)
+    assert [*slots._running] == [first]
+    first.cancel_file.unlink()
+    slots._running |= {run: packing._Process(dead[run]) for run in runs[1:]}
+    slots._note_ended(again=False)
+    kinds = ["out of memory", "out of memory", "killed"]
+    assert [attempts_of(run) for run in runs] == [[("failed", kind)] for kind in kinds]
 
 
 def test_a_job_that_could_not_even_begin_is_started_again_for_its_runs(

@@ -198,6 +198,47 @@ def test_the_best_is_marked_where_chance_does_not_explain_it(
     assert marked(compared(study)) == expected
 
 
+def test_what_each_seed_has_of_its_own_beside_it_is_paired_by_the_seed(study: Path) -> None:
+    for seed in range(3):
+        measures = {"sliced": 0.7 + seed / 100}
+        made_run(study, [1.0], measures=measures, flow="icfm", seed=seed)
+        for teacher in ("t", "u"):
+            made_run(
+                study,
+                [1.0],
+                measures={"sliced": 1.5 + seed / 99},
+                name=f"{teacher}{seed}",
+                flow="reflow",
+                reflow_from=f"{teacher}{seed}@sha256:{teacher}{seed}",
+                seed=seed,
+            )
+    found = compared(study, rows=[], columns=["flow"])
+    assert len(cell(found, [], ["reflow"]).values) == 6
+    assert marked(found) == {"icfm"}
+    assert "for want of" not in str(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "expected", "not_compared"),
+    [
+        ({"a": (0, 1), "b": (1, 2, 3)}, set(), "b"),
+        ({"a": (0, 1), "b": (0, 1, 2), "c": (1, 2, 3)}, {"a"}, "c"),
+        # One seed says nothing in any case, as its n=1 shows.
+        ({"a": (0, 1), "b": (0, 1, 2), "c": (3,)}, {"a"}, ""),
+    ],
+)
+def test_cells_without_two_common_seeds_are_not_compared_and_that_is_said(
+    study: Path, seeds: dict[str, Sequence[int]], expected: set[str], not_compared: str
+) -> None:
+    for number, (arch, some) in enumerate(seeds.items()):
+        for seed in some:
+            made_run(study, [1.0 + seed + number / 10], arch=f"{arch}=nets:{arch}", seed=seed)
+    found = compared(study)
+    assert marked(found) == expected
+    said = "not compared with a, whose mean is the best, for want of two common seeds: "
+    assert found.notes == ([f"{said}{not_compared}"] if not_compared else [])
+
+
 def test_losses_of_different_flows_are_never_ranked_or_mixed(study: Path) -> None:
     for seed in range(3):
         made_run(study, [1.0 + seed], flow="icfm", seed=seed)

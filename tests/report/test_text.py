@@ -195,7 +195,10 @@ def test_runs_that_a_sweep_has_not_made_are_in_each_form(
         ("0.01", "0", "3", "not submitted:3"),
     ]
     assert "3 not submitted" in (printed("s", "--html", "x.html"), Path("x.html").read_text())[1]
-    assert "(n=2)" in printed("s", "seed=0", "seed=1", "lr=0.001")
+    made = printed("s", "seed=0", "seed=1", "lr=0.001")
+    assert "(n=2)" in made
+    assert "not in the study" not in made  # what is was not asked for
+    assert f"of the sweep, not in the study: {names[2]}; run it again" in printed("s", "lr=0.001")
     for file in ("s.toml", "s.runs"):
         (study / "sweeps" / file).write_text("no sweep")
     assert "(n=2)" in printed("lr=0.001")

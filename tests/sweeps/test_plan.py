@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 
+from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.prepare_sweep import configs_kept, prepare_sweep
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunMismatchError
 from flowjobs.runs.run import Run
+from flowjobs.sweeps.grid import Sweep
 from flowjobs.sweeps.plan import look_at, stages
+from flowjobs.sweeps.saved import save_sweep
+from flowjobs.training.seal import SealedWriter
 from tests.cli.test_many import without_checkpoints
 from tests.report.made_up import made_run
 
@@ -34,6 +39,7 @@ def test_a_run_whose_files_are_damaged_is_unknown_and_the_others_as_they_are(
     study: Path, file: str, change: dict[str, Any] | str | None, said: str
 ) -> None:
     damaged, other = (made_run(study, [1.0] * 3, name=f"s{seed}", seed=seed) for seed in (0, 1))
+    other.best.touch()
     path = damaged.folder / file
     match change:
         case None:
@@ -49,12 +55,33 @@ def test_a_run_whose_files_are_damaged_is_unknown_and_the_others_as_they_are(
     assert unknown.why.startswith(str(damaged.folder))
 
 
+def test_a_damaged_config_keeps_no_sweep_of_a_file_of_weights_from_starting_the_others(
+    study: Path, workplace: Path
+) -> None:
+    weights = workplace / "best.pt"
+    with weights.open("wb") as file:
+        sealed = SealedWriter(file)
+        sealed.write(b"weights\0\0")
+        sealed.seal()
+    sweep = Sweep(base={"init_from": str(weights)}, grid={"seed": [0, 1]})
+    runs, _ = prepare_sweep(Defaults(), study, "s", sweep)
+    names = [run.name for run in runs]
+    save_sweep(study, "s", sweep, names)
+    damaged = next(iter(runs))
+    damaged.create(runs[damaged])
+    damaged.config_file.write_text("{")
+    found = look_at(*prepare_sweep(Defaults(), study, "s", sweep))
+    assert [member.stage for member in found] == ["unknown", "new"]
+    assert [*configs_kept(Defaults(), study, "s")] == names
+
+
 def test_other_data_are_another_config_and_an_older_run_starts_at_noise(study: Path) -> None:
     options = {"dataset": "/a/x.npy", "source": "/a/z.npy"}
     run, older = (
         made_run(study, [1.0] * 3, name="a", **options),
         made_run(study, [1.0] * 3, name="b"),
     )
+    older.best.touch()
     config = json.loads(older.config_file.read_text())
     del config["training"]["source"]
     older.config_file.write_text(json.dumps(config))
@@ -97,6 +124,7 @@ def patient_for_five(study: Path, name: str, epochs_done: int, **options: Any) -
     status.patience = 5
     status.write(run.status_file)
     run.last.touch()
+    run.best.touch()
     return run
 
 
@@ -118,3 +146,27 @@ def test_what_ran_out_of_patience_is_finished_and_the_others_are_extended(study:
     asked = {run: RunConfig(TrainingConfig(epochs=20, patience=7)) for run in asked}
     stages_found = [member.stage for member in look_at(asked, frozenset({"epochs", "patience"}))]
     assert stages_found == ["to resume"] * 3
+
+
+def test_a_finished_run_whose_best_is_gone_has_failed_unless_its_disk_is_away(study: Path) -> None:
+    run = made_run(study, [1.0] * 3, name="a")
+    run.last.touch()
+    asked = {run: RunConfig(TrainingConfig(epochs=3))}
+
+    def found() -> set[tuple[str, str]]:
+        members = [*look_at(asked, frozenset()), *stages({run: run.config()}).values()]
+        return {(member.stage, member.why) for member in members}
+
+    assert found() == {("failed", "checkpoints gone")}
+    run.best.symlink_to(run.best)  # as a disk that does not answer
+    assert found() == {("finished", "")}
+    run.best.unlink()
+    (study / "checkpoints").rename("scratch")
+    assert found() == {("finished", "")}
+    run.checkpoints.parent.mkdir()
+    run.checkpoints.symlink_to(Path("unmounted").absolute())
+    assert found() == {("finished", "")}
+    run.checkpoints.unlink()
+    run.checkpoints.mkdir()
+    run.best.touch()
+    assert found() == {("finished", "")}
