@@ -30,21 +30,28 @@ def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Modu
     check_arch(config)
     shape = (shape,) if isinstance(shape, int) else shape
     check_vectors(config, shape)
+    # What its module draws as it is imported is in no state, and must be the same in each process.
+    # By a constant, since the runs that one process builds share the module.
+    _seed(0)
     cls = _model_class(config.arch_path)
     check_arguments(inspect.signature(cls), cls.__name__, config)
     given = shape[0] if len(shape) == 1 else shape
     arguments = dict(config.model_args)
     if config.params is not None:
         arguments["width"] = _chosen_width(config, cls, given)
-    torch.manual_seed(config.seed)
     # What a model draws and does not keep in its state must be the same at each start.
-    seed_python_and_numpy(config.seed)
+    _seed(config.seed)
     try:
         return cls(given, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         if config.arch_path not in BUILT_IN_ARCHS:
             raise  # a bug in the user's own model wants its traceback
         raise ConfigError(f"--arch-args {arguments}: {error}") from error
+
+
+def _seed(value: int) -> None:
+    torch.manual_seed(value)
+    seed_python_and_numpy(value)
 
 
 def _chosen_width(config: TrainingConfig, cls: type[nn.Module], shape: Any) -> int:
