@@ -192,7 +192,8 @@ class TrainState:
 
         Raises:
             CheckpointMismatchError: Its config leaves out what decides the result, or is not what
-                its optimizer and schedule were made with, as these are taken over.
+                its optimizer and schedule were made with, as these are taken over; or it has more
+                epochs, or has run out of patience.
         """
         if missing := not_said(payload["config"]):
             raise CheckpointMismatchError(
@@ -214,6 +215,23 @@ class TrainState:
         ]:
             raise CheckpointMismatchError(
                 "\n".join([f"{path} is not as its config says:", *changed])
+            )
+        self._check_length(payload, path)
+
+    def _check_length(self, payload: Payload, path: Path) -> None:
+        asked = self._config
+        epochs = payload["config"].get("epochs", asked.epochs)
+        patience = payload["config"].get("patience", asked.patience)
+        if epochs > asked.epochs:  # its learning rate is another at each step
+            raise CheckpointMismatchError(
+                f"{path} is of a run of {epochs} epochs, which cannot become a shorter one: give "
+                f"--epochs {epochs} or more (found {asked.epochs})"
+            )
+        waited = payload["epochs_without_improvement"]
+        if waited >= asked.patience and (epochs, patience) != (asked.epochs, asked.patience):
+            raise CheckpointMismatchError(
+                f"{path} has not improved for {waited} epochs, and with --epochs {asked.epochs} "
+                f"and --patience {asked.patience} would stop at once: give it more --patience"
             )
 
     def _check_shapes(self, weights: Mapping[str, Any], path: Path) -> None:

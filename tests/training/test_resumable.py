@@ -456,6 +456,25 @@ def test_resume_refuses_a_file_that_does_not_say_all_of_its_config(study: Path) 
         train_in(Run(study, "other"), CONFIG, resume_path=file)
 
 
+def test_resume_refuses_a_longer_run_and_one_that_is_out_of_patience(study: Path) -> None:
+    origin, run, file = Run(study, "origin"), Run(study, "run"), study / "own.pt"
+    with pytest.raises(RunInterrupted):
+        train_in(origin, CONFIG, stop_reason=stop_at(1))
+    says = r"(?s)last.pt is of a run of 3 epochs.* --epochs 3 or more \(found 2\).*--init-from"
+    with pytest.raises(CheckpointMismatchError, match=says):
+        train_in(run, replace(CONFIG, epochs=2), resume_path=origin.last)
+    payload = read_checkpoint(origin.last)
+    write_checkpoint(file, payload | {"epochs_without_improvement": CONFIG.patience})
+    says = r"own.pt has not improved for 50 epochs, and with --epochs 4 and --patience 50 would"
+    with pytest.raises(CheckpointMismatchError, match=says):
+        train_in(run, replace(CONFIG, epochs=4), resume_path=file)
+    assert not run.saved_files()
+    longer = replace(CONFIG, epochs=4, patience=51)
+    with pytest.raises(RunInterrupted):
+        train_in(run, longer, resume_path=file, stop_reason=stop_at(1))
+    assert read_checkpoint(run.last)["step"] == payload["step"] + 2
+
+
 def test_a_checkpoint_keeps_the_config_that_it_was_made_with(study: Path) -> None:
     run = Run(study, "run")
     with pytest.raises(RunInterrupted):
