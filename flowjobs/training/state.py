@@ -315,6 +315,7 @@ class TrainState:
         self._note_types(payload, path)
         restore_payload(payload, path, self.model, self.ema, self.optimizer, self.scheduler)
         # The schedule may have become longer since; the optimizer's rate is still the old one's.
+        before = self.optimizer.param_groups[0]["lr"]
         rates = self.scheduler.base_lrs, self.scheduler.lr_lambdas, self.optimizer.param_groups
         for base_rate, factor, group in zip(*rates, strict=True):
             group["lr"] = base_rate * factor(self.scheduler.last_epoch)
@@ -327,6 +328,15 @@ class TrainState:
         self.extensions = [*payload.get("extensions", [])]
         if extension := extension_of(payload["config"], self._config, self.step):
             self.extensions.append(extension)
+            if (after := self.optimizer.param_groups[0]["lr"]) != before:
+                logger.info(
+                    "At step %d the learning rate goes from %.3g to %.3g, since the cosine now "
+                    "ends at epoch %d",
+                    self.step,
+                    before,
+                    after,
+                    self._config.epochs,
+                )
 
     def _note_types(self, payload: Payload, path: Path) -> None:
         """Warn of a checkpoint from before `check_before_save` looked at types, and let it be."""
