@@ -159,8 +159,12 @@ def test_weights_that_are_not_finite_as_they_were_built_are_named(study: Path) -
     model = net(lambda model: nn.init.constant_(model.second.bias, math.nan))
     with pytest.raises(ConfigError, match=r"second.bias is not finite before the first.*torch.emp"):
         train(model)
-    constant("mask", torch.tensor(-math.inf))(model := net())
+    constant("mask", torch.tensor([0.0, -math.inf, 0.0]))(model := net())  # as of attention
+    model.register_forward_hook(lambda part, args, out: out * part.mask.exp())
     train(model)  # what is not trained may be
+    for part in ("model_state_dict", "ema_shadow"):
+        weights = read_checkpoint(Run(study, CONFIG.run_name).best)[part]
+        assert weights["mask"].tolist() == [0.0, -math.inf, 0.0]
     with pytest.raises(TrainingDivergedError, match=r"is not finite after the first step: look fo"):
         train(net(lambda model: model.first.register_forward_hook(lambda *a: a[2] * math.nan)), "b")
     assert not list(study.glob("checkpoints/b/*"))
