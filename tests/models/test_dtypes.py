@@ -24,6 +24,7 @@ from flowjobs.data.dataset import (
 from flowjobs.errors import ConfigError, DataError, RunInterrupted, TrainingDivergedError
 from flowjobs.evaluation.measures import sliced_wasserstein
 from flowjobs.evaluation.sampling import sample
+from flowjobs.flows.flow import icfm_path
 from flowjobs.models.flops import flops_per_sample
 from flowjobs.models.velocity import check_types_of_ranks
 from flowjobs.runs.run import Run
@@ -64,9 +65,11 @@ def constant(name: str, tensor: Tensor) -> Any:
     return lambda model: model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
-def trainer_of(model: nn.Module, name: str | None = None, **options: Any) -> FlowTrainer:
+def trainer_of(
+    model: nn.Module, name: str | None = None, config: TrainingConfig = CONFIG, **options: Any
+) -> FlowTrainer:
     data = torch.randn(100, 3, generator=torch.Generator().manual_seed(1)) * 3 + 1
-    return FlowTrainer(model, CONFIG, *split(FlowDataset(data)), CPU, name=name, **options)
+    return FlowTrainer(model, config, *split(FlowDataset(data)), CPU, name=name, **options)
 
 
 def train(model: nn.Module, name: str | None = None, **options: Any) -> float:
@@ -103,6 +106,28 @@ def test_weights_of_other_types_train_like_float32(study: Path, case: str) -> No
     for part in ("model_state_dict", "ema_shadow"):
         for key, value in weights[part].items():
             assert torch.allclose(there[part][key].float(), value, atol=1e-4), key
+
+
+def in_float64(*given: Any) -> tuple[Tensor, Tensor]:
+    """The path of icfm, as one that computes with numpy's numbers returns it."""
+    x_t, dx_t = icfm_path(*given)
+    return x_t.double(), dx_t.double()
+
+
+def in_float16(*given: Any) -> tuple[Tensor, Tensor]:
+    x_t, dx_t = icfm_path(*given)
+    return x_t.half(), dx_t.half()
+
+
+def test_a_path_that_computes_in_another_type_is_trained(study: Path) -> None:
+    losses = {
+        name: train(net(), name, config=replace(CONFIG, flow=f"{__name__}:{name}"))
+        for name in ("icfm_path", "in_float64", "in_float16")
+    }
+    assert losses["in_float64"] == losses["icfm_path"]
+    assert math.isclose(losses["in_float16"], losses["icfm_path"], rel_tol=0.01)
+    first, second = (read_checkpoint(Run(study, name).last) for name in ("icfm_path", "in_float64"))
+    assert same(first["model_state_dict"], second["model_state_dict"])
 
 
 REFUSED = {
