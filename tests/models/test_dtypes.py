@@ -78,6 +78,11 @@ def train(model: nn.Module, name: str | None = None, **options: Any) -> float:
 
 TRAINED = {
     "float64": lambda model: model.double(),
+    "float64 beside integers": lambda model: (
+        constant("table", torch.arange(3))(model),
+        constant("phase", torch.ones(3) * 1j)(model),
+        model.double(),
+    ),
     "float64 beside float32": lambda model: model.second.double(),
     "bfloat16 that is not trained": constant("table", torch.ones(3, dtype=torch.bfloat16)),
     "a parameter of integers": constant("table", torch.arange(3)),
