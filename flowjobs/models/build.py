@@ -15,6 +15,9 @@ from flowjobs.models.size import check_count, search_width, width_of
 from flowjobs.models.source import BUILT_IN_SOURCES, check_arch, check_arguments, check_vectors
 from flowjobs.user_code import imported
 
+# In the names of a state of what torch.compile returns, as a notebook may have trained it.
+COMPILED = "_orig_mod."
+
 
 def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Module:
     """The model of `--arch`, with its weights drawn from the seed.
@@ -82,9 +85,14 @@ def is_built_in(model: nn.Module) -> bool:
     return type(model).__module__ in {of.partition(":")[0] for of in BUILT_IN_SOURCES.values()}
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, also of what torch.compile returns."""
+    return dict(model.named_children()).get(COMPILED.removesuffix("."), model)
+
+
 def class_unnamed(model: nn.Module, config: TrainingConfig) -> str:
     """The class of a model, `module:Name`, where that is not the one of `--arch`; else ""."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(model)
     path = f"{type(model).__module__}:{type(model).__qualname__}"
     return "" if path == BUILT_IN_SOURCES.get(config.arch_path, config.arch_path) else path
 

@@ -20,6 +20,7 @@ from flowjobs.errors import (
     TrainingDivergedError,
 )
 from flowjobs.field_values import flag
+from flowjobs.models.build import COMPILED, uncompiled
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import differences
 from flowjobs.runs.extending import Extension, extension_of
@@ -301,9 +302,18 @@ class TrainState:
         Raises:
             CheckpointMismatchError: Of another model.
         """
-        self._check_shapes(payload["ema_shadow"], path)
-        self.model.load_state_dict(payload["ema_shadow"])
-        self.ema.load_shadow(payload["ema_shadow"], updates=0)
+        weights = payload["ema_shadow"]
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, COMPILED)
+        here = {key.removeprefix(COMPILED): shape for key, shape in self._shapes_as_built.items()}
+        if difference := _difference(_shapes(weights), here):
+            raise CheckpointMismatchError(
+                f"--init-from: {path} is of another model than the config asks for ({difference}): "
+                "it takes the weights of the same model, so give the --arch and the arguments that "
+                "they were trained with, or another file"
+            )
+        for model in (self.model, self.ema.model):
+            uncompiled(model).load_state_dict(weights)
+        self.ema.updates = 0
 
     def restore(self, payload: Payload, path: Path) -> None:
         """Take over a checkpoint's state; `path` is for the error's text.

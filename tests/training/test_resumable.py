@@ -28,7 +28,7 @@ from flowjobs.runs.run import Run
 from flowjobs.training import saving
 from flowjobs.training.checkpoint import previous_of, read_checkpoint, write_checkpoint
 from flowjobs.training.seal import digest_of
-from flowjobs.training.state import first_not_finite
+from flowjobs.training.state import TrainState, first_not_finite
 from tests.training.same import same
 from tests.training.test_trainer import SMALL, make_trainer, stop_at, train_in
 
@@ -502,5 +502,31 @@ def test_initial_weights_are_all_that_is_taken_over(study: Path) -> None:
     assert trainer.state.optimizer.state_dict()["state"] == {}
     assert trainer.state.scheduler.get_last_lr() == [1e-5 / 100]
     config = TrainingConfig(epochs=1, init_from=str(origin.best))
-    with pytest.raises(CheckpointMismatchError, match="is of another model than the config asks"):
+    said = "is of another model than the config asks.*give the --arch"
+    with pytest.raises(CheckpointMismatchError, match=said) as caught:
         train_in(Run(study, "other"), config)
+    assert "--name" not in str(caught.value)  # which is no way out
+
+
+class Compiled(nn.Module):
+    """What torch.compile returns, as far as its state shows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = model
+
+
+@pytest.mark.parametrize("there", [Model, lambda: Compiled(Model())])
+@pytest.mark.parametrize("here", [Model, lambda: Compiled(Model())])
+def test_initial_weights_are_those_of_a_compiled_model_too(
+    there: Callable[[], nn.Module], here: Callable[[], nn.Module]
+) -> None:
+    stats = {"mean": torch.zeros(64), "std": torch.ones(64)}
+    given, state = (TrainState(of(), CONFIG, 23, stats, {}) for of in (there, here))
+    with torch.no_grad():
+        for weights in given.ema.model.parameters():
+            weights.add_(1)
+    expected = [weights.clone() for weights in given.ema.model.parameters()]
+    state.start_from_weights(given.payload(), Path("best.pt"))
+    for model in (state.model, state.ema.model):
+        assert same([*model.parameters()], expected)
