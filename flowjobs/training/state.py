@@ -127,7 +127,7 @@ class TrainState:
             raise _not_taken_back(error) from error
 
     def payload(self) -> Payload:
-        """What a checkpoint holds; the tensors are the live ones.
+        """What a checkpoint holds; the tensors are the live ones, copies only of slices.
 
         Raises:
             CheckpointUnloadableError: The model does not take its own state.

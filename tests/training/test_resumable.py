@@ -203,6 +203,15 @@ def test_a_state_that_cannot_be_loaded_is_not_kept_later_either(
     assert read_checkpoint(run.last)["step"] == 1
 
 
+def test_of_a_buffer_that_is_a_slice_the_slice_alone_is_saved(study: Path) -> None:
+    run, model = Run(study, "run"), Model()
+    model.register_buffer("anchors", torch.arange(300_000.0)[:8])
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, model=model, stop_reason=stop_at(1))
+    assert run.last.stat().st_size < 300_000
+    assert read_checkpoint(run.last)["ema_shadow"]["anchors"].tolist() == [*range(8)]
+
+
 def test_extra_state_of_plain_values_comes_back(study: Path) -> None:
     whole, parts = Run(study, "whole"), Run(study, "parts")
     train_in(whole, CONFIG, model=KeepsNumbers())
