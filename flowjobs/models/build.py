@@ -45,11 +45,14 @@ def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Modu
     # What a model draws and does not keep in its state must be the same at each start.
     _seed(config.seed)
     try:
-        return cls(given, **arguments)
+        model = cls(given, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         if config.arch_path not in BUILT_IN_ARCHS:
             raise  # a bug in the user's own model wants its traceback
         raise ConfigError(f"--arch-args {arguments}: {error}") from error
+    if config.params is not None and config.arch_path not in BUILT_IN_ARCHS:
+        _check_has_values(model, config, arguments["width"])
+    return model
 
 
 def _seed(value: int) -> None:
@@ -78,6 +81,17 @@ def _chosen_width(config: TrainingConfig, cls: type[nn.Module], shape: Any) -> i
         check_count(config, count(given), f"--width {given}", what)
         return int(given)
     return search_width(config, count, 1, what)
+
+
+def _check_has_values(model: nn.Module, config: TrainingConfig, width: int) -> None:
+    """Raise a ConfigError where a model holds a tensor of one that was built to be counted."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError(
+                f"--params: --arch {config.arch_label} keeps {name} from one construction to the "
+                "next (as functools.cache does), and those that count its parameters are without "
+                f"numbers: give the width that they found instead of --params, --width {width}"
+            )
 
 
 def is_built_in(model: nn.Module) -> bool:
