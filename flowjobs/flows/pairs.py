@@ -220,7 +220,8 @@ def sample_path(flow: Flow, pair: Pair, t: Tensor, sigma: float, noise: Tensor |
     match found:
         case (Tensor() as x_t, Tensor() as dx_t):
             if all(part.shape == x_0.shape and part.is_floating_point() for part in (x_t, dx_t)):
-                return x_t, dx_t
+                # torch has no gradient of a loss of two types. A model gets x_t in its own type.
+                return x_t, dx_t.to(x_0.dtype)
             words = f"x_t as {_described(x_t)} and dx_t as {_described(dx_t)}"
         case _:
             words = _described(found)

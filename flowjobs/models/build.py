@@ -15,6 +15,9 @@ from flowjobs.models.size import check_count, search_width, width_of
 from flowjobs.models.source import BUILT_IN_SOURCES, check_arch, check_arguments, check_vectors
 from flowjobs.user_code import imported
 
+# In the names of a state of what torch.compile returns, as a notebook may have trained it.
+COMPILED = "_orig_mod."
+
 
 def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Module:
     """The model of `--arch`, with its weights drawn from the seed.
@@ -30,21 +33,31 @@ def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Modu
     check_arch(config)
     shape = (shape,) if isinstance(shape, int) else shape
     check_vectors(config, shape)
+    # What its module draws as it is imported is in no state, and must be the same in each process.
+    # By a constant, since the runs that one process builds share the module.
+    _seed(0)
     cls = _model_class(config.arch_path)
     check_arguments(inspect.signature(cls), cls.__name__, config)
     given = shape[0] if len(shape) == 1 else shape
     arguments = dict(config.model_args)
     if config.params is not None:
         arguments["width"] = _chosen_width(config, cls, given)
-    torch.manual_seed(config.seed)
     # What a model draws and does not keep in its state must be the same at each start.
-    seed_python_and_numpy(config.seed)
+    _seed(config.seed)
     try:
-        return cls(given, **arguments)
+        model = cls(given, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         if config.arch_path not in BUILT_IN_ARCHS:
             raise  # a bug in the user's own model wants its traceback
         raise ConfigError(f"--arch-args {arguments}: {error}") from error
+    if config.params is not None and config.arch_path not in BUILT_IN_ARCHS:
+        _check_has_values(model, config, arguments["width"])
+    return model
+
+
+def _seed(value: int) -> None:
+    torch.manual_seed(value)
+    seed_python_and_numpy(value)
 
 
 def _chosen_width(config: TrainingConfig, cls: type[nn.Module], shape: Any) -> int:
@@ -70,14 +83,30 @@ def _chosen_width(config: TrainingConfig, cls: type[nn.Module], shape: Any) -> i
     return search_width(config, count, 1, what)
 
 
+def _check_has_values(model: nn.Module, config: TrainingConfig, width: int) -> None:
+    """Raise a ConfigError where a model holds a tensor of one that was built to be counted."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError(
+                f"--params: --arch {config.arch_label} keeps {name} from one construction to the "
+                "next (as functools.cache does), and those that count its parameters are without "
+                f"numbers: give the width that they found instead of --params, --width {width}"
+            )
+
+
 def is_built_in(model: nn.Module) -> bool:
     """Whether a model is one of flowjobs' own, which draw random numbers from torch alone."""
     return type(model).__module__ in {of.partition(":")[0] for of in BUILT_IN_SOURCES.values()}
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, also of what torch.compile returns."""
+    return dict(model.named_children()).get(COMPILED.removesuffix("."), model)
+
+
 def class_unnamed(model: nn.Module, config: TrainingConfig) -> str:
     """The class of a model, `module:Name`, where that is not the one of `--arch`; else ""."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(model)
     path = f"{type(model).__module__}:{type(model).__qualname__}"
     return "" if path == BUILT_IN_SOURCES.get(config.arch_path, config.arch_path) else path
 

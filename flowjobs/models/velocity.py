@@ -20,8 +20,11 @@ BETWEEN_RANKS = frozenset(
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
-    """What a model is given x and t in: float64 where all its weights are, else float32."""
-    dtypes = {weights.dtype for weights in model.parameters()}
+    """What a model is given x and t in: float64 where all its weights are, else float32.
+
+    A table of integers or complex numbers, which `model.double()` leaves as it is, is none of them.
+    """
+    dtypes = {of.dtype for of in model.parameters() if of.is_floating_point()}
     return torch.float64 if dtypes == {torch.float64} else torch.float32
 
 

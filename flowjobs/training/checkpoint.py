@@ -149,13 +149,13 @@ def checkpoint_payload(
     config: dict[str, Any],
     stats: dict[str, Tensor],
 ) -> Payload:
-    """What a checkpoint holds. The tensors are the live ones, not copies."""
+    """What a checkpoint holds. The tensors are the live ones, copies only of slices."""
     return {
         "format": FORMAT,
         "epoch": epoch,
         "step": step,
-        "model_state_dict": model.state_dict(),
-        "ema_shadow": ema.shadow,
+        "model_state_dict": _without_slices(model.state_dict()),
+        "ema_shadow": _without_slices(ema.shadow),
         "ema_updates": ema.updates,
         "optimizer_state_dict": optimizer.state_dict(),
         "optimizer_weights": names_of_weights(optimizer, model),
@@ -168,6 +168,19 @@ def checkpoint_payload(
         "config": config,
         "normalization_stats": stats,
     }
+
+
+def _without_slices(weights: dict[str, Any]) -> dict[str, Any]:
+    """A state with copies of what is a slice, since torch.save writes all that it is a slice of.
+
+    On a CPU alone: on a GPU all weights of an LSTM are slices of one tensor, and there may be no
+    room for them twice.
+    """
+    for name, of in weights.items():
+        on_cpu = isinstance(of, Tensor) and of.layout is torch.strided and of.device.type == "cpu"
+        if on_cpu and of.untyped_storage().nbytes() > of.nbytes:
+            weights[name] = of.clone()
+    return weights
 
 
 def restore_payload(

@@ -11,7 +11,7 @@ from flowjobs.models.velocity import leaves_of
 
 _Place = tuple[dict[str, Tensor | None], str]
 
-# Other parameters (integers, complex ones) are not trained, and copied as buffers are.
+# Parameters of other types (integers, complex ones) are not trained, and copied as buffers are.
 AVERAGED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -40,7 +40,8 @@ class EMAModel:
         self.model.eval()
         self.decay = decay
         self.updates = 0
-        self._averaged, self._unaveraged = _parameters(self.model)
+        self._is_averaged = [_can_be_averaged(weights) for weights in model.parameters()]
+        self._averaged, self._unaveraged = self._parameters(self.model)
         self._copied = _buffer_places(self.model)
         self._bind(model)
 
@@ -73,11 +74,19 @@ class EMAModel:
     def _bind(self, model: nn.Module) -> None:
         # Walking the modules at each step would take a twentieth of a small model's step.
         self._bound_to = model
-        self._weights, self._unaveraged_weights = _parameters(model)
+        self._weights, self._unaveraged_weights = self._parameters(model)
         # Their places, since a model may put a new tensor there (`self.mean = 0.9 * self.mean`).
         self._buffers = _buffer_places(model)
         pairs = zip(model.modules(), self.model.modules(), strict=True)
         self._extra = [(module, copied) for module, copied in pairs if _keeps_more(module)]
+
+    def _parameters(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """Those that are averaged, and the others."""
+        averaged: list[Tensor] = []
+        others: list[Tensor] = []
+        for weights, is_averaged in zip(model.parameters(), self._is_averaged, strict=True):
+            (averaged if is_averaged else others).append(weights)
+        return averaged, others
 
     def check_copy(self, model: nn.Module, x: Tensor, t: Tensor) -> None:
         """Raise a ConfigError where a copy of the model computes with the model itself.
@@ -166,11 +175,11 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Those that are averaged, and the others."""
-    every: list[Tensor] = list(model.parameters())
-    averaged = [weights for weights in every if weights.dtype in AVERAGED]
-    return averaged, [weights for weights in every if weights.dtype not in AVERAGED]
+def _can_be_averaged(weights: Tensor) -> bool:
+    """Not what is not trained and holds infinities (a mask): their difference is NaN."""
+    if weights.dtype not in AVERAGED:
+        return False
+    return weights.requires_grad or bool(weights.isfinite().all())
 
 
 def _buffer_places(model: nn.Module) -> list[_Place]:

@@ -20,6 +20,7 @@ from flowjobs.errors import (
     TrainingDivergedError,
 )
 from flowjobs.field_values import flag
+from flowjobs.models.build import COMPILED, uncompiled
 from flowjobs.runs.data_file import DataContent
 from flowjobs.runs.datasets import differences
 from flowjobs.runs.extending import Extension, extension_of
@@ -126,7 +127,7 @@ class TrainState:
             raise _not_taken_back(error) from error
 
     def payload(self) -> Payload:
-        """What a checkpoint holds; the tensors are the live ones.
+        """What a checkpoint holds; the tensors are the live ones, copies only of slices.
 
         Raises:
             CheckpointUnloadableError: The model does not take its own state.
@@ -192,7 +193,8 @@ class TrainState:
 
         Raises:
             CheckpointMismatchError: Its config leaves out what decides the result, or is not what
-                its optimizer and schedule were made with, as these are taken over.
+                its optimizer and schedule were made with, as these are taken over; or it has more
+                epochs, or has run out of patience.
         """
         if missing := not_said(payload["config"]):
             raise CheckpointMismatchError(
@@ -214,6 +216,23 @@ class TrainState:
         ]:
             raise CheckpointMismatchError(
                 "\n".join([f"{path} is not as its config says:", *changed])
+            )
+        self._check_length(payload, path)
+
+    def _check_length(self, payload: Payload, path: Path) -> None:
+        asked = self._config
+        epochs = payload["config"].get("epochs", asked.epochs)
+        patience = payload["config"].get("patience", asked.patience)
+        if epochs > asked.epochs:  # its learning rate is another at each step
+            raise CheckpointMismatchError(
+                f"{path} is of a run of {epochs} epochs, which cannot become a shorter one: give "
+                f"--epochs {epochs} or more (found {asked.epochs})"
+            )
+        waited = payload["epochs_without_improvement"]
+        if waited >= asked.patience and (epochs, patience) != (asked.epochs, asked.patience):
+            raise CheckpointMismatchError(
+                f"{path} has not improved for {waited} epochs, and with --epochs {asked.epochs} "
+                f"and --patience {asked.patience} would stop at once: give it more --patience"
             )
 
     def _check_shapes(self, weights: Mapping[str, Any], path: Path) -> None:
@@ -283,9 +302,18 @@ class TrainState:
         Raises:
             CheckpointMismatchError: Of another model.
         """
-        self._check_shapes(payload["ema_shadow"], path)
-        self.model.load_state_dict(payload["ema_shadow"])
-        self.ema.load_shadow(payload["ema_shadow"], updates=0)
+        weights = payload["ema_shadow"]
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, COMPILED)
+        here = {key.removeprefix(COMPILED): shape for key, shape in self._shapes_as_built.items()}
+        if difference := _difference(_shapes(weights), here):
+            raise CheckpointMismatchError(
+                f"--init-from: {path} is of another model than the config asks for ({difference}): "
+                "it takes the weights of the same model, so give the --arch and the arguments that "
+                "they were trained with, or another file"
+            )
+        for model in (self.model, self.ema.model):
+            uncompiled(model).load_state_dict(weights)
+        self.ema.updates = 0
 
     def restore(self, payload: Payload, path: Path) -> None:
         """Take over a checkpoint's state; `path` is for the error's text.
@@ -297,6 +325,7 @@ class TrainState:
         self._note_types(payload, path)
         restore_payload(payload, path, self.model, self.ema, self.optimizer, self.scheduler)
         # The schedule may have become longer since; the optimizer's rate is still the old one's.
+        before = self.optimizer.param_groups[0]["lr"]
         rates = self.scheduler.base_lrs, self.scheduler.lr_lambdas, self.optimizer.param_groups
         for base_rate, factor, group in zip(*rates, strict=True):
             group["lr"] = base_rate * factor(self.scheduler.last_epoch)
@@ -309,6 +338,15 @@ class TrainState:
         self.extensions = [*payload.get("extensions", [])]
         if extension := extension_of(payload["config"], self._config, self.step):
             self.extensions.append(extension)
+            if (after := self.optimizer.param_groups[0]["lr"]) != before:
+                logger.info(
+                    "At step %d the learning rate goes from %.3g to %.3g, since the cosine now "
+                    "ends at epoch %d",
+                    self.step,
+                    before,
+                    after,
+                    self._config.epochs,
+                )
 
     def _note_types(self, payload: Payload, path: Path) -> None:
         """Warn of a checkpoint from before `check_before_save` looked at types, and let it be."""

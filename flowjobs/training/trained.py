@@ -10,16 +10,13 @@ from flowjobs.data.source import sources_of
 from flowjobs.errors import CheckpointGoneError, CheckpointMismatchError, ConfigError
 from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.evaluation.trained import TrainedModel
-from flowjobs.models.build import build_model
+from flowjobs.models.build import COMPILED, build_model, uncompiled
 from flowjobs.models.flops import flops_of_batch, flops_per_sample
 from flowjobs.runs.code import importing_from_snapshot
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import threads_for
 from flowjobs.training.ranks import single_process
-
-# In the names of a state of what torch.compile returns, as a notebook may have trained it.
-COMPILED = "_orig_mod."
 
 
 def load_trained(
@@ -57,10 +54,9 @@ def load_trained(
         with importing_from_snapshot(run), random_numbers_kept():
             model = build_model(config, tuple(stats["mean"].shape))
     weights = best["ema_shadow"]
-    if not any(name.startswith(COMPILED) for name in model.state_dict()):
-        nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, COMPILED)
+    nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, COMPILED)
     try:
-        model.load_state_dict(weights)
+        uncompiled(model).load_state_dict(weights)
     except RuntimeError as error:
         missing = textwrap.shorten(str(error).partition("\n")[2], 120, placeholder=" …")
         if not given and _was_trained_from_python(run):

@@ -24,6 +24,7 @@ from flowjobs.data.dataset import (
 from flowjobs.errors import ConfigError, DataError, RunInterrupted, TrainingDivergedError
 from flowjobs.evaluation.measures import sliced_wasserstein
 from flowjobs.evaluation.sampling import sample
+from flowjobs.flows.flow import icfm_path
 from flowjobs.models.flops import flops_per_sample
 from flowjobs.models.velocity import check_types_of_ranks
 from flowjobs.runs.run import Run
@@ -64,9 +65,11 @@ def constant(name: str, tensor: Tensor) -> Any:
     return lambda model: model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
-def trainer_of(model: nn.Module, name: str | None = None, **options: Any) -> FlowTrainer:
+def trainer_of(
+    model: nn.Module, name: str | None = None, config: TrainingConfig = CONFIG, **options: Any
+) -> FlowTrainer:
     data = torch.randn(100, 3, generator=torch.Generator().manual_seed(1)) * 3 + 1
-    return FlowTrainer(model, CONFIG, *split(FlowDataset(data)), CPU, name=name, **options)
+    return FlowTrainer(model, config, *split(FlowDataset(data)), CPU, name=name, **options)
 
 
 def train(model: nn.Module, name: str | None = None, **options: Any) -> float:
@@ -75,6 +78,11 @@ def train(model: nn.Module, name: str | None = None, **options: Any) -> float:
 
 TRAINED = {
     "float64": lambda model: model.double(),
+    "float64 beside integers": lambda model: (
+        constant("table", torch.arange(3))(model),
+        constant("phase", torch.ones(3) * 1j)(model),
+        model.double(),
+    ),
     "float64 beside float32": lambda model: model.second.double(),
     "bfloat16 that is not trained": constant("table", torch.ones(3, dtype=torch.bfloat16)),
     "a parameter of integers": constant("table", torch.arange(3)),
@@ -103,6 +111,28 @@ def test_weights_of_other_types_train_like_float32(study: Path, case: str) -> No
     for part in ("model_state_dict", "ema_shadow"):
         for key, value in weights[part].items():
             assert torch.allclose(there[part][key].float(), value, atol=1e-4), key
+
+
+def in_float64(*given: Any) -> tuple[Tensor, Tensor]:
+    """The path of icfm, as one that computes with numpy's numbers returns it."""
+    x_t, dx_t = icfm_path(*given)
+    return x_t.double(), dx_t.double()
+
+
+def in_float16(*given: Any) -> tuple[Tensor, Tensor]:
+    x_t, dx_t = icfm_path(*given)
+    return x_t.half(), dx_t.half()
+
+
+def test_a_path_that_computes_in_another_type_is_trained(study: Path) -> None:
+    losses = {
+        name: train(net(), name, config=replace(CONFIG, flow=f"{__name__}:{name}"))
+        for name in ("icfm_path", "in_float64", "in_float16")
+    }
+    assert losses["in_float64"] == losses["icfm_path"]
+    assert math.isclose(losses["in_float16"], losses["icfm_path"], rel_tol=0.01)
+    first, second = (read_checkpoint(Run(study, name).last) for name in ("icfm_path", "in_float64"))
+    assert same(first["model_state_dict"], second["model_state_dict"])
 
 
 REFUSED = {
@@ -159,8 +189,12 @@ def test_weights_that_are_not_finite_as_they_were_built_are_named(study: Path) -
     model = net(lambda model: nn.init.constant_(model.second.bias, math.nan))
     with pytest.raises(ConfigError, match=r"second.bias is not finite before the first.*torch.emp"):
         train(model)
-    constant("mask", torch.tensor(-math.inf))(model := net())
+    constant("mask", torch.tensor([0.0, -math.inf, 0.0]))(model := net())  # as of attention
+    model.register_forward_hook(lambda part, args, out: out * part.mask.exp())
     train(model)  # what is not trained may be
+    for part in ("model_state_dict", "ema_shadow"):
+        weights = read_checkpoint(Run(study, CONFIG.run_name).best)[part]
+        assert weights["mask"].tolist() == [0.0, -math.inf, 0.0]
     with pytest.raises(TrainingDivergedError, match=r"is not finite after the first step: look fo"):
         train(net(lambda model: model.first.register_forward_hook(lambda *a: a[2] * math.nan)), "b")
     assert not list(study.glob("checkpoints/b/*"))

@@ -1,5 +1,6 @@
 """The parameters of a model, counted without torch, and the width that --params chooses."""
 
+import functools
 import itertools
 import re
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowjobs.config import BUILT_IN_ARCHS, TrainingConfig, signature_differences
 from flowjobs.errors import ConfigError
@@ -107,6 +108,29 @@ def test_the_width_of_ones_own_model_is_found_by_building_it() -> None:
         build_model(replace(config, width=4), 6)
     with pytest.raises(ConfigError, match=r"--params: there is no argument width .*Linear takes"):
         build_model(TrainingConfig(arch="torch.nn:Linear", params="2M"), 6)
+
+
+@functools.cache
+def table(dim: int) -> Tensor:
+    return torch.linspace(0, 1, dim)
+
+
+class Cached(Own):
+    """Has a buffer from a cache."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__(dim, width, depth=3)
+        self.register_buffer("table", table(dim))
+
+
+def test_a_buffer_that_is_kept_of_a_model_without_numbers_is_said_with_the_width() -> None:
+    config = TrainingConfig(arch=f"{__name__}:Cached", params="50k")
+    with pytest.raises(ConfigError, match=r"Cached keeps table from .* --width \d+$") as said:
+        build_model(config, 6)
+    table.cache_clear()  # as in the process of the next start
+    width = int(str(said.value).split()[-1])
+    model = build_model(replace(config, params=None, width=width), 6)
+    assert abs(count(model) / 50_000 - 1) < 0.05
 
 
 def test_a_size_that_is_given_twice_is_refused() -> None:

@@ -1,9 +1,12 @@
 """EMA, schedule, randomness, augmentation, model: the small parts of a step."""
 
 import math
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -131,6 +134,34 @@ def test_weights_follow_from_the_seed() -> None:
     config = TrainingConfig(arch_args=KeyValues(width=16), seed=5)
     first, second = build_model(config, 4), build_model(config, 4)
     assert str(first.state_dict()) == str(second.state_dict())
+
+
+DRAWS = """
+import random
+import numpy
+import torch
+
+DRAWN = random.random(), numpy.random.rand(), float(torch.rand(()))
+
+class Net(torch.nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.layer, self.drawn = torch.nn.Linear(dim, dim), DRAWN
+"""
+
+
+def test_what_a_module_draws_as_it_is_imported_is_the_same_in_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "draws_at_import.py").write_text(DRAWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    drawn = []
+    for seed in (0, 0, 1):
+        for anew in (random.seed, np.random.seed, torch.seed):  # as in a new process
+            anew()
+        drawn.append(build_model(TrainingConfig(arch="draws_at_import:Net", seed=seed), 4).drawn)
+        del sys.modules["draws_at_import"]
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_a_model_of_ones_own() -> None:

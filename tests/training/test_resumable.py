@@ -28,7 +28,7 @@ from flowjobs.runs.run import Run
 from flowjobs.training import saving
 from flowjobs.training.checkpoint import previous_of, read_checkpoint, write_checkpoint
 from flowjobs.training.seal import digest_of
-from flowjobs.training.state import first_not_finite
+from flowjobs.training.state import TrainState, first_not_finite
 from tests.training.same import same
 from tests.training.test_trainer import SMALL, make_trainer, stop_at, train_in
 
@@ -201,6 +201,15 @@ def test_a_state_that_cannot_be_loaded_is_not_kept_later_either(
     with pytest.raises(CheckpointUnloadableError, match=said):
         train_in(run, CONFIG, model=Later(), stop_reason=stop_at(40))
     assert read_checkpoint(run.last)["step"] == 1
+
+
+def test_of_a_buffer_that_is_a_slice_the_slice_alone_is_saved(study: Path) -> None:
+    run, model = Run(study, "run"), Model()
+    model.register_buffer("anchors", torch.arange(300_000.0)[:8])
+    with pytest.raises(RunInterrupted):
+        train_in(run, CONFIG, model=model, stop_reason=stop_at(1))
+    assert run.last.stat().st_size < 300_000
+    assert read_checkpoint(run.last)["ema_shadow"]["anchors"].tolist() == [*range(8)]
 
 
 def test_extra_state_of_plain_values_comes_back(study: Path) -> None:
@@ -456,6 +465,25 @@ def test_resume_refuses_a_file_that_does_not_say_all_of_its_config(study: Path) 
         train_in(Run(study, "other"), CONFIG, resume_path=file)
 
 
+def test_resume_refuses_a_longer_run_and_one_that_is_out_of_patience(study: Path) -> None:
+    origin, run, file = Run(study, "origin"), Run(study, "run"), study / "own.pt"
+    with pytest.raises(RunInterrupted):
+        train_in(origin, CONFIG, stop_reason=stop_at(1))
+    says = r"(?s)last.pt is of a run of 3 epochs.* --epochs 3 or more \(found 2\).*--init-from"
+    with pytest.raises(CheckpointMismatchError, match=says):
+        train_in(run, replace(CONFIG, epochs=2), resume_path=origin.last)
+    payload = read_checkpoint(origin.last)
+    write_checkpoint(file, payload | {"epochs_without_improvement": CONFIG.patience})
+    says = r"own.pt has not improved for 50 epochs, and with --epochs 4 and --patience 50 would"
+    with pytest.raises(CheckpointMismatchError, match=says):
+        train_in(run, replace(CONFIG, epochs=4), resume_path=file)
+    assert not run.saved_files()
+    longer = replace(CONFIG, epochs=4, patience=51)
+    with pytest.raises(RunInterrupted):
+        train_in(run, longer, resume_path=file, stop_reason=stop_at(1))
+    assert read_checkpoint(run.last)["step"] == payload["step"] + 2
+
+
 def test_a_checkpoint_keeps_the_config_that_it_was_made_with(study: Path) -> None:
     run = Run(study, "run")
     with pytest.raises(RunInterrupted):
@@ -483,5 +511,31 @@ def test_initial_weights_are_all_that_is_taken_over(study: Path) -> None:
     assert trainer.state.optimizer.state_dict()["state"] == {}
     assert trainer.state.scheduler.get_last_lr() == [1e-5 / 100]
     config = TrainingConfig(epochs=1, init_from=str(origin.best))
-    with pytest.raises(CheckpointMismatchError, match="is of another model than the config asks"):
+    said = "is of another model than the config asks.*give the --arch"
+    with pytest.raises(CheckpointMismatchError, match=said) as caught:
         train_in(Run(study, "other"), config)
+    assert "--name" not in str(caught.value)  # which is no way out
+
+
+class Compiled(nn.Module):
+    """What torch.compile returns, as far as its state shows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = model
+
+
+@pytest.mark.parametrize("there", [Model, lambda: Compiled(Model())])
+@pytest.mark.parametrize("here", [Model, lambda: Compiled(Model())])
+def test_initial_weights_are_those_of_a_compiled_model_too(
+    there: Callable[[], nn.Module], here: Callable[[], nn.Module]
+) -> None:
+    stats = {"mean": torch.zeros(64), "std": torch.ones(64)}
+    given, state = (TrainState(of(), CONFIG, 23, stats, {}) for of in (there, here))
+    with torch.no_grad():
+        for weights in given.ema.model.parameters():
+            weights.add_(1)
+    expected = [weights.clone() for weights in given.ema.model.parameters()]
+    state.start_from_weights(given.payload(), Path("best.pt"))
+    for model in (state.model, state.ema.model):
+        assert same([*model.parameters()], expected)

@@ -350,14 +350,19 @@ def test_a_finished_run_that_is_sampled_leaves_at_the_next_network_call(
     assert caplog.text.count("told to leave while samples were measured") == 2
 
 
-def test_the_first_step_of_an_extended_run_has_the_longer_schedules_rate(study: Path) -> None:
+def test_the_first_step_of_an_extended_run_has_the_longer_schedules_rate(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "flowjobs")
     short, long = (TrainingConfig(epochs=e, arch_args=SMALL, warmup_steps=5) for e in (1, 3))
     run = Run(study, "run")
     train_in(run, short)
     trainer = make_trainer(study, long, run=run)
     trainer._restore(run)
     half_cosine = 0.5 * (1 + math.cos(math.pi * (23 - 5) / (69 - 5)))
-    assert math.isclose(trainer.state.optimizer.param_groups[0]["lr"], long.lr * half_cosine)
+    rate = trainer.state.optimizer.param_groups[0]["lr"]
+    assert math.isclose(rate, long.lr * half_cosine)
+    assert f"At step 23 the learning rate goes from 0 to {rate:.3g}, since" in caplog.text
 
 
 def test_a_full_disk_in_the_middle_of_a_save_is_tried_again(
