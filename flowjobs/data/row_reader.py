@@ -5,18 +5,27 @@ up to the whole file, and a scheduler that polls may end a job for them; and whe
 short, a process that touches what is gone dies of a signal.
 """
 
+import itertools
 import math
 import os
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowjobs.data.read_ahead import in_time
 from flowjobs.errors import DataError
 from flowjobs.runs.data_file import DataContent, Layout, content_of
+
+# At most so much is read at once, and so often before the wait begins anew: a large read of a slow
+# file system may take longer than one that hangs is waited for.
+PIECE_BYTES = 1024**2
+PIECES_AT_ONCE = 256
 
 
 class RowReader:
@@ -42,14 +51,14 @@ class RowReader:
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self._version = self._version_of_file()
-        self.content = self._content()
+        self.content = in_time(self._content, str(path))
 
     def rows(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
         """The rows that indexing the tensor with `index` gives, in that order.
 
         Raises:
             IndexError: There is no such row.
-            DataError: The file is not what it was when it was opened.
+            DataError: The file is not what it was when it was opened, or does not answer.
         """
         if isinstance(index, slice):
             places = np.arange(*index.indices(self._n))
@@ -69,14 +78,23 @@ class RowReader:
             return rows
         memory = memoryview(rows.view(torch.uint8).numpy().data).cast("B")
         # Rows that follow one another in the file are read at once.
-        ends = [*(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
-        start = 0
-        for end in ends:
+        ends_piece = np.diff(places) != 1
+        most = max(1, PIECE_BYTES // self._row_bytes)
+        ends_piece[most - 1 :: most] = True
+        bounds = [0, *(np.flatnonzero(ends_piece) + 1).tolist(), len(places)]
+        for first in range(0, len(bounds) - 1, PIECES_AT_ONCE):
+            some = bounds[first : first + PIECES_AT_ONCE + 1]
+            in_time(partial(self._read_pieces, memory, places, some), str(self._path))
+        return rows
+
+    def _read_pieces(
+        self, memory: memoryview, places: np.ndarray[Any, Any], bounds: list[int]
+    ) -> None:
+        """Read rows `places[start:end]` into their part of the memory, of each two bounds."""
+        for start, end in itertools.pairwise(bounds):
             part = memory[start * self._row_bytes : end * self._row_bytes]
             self._read(part, int(places[start]) * self._row_bytes)
-            start = end
         self._check_unchanged()
-        return rows
 
     def _read(self, memory: memoryview, at: int) -> None:
         at += self._layout.offset

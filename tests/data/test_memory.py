@@ -14,6 +14,7 @@ import torch
 
 from flowjobs.cgroups import memory_kills
 from flowjobs.config import TrainingConfig
+from flowjobs.data import row_reader
 from flowjobs.data.dataset import normalization_stats, split
 from flowjobs.data.memory import free_memory_bytes
 from flowjobs.data.tensor_file import write_tensor
@@ -233,10 +234,13 @@ def test_too_few_rows_leave_no_file(tmp_path: Path) -> None:
     assert [found for found in tmp_path.iterdir() if found.is_file()] == []
 
 
+@pytest.mark.parametrize("pieces", [(row_reader.PIECE_BYTES, row_reader.PIECES_AT_ONCE), (60, 3)])
 def test_rows_that_are_read_are_those_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: tuple[int, int]
 ) -> None:
     monkeypatch.setattr("flowjobs.data.dataset.LARGE_BYTES", 0)
+    for name, value in zip(("PIECE_BYTES", "PIECES_AT_ONCE"), pieces, strict=True):
+        monkeypatch.setattr(row_reader, name, value)
     data = torch.randn(50, 7)
     torch.save(data[5:].to(torch.bfloat16), tmp_path / "data.pt")  # not from the storage's start
     np.save(tmp_path / "data.npy", data.numpy())

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from torch import Tensor
 from flowjobs.config import TrainingConfig
 from flowjobs.data import read_ahead
 from flowjobs.data.batches import Order
-from flowjobs.data.read_ahead import ReadAhead
+from flowjobs.data.read_ahead import ReadAhead, in_time
 from flowjobs.data.source import NormalSource
 from flowjobs.errors import DataError
 from flowjobs.field_values import KeyValues
@@ -121,6 +123,68 @@ def test_a_file_that_is_cut_short_or_unreadable_ends_the_training_with_its_name(
         file.truncate(200)
     with pytest.raises(DataError, match=r"data\.npy ends at byte \d+: it was cut short"):
         FlowTrainer(model, CONFIG, data, data, torch.device("cpu"), run=Run(study, "b"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"source": "data.npy"},
+        {"source": "data.npy", "flow": "otcfm"},
+        {"data_placement": "loader", "num_workers": 0},
+    ],
+    ids=["validation", "source", "plans", "no workers"],
+)
+def test_a_file_that_stops_answering_ends_the_training_whoever_reads_it(
+    study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setattr("flowjobs.data.dataset.LARGE_BYTES", 0)
+    monkeypatch.setattr(read_ahead, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(read_ahead, "WAIT_S", 0.4)
+    np.save("data.npy", np.random.default_rng(0).standard_normal((400, 5), dtype=np.float32))
+    hangs, comes_back, preadv = threading.Event(), threading.Event(), os.preadv
+
+    def read(*arguments: Any) -> int:
+        if hangs.is_set():
+            comes_back.wait(240)
+        return preadv(*arguments)
+
+    monkeypatch.setattr("os.preadv", read)
+    device = replace(CONFIG, dataset="data.npy", batch_size=32, data_placement="device")
+    try:
+        with pytest.raises(DataError, match=r"data\.npy has given no rows for 0\.4 s: ") as raised:
+            # Asked after each step.
+            train_in(Run(study, "a"), replace(device, **options), stop_reason=hangs.set)
+    finally:
+        comes_back.set()
+    assert "data.npy has given no rows for 0.1 s; waiting" in caplog.text
+    assert transient_kind(raised.value) == "file system"
+
+
+def test_reads_that_come_share_one_thread_and_a_reader_reads_in_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def thread_of_read() -> int:
+        return in_time(threading.get_ident, "data")
+
+    threads = {thread_of_read() for _ in range(20)}
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    reads = itertools.repeat(lambda: thread_of_read() == threading.get_ident())
+    own = {wait_s: ReadAhead(reads, 1, "data", wait_s).next() for wait_s in (240.0, None)}
+    assert own == {240.0: True, None: False}  # nobody else has a limit for a plan's reads
+    # A process that a DataLoader forks has none of the threads.
+    monkeypatch.setattr(read_ahead, "WAIT_S", 60.0)
+    if not (child := os.fork()):
+        code = 1
+        try:
+            code = in_time(lambda: 0, "data")
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_run_reads_the_same_rows_with_any_number_of_threads(study: Path) -> None:
