@@ -21,10 +21,10 @@ class FlowTrainer(Trainer):
     def tracking(self) -> TrackingConfig:
         """As it was asked for; else as W&B's own variables and settings here have it."""
         asked = super().tracking()
-        mode = mode_of_variable() or cast(WandbMode, mode_of_settings()[0])
+        mode = mode_of_variable() or mode_of_settings()[0] or asked.wandb_mode
         return replace(
             asked,
             wandb_entity=asked.wandb_entity or entity_here(),
             wandb_base_url=variables().get("WANDB_BASE_URL"),
-            wandb_mode=mode or asked.wandb_mode,
+            wandb_mode=cast(WandbMode, mode),
         )

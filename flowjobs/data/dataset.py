@@ -189,12 +189,10 @@ class _PassProgress:
         """Say how many rows are read, if that takes long."""
         if (elapsed_s := time.monotonic() - self._started) > self._say_after_s:
             self._say_after_s *= 4
-            of, words = (
-                self._dataset,
-                "%s: %d of %d rows read in %.0f s, in a pass over all of them",
-            )
+            name, n = self._dataset.name, len(self._dataset)
+            words = "%s: %d of %d rows read in %.0f s, in a pass over all of them"
             with default_logging():
-                logger.info(words, of.name, n_read, len(of), elapsed_s)
+                logger.info(words, name, n_read, n, elapsed_s)
 
 
 def rows_of_chunk(dim: int) -> int:

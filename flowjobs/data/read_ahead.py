@@ -39,7 +39,7 @@ class _OfThread(threading.local):
 
 
 _of_thread = _OfThread()
-# Of each thread of `in_time` that reads nothing now, where it is asked. A forked process has none.
+# Of each thread of `read_in_time` that reads nothing now, where it is asked. A forked process has none.
 _idle: "list[queue.SimpleQueue[_Asked[Any] | None]]" = []
 os.register_at_fork(after_in_child=_idle.clear)
 
@@ -91,7 +91,7 @@ class ReadAhead(Generic[T]):
         return _rows_of(future, self._wait_s, self._name)
 
 
-def in_time(read: Callable[[], T], name: str) -> T:
+def read_in_time(read: Callable[[], T], name: str) -> T:
     """What a read gives that may never end: of another thread, waited for no longer than WAIT_S.
 
     In a thread that is itself waited for with a limit, it is called there. The hand-over takes 30

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowjobs.data.read_ahead import in_time
+from flowjobs.data.read_ahead import read_in_time
 from flowjobs.errors import DataError
 from flowjobs.runs.data_file import DataContent, Layout, content_of
 
@@ -51,7 +51,7 @@ class RowReader:
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self._version = self._version_of_file()
-        self.content = in_time(self._content, str(path))
+        self.content = read_in_time(self._content, str(path))
 
     def rows(self, index: int | Sequence[int] | slice | Tensor) -> Tensor:
         """The rows that indexing the tensor with `index` gives, in that order.
@@ -84,7 +84,7 @@ class RowReader:
         bounds = [0, *(np.flatnonzero(ends_piece) + 1).tolist(), len(places)]
         for first in range(0, len(bounds) - 1, PIECES_AT_ONCE):
             some = bounds[first : first + PIECES_AT_ONCE + 1]
-            in_time(partial(self._read_pieces, memory, places, some), str(self._path))
+            read_in_time(partial(self._read_pieces, memory, places, some), str(self._path))
         return rows
 
     def _read_pieces(

@@ -88,9 +88,9 @@ def _check_has_values(model: nn.Module, config: TrainingConfig, width: int) -> N
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ConfigError(
-                f"--params: --arch {config.arch_label} keeps {name} from one construction to the "
-                "next (as functools.cache does), and those that count its parameters are without "
-                f"numbers: give the width that they found instead of --params, --width {width}"
+                f"--params: --arch {config.arch_label} takes {name} from a cache (functools.cache, "
+                "say) that was filled while models were built without values (device meta) to "
+                f"count their parameters: give the width that was found instead, --width {width}"
             )
 
 

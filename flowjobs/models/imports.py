@@ -17,7 +17,9 @@ OURS = "flowjobs"
 IMPORTED_BY_NAME = {"import_module", "__import__"}
 LONGEST_FILE_NAME = 200
 # What decides as a module runs what is found by which name.
-CHANGES_IMPORTS = re.compile(rb"\bsys\.(meta_path|modules|path)|\bfrom sys import|\baddsitedir\b")
+CHANGES_IMPORTS = re.compile(
+    rb"\bsys\.(meta_path|modules|path)|\bfrom sys import|\baddsitedir\b|\bsetup_root\b"
+)
 
 
 def files_of_modules(modules: Iterable[str], roots: Sequence[Path]) -> list[Path]:
@@ -56,22 +58,22 @@ def missing_imports(modules: Iterable[str]) -> list[str]:
     """
     entries = [Path(entry or ".").absolute() for entry in sys.path]
     roots = [root for root in entries if os.path.isdir(root) and not is_installed(root)]
-    waiting, seen = [*modules], set[str]()
+    waiting, seen = [*modules], set[Path]()
     found: dict[str, None] = {}
     with suppress(OSError):  # a folder that may not be read, say
         sources = [file for file in files_of_modules(waiting, roots) if file.suffix == ".py"]
         if any(CHANGES_IMPORTS.search(file.read_bytes()) for file in sources):
             return []
         while waiting:
-            if (module := waiting.pop(0)) in seen:
-                continue
-            seen.add(module)
-            for file, root in _in_roots_with_root(module, roots):
+            for file, root in _in_roots_with_root(waiting.pop(0), roots):
+                if file in seen:
+                    continue
+                seen.add(file)
                 package = file.parent.relative_to(root).parts
                 for line, level, name in _certain_imports(file):
                     base = package[: len(package) + 1 - level] if level else ()
                     if level > len(package):
-                        said = "imports relative to a package that it is not in: the run fails"
+                        said = "has a relative import beyond its top-level package, which fails"
                         found[f"{shown_path(file)}:{line} {said}"] = None
                     elif not level and _is_missing(top := name.partition(".")[0]):
                         said = f"imports {top}, which is not installed here"

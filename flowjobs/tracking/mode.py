@@ -61,7 +61,7 @@ def has_login(server: str) -> bool:
     with suppress(OSError, ValueError, netrc.NetrcParseError):  # of bytes that are no text
         # Not authenticators(): it takes the file's default entry for any host.
         hosts = netrc.netrc(_netrc_file()).hosts
-        return any(hosts[each][2] for each in _names_of(server) if each in hosts)
+        return next((bool(hosts[each][2]) for each in _names_of(server) if each in hosts), False)
     return False
 
 

@@ -177,9 +177,8 @@ def _unreported_outcome(run: Run) -> Outcome | None:
     # told of a run without an attempt, which was cancelled before it began; nor, whatever the
     # WANDB_MODE of whoever asks, of one that was to be kept out.
     trained = any(attempt.first_step is not None for attempt in status.attempts)
-    kept_out = trained or not status.attempts or tracking.wandb_mode == "disabled"
-    untracked = record.read_session(run) is None and kept_out
-    if mode == "disabled" or untracked:
+    not_told = trained or not status.attempts or tracking.wandb_mode == "disabled"
+    if mode == "disabled" or (not_told and record.read_session(run) is None):
         return None
     known, now = record.read_uploaded(run).reported, record.state_to_report(run)
     is_known = known and (known.attempts, known.outcome) == (now.attempts, now.outcome)

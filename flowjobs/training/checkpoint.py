@@ -149,7 +149,7 @@ def checkpoint_payload(
     config: dict[str, Any],
     stats: dict[str, Tensor],
 ) -> Payload:
-    """What a checkpoint holds. The tensors are the live ones, copies only of slices."""
+    """What a checkpoint holds. The tensors are the live ones; a slice of a larger tensor is copied."""
     return {
         "format": FORMAT,
         "epoch": epoch,

@@ -41,8 +41,8 @@ def equal_to_the_bit(first: Any, second: Any) -> bool:
         case torch.Tensor():
             return (
                 isinstance(second, torch.Tensor)
-                and (first.dtype, first.shape) == (second.dtype, second.shape)
-                and first.layout == second.layout
+                and first.dtype == second.dtype
+                and (first.shape, first.layout) == (second.shape, second.layout)
                 # Not torch.equal: it takes 0.0 and -0.0 for the same.
                 and all(map(torch.equal, _bytes(first), _bytes(second)))
             )

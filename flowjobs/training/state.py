@@ -127,7 +127,7 @@ class TrainState:
             raise _not_taken_back(error) from error
 
     def payload(self) -> Payload:
-        """What a checkpoint holds; the tensors are the live ones, copies only of slices.
+        """What a checkpoint holds; the tensors are the live ones; a slice of a larger tensor is copied.
 
         Raises:
             CheckpointUnloadableError: The model does not take its own state.
@@ -338,15 +338,11 @@ class TrainState:
         self.extensions = [*payload.get("extensions", [])]
         if extension := extension_of(payload["config"], self._config, self.step):
             self.extensions.append(extension)
-            if (after := self.optimizer.param_groups[0]["lr"]) != before:
-                logger.info(
-                    "At step %d the learning rate goes from %.3g to %.3g, since the cosine now "
-                    "ends at epoch %d",
-                    self.step,
-                    before,
-                    after,
-                    self._config.epochs,
-                )
+            after = self.optimizer.param_groups[0]["lr"]
+            jump = f", the learning rate goes from {before:.3g} to {after:.3g}"
+            logger.info(
+                "The run is longer from here on: %s%s", extension, jump if after != before else ""
+            )
 
     def _note_types(self, payload: Payload, path: Path) -> None:
         """Warn of a checkpoint from before `check_before_save` looked at types, and let it be."""

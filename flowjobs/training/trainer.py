@@ -232,8 +232,10 @@ class Trainer:
         asked = RunConfig(self._config, tracking=tracking)
         if run.exists():
             found = run.config()
-            if tracking.wandb_mode == "auto":  # nothing here asks for another than the run has
-                tracking = replace(tracking, wandb_mode=found.tracking.wandb_mode)
+            # Nothing here asks for another mode, and what was kept out of W&B stays out.
+            if tracking.wandb_mode == "auto" and found.tracking.wandb_mode == "disabled":
+                tracking = replace(tracking, wandb_mode="disabled")
+                logger.info("%s stays out of W&B; WANDB_MODE=online brings it in", run.name)
             # A notebook does not change what the command line asked of the cluster.
             asked = replace(asked, slurm=found.slurm, tracking=tracking, restarts=found.restarts)
             if not run.started() and (job := job_to_come(run)):
@@ -531,9 +533,6 @@ class Trainer:
         logger.info(
             "Resumed from epoch %d, step %d (%s)", self.state.epochs_finished, self.state.step, path
         )
-        for extension in self.state.extensions:
-            if extension["step"] == self.state.step:
-                logger.info("The run is longer from here on: %s", extension)
         there = self._best_there(run)
         if payload is not given and there > self.state.best_loss:
             logger.warning(

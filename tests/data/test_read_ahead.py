@@ -21,7 +21,7 @@ from torch import Tensor
 from flowjobs.config import TrainingConfig
 from flowjobs.data import read_ahead
 from flowjobs.data.batches import Order
-from flowjobs.data.read_ahead import ReadAhead, in_time
+from flowjobs.data.read_ahead import ReadAhead, read_in_time
 from flowjobs.data.source import NormalSource
 from flowjobs.errors import DataError
 from flowjobs.field_values import KeyValues
@@ -168,7 +168,7 @@ def test_reads_that_come_share_one_thread_and_a_reader_reads_in_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def thread_of_read() -> int:
-        return in_time(threading.get_ident, "data")
+        return read_in_time(threading.get_ident, "data")
 
     threads = {thread_of_read() for _ in range(20)}
     assert len(threads) == 1
@@ -181,7 +181,7 @@ def test_reads_that_come_share_one_thread_and_a_reader_reads_in_its_own(
     if not (child := os.fork()):
         code = 1
         try:
-            code = in_time(lambda: 0, "data")
+            code = read_in_time(lambda: 0, "data")
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0

@@ -125,7 +125,7 @@ class Cached(Own):
 
 def test_a_buffer_that_is_kept_of_a_model_without_numbers_is_said_with_the_width() -> None:
     config = TrainingConfig(arch=f"{__name__}:Cached", params="50k")
-    with pytest.raises(ConfigError, match=r"Cached keeps table from .* --width \d+$") as said:
+    with pytest.raises(ConfigError, match=r"Cached takes table from .* --width \d+$") as said:
         build_model(config, 6)
     table.cache_clear()  # as in the process of the next start
     width = int(str(said.value).split()[-1])

@@ -34,6 +34,11 @@ def assert_history_is_exact(run: Run, backend: Backend | None) -> None:
     assert [row["_step"] for row in found.received] == [row["step"] for row in rows]
 
 
+def is_quiet(stderr: str) -> bool:
+    """Whether no more is said than that an upload takes a while, as on a busy machine."""
+    return all(line.startswith("uploading ") for line in stderr.splitlines())
+
+
 def without_picture(rows: list[attempts.Row]) -> list[attempts.Row]:
     """The rows as training recorded them; the last row of a finished run holds its picture too."""
     return [

@@ -30,6 +30,7 @@ CONFIG = TrainingConfig(
 )
 
 LOGIN = f"machine {DEFAULT_HOSTS[0]} login user password {KEY}\n"
+OF_BEFORE = f"machine {DEFAULT_HOSTS[1]} login user password {KEY}\n"
 OF_GIT = "machine github.com login user password token\n"
 
 
@@ -198,6 +199,7 @@ def test_a_login_in_the_netrc_file_counts(tmp_path: Path, monkeypatch: pytest.Mo
         ("", {"_netrc": LOGIN}, KEY),
         ("", {".netrc": OF_GIT, "_netrc": LOGIN}, None),
         ("", {".netrc": f"machine {DEFAULT_HOSTS[0]} login user\n"}, None),
+        ("", {".netrc": f"machine {DEFAULT_HOSTS[0]} login user\n{OF_BEFORE}"}, None),
     ],
 )
 def test_a_login_is_looked_up_in_the_file_that_wandb_reads(
