@@ -42,7 +42,7 @@ def prepare_run(
     *,
     own_code: bool = False,
 ) -> tuple[Run, RunConfig]:
-    """The run that a command means, and its config. Writes nothing but warnings.
+    """The run that a command means, and its config. Writes nothing; prints warnings.
 
     Args:
         defaults: For the user's names of models.

@@ -7,7 +7,7 @@ from pathlib import Path
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare import check_parts, warn_of_missing_imports, with_absolute_paths
 from flowjobs.config import SIZE_FIELDS, RunConfig, TrainingConfig
-from flowjobs.errors import ConfigError, RunNotFoundError
+from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.field_values import flag
 from flowjobs.formatting import counted
 from flowjobs.models.size import with_fixed_width
@@ -100,7 +100,7 @@ def _training_of(run: Run) -> TrainingConfig | None:
     """The config on disk; None where there is none, or it cannot be read, which `look_at` says."""
     try:
         return run.config().training if run.exists() else None
-    except (ConfigError, RunNotFoundError, OSError):
+    except (FlowjobsError, OSError):
         return None
 
 

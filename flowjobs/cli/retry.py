@@ -31,7 +31,7 @@ from flowjobs.errors import ConfigError
 from flowjobs.formatting import first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import check_shared
-from flowjobs.runs.run import Run, absolute
+from flowjobs.runs.run import absolute
 from flowjobs.runs.selection import sweep_names
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
@@ -78,19 +78,24 @@ class Retry(CodeOptions, CommandOptions):
         if cluster == "slurm":
             check_parallel(self.parallel, slots)
         runs, broken = readable_runs(self.study, self.names)
-        study = _study_of(runs) or absolute(self.study)
+        study, *others = sorted({run.study for run in runs} or {absolute(self.study)})
+        if others:  # runs that share an array, or a job, are known by name
+            found_in = " and ".join(map(str, [study, *others]))
+            raise ConfigError(
+                f"retry: found runs of {found_in}, expected those of one study at a time"
+            )
         with only_submitter(study, cluster == "slurm" and not self.dry_run):
             found = stages({run: run.config() for run in runs})
             members = [found[run] for run in runs]
             print_rows(cluster=f"{cluster} ({why})")
             asked = self._print_plan(members, changes, slots)
             starting = that_can_be_started(asked)
-            if starting:
-                print_resources(starting, self.parallel, slots)
-            else:
+            if not starting:
                 print("nothing to start")
-            if starting and self.parallel and cluster == "slurm":
-                print_parallel([], starting, self.parallel, slots)
+            else:
+                print_resources(starting, self.parallel, slots)
+                if self.parallel and cluster == "slurm":
+                    print_parallel([], starting, self.parallel, slots)
             # The exit code if nothing else goes wrong.
             code_at_best = EXIT_BAD_INPUT if broken or len(starting) < len(asked) else 0
             code = plan_code_of(starting, self.code_choice())
@@ -149,16 +154,3 @@ class Retry(CodeOptions, CommandOptions):
         """The array's name in the queue."""
         sweeps = [name for name in self.names if name in sweep_names(study)]
         return sweeps[0] if sweeps else "retry"
-
-
-def _study_of(runs: Sequence[Run]) -> Path | None:
-    """The study of the runs; None if there are none.
-
-    Raises:
-        ConfigError: They are of several: runs that share an array, or a job, are known by name.
-    """
-    studies = sorted({run.study for run in runs})
-    if len(studies) > 1:
-        found = " and ".join(map(str, studies))
-        raise ConfigError(f"retry: found runs of {found}, expected those of one study at a time")
-    return studies[0] if studies else None

@@ -28,7 +28,7 @@ from flowjobs.runs.selection import (
 )
 
 STATE = "state="
-# By which a run that was never made is not known to be meant or not.
+# Fields of which the file of a sweep does not say what a run that was never made would have.
 NOT_OF_TRAINING = {SWEEP} | {
     field.name
     for part, cls in PARTS.items()

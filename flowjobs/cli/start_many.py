@@ -124,11 +124,11 @@ def submit_many(
         print_notes(done.notes)
         for job_id, runs in done.jobs.items():
             print(f"{'submitted':10} job {job_id}, {counted(runs)}")
-    if done.left:
-        print(
-            f"the cluster does not take {counted(len(done.left))} more now ({done.why}): {again} "
-            "submits them when it does"
-        )
+        if done.left:
+            print(
+                f"the cluster does not take {counted(len(done.left))} more now ({done.why}): "
+                f"{again} submits them when it does"
+            )
     study = members[0].run.study
     for command in ("status", "wait", "cancel"):
         print_rows(**{command: hint(command, *words, study=study)})
@@ -201,7 +201,8 @@ def print_parallel(
     arrays, _ = arrays_left(members)
     parts = [*arrays.values(), *new_arrays(starting, parallel, slots)]
     n = at_a_time(parts, jobs_at_once(parts, parallel))
-    more = f", not {parallel}: Slurm runs at least one job of each of {len(parts)} arrays"
+    arrays_said = counted(len(parts), "array")
+    more = f", not {parallel}: at least one job of each array runs ({arrays_said})"
     print(f"{'':10} {n} at a time{more}" if n > parallel else f"{'':10} {parallel} at a time")
 
 

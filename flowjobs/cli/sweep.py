@@ -237,7 +237,8 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
             raise ConfigError("--cluster debug: a sweep is no one run; submit one of its runs")
-        if cluster == "slurm":
+        # A saved one from before this was an error is carried out; the plan says what comes of it.
+        if cluster == "slurm" and (self.parallel or self.runs_per_gpu):
             check_parallel(sweep.parallel, sweep.runs_per_gpu)
         names, where = [run.name for run in runs], cluster_flag(self, defaults)
         again = hint("sweep", name, *self.flags(), *where, study=study)
@@ -383,7 +384,7 @@ def _still_to_start(
 
 def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
     """What to know of the runs of a stage, to be read behind their number."""
-    from flowjobs.sweeps.plan import held_for
+    from flowjobs.sweeps.plan import held_for, lacks_best
 
     names = [member.run.name for member in members]
     match stage:
@@ -399,6 +400,14 @@ def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
             return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
         case "finished":
             early = [member.run.name for member in members if member.why]
-            words = "ran out of patience: to train more epochs they need more --patience too"
-            return f"\n{'':10} {len(early)} of them {words}: {first_of(early)}" if early else ""
+            gone = [member.run.name for member in members if lacks_best(member.run)]
+            words = {
+                "ran out of patience: to train more epochs they need more --patience too": early,
+                "have no best.pt any more: to train them again, remove them first": gone,
+            }
+            return "".join(
+                f"\n{'':10} {len(those)} of them {what}: {first_of(those)}"
+                for what, those in words.items()
+                if those
+            )
     return ""

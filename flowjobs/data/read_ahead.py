@@ -39,7 +39,7 @@ class _OfThread(threading.local):
 
 
 _of_thread = _OfThread()
-# Of each thread of `read_in_time` that reads nothing now, where it is asked. A forked process has none.
+# Where each idle thread of `read_in_time` is asked. A forked process has none.
 _idle: "list[queue.SimpleQueue[_Asked[Any] | None]]" = []
 os.register_at_fork(after_in_child=_idle.clear)
 

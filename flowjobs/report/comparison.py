@@ -331,8 +331,8 @@ def _marked(values: Mapping[Place, Mapping[Key, float]]) -> tuple[list[Place], s
         return within, ""
     names = [" ".join((*row, *column)) for row, column in (best, *apart)]
     note = (
-        f"not compared with {names[0]}, whose mean is the best, for want of two common seeds: "
-        f"{first_of(names[1:])}"
+        f"{first_of(names[1:])}: not compared with {names[0]} (the best mean), having fewer than "
+        "two seeds in common"
     )
     return within if len(apart) < len(differences) else [], note
 

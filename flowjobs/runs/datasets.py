@@ -1,6 +1,7 @@
 """Where a dataset is on disk and what it holds, without torch, so that `submit` can check it."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -213,8 +214,17 @@ def content_of_data(training: TrainingConfig, study: Path) -> dict[str, DataCont
 
 def _content(path: Path) -> DataContent | None:
     with contextlib.suppress(DataError):  # said where it is trained on
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            return _content_of(path, (found.st_ino, found.st_size, found.st_mtime_ns))
         return content_of_file(path)
     return None
+
+
+@functools.lru_cache(maxsize=16)
+def _content_of(path: Path, version: tuple[int, int, int]) -> DataContent | None:
+    """Read once for all runs of a sweep; `version` tells a file from what it was before."""
+    return content_of_file(path)
 
 
 def differences(

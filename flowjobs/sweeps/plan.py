@@ -1,7 +1,7 @@
 """Compare the runs of a sweep with disk and Slurm: which are done, alive, failed, to be started.
 
-Of a run that is finished two small files are read, best.pt is opened, and nothing else: a sweep of
-thousands that is repeated mostly looks at those. Slurm is asked about all of the others together.
+Of a run that is finished two small files are read and nothing else: a sweep of thousands that is
+repeated mostly looks at those. Slurm is asked about all of the others together.
 """
 
 import json
@@ -151,7 +151,7 @@ def _is_finished(run: Run, config: RunConfig) -> bool:
     found = _json(run.status_file) or {}
     keys = ("state", "epoch", "epochs", "patience")
     status = RunStatus(**{key: found[key] for key in keys if key in found})
-    return has_done(status, config.training) and not _lacks_best(run)
+    return has_done(status, config.training)
 
 
 def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
@@ -222,7 +222,7 @@ def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding |
 
 def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
     """A run of which no job waits or runs."""
-    if has_done(status, config.training) and not _lacks_best(run):
+    if has_done(status, config.training):
         return Member(run, config, "finished")
     stage = _stage_without_job(run, status)
     if stage == "unknown":
@@ -248,8 +248,11 @@ def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
 
 
 def shorter_than_asked(member: Member) -> str:
-    """What a run that is not started now keeps of its length, as options: "--epochs 200" where 400
-    are asked for; empty if nothing, or if that cannot be read."""
+    """What a run that is not started now keeps of its own length.
+
+    Returns:
+        Options: "--epochs 200" where 400 are asked for; empty if nothing, or that cannot be read.
+    """
     try:
         own, asked = vars(member.run.config().training), vars(member.config.training)
     except (FlowjobsError, OSError):
@@ -260,8 +263,10 @@ def shorter_than_asked(member: Member) -> str:
 
 
 def refusals(members: Iterable[Member]) -> dict[Run, str]:
-    """Why runs cannot be started with what is asked of them, as each alone would be refused: its
-    data have changed, say. Writes nothing."""
+    """Why runs cannot be started with what is asked of them: their data have changed, say.
+
+    Writes nothing.
+    """
     found = {}
     for member in members:
         try:
@@ -286,8 +291,8 @@ def _stage_without_job(run: Run, status: RunStatus) -> Stage:
     return "unknown"
 
 
-def _lacks_best(run: Run) -> bool:
-    """Whether the best.pt of a run is known to be gone, as after a purge of its disk."""
+def lacks_best(run: Run) -> bool:
+    """Whether the best.pt of a finished run is known to be gone, as after a purge of its disk."""
     try:
         # Not Path.exists: NFS remembers for a while that a file was not there.
         run.best.open("rb").close()

@@ -76,7 +76,7 @@ def _cause(kind: str, members: Sequence[Member]) -> Cause:
             return Cause(kind, members, options, f"--with {advice}")
         case _ if kind == CHECKPOINTS_GONE:
             advice = (
-                "restore last.pt (of a finished one best.pt) of each from a backup, or remove them "
+                "restore last.pt or best.pt of each (from a backup), or remove them "
                 f"({hint('rm', '...', study=members[0].run.study)}) and submit anew"
             )
             return Cause(kind, members, (CHECKPOINTS,), advice)

@@ -56,7 +56,7 @@ class Submitted:
 
 
 @dataclass(frozen=True)
-class Part:
+class ArrayLeft:
     """Runs of one array.
 
     Attributes:
@@ -68,46 +68,43 @@ class Part:
     slots: int = 1
 
 
-def jobs_at_once(parts: Sequence[Part], parallel: int) -> list[int]:
+def jobs_at_once(parts: Sequence[ArrayLeft], parallel: int) -> list[int]:
     """How many jobs of each array run at a time, so that so many runs do in all.
 
     Each array gets its part by the runs that it has left, and at least one job: Slurm has no less,
     and where the arrays are many, more runs than `parallel` are trained at a time.
     """
     total = sum(part.runs for part in parts)
-    jobs = [max(1, parallel * part.runs // total // part.slots) for part in parts]
+    jobs = [1] * len(parts)
 
-    def excess(number: int) -> float:
-        return jobs[number] * parts[number].slots - parallel * parts[number].runs / total
+    def lacks(number: int) -> float:
+        return parallel * parts[number].runs / total - jobs[number] * parts[number].slots
 
-    while at_a_time(parts, jobs) > parallel and (more := [i for i, n in enumerate(jobs) if n > 1]):
-        jobs[max(more, key=excess)] -= 1
-    # What is left over of the divisions.
-    while room := [
-        number
-        for number, part in enumerate(parts)
-        if part.slots <= parallel - at_a_time(parts, jobs)
-    ]:
-        jobs[min(room, key=excess)] += 1
+    def has_room(number: int) -> bool:
+        more = [n + (other == number) for other, n in enumerate(jobs)]
+        return at_a_time(parts, jobs) < at_a_time(parts, more) <= parallel
+
+    while room := [*filter(has_room, range(len(parts)))]:
+        jobs[max(room, key=lacks)] += 1
     return jobs
 
 
-def at_a_time(parts: Sequence[Part], jobs: Sequence[int]) -> int:
+def at_a_time(parts: Sequence[ArrayLeft], jobs: Sequence[int]) -> int:
     """How many runs are trained at a time if so many jobs of each array run."""
-    return sum(n * part.slots for n, part in zip(jobs, parts, strict=True))
+    return sum(min(n * part.slots, part.runs) for n, part in zip(jobs, parts, strict=True))
 
 
-def new_arrays(members: Sequence[Member], parallel: int | None, slots: int) -> list[Part]:
+def new_arrays(members: Sequence[Member], parallel: int | None, slots: int) -> list[ArrayLeft]:
     """The arrays that runs would be submitted as, where the cluster has room for all of them."""
     largest = _largest_array() if members else 1
     sets = [tasks_of(of_set, parallel, slots) for of_set in resource_sets(members)]
     return [part for tasks in sets for part in _parts(tasks, largest, slots)]
 
 
-def _parts(tasks: Sequence[Sequence[Member]], size: int, slots: int) -> list[Part]:
+def _parts(tasks: Sequence[Sequence[Member]], size: int, slots: int) -> list[ArrayLeft]:
     """Tasks as arrays of so many at most."""
     chunks = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-    return [Part(sum(map(len, chunk)), slots) for chunk in chunks]
+    return [ArrayLeft(sum(map(len, chunk)), slots) for chunk in chunks]
 
 
 def submit_arrays(
@@ -154,7 +151,7 @@ def submit_arrays(
             except SubmissionError as error:
                 why = str(error)
                 # What the cluster has taken of another set says nothing of this one's options.
-                full = taken or (done.jobs and SURELY_TOO_MANY.search(why))
+                full = taken or done.left or (done.jobs and SURELY_TOO_MANY.search(why))
                 if not (TOO_MANY.search(why) and (size > 1 or full)):
                     raise
                 done.why = why
@@ -250,7 +247,7 @@ def make_runs(members: Sequence[Member], code: Sequence[CodePlan]) -> list[str]:
 
 def arrays_left(
     members: Iterable[Member],
-) -> tuple[dict[str, Part], dict[str, FlowjobsError]]:
+) -> tuple[dict[str, ArrayLeft], dict[str, FlowjobsError]]:
     """The arrays that runs wait or run in, by id, and why it is unknown of some how many of their
     runs share a job; these count as if each run had its own."""
     left: Counter[str] = Counter()
@@ -268,7 +265,7 @@ def arrays_left(
                     slots[array_id] = Pack(member.run.study, newest.pack).slots
                 except FlowjobsError as error:
                     unknown[array_id] = error
-    parts = {job_id: Part(runs, slots.get(job_id, 1)) for job_id, runs in sorted(left.items())}
+    parts = {job_id: ArrayLeft(runs, slots.get(job_id, 1)) for job_id, runs in sorted(left.items())}
     return parts, unknown
 
 

@@ -127,7 +127,7 @@ class TrainState:
             raise _not_taken_back(error) from error
 
     def payload(self) -> Payload:
-        """What a checkpoint holds; the tensors are the live ones; a slice of a larger tensor is copied.
+        """What a checkpoint holds, with the live tensors; a slice of a larger one is copied.
 
         Raises:
             CheckpointUnloadableError: The model does not take its own state.

@@ -71,8 +71,6 @@ def test_what_there_is_of_ten_thousand_runs_is_decided_in_a_second(
             run.config_file, config_to_dict(RunConfig(TrainingConfig(seed=seed))), flush=False
         )
         status.write(run.status_file, flush=False)
-        run.checkpoints.mkdir(parents=True)
-        run.best.touch()
     (study / "sweeps").mkdir()
     (study / "sweeps/all.toml").write_text(f"[grid]\nseed = {[*range(count)]}\n")
     for _ in range(3):

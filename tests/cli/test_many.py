@@ -104,7 +104,7 @@ def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjob
     failed(study, "e-numpy", "exception", "_ArrayMemoryError (a.py, line 3): Unable to allocate")
     failed(study, "h-nan", "diverged", "train/loss is nan at step 10")
     without_checkpoints(study, "i-gone")
-    ended(study, "f-whole", Outcome("finished", 0)).best.touch()
+    ended(study, "f-whole", Outcome("finished", 0))
     ended(study, "g-ended", Outcome("cancelled", 130, "cancelled", kind="cancelled"))
     done = flowjobs("retry", "*", "--cluster", "local", "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -222,7 +222,7 @@ def test_retried_runs_are_an_array_with_more_memory_that_can_be_cancelled_and_wa
 
 
 def test_wait_ends_with_what_came_of_the_runs(study: Path, flowjobs: Command) -> None:
-    ended(study, "whole", Outcome("finished", 0)).best.touch()
+    ended(study, "whole", Outcome("finished", 0))
     failed(study, "killed", "killed")
     ended(study, "left", Outcome("preempted", 75, "interrupted by Ctrl-C", kind="preempted"))
     words = ("whole", "whole left", "*")

@@ -81,7 +81,7 @@ def test_wait_asks_for_what_was_never_made_of_a_sweep_only_where_it_is_meant(
     names = run_names_of(configs)
     save_sweep(study, "s", sweep, names)
     for name, config in zip(names[:2], configs[:2], strict=True):
-        made_run(study, [1.0] * 3, name=name, flow=config.flow, seed=config.seed).best.touch()
+        made_run(study, [1.0] * 3, name=name, flow=config.flow, seed=config.seed)
     assert wait.Wait(names=tuple(words.split()), study=study).run(Defaults()) == code
     said = capsys.readouterr().err
     assert said.startswith("error: of the sweep, not in the study: mlp-otcfm") if code else not said

@@ -235,8 +235,8 @@ def test_cells_without_two_common_seeds_are_not_compared_and_that_is_said(
             made_run(study, [1.0 + seed + number / 10], arch=f"{arch}=nets:{arch}", seed=seed)
     found = compared(study)
     assert marked(found) == expected
-    said = "not compared with a, whose mean is the best, for want of two common seeds: "
-    assert found.notes == ([f"{said}{not_compared}"] if not_compared else [])
+    said = "not compared with a (the best mean), having fewer than two seeds in common"
+    assert found.notes == ([f"{not_compared}: {said}"] if not_compared else [])
 
 
 def test_losses_of_different_flows_are_never_ranked_or_mixed(study: Path) -> None:

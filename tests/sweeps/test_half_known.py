@@ -18,7 +18,7 @@ from flowjobs.jobs.array import arrays_of, submitting
 from flowjobs.jobs.current_job import running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.sweeps.submit_arrays import Part, jobs_at_once
+from flowjobs.sweeps.submit_arrays import ArrayLeft, jobs_at_once
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -297,7 +297,7 @@ def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(
     done = flowjobs("sweep", "two.toml", "--parallel", "2")
     # Three runs with 1 GB and three with 2 GB, in arrays of two at most.
     assert re.findall(r"job \d+, (\d) run", done.stdout) == ["2", "1", "2", "1"], done.stderr
-    assert "4 at a time, not 2: Slurm runs at least one job of each of 4 arrays\n" in done.stdout
+    assert "4 at a time, not 2: at least one job of each array runs (4 arrays)\n" in done.stdout
     assert {slurm.job(task)["ArrayTaskThrottle"] for task in tasks(slurm)} == {"1"}
     asked = {Run(study, f"mlp-{flow}-digits-none-seed0") for flow in ("icfm", "otcfm")}
     memory = {
@@ -305,17 +305,14 @@ def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(
     }
     assert memory == {"1G", "2G"}
     # Of what has ended Slurm keeps no number, and says so with an exit code of 1.
-    slurm.run("scancel", tasks(slurm)[0])
+    slurm.run("scancel", min(tasks(slurm), key=lambda task: [*map(int, task.split("_"))]))
     done = flowjobs("sweep", "two", "--parallel", "8")
     assert done.returncode == 0, done.stderr
-    # Shared by the runs that are left: two arrays of two runs, one of which has one left.
-    assert sorted(re.findall(r"runs (\d) at a time from now on", done.stdout)) == list("1223")
+    # Shared by the runs that are left: one array has two, the others one each.
+    assert sorted(re.findall(r"runs (\d) at a time from now on", done.stdout)) == list("1112")
     assert " 8 at a time\n" in done.stdout
-    assert Counter(slurm.job(task)["ArrayTaskThrottle"] for task in tasks(slurm)) == {
-        "3": 2,
-        "2": 2,
-        "1": 1,
-    }
+    throttles = Counter(slurm.job(task)["ArrayTaskThrottle"] for task in tasks(slurm))
+    assert throttles == {"2": 2, "1": 3}
     shared = flowjobs("sweep", "two", "--parallel", "3", "--runs-per-gpu", "4")
     assert (shared.returncode, "expected at least 4, or fewer" in shared.stderr) == (2, True)
 
@@ -323,16 +320,17 @@ def test_a_sweep_is_split_by_what_its_runs_ask_for_and_its_parallel_changes(
 @pytest.mark.parametrize(
     ("parts", "parallel", "jobs"),
     [
-        ([Part(14), Part(13)], 4, [2, 2]),  # all of it is handed out
-        ([Part(30), Part(1), Part(1)], 4, [2, 1, 1]),  # one of each, and no more in all
-        ([Part(2), Part(1), Part(2), Part(1)], 2, [1, 1, 1, 1]),
-        ([Part(20, slots=4), Part(20, slots=4)], 10, [1, 1]),  # no third job has room
-        ([Part(20, slots=4), Part(5)], 10, [2, 2]),
+        ([ArrayLeft(14), ArrayLeft(13)], 4, [2, 2]),  # all of it is handed out
+        ([ArrayLeft(30), ArrayLeft(1), ArrayLeft(1)], 4, [2, 1, 1]),  # one of each, no more in all
+        ([ArrayLeft(2), ArrayLeft(1), ArrayLeft(2), ArrayLeft(1)], 2, [1, 1, 1, 1]),
+        ([ArrayLeft(20, slots=4), ArrayLeft(20, slots=4)], 10, [1, 1]),  # no third job has room
+        ([ArrayLeft(20, slots=4), ArrayLeft(5)], 10, [2, 2]),
+        ([ArrayLeft(1, slots=4), ArrayLeft(40)], 4, [1, 3]),  # of four slots one has a run
         ([], 3, []),
     ],
 )
 def test_arrays_share_what_is_to_run_at_a_time(
-    parts: list[Part], parallel: int, jobs: list[int]
+    parts: list[ArrayLeft], parallel: int, jobs: list[int]
 ) -> None:
     assert jobs_at_once(parts, parallel) == jobs
 
