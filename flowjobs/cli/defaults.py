@@ -196,7 +196,7 @@ def _read_variables(environment: Mapping[str, str], defaults: Defaults) -> None:
             # Read once, here: an attempt that found another value would write to another W&B run.
             defaults.values[name], defaults.sources[name] = value, variable
     if mode := mode_of_variable(environment):
-        # As it is known in no cron: `reconcile` there is to keep out of W&B what was kept out here.
+        # Noted with the run: a `reconcile` by cron does not have the variable.
         defaults.values["wandb_mode"], defaults.sources["wandb_mode"] = mode, "WANDB_MODE"
     for name, (variable, found) in fields_from(environment).items():
         if found is None:

@@ -12,7 +12,7 @@ import tyro
 
 from flowjobs import __version__
 from flowjobs.cli.commands import COMMANDS, command_of
-from flowjobs.cli.defaults import CommandOptions, Defaults, WithDefaults, load_defaults
+from flowjobs.cli.defaults import CommandOptions, Defaults, InStudy, WithDefaults, load_defaults
 from flowjobs.cli.output import Output, lasting_outputs
 from flowjobs.cli.parser import ParserExit, read_command_line
 from flowjobs.errors import ConfigError, FlowjobsError, UserCodeExitError
@@ -122,16 +122,16 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _needs_no_file(arguments: Sequence[str]) -> bool:
-    """Whether a command does its work where a flowjobs.toml cannot be used: it only looks, or would
-    take nothing but the study from it, and is given that. So do the last lines of a batch script: a
-    restart does not depend on what somebody is just writing there."""
+    """Whether a command works without a flowjobs.toml that has a mistake: it only looks, or would
+    take nothing but the study from it, and has that. `reconcile` in the last lines of a batch
+    script is one: somebody may be editing the file at that moment."""
     name = arguments[0] if arguments else ""
     if name in LOOKING:
         return True
-    if name not in COMMANDS or issubclass(command_of(name), CommandOptions | WithDefaults):
+    if name not in COMMANDS or issubclass(cls := command_of(name), CommandOptions | WithDefaults):
         return False
     study_given = any(word.partition("=")[0] == "--study" for word in arguments)
-    return study_given or bool(os.environ.get("FLOWJOBS_STUDY"))
+    return not issubclass(cls, InStudy) or study_given or bool(os.environ.get("FLOWJOBS_STUDY"))
 
 
 def _warn_of_file(error: str) -> None:

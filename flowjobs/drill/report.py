@@ -80,14 +80,14 @@ class Report:
         return not broken and all(not row.problem for row in self.rows)
 
 
-def make_report(facts: ClusterFacts, drills: Sequence[Drilled], undisturbed: Run) -> Report:
+def make_report(facts: ClusterFacts, drills: Sequence[Drilled], undisturbed: Drilled) -> Report:
     """Compare each run with the undisturbed one, and judge. Loads torch."""
     found = shortfalls(facts)
-    status = undisturbed.status()
+    status = undisturbed.run.status()
     if status.state != "finished":
-        reason = f"the undisturbed run {status.state}: {status.reason}"
-        found.append(Shortfall(f"{reason}; see {undisturbed.logs}", breaks=True))
-    rows = [_row(drilled, undisturbed) for drilled in drills]
+        reason = f"the undisturbed run {status.state}: {undisturbed.problem or status.reason}"
+        found.append(Shortfall(f"{reason}; see {undisturbed.run.logs}", breaks=True))
+    rows = [_row(drilled, undisturbed.run) for drilled in drills]
     hosts = {host for row in rows for host in row.hosts} | set(_hosts(status))
     return Report(facts, rows, [*found, *_shortfalls_of_rows(rows, facts, hosts)])
 

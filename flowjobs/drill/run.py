@@ -57,8 +57,8 @@ class Queued:
     stuck_since: float = math.inf
 
     def look(self, live: Sequence[JobRow]) -> None:
-        """Take in which jobs of the run wait or run."""
-        waiting = [row for row in live if row.state == "PENDING"]
+        """Look at the jobs of a run that wait or run."""
+        waiting = [row for row in live if row.waits]
         # When it would start Slurm estimates anew again and again, which is no news.
         self.waits = why_it_waits(replace(waiting[-1], starts=None)) if waiting else None
         stuck = self.waits is not None and self.waits.stuck
@@ -139,7 +139,7 @@ def drill(
         raise
     say("comparing", "comparing")
     undisturbed, *others = drilling.watched
-    return make_report(replace(facts, node=node), others, undisturbed.run)
+    return make_report(replace(facts, node=node), others, undisturbed)
 
 
 class _Drill:
@@ -302,8 +302,10 @@ class _Drill:
                 start_soon(row.job_id)
 
     def _check_that_jobs_can_start(self) -> None:
-        """Raise a SubmissionError if one that has never run has waited too long for what never
-        comes: all of them ask for the same."""
+        """Raise a SubmissionError if one that has never run waits too long for what never comes.
+
+        They all ask for the same, but for the time limit of one.
+        """
         queued = [each.queued for each in self.watched if not each.run.status().attempts]
         for each in (self._probe_queued, *queued):
             if each.waits and each.never_starts:

@@ -203,8 +203,9 @@ def _beside_newer_job(
     waits = why_it_waits(row) if row.waits else Waiting(f"for job {row.job_id} to resume it")
     if isinstance(finding, DeadJob):
         return replace(finding, newer=waits)  # `reconcile` has still to note it
-    # Nothing is said of one that trains, of one that accounting will know soon, and of one that
-    # leaves: for hours, where its node hangs.
+    # There is no finding (None) while the older one trains, which is then what counts. Nor is there
+    # one until accounting knows how it ended, nor while it is COMPLETING: for hours, where its
+    # node hangs. Then the newer one is what counts.
     ends = isinstance(answer, Known) and (
         answer.over
         or (answer.newest.state == "COMPLETING" and not answer.restarted_since(job.restart_count))

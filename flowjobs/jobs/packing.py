@@ -139,7 +139,7 @@ class _Slots:
         self._waiting: deque[Run] = deque()
         self._running: dict[Run, _Process] = {}
         self._fruitless: Counter[Run] = Counter()
-        self._memory_kills = memory_kills()  # those that are told of, or were there before
+        self._memory_kills = memory_kills()  # ascribed to a run, or older than the job
         self._looked_at = 0.0
         self._starts_from = 0.0
         self._variables: Mapping[str, str] = {}
@@ -271,8 +271,13 @@ class _Slots:
             with log.open("a") as file:
                 file.write(line)
             process.out_of_memory = True
-            # One is this run's: of others that the kernel has killed at once the turn comes yet.
+            # One is this run's: the kernel may have killed others at once, which come next.
             self._memory_kills += 1
+        # A kill beyond theirs was of something else: the next run that is killed is no part of it.
+        others = [each for each in self._running.values() if not each.out_of_memory]
+        killed_codes = (-signal.SIGKILL, 128 + signal.SIGKILL)
+        dead = sum(each.popen.poll() in killed_codes for each in others if each is not process)
+        self._memory_kills = max(self._memory_kills, memory_kills() - dead)
         job = replace(self._job, pid=process.popen.pid, log=str(log), packed=True)
         if outcome := record_end_of_slot(run, job, exit_code):
             logger.error("%s: %s: %s", run.name, outcome.state, outcome.reason)

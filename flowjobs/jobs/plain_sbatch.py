@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from flowjobs.errors import SubmissionError
+from flowjobs.errors import SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.deferred_signals import signals_deferred_until_noted
 from flowjobs.jobs.origin import Origin, origin_of
 from flowjobs.runs.files import FILES_AT_ONCE
@@ -136,9 +136,9 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
         nodes = f"{before[-1].partition('=')[2]},{exclude}" if before else exclude
         command.insert(1, f"--exclude={nodes}")
         command = [option for option in command if option not in before]
-    command = _with_what_was_typed(command, entry)
     # The new job must know what it is, also where jobs get no environment by default.
-    command.insert(1, "--export=ALL")
+    as_it_ran = [command[0], "--export=ALL", *command[1:]]
+    command = _with_what_was_typed(as_it_ran, entry)
     old = entry.job_id
     origin = origin_of(run, old)
     environment = environment_for_sbatch(origin.environment_here(), run.asked())
@@ -146,7 +146,15 @@ def resubmit(run: Submittable, entry: Submission, exclude: str | None) -> str:
     taken: AcceptedJob | None = None
     with signals_deferred_until_noted("slurm"), cancelled_unless_noted(lambda: taken):
         with origin.umask_and_limits():
-            taken = sbatch(command, environment | {CONTINUES: old, "PYTHON": origin.python})
+            environment |= {CONTINUES: old, "PYTHON": origin.python}
+            try:
+                taken = sbatch(command, environment)
+            except SubmissionUnknownError:
+                raise
+            except SubmissionError:  # one of several partitions may allow less than this one
+                if sorted(command) == sorted(as_it_ran):
+                    raise
+                taken = sbatch(as_it_ran, environment)
         new = taken.job_id
         if any(option.startswith("--array=") for option in command):
             new = f"{new}_{old.partition('_')[2]}"
@@ -160,17 +168,28 @@ def _with_what_was_typed(command: Sequence[str], entry: Submission) -> list[str]
     """The command with what Slurm's record of a job that runs lacks (see TYPED), and of several
     partitions those that the job does not run in."""
     typed = _typed_options(entry)
+    words = enumerate(command[1:], 1)
+    end = next((n for n, word in words if not word.startswith("-")), len(command))
+    lists = re.findall(r"(?<=\s)(?:--partition[= ]|-p ?)(\S+)", _in_script(command[end:]) + typed)
     options = [
         f"{option}={found[-1]}"
         for option, pattern in TYPED.items()
         if (found := re.findall(rf"(?<=\s){pattern}", typed))
     ]
-    lists = re.findall(r"(?<=\s)(?:--partition[= ]|-p ?)(\S+)", typed)
-    for option in command[1:]:
+    for option in command[1:end]:
         name, _, value = option.partition("=")
         listed = name == "--partition" and lists and value in lists[-1].split(",")
         options.append(f"{name}={lists[-1]}" if listed else option)
-    return [command[0], *options]
+    return [command[0], *options, *command[end:]]
+
+
+def _in_script(script: Sequence[str]) -> str:
+    """The options that a batch script, the first of the words, asks for; empty if it is gone."""
+    try:
+        lines = Path(script[0]).read_text(errors="replace").splitlines() if script else []
+    except OSError:
+        return ""
+    return " ".join(line[7:] for line in lines if line.startswith("#SBATCH")) + " "
 
 
 def _typed_options(entry: Submission) -> str:

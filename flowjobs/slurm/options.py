@@ -48,14 +48,14 @@ def minutes(time_limit: str) -> int:
     Raises:
         ValueError: It is of none of those forms, or no limit at all ("UNLIMITED", "0").
     """
-    total = -(-seconds(time_limit) // 60)
+    total = -(-_seconds(time_limit) // 60)
     if total == 0:
         raise ValueError(time_limit)
     return total
 
 
-def seconds(time_limit: str) -> int:
-    """The same in seconds; so Slurm writes a time that has passed, too ("1-02:03:04").
+def _seconds(time_limit: str) -> int:
+    """The same in seconds.
 
     Raises:
         ValueError: It is of none of those forms.

@@ -112,7 +112,9 @@ def test_a_bad_file_stops_nothing_that_would_take_the_study_from_it_alone(
     parse(["cancel", "a", "--study=there"])
     monkeypatch.setenv("FLOWJOBS_STUDY", "there")
     parse(["wait", "a"])
-    assert capsys.readouterr().err.count("warning: ") == 3
+    monkeypatch.delenv("FLOWJOBS_STUDY")
+    parse(["completion", "bash"])
+    assert capsys.readouterr().err.count("warning: ") == 4
     # As a batch script does, whose log it would be in.
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("FLOWJOBS_JOB", "7")

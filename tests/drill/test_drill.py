@@ -26,9 +26,11 @@ from flowjobs.config import (
 )
 from flowjobs.drill.facts import ClusterFacts, shortfalls
 from flowjobs.drill.probe import NodeAnswer
+from flowjobs.drill.run import Queued
 from flowjobs.drill.run import drill as drill_runs
 from flowjobs.errors import SubmissionUnknownError
 from flowjobs.field_values import KeyValues
+from flowjobs.slurm.controller import JobRow
 from flowjobs.training.same_bits import equal_to_the_bit
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
@@ -189,6 +191,16 @@ def test_what_ends_it_leaves_no_jobs_behind(
     assert slurm.run("squeue", "-h") == ""
 
 
+def test_a_job_that_is_held_as_it_was_requeued_waits_for_what_never_comes() -> None:
+    row = JobRow("7", "SPECIAL_EXIT", 0, "", "", 0.0, reason="job requeued in held state")
+    queued = Queued()
+    queued.look([row])
+    assert queued.waits is not None
+    assert queued.waits.stuck
+    queued.look([replace(row, state="RUNNING", reason="None")])
+    assert (queued.waits, queued.never_starts) == (None, False)
+
+
 def test_jobs_that_can_never_start_end_it_and_if_not_known_to_be_cancelled_keep_their_folder(
     slurm: SlurmCluster,
     study: Path,
@@ -204,7 +216,8 @@ def test_jobs_that_can_never_start_end_it_and_if_not_known_to_be_cancelled_keep_
 
     def say(state: str, words: str) -> None:
         shown.append(words)
-        monkeypatch.setattr("flowjobs.drill.run.STUCK_S", 0.0)  # its user has had time to read it
+        if words.startswith("undisturbed waits held") and "a node waits held" in words:
+            monkeypatch.setattr("flowjobs.drill.run.STUCK_S", 0.0)  # its user has read it
 
     study.mkdir()
     with pytest.raises(SubmissionUnknownError, match="not known to have") as said:

@@ -285,11 +285,10 @@ def test_each_run_that_the_kernel_kills_for_memory_at_once_is_told_from_one_that
     # The first one's end is written down at the second try: it is one of them all the same.
     first = runs[0]
     first.cancel_file.symlink_to(first.cancel_file)
-    slots._running[first] = packing._Process(dead[first])
+    slots._running |= {run: packing._Process(dead[run]) for run in runs}
     slots._note_ended(again=True)
     assert [*slots._running] == [first]
     first.cancel_file.unlink()
-    slots._running |= {run: packing._Process(dead[run]) for run in runs[1:]}
     slots._note_ended(again=False)
     kinds = ["out of memory", "out of memory", "killed"]
     assert [attempts_of(run) for run in runs] == [[("failed", kind)] for kind in kinds]

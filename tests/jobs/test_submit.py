@@ -101,9 +101,9 @@ def test_a_job_by_hand_that_is_submitted_again_is_noted_before_ctrl_c_counts(
             (
                 *("--no-requeue", "--exclusive", "--nice=5", "--mail-type=END,FAIL", "--tmp=1"),
                 *("--mail-user=a@b", "--switches=1@5", "--time-min=5", "--signal=USR2@300"),
-                *("--partition=preempt,gpu", "--threads-per-core=1"),
+                "--hint=nomultithread",
             ),
-            "--requeue --signal=USR2@90",
+            "--requeue --signal=USR2@90 --partition=preempt,gpu",
         ),
         (
             (
@@ -143,7 +143,8 @@ def test_a_job_by_hand_that_is_submitted_again_keeps_its_options(
     after = slurm.job(plain_sbatch.resubmit(run, run.submissions()[0], None))
     assert [(entry.log, entry.job_log) for entry in run.submissions()] == [(log, output)] * 2
     commands = Path("commands").read_text().splitlines()
-    assert [line.count("--signal=USR2@300") for line in commands] in ([0, 0], [1, 1])
+    for typed in ("--signal=USR2@300", "--hint=nomultithread"):
+        assert [line.count(typed) for line in commands] == [typed in options] * 2
     own = ("JobId", "SubmitTime", "LastSchedEval", "Command", "Comment", "NumNodes")
     assert {**after, **dict.fromkeys(own)} == {**before, **dict.fromkeys(own)}
 
