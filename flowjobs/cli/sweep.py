@@ -401,13 +401,13 @@ def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
         case "finished":
             early = [member.run.name for member in members if member.why]
             gone = [member.run.name for member in members if lacks_best(member.run)]
-            words = {
+            notes = {
                 "ran out of patience: to train more epochs they need more --patience too": early,
                 "have no best.pt any more: to train them again, remove them first": gone,
             }
             return "".join(
                 f"\n{'':10} {len(those)} of them {what}: {first_of(those)}"
-                for what, those in words.items()
+                for what, those in notes.items()
                 if those
             )
     return ""
