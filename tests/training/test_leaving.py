@@ -110,8 +110,12 @@ class Normed(nn.Module):
 
 
 def free_port() -> str:
-    """Of those that the kernel hands to nobody: it stays free while the ranks load torch."""
-    for port in random.sample(range(17000, 18000), 1000):
+    """Of those that the kernel hands to nobody: it stays free while the ranks load torch.
+
+    Each worker of the tests has ports of its own, for two may come to look at once.
+    """
+    first = 17000 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    for port in random.SystemRandom().sample(range(first, first + 100), 100):
         with socket.socket() as listening, contextlib.suppress(OSError):
             listening.bind(("127.0.0.1", port))
             return str(port)
