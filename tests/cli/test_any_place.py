@@ -45,10 +45,13 @@ COMMANDS: dict[str, Sequence[str]] = {
     "rm": ["rm", "a", "--yes"],
     "drill": ["drill", "--cluster", "local", "--steps", "0"],
 }
-# Each command in a process of its own, forked from one that has loaded torch.
+# Each command in a process of its own, forked from one that has loaded what they load.
 RUNNER = """
-import json, os, sys
-import flowjobs.training.run_training
+import importlib, json, os, pkgutil, sys
+import flowjobs
+for module in pkgutil.walk_packages(flowjobs.__path__, "flowjobs."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
 from flowjobs.cli import main
 codes = {}
 for name, words in json.loads(sys.argv[1]).items():
