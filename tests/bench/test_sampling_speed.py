@@ -53,5 +53,4 @@ def test_sampling_is_as_fast_as_a_loop_by_hand() -> None:
         {"loop by hand": lambda: midpoint_loop(model, n, 50)},
         rounds=25,
     )
-    # Some twenty small operations a step are torchdiffeq's price, which so small a network feels.
-    assert ratios["loop by hand"] >= 0.94
+    assert ratios["loop by hand"] >= 0.97
