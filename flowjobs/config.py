@@ -64,6 +64,7 @@ NOT_IN_SIGNATURE = frozenset(
         "group",
         "data_placement",
         "num_workers",
+        "cuda_graph",
         "checkpoint_every_s",
         "evaluate",
     }
@@ -219,6 +220,10 @@ class TrainingConfig:
 
     compile: bool = False
     """Compile the model with torch.compile."""
+
+    cuda_graph: bool = True
+    """On a GPU, replay each step as one CUDA graph where the model allows it; the bits are the
+    same."""
 
     data_placement: DataPlacement = "auto"
     """device: keep the data there; loader: read each step's rows from the file; auto: on the device

@@ -68,7 +68,9 @@ class Order:
         epoch, position = divmod(step, self.steps_per_epoch)
         # Made anew from the seed, never carried over: a restart at any step gets the same order.
         if epoch != self._permutation[0]:
-            order = epoch_order(self._n, self._seed, epoch).to(self._device)
+            order = epoch_order(self._n, self._seed, epoch)
+            if self._device.type == "cuda":  # from other memory the copy waits for the steps before
+                order = order.pin_memory().to(self._device, non_blocking=True)
             self._permutation = (epoch, order)
         start = position * self.batch_size + self._offset
         return self._permutation[1][start : start + self._share]

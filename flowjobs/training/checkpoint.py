@@ -279,9 +279,10 @@ def _why_not_written(path: Path, payload: Payload, error: OSError) -> str:
     return f"{text}; a checkpoint that was there before still is"
 
 
-def bytes_of(payload: Payload) -> int:
-    """How much the tensors of a payload take."""
-    return sum(_bytes_of(leaf) for _, leaf in _leaves(payload) if isinstance(leaf, Tensor))
+def bytes_of(payload: Payload, *, on_gpu: bool = False) -> int:
+    """How much the tensors of a payload take, or those of them that are on a GPU."""
+    tensors = (leaf for _, leaf in _leaves(payload) if isinstance(leaf, Tensor))
+    return sum(_bytes_of(of) for of in tensors if of.is_cuda or not on_gpu)
 
 
 def _bytes_of(tensor: Tensor) -> int:

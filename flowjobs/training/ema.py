@@ -57,15 +57,33 @@ class EMAModel:
             if name in saved and buffer.is_floating_point() and buffer.layout is torch.strided:
                 yield buffer
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Average in the weights of `model` after one optimizer step; buffers are copied."""
+        self.average(model, self.share_of_next)
+        self.updates += 1
+
+    @property
+    def share_of_next(self) -> float:
+        """The share of the next step's weights in the average: 1 - decay."""
+        return 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+    @torch.no_grad()
+    def average(self, model: nn.Module, share: float | Tensor) -> None:
+        """What `update` does, but count.
+
+        Args:
+            model: Whose weights are averaged in.
+            share: Theirs; on a GPU a tensor of shape (), so that a CUDA graph reads it anew.
+        """
         if model is not self._bound_to:
             self._bind(model)
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
         # One fused kernel over all weights; a loop over them takes several times longer.
-        torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
+        if isinstance(share, float):
+            torch._foreach_lerp_(self._averaged, self._weights, share)
+        else:  # lerp takes no share that is a tensor
+            distances = torch._foreach_sub(self._weights, self._averaged)
+            torch._foreach_mul_(distances, share)
+            torch._foreach_add_(self._averaged, distances)
         if self._copied:
             self.copy_buffers()
         if self._unaveraged:

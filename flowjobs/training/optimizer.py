@@ -23,6 +23,22 @@ class LightAdamW(AdamW):
     step = torch.no_grad()(inspect.unwrap(AdamW.step))
 
 
+def step_at(optimizer: Optimizer, rate: Tensor) -> None:
+    """One step at a learning rate that is read on the GPU, so that a CUDA graph reads it anew.
+
+    Args:
+        optimizer: With one group of weights, which keeps the number that it has.
+        rate: float32 of shape (), on the GPU.
+    """
+    (group,) = optimizer.param_groups
+    number = group["lr"]
+    group["lr"], group["capturable"] = rate, torch.cuda.is_current_stream_capturing()
+    try:
+        optimizer.step()
+    finally:
+        group["lr"], group["capturable"] = number, False
+
+
 def names_of_weights(optimizer: Optimizer, model: nn.Module) -> list[str] | None:
     """The names of an optimizer's weights, in the order in which its state numbers them.
 

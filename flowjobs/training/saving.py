@@ -11,6 +11,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from flowjobs.training.checkpoint import Payload, bytes_of, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
+
 # Saving may take this share of the training's time, so the interval follows what a save costs.
 COST_SHARE = 0.01
 # What a save is taken to cost before there was one: the first comes after ten seconds.
@@ -34,6 +38,8 @@ LONGEST_INTERVAL_S = 300.0
 SAY_AFTER_S = 60.0
 WAIT_S = 600.0
 SLOWEST_BYTES_PER_S = 10e6
+# Of a GPU's memory, what a copy of the state may take: there are two or three of them.
+GPU_SHARE = 0.02
 # How long an error waits for it, before it is told.
 WAIT_AFTER_ERROR_S = 60.0
 
@@ -76,11 +82,12 @@ class CheckpointSaver:
         self._check = check
         self._saved = saved
         self.taken_over: RunTakenOverError | None = None
-        self._pending_best: Payload | None = None
-        self._best_in_write: Payload | None = None
-        self._spare: Payload | None = None
+        self._pending_best: Snapshot | None = None
+        self._best_in_write: Snapshot | None = None
+        self._spare: Snapshot | None = None
         # One at a time: files are written in the order in which they were asked for.
         self._write: Future[float] | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._size = 0
         self._say_after_s = SAY_AFTER_S
         self._stall_s = 0.0
@@ -92,7 +99,7 @@ class CheckpointSaver:
     def keep_best(self, payload: Payload) -> None:
         """Take a copy of the state; the next save writes it to best.pt."""
         started = time.monotonic()
-        self._pending_best = snapshot(payload, reuse=self._pending_best or self._spare)
+        self._pending_best = Snapshot.of(payload, reuse=self._pending_best or self._spare)
         self._spare = None
         self._note_stall(started)
 
@@ -118,12 +125,12 @@ class CheckpointSaver:
         self._collect()
         started = time.monotonic()
         # A copy: the next step changes the tensors while the thread writes.
-        state = snapshot(payload)
+        state = Snapshot.of(payload).payload
         self._best_in_write, self._pending_best = self._pending_best, None
         self._note_stall(started)
         self._saved_at = time.monotonic()
         self._say_after_s = SAY_AFTER_S
-        self._begin_write(self._best_in_write, state)
+        self._begin_write(_payload_of(self._best_in_write), state)
 
     def save_and_wait(
         self, payload: Payload, prove: Callable[[Payload, Path], None] | None = None
@@ -144,10 +151,10 @@ class CheckpointSaver:
             raise self.taken_over
         # No copy: nothing trains while this waits.
         if prove is None:
-            self._begin_write(self._pending_best, payload)
+            self._begin_write(_payload_of(self._pending_best), payload)
             self._result()
         else:  # it builds a model, which may depend on what holds for this thread
-            self._write_both(self._pending_best, payload, prove)
+            self._write_both(_payload_of(self._pending_best), _on_cpu(payload), prove)
         self._pending_best = None
         self._saved(time.monotonic() - started)
 
@@ -175,15 +182,25 @@ class CheckpointSaver:
         self._size = bytes_of(state) + (bytes_of(best) if best else 0)
         write: Future[float] = Future()
         self._write = write
+        on_gpu = bytes_of(state, on_gpu=True) > 0
+        there = self._beside_the_steps() if on_gpu else nullcontext()
 
         def work() -> None:
             try:
-                write.set_result(self._write_both(best, state))
+                with there:
+                    copied = (best and _on_cpu(best), _on_cpu(state)) if on_gpu else (best, state)
+                    write.set_result(self._write_both(*copied))
             except BaseException as error:  # whoever waits for the result raises it
                 write.set_exception(error)
 
         # A daemon: one that hangs in a dead file system must not keep the process from its end.
         threading.Thread(target=work, name="checkpoint", daemon=True).start()
+
+    def _beside_the_steps(self) -> AbstractContextManager[object]:
+        """Where copies from the GPU do not wait for the steps that are launched by then."""
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream())  # for the copies there
+        return torch.cuda.stream(self._stream)
 
     def _result(self, wait_s: float | None = None) -> float:
         """What the write under way gives, or raises: a CheckpointWriteError if it hangs."""
@@ -264,43 +281,107 @@ class CheckpointSaver:
         self._warned_of = kind
 
 
-def snapshot(payload: Payload, reuse: Payload | None = None) -> Payload:
-    """A deep copy of a payload with every tensor copied to the CPU.
+def _payload_of(snapshot: "Snapshot | None") -> Payload | None:
+    return snapshot.payload if snapshot else None
 
-    Args:
-        payload: Nested dicts and lists of tensors and plain values.
-        reuse: An older copy whose memory may be written over; new memory takes twice as long.
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A deep copy of a payload.
+
+    Attributes:
+        payload: The copy. Tensors on a GPU are copied there where they take little of it, between
+            two steps, and to the CPU beside them; others to the CPU at once.
+        on_gpu: Whether that is so.
+        parts: The dicts that it is a copy of.
     """
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
 
-    def visit(value: Any, old: Any) -> Any:
+    payload: Payload
+    on_gpu: bool
+    parts: "dict[int, _Part]"
+
+    @classmethod
+    def of(cls, payload: Payload, reuse: "Snapshot | None" = None) -> "Snapshot":
+        """A copy of a payload.
+
+        Args:
+            payload: Nested dicts and lists of tensors and plain values. A dict that is the very one
+                of the copy before must hold the same as it did, and is not looked through again.
+            reuse: That copy, whose memory may be written over; new memory takes twice as long.
+        """
+        on_gpu = reuse.on_gpu if reuse else _fits_on_gpu(payload)
+        copying = _Copying(on_gpu, reuse.parts if reuse else {})
+        copied = copying.copy_of(payload, reuse and reuse.payload)
+        torch._foreach_copy_(copying.targets, copying.sources)
+        return cls(copied, on_gpu, copying.parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    source: dict[Any, Any]
+    copied: dict[Any, Any]
+    targets: list[Tensor]
+    sources: list[Tensor]
+
+
+class _Copying:
+    """Makes the memory for a copy: `targets`, of `sources`."""
+
+    def __init__(self, on_gpu: bool, parts: dict[int, _Part]) -> None:
+        self._on_gpu = on_gpu
+        self._parts_before = parts
+        self.parts: dict[int, _Part] = {}
+        self.targets: list[Tensor] = []
+        self.sources: list[Tensor] = []
+
+    def copy_of(self, value: Any, old: Any) -> Any:
+        """The copy of a part of a payload, in the memory of an old one where that fits."""
         match value:
             case Tensor(layout=layout) if layout is not torch.strided:
                 return value.detach().to("cpu", copy=True)  # sparse: it may be of another size
             case Tensor():
-                alike = isinstance(old, Tensor) and (old.shape, old.dtype, old.layout) == (
-                    value.shape,
-                    value.dtype,
-                    value.layout,
+                device = value.device if self._on_gpu else CPU
+                alike = isinstance(old, Tensor) and (
+                    (old.shape, old.dtype, old.layout, old.device)
+                    == (value.shape, value.dtype, value.layout, device)
                 )
-                target = old if alike else torch.empty_like(value, device="cpu")
-                targets.append(target)
-                sources.append(value.detach())
+                target = old if alike else torch.empty_like(value, device=device)
+                self.targets.append(target)
+                self.sources.append(value.detach())
                 return target
             # By the very type: a class of the user's may hold more than its items.
             case dict() if type(value) in (dict, OrderedDict):
-                before = old if isinstance(old, dict) else {}
-                copied = type(value)(
-                    (key, visit(item, before.get(key))) for key, item in value.items()
-                )
-                if isinstance(value, OrderedDict):
-                    vars(copied).update(vars(value))  # of a state_dict: its modules' versions
-                return copied
+                return self._copy_of_dict(value, old if isinstance(old, dict) else {})
             case list() | tuple() if type(value) in (list, tuple):
-                return type(value)(visit(item, None) for item in value)
+                return type(value)(self.copy_of(item, None) for item in value)
         return copy.deepcopy(value)  # a module's extra state, which its next step may change
 
-    whole: Payload = visit(payload, reuse)
-    torch._foreach_copy_(targets, sources)
-    return whole
+    def _copy_of_dict(self, value: dict[Any, Any], old: dict[Any, Any]) -> dict[Any, Any]:
+        part = self._parts_before.get(id(value))
+        if part and part.source is value:
+            self.targets += part.targets
+            self.sources += part.sources
+        else:
+            first = len(self.targets)
+            copied = type(value)(
+                (key, self.copy_of(item, old.get(key))) for key, item in value.items()
+            )
+            if isinstance(value, OrderedDict):
+                vars(copied).update(vars(value))  # of a state_dict: its modules' versions
+            part = _Part(value, copied, self.targets[first:], self.sources[first:])
+        self.parts[id(value)] = part
+        return part.copied
+
+
+def _on_cpu(payload: Payload) -> Payload:
+    """A payload with the tensors on a GPU copied to the CPU."""
+    copying = _Copying(False, {})
+    copied: Payload = copying.copy_of(payload, None)
+    torch._foreach_copy_(copying.targets, copying.sources)
+    return copied
+
+
+def _fits_on_gpu(payload: Payload) -> bool:
+    """Whether two copies of what is on a GPU take little of it."""
+    size = bytes_of(payload, on_gpu=True)
+    return 0 < size <= GPU_SHARE * torch.cuda.get_device_properties().total_memory

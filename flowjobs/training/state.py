@@ -26,7 +26,7 @@ from flowjobs.runs.datasets import differences
 from flowjobs.runs.extending import Extension, extension_of
 from flowjobs.training.checkpoint import Payload, checkpoint_payload, restore_payload
 from flowjobs.training.ema import EMAModel
-from flowjobs.training.optimizer import LightAdamW
+from flowjobs.training.optimizer import LightAdamW, step_at
 from flowjobs.training.schedule import get_cosine_schedule_with_warmup
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class TrainState:
         data: The content of each part of the data.
 
     Attributes:
+        held: A payload whose dicts of tensors are those of later ones, too; see `hold_tensors`.
         unvalidated: Between an epoch's last step and the end of its validation, what that step has
             to log; a run that was saved there validates first. Else None.
     """
@@ -71,10 +72,14 @@ class TrainState:
         self.scheduler = get_cosine_schedule_with_warmup(
             self.optimizer, config.warmup_steps, self.total_steps
         )
+        device = weights[0].device
+        # What the kernels of a step read on a GPU: its learning rate, and its share in the average.
+        self._on_gpu = torch.zeros(2, device=device) if device.type == "cuda" else None
         self.step = 0
         self.best_loss = math.inf
         self.epochs_without_improvement = 0
         self.unvalidated: dict[str, float] | None = None
+        self.held: Payload | None = None
         self.resumed_from = ""
         self.computed_with: dict[str, Any] = {}
         self.extensions: list[Extension] = []
@@ -105,6 +110,47 @@ class TrainState:
             or self.epochs_without_improvement >= self._config.patience
         )
 
+    def changing(self) -> list[Tensor]:
+        """All tensors that a step changes, each once."""
+        of_models = [
+            of
+            for model in (self.model, self.ema.model)
+            for of in (*model.parameters(), *model.buffers())
+        ]
+        moments = [of for moments in self.optimizer.state.values() for of in moments.values()]
+        return [*{id(of): of for of in (*of_models, *moments)}.values()]
+
+    def begin_step(self) -> None:
+        """Write where the kernels of `update` read them what they need to know of this step."""
+        if self._on_gpu is not None:
+            rate, share = self._on_gpu
+            rate.fill_(self.optimizer.param_groups[0]["lr"])
+            share.fill_(self.ema.share_of_next)
+
+    def update(self, scale: Tensor) -> None:
+        """The optimizer's step and the average after it.
+
+        Args:
+            scale: What the gradients are divided by, of shape ().
+        """
+        # The fused optimizer divides by this as it reads the gradients, as it does for GradScaler:
+        # clipping them first would be one more pass over all of them, 4 % of a step. It reads a
+        # float32, whatever the gradients are of.
+        self.optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
+        if self._on_gpu is None:
+            self.optimizer.step()
+            self.ema.average(self.model, self.ema.share_of_next)
+        else:
+            rate, share = self._on_gpu
+            step_at(self.optimizer, rate)
+            self.ema.average(self.model, share)
+
+    def end_step(self) -> None:
+        """Count a step whose update is done."""
+        self.scheduler.step()
+        self.ema.updates += 1
+        self.step += 1
+
     def note_val_loss(self, val_loss: float) -> bool:
         """Count an epoch's validation loss; True if it is the best so far."""
         self.unvalidated = None
@@ -132,6 +178,8 @@ class TrainState:
         Raises:
             CheckpointUnloadableError: The model does not take its own state.
         """
+        if self.held:
+            return self._held_payload(self.held)
         self.take_extra_state()
         payload = checkpoint_payload(
             epoch=self.epochs_finished - 1,
@@ -153,6 +201,34 @@ class TrainState:
             payload["types_may_differ"] = True
         payload["data"] = {part: asdict(content) for part, content in self._data.items()}
         return payload
+
+    def hold_tensors(self) -> None:
+        """Give payloads of the same dicts from here on: the tensors in them stay the same.
+
+        Not where a module says of itself more than its tensors, or says other ones.
+        """
+        if self.held:
+            return
+        payload = self.payload()
+        live = {of.data_ptr() for of in self.changing()}
+        said = [of for key in ("model_state_dict", "ema_shadow") for of in payload[key].values()]
+        if all(isinstance(of, Tensor) and of.data_ptr() in live for of in said):
+            self.held = payload
+
+    def _held_payload(self, held: Payload) -> Payload:
+        optimizer = held["optimizer_state_dict"]
+        groups = zip(optimizer["param_groups"], self.optimizer.param_groups, strict=True)
+        return held | {
+            "epoch": self.epochs_finished - 1,
+            "step": self.step,
+            "ema_updates": self.ema.updates,
+            "optimizer_state_dict": optimizer
+            | {"param_groups": [said | {"lr": group["lr"]} for said, group in groups]},
+            "scheduler_state_dict": self.scheduler.state_dict(),
+            "best_loss": self.best_loss,
+            "epochs_without_improvement": self.epochs_without_improvement,
+            "unvalidated": self.unvalidated,
+        }
 
     def check(self, payload: Payload, path: Path) -> None:
         """Raise unless the run can resume from a payload; `path` is for the error's text.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,11 +63,12 @@ from flowjobs.training.checkpoint import (
     sweep_unfinished,
 )
 from flowjobs.training.compute import computing, computing_as_before
+from flowjobs.training.cuda_graph import Graphed
 from flowjobs.training.determinism import deterministic_algorithms, set_cublas_workspace
 from flowjobs.training.inputs import inputs_of
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
 from flowjobs.training.ranks import Leave, Leaving, Ranks, single_process
-from flowjobs.training.saving import CheckpointSaver, snapshot
+from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
 from flowjobs.training.validation import Validation
@@ -153,6 +154,8 @@ class Trainer:
         self._taken_over: RunTakenOverError | None = None
         self._writes_weights = False
         self._has_validated = False
+        self._said_at = 0.0
+        self._late: _Logged | None = None
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
         check_weights(model)
@@ -185,6 +188,8 @@ class Trainer:
         self._flops = flops_of_batch(model, rows, self._flops_per_sample)
         self._velocity = self._prepare(self.state.model)
         self._ema_velocity = self._as_velocity(self.state.ema.model)
+        self._graphed_update: Graphed | None = None
+        self._graphed_validation: Graphed | None = None
 
     def train(self) -> TrainingResult:
         """Train to the end, from the newest checkpoint if there is one.
@@ -209,6 +214,7 @@ class Trainer:
             random_numbers_kept(self._device),
             deterministic_algorithms(self._config.deterministic),
             computing(self._ranks, self._flops) as self._compute,
+            torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext(),
         ):
             if self._run is not None:
                 return self._train(self._run, self._recorder)
@@ -280,6 +286,9 @@ class Trainer:
                 run.take_data(self._data)
                 saver = self._make_saver(run, recorder)
             adopted = self._restore(run)
+        self._prepare_graphs()  # of what was restored
+        self._late = None
+        self.state.held = None
         if self.state.step == 0:
             check_new_model(self.state.model)
         compute = computing_as_before(self._compute, self.state.computed_with)
@@ -338,10 +347,12 @@ class Trainer:
         state.model.train()  # a notebook may have looked at its samples
         for part in self._stay_in_evaluation:
             part.training = False
-        said_at = time.monotonic()
+        self._said_at = time.monotonic()
         first_step = state.step + 1
         while not state.finished:
-            row = self._step_to_validate() if state.unvalidated is None else state.unvalidated
+            row = state.unvalidated
+            if row is None:
+                row = self._step_to_validate(recorder)
 
             if state.step == first_step or state.at_epoch_end:
                 check_parameters(self._named, state.model)
@@ -351,8 +362,8 @@ class Trainer:
 
             if saver and state.step == 1:
                 # Before GPU hours are spent, and before any row: what has steps on record has a
-                # checkpoint, and one that a restart can resume from. Of a copy, as later ones are.
-                saver.save_and_wait(snapshot(state.payload()), state.prove)
+                # checkpoint, and one that a restart can resume from.
+                saver.save_and_wait(state.payload(), state.prove)
 
             if state.at_epoch_end:
                 try:
@@ -364,20 +375,15 @@ class Trainer:
                 if recorder:
                     self._tell_progress(recorder)
 
-            # Asked at steps that are logged: an epoch of many rows takes an hour.
-            if row and (time.monotonic() - said_at > SAY_EVERY_S or state.finished):
-                self._say(row)
-                said_at = time.monotonic()
-
-            if row and recorder:
-                epoch = (state.step - 1) // self._steps_per_epoch
-                row = {"step": state.step, "epoch": epoch, **row}
-                recorder.record(row)
+            if row:
+                self._log(row, state.step, recorder)
 
             if saver and saver.due(epoch_finished=state.at_epoch_end):
+                self._log_late(recorder)
                 saver.save(state.payload())
 
             if not state.finished and (reason := self._agreed_to_leave(saver)):
+                self._log_late(recorder)
                 return reason
         self._leaving.wait()
         return None
@@ -406,24 +412,54 @@ class Trainer:
             raise RunTakenOverError(leave.reason)
         return leave.reason if leave else None
 
-    def _step_to_validate(self) -> dict[str, float]:
+    def _step_to_validate(self, recorder: Recorder | None) -> dict[str, float]:
         """One optimizer step, which is to be validated where it is an epoch's last; see `_step`."""
-        row = self._step()
+        row = self._step(recorder)
         if self.state.at_epoch_end:
             self.state.unvalidated = row
         return row
 
-    def _step(self) -> dict[str, float]:
+    def _step(self, recorder: Recorder | None) -> dict[str, float]:
         """One optimizer step. Returns values to log; empty at most steps."""
-        config, state = self._config, self.state
+        state = self.state
         self._seed()
         learning_rate = state.optimizer.param_groups[0]["lr"]
+        pair = self._pairs.at(state.step)
+        state.begin_step()
+        loss, grad_norm = (self._graphed_update or self._update)(*pair)
+        state.end_step()
+        self._log_late(recorder)
 
-        pair = x_0, _ = self._pairs.at(state.step)
+        if state.step % LOG_EVERY_STEPS:
+            return {}
+        logged = _Logged(state.step, self._ranks.mean(loss), grad_norm, learning_rate)
+        if self.captured and not state.at_epoch_end:
+            # The GPU would wait while these are read and written: the next step is launched first.
+            self._late = logged
+            return {}
+        return self._finite(logged.row(), logged.step)
+
+    def _log_late(self, recorder: Recorder | None) -> None:
+        """Log what an earlier step still has to."""
+        late, self._late = self._late, None
+        if late:
+            self._log(self._finite(late.row(), late.step), late.step, recorder)
+
+    def _log(self, row: dict[str, float], step: int, recorder: Recorder | None) -> None:
+        # Asked at steps that are logged: an epoch of many rows takes an hour.
+        if time.monotonic() - self._said_at > SAY_EVERY_S or self.state.finished:
+            self._say(row, step)
+            self._said_at = time.monotonic()
+        if recorder:
+            recorder.record({"step": step, "epoch": (step - 1) // self._steps_per_epoch, **row})
+
+    def _update(self, x_0: Tensor, x_1: Tensor) -> tuple[Tensor, Tensor]:
+        """From a pair to new weights and their average: the loss and the norm of its gradient."""
+        config, state = self._config, self.state
         t = sample_times(len(x_0), config, self._device)
         takes_noise = self._flow.takes_noise and config.sigma > 0
         noise = torch.randn_like(x_0) if takes_noise else None
-        x_t, dx_t = sample_path(self._flow, pair, t, config.sigma, noise)
+        x_t, dx_t = sample_path(self._flow, (x_0, x_1), t, config.sigma, noise)
 
         is_first = state.step == 0 and not self._built_in
         before = values_of(state.model) if is_first else {}
@@ -444,25 +480,8 @@ class Trainer:
         if is_first:  # each rank's forward may have initialized weights from its own rows
             self._ranks.take_from_first(of.data for of in state.model.parameters())
         grad_norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-        # The fused optimizer divides by this as it reads the gradients, as it does for GradScaler:
-        # clipping them first would be one more pass over all of them, 4 % of a step.
-        scale = (grad_norm / config.grad_clip).clamp(min=1.0)
-        # It reads a float32, whatever the gradients are of.
-        state.optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
-        state.optimizer.step()
-        state.scheduler.step()
-        state.ema.update(state.model)
-        state.step += 1
-
-        if state.step % LOG_EVERY_STEPS:
-            return {}
-        row = {
-            "train/loss": float(self._ranks.mean(loss.detach())),
-            "train/grad_norm": float(grad_norm),
-            "train/lr": float(learning_rate),
-        }
-        self._check_finite(row)
-        return row
+        state.update((grad_norm / config.grad_clip).clamp(min=1.0))
+        return loss.detach(), grad_norm
 
     def _seed(self) -> None:
         """Seed what is drawn from here on, by the number of steps that are done."""
@@ -483,8 +502,10 @@ class Trainer:
                 raise RunInterrupted(reason)
 
         val_loss = self._validation_loss(check)
-        self._check_finite({"val/loss": val_loss})  # before such a state could be saved
+        self._finite({"val/loss": val_loss}, self.state.step)  # before such a state could be saved
         if self.state.note_val_loss(val_loss) and saver:
+            if self.captured:
+                self.state.hold_tensors()
             saver.keep_best(self.state.payload())
         return {"val/loss": val_loss, "val/best_loss": self.state.best_loss}
 
@@ -497,18 +518,25 @@ class Trainer:
         self._ranks.take_from_first(ema.statistics())
         # Once in a process: a restart's model may be as little initialized as the first one's.
         look = nullcontext() if self._has_validated else kept_in_evaluation(ema.model)
-        with self._arithmetic(), look:
-            loss = self._validation.loss(self._ema_velocity, check)
+        with look:
+            graphed = self._graphed_validation
+            (total,) = graphed() if graphed and not graphed.refused else self._validate(check)
         self._has_validated = True
-        return loss
+        return self._validation.mean_of(total)
 
-    def _check_finite(self, row: dict[str, float]) -> None:
+    def _validate(self, check: Callable[[], None] = lambda: None) -> tuple[Tensor, ...]:
+        with self._arithmetic():
+            return (self._validation.total(self._ema_velocity, check),)
+
+    def _finite(self, row: dict[str, float], step: int) -> dict[str, float]:
+        """The values of a step; a TrainingDivergedError if they are not finite."""
         for key, value in row.items():
             if not math.isfinite(value):
                 raise TrainingDivergedError(
-                    f"{key} is {value} at step {self.state.step}: lower --lr "
+                    f"{key} is {value} at step {step}: lower --lr "
                     f"({self._config.lr}) or --grad-clip ({self._config.grad_clip})"
                 )
+        return row
 
     def _restore(self, run: Run) -> bool:
         """Take over the newest good checkpoint, or the one that was asked for.
@@ -629,6 +657,28 @@ class Trainer:
             model = DistributedDataParallel(model, find_unused_parameters=True)
         return self._as_velocity(model)
 
+    def _prepare_graphs(self) -> None:
+        """Let steps and validations become replays of CUDA graphs."""
+        self._graphed_update = self._graphed_validation = None
+        if not self._config.cuda_graph or self._device.type != "cuda":
+            return
+        if self._ranks.world_size > 1:
+            logger.info("The steps are not captured in a CUDA graph: several ranks share them")
+            return
+        state, exact = self.state, self._config.deterministic
+        self._graphed_update = Graphed(
+            "The steps are", self._update, state.model, state.changing, exact=exact
+        )
+        if self._validation.is_kept:
+            self._graphed_validation = Graphed(
+                "Validation is", self._validate, state.ema.model, state.changing, exact=exact
+            )
+
+    @property
+    def captured(self) -> bool:
+        """Whether the steps are replays of a CUDA graph."""
+        return self._graphed_update is not None and self._graphed_update.captured
+
     def _as_velocity(self, model: nn.Module) -> Velocity:
         """The model, compiled if asked, and checked at each call."""
         called: Velocity = torch.compile(model) if self._config.compile else model
@@ -656,7 +706,7 @@ class Trainer:
         except RunTakenOverError as error:
             self._taken_over = error  # all ranks leave for it at the next boundary
 
-    def _say(self, row: dict[str, float]) -> None:
+    def _say(self, row: dict[str, float], step: int) -> None:
         if not self._ranks.is_first:
             return
         if "val/loss" in row:
@@ -665,9 +715,9 @@ class Trainer:
             losses = f"train/loss {row['train/loss']:.4f}"
         logger.info(
             "epoch %d/%d  step %d/%d  %s",
-            self.state.epochs_finished,
+            step // self._steps_per_epoch,
             self._config.epochs,
-            self.state.step,
+            step,
             self.state.total_steps,
             losses,
         )
@@ -682,3 +732,28 @@ class Trainer:
             checkpoint_path=str(run.best),
             time_s=time_s,
         )
+
+
+class _Logged:
+    """What a step has to log, on its way from the device."""
+
+    def __init__(self, step: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+        self.step = step
+        self._learning_rate = learning_rate
+        self._values = torch.stack([loss.double(), grad_norm.double()])
+        self._copied: torch.cuda.Event | None = None
+        if self._values.is_cuda:
+            self._values = self._values.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def row(self) -> dict[str, float]:
+        """The values, once they are there."""
+        if self._copied:
+            self._copied.synchronize()
+        loss, grad_norm = self._values.tolist()
+        return {
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "train/lr": float(self._learning_rate),
+        }

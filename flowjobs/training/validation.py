@@ -1,6 +1,6 @@
 """The validation loss: the same times and noise at each epoch, of each seed, of each attempt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ ROWS_AT_ONCE = 1024
 # The model is called on no more numbers, or no more rows than in a step: for those its memory is
 # chosen. Of small rows more come at once, since each call has its price.
 NUMBERS_AT_ONCE = 2**18
+# Of x_t and dx_t together, on a GPU.
+KEPT_BYTES = 2**28
 
 
 class Validation:
@@ -38,6 +40,10 @@ class Validation:
         mean: Mean of each column, of the shape of a row, on the device to compute on.
         std: Standard deviation of each column.
         ranks: The processes that share the work.
+
+    Attributes:
+        is_kept: Whether what the model is called on, which is the same in each epoch, stays on the
+            GPU, which would wait for it.
     """
 
     def __init__(
@@ -61,8 +67,9 @@ class Validation:
         self._slices = [slice(start, min(start + rows, len(dataset))) for start in starts]
         # The plans of the batches, which are the same in each epoch.
         self._plans: dict[int, Tensor] = {}
+        self.is_kept = mean.is_cuda and 2 * 4 * len(dataset) * dataset.dim <= KEPT_BYTES
+        self._kept: dict[int, Sequence[tuple[Tensor, ...]]] = {}
 
-    @torch.no_grad()
     def loss(self, velocity: Velocity, check: Callable[[], None] = lambda: None) -> float:
         """The mean squared error of the velocity over all rows and columns.
 
@@ -71,30 +78,50 @@ class Validation:
             check: Called between batches, on all ranks after as many; what it raises ends the
                 validation.
         """
-        device = self._mean.device
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        return self.mean_of(self.total(velocity, check))
+
+    def mean_of(self, total: Tensor) -> float:
+        """The mean over all ranks of a `total`."""
+        numbers = len(self._dataset) * self._dataset.dim
+        if self._flow.given_pairs:
+            numbers //= 2  # of a pair's two halves, one is predicted
+        return float(self._ranks.sum(total)) / numbers
+
+    @torch.no_grad()
+    def total(self, velocity: Velocity, check: Callable[[], None] = lambda: None) -> Tensor:
+        """The sum of the squared errors of this rank's rows; see `loss`.
+
+        Returns:
+            float64 of shape (), on the device.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._mean.device)
         for first in range(0, len(self._slices), self._ranks.world_size):
             if first:
                 check()
             index = first + self._ranks.rank
             if index >= len(self._slices):
                 break  # the others' last ones
-            generator = generator_for(device, "validation", index)
-            x_0, x_1 = self._pair(index, generator)
-            t = torch.rand(len(x_1), generator=generator, device=device, dtype=torch.float32)
-            noise = None
-            if self._flow.takes_noise and self._sigma > 0:
-                noise = torch.randn(
-                    x_1.shape, generator=generator, device=device, dtype=torch.float32
-                )
-            x_t, dx_t = sample_path(self._flow, (x_0, x_1), t, self._sigma, noise)
-            parts = (torch.split(part, self._called_on) for part in (x_t, t, dx_t))
-            for x, time, dx in zip(*parts, strict=True):
+            for x, time, dx in self._calls(index):
                 total += (velocity(x, time) - dx).square().sum(dtype=torch.float64)
-        numbers = len(self._dataset) * self._dataset.dim
-        if self._flow.given_pairs:
-            numbers //= 2  # of a pair's two halves, one is predicted
-        return float(self._ranks.sum(total)) / numbers
+        return total
+
+    def _calls(self, index: int) -> Sequence[tuple[Tensor, ...]]:
+        """What the model is called on, and what it should give: x_t, t and dx_t."""
+        if index in self._kept:
+            return self._kept[index]
+        device = self._mean.device
+        generator = generator_for(device, "validation", index)
+        x_0, x_1 = self._pair(index, generator)
+        t = torch.rand(len(x_1), generator=generator, device=device, dtype=torch.float32)
+        noise = None
+        if self._flow.takes_noise and self._sigma > 0:
+            noise = torch.randn(x_1.shape, generator=generator, device=device, dtype=torch.float32)
+        x_t, dx_t = sample_path(self._flow, (x_0, x_1), t, self._sigma, noise)
+        parts = (torch.split(part, self._called_on) for part in (x_t, t, dx_t))
+        calls = [*zip(*parts, strict=True)]
+        if self.is_kept:
+            self._kept[index] = calls
+        return calls
 
     def _pair(self, index: int, generator: torch.Generator) -> Pair:
         rows = normalized(self._dataset[self._slices[index]], self._mean, self._std)
