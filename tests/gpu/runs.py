@@ -1,6 +1,6 @@
 """Small runs of this process, whole and in parts, and whether they ended with the same bits."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -39,7 +39,7 @@ def train(
     run: Run,
     config: TrainingConfig,
     device: torch.device,
-    leave_at: Collection[int] = (),
+    leave_at: Sequence[int] = (),
     ranks: Ranks | None = None,
 ) -> FlowTrainer:
     """One attempt, to the end or to the first of these steps that is still to come.
@@ -76,13 +76,13 @@ def train_in_parts(
     run: Run,
     config: TrainingConfig,
     device: torch.device,
-    leave_at: Collection[int] = INTERRUPTED_AT,
+    leave_at: Sequence[int] = INTERRUPTED_AT,
     ranks: Ranks | None = None,
 ) -> None:
     """The same with an interruption at each of these steps."""
-    for _ in leave_at:
+    for number in range(len(leave_at)):
         with suppress(RunInterrupted):
-            train(run, config, device, leave_at, ranks)
+            train(run, config, device, leave_at[number:], ranks)
     train(run, config, device, ranks=ranks)
 
 
