@@ -59,10 +59,15 @@ def random_numbers_kept(device: torch.device | None = None) -> Iterator[None]:
     """Leave the default generators as they are, whatever the block draws from them or seeds.
 
     Args:
-        device: A GPU has one of its own.
+        device: What the block draws on; by default also every GPU, once the process uses one: a
+            model is built with all of them seeded.
     """
     python, numpy_state = random.getstate(), np.random.get_state()
-    gpus = [device] if device is not None and device.type == "cuda" else []
+    gpus: list[torch.device | int] = []
+    if device is not None:
+        gpus += [device] if device.type == "cuda" else []
+    elif torch.cuda.is_initialized():
+        gpus += range(torch.cuda.device_count())
     with torch.random.fork_rng(gpus):
         try:
             yield

@@ -162,9 +162,35 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=WAIT_FOR_RANKS)
     try:
+        if device.type == "cuda":
+            uuid = torch.cuda.get_device_properties(device).uuid
+            check_own_gpus(str(uuid), world_size)
         yield Ranks(rank, world_size, device)
     finally:
         _leave_group()
+
+
+def check_own_gpus(gpu: str, world_size: int) -> None:
+    """Raise a ConfigError on every rank where two have one GPU, which NCCL refuses.
+
+    It would say so at the first sum, in an error like that of a GPU that was lost.
+
+    Args:
+        gpu: This rank's, as no other is called.
+        world_size: How many ranks there are.
+    """
+    mine = torch.tensor([derive_seed(gpu)], device="cpu")
+    gpus = [torch.zeros_like(mine) for _ in range(world_size)]
+    distributed.all_gather(gpus, mine)
+    ranks_on: dict[int, list[str]] = {}
+    for rank, known in enumerate(gpus):
+        ranks_on.setdefault(int(known), []).append(str(rank))
+    for ranks in ranks_on.values():
+        if len(ranks) > 1:
+            raise ConfigError(
+                f"ranks {' and '.join(ranks)} have one GPU between them, expected one each: ask "
+                "for as many GPUs (--gpus-per-node) as tasks on a node (--ntasks-per-node)"
+            )
 
 
 def _say_build_without_cuda() -> None:

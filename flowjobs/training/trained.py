@@ -46,7 +46,7 @@ def load_trained(
         )
         raise CheckpointGoneError(f"{run.name} has no {run.best}: {why}")
     device = _device(device)
-    best = read_checkpoint(run.best, device)
+    best = read_checkpoint(run.best)
     stats = best["normalization_stats"]
     given = model is not None
     if model is None:

@@ -554,7 +554,7 @@ class Trainer:
         if payload is None:
             run.check_files()
             if weights := initial_weights_file(self._config):
-                self.state.start_from_weights(read_checkpoint(weights, self._device), weights)
+                self.state.start_from_weights(read_checkpoint(weights), weights)
                 logger.info("Starts from the weights of %s", weights)
             return False
         self.state.restore(payload, path)
@@ -578,9 +578,10 @@ class Trainer:
     def _newest_of(self, run: Run) -> tuple[Path, Payload | None]:
         """The run's newest good checkpoint: last.pt, or where that is gone the best one."""
         check = self.state.check
-        if payload := read_newest_good(run.last, self._device, check):
+        # Not to the GPU: beside the state that it goes into, it may have no room there.
+        if payload := read_newest_good(run.last, check=check):
             return run.last, payload
-        payload = read_newest_good(run.best, self._device, check)
+        payload = read_newest_good(run.best, check=check)
         if payload:
             # As whole a state as any other; the steps after it are repeated with the same bits.
             logger.warning(
@@ -593,7 +594,7 @@ class Trainer:
 
     def _read_given(self, path: Path) -> Payload:
         """The checkpoint that --resume names, if the run can resume from it."""
-        payload = read_checkpoint(path, self._device)
+        payload = read_checkpoint(path)
         self._check_given(self.state.check, payload, path)
         payload["resumed_from"] = digest_of(path)
         return payload

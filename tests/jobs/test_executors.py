@@ -162,6 +162,20 @@ def test_gpus_are_those_that_cuda_would_see(
     assert executors.visible_gpus() == (named.split(",") if seen is None else seen)
 
 
+def test_gpus_are_found_where_a_container_has_their_devices_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("flowjobs.slots.GPUS_OF_NVIDIA", tmp_path / "gpus")
+    monkeypatch.setattr("flowjobs.slots.DEVICES", tmp_path)
+    assert executors.visible_gpus() == []
+    for name in ("nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert executors.visible_gpus() == ["0", "1"]  # CUDA counts those that are there
+    (tmp_path / "gpus/0000:01:00.0").mkdir(parents=True)
+    assert executors.visible_gpus() == ["0"]
+
+
 @pytest.mark.parametrize("asked", [0, 1, 2])
 def test_a_job_on_this_machine_gets_its_gpus_by_their_names(
     study: Path, monkeypatch: pytest.MonkeyPatch, asked: int

@@ -165,6 +165,7 @@ def test_a_gpu_whose_driver_is_gone_is_a_lost_one(
     # Of a build with CUDA this is all that is there on such a node; the driver has no folder.
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr("flowjobs.slots.GPUS_OF_NVIDIA", tmp_path / "gpus")
+    monkeypatch.setattr("flowjobs.slots.DEVICES", tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with joined_ranks(0, 1, 0, use_gpu=True) as ranks:  # a laptop without one
         assert ranks.device == CPU

@@ -54,7 +54,7 @@ import torch
 from flowjobs.errors import ConfigError, RankFailedError
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer, TrainingConfig
-from flowjobs.training.ranks import joined_ranks
+from flowjobs.training.ranks import check_own_gpus, joined_ranks
 file = Path(sys.argv[2])
 with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
     with ranks.first_goes_first() as still_at_it:
@@ -76,6 +76,11 @@ with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
     config = TrainingConfig(batch_size=32)
     try:
         FlowTrainer(model, config, data, data, "cpu", run=Run(file.parent, "x"), ranks=ranks)
+    except ConfigError as error:
+        print(error)
+    check_own_gpus(f"GPU-{ranks.rank}", 2)
+    try:
+        check_own_gpus("GPU-0", 2)
     except ConfigError as error:
         print(error)
 """
@@ -208,6 +213,8 @@ def test_the_first_rank_takes_its_time_and_ranks_of_other_models_are_refused(
     assert [text.splitlines()[0] for text in said] == failed
     other_order = "the ranks have its parameters in different orders"
     assert all(other_order in text.splitlines()[1] for text in said)
+    one_gpu = "ranks 0 and 1 have one GPU between them, expected one each"
+    assert all(one_gpu in text.splitlines()[2] for text in said)
 
 
 def test_a_single_process_leaves_at_once() -> None:
