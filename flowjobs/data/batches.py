@@ -27,6 +27,7 @@ class Batches(Protocol):
     """Normalized training rows by step."""
 
     steps_per_epoch: int
+    device: torch.device
 
     def rows(self, step: int) -> Tensor:
         """This rank's rows of the step (0 is the first), on the device, shape (n, *shape)."""
@@ -81,6 +82,7 @@ class ResidentBatches:
 
     def __init__(self, dataset: FlowDataset, order: Order, mean: Tensor, std: Tensor) -> None:
         self.steps_per_epoch = order.steps_per_epoch
+        self.device = mean.device
         shape = (len(dataset), *dataset.shape)
         # Filled part by part, so that no second copy of all rows has to fit beside it.
         self._data = torch.empty(shape, device=mean.device, dtype=torch.float32)
@@ -105,6 +107,7 @@ class LoadedBatches:
         num_workers: int,
     ) -> None:
         self.steps_per_epoch = order.steps_per_epoch
+        self.device = mean.device
         self._dataset = dataset
         self._order = order
         self._mean, self._std = mean, std

@@ -19,6 +19,8 @@ from flowjobs.errors import ConfigError
 from flowjobs.flows.flow import BUILT_IN_COUPLINGS, Coupling, Flow
 
 Pair = tuple[Tensor, Tensor]
+# A pair, and where another stream computes it, what tells that it has.
+_Solved = tuple[Pair, torch.cuda.Event | None]
 # What a plan may be of; numbers of another type are a mask, or no index.
 INDICES = (torch.int64, torch.int32)
 
@@ -61,9 +63,11 @@ class CoupledPairs:
     """The rows of some steps, paired at once with as many draws from the source.
 
     A thread of its own solves the plans of the coming steps meanwhile: the solvers let go of the
-    interpreter. A coupling of the user's own is called between the steps, since it may draw from
-    the generators that they draw from. The draws and the plan follow from the seed and the place of
-    these steps, so that a run that resumes within them solves them again.
+    interpreter. On a GPU it has a stream of its own: a plan is solved on the host, and the copy of
+    its costs would wait there for all steps that are queued. A coupling of the user's own is called
+    between the steps, since it may draw from the generators that they draw from. The draws and the
+    plan follow from the seed and the place of these steps, so that a run that resumes within them
+    solves them again.
 
     Args:
         batches: The data. They are read in the thread, and nowhere else.
@@ -86,7 +90,8 @@ class CoupledPairs:
         self._steps = max(1, (config.ot_batch or config.batch_size) // config.batch_size)
         self._group = -1
         self._pairs: Pair | None = None
-        self._coming: ReadAhead[Pair] | None = None
+        self._coming: ReadAhead[_Solved] | None = None
+        self._stream: torch.cuda.Stream | None = None
         # Where they begin anew, the thread of those before may still read.
         self._reading = threading.Lock()
 
@@ -99,21 +104,37 @@ class CoupledPairs:
                 n_threads = min(1, self._config.num_workers) if beside else 0
                 n_rows = self._config.ot_batch or self._config.batch_size
                 name = f"the plan of {self._config.flow} for {n_rows} rows (--ot-batch)"
+                if n_threads:
+                    self._take_stream()
                 # To its end: of many rows it may be computed for longer than any file is read.
                 solves = self._solves_from(group)
                 self._coming = ReadAhead(solves, n_threads, name, wait_s=None)
             # First of all, since the wait may be broken off (Ctrl-C in a notebook): the plan is no
             # more among the coming ones then, and they begin anew.
             self._group, self._pairs = group, None
-            self._pairs = self._coming.next()
+            self._pairs = _ready(self._coming.next())
         x_0, x_1 = (part.chunk(self._steps)[place] for part in self._pairs)
         return x_0, x_1
 
-    def _solves_from(self, group: int) -> Iterator[Callable[[], Pair]]:
+    def _take_stream(self) -> None:
+        """Give the thread a stream, which begins where this one's is: with the data there."""
+        device = self._batches.device
+        if device.type == "cuda":
+            # Of a high priority: what little it computes is not to wait for a large step's kernels.
+            self._stream = self._stream or torch.cuda.Stream(device, priority=-1)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def _solves_from(self, group: int) -> Iterator[Callable[[], _Solved]]:
         for coming in itertools.count(group):
             yield partial(self._solve, coming)
 
-    def _solve(self, group: int) -> Pair:
+    def _solve(self, group: int) -> _Solved:
+        if self._stream is None:
+            return self._solved(group), None
+        with torch.cuda.stream(self._stream):
+            return self._solved(group), self._stream.record_event()
+
+    def _solved(self, group: int) -> Pair:
         steps = range(group * self._steps, (group + 1) * self._steps)
         with self._reading:
             rows = [self._batches.rows(step) for step in steps]
@@ -123,6 +144,18 @@ class CoupledPairs:
         x_0 = self._source.draw(len(x_1), generator_for(x_1.device, *place), x_1.device)
         plan = plan_of(self._couple, (x_0, x_1), self._config.sigma, derive_seed(*place, "plan"))
         return x_0[plan], x_1
+
+
+def _ready(solved: _Solved) -> Pair:
+    """Pairs that may be of another stream, for the steps of this one."""
+    pair, computed = solved
+    if computed is not None:
+        here = torch.cuda.current_stream(pair[0].device)
+        here.wait_event(computed)
+        for part in pair:
+            # Or its memory might be given to the next pair while a step still reads it.
+            part.record_stream(here)
+    return pair
 
 
 def plan_of(couple: Coupling, pair: Pair, sigma: float, seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What a user would write or take instead of our trainer: the same model, data and steps.
 
-Each loop trains the default model on digits with AdamW, gradient clipping, warm-up and cosine, an
-average of the weights, and a validation with it after every epoch.
+Each loop trains the model of a config on its data with AdamW, gradient clipping, warm-up and
+cosine, an average of the weights, and a validation with it after every epoch.
 
 `python -m tests.bench.loops LOOP CONFIG STUDY`, as `command_of` has it, runs one, and stops itself
 as the first epoch has ended, where its time begins, so that samples a second are compared: what a
@@ -37,6 +37,16 @@ DECAY = 0.999
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+class Watch:
+    """What a loop tells how far it is."""
+
+    def stepped(self) -> None:
+        """After each step."""
+
+    def epoch_ended(self) -> None:
+        """After each validation."""
+
+
 def command_of(loop: str, config: TrainingConfig, study: Path) -> list[str]:
     """The command that runs a loop."""
     return [sys.executable, "-m", __name__, loop, json.dumps(config.to_dict()), str(study)]
@@ -48,9 +58,18 @@ def epoch_has_ended() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def normalized_digits(study: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+class StopsAfterAnEpoch(Watch):
+    """For turns: see `epoch_has_ended`."""
+
+    def epoch_ended(self) -> None:
+        epoch_has_ended()
+
+
+def normalized_rows(
+    config: TrainingConfig, study: Path, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Training and validation rows, normalized, on the device."""
-    train, val = load_datasets("digits", study)
+    train, val = load_datasets(config.dataset, study)
     stats = normalization_stats(train)
     parts = ((part.data - stats["mean"]) / stats["std"] for part in (train, val))
     train_rows, val_rows = (part.to(device) for part in parts)
@@ -86,14 +105,14 @@ def stopping_after_an_epoch(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device, watch: Watch) -> None:
     """Our trainer with all that it does but W&B: record, progress, checkpoints, exact resume."""
     run = Run(study, "bench")
     for folder in (run.folder, run.checkpoints):
         shutil.rmtree(folder, ignore_errors=True)  # or it would go on from where it was
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
-    train, val = load_datasets("digits", study)
-    model = build_model(config, 64)
+    train, val = load_datasets(config.dataset, study)
+    model = build_model(config, train.shape)
     with recording(run, JobInfo.in_foreground()) as recorder:
         trainer = FlowTrainer(model, config, train, val, device, run=run, recorder=recorder)
         with stopping_after_an_epoch(recorder):
@@ -102,10 +121,10 @@ def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device) -> 
     assert status.attempts[0].first_step == 0, "the steps were not taken here"
 
 
-def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+def tuned_loop(config: TrainingConfig, study: Path, device: torch.device, watch: Watch) -> None:
     """A bare loop by someone who knows torch: resident data, fused optimizer, foreach EMA."""
-    train, val = normalized_digits(study, device)
-    model = build_model(config, 64).to(device)
+    train, val = normalized_rows(config, study, device)
+    model = build_model(config, train.shape[1]).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     weights, averaged = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.AdamW(weights, lr=config.lr, fused=True)
@@ -122,17 +141,20 @@ def tuned_loop(config: TrainingConfig, study: Path, device: torch.device) -> Non
             scheduler.step()
             with torch.no_grad():
                 torch._foreach_lerp_(averaged, weights, 1 - DECAY)
+            watch.stepped()
         with torch.no_grad():
             flow_loss(ema, val).item()
-        epoch_has_ended()
+        watch.epoch_ended()
 
 
-def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+def dataloader_loop(
+    config: TrainingConfig, study: Path, device: torch.device, watch: Watch
+) -> None:
     """A loop as tutorials have it: DataLoader, default optimizer, EMA parameter by parameter."""
-    train, val = normalized_digits(study, torch.device("cpu"))
+    train, val = normalized_rows(config, study, torch.device("cpu"))
     loader = DataLoader(TensorDataset(train), config.batch_size, shuffle=True, drop_last=True)
     val_loader = DataLoader(TensorDataset(val), config.batch_size)
-    model = build_model(config, 64).to(device)
+    model = build_model(config, train.shape[1]).to(device)
     ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     steps = config.epochs * len(loader)
@@ -148,26 +170,27 @@ def dataloader_loop(config: TrainingConfig, study: Path, device: torch.device) -
             with torch.no_grad():
                 for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
                     average.mul_(DECAY).add_(weight, alpha=1 - DECAY)
+            watch.stepped()
         with torch.no_grad():
             for (rows,) in val_loader:
                 flow_loss(ema, rows.to(device)).item()
-        epoch_has_ended()
+        watch.epoch_ended()
 
 
-def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) -> None:
+def lightning_loop(config: TrainingConfig, study: Path, device: torch.device, watch: Watch) -> None:
     """Lightning by its documentation: logger, checkpoints of best and last, EMA callback."""
     import lightning
     from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
 
-    train, val = normalized_digits(study, torch.device("cpu"))
+    train, val = normalized_rows(config, study, torch.device("cpu"))
     loader = DataLoader(TensorDataset(train), config.batch_size, shuffle=True, drop_last=True)
     val_loader = DataLoader(TensorDataset(val), config.batch_size)
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = build_model(config, 64)
+            self.model = build_model(config, train.shape[1])
 
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
             loss = flow_loss(self.model, batch[0])
@@ -177,8 +200,11 @@ def lightning_loop(config: TrainingConfig, study: Path, device: torch.device) ->
         def validation_step(self, batch: list[Tensor], index: int) -> None:
             self.log("val/loss", flow_loss(self.model, batch[0]))
 
+        def on_train_batch_end(self, *given: object) -> None:
+            watch.stepped()
+
         def on_validation_epoch_end(self) -> None:
-            epoch_has_ended()
+            watch.epoch_ended()
 
         def configure_optimizers(self) -> object:
             optimizer = torch.optim.AdamW(self.parameters(), lr=config.lr)
@@ -207,5 +233,6 @@ if __name__ == "__main__":
     LOOPS = {
         loop.__name__: loop for loop in (flowjobs_loop, tuned_loop, dataloader_loop, lightning_loop)
     }
-    LOOPS[sys.argv[1]](TrainingConfig(**json.loads(sys.argv[2])), Path(sys.argv[3]), DEVICE)
+    config = TrainingConfig(**json.loads(sys.argv[2]))
+    LOOPS[sys.argv[1]](config, Path(sys.argv[3]), DEVICE, StopsAfterAnEpoch())
     os._exit(0)  # its end is not part of it

@@ -66,8 +66,7 @@ def ratios_in_turns(
         The median ratio by name.
     """
     commands = {"ours": ours, **others}
-    there = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": there, "IN_TURNS": str(len(commands))}
+    environment = {**os.environ, "PYTHONPATH": tests_on_path(), "IN_TURNS": str(len(commands))}
     times = [seconds_in_turns(commands, environment, from_a_stop=True) for _ in range(rounds)]
     print()
     ratios = {name: statistics.median(s[name] / s["ours"] for s in times) for name in times[0]}
@@ -75,6 +74,12 @@ def ratios_in_turns(
         seconds = [s[name] for s in times]
         print(f"{name:24} {min(seconds):.2f} to {max(seconds):.2f} s  {ratio:.3f}")
     return ratios
+
+
+def tests_on_path() -> str:
+    """PYTHONPATH, with what these tests are in before what is there."""
+    there = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(Path(__file__).parents[2]), *([there] if there else [])])
 
 
 def seconds_in_turns(

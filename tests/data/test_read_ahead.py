@@ -199,6 +199,7 @@ class StepNumbers:
     """Batches of rows that say of which step they are, as the threads of a run read them."""
 
     steps_per_epoch = 100
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.is_locked: Callable[[], bool] = lambda: True
