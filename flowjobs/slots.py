@@ -10,6 +10,8 @@ SLOTS = "FLOWJOBS_SLOTS"
 JOB_OF_RUN = "FLOWJOBS_JOB"
 # The driver has a folder here for each of its GPUs.
 GPUS_OF_NVIDIA = Path("/proc/driver/nvidia/gpus")
+# Where a container hides that, it has the devices alone that it was given.
+DEVICES = Path("/dev")
 
 
 def runs_that_share(environment: Mapping[str, str] = os.environ) -> int:
@@ -20,7 +22,7 @@ def runs_that_share(environment: Mapping[str, str] = os.environ) -> int:
 
 def nvidia_gpus() -> int:
     """How many GPUs the driver of this machine knows. Looked up without loading torch."""
-    return len(list(GPUS_OF_NVIDIA.glob("*")))
+    return len(list(GPUS_OF_NVIDIA.glob("*"))) or len(list(DEVICES.glob("nvidia[0-9]*")))
 
 
 def in_slurm_job() -> bool:
