@@ -10,7 +10,7 @@ SLOTS = "FLOWJOBS_SLOTS"
 JOB_OF_RUN = "FLOWJOBS_JOB"
 # The driver has a folder here for each of its GPUs.
 GPUS_OF_NVIDIA = Path("/proc/driver/nvidia/gpus")
-# Some containers have the devices alone: nvidia0, nvidia1 and so on.
+# Where a container hides that, it has the devices alone that it was given.
 DEVICES = Path("/dev")
 
 
@@ -22,7 +22,7 @@ def runs_that_share(environment: Mapping[str, str] = os.environ) -> int:
 
 def nvidia_gpus() -> int:
     """How many GPUs the driver of this machine knows. Looked up without loading torch."""
-    return len([*GPUS_OF_NVIDIA.glob("*")]) or len([*DEVICES.glob("nvidia[0-9]*")])
+    return len(list(GPUS_OF_NVIDIA.glob("*"))) or len(list(DEVICES.glob("nvidia[0-9]*")))
 
 
 def in_slurm_job() -> bool:

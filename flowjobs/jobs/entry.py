@@ -329,7 +329,8 @@ class TrainingJob:
         ):
             raise RunInterrupted(notice.reason, kind=notice.kind) from error
         may_retry = self._may_retry(kind)
-        its_own = failure.rank == 0 and not failure.is_consequence
+        elsewhere = failure.is_consequence or exit_cause.may_be_anothers(kind)
+        its_own = failure.rank == 0 and not elsewhere
         if its_own and not may_retry:
             return
         reason = failure.reason

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flowjobs.errors import CheckpointWriteError, RankFailedError
 from flowjobs.jobs.environment import JobProcess
+from flowjobs.jobs.mps import shares_faults
 from flowjobs.jobs.origin import identity_of
 from flowjobs.runs.files import FILE_SERVER_IS_AWAY
 from flowjobs.runs.rank_failures import LOST_CONNECTION, RankFailure, noted_failures
@@ -94,6 +95,10 @@ OUT_OF_MEMORY = re.compile(
 # Of the port on which the ranks meet: another one at the next start.
 ADDRESS_IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 LOST_GPU = re.compile(r"CUDA error|CUDA driver|NCCL|\bECC\b|CUBLAS_STATUS|CUDNN_STATUS|cudaError")
+DEVICE_ASSERT = "device-side assert"
+# What CUDA prints, before any exception, in the process alone whose kernel has failed an assert:
+# "IndexKernel.cu:93: operator(): block: [0,0,0], thread: [0,0,0] Assertion `…` failed."
+OWN_ASSERT = re.compile(r"block: \[\d+,\d+,\d+\], thread: \[\d+,\d+,\d+\] Assertion ")
 
 
 def cause_of(
@@ -162,11 +167,34 @@ def first_failure(
 def failure_of(error: BaseException, process: JobProcess) -> RankFailure:
     """How this process failed as a rank of its job, that ended with `error`."""
     outcome = outcome_of(error)
-    kind = transient_kind(error) or outcome.kind
+    kind = _own_fault_on_gpu(error, process.job) or transient_kind(error) or outcome.kind
+    if may_be_anothers(kind):
+        reason = f"by MPS, which tells all runs of a fault of one on the GPU: {outcome.reason}"
+        outcome = replace(outcome, reason=reason)
     gone = isinstance(error, RuntimeError) and OTHERS_ARE_GONE.search(text_of(error))
     if process.world_size > 1 and (gone or isinstance(error, RankFailedError)):
         kind = LOST_CONNECTION
     return RankFailure(process.rank, process.job.host, replace(outcome, kind=kind))
+
+
+def may_be_anothers(kind: str) -> bool:
+    """Whether a failure of this process may be that of another run, which shares the GPU by MPS."""
+    return kind == "lost GPU" and shares_faults()
+
+
+def _own_fault_on_gpu(error: BaseException, job: JobInfo) -> str | None:
+    """The kind of a fault on the GPU, where the process's log says whose it is; else None.
+
+    An index out of range, say, is the model's mistake, and comes back on any GPU. But the library
+    that computes next may call it an error of its own (CUBLAS_STATUS_…); and by MPS every client
+    is told of it, without whose it is.
+    """
+    text = text_of(error)
+    if not (isinstance(error, RuntimeError) and LOST_GPU.search(text)):
+        return None
+    if OWN_ASSERT.search(_newest_attempt(job)):
+        return "exception"
+    return "lost GPU" if DEVICE_ASSERT in text and shares_faults() else None
 
 
 def _code_of(ending: str) -> int | None:

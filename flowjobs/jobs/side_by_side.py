@@ -29,6 +29,7 @@ ENDLESS = 1_000_000
 FIRST_ROW_WITHIN_S = 900.0
 WARM_UP_S = 2.0
 POLL_S = 0.1
+LEAVE_WITHIN_S = 10.0
 # More at once must be worth it: what is within this of the most is as good.
 AS_GOOD = 0.95
 
@@ -143,12 +144,23 @@ def _trained(
                 )
         yield processes
     finally:
+        if variables:
+            # A client of MPS that is killed as it computes may leave the GPU in disorder.
+            _tell_to_leave(processes)
         for process in processes:
             process.kill()  # nothing of theirs is kept
         for process in processes:
             process.wait()
         for run in runs:  # a thread of theirs may have been writing
             shutil.rmtree(run.checkpoints, ignore_errors=True)
+
+
+def _tell_to_leave(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    deadline = time.monotonic() + LEAVE_WITHIN_S
+    for process in processes:
+        process.terminate()
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def _wait(

@@ -230,7 +230,6 @@ def write_checkpoint(
         CheckpointWriteError: The file cannot be written, or does not hold what was written.
         CheckpointUnloadableError: Some of the payload could not be loaded again.
     """
-    payload = _on_cpu(payload)
     # Before the disk is touched: what no restart could load must not replace what one can.
     _check_loadable(payload)
     try:
@@ -312,7 +311,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _on_cpu(value: Any) -> Any:
+def on_cpu(value: Any) -> Any:
     """A payload with copies of what is on a GPU: a file says where its tensors were, and where that
     GPU is not, plain torch.load refuses it."""
     match value:
@@ -320,12 +319,12 @@ def _on_cpu(value: Any) -> Any:
             return value.detach().cpu() if value.device.type not in ("cpu", "meta") else value
         # By the very type, as in `_leaves`.
         case dict() if type(value) in (dict, OrderedDict):
-            copied = type(value)((key, _on_cpu(item)) for key, item in value.items())
+            copied = type(value)((key, on_cpu(item)) for key, item in value.items())
             if isinstance(value, OrderedDict):
                 vars(copied).update(vars(value))
             return copied
         case list() | tuple() if type(value) in (list, tuple):
-            return type(value)(map(_on_cpu, value))
+            return type(value)(map(on_cpu, value))
     return value
 
 

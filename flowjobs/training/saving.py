@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowjobs.data.read_ahead import HangsError, result_of
 from flowjobs.errors import CheckpointWriteError, RunTakenOverError
-from flowjobs.training.checkpoint import Payload, bytes_of, write_checkpoint
+from flowjobs.training.checkpoint import Payload, bytes_of, on_cpu, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class CheckpointSaver:
             self._begin_write(_payload_of(self._pending_best), payload)
             self._result()
         else:  # it builds a model, which may depend on what holds for this thread
-            self._write_both(_payload_of(self._pending_best), _on_cpu(payload), prove)
+            self._write_both(_payload_of(self._pending_best), payload, prove)
         self._pending_best = None
         self._saved(time.monotonic() - started)
 
@@ -182,14 +182,12 @@ class CheckpointSaver:
         self._size = bytes_of(state) + (bytes_of(best) if best else 0)
         write: Future[float] = Future()
         self._write = write
-        on_gpu = bytes_of(state, on_gpu=True) > 0
-        there = self._beside_the_steps() if on_gpu else nullcontext()
+        there = self._beside_the_steps() if bytes_of(state, on_gpu=True) else nullcontext()
 
         def work() -> None:
             try:
                 with there:
-                    copied = (best and _on_cpu(best), _on_cpu(state)) if on_gpu else (best, state)
-                    write.set_result(self._write_both(*copied))
+                    write.set_result(self._write_both(best, state))
             except BaseException as error:  # whoever waits for the result raises it
                 write.set_exception(error)
 
@@ -238,6 +236,7 @@ class CheckpointSaver:
     ) -> float:
         # The thread's CPU time: while it waits for the disk the training has its core.
         started = time.thread_time()
+        best, state = best and on_cpu(best), on_cpu(state)
         for payload in (best, state):
             if payload is not None:
                 self._check(payload)
@@ -371,14 +370,6 @@ class _Copying:
             part = _Part(value, copied, self.targets[first:], self.sources[first:])
         self.parts[id(value)] = part
         return part.copied
-
-
-def _on_cpu(payload: Payload) -> Payload:
-    """A payload with the tensors on a GPU copied to the CPU."""
-    copying = _Copying(False, {})
-    copied: Payload = copying.copy_of(payload, None)
-    torch._foreach_copy_(copying.targets, copying.sources)
-    return copied
 
 
 def _fits_on_gpu(payload: Payload) -> bool:

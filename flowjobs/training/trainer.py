@@ -68,7 +68,7 @@ from flowjobs.training.determinism import deterministic_algorithms, set_cublas_w
 from flowjobs.training.inputs import inputs_of
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
 from flowjobs.training.ranks import Leave, Leaving, Ranks, single_process
-from flowjobs.training.saving import CheckpointSaver
+from flowjobs.training.saving import CheckpointSaver, Snapshot
 from flowjobs.training.seal import digest_of
 from flowjobs.training.state import TrainState
 from flowjobs.training.validation import Validation
@@ -362,8 +362,8 @@ class Trainer:
 
             if saver and state.step == 1:
                 # Before GPU hours are spent, and before any row: what has steps on record has a
-                # checkpoint, and one that a restart can resume from.
-                saver.save_and_wait(state.payload(), state.prove)
+                # checkpoint, and one that a restart can resume from. Of a copy, as later ones are.
+                saver.save_and_wait(Snapshot.of(state.payload()).payload, state.prove)
 
             if state.at_epoch_end:
                 try:

@@ -146,6 +146,46 @@ def test_only_what_may_pass_is_worth_another_try(error: Exception, kind: str | N
     assert exit_cause.transient_kind(error) == kind
 
 
+ASSERTED = (
+    "../aten/src/ATen/native/cuda/IndexKernel.cu:93: operator(): block: [0,0,0], thread: [0,0,0] "
+    "Assertion `-sizes[i] <= index && index < sizes[i]` failed.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "own", "by_mps", "kind"),
+    [
+        ("CUDA error: device-side assert triggered", True, False, "exception"),
+        ("CUDA error: device-side assert triggered", False, False, "exception"),
+        # What computes next may be a library that says it in its own words.
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling", True, False, "exception"),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling", False, False, "lost GPU"),
+        # By MPS the others are told of it as well.
+        ("CUDA error: device-side assert triggered", True, True, "exception"),
+        ("CUDA error: device-side assert triggered", False, True, "lost GPU"),
+        ("CUDA error: unspecified launch failure", False, True, "lost GPU"),
+        ("a bug of the model", True, True, "exception"),
+    ],
+)
+def test_an_assert_on_the_gpu_is_the_mistake_of_the_run_whose_log_has_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    own: bool,
+    by_mps: bool,
+    kind: str,
+) -> None:
+    log = tmp_path / "12_0_log.out"
+    before = f"00:00:00 I attempt 1 at a: local job 12 on n1\n{ASSERTED}"
+    log.write_text(f"{before}00:00:00 I attempt 2 at a: local job 12 on n1\n{ASSERTED * own}")
+    if by_mps:
+        monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp/mps")
+    job = JobInfo("local", "12", str(log), "n1", 1)
+    failure = exit_cause.failure_of(RuntimeError(text), JobProcess(job, job.start_id))
+    assert failure.outcome.kind == kind
+    assert ("by MPS" in failure.reason) == (by_mps and kind == "lost GPU")
+
+
 @pytest.mark.parametrize("number", [errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH])
 def test_a_connection_that_the_users_code_did_not_get_is_an_exception_of_it(number: int) -> None:
     with pytest.raises(OSError, match=os.strerror(number)) as refused:  # as the user's code would

@@ -153,7 +153,7 @@ def test_a_death_leaves_the_others_alone_and_its_slot_is_filled(
     assert status_of(broken).attempts == []
     assert mps
     calls = Path(f"{control}.calls").read_text().split()
-    assert calls == ["-d", mps[1], "quit", mps[1]]
+    assert calls == ["-d", mps[1], "quit", "-t", "5", mps[1]]
     assert not Path(mps[1]).exists()
 
 
