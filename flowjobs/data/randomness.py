@@ -66,7 +66,7 @@ def random_numbers_kept(device: torch.device | None = None) -> Iterator[None]:
     gpus: list[torch.device | int] = []
     if device is not None:
         gpus += [device] if device.type == "cuda" else []
-    elif torch.cuda.is_initialized():
+    elif torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gpus += range(torch.cuda.device_count())
     with torch.random.fork_rng(gpus):
         try:

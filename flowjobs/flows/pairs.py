@@ -121,7 +121,7 @@ class CoupledPairs:
         device = self._batches.device
         if device.type == "cuda":
             # Of a high priority: what little it computes is not to wait for a large step's kernels.
-            self._stream = self._stream or torch.cuda.Stream(device, priority=-1)
+            self._stream = self._stream or torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def _solves_from(self, group: int) -> Iterator[Callable[[], _Solved]]:

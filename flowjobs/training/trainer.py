@@ -156,6 +156,7 @@ class Trainer:
         self._has_validated = False
         self._said_at = 0.0
         self._late: _Logged | None = None
+        self._rows_to: Recorder | None = None
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
         check_weights(model)
@@ -287,7 +288,7 @@ class Trainer:
                 saver = self._make_saver(run, recorder)
             adopted = self._restore(run)
         self._prepare_graphs()  # of what was restored
-        self._late = None
+        self._late, self._rows_to = None, recorder
         self.state.held = None
         if self.state.step == 0:
             check_new_model(self.state.model)
@@ -352,7 +353,7 @@ class Trainer:
         while not state.finished:
             row = state.unvalidated
             if row is None:
-                row = self._step_to_validate(recorder)
+                row = self._step_to_validate()
 
             if state.step == first_step or state.at_epoch_end:
                 check_parameters(self._named, state.model)
@@ -376,14 +377,14 @@ class Trainer:
                     self._tell_progress(recorder)
 
             if row:
-                self._log(row, state.step, recorder)
+                self._log(row, state.step)
 
             if saver and saver.due(epoch_finished=state.at_epoch_end):
-                self._log_late(recorder)
+                self._log_late()
                 saver.save(state.payload())
 
             if not state.finished and (reason := self._agreed_to_leave(saver)):
-                self._log_late(recorder)
+                self._log_late()
                 return reason
         self._leaving.wait()
         return None
@@ -412,14 +413,14 @@ class Trainer:
             raise RunTakenOverError(leave.reason)
         return leave.reason if leave else None
 
-    def _step_to_validate(self, recorder: Recorder | None) -> dict[str, float]:
+    def _step_to_validate(self) -> dict[str, float]:
         """One optimizer step, which is to be validated where it is an epoch's last; see `_step`."""
-        row = self._step(recorder)
+        row = self._step()
         if self.state.at_epoch_end:
             self.state.unvalidated = row
         return row
 
-    def _step(self, recorder: Recorder | None) -> dict[str, float]:
+    def _step(self) -> dict[str, float]:
         """One optimizer step. Returns values to log; empty at most steps."""
         state = self.state
         self._seed()
@@ -428,7 +429,7 @@ class Trainer:
         state.begin_step()
         loss, grad_norm = (self._graphed_update or self._update)(*pair)
         state.end_step()
-        self._log_late(recorder)
+        self._log_late()
 
         if state.step % LOG_EVERY_STEPS:
             return {}
@@ -439,19 +440,20 @@ class Trainer:
             return {}
         return self._finite(logged.row(), logged.step)
 
-    def _log_late(self, recorder: Recorder | None) -> None:
+    def _log_late(self) -> None:
         """Log what an earlier step still has to."""
         late, self._late = self._late, None
         if late:
-            self._log(self._finite(late.row(), late.step), late.step, recorder)
+            self._log(self._finite(late.row(), late.step), late.step)
 
-    def _log(self, row: dict[str, float], step: int, recorder: Recorder | None) -> None:
+    def _log(self, row: dict[str, float], step: int) -> None:
         # Asked at steps that are logged: an epoch of many rows takes an hour.
         if time.monotonic() - self._said_at > SAY_EVERY_S or self.state.finished:
             self._say(row, step)
             self._said_at = time.monotonic()
-        if recorder:
-            recorder.record({"step": step, "epoch": (step - 1) // self._steps_per_epoch, **row})
+        if self._rows_to:
+            epoch = (step - 1) // self._steps_per_epoch
+            self._rows_to.record({"step": step, "epoch": epoch, **row})
 
     def _update(self, x_0: Tensor, x_1: Tensor) -> tuple[Tensor, Tensor]:
         """From a pair to new weights and their average: the loss and the norm of its gradient."""

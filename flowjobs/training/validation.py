@@ -70,18 +70,8 @@ class Validation:
         self.is_kept = mean.is_cuda and 2 * 4 * len(dataset) * dataset.dim <= KEPT_BYTES
         self._kept: dict[int, Sequence[tuple[Tensor, ...]]] = {}
 
-    def loss(self, velocity: Velocity, check: Callable[[], None] = lambda: None) -> float:
-        """The mean squared error of the velocity over all rows and columns.
-
-        Args:
-            velocity: The model.
-            check: Called between batches, on all ranks after as many; what it raises ends the
-                validation.
-        """
-        return self.mean_of(self.total(velocity, check))
-
     def mean_of(self, total: Tensor) -> float:
-        """The mean over all ranks of a `total`."""
+        """The mean squared error over all rows and columns, of the `total` of each rank."""
         numbers = len(self._dataset) * self._dataset.dim
         if self._flow.given_pairs:
             numbers //= 2  # of a pair's two halves, one is predicted
@@ -89,7 +79,12 @@ class Validation:
 
     @torch.no_grad()
     def total(self, velocity: Velocity, check: Callable[[], None] = lambda: None) -> Tensor:
-        """The sum of the squared errors of this rank's rows; see `loss`.
+        """The sum of the squared errors of the velocity over this rank's rows and all columns.
+
+        Args:
+            velocity: The model.
+            check: Called between batches, on all ranks after as many; what it raises ends the
+                validation.
 
         Returns:
             float64 of shape (), on the device.

@@ -110,7 +110,7 @@ def test_validation_calls_the_model_on_no_more_rows_than_a_step_does(
             *(dataset, flow_of(config), NormalSource((3,)), config, mean, std),
             single_process(CPU),
         )
-        losses.append(validation.loss(velocity))
+        losses.append(validation.mean_of(validation.total(velocity)))
         assert (max(called), sum(called)) == (rows, 1500)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # of the same noise and times
 

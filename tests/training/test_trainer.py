@@ -206,7 +206,7 @@ def test_a_validation_that_is_interrupted_is_done_again(study: Path) -> None:
         assert same(train_on_few(run, 2), whole)
 
 
-@pytest.mark.parametrize("dies_in", [(Validation, "loss"), (CheckpointSaver, "due")])
+@pytest.mark.parametrize("dies_in", [(Validation, "total"), (CheckpointSaver, "due")])
 def test_an_epoch_of_one_step_is_validated_where_a_run_died_after_its_first_save(
     study: Path, monkeypatch: pytest.MonkeyPatch, dies_in: tuple[type, str]
 ) -> None:
