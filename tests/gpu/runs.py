@@ -14,6 +14,7 @@ from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowDataset, FlowTrainer
+from flowjobs.training.pinned import with_pinned_files
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.same_bits import differences
 
@@ -47,8 +48,10 @@ def train(
     Raises:
         RunInterrupted: It has left.
     """
+    config = with_pinned_files(config, run.study, None, data_are_given=True)
     if ranks is None or ranks.is_first:
-        run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
+        asked = RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled"))
+        run.create(asked, data_are_given=True)
         held: Any = recording(run, JobInfo.in_foreground())
     else:
         held = nullcontext()

@@ -82,7 +82,7 @@ def test_told_to_leave_and_killed_it_ends_with_the_bits_of_a_whole_run(
             *("train", "--name", name, "--wandb-mode", "disabled", "--dataset", "data.pt"),
             *("--arch", arch, "--width", "64", "--depth", "1", "--arch-args", "dropout=0.1"),
             *("--batch-size", "32", "--epochs", str(EPOCHS), "--patience", str(EPOCHS)),
-            *("--checkpoint-every-s", "0", "--deterministic"),
+            *("--checkpoint-every-s", "0", "--deterministic", "--no-evaluate"),
         ]
 
     whole, parts = Run(study, "whole"), Run(study, "parts")
