@@ -120,8 +120,9 @@ class CoupledPairs:
         """Give the thread a stream, which begins where this one's is: with the data there."""
         device = self._batches.device
         if device.type == "cuda":
-            # Of a high priority: what little it computes is not to wait for a large step's kernels.
-            self._stream = self._stream or torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            if self._stream is None:
+                # Of a high priority: what little it computes need not wait for a step's kernels.
+                self._stream = torch.cuda.Stream(device, -1)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def _solves_from(self, group: int) -> Iterator[Callable[[], _Solved]]:

@@ -132,7 +132,7 @@ def test_a_small_model_trains_faster_than_in_any_loop_without_a_graph(small: lis
 
 def test_steps_of_a_small_model_take_hardly_longer_than_their_graph(small: list[Table]) -> None:
     mlp, *_ = small
-    assert mlp.speeds[OURS].note == "captured"
+    assert mlp.speeds[OURS].note.startswith("captured")
     assert mlp.ratio(OURS, "the graph alone", alone=True) >= OF_THE_LIMIT
 
 

@@ -117,7 +117,8 @@ class TimedLoop:
         self.process.stdin.close()
         if self._is_ours and (answer := self._answer()):
             captured = json.loads(answer)["captured"]
-            self.speed.note = "captured" if captured else self._why_not_captured()
+            words = ["captured" if captured else "not captured", *self._refusals()]
+            self.speed.note = "; ".join(words)
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
@@ -130,10 +131,11 @@ class TimedLoop:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         self.speed.note = self.speed.note or f"FAILED: {lines[-1] if lines else 'no word'}"
 
-    def _why_not_captured(self) -> str:
+    def _refusals(self) -> list[str]:
+        """What is not captured, and why, as its log has it."""
         lines = self._log.read_text(errors="replace").splitlines()
-        found = [line.partition("CUDA graph")[2] for line in lines if "not captured" in line]
-        return f"not captured{found[-1] if found else ''}"
+        # After the level and the logger's name.
+        return [line.split(":", 2)[-1] for line in lines if "not captured" in line]
 
 
 def timed_tables(
