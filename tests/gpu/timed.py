@@ -15,7 +15,7 @@ from tests.bench.ratios import tests_on_path
 
 # Of this length, and so often; the best one counts, since others may only have slowed it down.
 SECONDS, ROUNDS = 1.0, 2
-# Of what is installed beside torch POT loads all, which takes memory of the GPU, and seconds.
+# POT loads what else it could compute with, where that is installed, which takes seconds.
 NO_OTHERS = {f"POT_BACKEND_DISABLE_{name}": "1" for name in ("JAX", "CUPY", "TENSORFLOW")}
 
 
