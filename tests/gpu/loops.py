@@ -175,12 +175,8 @@ def trainer_loop(
                 patched = mock.patch.object(CheckpointSaver, method, _returning(result))
                 stack.enter_context(patched)
         recorder = stack.enter_context(recording(run, JobInfo.in_foreground(), track=tracked))
-        trainer = Trainer(
-            *(model, config, train, val, DEVICE),
-            run=run,
-            recorder=recorder,
-            stop_reason=stop_reason,
-        )
+        given = {"run": run, "recorder": recorder, "stop_reason": stop_reason}
+        trainer = Trainer(model, config, train, val, DEVICE, **given)
         try:
             trainer.train()
         except MeasuredError:
