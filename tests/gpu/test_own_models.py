@@ -198,7 +198,7 @@ def test_why_a_models_steps_are_not_captured_is_said(
     with caplog.at_level(logging.INFO, logger="flowjobs"):
         trainer = train(Run(study, "a"), config, device)
     assert not trainer.captured
-    assert caplog.text.count("the steps are not captured in a CUDA graph: ") == 1
+    assert caplog.text.count("The steps are not captured in a CUDA graph: ") == 1
 
 
 class InTriton(Net):
