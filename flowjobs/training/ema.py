@@ -59,13 +59,12 @@ class EMAModel:
 
     def update(self, model: nn.Module) -> None:
         """Average in the weights of `model` after one optimizer step; buffers are copied."""
-        self.average(model, self.share_of_next)
+        self.average(model, self.share_of(self.updates))
         self.updates += 1
 
-    @property
-    def share_of_next(self) -> float:
-        """The share of the next step's weights in the average: 1 - decay."""
-        return 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def share_of(self, updates: int) -> float:
+        """The share of a step's weights in the average after so many others: 1 - decay."""
+        return 1 - min(self.decay, (1 + updates) / (10 + updates))
 
     @torch.no_grad()
     def average(self, model: nn.Module, share: float | Tensor) -> None:
@@ -80,10 +79,22 @@ class EMAModel:
         # One fused kernel over all weights; a loop over them takes several times longer.
         if isinstance(share, float):
             torch._foreach_lerp_(self._averaged, self._weights, share)
-        else:  # lerp takes no share that is a tensor
-            distances = torch._foreach_sub(self._weights, self._averaged)
-            torch._foreach_mul_(distances, share)
-            torch._foreach_add_(self._averaged, distances)
+        else:
+            # Lerp takes no share that is a tensor. The same is a step of SGD at that rate, whose
+            # gradient, "weight decay" less weights, is the distance.
+            for averaged, weights in self._of_a_type:
+                torch._fused_sgd_(
+                    averaged,
+                    weights,
+                    [],
+                    weight_decay=1.0,
+                    momentum=0.0,
+                    lr=share,
+                    dampening=0.0,
+                    nesterov=False,
+                    maximize=True,
+                    is_first_step=False,
+                )
         if self._copied:
             self.copy_buffers()
         if self._unaveraged:
@@ -93,6 +104,10 @@ class EMAModel:
         # Walking the modules at each step would take a twentieth of a small model's step.
         self._bound_to = model
         self._weights, self._unaveraged_weights = self._parameters(model)
+        by_type: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for averaged, weights in zip(self._averaged, self._weights, strict=True):
+            by_type.setdefault(averaged.dtype, []).append((averaged, weights))
+        self._of_a_type = [[*map(list, zip(*pairs, strict=True))] for pairs in by_type.values()]
         # Their places, since a model may put a new tensor there (`self.mean = 0.9 * self.mean`).
         self._buffers = _buffer_places(model)
         pairs = zip(model.modules(), self.model.modules(), strict=True)

@@ -32,6 +32,7 @@ from flowjobs.training.schedule import get_cosine_schedule_with_warmup
 logger = logging.getLogger(__name__)
 
 
+RATES_AT_ONCE = 256
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
@@ -72,9 +73,8 @@ class TrainState:
         self.scheduler = get_cosine_schedule_with_warmup(
             self.optimizer, config.warmup_steps, self.total_steps
         )
-        device = weights[0].device
-        # What the kernels of a step read on a GPU: its learning rate, and its share in the average.
-        self._on_gpu = torch.zeros(2, device=device) if device.type == "cuda" else None
+        self._device = weights[0].device
+        self._rates = (0, torch.empty(0, 2))
         self.step = 0
         self.best_loss = math.inf
         self.epochs_without_improvement = 0
@@ -120,29 +120,43 @@ class TrainState:
         moments = [of for moments in self.optimizer.state.values() for of in moments.values()]
         return [*{id(of): of for of in (*of_models, *moments)}.values()]
 
-    def begin_step(self) -> None:
-        """Write where the kernels of `update` read them what they need to know of this step."""
-        if self._on_gpu is not None:
-            rate, share = self._on_gpu
-            rate.fill_(self.optimizer.param_groups[0]["lr"])
-            share.fill_(self.ema.share_of_next)
+    def rates(self) -> Tensor | None:
+        """On a GPU, this step's learning rate and its share in the average, of shape (2,) there.
 
-    def update(self, scale: Tensor) -> None:
+        Those of some steps are brought there at once, and a step takes a view.
+        """
+        if self._device.type != "cuda":
+            return None
+        first, rates = self._rates
+        if not first <= self.step < first + len(rates):
+            first = self.step
+            (base_rate,), (factor,) = self.scheduler.base_lrs, self.scheduler.lr_lambdas
+            coming = [
+                (base_rate * factor(first + ahead), self.ema.share_of(self.ema.updates + ahead))
+                for ahead in range(RATES_AT_ONCE)
+            ]
+            pinned = torch.tensor(coming, dtype=torch.float32, device="cpu").pin_memory()
+            rates = pinned.to(self._device, non_blocking=True)
+            self._rates = first, rates
+        return rates[self.step - first]
+
+    def update(self, scale: Tensor, rates: Tensor | None) -> None:
         """The optimizer's step and the average after it.
 
         Args:
             scale: What the gradients are divided by, of shape ().
+            rates: See `rates`.
         """
         # The fused optimizer divides by this as it reads the gradients, as it does for GradScaler:
         # clipping them first would be one more pass over all of them, 4 % of a step. It reads a
         # float32, whatever the gradients are of.
         self.optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
-        if self._on_gpu is None:
+        if rates is None:
             self.optimizer.step()
-            self.ema.average(self.model, self.ema.share_of_next)
+            self.ema.average(self.model, self.ema.share_of(self.ema.updates))
         else:
-            rate, share = self._on_gpu
-            step_at(self.optimizer, rate)
+            learning_rate, share = rates
+            step_at(self.optimizer, learning_rate)
             self.ema.average(self.model, share)
 
     def end_step(self) -> None:
@@ -399,6 +413,7 @@ class TrainState:
         """
         self.check(payload, path)
         self._note_types(payload, path)
+        self._rates = (0, torch.empty(0, 2))
         restore_payload(payload, path, self.model, self.ema, self.optimizer, self.scheduler)
         # The schedule may have become longer since; the optimizer's rate is still the old one's.
         before = self.optimizer.param_groups[0]["lr"]

@@ -155,7 +155,7 @@ class Trainer:
         self._writes_weights = False
         self._has_validated = False
         self._said_at = 0.0
-        self._late: _Logged | None = None
+        self._late: tuple[int, _Logged | dict[str, float]] | None = None
         self._rows_to: Recorder | None = None
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
@@ -425,28 +425,36 @@ class Trainer:
         state = self.state
         self._seed()
         learning_rate = state.optimizer.param_groups[0]["lr"]
-        pair = self._pairs.at(state.step)
-        state.begin_step()
-        loss, grad_norm = (self._graphed_update or self._update)(*pair)
+        inputs = [*self._pairs.at(state.step)]
+        if (rates := state.rates()) is not None:
+            inputs.append(rates)
+        loss, grad_norm = (self._graphed_update or self._update)(*inputs)
         state.end_step()
         self._log_late()
 
         if state.step % LOG_EVERY_STEPS:
             return {}
-        logged = _Logged(state.step, self._ranks.mean(loss), grad_norm, learning_rate)
+        logged = _Logged(self._ranks.mean(loss), grad_norm, learning_rate)
         if self.captured and not state.at_epoch_end:
-            # The GPU would wait while these are read and written: the next step is launched first.
-            self._late = logged
+            self._late = state.step, logged
             return {}
-        return self._finite(logged.row(), logged.step)
+        return self._finite(logged.row(), state.step)
+
+    def _log(self, row: dict[str, float], step: int) -> None:
+        """Log a row; of captured steps as the next one computes, for which the GPU would wait."""
+        if self.captured and not self.state.finished:
+            self._late = step, row
+        else:
+            self._log_now(row, step)
 
     def _log_late(self) -> None:
         """Log what an earlier step still has to."""
         late, self._late = self._late, None
         if late:
-            self._log(self._finite(late.row(), late.step), late.step)
+            step, row = late
+            self._log_now(self._finite(row.row(), step) if isinstance(row, _Logged) else row, step)
 
-    def _log(self, row: dict[str, float], step: int) -> None:
+    def _log_now(self, row: dict[str, float], step: int) -> None:
         # Asked at steps that are logged: an epoch of many rows takes an hour.
         if time.monotonic() - self._said_at > SAY_EVERY_S or self.state.finished:
             self._say(row, step)
@@ -455,8 +463,16 @@ class Trainer:
             epoch = (step - 1) // self._steps_per_epoch
             self._rows_to.record({"step": step, "epoch": epoch, **row})
 
-    def _update(self, x_0: Tensor, x_1: Tensor) -> tuple[Tensor, Tensor]:
-        """From a pair to new weights and their average: the loss and the norm of its gradient."""
+    def _update(
+        self, x_0: Tensor, x_1: Tensor, rates: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """From a pair to new weights and their average: the loss and the norm of its gradient.
+
+        Args:
+            x_0: Of the pair.
+            x_1: Of the pair.
+            rates: See `TrainState.rates`.
+        """
         config, state = self._config, self.state
         t = sample_times(len(x_0), config, self._device)
         takes_noise = self._flow.takes_noise and config.sigma > 0
@@ -482,7 +498,7 @@ class Trainer:
         if is_first:  # each rank's forward may have initialized weights from its own rows
             self._ranks.take_from_first(of.data for of in state.model.parameters())
         grad_norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-        state.update((grad_norm / config.grad_clip).clamp(min=1.0))
+        state.update((grad_norm / config.grad_clip).clamp(min=1.0), rates)
         return loss.detach(), grad_norm
 
     def _seed(self) -> None:
@@ -740,8 +756,7 @@ class Trainer:
 class _Logged:
     """What a step has to log, on its way from the device."""
 
-    def __init__(self, step: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
-        self.step = step
+    def __init__(self, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
         self._learning_rate = learning_rate
         self._values = torch.stack([loss.double(), grad_norm.double()])
         self._copied: torch.cuda.Event | None = None
