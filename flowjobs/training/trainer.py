@@ -524,7 +524,7 @@ class Trainer:
         if self.state.note_val_loss(val_loss) and saver:
             if self.captured:
                 self.state.hold_tensors()
-            saver.keep_best(self.state.payload())
+            saver.keep_best(self.state.payload(), held=self.state.held is not None)
         return {"val/loss": val_loss, "val/best_loss": self.state.best_loss}
 
     def _validation_loss(self, check: Callable[[], None] = lambda: None) -> float:

@@ -95,7 +95,7 @@ def train(study: Path, *, saving: bool) -> None:
     with pytest.MonkeyPatch.context() as patch, recording(run, JobInfo.in_foreground()) as recorder:
         if not saving:
             patch.setattr(CheckpointSaver, "due", lambda saver, epoch_finished: False)
-            patch.setattr(CheckpointSaver, "keep_best", lambda saver, payload: None)
+            patch.setattr(CheckpointSaver, "keep_best", lambda *given, **held: None)
             patch.setattr(CheckpointSaver, "save_and_wait", lambda *given, **named: None)
         trainer = FlowTrainer(
             model, config, train_dataset, val_dataset, DEVICE, run=run, recorder=recorder

@@ -15,7 +15,7 @@ from flowjobs.data import read_ahead
 from flowjobs.errors import CheckpointWriteError, RunTakenOverError
 from flowjobs.training import saving
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.saving import CheckpointSaver
+from flowjobs.training.saving import CheckpointSaver, Snapshot
 
 
 def state(step: int, best_loss: float = 1.0) -> dict[str, Any]:
@@ -240,3 +240,17 @@ def test_a_write_that_hangs_is_spoken_of_and_ends_in_an_error(
         assert caplog.records[-1].levelname == "ERROR"
     finally:
         answers.set()
+
+
+def test_a_copy_is_as_the_state_is_now_whatever_it_reuses() -> None:
+    weights = {"w": torch.zeros(3), "said": {"count": 1}}
+    first = Snapshot.of({"step": 1, "weights": weights, "names": ["w"]})
+    weights["w"] += 1
+    weights["said"]["count"] = 2  # a module may say its state in the same dict each time
+    second = Snapshot.of({"step": 2, "weights": weights, "names": ["w"]}, first)
+    assert second.payload["weights"]["said"] == {"count": 2}
+    assert second.payload["weights"]["w"] is first.payload["weights"]["w"]
+    weights["w"] += 1
+    third = Snapshot.of({"step": 3, "weights": weights, "names": ["w"]}, second, held=True)
+    assert third.payload["step"] == 3
+    assert third.payload["weights"]["w"].tolist() == [2, 2, 2]

@@ -422,3 +422,16 @@ def test_a_damaged_checkpoint_does_not_change_the_end(study: Path, which: str) -
     assert same(read_checkpoint(whole.last), read_checkpoint(damaged.last))
     assert same(read_checkpoint(whole.best), read_checkpoint(damaged.best))
     assert list(read_rows(whole.metrics_file)) == list(read_rows(damaged.metrics_file))
+
+
+def test_a_payload_of_held_tensors_is_the_same(study: Path) -> None:
+    trainer = make_trainer(study, TrainingConfig(epochs=2, arch_args=SMALL))
+    trainer.train()
+    state = trainer.state
+    plain = state.payload()
+    state.hold_tensors()
+    assert state.held
+    held = state.payload()
+    assert held["model_state_dict"] is state.payload()["model_state_dict"]
+    assert held.keys() == plain.keys()
+    assert same(held, plain)
