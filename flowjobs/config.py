@@ -222,8 +222,8 @@ class TrainingConfig:
     """Compile the model with torch.compile."""
 
     cuda_graph: bool = True
-    """On a GPU, replay each step as one CUDA graph where the model allows it; the bits are the
-    same."""
+    """On a GPU, replay each step as one CUDA graph where the model allows it (with --deterministic
+    where the bits are the same)."""
 
     data_placement: DataPlacement = "auto"
     """device: keep the data there; loader: read each step's rows from the file; auto: on the device

@@ -1,5 +1,6 @@
 """The job that this process is in: whether it is a run's own, who shares it, what it was given."""
 
+import ctypes
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,18 @@ def runs_that_share(environment: Mapping[str, str] = os.environ) -> int:
 
 def nvidia_gpus() -> int:
     """How many GPUs the driver of this machine knows. Looked up without loading torch."""
-    return len(list(GPUS_OF_NVIDIA.glob("*"))) or len(list(DEVICES.glob("nvidia[0-9]*")))
+    if gpus := len(list(GPUS_OF_NVIDIA.glob("*"))):
+        return gpus
+    return len(list(DEVICES.glob("nvidia[0-9]*"))) if _has_driver() else 0
+
+
+def _has_driver() -> bool:
+    """Whether a process here can use a GPU: devices may be left of a driver that is gone."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def in_slurm_job() -> bool:

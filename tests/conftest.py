@@ -28,8 +28,10 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those on Slurm take turns on two clusters, half on each."""
+    """Side by side, tests on Slurm take turns on two clusters, half on each, and tests on a GPU."""
     for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.xdist_group("gpu"))
         if "slurm_cluster" in getattr(item, "fixturenames", ()):
             half = "interruptions" if item.path.name == "test_nothing_is_lost.py" else "slurm"
             item.add_marker(pytest.mark.xdist_group(half))

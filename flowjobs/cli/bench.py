@@ -1,6 +1,7 @@
 """flowjobs bench."""
 
 import dataclasses
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from flowjobs.cli.prepare import prepare_run
 from flowjobs.config import RestartConfig, TrackingConfig, TrainingConfig, value_in_name
 from flowjobs.errors import ConfigError
 from flowjobs.flows.flow import FLOWS
+from flowjobs.jobs.mps import CONTROL
 from flowjobs.runs.datasets import pair_files
 from flowjobs.runs.run import default_study
 from flowjobs.runs.status import EXIT_FAILED
@@ -70,7 +72,7 @@ class Bench(WithDefaults):
             rows = [dataclasses.asdict(some) for some in measured]
             print_json({"measured": rows, "advised": best.runs if best else None})
         else:
-            _print(measured, best)
+            _print(measured, best, by_turns=not self.mps)
         return 0 if best else EXIT_FAILED
 
 
@@ -96,7 +98,7 @@ def _say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def _print(measured: "list[SideBySide]", best: "SideBySide | None") -> None:
+def _print(measured: "list[SideBySide]", best: "SideBySide | None", *, by_turns: bool) -> None:
     alone = measured[0].samples_per_s / measured[0].runs
     print(f"{'at once':>7}  {'samples/s':>12}  {'each':>12}  of {measured[0].runs} at a time")
     for some in measured:
@@ -108,3 +110,5 @@ def _print(measured: "list[SideBySide]", best: "SideBySide | None") -> None:
         print(f"{some.runs:7}  {some.samples_per_s:12,.0f}  {each:12,.0f}  {ratio:.2f}")
     if best:
         print(f"--runs-per-gpu {best.runs} trains the most, or within 5 % of it")
+    if by_turns and len(measured) > 1 and shutil.which(CONTROL):
+        print("They took turns on the GPU; --mps measures them as they compute at once.")

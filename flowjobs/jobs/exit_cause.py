@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,7 +95,8 @@ OUT_OF_MEMORY = re.compile(
 # Of the port on which the ranks meet: another one at the next start.
 ADDRESS_IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 LOST_GPU = re.compile(r"CUDA error|CUDA driver|NCCL|\bECC\b|CUBLAS_STATUS|CUDNN_STATUS|cudaError")
-DEVICE_ASSERT = "device-side assert"
+# Not "device-side assertions", which torch names at the end of every error of CUDA.
+DEVICE_ASSERT = "device-side assert triggered"
 # What CUDA prints, before any exception, in the process alone whose kernel has failed an assert:
 # "IndexKernel.cu:93: operator(): block: [0,0,0], thread: [0,0,0] Assertion `…` failed."
 OWN_ASSERT = re.compile(r"block: \[\d+,\d+,\d+\], thread: \[\d+,\d+,\d+\] Assertion ")
@@ -189,12 +190,13 @@ def _own_fault_on_gpu(error: BaseException, job: JobInfo) -> str | None:
     that computes next may call it an error of its own (CUBLAS_STATUS_…); and by MPS every client
     is told of it, without whose it is.
     """
-    text = text_of(error)
-    if not (isinstance(error, RuntimeError) and LOST_GPU.search(text)):
+    texts = [text_of(of) for of in _causes(error) if isinstance(of, RuntimeError)]
+    if not any(LOST_GPU.search(text) for text in texts):
         return None
     if OWN_ASSERT.search(_newest_attempt(job)):
         return "exception"
-    return "lost GPU" if DEVICE_ASSERT in text and shares_faults() else None
+    asserted = any(DEVICE_ASSERT in text for text in texts)
+    return "lost GPU" if asserted and shares_faults() else None
 
 
 def _code_of(ending: str) -> int | None:
@@ -302,12 +304,16 @@ def transient_kind(error: BaseException) -> str | None:
 
     What it was raised from counts as well: "the checkpoint cannot be read" may be a stale handle.
     """
+    kinds = (_own_transient_kind(of) for of in _causes(error))
+    return next((kind for kind in kinds if kind), None)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
     cause: BaseException | None = error
     while cause is not None:
-        if kind := _own_transient_kind(cause):
-            return kind
+        yield cause
         cause = cause.__cause__
-    return None
 
 
 def _own_transient_kind(error: BaseException) -> str | None:
@@ -326,7 +332,7 @@ def _own_transient_kind(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and ADDRESS_IN_USE.search(text):
         return "address in use"
     # A device-side assert is the model's mistake (an index out of range), on any GPU.
-    if isinstance(error, RuntimeError) and LOST_GPU.search(text) and "assert" not in text:
+    if isinstance(error, RuntimeError) and LOST_GPU.search(text) and DEVICE_ASSERT not in text:
         return "lost GPU"
     return None
 

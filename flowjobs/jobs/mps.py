@@ -14,10 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flowjobs.errors import ConfigError
+from flowjobs.slots import runs_that_share
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPE_FOLDER = "CUDA_MPS_PIPE_DIRECTORY"
 ANSWERS_WITHIN_S = 30.0
+# The first on a node of many GPUs, whose driver was not in use.
+COMPUTES_WITHIN_S = 120.0
 # A client that hangs is not waited for: the job that ends may have been told to leave, and has
 # still to be requeued.
 CLIENTS_END_WITHIN_S = 5
@@ -50,7 +53,10 @@ def mps_daemon() -> Iterator[dict[str, str]]:
     if shutil.which(CONTROL) is None:
         raise ConfigError(f"MPS: {CONTROL} is not on PATH")
     # Not in TMPDIR: the path of a socket has 107 characters at most.
-    folder = Path(tempfile.mkdtemp(prefix="flowjobs-mps-", dir="/tmp"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="flowjobs-mps-", dir="/tmp"))
+    except OSError as error:
+        raise ConfigError(f"MPS: no folder in /tmp: {error.strerror}") from error
     variables = {PIPE_FOLDER: str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
     # The daemon numbers the GPUs that it sees anew, and a job whose runs share has one.
     of_client = variables | {"CUDA_VISIBLE_DEVICES": "0"}
@@ -67,9 +73,9 @@ def mps_daemon() -> Iterator[dict[str, str]]:
 
 
 def shares_faults(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process computes as a client of MPS: a fault of one on the GPU is then told to
+    """Whether this run computes by MPS beside others: a fault of one on the GPU is then told to
     all of them, and not whose it is."""
-    return PIPE_FOLDER in environment
+    return PIPE_FOLDER in environment and runs_that_share(environment) > 1
 
 
 def _control(flag: str | None, variables: dict[str, str], command: str = "") -> None:
@@ -96,12 +102,12 @@ def _control(flag: str | None, variables: dict[str, str], command: str = "") -> 
 def _check_client(variables: dict[str, str], folder: Path) -> None:
     try:
         done = subprocess.run(
-            [sys.executable, "-c", CLIENT],
+            [sys.executable, "-I", "-S", "-c", CLIENT],
             env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=ANSWERS_WITHIN_S,
+            timeout=COMPUTES_WITHIN_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

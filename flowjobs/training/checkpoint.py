@@ -149,7 +149,7 @@ def checkpoint_payload(
     config: dict[str, Any],
     stats: dict[str, Tensor],
 ) -> Payload:
-    """What a checkpoint holds. The tensors are the live ones; a slice of a larger one is copied."""
+    """What a checkpoint holds. The tensors are the live ones; on a CPU, slices are copied."""
     return {
         "format": FORMAT,
         "epoch": epoch,

@@ -72,17 +72,17 @@ class EMAModel:
 
         Args:
             model: Whose weights are averaged in.
-            share: Theirs; on a GPU a tensor of shape (), so that a CUDA graph reads it anew.
+            share: Theirs; as a tensor of shape () on a GPU, from where a CUDA graph reads it anew.
         """
         if model is not self._bound_to:
             self._bind(model)
         # One fused kernel over all weights; a loop over them takes several times longer.
-        if isinstance(share, float):
+        if not isinstance(share, Tensor):
             torch._foreach_lerp_(self._averaged, self._weights, share)
         else:
             # Lerp takes no share that is a tensor. The same is a step of SGD at that rate, whose
             # gradient, "weight decay" less weights, is the distance.
-            for averaged, weights in self._of_a_type:
+            for averaged, weights in self._alike:
                 torch._fused_sgd_(
                     averaged,
                     weights,
@@ -95,6 +95,8 @@ class EMAModel:
                     maximize=True,
                     is_first_step=False,
                 )
+            for averaged_one, weights_one in self._others:
+                averaged_one.add_((weights_one - averaged_one) * share)
         if self._copied:
             self.copy_buffers()
         if self._unaveraged:
@@ -104,10 +106,16 @@ class EMAModel:
         # Walking the modules at each step would take a twentieth of a small model's step.
         self._bound_to = model
         self._weights, self._unaveraged_weights = self._parameters(model)
-        by_type: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        self._others: list[tuple[Tensor, Tensor]] = []
         for averaged, weights in zip(self._averaged, self._weights, strict=True):
-            by_type.setdefault(averaged.dtype, []).append((averaged, weights))
-        self._of_a_type = [[*map(list, zip(*pairs, strict=True))] for pairs in by_type.values()]
+            if _lie_alike(averaged, weights):
+                of_a_type = alike.setdefault(averaged.dtype, ([], []))
+                of_a_type[0].append(averaged)
+                of_a_type[1].append(weights)
+            else:
+                self._others.append((averaged, weights))
+        self._alike = [*alike.values()]
         # Their places, since a model may put a new tensor there (`self.mean = 0.9 * self.mean`).
         self._buffers = _buffer_places(model)
         pairs = zip(model.modules(), self.model.modules(), strict=True)
@@ -213,6 +221,13 @@ def _can_be_averaged(weights: Tensor) -> bool:
     if weights.dtype not in AVERAGED:
         return False
     return weights.requires_grad or bool(weights.isfinite().all())
+
+
+def _lie_alike(averaged: Tensor, weights: Tensor) -> bool:
+    """Whether a kernel may go by memory: a frozen slice of a larger tensor has other values between
+    its own."""
+    dense = torch.empty_like(weights, device="meta").stride()
+    return averaged.stride() == weights.stride() == dense
 
 
 def _buffer_places(model: nn.Module) -> list[_Place]:

@@ -29,10 +29,19 @@ def step_at(optimizer: Optimizer, rate: Tensor) -> None:
     Args:
         optimizer: With one group of weights, which keeps the number that it has.
         rate: float32 of shape (), on the GPU.
+
+    Raises:
+        RuntimeError: A graph is captured, and a parameter was without a gradient so far.
     """
     (group,) = optimizer.param_groups
     number = group["lr"]
-    group["lr"], group["capturable"] = rate, torch.cuda.is_current_stream_capturing()
+    captures = torch.cuda.is_current_stream_capturing()
+    if captures and any(
+        of.grad is not None and of not in optimizer.state for of in group["params"]
+    ):
+        # Its moments would be made in the graph, and anew at each replay.
+        raise RuntimeError("a parameter has its first gradient only now")
+    group["lr"], group["capturable"] = rate, captures
     try:
         optimizer.step()
     finally:

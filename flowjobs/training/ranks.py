@@ -162,9 +162,10 @@ def joined_ranks(rank: int, world_size: int, local_rank: int, use_gpu: bool) -> 
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=WAIT_FOR_RANKS)
     try:
-        if device.type == "cuda":
-            uuid = torch.cuda.get_device_properties(device).uuid
-            check_own_gpus(str(uuid), world_size)
+        if use_gpu:
+            on_gpu = device.type == "cuda"
+            gpu = torch.cuda.get_device_properties(device).uuid if on_gpu else f"none of {rank}"
+            check_own_gpus(str(gpu), world_size)
         yield Ranks(rank, world_size, device)
     finally:
         _leave_group()

@@ -187,7 +187,7 @@ class TrainState:
             raise _not_taken_back(error) from error
 
     def payload(self) -> Payload:
-        """What a checkpoint holds, with the live tensors; a slice of a larger one is copied.
+        """What a checkpoint holds, with the live tensors; on a CPU, slices are copied.
 
         Raises:
             CheckpointUnloadableError: The model does not take its own state.

@@ -68,8 +68,9 @@ from flowjobs.training.determinism import deterministic_algorithms, set_cublas_w
 from flowjobs.training.inputs import inputs_of
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
 from flowjobs.training.ranks import Leave, Leaving, Ranks, single_process
-from flowjobs.training.saving import CheckpointSaver, Snapshot
+from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.seal import digest_of
+from flowjobs.training.snapshot import Snapshot
 from flowjobs.training.state import TrainState
 from flowjobs.training.validation import Validation
 
@@ -157,6 +158,7 @@ class Trainer:
         self._said_at = 0.0
         self._late: tuple[int, _Logged | dict[str, float]] | None = None
         self._rows_to: Recorder | None = None
+        self._check: Callable[[], None] = lambda: None
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
         check_weights(model)
@@ -191,6 +193,7 @@ class Trainer:
         self._ema_velocity = self._as_velocity(self.state.ema.model)
         self._graphed_update: Graphed | None = None
         self._graphed_validation: Graphed | None = None
+        self._was_captured = False
 
     def train(self) -> TrainingResult:
         """Train to the end, from the newest checkpoint if there is one.
@@ -313,10 +316,12 @@ class Trainer:
                 saver.save_and_wait(self.state.payload())
             if recorder:
                 self._tell_progress(recorder)
-        except BaseException:
-            if saver:
-                saver.close_after_error()
+        except BaseException as error:
+            self._close_after(error, saver)
             raise
+        finally:
+            self._was_captured = self.captured
+            self._graphed_update = self._graphed_validation = None  # they keep memory
         if saver:
             saver.close()
         if self._taken_over:
@@ -324,6 +329,14 @@ class Trainer:
         if reason:
             raise RunInterrupted(reason, self.state.step)
         return self._result(run, time.monotonic() - started)
+
+    def _close_after(self, error: BaseException, saver: CheckpointSaver | None) -> None:
+        if not isinstance(error, RunTakenOverError):
+            # The error is what is told.
+            with suppress(TrainingDivergedError, RuntimeError):
+                self._log_late()
+        if saver:
+            saver.close_after_error()
 
     def _make_saver(self, run: Run, recorder: Recorder | None) -> CheckpointSaver:
         for path in (run.best, run.last):
@@ -537,14 +550,15 @@ class Trainer:
         # Once in a process: a restart's model may be as little initialized as the first one's.
         look = nullcontext() if self._has_validated else kept_in_evaluation(ema.model)
         with look:
-            graphed = self._graphed_validation
-            (total,) = graphed() if graphed and not graphed.refused else self._validate(check)
+            self._check = check
+            # Where steps are not captured, buffers of the average may be new ones at each.
+            (total,) = ((self.captured and self._graphed_validation) or self._validate)()
         self._has_validated = True
         return self._validation.mean_of(total)
 
-    def _validate(self, check: Callable[[], None] = lambda: None) -> tuple[Tensor, ...]:
+    def _validate(self) -> tuple[Tensor, ...]:
         with self._arithmetic():
-            return (self._validation.total(self._ema_velocity, check),)
+            return (self._validation.total(self._ema_velocity, self._check),)
 
     def _finite(self, row: dict[str, float], step: int) -> dict[str, float]:
         """The values of a step; a TrainingDivergedError if they are not finite."""
@@ -678,25 +692,29 @@ class Trainer:
 
     def _prepare_graphs(self) -> None:
         """Let steps and validations become replays of CUDA graphs."""
-        self._graphed_update = self._graphed_validation = None
+        self._was_captured = False
         if not self._config.cuda_graph or self._device.type != "cuda":
             return
         if self._ranks.world_size > 1:
             logger.info("The steps are not captured in a CUDA graph: several ranks share them")
             return
         state, exact = self.state, self._config.deterministic
+        calls = (state.model, self._flow)
         self._graphed_update = Graphed(
-            "The steps are", self._update, state.model, state.changing, exact=exact
+            "The steps are", self._update, calls, state.changing, exact=exact
         )
         if self._validation.is_kept:
+            calls = (state.ema.model, self._flow)
             self._graphed_validation = Graphed(
-                "Validation is", self._validate, state.ema.model, state.changing, exact=exact
+                "Validation is", self._validate, calls, state.changing, exact=exact
             )
 
     @property
     def captured(self) -> bool:
-        """Whether the steps are replays of a CUDA graph."""
-        return self._graphed_update is not None and self._graphed_update.captured
+        """Whether the steps are replays of a CUDA graph, or were as training ended."""
+        if self._graphed_update is None:
+            return self._was_captured
+        return self._graphed_update.captured
 
     def _as_velocity(self, model: nn.Module) -> Velocity:
         """The model, compiled if asked, and checked at each call."""

@@ -54,8 +54,7 @@ def test_captured_and_plain_whole_and_in_parts_all_end_with_the_same_bits(
     config = replace(CONFIG, deterministic=True, **options)
     whole, plain, parts = (Run(study, name) for name in ("whole", "plain", "parts"))
     captured = train(whole, config, device)
-    if "arch" in options:  # those of the user's command
-        assert captured.captured
+    assert captured.captured
     assert not train(plain, replace(config, cuda_graph=False), device).captured
     assert_same_bits(whole, plain)
     train_in_parts(parts, config, device)

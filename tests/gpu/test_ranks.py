@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from flowjobs.runs.run import Run
 from tests.gpu import rank_job
@@ -13,8 +12,10 @@ from tests.training.test_leaving import end, free_port, start
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="each rank has a GPU of its own")
-def test_two_ranks_on_one_gpu_are_refused_and_with_gloo_resume_to_the_bit(study: Path) -> None:
+def test_two_ranks_on_one_gpu_are_refused_and_with_gloo_resume_to_the_bit(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     ports = free_port(), free_port()
     ranks = [start(rank_job.__file__, study, rank, *ports) for rank in range(2)]
     for said in end(ranks, 0):

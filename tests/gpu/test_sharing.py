@@ -1,6 +1,5 @@
 """Runs that share one GPU: what ends one of them there leaves the others their bits."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -48,10 +47,8 @@ def made(study: Path, name: str, retries: int = 0, *, mps: bool = False) -> Run:
         arch_args=KeyValues(control=f"control-{name}"),
         deterministic=True,
         evaluate=False,
+        cuda_graph=False,  # a step that is replayed calls no model
     )
-    if "cuda_graph" in {field.name for field in dataclasses.fields(TrainingConfig)}:
-        # A step that is replayed calls no model.
-        training = dataclasses.replace(training, **{"cuda_graph": False})
     run = Run(study, name)
     tracking = TrackingConfig(wandb_mode="disabled")
     run.create(RunConfig(training, SlurmConfig(mps=mps), tracking, RestartConfig(retries=retries)))

@@ -15,6 +15,7 @@ from flowjobs.jobs.environment import JobProcess
 from flowjobs.runs.rank_failures import RankFailure, note_failure, noted_failures
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome
+from flowjobs.slots import SLOTS
 from flowjobs.slurm.controller import JobRow
 from flowjobs.slurm.jobs import Known
 
@@ -115,6 +116,13 @@ def raised_from(error: Exception, number: int) -> Exception:
     return error
 
 
+# How torch ends each error of CUDA.
+OF_EVERY_ERROR = (
+    "\nCUDA kernel errors might be asynchronously reported at some other API call.\n"
+    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+)
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -135,8 +143,10 @@ def raised_from(error: Exception, number: int) -> Exception:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "lost GPU"),
+        (RuntimeError(f"CUDA error: unspecified launch failure{OF_EVERY_ERROR}"), "lost GPU"),
+        (RuntimeError(f"CUDA error: out of memory{OF_EVERY_ERROR}"), "out of memory"),
         (RuntimeError("failed to listen, code: -98, name: EADDRINUSE"), "address in use"),
-        (RuntimeError("CUDA error: device-side assert triggered"), None),
+        (RuntimeError(f"CUDA error: device-side assert triggered{OF_EVERY_ERROR}"), None),
         (FileNotFoundError(errno.ENOENT, "No such file"), None),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (ValueError("bug"), None),
@@ -180,6 +190,7 @@ def test_an_assert_on_the_gpu_is_the_mistake_of_the_run_whose_log_has_it(
     log.write_text(f"{before}00:00:00 I attempt 2 at a: local job 12 on n1\n{ASSERTED * own}")
     if by_mps:
         monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp/mps")
+        monkeypatch.setenv(SLOTS, "2")
     job = JobInfo("local", "12", str(log), "n1", 1)
     failure = exit_cause.failure_of(RuntimeError(text), JobProcess(job, job.start_id))
     assert failure.outcome.kind == kind

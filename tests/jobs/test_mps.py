@@ -11,6 +11,7 @@ from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConf
 from flowjobs.errors import ConfigError
 from flowjobs.jobs import mps
 from flowjobs.runs.run import Run
+from flowjobs.slots import SLOTS
 
 # One whose run is told of a fault on the GPU that is not its own.
 MODEL = """
@@ -74,6 +75,7 @@ def test_a_fault_that_may_be_another_runs_is_told_as_such(
     Path("told.py").write_text(MODEL)
     monkeypatch.setenv("PYTHONPATH", f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv(mps.PIPE_FOLDER, str(study / "nothing"))
+    monkeypatch.setenv(SLOTS, "2")
     run = Run(study, "told")
     training = TrainingConfig(arch="told:Told")
     run.create(

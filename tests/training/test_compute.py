@@ -14,7 +14,6 @@ from flowjobs.errors import ConfigError, RunInterrupted
 from flowjobs.field_values import KeyValues
 from flowjobs.jobs.exit_cause import transient_kind
 from flowjobs.runs.run import Run
-from flowjobs.slots import nvidia_gpus
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import computing, computing_as_before, usable_cores
 from flowjobs.training.ranks import Ranks, joined_ranks, single_process
@@ -159,19 +158,6 @@ def test_a_gpu_is_not_held_for_a_torch_that_cannot_use_it(
         assert ranks.device == CPU
 
 
-def test_gpus_are_counted_in_a_container_that_hides_the_drivers_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flowjobs.slots.GPUS_OF_NVIDIA", tmp_path / "gpus")
-    monkeypatch.setattr("flowjobs.slots.DEVICES", tmp_path)
-    assert nvidia_gpus() == 0
-    for name in ("nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / name).touch()
-    assert nvidia_gpus() == 2
-    (tmp_path / "gpus/0000:01:00.0").mkdir(parents=True)
-    assert nvidia_gpus() == 1
-
-
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can use a GPU")
 def test_a_gpu_whose_driver_is_gone_is_a_lost_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,7 +167,6 @@ def test_a_gpu_whose_driver_is_gone_is_a_lost_one(
     monkeypatch.setattr("flowjobs.slots.GPUS_OF_NVIDIA", tmp_path / "gpus")
     monkeypatch.setattr("flowjobs.slots.DEVICES", tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr("flowjobs.slots.DEVICES", tmp_path)
     with joined_ranks(0, 1, 0, use_gpu=True) as ranks:  # a laptop without one
         assert ranks.device == CPU
     monkeypatch.setenv("SLURM_STEP_GPUS", "0")

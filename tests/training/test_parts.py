@@ -204,3 +204,27 @@ def test_a_bug_in_ones_own_module_is_said_where_it_is(
     with pytest.raises(expected) as caught:
         build(TrainingConfig(**{use: "has_a_bug:Net"}))
     assert user_place(caught.value) == "has_a_bug.py, line 2"
+
+
+def test_an_average_without_decay_is_the_weights() -> None:
+    model = nn.Linear(300, 300)
+    ema = EMAModel(model, decay=0)
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight.normal_()
+        ema.update(model)
+        assert torch.equal(ema.shadow["weight"], model.weight)
+
+
+def test_a_share_that_is_a_tensor_averages_the_same_but_for_rounding() -> None:
+    table = torch.randn(4, 6)
+    model = nn.ParameterList([torch.randn(5, 3), torch.randn(7, dtype=torch.float64)])
+    model.append(nn.Parameter(table[:, :3], requires_grad=False))  # not dense
+    number, tensor = EMAModel(model), EMAModel(model)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.normal_()
+    number.average(model, 0.25)
+    tensor.average(model, torch.tensor(0.25))
+    for name, averaged in number.shadow.items():
+        torch.testing.assert_close(tensor.shadow[name], averaged)

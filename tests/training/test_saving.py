@@ -15,7 +15,8 @@ from flowjobs.data import read_ahead
 from flowjobs.errors import CheckpointWriteError, RunTakenOverError
 from flowjobs.training import saving
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.saving import CheckpointSaver, Snapshot
+from flowjobs.training.saving import CheckpointSaver
+from flowjobs.training.snapshot import Snapshot
 
 
 def state(step: int, best_loss: float = 1.0) -> dict[str, Any]:
