@@ -3,10 +3,13 @@
 Replays themselves are tested in tests/gpu.
 """
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,13 @@ from torch import Tensor, nn
 from flowjobs.models.dit import DiT
 from flowjobs.models.mlp import MLP
 from flowjobs.models.unet import UNet
+from flowjobs.runs.run import Run
+from flowjobs.training import cuda_graph
 from flowjobs.training.cuda_graph import Graphed, _watched
+from flowjobs.training.trainer import Trainer
+from tests.gpu.runs import CONFIG, INTERRUPTED_AT, assert_same_bits, train, train_in_parts
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +138,86 @@ def test_a_replay_must_do_to_each_tensor_what_a_plain_call_does() -> None:
     assert not compared(1.0, 1.00001, 1.0)  # where it does not move at all
     assert not compared(1.0, 1.0, 1.001)
     assert not compared(1.0, 1.5, float("nan"))
+
+
+class GeneratorOfAGpu:
+    """The CPU's, in its place."""
+
+    device = CPU
+    get_state = staticmethod(torch.get_rng_state)
+    set_state = staticmethod(torch.set_rng_state)
+
+    def graphsafe_set_state(self, generator: torch.Generator) -> None:
+        """Nothing is captured."""
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run on the CPU decide and keep its record as on a GPU; a replay calls the function."""
+
+    def prepare(trainer: Trainer) -> None:
+        trainer._was_captured = False
+        state, flow = trainer.state, trainer._flow
+        trainer._graphed_update = Graphed(
+            "The steps are", trainer._update, (state.model, flow), state.changing, exact=True
+        )
+        trainer._graphed_validation = Graphed(
+            "Validation is", trainer._validate, (state.ema.model, flow), state.changing, exact=True
+        )
+
+    monkeypatch.setattr(Trainer, "_prepare_graphs", prepare)
+    monkeypatch.setattr(cuda_graph, "_Replay", lambda function, *inputs: function)
+    monkeypatch.setattr(cuda_graph, "_generators", lambda: ())  # the GPU's are no matter
+    monkeypatch.setattr(torch.cuda, "default_generators", (GeneratorOfAGpu(),))
+    for name, value in {
+        **dict.fromkeys(("current_device", "memory_allocated", "memory_reserved"), 0),
+        **dict.fromkeys(("current_stream", "set_stream", "synchronize"), None),
+        "max_memory_allocated": 1,
+        "reset_peak_memory_stats": None,
+        "mem_get_info": (10**12, 10**12),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
+
+
+@pytest.mark.parametrize("options", [{}, {"flow": "otcfm"}, {"patience": 1, "lr": 0.1}], ids=str)
+def test_a_run_of_replays_ends_with_the_record_and_the_bits_of_plain_steps(
+    study: Path, request: pytest.FixtureRequest, options: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(CONFIG, **options)
+    plain, whole, parts = (Run(study, name) for name in ("plain", "whole", "parts"))
+    assert not train(plain, config, CPU).captured
+    request.getfixturevalue("replays")
+    assert train(whole, config, CPU).captured
+    assert_same_bits(plain, whole)
+    train_in_parts(parts, config, CPU, INTERRUPTED_AT)
+    assert_same_bits(plain, parts)
+
+
+@pytest.mark.usefixtures("replays")
+def test_where_a_capture_fails_steps_stay_plain_and_say_why(
+    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(function: object, *inputs: Tensor) -> object:
+        raise RuntimeError("operation not permitted when stream is capturing\nfor more: …")
+
+    monkeypatch.setattr(cuda_graph, "_Replay", fails)
+    with caplog.at_level("INFO"):
+        assert not train(Run(study, "a"), CONFIG, CPU).captured
+    words = "The steps are not captured in a CUDA graph: operation not permitted when stream is"
+    assert caplog.text.count(words) == 1
+
+
+@pytest.mark.usefixtures("replays")
+def test_a_replay_that_does_something_else_is_not_kept(
+    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = Run(study, "plain")
+    train(plain, dataclasses.replace(CONFIG, epochs=2), CPU)
+    monkeypatch.setattr(
+        cuda_graph, "_Replay", lambda function, *inputs: lambda *given: (inputs[0],) * 2
+    )
+    other = Run(study, "other")
+    with caplog.at_level("INFO"):
+        assert not train(other, dataclasses.replace(CONFIG, epochs=2), CPU).captured
+    assert "a replay does not give what a plain call gives" in caplog.text
+    assert_same_bits(plain, other)
