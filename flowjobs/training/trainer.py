@@ -68,6 +68,7 @@ from flowjobs.training.determinism import deterministic_algorithms, set_cublas_w
 from flowjobs.training.inputs import inputs_of
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
 from flowjobs.training.ranks import Leave, Leaving, Ranks, single_process
+from flowjobs.training.rows import Logged, Rows
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.seal import digest_of
 from flowjobs.training.snapshot import Snapshot
@@ -77,7 +78,6 @@ from flowjobs.training.validation import Validation
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_STEPS = 10
-SAY_EVERY_S = 10.0
 
 
 class TrainingResult(TypedDict):
@@ -155,9 +155,6 @@ class Trainer:
         self._taken_over: RunTakenOverError | None = None
         self._writes_weights = False
         self._has_validated = False
-        self._said_at = 0.0
-        self._late: tuple[int, _Logged | dict[str, float]] | None = None
-        self._rows_to: Recorder | None = None
         self._check: Callable[[], None] = lambda: None
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
@@ -291,7 +288,8 @@ class Trainer:
                 saver = self._make_saver(run, recorder)
             adopted = self._restore(run)
         self._prepare_graphs()  # of what was restored
-        self._late, self._rows_to = None, recorder
+        says = self._ranks.is_first
+        self._rows = Rows(self._config, self._steps_per_epoch, recorder, says=says)
         self.state.held = None
         if self.state.step == 0:
             check_new_model(self.state.model)
@@ -334,7 +332,7 @@ class Trainer:
         if not isinstance(error, RunTakenOverError):
             # The error is what is told.
             with suppress(TrainingDivergedError, RuntimeError):
-                self._log_late()
+                self._rows.write_late()
         if saver:
             saver.close_after_error()
 
@@ -361,7 +359,6 @@ class Trainer:
         state.model.train()  # a notebook may have looked at its samples
         for part in self._stay_in_evaluation:
             part.training = False
-        self._said_at = time.monotonic()
         first_step = state.step + 1
         while not state.finished:
             row = state.unvalidated
@@ -390,14 +387,17 @@ class Trainer:
                     self._tell_progress(recorder)
 
             if row:
-                self._log(row, state.step)
+                is_last = state.finished
+                self._rows.take(
+                    state.step, row, late=self.captured and not is_last, is_last=is_last
+                )
 
             if saver and saver.due(epoch_finished=state.at_epoch_end):
-                self._log_late()
+                self._rows.write_late()
                 saver.save(state.payload())
 
             if not state.finished and (reason := self._agreed_to_leave(saver)):
-                self._log_late()
+                self._rows.write_late()
                 return reason
         self._leaving.wait()
         return None
@@ -443,38 +443,15 @@ class Trainer:
             inputs.append(rates)
         loss, grad_norm = (self._graphed_update or self._update)(*inputs)
         state.end_step()
-        self._log_late()
+        self._rows.write_late()
 
         if state.step % LOG_EVERY_STEPS:
             return {}
-        logged = _Logged(self._ranks.mean(loss), grad_norm, learning_rate)
+        logged = Logged(self._ranks.mean(loss), grad_norm, learning_rate)
         if self.captured and not state.at_epoch_end:
-            self._late = state.step, logged
+            self._rows.take(state.step, logged, late=True)
             return {}
-        return self._finite(logged.row(), state.step)
-
-    def _log(self, row: dict[str, float], step: int) -> None:
-        """Log a row; of captured steps as the next one computes, for which the GPU would wait."""
-        if self.captured and not self.state.finished:
-            self._late = step, row
-        else:
-            self._log_now(row, step)
-
-    def _log_late(self) -> None:
-        """Log what an earlier step still has to."""
-        late, self._late = self._late, None
-        if late:
-            step, row = late
-            self._log_now(self._finite(row.row(), step) if isinstance(row, _Logged) else row, step)
-
-    def _log_now(self, row: dict[str, float], step: int) -> None:
-        # Asked at steps that are logged: an epoch of many rows takes an hour.
-        if time.monotonic() - self._said_at > SAY_EVERY_S or self.state.finished:
-            self._say(row, step)
-            self._said_at = time.monotonic()
-        if self._rows_to:
-            epoch = (step - 1) // self._steps_per_epoch
-            self._rows_to.record({"step": step, "epoch": epoch, **row})
+        return self._rows.finite(state.step, logged.row())
 
     def _update(
         self, x_0: Tensor, x_1: Tensor, rates: Tensor | None = None
@@ -533,7 +510,8 @@ class Trainer:
                 raise RunInterrupted(reason)
 
         val_loss = self._validation_loss(check)
-        self._finite({"val/loss": val_loss}, self.state.step)  # before such a state could be saved
+        # Before such a state could be saved.
+        self._rows.finite(self.state.step, {"val/loss": val_loss})
         if self.state.note_val_loss(val_loss) and saver:
             if self.captured:
                 self.state.hold_tensors()
@@ -559,16 +537,6 @@ class Trainer:
     def _validate(self) -> tuple[Tensor, ...]:
         with self._arithmetic():
             return (self._validation.total(self._ema_velocity, self._check),)
-
-    def _finite(self, row: dict[str, float], step: int) -> dict[str, float]:
-        """The values of a step; a TrainingDivergedError if they are not finite."""
-        for key, value in row.items():
-            if not math.isfinite(value):
-                raise TrainingDivergedError(
-                    f"{key} is {value} at step {step}: lower --lr "
-                    f"({self._config.lr}) or --grad-clip ({self._config.grad_clip})"
-                )
-        return row
 
     def _restore(self, run: Run) -> bool:
         """Take over the newest good checkpoint, or the one that was asked for.
@@ -743,22 +711,6 @@ class Trainer:
         except RunTakenOverError as error:
             self._taken_over = error  # all ranks leave for it at the next boundary
 
-    def _say(self, row: dict[str, float], step: int) -> None:
-        if not self._ranks.is_first:
-            return
-        if "val/loss" in row:
-            losses = f"val/loss {row['val/loss']:.4f}  best {row['val/best_loss']:.4f}"
-        else:
-            losses = f"train/loss {row['train/loss']:.4f}"
-        logger.info(
-            "epoch %d/%d  step %d/%d  %s",
-            step // self._steps_per_epoch,
-            self._config.epochs,
-            step,
-            self.state.total_steps,
-            losses,
-        )
-
     def _result(self, run: Run, time_s: float) -> TrainingResult:
         state = self.state
         return TrainingResult(
@@ -769,27 +721,3 @@ class Trainer:
             checkpoint_path=str(run.best),
             time_s=time_s,
         )
-
-
-class _Logged:
-    """What a step has to log, on its way from the device."""
-
-    def __init__(self, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
-        self._learning_rate = learning_rate
-        self._values = torch.stack([loss.double(), grad_norm.double()])
-        self._copied: torch.cuda.Event | None = None
-        if self._values.is_cuda:
-            self._values = self._values.to("cpu", non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
-
-    def row(self) -> dict[str, float]:
-        """The values, once they are there."""
-        if self._copied:
-            self._copied.synchronize()
-        loss, grad_norm = self._values.tolist()
-        return {
-            "train/loss": loss,
-            "train/grad_norm": grad_norm,
-            "train/lr": float(self._learning_rate),
-        }

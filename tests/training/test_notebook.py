@@ -61,7 +61,7 @@ def test_a_script_sees_progress_and_cannot_fail_anothers_record(
     monkeypatch.setenv("FLOWJOBS_STUDY", "~/study")  # as a crontab has it: no shell has read it
     done = run_script(
         "import logging\n"
-        "import flowjobs.training.trainer as module\n"
+        "import flowjobs.training.rows as module\n"
         "module.SAY_EVERY_S = 0.0\n"
         "logging.warning('as a library does')\n"  # sets up logging, of warnings alone
         "print(trainer().train()['epochs_run'])"
