@@ -62,6 +62,11 @@ class EMAModel:
         self.average(model, self.share_of(self.updates))
         self.updates += 1
 
+    @property
+    def copies_buffers(self) -> bool:
+        """Whether the model has buffers, which are copied."""
+        return bool(self._copied)
+
     def share_of(self, updates: int) -> float:
         """The share of a step's weights in the average after so many others: 1 - decay."""
         return 1 - min(self.decay, (1 + updates) / (10 + updates))

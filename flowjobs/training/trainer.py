@@ -29,7 +29,6 @@ from flowjobs.errors import (
     RunInterrupted,
     RunMismatchError,
     RunTakenOverError,
-    TrainingDivergedError,
 )
 from flowjobs.flows.flow import flow_of
 from flowjobs.flows.flow import is_built_in as is_built_in_flow
@@ -329,12 +328,13 @@ class Trainer:
         return self._result(run, time.monotonic() - started)
 
     def _close_after(self, error: BaseException, saver: CheckpointSaver | None) -> None:
-        if not isinstance(error, RunTakenOverError):
-            # The error is what is told.
-            with suppress(TrainingDivergedError, RuntimeError):
-                self._rows.write_late()
-        if saver:
-            saver.close_after_error()
+        try:
+            if not isinstance(error, RunTakenOverError):
+                with suppress(Exception):  # the error is what is told
+                    self._rows.write_late()
+        finally:
+            if saver:
+                saver.close_after_error()
 
     def _make_saver(self, run: Run, recorder: Recorder | None) -> CheckpointSaver:
         for path in (run.best, run.last):
@@ -528,9 +528,12 @@ class Trainer:
         # Once in a process: a restart's model may be as little initialized as the first one's.
         look = nullcontext() if self._has_validated else kept_in_evaluation(ema.model)
         with look:
-            self._check = check
             # Where steps are not captured, buffers of the average may be new ones at each.
-            (total,) = ((self.captured and self._graphed_validation) or self._validate)()
+            stays = self.captured or not self.state.ema.copies_buffers
+            graphed = self._graphed_validation if stays else None
+            # Nothing is asked in a graph.
+            self._check = check if graphed is None or graphed.refused else lambda: None
+            (total,) = (graphed or self._validate)()
         self._has_validated = True
         return self._validation.mean_of(total)
 

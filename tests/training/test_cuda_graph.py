@@ -5,6 +5,7 @@ Replays themselves are tested in tests/gpu.
 
 import dataclasses
 import itertools
+import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +23,10 @@ from flowjobs.models.mlp import MLP
 from flowjobs.models.unet import UNet
 from flowjobs.runs.run import Run
 from flowjobs.training import cuda_graph
-from flowjobs.training.cuda_graph import Graphed, _watched
+from flowjobs.training import watched as watching
+from flowjobs.training.cuda_graph import Graphed
 from flowjobs.training.trainer import Trainer
+from flowjobs.training.watched import watched
 from tests.gpu.runs import CONFIG, INTERRUPTED_AT, assert_same_bits, train, train_in_parts
 
 CPU = torch.device("cpu")
@@ -64,7 +68,7 @@ class Changing(nn.Module):
 
 
 def found(model: nn.Module, *inputs: Tensor) -> list[str]:
-    with _watched(model) as reasons:
+    with watched(model) as reasons:
         model(*inputs).sum().backward()
     return reasons
 
@@ -100,6 +104,35 @@ def test_what_forward_writes_in_place_is_replayed() -> None:
     assert not found(Changing(lambda of: of.mean.mul_(0.9)), torch.randn(8, 4))
 
 
+class Odd:
+    """Answers every name, knows no length, and is equal to nothing."""
+
+    def __getattr__(self, name: str) -> object:
+        raise KeyError(name)
+
+    def __len__(self) -> int:
+        raise TypeError("ambiguous")
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("ambiguous")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_whatever_a_model_holds_that_stays_as_it_is_keeps_no_graph_away() -> None:
+    model = Changing(lambda of: None)
+    model.layer = nn.Linear(4, 4)
+    with torch.inference_mode():
+        model.inferred = torch.ones(2)
+    model.logger, model.module, model.nothing = logging.getLogger(), random, float("nan")
+    model.matrix, model.itself = scipy.sparse.csr_matrix(np.eye(3)), [model]
+    model.table = [[*range(5000)] for _ in range(100)]
+    circle: list[object] = [Odd()]
+    circle.append(circle)
+    model.circle = circle
+    assert not found(model, torch.randn(8, 4))
+
+
 def test_hooks_are_not_replayed() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     assert not found(model, torch.randn(8, 4))
@@ -119,7 +152,7 @@ def test_every_built_in_can_be_replayed(kind: Callable[[int], nn.Module]) -> Non
 
 def test_what_a_flow_counts_is_found() -> None:
     flow = SimpleNamespace(calls=0)
-    with _watched(nn.Linear(2, 2), flow) as reasons:
+    with watched(nn.Linear(2, 2), flow) as reasons:
         flow.calls += 1
     assert [reason for reason in reasons if "SimpleNamespace" in reason]
 
@@ -167,16 +200,19 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Trainer, "_prepare_graphs", prepare)
     monkeypatch.setattr(cuda_graph, "_Replay", lambda function, *inputs: function)
-    monkeypatch.setattr(cuda_graph, "_generators", lambda: ())  # the GPU's are no matter
+    monkeypatch.setattr(watching, "_generators", lambda: ())  # the GPU's are no matter
     monkeypatch.setattr(torch.cuda, "default_generators", (GeneratorOfAGpu(),))
     for name, value in {
         **dict.fromkeys(("current_device", "memory_allocated", "memory_reserved"), 0),
-        **dict.fromkeys(("current_stream", "set_stream", "synchronize"), None),
+        **dict.fromkeys(("current_stream", "set_stream"), None),
+        "Event": SimpleNamespace(
+            record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 1.0
+        ),
         "max_memory_allocated": 1,
         "reset_peak_memory_stats": None,
         "mem_get_info": (10**12, 10**12),
     }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
+        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value, **named: value)
 
 
 @pytest.mark.parametrize("options", [{}, {"flow": "otcfm"}, {"patience": 1, "lr": 0.1}], ids=str)
@@ -221,3 +257,22 @@ def test_a_replay_that_does_something_else_is_not_kept(
         assert not train(other, dataclasses.replace(CONFIG, epochs=2), CPU).captured
     assert "a replay does not give what a plain call gives" in caplog.text
     assert_same_bits(plain, other)
+
+
+@pytest.mark.usefixtures("replays")
+@pytest.mark.parametrize(("noise", "is_kept"), [(1e-3, True), (0.0, False)])
+def test_what_is_noise_in_plain_calls_may_be_noise_in_replays(
+    monkeypatch: pytest.MonkeyPatch, noise: float, is_kept: bool
+) -> None:
+    weights, generator = torch.zeros(100), torch.Generator().manual_seed(0)
+
+    def call(size: float) -> tuple[Tensor]:
+        weights.add_(size * torch.randn(100, generator=generator))
+        return (torch.ones(()),)
+
+    monkeypatch.setattr(cuda_graph, "_Replay", lambda *given: lambda: call(1e-3))
+    model = nn.Linear(1, 1)
+    graphed = Graphed("It is", lambda: call(noise), (model,), lambda: [weights], exact=False)
+    for _ in range(5):
+        graphed()
+    assert graphed.captured is is_kept
