@@ -62,7 +62,7 @@ from flowjobs.training.checkpoint import (
     sweep_unfinished,
 )
 from flowjobs.training.compute import computing, computing_as_before
-from flowjobs.training.cuda_graph import Graphed
+from flowjobs.training.cuda_graph import LONGEST_CALL_S, Graphed
 from flowjobs.training.determinism import deterministic_algorithms, set_cublas_workspace
 from flowjobs.training.inputs import inputs_of
 from flowjobs.training.pinned import initial_weights_file, with_pinned_files
@@ -154,7 +154,7 @@ class Trainer:
         self._taken_over: RunTakenOverError | None = None
         self._writes_weights = False
         self._has_validated = False
-        self._check: Callable[[], None] = lambda: None
+        self._validates_quickly = False
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
         check_weights(model)
@@ -179,6 +179,7 @@ class Trainer:
             inputs.val, self._flow, inputs.sources.held_out, config, mean, std, self._ranks
         )
         self._steps_per_epoch = batches.steps_per_epoch
+        self._rows = self._rows_to(None)
         model.to(device)
         self.state = TrainState(model, config, self._steps_per_epoch, inputs.stats, self._data)
         rows = min(config.batch_size, len(train_dataset)) // world_size
@@ -287,8 +288,7 @@ class Trainer:
                 saver = self._make_saver(run, recorder)
             adopted = self._restore(run)
         self._prepare_graphs()  # of what was restored
-        says = self._ranks.is_first
-        self._rows = Rows(self._config, self._steps_per_epoch, recorder, says=says)
+        self._rows = self._rows_to(recorder)
         self.state.held = None
         if self.state.step == 0:
             check_new_model(self.state.model)
@@ -326,6 +326,10 @@ class Trainer:
         if reason:
             raise RunInterrupted(reason, self.state.step)
         return self._result(run, time.monotonic() - started)
+
+    def _rows_to(self, recorder: Recorder | None) -> Rows:
+        says = self._ranks.is_first
+        return Rows(self._config, self._steps_per_epoch, recorder, says=says)
 
     def _close_after(self, error: BaseException, saver: CheckpointSaver | None) -> None:
         try:
@@ -527,19 +531,21 @@ class Trainer:
         self._ranks.take_from_first(ema.statistics())
         # Once in a process: a restart's model may be as little initialized as the first one's.
         look = nullcontext() if self._has_validated else kept_in_evaluation(ema.model)
+        # Where steps are not captured, buffers of the average may be new ones at each.
+        may_replay = self._validates_quickly and (self.captured or not ema.copies_buffers)
+        graphed = self._graphed_validation if may_replay else None
+        began = time.monotonic()
         with look:
-            # Where steps are not captured, buffers of the average may be new ones at each.
-            stays = self.captured or not self.state.ema.copies_buffers
-            graphed = self._graphed_validation if stays else None
-            # Nothing is asked in a graph.
-            self._check = check if graphed is None or graphed.refused else lambda: None
-            (total,) = (graphed or self._validate)()
+            (total,) = graphed() if graphed and not graphed.refused else self._validate(check)
+        loss = self._validation.mean_of(total)
+        # In a replay nobody asks whether to leave.
+        self._validates_quickly = time.monotonic() - began < LONGEST_CALL_S
         self._has_validated = True
-        return self._validation.mean_of(total)
+        return loss
 
-    def _validate(self) -> tuple[Tensor, ...]:
+    def _validate(self, check: Callable[[], None] = lambda: None) -> tuple[Tensor, ...]:
         with self._arithmetic():
-            return (self._validation.total(self._ema_velocity, self._check),)
+            return (self._validation.total(self._ema_velocity, check),)
 
     def _restore(self, run: Run) -> bool:
         """Take over the newest good checkpoint, or the one that was asked for.
