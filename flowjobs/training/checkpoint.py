@@ -279,6 +279,10 @@ def _why_not_written(path: Path, payload: Payload, error: OSError) -> str:
     return f"{text}; a checkpoint that was there before still is"
 
 
+# What a payload nests. By the very type: a class of the user's may hold more than its items.
+CONTAINERS = (dict, OrderedDict, list, tuple)
+
+
 def bytes_of(payload: Payload, *, on_gpu: bool = False) -> int:
     """How much the tensors of a payload take, or those of them that are on a GPU."""
     tensors = (leaf for _, leaf in _leaves(payload) if isinstance(leaf, Tensor))
@@ -317,15 +321,24 @@ def on_cpu(value: Any) -> Any:
     match value:
         case Tensor():
             return value.detach().cpu() if value.device.type not in ("cpu", "meta") else value
-        # By the very type, as in `_leaves`.
-        case dict() if type(value) in (dict, OrderedDict):
-            copied = type(value)((key, on_cpu(item)) for key, item in value.items())
-            if isinstance(value, OrderedDict):
-                vars(copied).update(vars(value))
-            return copied
-        case list() | tuple() if type(value) in (list, tuple):
-            return type(value)(map(on_cpu, value))
+        case dict() | list() | tuple() if type(value) in CONTAINERS:
+            return rebuilt(value, lambda item, key: on_cpu(item))
     return value
+
+
+def rebuilt(value: Any, change: Callable[[Any, Any], Any]) -> Any:
+    """A dict, list or tuple of a payload with other items.
+
+    Args:
+        value: Of a type in `CONTAINERS`.
+        change: From an item and its key, which is None in a list or tuple.
+    """
+    if not isinstance(value, dict):
+        return type(value)(change(item, None) for item in value)
+    copied = type(value)((key, change(item, key)) for key, item in value.items())
+    if isinstance(value, OrderedDict):
+        vars(copied).update(vars(value))  # of a state_dict: its modules' versions
+    return copied
 
 
 def _check_loadable(payload: Payload) -> None:

@@ -5,7 +5,6 @@ best state only the last one before a save is written, so most copies never leav
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowjobs.training.checkpoint import Payload, bytes_of
+from flowjobs.training.checkpoint import CONTAINERS, Payload, bytes_of, rebuilt
 
 CPU = torch.device("cpu")
 # Of a GPU's memory, what a copy may take: there are two or three of them.
@@ -27,7 +26,7 @@ class Snapshot:
     Attributes:
         payload: The copy. Tensors on a GPU are copied there where they take little of it, between
             two steps, and to the CPU beside them; others to the CPU at once.
-        on_gpu: Whether that is so.
+        on_gpu: Whether tensors on a GPU were copied there.
         parts: The dicts and lists that it is a copy of.
         copy: Copies the tensors.
     """
@@ -126,8 +125,7 @@ class _Copying:
                 self.sources.append(value.detach())
                 self.looked_at_tensors = True
                 return target
-            # By the very type: a class of the user's may hold more than its items.
-            case dict() | list() | tuple() if type(value) in (dict, OrderedDict, list, tuple):
+            case dict() | list() | tuple() if type(value) in CONTAINERS:
                 return self._copy_of_part(value, old)
         return copy.deepcopy(value)  # a module's extra state, which its next step may change
 
@@ -138,18 +136,11 @@ class _Copying:
             self.sources += part.sources
         else:
             first = len(self.targets)
-            copied = self._copy_of_items(value, old if isinstance(old, dict) else {})
+            before = old if isinstance(old, dict) else {}
+            copied = rebuilt(value, lambda item, key: self.copy_of(item, before.get(key)))
             part = _Part(value, copied, self.targets[first:], self.sources[first:])
         self.parts[id(value)] = part
         return part.copied
-
-    def _copy_of_items(self, value: Any, old: dict[Any, Any]) -> Any:
-        if not isinstance(value, dict):
-            return type(value)(self.copy_of(item, None) for item in value)
-        copied = type(value)((key, self.copy_of(item, old.get(key))) for key, item in value.items())
-        if isinstance(value, OrderedDict):
-            vars(copied).update(vars(value))  # of a state_dict: its modules' versions
-        return copied
 
 
 def _fits_on_gpu(payload: Payload) -> bool:

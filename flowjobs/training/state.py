@@ -32,6 +32,7 @@ from flowjobs.training.schedule import get_cosine_schedule_with_warmup
 logger = logging.getLogger(__name__)
 
 
+# Steps whose rates are brought to a GPU together.
 RATES_AT_ONCE = 256
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
@@ -130,15 +131,18 @@ class TrainState:
         first, rates = self._rates
         if not first <= self.step < first + len(rates):
             first = self.step
-            (base_rate,), (factor,) = self.scheduler.base_lrs, self.scheduler.lr_lambdas
             coming = [
-                (base_rate * factor(first + ahead), self.ema.share_of(self.ema.updates + ahead))
+                (self._learning_rate(first + ahead), self.ema.share_of(self.ema.updates + ahead))
                 for ahead in range(RATES_AT_ONCE)
             ]
             pinned = torch.tensor(coming, dtype=torch.float32, device="cpu").pin_memory()
             rates = pinned.to(self._device, non_blocking=True)
             self._rates = first, rates
         return rates[self.step - first]
+
+    def _learning_rate(self, step: int) -> float:
+        (base_rate,), (factor,) = self.scheduler.base_lrs, self.scheduler.lr_lambdas
+        return float(base_rate * factor(step))
 
     def update(self, scale: Tensor, rates: Tensor | None) -> None:
         """The optimizer's step and the average after it.
@@ -417,9 +421,8 @@ class TrainState:
         restore_payload(payload, path, self.model, self.ema, self.optimizer, self.scheduler)
         # The schedule may have become longer since; the optimizer's rate is still the old one's.
         before = self.optimizer.param_groups[0]["lr"]
-        rates = self.scheduler.base_lrs, self.scheduler.lr_lambdas, self.optimizer.param_groups
-        for base_rate, factor, group in zip(*rates, strict=True):
-            group["lr"] = base_rate * factor(self.scheduler.last_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.scheduler.last_epoch)
         self.step = payload["step"]
         self.best_loss = payload["best_loss"]
         self.epochs_without_improvement = payload["epochs_without_improvement"]

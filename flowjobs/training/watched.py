@@ -181,8 +181,4 @@ def _parts_of(value: Any) -> list[object]:
         case FunctionType():
             cells = value.__closure__ or ()
             return [cell.cell_contents for cell in cells if cell != CellType()]
-    return (
-        [*vars(value).values()]
-        if hasattr(type(value), "__dict__") and hasattr(value, "__dict__")
-        else []
-    )
+    return [*vars(value).values()] if hasattr(value, "__dict__") else []

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +104,31 @@ def assert_same_bits(first: Run, second: Run) -> None:
     """Whether two runs ended with the same bits, of whatever the configs say in other words."""
     parts = [part for part in differences(first, second) if not part.endswith(": config")]
     assert parts == []
+
+
+def train_in_three_ways(study: Path, config: TrainingConfig, device: torch.device) -> FlowTrainer:
+    """Train a run whole, another in plain steps, one in parts: all must end with the same bits.
+
+    Returns:
+        The trainer of the first, of the run "whole".
+    """
+    whole, plain, parts = (Run(study, name) for name in ("whole", "plain", "parts"))
+    trained = train(whole, config, device)
+    assert not train(plain, replace(config, cuda_graph=False), device).captured
+    assert_same_bits(whole, plain)
+    train_in_parts(parts, config, device)
+    assert_interrupted(parts, len(INTERRUPTED_AT))
+    assert_same_bits(whole, parts)
+    return trained
+
+
+def with_source(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a config, with rows in the file that they may name as the source."""
+    if "source" not in options:
+        return options
+    rows = Path(options["source"]).absolute()
+    torch.save(torch.randn(400, DIM, generator=torch.Generator().manual_seed(0)), rows)
+    return options | {"source": str(rows)}
 
 
 def val_losses(run: Run) -> list[float]:

@@ -12,12 +12,11 @@ from flowjobs.field_values import KeyValues
 from flowjobs.runs.run import Run
 from tests.gpu.runs import (
     CONFIG,
-    DIM,
-    INTERRUPTED_AT,
     assert_interrupted,
     assert_same_bits,
     train,
-    train_in_parts,
+    train_in_three_ways,
+    with_source,
 )
 
 pytestmark = pytest.mark.gpu
@@ -47,19 +46,8 @@ DROPOUT = KeyValues(dropout=0.2)
 def test_captured_and_plain_whole_and_in_parts_all_end_with_the_same_bits(
     study: Path, device: torch.device, options: dict[str, Any]
 ) -> None:
-    rows = Path("rows.pt").absolute()
-    torch.save(torch.randn(400, DIM, generator=torch.Generator().manual_seed(0)), rows)
-    if "source" in options:
-        options = options | {"source": str(rows)}
-    config = replace(CONFIG, deterministic=True, **options)
-    whole, plain, parts = (Run(study, name) for name in ("whole", "plain", "parts"))
-    captured = train(whole, config, device)
-    assert captured.captured
-    assert not train(plain, replace(config, cuda_graph=False), device).captured
-    assert_same_bits(whole, plain)
-    train_in_parts(parts, config, device)
-    assert_interrupted(parts, len(INTERRUPTED_AT))
-    assert_same_bits(whole, parts)
+    config = replace(CONFIG, deterministic=True, **with_source(options))
+    assert train_in_three_ways(study, config, device).captured
 
 
 def test_a_run_may_change_between_captured_and_plain_steps(

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from flowjobs.runs.run import Run
 from tests.gpu.runs import (
     CONFIG,
-    INTERRUPTED_AT,
-    assert_interrupted,
     assert_same_bits,
     train,
-    train_in_parts,
+    train_in_three_ways,
     val_losses,
 )
 
@@ -168,16 +166,10 @@ def test_an_own_model_ends_with_the_bits_of_plain_steps_whole_and_in_parts(
     config = replace(
         CONFIG, arch=f"{__name__}:{model.__name__}", deterministic=True, width=None, depth=None
     )
-    whole, plain, parts = (Run(study, name) for name in ("whole", "plain", "parts"))
-    trained = train(whole, config, device)
-    train(plain, replace(config, cuda_graph=False), device)
-    losses = val_losses(whole)
+    trained = train_in_three_ways(study, config, device)
+    losses = val_losses(Run(study, "whole"))
     assert losses[-1] < losses[0]
     print(f"\n{model.__name__}: captured {trained.captured}")
-    assert_same_bits(whole, plain)
-    train_in_parts(parts, config, device)
-    assert_interrupted(parts, len(INTERRUPTED_AT))
-    assert_same_bits(whole, parts)
 
 
 def test_a_model_that_counts_its_calls_ends_with_the_bits_of_plain_steps(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowjobs.runs.run import Run
-from tests.gpu.runs import CONFIG, DIM, train, val_losses
+from tests.gpu.runs import CONFIG, train, val_losses, with_source
 
 pytestmark = pytest.mark.gpu
 
@@ -53,12 +53,8 @@ def test_every_model_learns_with_every_flow(study: Path, device: torch.device, a
 def test_so_it_does_with_every_option(
     study: Path, device: torch.device, options: dict[str, Any]
 ) -> None:
-    rows = Path("rows.pt").absolute()
-    torch.save(torch.randn(400, DIM, generator=torch.Generator().manual_seed(0)), rows)
-    if "source" in options:
-        options = options | {"source": str(rows)}
     run = Run(study, "a")
-    train(run, replace(CONFIG, **options), device)
+    train(run, replace(CONFIG, **with_source(options)), device)
     losses = val_losses(run)
     assert all(map(math.isfinite, losses))
     assert losses[-1] < 0.9 * losses[0]
