@@ -57,13 +57,15 @@ def test_a_guest_saves_and_leaves_and_its_host_lives_on(
     wrapped = ("--wrap", f"bash -c {shlex.quote(notebook)}")
     what = wrapped if command[0] == "sbatch" else ("bash", "-c", notebook)
     Path("control").write_text("await 10")
+    said = Path("said")
+    said.touch()  # the shell makes it a moment before it writes
     with subprocess.Popen([*command, "--job-name=notebook", *what]) as process:
         job_id = wait_until(lambda: slurm.run("squeue", "-h", "-o", "%A").strip(), "a job", 120)
         job = Disturbed(run, job_id, slurm)
         job.wait_for_step(10)
         os.kill(job.status().attempts[-1].job.pid, number)
-        wait_until(lambda: Path("said").exists(), "the end of train", 120, job.explain)
-        assert Path("said").read_text() == "ended 75\n"
+        ended = wait_until(said.read_text, "the end of train", 120, job.explain)
+        assert ended == "ended 75\n"
         assert job.attempts() == [("preempted", "told to leave")]
         assert run.submissions() == []
         record = slurm.job(job_id)
