@@ -37,20 +37,23 @@ def notice_of(run: Submittable, job: JobInfo, number: signal.Signals | None) -> 
     name = number.name if number else "no signal"
     if number is signal.SIGINT:
         return Notice("told to leave", "interrupted by Ctrl-C")
-    if job.cluster in ("none", "debug") and run.cancel_requested():
-        return Notice("cancelled", CANCELLED.reason)
-    if job.cluster == "local":
-        seconds = float(run.asked().signal_before_end_s)
-        if run.cancel_requested():
-            return Notice("cancelled", CANCELLED.reason, seconds)
-        if number is signal.SIGUSR2:
-            return Notice("time limit", f"time limit ({name})", seconds)
-        return Notice("told to leave", f"told to leave ({name})", seconds)
+    if run.cancel_requested():  # known without Slurm, which may be away
+        return Notice("cancelled", CANCELLED.reason, _seconds_to_live(run, job))
     if job.cluster == "slurm":
-        if run.cancel_requested():  # known without Slurm, which may be away
-            return Notice("cancelled", CANCELLED.reason, kill_wait_s())
         return _slurm_notice(run, job, name)
-    return Notice("told to leave", f"told to leave ({name})")
+    if job.cluster == "local" and number is signal.SIGUSR2:
+        return Notice("time limit", f"time limit ({name})", _seconds_to_live(run, job))
+    return Notice("told to leave", f"told to leave ({name})", _seconds_to_live(run, job))
+
+
+def _seconds_to_live(run: Submittable, job: JobInfo) -> float | None:
+    """Until a job that was just told to leave is killed, at the soonest; None: nobody will."""
+    match job.cluster:
+        case "slurm":
+            return kill_wait_s()
+        case "local":
+            return float(run.asked().signal_before_end_s)
+    return None
 
 
 def _slurm_notice(run: Submittable, job: JobInfo, signal_name: str) -> Notice:
