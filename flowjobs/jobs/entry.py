@@ -388,7 +388,8 @@ class TrainingJob:
         """Have the run started again, that left for `kind`. Returns this process's exit code."""
         if self._job.packed:
             return EXIT_PREEMPTED  # who holds the slots restarts the job
-        return restart(self._run, self._job, kind, RunTask(str(self._run.folder)), self._exclude)
+        task, told = RunTask(str(self._run.folder)), kind == "told to leave"
+        return restart(self._run, self._job, task, self._exclude, told_to_leave=told)
 
     def seconds_left(self, number: signal.Signals) -> float | None:
         """How long this process may live after a signal."""

@@ -28,7 +28,7 @@ from flowjobs.jobs.mps import mps_daemon
 from flowjobs.jobs.record_end import record_dead_attempt, record_end_of_slot
 from flowjobs.jobs.restart import restart
 from flowjobs.jobs.signals import StopSignals
-from flowjobs.jobs.stop_cause import notice_of, seconds_left
+from flowjobs.jobs.stop_cause import seconds_left
 from flowjobs.runs.files import AWAY_AT_MOST_S, warn_once
 from flowjobs.runs.pack import Pack, is_remaining
 from flowjobs.runs.run import Run
@@ -93,7 +93,7 @@ def train_pack(pack: Pack) -> int:
                 slots.train(signals.received, variables)
         signals.stand_down()  # all have ended
         if signals.received() and pack.remaining(job.job_id):
-            return slots.restart(signals.received())
+            return slots.restart()
     slots.tell_wandb()
     return slots.exit_code()
 
@@ -335,14 +335,9 @@ class _Slots:
             except (FlowjobsError, OSError) as error:
                 logger.error("%s: that it is cancelled is not noted: %s", run.name, error)
 
-    def restart(self, number: signal.Signals | None) -> int:
+    def restart(self) -> int:
         """Have the job started again, for what is left. Returns this process's exit code."""
-        kind = "told to leave"
-        try:
-            kind = notice_of(self._pack, self._job, number).kind
-        except (FlowjobsError, OSError) as error:  # Slurm is away, say: the signal's name must do
-            logger.warning("%s", error)
-        return restart(self._pack, self._job, kind, PackTask(str(self._pack.folder)))
+        return restart(self._pack, self._job, PackTask(str(self._pack.folder)))
 
     def seconds_left(self, number: signal.Signals) -> float | None:
         """How long this process may live after a signal, with what it gives to the runs'."""
@@ -357,7 +352,7 @@ class _Slots:
             logger.error("%s did not end in time: as the last checkpoint has it", names)
             for process in self._running.values():
                 process.popen.kill()
-            code = self.restart(None)
+            code = self.restart()
         finally:
             os._exit(code)
 

@@ -146,7 +146,7 @@ def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outco
         tries = [entry for entry in pack.submissions() if not pack.starts_of(entry.job_id)]
         again = job.restart_count + len(tries) <= RestartConfig().give_up_after
         if again:
-            restart(pack, job, "waiting", task_of(pack), exit_cause.node_that_refused(job))
+            restart(pack, job, task_of(pack), exit_cause.node_that_refused(job))
         if again or exit_code == EXIT_PREEMPTED:
             return recorded
     if exit_code in (EXIT_PREEMPTED, EXIT_CANCELLED):
@@ -176,7 +176,7 @@ def handle_pack_end(pack: Pack, job: JobInfo, exit_code: int) -> dict[Run, Outco
     remaining = pack.remaining(job.job_id)
     # Killed, and it had begun: another try may do. One that never began would end so again.
     if remaining and begun and exit_code > 128:
-        restart(pack, job, "killed", task_of(pack), job.host)
+        restart(pack, job, task_of(pack), job.host)
     else:
         cause = _given_up(exit_cause.cause_of_no_start(job, exit_code))
         for run in remaining:  # they would end so again
@@ -222,7 +222,7 @@ def handle_job_end(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
     if exit_code == EXIT_PREEMPTED and job.start_id not in starts:
         # It has not got the run, since another attempt may still have it: later, then.
         if job.restart_count < run.config().restarts.give_up_after:
-            restart(run, job, "waiting", task_of(run))
+            restart(run, job, task_of(run))
         return None
     if attempt and attempt.job.start_id == job.start_id:
         dead = DeadJob(job, exit_cause.cause_of(run, attempt, exit_code), version)
@@ -232,7 +232,7 @@ def handle_job_end(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         newest = starts[-1:] == [job.start_id] and (not entries or entries[-1].job_id == job.job_id)
         if newest and status.state == "preempted" and exit_code != EXIT_PREEMPTED:
             # Killed before it could have itself started again: another rank of it had died.
-            restart(run, job, status.attempts[-1].kind, task_of(run))
+            restart(run, job, task_of(run))
         return None
     elif run.finished() or not _is_newest(run, job, status):
         # Refused for a mistyped option, say, before the run knew of it: its own output says why.
@@ -243,7 +243,7 @@ def handle_job_end(run: Run, job: JobInfo, exit_code: int) -> Outcome | None:
         )
     outcome = record_dead_attempt(run, dead)
     if outcome and outcome.state == "preempted":
-        restart(run, job, outcome.kind, task_of(run), _node_to_avoid(run, dead))
+        restart(run, job, task_of(run), _node_to_avoid(run, dead))
     if outcome:
         close_session(run)
     return outcome

@@ -30,7 +30,12 @@ ASK_EVERY_S = 2.0
 
 
 def restart(
-    run: Submittable, job: JobInfo, kind: str, task: Task, exclude: str | None = None
+    run: Submittable,
+    job: JobInfo,
+    task: Task,
+    exclude: str | None = None,
+    *,
+    told_to_leave: bool = False,
 ) -> int:
     """Have a run whose job has saved its state and leaves started again, where that can be done.
 
@@ -41,9 +46,10 @@ def restart(
     Args:
         run: The run; nobody holds it any more.
         job: The job that leaves: this process's own.
-        kind: Why it leaves, in a word or two.
         task: What a new job of the run would do.
         exclude: A node that should not be used again.
+        told_to_leave: Whether a signal without a known cause ends it. A local job has that from its
+            user, by `kill`, and stays ended.
 
     Returns:
         The exit code with which this process should end.
@@ -54,7 +60,7 @@ def restart(
         match job.cluster:
             case "slurm":
                 _restart_in_slurm(run, job, task, exclude)
-            case "local" if kind != "told to leave":  # that was the user, by `kill`
+            case "local" if not told_to_leave:
                 if job.restart_count + 1 < LOCAL_STARTS:
                     logger.info("%s starts again at once", run.name)
                     return LOCAL_REQUEUE_RETURN_CODE

@@ -109,7 +109,7 @@ def test_a_start_that_slurm_requeues_keeps_its_run_until_its_processes_are_gone(
         run.add_submission(job_id, "slurm", None)
         Origin.here(run.asked()).note(run, job_id)
         RunStatus("running", attempts=[AttemptRecord(1, job, now())]).write(run.status_file)
-        restart(run, job, "preempted", task_of(run))
+        restart(run, job, task_of(run))
 
     with completing(slurm, leave) as job_id:
         assert [entry.job_id for entry in run.submissions()] == [job_id]
