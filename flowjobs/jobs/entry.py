@@ -119,7 +119,7 @@ def train_run(run: Run, resume_path: Path | None = None) -> int:
     job = TrainingJob(run, process)
     code = EXIT_FAILED
     try:
-        code = _train(job, run, resume_path)
+        code = job.run(resume_path)
     except Exception as error:
         code = outcome_of(error).exit_code
         if not job.may_begin_later:
@@ -140,32 +140,6 @@ def exit_code_if_storage_is_away(error: Exception) -> int:
     return EXIT_PREEMPTED
 
 
-def _train(job: "TrainingJob", run: Run, resume_path: Path | None) -> int:
-    # Armed before the slow imports: a job may be preempted while torch loads.
-    debugged = job.cluster == "debug"  # the process is the user's, in the debugger
-    with StopSignals(job.seconds_left, job.too_late, process_ends=not debugged) as signals:
-        if resume_path is None and run.finished():
-            run.check_files()
-            picture = run.samples_picture
-            missing = "" if picture.exists() else f"; there is no {picture}"
-            logger.info("%s is finished%s", run.name, missing)
-            return 0
-        if job.end_if_cancelled():
-            logger.info("%s was cancelled: submit it again to resume", run.name)
-            return EXIT_CANCELLED if job.is_first else 0
-        try:
-            job.train(signals, resume_path)
-        except RunTakenOverError as error:
-            logger.warning("%s", error)
-            return EXIT_PREEMPTED
-        except RunInterrupted as interrupted:
-            logger.warning("%s", interrupted)
-            if interrupted.kind == "cancelled":
-                return EXIT_CANCELLED
-            return job.restart(interrupted.kind)
-    return 0
-
-
 class TrainingJob:
     """One attempt inside a job: trains, finds out why it ended, restarts the job."""
 
@@ -175,10 +149,16 @@ class TrainingJob:
         self._job = process.job
         self._recorder: Recorder | None = None
         self._exclude: str | None = None
-        self._signals: StopSignals | None = None
+        debugged = self._job.cluster == "debug"  # the process is the user's, in the debugger
+        self._signals = StopSignals(self._seconds_left, self._too_late, process_ends=not debugged)
 
     @property
-    def is_first(self) -> bool:
+    def may_begin_later(self) -> bool:
+        """Whether no attempt has begun in this start of a job that can be started again."""
+        return self._is_first and self._recorder is None and self._job.cluster == "slurm"
+
+    @property
+    def _is_first(self) -> bool:
         """Whether this rank says how the job ends.
 
         Another one must not end with an exit code of its own unless it is what failed: srun would
@@ -186,73 +166,96 @@ class TrainingJob:
         """
         return self._process.rank == 0
 
-    @property
-    def may_begin_later(self) -> bool:
-        """Whether no attempt has begun in this start of a job that can be started again."""
-        return self.is_first and self._recorder is None and self.cluster == "slurm"
+    def run(self, resume_path: Path | None) -> int:
+        """Do what is left of the run; see `train_run`. Returns this process's exit code."""
+        run = self._run
+        # Armed before the slow imports: a job may be preempted while torch loads.
+        with self._signals:
+            if resume_path is None and run.finished():
+                run.check_files()
+                picture = run.samples_picture
+                missing = "" if picture.exists() else f"; there is no {picture}"
+                logger.info("%s is finished%s", run.name, missing)
+                return 0
+            if self._end_if_cancelled():
+                logger.info("%s was cancelled: submit it again to resume", run.name)
+                return EXIT_CANCELLED if self._is_first else 0
+            try:
+                self._train(resume_path)
+            except RunTakenOverError as error:
+                logger.warning("%s", error)
+                return EXIT_PREEMPTED
+            except RunInterrupted as interrupted:
+                logger.warning("%s", interrupted)
+                if interrupted.kind == "cancelled":
+                    return EXIT_CANCELLED
+                return self._restart(interrupted.kind)
+        return 0
 
-    @property
-    def cluster(self) -> str:
-        """Where it runs."""
-        return self._job.cluster
-
-    def end_if_cancelled(self) -> bool:
+    def _end_if_cancelled(self) -> bool:
         """Whether the run was cancelled; records that once."""
         # A user who starts the run has deleted the cancel file first.
         cancelled = cancel_requested_with_retries(self._run) or (
             not self._job.started_by_user and exit_cause.cancelled_while_requeued(self._job)
         )
         status = self._run.status()
-        if cancelled and status.state == "preempted" and self.is_first:
+        if cancelled and status.state == "preempted" and self._is_first:
             outcome = cancelled_outcome("cancelled")
             status.record_outcome(outcome)
             status.write(self._run.status_file)
             close_session(self._run)
         return cancelled
 
-    def train(self, signals: StopSignals, resume_path: Path | None) -> None:
+    def _train(self, resume_path: Path | None) -> None:
         """Train to the end, or until told to leave."""
-        self._signals = signals
-
-        def train_as_rank(recorder: "Recorder | None") -> None:
-            try:
-                from flowjobs.training.run_training import run_training
-
-                import_from_snapshot(self._run)
-                ranks = self._join_group(group)
-                run_training(self._run, recorder, ranks, signals.reason, resume_path)
-            except (RunInterrupted, RunTakenOverError, KeyboardInterrupt):
-                raise  # agreed by all
-            except SystemExit as called:
-                failed = UserCodeExitError(called)
-                self._note_rank_failure(failed)
-                raise failed from called
-            except BaseException as error:
-                self._note_rank_failure(error)  # before the others see this one leave
-                raise
-
         # Left last: where the other ranks hang, leaving may, and the outcome is told by then.
         with ExitStack() as group:
-            if not self.is_first:
-                self._train_as_other_rank(lambda: train_as_rank(None))
+            if not self._is_first:
+                self._train_as_other_rank(group, resume_path)
                 return
             # Before torch is loaded: what tracks the run starts beside that, on a free core.
-            with self._recording(group) as self._recorder, self._explaining_the_end(signals):
+            with self._recording(group) as self._recorder, self._explaining_the_end():
                 if self._known_to_be_cancelled():
                     # Since the last look: `cancel` did not know this process yet, to tell it.
                     signal.raise_signal(signal.SIGTERM)
-                train_as_rank(self._recorder)
+                self._train_as_rank(group, resume_path)
 
-    def _train_as_other_rank(self, train: Callable[[], None]) -> None:
+    def _train_as_other_rank(self, group: ExitStack, resume_path: Path | None) -> None:
         """Train as a rank that is not the first."""
         try:
-            train()
+            self._train_as_rank(group, resume_path)
         except (RunInterrupted, RunTakenOverError) as interrupted:
             logger.warning("%s", interrupted)
         except Exception as error:
             if not exit_cause.failure_of(error, self._process).is_consequence:
                 raise
             logger.error("the other ranks are gone: %s", error)
+
+    def _train_as_rank(self, group: ExitStack, resume_path: Path | None) -> None:
+        """Train; how that fails is noted, for the rank that says how the job ends."""
+        try:
+            from flowjobs.training.run_training import run_training
+
+            import_from_snapshot(self._run)
+            ranks = self._join_group(group)
+            run_training(self._run, self._recorder, ranks, self._signals.reason, resume_path)
+        except (RunInterrupted, RunTakenOverError, KeyboardInterrupt):
+            raise  # agreed by all
+        except SystemExit as called:
+            failed = UserCodeExitError(called)
+            self._note_rank_failure(failed)
+            raise failed from called
+        except BaseException as error:
+            self._note_rank_failure(error)  # before the others see this one leave
+            raise
+
+    def _join_group(self, group: ExitStack) -> "Ranks":
+        from flowjobs.training.ranks import joined_ranks
+
+        process, use_gpu = self._process, self._run.config().slurm.gpus_per_node > 0
+        return group.enter_context(
+            joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu)
+        )
 
     def _note_rank_failure(self, error: BaseException) -> None:
         if self._process.world_size == 1:
@@ -262,14 +265,6 @@ class TrainingJob:
             note_failure(self._run, self._process.start_id, failure)
         except OSError as refused:
             logger.warning("how this rank failed could not be noted: %s", refused)
-
-    def _join_group(self, group: ExitStack) -> "Ranks":
-        from flowjobs.training.ranks import joined_ranks
-
-        process, use_gpu = self._process, self._run.config().slurm.gpus_per_node > 0
-        return group.enter_context(
-            joined_ranks(process.rank, process.world_size, process.local_rank, use_gpu)
-        )
 
     @contextmanager
     def _recording(self, group: ExitStack) -> Iterator["Recorder"]:
@@ -298,25 +293,25 @@ class TrainingJob:
             raise
 
     @contextmanager
-    def _explaining_the_end(self, signals: StopSignals) -> Iterator[None]:
+    def _explaining_the_end(self) -> Iterator[None]:
         """Replaces the exception that ends the block: by Slurm's reason if Slurm stopped the job,
         by the failing rank's error, or by RunInterrupted if it may be retried."""
         try:
             yield
         except RunInterrupted as interrupted:
-            signals.stand_down()  # the state is saved
+            self._signals.stand_down()  # the state is saved
             if notice := self._stop_cause():  # else the signal's name must do
                 raise RunInterrupted(notice.reason, interrupted.step, notice.kind) from None
             raise
         except Exception as error:
-            signals.stand_down()
+            self._signals.stand_down()
             if self._known_to_be_cancelled():
                 # What a process runs into as others of its job are told to end.
                 logger.exception("%s", CANCELLED.reason)
                 raise RunInterrupted(CANCELLED.reason, kind=CANCELLED.kind) from error
             self._raise_root_cause(error)
             raise
-        signals.stand_down()
+        self._signals.stand_down()
 
     def _raise_root_cause(self, error: Exception) -> None:
         """Raise what is behind an error of this rank, unless that is the error itself."""
@@ -367,8 +362,7 @@ class TrainingJob:
         """What the signal meant that this process got; None if that is unknown now."""
         # Slurm does not answer, say, or a file server fails over.
         with suppress(FlowjobsError, OSError):
-            received = self._signals.received() if self._signals else None
-            return notice_of(self._run, self._job, received)
+            return notice_of(self._run, self._job, self._signals.received())
         return None
 
     def _known_to_be_cancelled(self) -> bool:
@@ -384,20 +378,20 @@ class TrainingJob:
         *before, this = attempts
         return may_retry(before, kind, this.last_step, self._run.config().restarts.retries)
 
-    def restart(self, kind: str) -> int:
+    def _restart(self, kind: str) -> int:
         """Have the run started again, that left for `kind`. Returns this process's exit code."""
         if self._job.packed:
             return EXIT_PREEMPTED  # who holds the slots restarts the job
         task, told = RunTask(str(self._run.folder)), kind == "told to leave"
         return restart(self._run, self._job, task, self._exclude, told_to_leave=told)
 
-    def seconds_left(self, number: signal.Signals) -> float | None:
+    def _seconds_left(self, number: signal.Signals) -> float | None:
         """How long this process may live after a signal."""
         return seconds_left(self._run, self._job, number)
 
-    def too_late(self) -> None:
+    def _too_late(self) -> None:
         """The main thread hangs and is about to be killed: keep what is on disk, and restart."""
-        if not self.is_first:
+        if not self._is_first:
             time.sleep(MARGIN_MAX_S)  # the first one speaks
             os._exit(0)
         code = EXIT_PREEMPTED
@@ -415,7 +409,7 @@ class TrainingJob:
             if interrupted.kind == "cancelled":
                 code = EXIT_CANCELLED
             elif self._recorder is not None:
-                code = self.restart(interrupted.kind)
+                code = self._restart(interrupted.kind)
         finally:
             # Not sys.exit: it would wait for the thread that hangs.
             os._exit(code)
