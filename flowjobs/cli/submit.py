@@ -25,6 +25,7 @@ from flowjobs.config import (
 )
 from flowjobs.errors import ConfigError, SubmissionError
 from flowjobs.field_values import flag
+from flowjobs.formatting import counted
 from flowjobs.models.size import checkpoint_bytes_of, size_words
 from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.hint import hint
@@ -79,7 +80,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
         """
         # The scheduler's side is slow to load, and --help does without.
         from flowjobs.jobs.current_job import running_job, wait_until_ended
-        from flowjobs.jobs.executors import choose_cluster, note_on_ranks, ranks_of
+        from flowjobs.jobs.executors import choose_cluster, ranks_of
         from flowjobs.jobs.snapshot import plan_code
 
         if self.follow and self.no_follow:
@@ -117,11 +118,11 @@ class SubmitOptions(CodeOptions, CommandOptions):
             if is_finished:
                 _print_finished(run)
                 return 0
-            for said in filter(None, (note, code.note, note_on_ranks(run, ranks))):
+            for said in filter(None, (note, code.note, _note_on_ranks(run, ranks))):
                 print(said)
             plan(run, config, f"{cluster} ({why})")
             return 0
-        return self._submit_unless_noted(run, config, code, cluster, why, known)
+        return self._submit_unless_noted(run, config, code, cluster, why, ranks, known)
 
     def _submit_unless_noted(
         self,
@@ -130,6 +131,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
         code: "CodePlan",
         cluster: "Cluster",
         why: str,
+        ranks: int,
         known: "Sequence[Submission] | None",
     ) -> int:
         """Submit a run and follow it, unless it has got a job beside those that are known."""
@@ -142,7 +144,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
                 return 0
             attempts_before = len(run.status().attempts) if run.exists() else 0
             with run.undone_if_refused():
-                job = self._submit(run, config, code, cluster, why)
+                job = _submit(run, config, code, cluster, why, ranks)
         if not job or cluster == "debug" or not self._follows(cluster):
             return 0
         return follow(
@@ -155,43 +157,6 @@ class SubmitOptions(CodeOptions, CommandOptions):
 
     def _follows(self, cluster: "Cluster") -> bool:
         return not self.no_follow and (cluster != "slurm" or self.follow)
-
-    def _submit(
-        self, run: Run, config: RunConfig, code: "CodePlan", cluster: "Cluster", why: str
-    ) -> "SubmittedJob | None":
-        """Submit a job; None where the run is finished."""
-        from flowjobs.jobs.executors import note_on_ranks, ranks_of
-        from flowjobs.jobs.submit import submit
-        from flowjobs.jobs.tasks import task_of
-
-        if note := run.create(config):
-            print(note)
-        if run.finished():
-            _print_finished(run)
-            return None
-
-        code.carry_out()
-        ranks = ranks_of(cluster, config.slurm)
-        for said in filter(None, (code.note, note_on_ranks(run, ranks))):
-            print(said)
-        mode, mode_reason = resolve_mode(tracking_of(run))
-        print_rows(
-            run=run.name,
-            folder=str(run.folder),
-            **_size_rows(run, config.training),
-            cluster=f"{cluster} ({why})",
-            **({"ranks": str(ranks)} if ranks > 1 else {}),
-            tracking=f"W&B {mode} ({mode_reason})",
-        )
-        run.clear_cancel()
-        job = submit(run, cluster, task_of(run))
-        print_rows(
-            job=job.job_id,
-            follow=hint("logs", "-f", run.name, study=run.study),
-            inspect=hint("status", run.name, study=run.study),
-            cancel=hint("cancel", run.name, study=run.study),
-        )
-        return job
 
 
 @dataclass(frozen=True)
@@ -254,6 +219,53 @@ class Submit(SubmitOptions, WithDefaults):
                 reason = DECIDED.get(name, "the batch file says it")
                 end = "read by sbatch" if name in seen_by_sbatch else f"not used: {reason}"
                 print(f"{name} {seen_by_sbatch.get(name, os.environ[name])}  ({end})")
+
+
+def _submit(
+    run: Run, config: RunConfig, code: "CodePlan", cluster: "Cluster", why: str, ranks: int
+) -> "SubmittedJob | None":
+    """Submit a job; None where the run is finished."""
+    from flowjobs.jobs.submit import submit
+    from flowjobs.jobs.tasks import task_of
+
+    if note := run.create(config):
+        print(note)
+    if run.finished():
+        _print_finished(run)
+        return None
+    code.carry_out()
+    for said in filter(None, (code.note, _note_on_ranks(run, ranks))):
+        print(said)
+    mode, mode_reason = resolve_mode(tracking_of(run))
+    print_rows(
+        run=run.name,
+        folder=str(run.folder),
+        **_size_rows(run, config.training),
+        cluster=f"{cluster} ({why})",
+        **({"ranks": str(ranks)} if ranks > 1 else {}),
+        tracking=f"W&B {mode} ({mode_reason})",
+    )
+    run.clear_cancel()
+    job = submit(run, cluster, task_of(run))
+    print_rows(
+        job=job.job_id,
+        follow=hint("logs", "-f", run.name, study=run.study),
+        inspect=hint("status", run.name, study=run.study),
+        cancel=hint("cancel", run.name, study=run.study),
+    )
+    return job
+
+
+def _note_on_ranks(run: Run, ranks: int) -> str:
+    """What its user should know if a run has trained with another number of ranks; else empty."""
+    trained = [known for known in run.status().attempts if known.first_step is not None]
+    before = trained[-1].job.ranks if trained else None
+    if before is None or before == ranks:
+        return ""
+    return (
+        f"{run.name} has trained with {counted(before, 'rank')}, and would now with {ranks}: it "
+        "resumes, but not to the same bits; for these ask for as many (--nodes, --gpus-per-node)"
+    )
 
 
 def _jobs_noted(run: Run) -> "list[Submission] | None":

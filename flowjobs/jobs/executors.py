@@ -22,7 +22,6 @@ from flowjobs.jobs.array import Array
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.pack import FOLDER as PACKS
 from flowjobs.runs.pack import Pack
-from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import BATCH_FILE, TASK, Submittable
 from flowjobs.slots import JOB_OF_RUN, nvidia_gpus
 from flowjobs.slurm.client import controller_answers
@@ -308,18 +307,6 @@ def ranks_of(cluster: Cluster, asked: SlurmConfig) -> int:
             return max(1, len(check_local(asked)))
         case "debug":
             return 1
-
-
-def note_on_ranks(run: Run, ranks: int) -> str:
-    """What its user should know if a run has trained with another number of ranks; else empty."""
-    trained = [known for known in run.status().attempts if known.first_step is not None]
-    before = trained[-1].job.ranks if trained else None
-    if before in (None, ranks) or run.finished():
-        return ""
-    return (
-        f"{run.name} has trained with {before} ranks, and would now with {ranks}: it resumes, but "
-        "not to the same bits; for these ask for as many (--nodes, --gpus-per-node)"
-    )
 
 
 def _local_executor(run: Submittable, asked: SlurmConfig) -> LocalExecutor:

@@ -97,7 +97,9 @@ def test_the_last_lines_of_a_run_say_where_nothing_was_drawn_or_measured(
         run.samples_picture.touch()
 
 
-def test_a_larger_number_of_epochs_goes_on(flowjobs: Command, study: Path) -> None:
+def test_a_larger_number_of_epochs_goes_on(
+    flowjobs: Command, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     warm = ("--warmup-steps", "5")
     assert flowjobs("submit", "--epochs", "1", *QUICK, "dropout=0", *warm).returncode == 0
     run = Run(study, "mlp-icfm-digits-none")
@@ -108,8 +110,12 @@ def test_a_larger_number_of_epochs_goes_on(flowjobs: Command, study: Path) -> No
         "extends mlp-icfm-digits-none from 1 to 2 epochs: at step 23 the learning rate goes from 0 "
         "back up to 0.000595"
     )
-    done = flowjobs("submit", "--epochs", "2", "--dry-run", *QUICK, "dropout=0", *warm)
+    with monkeypatch.context() as of_two_gpus:
+        of_two_gpus.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        plan = ("--dry-run", "--gpus-per-node", "2")
+        done = flowjobs("submit", "--epochs", "2", *plan, *QUICK, "dropout=0", *warm)
     assert said in done.stdout
+    assert f"{run.name} has trained with 1 rank, and would now with 2" in done.stdout
     assert run.config().training.epochs == 1
     done = flowjobs("submit", "--epochs", "2", *QUICK, "dropout=0", *warm)
     assert said in done.stdout
