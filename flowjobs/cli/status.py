@@ -131,7 +131,7 @@ def _print_notes(run: dict[str, Any], *, named: bool) -> None:
 
 
 def _describe_broken(run: Run) -> dict[str, Any]:
-    """What is left to say of a run whose record cannot be read."""
+    """What is known of a run whose record cannot be read; `describe` fills in that of others."""
     return {
         "run": run.name,
         **dataclasses.asdict(RunStatus()),
@@ -164,30 +164,28 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
     from flowjobs.jobs.dead_jobs import DeadJob, final_outcome
     from flowjobs.slurm.jobs import Unknown
     from flowjobs.slurm.waiting import Waiting
+    from flowjobs.tracking.record import read_uploaded
 
     status, latest = current_progress(run)
     waits = finding.newer if isinstance(finding, DeadJob) else finding
     if isinstance(finding, DeadJob):
         # Shown, not noted: that is what `reconcile` is for, and the run's own jobs.
         status.record_outcome_of_dead(final_outcome(run, status, finding), run.metrics_file)
-    described = {"run": run.name, **dataclasses.asdict(status)}
+    described = _describe_broken(run) | dataclasses.asdict(status)
     if not status.epochs:  # its job has not begun
         described["epochs"] = run.config().training.epochs
-    # How its last attempt ended says nothing of a run that a job waits to resume.
-    waiting = isinstance(waits, Waiting)
-    described["state_in_words"] = "waiting" if waiting else state_in_words(status)
+    described["state_in_words"] = state_in_words(status)
+    if isinstance(waits, Waiting):
+        # How its last attempt ended says nothing of a run that a job waits to resume.
+        described |= {"state_in_words": "waiting", "waits": waits.why}
     described["latest"] = latest
     described["steps_per_s"] = steps_per_s(status)
     described["left_s"] = time_left_s(status)
     described["jobs"] = [dataclasses.asdict(entry) for entry in run.submissions()]
-    described["waits"] = waits.why if isinstance(waits, Waiting) else ""
-    described["unknown"] = finding.why if isinstance(finding, Unknown) else ""
-    from flowjobs.tracking.record import read_uploaded
-
-    refusal = read_uploaded(run).refusal
-    described["wandb"] = refusal.text if refusal else ""
-    described["folder"] = str(run.folder)
-    described["checkpoints"] = str(run.checkpoints)
+    if isinstance(finding, Unknown):
+        described["unknown"] = finding.why
+    if refusal := read_uploaded(run).refusal:
+        described["wandb"] = refusal.text
     return described
 
 
