@@ -36,7 +36,7 @@ from flowjobs.runs.selection import sweep_names
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
 if TYPE_CHECKING:
-    from flowjobs.sweeps.plan import Member
+    from flowjobs.jobs.run_stages import Member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Retry(CodeOptions, CommandOptions):
     def run(self, defaults: Defaults) -> int:
         """Start them. Returns the exit code."""
         from flowjobs.jobs.executors import choose_cluster
-        from flowjobs.sweeps.plan import stages
+        from flowjobs.jobs.run_stages import stages
         from flowjobs.sweeps.retry import RUNS_PER_GPU, changes_from
 
         check_named("retry", self.names)

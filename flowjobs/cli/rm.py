@@ -61,7 +61,7 @@ class Rm(InStudy):
             ConfigError: A job of one of them does.
         """
         from flowjobs.jobs.current_job import RunningJob, running_jobs
-        from flowjobs.sweeps.plan import stages
+        from flowjobs.jobs.run_stages import stages
 
         configs: dict[Run, RunConfig] = {}
         for run in runs:

@@ -85,8 +85,7 @@ def _meant(study: Path, words: Sequence[str]) -> Selection:
     found = select(study, [word for word in words if not word.startswith(STATE)])
     if not asked:
         return found
-    from flowjobs.jobs.run_stages import Stage
-    from flowjobs.sweeps.plan import stages
+    from flowjobs.jobs.run_stages import Stage, stages
 
     known = [*get_args(Stage), *SHOWN_AS]
     for state in asked:

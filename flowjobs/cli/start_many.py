@@ -18,8 +18,8 @@ from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
 
 if TYPE_CHECKING:
     from flowjobs.jobs.executors import Cluster
+    from flowjobs.jobs.run_stages import Member
     from flowjobs.jobs.snapshot import CodeChoice, CodePlan
-    from flowjobs.sweeps.plan import Member
 
 REFUSALS_SHOWN = 3
 

@@ -62,8 +62,8 @@ from flowjobs.sweeps.toml_file import read_sweep
 from flowjobs.tracking.mode import resolve_mode
 
 if TYPE_CHECKING:
+    from flowjobs.jobs.run_stages import Member
     from flowjobs.jobs.snapshot import CodePlan
-    from flowjobs.sweeps.plan import Member
 
 EXAMPLES = """\
   flowjobs sweep --arch mlp my_models:Wide --flow icfm otcfm --seed 0 1 2
@@ -232,7 +232,8 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
     ) -> int:
         # The scheduler's side is slow to load, and --help does without.
         from flowjobs.jobs.executors import choose_cluster
-        from flowjobs.sweeps.plan import TO_START, look_at, with_other_code
+        from flowjobs.jobs.run_stages import TO_START
+        from flowjobs.sweeps.plan import look_at, with_other_code
 
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
@@ -370,7 +371,7 @@ def _still_to_start(
     starting: Sequence["Member"], code: Sequence["CodePlan"], members: Sequence["Member"]
 ) -> "tuple[list[Member], list[CodePlan]]":
     """What is left of runs that were to be started, as they are now; the others are told of."""
-    from flowjobs.sweeps.plan import TO_START
+    from flowjobs.jobs.run_stages import TO_START
 
     now = {member.run: member for member in members}
     stages = Counter(now[member.run].stage for member in starting)
@@ -384,7 +385,7 @@ def _still_to_start(
 
 def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
     """What to know of the runs of a stage, to be read behind their number."""
-    from flowjobs.sweeps.plan import held_for, lacks_best
+    from flowjobs.jobs.run_stages import held_for, lacks_best
 
     names = [member.run.name for member in members]
     match stage:

@@ -20,7 +20,7 @@ from flowjobs.runs.status import (
 )
 
 if TYPE_CHECKING:
-    from flowjobs.sweeps.plan import Member
+    from flowjobs.jobs.run_stages import Member
 
 ASK_EVERY_S = 10.0
 FIRST_ASK_S = 1.0
@@ -43,7 +43,7 @@ class Wait(InStudy):
 
     def run(self, defaults: Defaults) -> int:
         """Wait. Returns the exit code."""
-        from flowjobs.sweeps.plan import held_for, stages
+        from flowjobs.jobs.run_stages import held_for, stages
 
         check_named("wait", self.names)
         if not self.hours > 0:

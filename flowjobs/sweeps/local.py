@@ -11,6 +11,7 @@ from flowjobs.errors import FlowjobsError
 from flowjobs.jobs.current_job import running_job
 from flowjobs.jobs.executors import check_local, visible_gpus
 from flowjobs.jobs.origin import Origin
+from flowjobs.jobs.run_stages import Member
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.jobs.submit import submit
 from flowjobs.jobs.tasks import task_of
@@ -18,7 +19,6 @@ from flowjobs.runs.files import AWAY_AT_MOST_S, warn_once
 from flowjobs.runs.process import process_lives
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.sweeps.plan import Member
 from flowjobs.sweeps.submit_arrays import make_runs
 
 POLL_S = 0.3

@@ -6,61 +6,25 @@ repeated mostly looks at those. Slurm is asked about all of the others together.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, is_data_file, signature_differences
-from flowjobs.errors import CheckpointGoneError, FlowjobsError, RunMismatchError, SubmissionError
+from flowjobs.errors import FlowjobsError, RunMismatchError
 from flowjobs.field_values import flag
 from flowjobs.formatting import counted, first_of
-from flowjobs.jobs.current_job import RunningJob, running_jobs
-from flowjobs.jobs.dead_jobs import DeadJob, Finding, final_outcome, find_dead_jobs
-from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
-from flowjobs.jobs.run_stages import Stage
+from flowjobs.jobs.run_stages import TO_START, Member, stages
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.models.size import checkpoint_bytes_of
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import row_shape, same_file
-from flowjobs.runs.extending import out_of_patience
 from flowjobs.runs.files import read_json
-from flowjobs.runs.newest_job import ended_for_good
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
-from flowjobs.runs.status import RunStatus, read_sound_status
-from flowjobs.slurm.jobs import Unknown
-from flowjobs.slurm.waiting import Waiting
+from flowjobs.runs.status import RunStatus
 
-TO_START: tuple[Stage, ...] = ("to resume", "new")
 SHOWN_AT_MOST = 10
-HELD_SHOWN = 3
-GPU_MEMORY = "GPU out of memory"
-CHECKPOINTS_GONE = "checkpoints gone"
-
-
-@dataclass(frozen=True)
-class Member:
-    """One of the runs.
-
-    Attributes:
-        run: The run.
-        config: What is asked for.
-        stage: How far it is.
-        why: Of what has failed the cause in a word or two; of what is unknown why, as a sentence;
-            of what waits the reason, to be read after "waits", if Slurm says it. What was cancelled
-            has one only where it cannot be resumed, what is finished only where the epochs that it
-            is given would not be trained.
-        stuck: Whether it waits, and never starts as it is.
-        jobs_unknown: Of what is cancelled why it is unknown whether a job of it lives, as a
-            sentence; empty if none does.
-    """
-
-    run: Run
-    config: RunConfig
-    stage: Stage
-    why: str = ""
-    stuck: bool = False
-    jobs_unknown: str = ""
 
 
 def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> list[Member]:
@@ -154,99 +118,6 @@ def _is_finished(run: Run, config: RunConfig) -> bool:
     return has_done(status, config.training)
 
 
-def stages(asked: Mapping[Run, RunConfig]) -> dict[Run, Member]:
-    """How far runs are that are there; `asked` is the config that each is to be started with."""
-    members: dict[Run, Member] = {}
-    statuses: dict[Run, RunStatus] = {}
-    for run, config in asked.items():
-        try:
-            run.config()
-            # Taken for none, as an attempt does, a damaged one would have the run started again.
-            statuses[run] = read_sound_status(run.status_file)
-            run.submissions()
-        except (FlowjobsError, OSError) as error:
-            members[run] = Member(run, config, "unknown", str(error))
-    busy = running_jobs([*statuses], statuses)
-    findings = find_dead_jobs([run for run in statuses if run not in busy])
-    for run, status in statuses.items():
-        try:
-            if run in busy:
-                members[run] = _with_job(run, asked[run], status, busy[run])
-            else:
-                members[run] = _as_found(run, asked[run], status, findings.get(run))
-        except (FlowjobsError, OSError) as error:
-            members[run] = Member(run, asked[run], "unknown", str(error))
-    return members
-
-
-def _with_job(
-    run: Run, config: RunConfig, status: RunStatus, job: RunningJob | SubmissionError
-) -> Member:
-    """A run of which a job waits or runs, or may; see `running_jobs`."""
-    if isinstance(job, SubmissionError):
-        if run.cancel_requested():
-            # Its jobs see that, if there are any; started again, they would train as well.
-            return Member(run, config, "cancelled", jobs_unknown=str(job))
-        return Member(run, config, "unknown", str(job))
-    # Of a job that several share, some may wait for their turn.
-    begun = job.state != "pending" and (status.open_attempt is not None or _ends(run))
-    stage: Stage = "running" if begun else "waiting"
-    waits = job.waits or Waiting("")
-    return Member(run, config, stage, waits.why, stuck=waits.stuck)
-
-
-def _ends(run: Run) -> bool:
-    """Whether the newest job is one of this machine that has trained: its process is about to end.
-
-    One that starts again, as after a time limit, waits.
-    """
-    job = run.newest_job()
-    if job is None or job.cluster != "local" or job.pack:
-        return False
-    return ended_for_good(run, job)
-
-
-def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding | None) -> Member:
-    """A run of which no job is known to wait or run, by what was found of its newest."""
-    match finding:
-        case DeadJob(slurm_restarts_it=True):
-            return Member(run, config, "waiting")
-        case DeadJob() as dead:
-            status.record_outcome(final_outcome(run, status, dead))
-        case Unknown(why):
-            return Member(run, config, "unknown", why)
-        case Waiting(why, stuck):
-            return Member(run, config, "waiting", why, stuck=stuck)
-    return _without_job(run, config, status)
-
-
-def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
-    """A run of which no job waits or runs."""
-    if has_done(status, config.training):
-        return Member(run, config, "finished")
-    stage = _stage_without_job(run, status)
-    if stage == "unknown":
-        why = "its job has just ended, and Slurm does not say yet how: ask again"
-        return Member(run, config, "unknown", why)
-    if stage == "to resume":
-        own, asked = run.config().training, config.training
-        if why := out_of_patience(run.name, own, asked, status, run.metrics_file):
-            if status.state == "finished":
-                return Member(run, config, "finished", why)
-            # Interrupted before it could say that it is: it is resumed to its own end.
-            as_long = replace(asked, epochs=own.epochs, patience=own.patience)
-            config = replace(config, training=as_long)
-    try:
-        run.check_files(config.training)
-    except CheckpointGoneError as error:
-        if _is_away(run.checkpoints):
-            return Member(run, config, "unknown", str(error))
-        # That is known, and started again it would fail at once.
-        stage = "cancelled" if stage == "cancelled" else "failed"
-        return Member(run, config, stage, CHECKPOINTS_GONE)
-    return Member(run, config, stage, _cause(status) if stage == "failed" else "")
-
-
 def shorter_than_asked(member: Member) -> str:
     """What a run that is not started now keeps of its own length.
 
@@ -276,55 +147,6 @@ def refusals(members: Iterable[Member]) -> dict[Run, str]:
         except (FlowjobsError, OSError) as error:
             found[member.run] = str(error)
     return found
-
-
-def _stage_without_job(run: Run, status: RunStatus) -> Stage:
-    if run.cancel_requested():
-        return "cancelled"
-    match status.state:
-        case "failed" | "cancelled" as stage:
-            return stage
-        case "preempted" | "finished":  # finished before it was asked to be longer
-            return "to resume"
-        case "submitted" if not run.submissions():
-            return "new"
-    return "unknown"
-
-
-def lacks_best(run: Run) -> bool:
-    """Whether the best.pt of a finished run is known to be gone, as after a purge of its disk."""
-    try:
-        # Not Path.exists: NFS remembers for a while that a file was not there.
-        run.best.open("rb").close()
-    except FileNotFoundError:
-        return not _is_away(run.checkpoints)
-    except OSError:
-        pass  # unknown
-    return False
-
-
-def _is_away(checkpoints: Path) -> bool:
-    """Whether the disk that a run's checkpoints are on is, as when scratch is not mounted."""
-    dangles = checkpoints.is_symlink() and not checkpoints.exists()
-    return dangles or not checkpoints.parent.exists()
-
-
-def _cause(status: RunStatus) -> str:
-    """Why a run failed, in a word or two."""
-    kind = status.attempts[-1].kind if status.attempts else ""
-    # For Slurm these are exceptions like any other.
-    if OUT_OF_GPU_MEMORY.search(status.reason):
-        return GPU_MEMORY
-    if kind == "exception" and OUT_OF_MEMORY.search(status.reason):
-        return "out of memory"
-    if kind == "no progress" and "time limit" in status.reason:
-        return "time limit"
-    return kind or "failed"
-
-
-def held_for(members: Iterable[Member]) -> list[str]:
-    """Why some of the runs wait that will not start as they are; the first few reasons."""
-    return sorted({member.why for member in members if member.stuck})[:HELD_SHOWN]
 
 
 def _has_begun(member: Member) -> bool:

@@ -14,10 +14,10 @@ from typing import Any, get_args, get_type_hints
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
+from flowjobs.jobs.run_stages import CHECKPOINTS_GONE, GPU_MEMORY, Member
 from flowjobs.nearest import meant
 from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import Pack
-from flowjobs.sweeps.plan import CHECKPOINTS_GONE, GPU_MEMORY, Member
 from flowjobs.toml_values import typed_value
 
 # No option of one run's: how many share a job.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.array import new_array
 from flowjobs.jobs.deferred_signals import signals_deferred
+from flowjobs.jobs.run_stages import Member
 from flowjobs.jobs.snapshot import CodePlan, carry_out_together
 from flowjobs.jobs.submit import submit_array
 from flowjobs.jobs.tasks import ArrayTask
@@ -20,7 +21,7 @@ from flowjobs.runs.run import Before, Run
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm.cluster import cluster_settings
 from flowjobs.slurm.controller import set_parallel
-from flowjobs.sweeps.plan import Member, resource_sets
+from flowjobs.sweeps.plan import resource_sets
 
 # What sbatch says where fewer jobs, or a shorter array, would have been taken. The policy's text is
 # the same for a time limit that is too long: that one is refused for a single task as well.

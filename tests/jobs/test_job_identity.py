@@ -18,12 +18,12 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.rm import Rm
 from flowjobs.errors import SubmissionUnknownError
 from flowjobs.jobs.current_job import running_job, running_jobs
+from flowjobs.jobs.run_stages import stages
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
 from flowjobs.slurm import submission
 from flowjobs.slurm.cluster import cluster_name, kill_wait_s, partitions
 from flowjobs.slurm.controller import job_record
-from flowjobs.sweeps.plan import stages
 from flowjobs.sweeps.retry import causes
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until

@@ -22,12 +22,11 @@ from flowjobs.jobs.dead_jobs import DeadJob, find_dead_jobs
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.reconcile import handle_job_end, handle_pack_end, reconcile
 from flowjobs.jobs.record_end import record_dead_attempt
-from flowjobs.jobs.run_stages import Stage, stages_of
+from flowjobs.jobs.run_stages import Stage, stages, stages_of
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import AttemptRecord, JobInfo, RunStatus, now
 from flowjobs.runs.submittable import Submittable
-from flowjobs.sweeps.plan import stages
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command

@@ -27,7 +27,7 @@ from flowjobs.jobs.dead_jobs import find_dead_jobs
 from flowjobs.jobs.deferred_signals import signals_deferred
 from flowjobs.jobs.origin import Origin
 from flowjobs.jobs.restart import cancel_requested_with_retries, resubmit
-from flowjobs.jobs.run_stages import stages_of
+from flowjobs.jobs.run_stages import stages, stages_of
 from flowjobs.jobs.submit import submit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs import file_lock, submittable
@@ -40,7 +40,6 @@ from flowjobs.slurm import sacct
 from flowjobs.slurm.jobs import Unknown
 from flowjobs.slurm.options import CONTINUES, SCRIPT_ARGUMENTS, SCRIPT_OUTPUT
 from flowjobs.slurm.sacct import submit_line
-from flowjobs.sweeps.plan import stages
 from tests.cli.test_many import ended
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until

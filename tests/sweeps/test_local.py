@@ -6,12 +6,11 @@ import pytest
 
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import ConfigError
-from flowjobs.jobs.run_stages import Stage
+from flowjobs.jobs.run_stages import Member, Stage
 from flowjobs.jobs.snapshot import CodePlan
 from flowjobs.runs.run import Run
 from flowjobs.sweeps.grid import Sweep
 from flowjobs.sweeps.local import Event, gpus_of_slot, run_here, slots_here
-from flowjobs.sweeps.plan import Member
 from flowjobs.sweeps.saved import save_sweep
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command

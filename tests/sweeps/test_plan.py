@@ -10,9 +10,10 @@ from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.prepare_sweep import configs_kept, prepare_sweep
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunMismatchError
+from flowjobs.jobs.run_stages import lacks_best, stages
 from flowjobs.runs.run import Run
 from flowjobs.sweeps.grid import Sweep
-from flowjobs.sweeps.plan import lacks_best, look_at, stages
+from flowjobs.sweeps.plan import look_at
 from flowjobs.sweeps.saved import save_sweep
 from flowjobs.training.seal import SealedWriter
 from tests.cli.test_many import without_checkpoints
