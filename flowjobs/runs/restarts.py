@@ -4,6 +4,28 @@ from collections.abc import Sequence
 
 from flowjobs.runs.status import AttemptRecord
 
+# The words of `Outcome.kind`. "Always" means as long as attempts make progress (--give-up-after).
+#
+#   kind                                who says it                  started again
+#   preempted, time limit               stop_cause, exit_cause       always
+#   requeued                            stop_cause                   always, by Slurm itself
+#   told to leave                       stop_cause                   always in Slurm; elsewhere it
+#                                                                    was the user, and never
+#   hung (no step ended in time)        entry                        always
+#   launch failed (by srun)             exit_cause                   always
+#   node failure, which it could leave  stop_cause                   always
+#   node failure, which killed it       exit_cause                   with --retries, or by Slurm
+#   all others of TRANSIENT             exit_cause                   with --retries
+#   no progress, diverged               runs/status                  never
+#   exception                           runs/status, exit_cause      never
+#   segmentation fault, aborted,        exit_cause                   never
+#   bus error, signal, never started
+#   cancelled                           stop_cause, exit_cause       never
+#
+# In the foreground and the debugger nothing is, nor, outside of Slurm, a job that was killed. Who
+# acts by these words: entry, dead_jobs, reconcile, run_stages (all in jobs), runs/newest_job,
+# sweeps/retry.
+
 # Deaths that may pass: another node, or another hour, and the same step goes well.
 TRANSIENT = frozenset(
     {
