@@ -18,7 +18,12 @@ The rooms, each of which imports only those behind it:
     slurm       asking Slurm; knows no run
 Beside them, for all: config, errors, user_code, user_source; notebook, the trainer of a script; and
 small ones (cgroups, default_logging, field_values, formatting, from_json, learning_rate, nearest,
-slots, toml_values, working_folder).
+slots, toml_values, working_folder). The larger rooms have a map of their files: their docstring.
+
+A run that is looked at has one of these forms: `runs.listing.Glance` (a line, of two small files),
+`jobs.dead_jobs.Finding` (what became of its newest job), `jobs.run_stages.Standing` (both, for
+`status`) and `Member` (with what is asked of it, for whoever starts, awaits or removes it),
+`report.results.Result` (with config and measures), `cli.status.describe` (all of it, as JSON).
 """
 
 from pathlib import Path

@@ -1,11 +1,13 @@
 """The rooms of the package, and which of them may know which."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import flowjobs
+from flowjobs.cli.commands import COMMANDS
 
 PACKAGE = Path(flowjobs.__file__).parent
 
@@ -85,6 +87,14 @@ def test_rooms_import_only_those_below_them() -> None:
 )
 def test_an_import_the_wrong_way_is_found(file: str, source: str) -> None:
     assert len(wrong_way(PACKAGE / file, source)) == 1
+
+
+@pytest.mark.parametrize("room", ["cli", "data", "jobs", "runs", "training"])
+def test_the_map_of_a_room_names_each_of_its_files(room: str) -> None:
+    files = {file.stem for file in (PACKAGE / room).glob("[!_]*.py")}
+    text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
+    named = {*re.findall(r"\w+", text), *(COMMANDS if room == "cli" else ())}
+    assert {*files, "not_in_the_map"} - named == {"not_in_the_map"}
 
 
 def test_no_file_imports_itself_by_way_of_others() -> None:

@@ -1,4 +1,13 @@
-"""The command line: one file a command. The only place that prints, and that exits."""
+"""The command line: one file a command. The only place that prints, and that exits.
+
+Beside the commands, which `commands` lists:
+
+parsing   main, parser, completion, defaults (flowjobs.toml), code_options, numbers
+meaning   runs_named (which runs), prepare and prepare_sweep (config and checks, without torch)
+starting  start_many, confirm, batch_script (what sbatch/*.sh call)
+watching  follow, live_line
+printing  output, json_output, table, overview, evaluation_table
+"""
 
 try:
     from flowjobs.cli.main import main

@@ -21,4 +21,10 @@ study/                                     --study DIR, or $FLOWJOBS_STUDY
            wandb/                          W&B's own files, and what W&B has of the run:
                                            on_record.json times.jsonl surroundings.json page.txt
                                            mirror.log
+
+the folder     run, submittable (its base, and pack's), files, run_id, code, removal
+one attempt    attempt, lock, file_lock, process, recorder, rank_failures, surroundings
+what is noted  status, metrics, progress, goodput, newest_job, restarts (kinds of an end), extending
+many runs      listing (all at a glance), selection (which are meant), pack, hint (commands)
+data           datasets, data_file
 """

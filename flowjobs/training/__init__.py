@@ -3,6 +3,12 @@
 Why to leave, where rows go and what the job was given, it is told (`stop_reason`, `Recorder`,
 `flowjobs.slots`). W&B's options of `FlowTrainer` are a notebook's, and are handed on.
 
+the way        run_training, trainer, rows (logged), validation, trained (a model to sample)
+a step         inputs, pinned and reflow (of other runs), optimizer, schedule, ema
+on a GPU       cuda_graph, watched (what a graph would leave out)
+on disk        state, saving (when), snapshot, checkpoint, seal (digest)
+the same bits  compute, ranks, determinism, same_bits
+
 The public names are imported when first used, so that `import flowjobs.training` loads no torch.
 """
 
