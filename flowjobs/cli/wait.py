@@ -4,10 +4,10 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from flowjobs.cli.defaults import Defaults, InStudy
-from flowjobs.cli.overview import UNKNOWN_AT_MOST
 from flowjobs.cli.runs_named import RunNames, check_named, never_made, readable_runs
 from flowjobs.errors import ConfigError
 from flowjobs.formatting import first_of
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 ASK_EVERY_S = 10.0
 FIRST_ASK_S = 1.0
 SAY_EVERY_S = 60.0
+# How long nothing may be known of the runs that are left: a controller that restarts or is
+# overloaded is silent for minutes, and whoever waits overnight is not there to ask again.
+UNKNOWN_AT_MOST_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,9 @@ class Wait(InStudy):
         # Once: of one that is removed, or cannot be read, meanwhile, `stages` says so.
         configs = {run: run.config() for run in runs}
         found: dict[Run, Member] = {}
-        end = time.monotonic() + 3600 * self.hours
-        said, said_at, pause_s, unknown = "", 0.0, FIRST_ASK_S, 0
+        began = known_at = time.monotonic()
+        end = began + 3600 * self.hours
+        said, said_at, pause_s = "", began - SAY_EVERY_S, FIRST_ASK_S
         while True:
             # What is finished is not looked at again.
             open_runs = [run for run in runs if run not in found or found[run].stage != "finished"]
@@ -63,13 +67,15 @@ class Wait(InStudy):
             counts = Counter(member.stage for member in found.values())
             words = ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))
             words += "".join(f"; waits {why}" for why in held_for(found.values()))
+            unknown = {member.why for member in found.values() if member.stage == "unknown"}
+            words += f"; {shorten(min(unknown), 150, placeholder=' …')}" if unknown else ""
             if words != said or time.monotonic() - said_at > SAY_EVERY_S:
                 said, said_at = words, time.monotonic()
                 print(f"{time.strftime('%H:%M:%S')} {words}", flush=True)
             alive = counts["waiting"] + counts["running"]
-            # A job that has just ended is unknown until accounting knows how.
-            unknown = unknown + 1 if counts["unknown"] and not alive else 0
-            if not alive and unknown in (0, UNKNOWN_AT_MOST):
+            if alive or not unknown:
+                known_at = time.monotonic()
+            if not alive and (not unknown or time.monotonic() - known_at > UNKNOWN_AT_MOST_S):
                 code = _end([found[run] for run in runs])
                 return code or (EXIT_BAD_INPUT if broken or missing else 0)
             if time.monotonic() > end:
