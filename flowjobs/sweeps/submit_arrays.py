@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
 from flowjobs.jobs.array import new_array
@@ -35,6 +36,7 @@ SURELY_TOO_MANY = re.compile(
 # Runs of a job that has as many slots: the next one is there when one ends, and a sweep that is
 # given more --parallel later has jobs left to start.
 RUNS_PER_SLOT = 4
+T = TypeVar("T")
 # The default of MaxArraySize, where the cluster does not say: tasks 0 to 1000.
 ARRAY_SIZE = 1001
 
@@ -166,7 +168,7 @@ def submit_arrays(
         done.left += itertools.chain(*waiting)
 
 
-def tasks_of(members: Sequence[Member], parallel: int | None, slots: int) -> list[list[Member]]:
+def tasks_of(members: Sequence[T], parallel: int | None, slots: int) -> list[list[T]]:
     """The runs that each task of an array trains, dealt out in turn.
 
     Args:
@@ -177,7 +179,9 @@ def tasks_of(members: Sequence[Member], parallel: int | None, slots: int) -> lis
     tasks = math.ceil(len(members) / slots)
     if parallel is not None and slots > 1:
         enough = math.ceil(len(members) / (RUNS_PER_SLOT * slots))
-        tasks = min(tasks, max(enough, parallel // slots))
+        at_once = max(1, parallel // slots)
+        # A multiple: jobs that are left over would train alone at the end.
+        tasks = min(tasks, at_once * max(1, enough // at_once))
     return [list(members[task::tasks]) for task in range(tasks)]
 
 

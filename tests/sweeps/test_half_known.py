@@ -1,6 +1,8 @@
 """A submission that dies in the middle, or that the cluster takes a part of."""
 
+import itertools
 import json
+import math
 import os
 import pty
 import re
@@ -18,7 +20,7 @@ from flowjobs.jobs.array import arrays_of, submitting
 from flowjobs.jobs.current_job import running_jobs
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.sweeps.submit_arrays import ArrayLeft, jobs_at_once
+from flowjobs.sweeps.submit_arrays import ArrayLeft, jobs_at_once, tasks_of
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -333,6 +335,20 @@ def test_arrays_share_what_is_to_run_at_a_time(
     parts: list[ArrayLeft], parallel: int, jobs: list[int]
 ) -> None:
     assert jobs_at_once(parts, parallel) == jobs
+
+
+@pytest.mark.parametrize(
+    ("runs", "slots", "parallel", "rounds"),
+    [(40, 4, 8, 5), (40, 2, 8, 5), (48, 4, 8, 6), (60, 4, 12, 5), (64, 4, 8, 8), (3, 4, 8, 1)],
+)
+def test_packs_train_as_many_at_a_time_as_was_asked_for_to_the_end(
+    runs: int, slots: int, parallel: int, rounds: int
+) -> None:
+    packs = tasks_of(range(runs), parallel, slots)
+    assert sorted(itertools.chain(*packs)) == [*range(runs)]
+    (at_once,) = jobs_at_once([ArrayLeft(runs, slots)], parallel)
+    rounds_of = [math.ceil(len(pack) / slots) for pack in packs]  # runs take equally long
+    assert sum(rounds_of[::at_once]) == rounds
 
 
 def test_a_description_that_was_kept_is_the_same_sweep(
