@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.config import PARTS, SlurmConfig, TrainingConfig
+from flowjobs.config import FIELDS_OF_OPTIONS, PARTS, SlurmConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag
 from flowjobs.nearest import meant
@@ -115,6 +115,12 @@ class Defaults:
                     f"--sbatch {option}: found {value}, which the batch file would ask for twice, "
                     f"or not at all: use {use}"
                 )
+            name = FIELDS_OF_OPTIONS.get(option)
+            if name and (other := getattr(slurm, name)) is not None:
+                raise ConfigError(
+                    f"--sbatch {option}: found {value} beside {flag(name)} {other}, expected one "
+                    f"of them: leave out --sbatch {option}"
+                )
         for name, variable in self.unread.items():
             # A field without a value is not in the batch file: sbatch reads its variable itself.
             if getattr(slurm, name) is not None and not self._by_flag(slurm, name):
@@ -144,6 +150,7 @@ class WithDefaults:
 
 # Options of sbatch that are fields, of which the batch file would have both.
 AS_FIELDS = {
+    "nodes": "--nodes",
     "gpus": "--gpus-per-node",
     "gpus-per-node": "--gpus-per-node and --gpu-type",
     "cpus-per-task": "--cpus-per-task",

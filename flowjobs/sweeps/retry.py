@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from flowjobs.config import RestartConfig, RunConfig, SlurmConfig
+from flowjobs.config import FIELDS_OF_OPTIONS, RestartConfig, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
 from flowjobs.jobs.run_stages import CHECKPOINTS_GONE, GPU_MEMORY, Member
@@ -146,8 +146,11 @@ def with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """The config of a run with other options of the cluster, or of restarts."""
     slurm = {key: value for key, value in changes.items() if hasattr(config.slurm, key)}
     restarts = {key: value for key, value in changes.items() if hasattr(config.restarts, key)}
+    # An option of sbatch for the same would win.
+    lost = [option for option, name in FIELDS_OF_OPTIONS.items() if name in slurm]
+    kept = {key: value for key, value in config.slurm.sbatch.items() if key not in lost}
     return replace(
         config,
-        slurm=replace(config.slurm, **slurm),
+        slurm=replace(config.slurm, **{"sbatch": KeyValues(kept), **slurm}),
         restarts=replace(config.restarts, **restarts),
     )

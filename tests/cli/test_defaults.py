@@ -191,6 +191,7 @@ def test_a_data_file_is_looked_up_from_the_config_file(tmp_path: Path) -> None:
         ("cpus-per-task=8", "--cpus-per-task"),
         ("signal=USR1@300", "--signal-delay-s"),
         ("ntasks=2", "there is one process per GPU"),
+        ("nodes=2", "--nodes"),
     ],
 )
 def test_what_the_batch_file_would_ask_for_twice_is_refused(option: str, use: str) -> None:
@@ -198,4 +199,14 @@ def test_what_the_batch_file_would_ask_for_twice_is_refused(option: str, use: st
     with pytest.raises(ConfigError, match=f"--sbatch {option.partition('=')[0]}: .*{use}"):
         defaults.check_sbatch(command.slurm)
     command, defaults = parse(["submit", "--sbatch", "gres=lustre:1", "reservation=gpu"])
+    defaults.check_sbatch(command.slurm)
+
+
+def test_an_option_of_sbatch_does_not_overrule_a_field_in_silence(tmp_path: Path) -> None:
+    write(tmp_path / "flowjobs.toml", 'sbatch = {mem = "32G", time = "UNLIMITED"}\n')
+    command, defaults = parse(["submit", "--timeout-min", "60"])
+    said = "--sbatch time: found UNLIMITED beside --timeout-min 60, expected one of them"
+    with pytest.raises(ConfigError, match=said):
+        defaults.check_sbatch(command.slurm)
+    command, defaults = parse(["submit", "--qos", "long"])
     defaults.check_sbatch(command.slurm)

@@ -15,6 +15,7 @@ import pytest
 from flowjobs.cli.main import parse
 from flowjobs.config import RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import CheckpointGoneError, ConfigError
+from flowjobs.field_values import KeyValues
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
 from flowjobs.runs.removal import remove, size_of
@@ -166,6 +167,14 @@ def test_retry_takes_only_what_leaves_the_result_alone(change: str, said: str) -
 def test_a_text_among_the_options_of_a_retry_is_as_it_is_typed() -> None:
     changes = changes_from(["account=1234", "comment=1e5", "qos=007", "mem_gb=64"])
     assert changes == {"account": "1234", "comment": "1e5", "qos": "007", "mem_gb": 64.0}
+
+
+def test_what_a_retry_changes_is_not_overruled_by_an_option_of_sbatch() -> None:
+    options = KeyValues({"mem": "32G", "mem-per-cpu": "2G", "time": "4:00:00", "exclusive": True})
+    before = RunConfig(slurm=SlurmConfig(sbatch=options))
+    after = with_changes(before, changes_from(["mem_gb=64"])).slurm
+    assert (after.mem_gb, after.sbatch) == (64, {"time": "4:00:00", "exclusive": True})
+    assert with_changes(before, changes_from(["retries=1"])).slurm.sbatch == options
 
 
 def test_the_command_that_retries_the_others_says_how() -> None:
