@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowjobs.config import FIELDS_OF_OPTIONS, PARTS, SlurmConfig, TrainingConfig
+from flowjobs.config import (
+    FIELDS_OF_OPTIONS,
+    PARTS,
+    SlurmConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag
 from flowjobs.nearest import meant
@@ -26,6 +32,7 @@ from flowjobs.tracking.mode import (
     mode_of_variable,
     server_of_settings,
     setting,
+    tracking_in_words,
 )
 from flowjobs.working_folder import working_folder
 
@@ -100,6 +107,15 @@ class Defaults:
         if getattr(config, name) != getattr(self.fill(type(config)), name):
             return flag(name)
         return self.sources.get(name, "default")
+
+    def tracking_in_words(self, tracking: TrackingConfig) -> str:
+        """Where in W&B a run goes, and what says so, for the row of a table."""
+        name = "wandb_mode"
+        same = self.values.get(name) == tracking.wandb_mode
+        why = f"mode of {self.sources[name] if same else 'config.json'}"
+        if flag(name) in self.flags:
+            why = f"{flag(name)} {tracking.wandb_mode}"
+        return f"\n{'':11}".join(tracking_in_words(tracking, why))
 
     def check_sbatch(self, slurm: SlurmConfig) -> None:
         """Raise a ConfigError for a variable or an option of sbatch that cannot be used.

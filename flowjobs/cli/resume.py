@@ -18,4 +18,5 @@ class Resume(SubmitOptions):
         """Submit, and follow if asked to. Returns the exit code."""
         run = existing_run(self.study, self.name)
         # Like its config, its code is what it has, whichever folder this is.
-        return self.submit_run(run, run.config(), self.code_choice(default="submitted"))
+        code = self.code_choice(default="submitted")
+        return self.submit_run(defaults, run, run.config(), code)

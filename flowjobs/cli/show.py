@@ -11,6 +11,7 @@ from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import differences_from_defaults
 from flowjobs.field_values import flag
 from flowjobs.formatting import format_count
+from flowjobs.report.origin import wandb_page_of
 from flowjobs.runs.goodput import TimeSpent, time_spent
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
@@ -36,7 +37,8 @@ class Show(InStudy):
         described = describe(run, find_dead_jobs([run], at_most_twice=True).get(run))
         status = run.status()
         spent = time_spent(status, run.submissions())
-        changed = differences_from_defaults(run.config())
+        config = run.config()
+        changed = differences_from_defaults(config)
         files = {name: str(path) for name, path in _files(run).items() if path.exists()}
         if self.json:
             time = {**dataclasses.asdict(spent), "goodput": spent.goodput}
@@ -56,6 +58,9 @@ class Show(InStudy):
             print_text(_in_words(spent))
         for name, path in files.items():
             print(f"{name:<10} {path}")
+        page = wandb_page_of(run)
+        if page or config.tracking.wandb_mode != "disabled":
+            print(f"{'W&B':<10} {page or config.tracking.place}")
         return 0
 
 

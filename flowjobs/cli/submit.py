@@ -31,7 +31,6 @@ from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.hint import hint
 from flowjobs.runs.run import Run
 from flowjobs.slurm.options import DECIDED, environment_for_sbatch
-from flowjobs.tracking.mode import resolve_mode
 from flowjobs.tracking.record import tracking_of
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
 
     def submit_run(
         self,
+        defaults: Defaults,
         run: Run,
         config: RunConfig,
         code_choice: "CodeChoice",
@@ -70,6 +70,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
         """Submit a run, and follow it if asked to.
 
         Args:
+            defaults: Say where the values come from.
             run: The run.
             config: What is asked for.
             code_choice: Which code it is trained with, if its own has changed.
@@ -122,17 +123,15 @@ class SubmitOptions(CodeOptions, CommandOptions):
                 print(said)
             plan(run, config, f"{cluster} ({why})")
             return 0
-        return self._submit_unless_noted(run, config, code, cluster, why, ranks, known)
+        submit_now = partial(_submit, defaults, run, config, code, cluster, why, ranks)
+        return self._submit_unless_noted(run, cluster, known, submit_now)
 
     def _submit_unless_noted(
         self,
         run: Run,
-        config: RunConfig,
-        code: "CodePlan",
         cluster: "Cluster",
-        why: str,
-        ranks: int,
         known: "Sequence[Submission] | None",
+        submit_now: "Callable[[], SubmittedJob | None]",
     ) -> int:
         """Submit a run and follow it, unless it has got a job beside those that are known."""
         from flowjobs.jobs.current_job import running_job
@@ -144,7 +143,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
                 return 0
             attempts_before = len(run.status().attempts) if run.exists() else 0
             with run.undone_if_refused():
-                job = _submit(run, config, code, cluster, why, ranks)
+                job = submit_now()
         if not job or cluster == "debug" or not self._follows(cluster):
             return 0
         return follow(
@@ -187,7 +186,7 @@ class Submit(SubmitOptions, WithDefaults):
             own_code=self.keep_code,
         )
         plan = partial(self._print_plan, defaults) if self.dry_run else None
-        return self.submit_run(run, config, self.code_choice(), plan)
+        return self.submit_run(defaults, run, config, self.code_choice(), plan)
 
     def _print_plan(self, defaults: Defaults, run: Run, config: RunConfig, cluster: str) -> None:
         from flowjobs.jobs.executors import slurm_executor
@@ -222,7 +221,13 @@ class Submit(SubmitOptions, WithDefaults):
 
 
 def _submit(
-    run: Run, config: RunConfig, code: "CodePlan", cluster: "Cluster", why: str, ranks: int
+    defaults: Defaults,
+    run: Run,
+    config: RunConfig,
+    code: "CodePlan",
+    cluster: "Cluster",
+    why: str,
+    ranks: int,
 ) -> "SubmittedJob | None":
     """Submit a job; None where the run is finished."""
     from flowjobs.jobs.submit import submit
@@ -236,14 +241,13 @@ def _submit(
     code.carry_out()
     for said in filter(None, (code.note, _note_on_ranks(run, ranks))):
         print(said)
-    mode, mode_reason = resolve_mode(tracking_of(run))
     print_rows(
         run=run.name,
         folder=str(run.folder),
         **_size_rows(run, config.training),
         cluster=f"{cluster} ({why})",
         **({"ranks": str(ranks)} if ranks > 1 else {}),
-        tracking=f"W&B {mode} ({mode_reason})",
+        tracking=defaults.tracking_in_words(tracking_of(run)),
     )
     run.clear_cancel()
     job = submit(run, cluster, task_of(run))

@@ -59,7 +59,6 @@ from flowjobs.sweeps.saved import (
     save_sweep,
 )
 from flowjobs.sweeps.toml_file import read_sweep
-from flowjobs.tracking.mode import resolve_mode
 
 if TYPE_CHECKING:
     from flowjobs.jobs.run_stages import Member
@@ -258,7 +257,8 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
             left = len(able) - len(starting)
             check_ranks_of(starting, cluster)
             code = plan_code_of(starting, self.code_choice())
-            _print_plan(name, sweep, members, starting, f"{cluster} ({why})", retry, left)
+            on = f"{cluster} ({why})"
+            _print_plan(defaults, name, sweep, members, starting, on, retry, left)
             print_notes(plan.note for plan in code)
             if others := with_other_code(members, code):
                 print(f"with other code than the new ones: {first_of(others)}")
@@ -318,6 +318,7 @@ def _given(part: Any, defaults: Defaults) -> dict[str, Any]:
 
 
 def _print_plan(
+    defaults: Defaults,
     name: str,
     sweep: grid.Sweep,
     members: Sequence["Member"],
@@ -343,8 +344,7 @@ def _print_plan(
     if not starting:
         print("nothing to submit")
         return
-    mode, reason = resolve_mode(starting[0].config.tracking)
-    print_rows(tracking=f"W&B {mode} ({reason})")
+    print_rows(tracking=defaults.tracking_in_words(starting[0].config.tracking))
     if not cluster.startswith("local"):
         print_resources(starting, sweep.parallel, sweep.runs_per_gpu)
     if left:

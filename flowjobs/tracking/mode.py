@@ -33,13 +33,18 @@ ResolvedMode = Literal["online", "offline", "disabled"]
 OLDER_WORDS = {"dryrun": "offline", "run": "online"}
 
 
-def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
+def resolve_mode(
+    config: TrackingConfig, why: str = "mode of config.json"
+) -> tuple[ResolvedMode, str]:
     """The mode that applies on this machine, and why, in words.
 
     `WANDB_MODE` wins over the config, as it does in wandb itself.
+
+    Args:
+        config: How the run is to be tracked.
+        why: What gave the config its mode.
     """
     asked: str = config.wandb_mode
-    why = f"--wandb-mode {asked}"
     if environment := mode_of_variable():
         asked, why = environment, f"WANDB_MODE={environment}"
     match asked:
@@ -52,6 +57,21 @@ def resolve_mode(config: TrackingConfig) -> tuple[ResolvedMode, str]:
         return "offline", f"no login for {server} here: {_to_log_in(server)}"
     log_in = f"`{program('wandb')} login`"
     return "offline", f"no login here: {log_in} or WANDB_API_KEY would make it online"
+
+
+def tracking_in_words(config: TrackingConfig, why: str = "mode of config.json") -> list[str]:
+    """Lines that say where in W&B a run goes, see `resolve_mode`, and what is not used for it."""
+    mode, reason = resolve_mode(config, why)
+    if mode == "disabled":
+        return [f"W&B disabled ({reason})"]
+    lines = [f"W&B {mode}: {config.place} ({reason})"]
+    project, source = os.environ.get("WANDB_PROJECT", "").strip(), "WANDB_PROJECT"
+    if not project:
+        project, source = setting("project")
+    # Whoever has chosen one knows which it is.
+    if project and config.wandb_project == TrackingConfig.wandb_project != project:
+        lines.append(f"project {project} of {source} is not used: see --wandb-project")
+    return lines
 
 
 def has_login(server: str) -> bool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from flowjobs.errors import RunTakenOverError
 from flowjobs.runs.run import Run
 from flowjobs.tracking import record
-from flowjobs.tracking.mode import ResolvedMode, resolve_mode
+from flowjobs.tracking.mode import ResolvedMode, resolve_mode, tracking_in_words
 from flowjobs.tracking.process import Role, start_mirror, wait_for_mirror
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,10 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 2.0, 600.0
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
     """Mirror the run to W&B; see `flowjobs.runs.recorder.Track`."""
-    mode, why = resolve_mode(record.tracking_of(run))
-    logger.info("W&B: %s (%s)", mode, why)
+    tracking = record.tracking_of(run)
+    mode, _ = resolve_mode(tracking)
+    for line in tracking_in_words(tracking):
+        logger.info("%s", line)
     if mode == "disabled":
         yield
         return

@@ -134,6 +134,39 @@ def test_server_and_mode_of_wandbs_settings_are_read_as_a_run_is_made(
         assert made() == ("https://another.test", mode)
 
 
+def test_where_a_run_goes_and_what_says_so_is_shown(
+    flowjobs: Command, study: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workplace / "wandb").mkdir()  # as an old `wandb init` left it
+    settings = "[default]\nentity = old-lab\nproject = old\nmode = offline\n"
+    (workplace / "wandb/settings").write_text(settings)
+    place = "old-lab/flow-matching-study"
+    is_not_used = "is not used: see --wandb-project"
+    options = ("--cluster", "local", "--epochs", "1", "--arch-args", "width=32", "depth=1")
+    plan = flowjobs("sweep", *options, "--seed", "0", "1", "--wandb-mode", "online", "--dry-run")
+    assert f"tracking   W&B online: {place} (--wandb-mode online)" in plan.stdout
+    assert f"project old of wandb/settings {is_not_used}" in plan.stdout
+
+    monkeypatch.setenv("WANDB_PROJECT", "thesis")
+    rows = [
+        f"tracking   W&B offline: {place} (mode of wandb/settings)",
+        f"           project thesis of WANDB_PROJECT {is_not_used}",
+    ]
+    done = flowjobs("submit", *options)
+    assert "\n".join(rows) in done.stdout
+    assert max(map(len, rows)) <= 80
+    run = Run(study, "mlp-icfm-digits-none")
+    assert f"W&B offline: {place} (mode of config.json)\n" in flowjobs("logs", run.name).stdout
+    assert f"\nW&B        {place}\n" in flowjobs("show", run.name).stdout
+    run.wandb_page_file.write_text("https://wandb.test/page\n")
+    assert "\nW&B        https://wandb.test/page\n" in flowjobs("show", run.name).stdout
+
+    chosen = TrackingConfig(wandb_project="mine", wandb_entity="old-lab")
+    for mode, said in (("disabled", "disabled"), ("offline", "offline: old-lab/mine")):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert load_defaults().tracking_in_words(chosen) == f"W&B {said} (WANDB_MODE={mode})"
+
+
 def test_what_says_who_one_is_and_how_long_to_wait_reaches_wandb(
     monkeypatch: pytest.MonkeyPatch, study: Path
 ) -> None:
