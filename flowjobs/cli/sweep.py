@@ -278,6 +278,10 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
                 members = look_at(runs, length_given)
                 starting, code = _still_to_start(starting, code, members)
             save_sweep(study, name, sweep, names)
+            if "--wandb-mode" in defaults.flags:  # as of `submit`: `sync` goes by a run's config
+                for member in members:
+                    if member.stage == "finished" and not member.why:
+                        member.run.create(member.config)
             slots = sweep.runs_per_gpu
             if cluster == "slurm":
                 parallel = self._share_parallel(members, starting, sweep.parallel, slots)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from flowjobs.cli.main import parse
+from flowjobs.cli.main import run as run_command
 from flowjobs.config import TrainingConfig
 from flowjobs.sweeps.grid import Sweep
 from flowjobs.sweeps.saved import names_of_runs, read_saved, save_sweep
@@ -55,3 +56,20 @@ def test_a_file_that_a_flag_names_is_the_same_when_the_sweep_is_asked_for_again(
     files = {name: [str(workplace / value) for value in values] for name, values in given.items()}
     assert asked.grid == {"init_from": files["init_from"]}
     assert asked.base == {name: files[name][0] for name in ("dataset", "source")}
+
+
+def test_finished_runs_take_over_the_wandb_mode_that_a_sweep_is_given(study: Path) -> None:
+    runs = [
+        made_run(study, [1.0] * 3, name=f"mlp-icfm-digits-none-seed{seed}", seed=seed)
+        for seed in (0, 1)
+    ]
+    command = ["sweep", "--seed", "0", "1", "--epochs", "3", "--name", "s", "--cluster", "local"]
+
+    def modes(*more: str) -> list[str]:
+        assert run_command([*command, *more]) == 0
+        return [run.config().tracking.wandb_mode for run in runs]
+
+    assert modes("--wandb-mode", "online", "--dry-run") == ["auto", "auto"]
+    assert modes("--wandb-mode", "online") == ["online", "online"]
+    assert modes() == ["online", "online"]
+    assert all(run.finished() for run in runs)
