@@ -172,4 +172,4 @@ def _in_words(done: "Synced") -> str:
             return "was all on the server at the last check"
         case "running":
             return f"trains now ({done.note}); sync it when it has stopped"
-    return "not tracked"
+    return f"not tracked: {done.note}"

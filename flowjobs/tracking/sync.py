@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flowjobs.errors import LoginError, ServerError, TrackingError
+from flowjobs.runs.hint import hint
 from flowjobs.runs.lock import Judge, lock_holder, system_lock_decides, written_lately
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import same_host
@@ -38,10 +39,9 @@ class Synced:
 
     Attributes:
         state: "uploaded"; "complete", for the server has all; "unchanged" since the server last had
-            all, and not asked again; "running", and left for later; "untracked", by its config
-            or since it never started.
+            all, and not asked again; "running", and left for later; "untracked".
         rows: How many rows were sent.
-        note: Who trains it, or "".
+        note: Who trains it, or why it is untracked, or "".
     """
 
     state: Literal["uploaded", "complete", "unchanged", "running", "untracked"]
@@ -58,7 +58,7 @@ def sync_run(
         run: The run.
         judge: Says whether who is named as the run's holder still trains it.
         ask: Ask the server also where it had all, and nothing has changed here: there it may be
-            deleted, or undeleted.
+            deleted, or undeleted. And upload what trained without W&B, if its config has it now.
         as_new: Ask it, and give the run a new id if it is deleted there. Only the server knows
             that: repeated, this does not make another run of one that is there.
 
@@ -67,8 +67,8 @@ def sync_run(
         ServerError: It cannot be used now, for any run.
         TrackingError: It does not have what was sent.
     """
-    if run.config().tracking.wandb_mode == "disabled" or not run.tracking_file.exists():
-        return Synced("untracked")
+    if why := _why_untracked(run, named=ask or as_new):
+        return Synced("untracked", note=why)
     if trainer := _who_trains(run, judge):
         return Synced("running", note=trainer)
     with record.upload_lock(run):
@@ -87,6 +87,22 @@ def sync_run(
                 raise
         run.renew_tracking_id()
         return _upload(run)
+
+
+def _why_untracked(run: Run, *, named: bool) -> str:
+    """Why W&B is to have nothing of a run, and what changes that; empty if it is."""
+    uploads = f"`{hint('sync', run.name, study=run.study)}` uploads it"
+    if run.config().tracking.wandb_mode == "disabled":
+        return (
+            f"{run.config_file} says wandb_mode disabled; submit it with --wandb-mode online, or "
+            f"write that there, and {uploads}"
+        )
+    if run.tracking_file.exists():
+        return ""
+    if not run.status().attempts:
+        return "it has not started"
+    # Only a person who names it takes back that it was to be kept out.
+    return "" if named else f"W&B was disabled as it trained; {uploads}"
 
 
 def _who_trains(run: Run, judge: Judge) -> str | None:

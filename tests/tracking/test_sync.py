@@ -26,7 +26,7 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
 from flowjobs.errors import RunInterrupted, TrackingError
 from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.files import write_json
-from flowjobs.runs.hint import program
+from flowjobs.runs.hint import hint, program
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo, RunStatus
@@ -565,8 +565,29 @@ def test_a_run_that_is_not_tracked_is_not_uploaded(
     new_run(study, "waiting")
     done = flowjobs("sync")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "secret: not tracked\nwaiting: not tracked\n"
+    assert done.stdout == (
+        f"secret: not tracked: {run.config_file} says wandb_mode disabled; submit it with "
+        "--wandb-mode online, or write that there, "
+        f"and `{hint('sync', run.name, study=study)}` uploads it\n"
+        "waiting: not tracked: it has not started\n"
+    )
     assert backend.runs() == []
+
+
+def test_a_run_that_trained_without_wandb_is_uploaded_once_it_is_named(
+    study: Path, backend: Backend, flowjobs: Command
+) -> None:
+    run = new_run(study, "secret", "disabled")
+    attempt(run, 20)
+    run.create(dataclasses.replace(run.config(), tracking=TrackingConfig(wandb_mode="online")))
+    # Neither by what cron does, nor with all others.
+    assert flowjobs("reconcile").returncode == 0
+    sync_it = hint("sync", run.name, study=study)
+    kept_out = f"not tracked: W&B was disabled as it trained; `{sync_it}` uploads it"
+    assert flowjobs("sync").stdout == f"secret: {kept_out}\n"
+    assert (backend.runs(), run.tracking_file.exists()) == ([], False)
+    assert flowjobs("sync", "secret").stdout == "secret: 20 rows uploaded, verified\n"
+    assert_equal_histories(run, backend.run(run.tracking_id()))
 
 
 def test_an_unknown_run_is_an_error_that_lists_those_there_are(
@@ -634,7 +655,7 @@ def test_the_server_is_the_one_that_the_run_was_submitted_with(
     refused = f"no login for W&B at {backend.url}: run {log_in} once"
     assert (alone.returncode, refused in alone.stderr) == (2, True), alone.stderr
     assert (all_runs.returncode, refused in all_runs.stderr) == (2, True), all_runs.stderr
-    assert flowjobs("sync", other.name).stdout == f"{other.name}: not tracked\n"
+    assert flowjobs("sync", other.name).stdout.startswith(f"{other.name}: not tracked: ")
     assert (backend.requests, elsewhere.requests) == ([], [])
 
     # Nor was that taken for the server's own refusal.
