@@ -1,6 +1,8 @@
 """From a parsed command to a run: checks everything that can be checked without torch."""
 
 import dataclasses
+import os
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +31,7 @@ from flowjobs.runs.datasets import check_data, check_source, row_shape, rows_per
 from flowjobs.runs.run import Run, absolute, check_run_name
 from flowjobs.runs.selection import sweep_names
 from flowjobs.training.pinned import with_pinned_files
+from flowjobs.working_folder import working_folder
 
 
 def prepare_run(
@@ -80,6 +83,7 @@ def prepare_run(
         tracking.check_asked(training.group)
         defaults.check_sbatch(slurm)
         warn_of_missing_imports([training])
+        note_study_above(study)
     else:
         slurm = run.config().slurm if run.exists() else SlurmConfig()
     return run, RunConfig(training, slurm, tracking, restarts)
@@ -104,6 +108,23 @@ def warn_of_missing_imports(configs: Iterable[TrainingConfig]) -> None:
     modules = dict.fromkeys(module for config in configs for module in config.user_modules)
     for missing in missing_imports(modules):
         print(f"warning: {missing}", file=sys.stderr, flush=True)
+
+
+def note_study_above(study: Path) -> None:
+    """Where a study begins in the working directory, name the one that is in a folder above it."""
+    here = working_folder()
+    if here is None or study != here / "study":
+        return
+    for folder in (here, *here.parents):
+        if os.path.isdir(folder / "study" / "runs"):
+            if folder != here:
+                said = f"note: a new study begins here; there is one in {folder}: cd there, or"
+                other = shlex.quote(str(folder / "study"))
+                print(f"{said} --study {other}", file=sys.stderr, flush=True)
+            return
+        # What is above is not the person's own, or another file server's.
+        if str(folder) == os.path.realpath(os.path.expanduser("~")) or os.path.ismount(folder):
+            return
 
 
 def check_ranks(configs: Iterable[TrainingConfig], study: Path, ranks: int) -> None:

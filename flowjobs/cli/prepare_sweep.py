@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowjobs.cli.defaults import Defaults
-from flowjobs.cli.prepare import check_parts, warn_of_missing_imports, with_absolute_paths
+from flowjobs.cli.prepare import (
+    check_parts,
+    note_study_above,
+    warn_of_missing_imports,
+    with_absolute_paths,
+)
 from flowjobs.config import SIZE_FIELDS, RunConfig, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.field_values import flag
@@ -72,6 +77,7 @@ def prepare_sweep(
     for config in configs:
         parts["tracking"].check_asked(config.group)
     warn_of_missing_imports(configs)
+    note_study_above(study)
     given = {"epochs", "patience"} & {field for point in points for field in point}
     return runs, frozenset(given)
 

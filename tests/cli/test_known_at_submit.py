@@ -266,6 +266,35 @@ def test_a_run_of_a_notebooks_model_is_no_jobs(study: Path, flowjobs: Command) -
     assert of_a_sweep.submissions() == []
 
 
+def test_a_study_begun_below_another_one_says_so(
+    flowjobs: Command, workplace: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(command: str, *more: str) -> bool:
+        done = flowjobs(command, "--seed", "0", "--cluster", "local", "--dry-run", *more)
+        assert done.returncode == 0, done.stderr
+        return note in done.stderr
+
+    note = (
+        f"note: a new study begins here; there is one in {workplace}: cd there, or --study {study}"
+    )
+    below = workplace / "notebooks" / "figures"
+    (below.parent / "study").mkdir(parents=True)  # of something else
+    below.mkdir()
+    monkeypatch.chdir(below)
+    assert not said("submit")
+    Run(study, "a").create(RunConfig())
+    assert said("submit")
+    assert said("sweep", "--name", "s")
+    assert not said("submit", "--study", "other")
+    with monkeypatch.context() as home:  # what lies above it is not the person's own
+        home.setenv("HOME", str(below.parent))
+        assert not said("submit")
+    Run(below / "study", "a").create(RunConfig())
+    assert not said("submit")
+    monkeypatch.chdir(workplace)
+    assert not said("submit")
+
+
 def test_what_wide_models_take_on_disk_is_said_before(
     workplace: Path, study: Path, flowjobs: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
