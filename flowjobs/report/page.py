@@ -50,7 +50,7 @@ class RunLine:
         anchor: Of its row in the page.
         values: Of the fields that vary, the seed among them.
         value: Of the metric; None if it has none.
-        command: Submits it again.
+        command: Submits it again; empty for one that no command line trained.
         commit: Of its code.
         page: Its page in W&B.
         reason: Why it failed, if it did.
@@ -124,7 +124,7 @@ def _line(found: Comparison, result: Result, anchor: str, varying: Sequence[str]
         anchor,
         [result.shown(name) for name in varying],
         found.metric.of(result),
-        command_of(run),
+        "" if result.status.was_begun_in_python else command_of(run),
         commit_of(run),
         wandb_page_of(run),
         result.status.reason if failed else "",

@@ -254,6 +254,12 @@ class RunStatus:
         kind = self.attempts[-1].kind if self.attempts else ""
         return Outcome(self.state, self.exit_code or 0, self.reason, self.traceback, kind)
 
+    @property
+    def was_begun_in_python(self) -> bool:
+        """Whether a `FlowTrainer` on its own began it: every process of ours has a log of its."""
+        first = next(iter(self.attempts), None)
+        return first is not None and first.job.cluster == "none" and first.job.log is None
+
     def catch_up(self, metrics_file: Path) -> None:
         """Bring the open attempt up to its newest row, which reaches the disk before the status."""
         attempt = self.open_attempt

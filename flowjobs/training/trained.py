@@ -59,7 +59,7 @@ def load_trained(
         uncompiled(model).load_state_dict(weights)
     except RuntimeError as error:
         missing = textwrap.shorten(str(error).partition("\n")[2], 120, placeholder=" …")
-        if not given and _was_trained_from_python(run):
+        if not given and run.status().was_begun_in_python:
             raise CheckpointMismatchError(
                 f"{run.name} was trained from Python, with a model that its config does not name: "
                 f"load it there, with one of that class: flowjobs.load({run.name!r}, model=…)"
@@ -80,12 +80,6 @@ def load_trained(
     flops = flops_of_batch(model, CHUNK, flops_per_sample(model, stats["mean"].shape))
     threads = threads_for(single_process(device), flops)
     return TrainedModel(run.name, model, stats, config, best["step"], device, source, threads)
-
-
-def _was_trained_from_python(run: Run) -> bool:
-    """Whether a `FlowTrainer` on its own began the run: every process of ours has a log of its."""
-    first = next(iter(run.status().attempts), None)
-    return first is not None and first.job.cluster == "none" and first.job.log is None
 
 
 def _device(asked: torch.device | str) -> torch.device:

@@ -15,6 +15,7 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.default_logging import default_logging
 from flowjobs.errors import ConfigError
 from flowjobs.models.mlp import MLP
+from flowjobs.report.page import html_page
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer
 from tests.report.test_comparison import compared
@@ -126,6 +127,17 @@ def test_a_run_of_the_command_line_stays_out_of_wandb_in_a_notebook(study: Path)
     FlowTrainer(MLP(8, 16), config, rows, rows, device="cpu", name="mine").train()
     assert run.config().tracking.wandb_mode == "disabled"
     assert not run.tracking_file.exists()
+
+
+def test_a_page_names_no_command_for_what_a_script_trained(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    rows = FlowDataset(torch.randn(64, 8))
+    FlowTrainer(MLP(8, 16), TrainingConfig(epochs=1), rows, rows, device="cpu", name="mine").train()
+    page = html_page(compared(study), "", "")
+    assert "flowjobs submit" not in page
+    assert "trained from Python, FlowTrainer(…, name='mine')" in page
 
 
 def test_an_entity_that_wandb_would_refuse_makes_no_run(study: Path) -> None:
