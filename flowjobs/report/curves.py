@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from html import escape
 
 from flowjobs.report.comparison import Cell, Comparison
-from flowjobs.report.metric import LIVE
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 8, 8, 26
@@ -68,7 +67,7 @@ def _mean_curve(cell: Cell) -> list[Point]:
     its last loss for good.
     """
     results = [result for result in cell.results if result.curve]
-    results = [of for of in results if of.finished or of.status.state in LIVE] or results
+    results = [of for of in results if of.finished or of.live] or results
     if not results:
         return []
     curves = [result.curve for result in results]

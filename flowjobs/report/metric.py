@@ -12,8 +12,6 @@ from flowjobs.report.results import AT_CALLS, BEST_LOSS, Result
 # "end": of finished runs alone. None: the last step that all have which may still get further.
 AtStep = int | Literal["end"] | None
 
-# Runs that will get further by themselves, or when they are resumed.
-LIVE = ("running", "preempted", "submitted")
 # A validation loss is the variance of the target (its floor) and what the model adds: another
 # coupling, noise or set of data has another floor. Samples are measured against data alone, their
 # paths from the source on, in normalized units.
@@ -71,7 +69,7 @@ class Metric:
             if self.name == BEST_LOSS and self.step is None:
                 return result.status.best_val_loss
             return result.logged(key, self.step)
-        if self.step is None or result.status.state not in LIVE:
+        if self.step is None or not result.live:
             return None
         reached = result.rows[-1]["step"] if result.rows else 0
         return result.logged(key, self.step) if reached >= self.step else None
@@ -155,9 +153,5 @@ def _common_step(results: Sequence[Result]) -> int | None:
 
     None if all are at their end. One that ended early has its last loss for good.
     """
-    live = [
-        result.curve[-1][0]
-        for result in results
-        if result.status.state in LIVE and not result.finished and result.curve
-    ]
+    live = (result.curve[-1][0] for result in results if result.live and result.curve)
     return min(live, default=None)

@@ -18,7 +18,7 @@ from flowjobs.runs.files import read_json
 from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import Row, read_rows
 from flowjobs.runs.progress import state_in_words
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.selection import ARGUMENT, fields_in, fields_of
 from flowjobs.runs.status import RunStatus, read_sound_status
 
@@ -77,13 +77,20 @@ class Result:
         """What it does, in a word or two."""
         if not self.made:
             return "not submitted"
-        state = state_in_words(self.status)
-        return "waiting" if state == "submitted" else state
+        if self.status.state in ("submitted", "finished") and not self.finished:
+            return "waiting"
+        return state_in_words(self.status)
+
+    @functools.cached_property
+    def finished(self) -> bool:
+        """Whether it has done all that it is asked to, which may be more than when it ended."""
+        length = {key: self.fields[key] for key in ("epochs", "patience")}
+        return has_done(self.status, TrainingConfig(**length))
 
     @property
-    def finished(self) -> bool:
-        """Whether it has done all that it was asked to."""
-        return self.status.state == "finished"
+    def live(self) -> bool:
+        """Whether it will get further by itself, or when it is resumed."""
+        return not self.finished and self.status.state not in ("failed", "cancelled")
 
     @functools.cached_property
     def rows(self) -> Sequence[Row]:

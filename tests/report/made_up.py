@@ -40,6 +40,7 @@ def made_run(
         total_steps=epochs * STEPS_AN_EPOCH,
         epoch=len(losses),
         epochs=epochs,
+        patience=config.patience,
         best_val_loss=best[-1],
         reason="out of memory: 1.5 of 1.5 GiB" if state == "failed" else "",
     )

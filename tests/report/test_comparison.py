@@ -3,12 +3,13 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flowjobs.config import TrainingConfig
+from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
 from flowjobs.report.comparison import Cell, Comparison, compare
@@ -163,6 +164,20 @@ def test_unfinished_runs_are_compared_at_the_last_step_that_all_have(study: Path
     assert cell(compared(study, at_step=10), ["0.1"]).mean == 3.1
     assert cell(compared(study, at_step="end"), ["0.1"]).mean is None
     assert cell(compared(study, at_step="end"), ["0.001"]).mean == 1.05
+
+
+def test_one_that_was_given_more_epochs_waits_until_it_has_trained_them(study: Path) -> None:
+    for seed in range(3):
+        losses = [3.0, 2.0, 1.0, 0.5][: 4 if seed == 0 else 2]
+        run = made_run(study, losses, measures={"sliced": 0.5}, seed=seed, epochs=len(losses))
+        run.create(RunConfig(replace(run.config().training, epochs=4)))
+    for options, expected in (
+        ({"metric": "sliced"}, (0.5, "1/3 seeds, 2 waiting")),
+        ({"at_step": "end"}, (0.5, "1/3 seeds, 2 waiting")),
+        ({"metric": "val/loss"}, (2.0, "n=3, 2 waiting")),  # at step 20, which all have
+    ):
+        of = cell(compared(study, **options), [])
+        assert (of.mean, count_words(of)) == expected
 
 
 def test_one_that_stopped_early_keeps_its_last_value(study: Path) -> None:

@@ -1,10 +1,12 @@
 """The loss curves of a page: of the seeds that the table averages."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from flowjobs.config import RunConfig
 from flowjobs.report.comparison import compare
 from flowjobs.report.curves import loss_charts
 from flowjobs.report.results import read_result
@@ -32,6 +34,15 @@ def test_a_line_goes_as_far_as_the_seeds_that_count(
     for seed, (losses, state) in enumerate([(FIVE, "finished"), (FIVE, "finished"), *others]):
         made_run(study, losses, state, seed=seed, epochs=5)
     assert len(drawn(study)) == points
+
+
+def test_a_run_that_was_given_more_epochs_ends_the_line_until_it_has_trained_them(
+    study: Path,
+) -> None:
+    for seed, losses in enumerate((FIVE, FIVE[:3])):
+        run = made_run(study, losses, seed=seed, epochs=len(losses))
+        run.create(RunConfig(replace(run.config().training, epochs=5)))
+    assert len(drawn(study)) == 3
 
 
 def test_a_cell_of_failed_runs_alone_has_their_line(study: Path) -> None:
