@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -48,9 +48,9 @@ class Cell:
 
     Attributes:
         results: The runs that are made, by their names.
-        values: Of those that have one, by what pairs them with the runs of other cells: the seed,
-            and what else is averaged over.
-        expected: How many there are in the cell once all of its runs are made and have a value.
+        values: By what pairs them with the runs of other cells: the seed, and what else is averaged
+            over. Runs that repeat each other have one together, their mean.
+        expected: How many values there are once all runs are made and have one.
         states: What the others do, in words, and how many of each; those that were never made are
             "not submitted".
         marked: Whether it is the best, or cannot be told from it.
@@ -161,6 +161,7 @@ def compare(
     pairing = (SEED, *averaged)
     cells = {place: _cell(some, chosen, pairing) for place, some in members.items()}
     notes = _notes(results, chosen, averaged)
+    notes += _repeat_notes(results, (*row_fields, *column_fields, *pairing))
     notes += _code_notes([cell.results for cell in cells.values()])
     incomparable = _incomparable(results, chosen)
     if incomparable:
@@ -253,14 +254,12 @@ def _rank(value: Any) -> tuple[int, float, str]:
 
 
 def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str]) -> Cell:
-    values: dict[Key, float] = {}
+    values: list[tuple[Key, float]] = []
     states: Counter[str] = Counter()
     for result in some:
-        key, value = _key(result, pairing), metric.of(result)
-        if value is not None and key in values:  # the same seed under two names
-            key = (*key, str(result.run.folder))
+        value = metric.of(result)
         if value is not None and math.isfinite(value):
-            values[key] = value
+            values.append((_key(result, pairing), value))
         if value is None and result.finished:
             states["not evaluated" if metric.is_measure else "finished"] += 1
         elif not result.finished:
@@ -271,7 +270,8 @@ def _cell(some: Sequence[Result], metric: Metric, pairing: Sequence[str]) -> Cel
     bests = [result.measure(metric.name, "best") for result in some if metric.is_measure]
     best = next((best for best in bests if best is not None), None)
     made = tuple(result for result in some if result.made)
-    return Cell(made, values, len(some), states, floor=floor, best=best)
+    expected = len({_key(result, pairing) for result in some})
+    return Cell(made, _means(values), expected, states, floor=floor, best=best)
 
 
 def _with_marks(cells: Mapping[Place, Cell], metric: Metric) -> tuple[dict[Place, Cell], list[str]]:
@@ -341,16 +341,16 @@ def _differences(one: Mapping[Key, float], other: Mapping[Key, float]) -> list[f
     """By how much `other` is worse, in each run or else each seed that both have."""
     if len(one.keys() & other.keys()) < 2:
         # What is averaged over beside seeds (each seed's own teacher) has other values there.
-        one, other = _by_seed(one), _by_seed(other)
+        one, other = (_means((key[:1], of[key]) for key in of) for of in (one, other))
     return [other[key] - one[key] for key in one if key in other]
 
 
-def _by_seed(values: Mapping[Key, float]) -> dict[Key, float]:
-    """The mean of each seed's values."""
-    of_seed: dict[Key, list[float]] = {}
-    for key, value in values.items():
-        of_seed.setdefault(key[:1], []).append(value)
-    return {seed: statistics.fmean(some) for seed, some in of_seed.items()}
+def _means(values: Iterable[tuple[Key, float]]) -> dict[Key, float]:
+    """The mean of each key's values."""
+    found: dict[Key, list[float]] = {}
+    for key, value in values:
+        found.setdefault(key, []).append(value)
+    return {key: statistics.fmean(some) for key, some in found.items()}
 
 
 def _is_above_zero(differences: Sequence[float]) -> bool:
@@ -417,6 +417,16 @@ def _notes(results: Sequence[Result], metric: Metric, averaged: Sequence[str]) -
         real = "what real data score in the samples' place"
         notes.append(f"floor: {'chance' if metric.name == 'memorization' else real}: {floors}")
     return notes
+
+
+def _repeat_notes(results: Sequence[Result], names: Sequence[str]) -> list[str]:
+    """That runs are alike in all of these fields, their seed among them; empty if none are."""
+    found: dict[Key, list[str]] = {}
+    for result in results:
+        found.setdefault(_key(result, names), []).append(result.run.name)
+    if not (same := [" = ".join(some) for some in found.values() if len(some) > 1]):
+        return []
+    return [f"the same run under several names counts as one seed, by its mean: {first_of(same)}"]
 
 
 def _code_notes(cells: Sequence[Sequence[Result]]) -> list[str]:

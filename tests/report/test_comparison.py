@@ -517,11 +517,21 @@ def test_what_there_is_not(study: Path, options: dict[str, Any], said: str) -> N
         compared(study, **options)
 
 
-def test_the_same_seed_twice_counts_twice_and_what_is_averaged_is_said(study: Path) -> None:
+def test_the_same_run_under_two_names_is_one_seed_and_that_is_said(study: Path) -> None:
     made_run(study, [1.0], name="one")
     made_run(study, [2.0], name="two")
-    found = compared(study)
-    assert cell_words(cell(found, []), number_format(found)) == "1.50 ± 0.71 (n=2)"
+    made_run(study, [3.5], name="other", seed=1)
+    asked = not_made(Run(study, "three"), TrainingConfig(epochs=3))
+    found = compared(study, missing=[asked])
+    shown = cell_words(cell(found, []), number_format(found))
+    assert shown == "2.5 ± 1.4 (n=2, 1 not submitted)"
+    said = "the same run under several names counts as one seed, by its mean: one = two"
+    assert found.notes == [said]
+
+
+def test_what_is_averaged_beside_seeds_is_said(study: Path) -> None:
+    made_run(study, [1.0])
     made_run(study, [4.0], lr=0.1)
     found = compared(study, rows=[], columns=[])
     assert found.notes == ["each cell averages over lr too: give it to --rows or --columns"]
+    assert len(cell(found, []).values) == 2
