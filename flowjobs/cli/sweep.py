@@ -390,6 +390,7 @@ def _still_to_start(
 def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
     """What to know of the runs of a stage, to be read behind their number."""
     from flowjobs.jobs.run_stages import held_for, lacks_best
+    from flowjobs.sweeps.plan import same_as_others
 
     names = [member.run.name for member in members]
     match stage:
@@ -401,6 +402,9 @@ def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
             return f" ({first_of(names)}); {retry} starts them again"
         case "waiting":
             return "".join(f"\n{'':10} waits {why}" for why in held_for(members))
+        case "new":
+            if same := same_as_others(members):
+                return f"\n{'':10} {len(same)} of them there already: {first_of(same)}"
         case "unknown":
             return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
         case "finished":

@@ -20,9 +20,9 @@ from flowjobs.models.size import checkpoint_bytes_of
 from flowjobs.runs.code import code_of
 from flowjobs.runs.datasets import row_shape, same_file
 from flowjobs.runs.files import read_json
-from flowjobs.runs.run import Run, has_done
-from flowjobs.runs.selection import runs_of_sweep, sweep_names
-from flowjobs.runs.status import RunStatus
+from flowjobs.runs.run import Run, has_done, run_names
+from flowjobs.runs.selection import fields_in, runs_of_sweep, sweep_names
+from flowjobs.runs.status import RunStatus, read_sound_status
 
 SHOWN_AT_MOST = 10
 
@@ -183,6 +183,31 @@ def with_other_code(members: Iterable[Member], plans: Iterable[CodePlan]) -> lis
         if kept and member.stage not in TO_START and kept.digest not in digests:
             names.append(member.run.name)
     return names
+
+
+def same_as_others(new: Sequence[Member]) -> list[str]:
+    """The new runs that the study has under another name: "a is the same run as b (finished)".
+
+    The same config, data of the same name, and as long.
+    """
+    beside = ("epochs", "patience", *DATA_FIELDS)
+    asked: dict[tuple[Any, ...], str] = {}
+    for member in new:
+        training = member.config.training
+        key = (training.signature, *(getattr(training, field) for field in beside))
+        asked[key] = member.run.name
+    study, found = new[0].run.study, []
+    for name in sorted({*run_names(study)} - {member.run.name for member in new}):
+        run = Run(study, name)
+        try:
+            config = run.read_config_file()
+            fields = fields_in(config)
+            # Not computed from the fields: a study may have thousands of runs.
+            if same := asked.get((config.get("signature"), *(fields[field] for field in beside))):
+                found.append(f"{same} is the same run as {name} ({run.status().state})")
+        except (FlowjobsError, OSError, TypeError):
+            pass  # what cannot be read is no such run as far as is known
+    return found
 
 
 def resource_sets(members: Iterable[Member]) -> list[list[Member]]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from flowjobs.cli.defaults import Defaults
+from flowjobs.cli.main import run as run_command
 from flowjobs.cli.prepare_sweep import configs_kept, prepare_sweep
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.errors import RunMismatchError
@@ -94,6 +95,20 @@ def test_other_data_are_another_config_and_an_older_run_starts_at_noise(study: P
         said = f"config .of the sweep first.:\na:\n{line}\nask for"
         with pytest.raises(RunMismatchError, match=said):
             look_at(asked, frozenset())
+
+
+def test_a_new_run_that_the_study_has_under_another_name_is_said(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_run(study, [1.0], name="mlp-icfm-digits-none", epochs=200)
+    made_run(study, [1.0], name="shorter", seed=1)
+    made_run(study, [1.0], name="other-data", seed=1, epochs=200, dataset="5k")
+    made_run(study, [1.0], name="other-rate", seed=1, epochs=200, lr=0.1)
+    made_run(study, [1.0], name="damaged", seed=1).config_file.write_text("{")
+    assert run_command(["sweep", "--seed", "0", "1", "--cluster", "local", "--dry-run"]) == 0
+    _, _, found = capsys.readouterr().out.partition("new        2\n")
+    same = "mlp-icfm-digits-none-seed0 is the same run as mlp-icfm-digits-none (finished)"
+    assert found.splitlines()[0].strip() == f"1 of them there already: {same}"
 
 
 def test_a_run_whose_checkpoints_are_gone_has_failed_unless_their_disk_is_away(study: Path) -> None:
