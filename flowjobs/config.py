@@ -85,6 +85,9 @@ NOT_IN_SIGNATURE = frozenset(
 )
 
 
+# Those that a run keeps when it is submitted again, unless they are given.
+KEPT_UNLESS_GIVEN = ("epochs", "patience", "group")
+
 # Those that name data, by the path of a file or otherwise.
 DATA_FIELDS = ("dataset", "source")
 

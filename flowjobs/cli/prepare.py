@@ -11,6 +11,7 @@ from typing import Any
 from flowjobs.cli.defaults import Defaults
 from flowjobs.config import (
     FILE_FIELDS,
+    KEPT_UNLESS_GIVEN,
     RestartConfig,
     RunConfig,
     SlurmConfig,
@@ -75,8 +76,8 @@ def prepare_run(
     training = with_pinned_files(training, study, before)
     training = with_fixed_width(training, row_shape(training.dataset, study))
     if before and not signature_differences(before.to_dict(), training.to_dict()):
-        # Only a flag changes how long a run is: a bare command resumes it as it is.
-        own = {key: getattr(before, key) for key in ("epochs", "patience")}
+        # Only a flag changes these: a bare command resumes the run as it is.
+        own = {key: getattr(before, key) for key in KEPT_UNLESS_GIVEN}
         kept = {key: value for key, value in own.items() if flag(key) not in defaults.flags}
         training = dataclasses.replace(training, **kept)
     if slurm is not None:

@@ -11,7 +11,7 @@ from flowjobs.cli.prepare import (
     warn_of_missing_imports,
     with_absolute_paths,
 )
-from flowjobs.config import SIZE_FIELDS, RunConfig, TrainingConfig
+from flowjobs.config import KEPT_UNLESS_GIVEN, SIZE_FIELDS, RunConfig, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.field_values import flag
 from flowjobs.formatting import counted
@@ -38,7 +38,7 @@ def prepare_sweep(
         sweep: What was asked for.
 
     Returns:
-        The runs; and of "epochs" and "patience" those that are asked for of any.
+        The runs; and of KEPT_UNLESS_GIVEN those that are asked for of any.
 
     Raises:
         FlowjobsError: Something in it cannot be used.
@@ -47,7 +47,7 @@ def prepare_sweep(
         part: dataclasses.replace(defaults.fill(cls), **getattr(sweep, part))
         for part, cls in TABLES.items()
     }
-    points, configs, left_out_of = _asked_of(sweep, defaults)
+    points, configs, left_out_of = _asked_of(sweep, defaults, name)
     if not points:
         raise ConfigError(f"the sweep {name} has no runs: all are excluded")
     if unused := sweep.unused_exclusions():
@@ -78,7 +78,7 @@ def prepare_sweep(
         parts["tracking"].check_asked(config.group)
     warn_of_missing_imports(configs)
     note_study_above(study)
-    given = {"epochs", "patience"} & {field for point in points for field in point}
+    given = {*KEPT_UNLESS_GIVEN} & {field for point in points for field in point}
     return runs, frozenset(given)
 
 
@@ -90,7 +90,7 @@ def configs_kept(defaults: Defaults, study: Path, name: str) -> dict[str, Traini
     Raises:
         FlowjobsError: Its file was changed into one that cannot be used.
     """
-    points, configs, _ = _asked_of(read_saved(study, name), defaults)
+    points, configs, _ = _asked_of(read_saved(study, name), defaults, name)
     if not configs:
         return {}
     given = {"arch_args", *SIZE_FIELDS, *(field for point in points for field in point)}
@@ -111,10 +111,12 @@ def _training_of(run: Run) -> TrainingConfig | None:
 
 
 def _asked_of(
-    sweep: Sweep, defaults: Defaults
+    sweep: Sweep, defaults: Defaults, name: str
 ) -> tuple[list[Point], list[TrainingConfig], dict[str, int]]:
     """The runs of a sweep as the values that are given and as configs; see `applying`."""
     base = defaults.resolve_arch(defaults.fill(TrainingConfig))
+    if "group" not in defaults.values:
+        base = dataclasses.replace(base, group=name)
     points = sweep.points()
     for point in points:
         if "arch" in point:

@@ -112,7 +112,8 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
     """A sweep that the study keeps, or a file that describes one; flags win over both."""
 
     name: OptionalStr = None
-    """Name of the sweep; default: the file's, or the group's."""
+    """Name of the sweep, and of its group in W&B if none is given; default: the file's, or the
+    group's."""
 
     zip: tuple[str, ...] = ()
     """Fields whose values are paired instead of multiplied: lr batch_size."""
@@ -170,8 +171,8 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
         study = absolute(self.study)
         name, sweep = self._asked(study, defaults)
         check_sweep_name(study, name)
-        runs, length_given = prepare_sweep(defaults, study, name, sweep)
-        return self._carry_out(study, name, sweep, runs, length_given, defaults)
+        runs, given = prepare_sweep(defaults, study, name, sweep)
+        return self._carry_out(study, name, sweep, runs, given, defaults)
 
     def _asked(self, study: Path, defaults: Defaults) -> tuple[str, grid.Sweep]:
         """The sweep and its name."""
@@ -226,7 +227,7 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
         name: str,
         sweep: grid.Sweep,
         runs: Mapping[Run, RunConfig],
-        length_given: frozenset[str],
+        given: frozenset[str],
         defaults: Defaults,
     ) -> int:
         # The scheduler's side is slow to load, and --help does without.
@@ -248,7 +249,7 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
         locks = cluster == "slurm" and not self.dry_run
         with ExitStack() as stack:
             stack.enter_context(only_submitter(study, locks))
-            members = look_at(runs, length_given)
+            members = look_at(runs, given)
             asked = [member for member in members if member.stage in TO_START]
             able = that_can_be_started(asked)
             # The exit code if nothing else goes wrong.
@@ -275,7 +276,7 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
                 ):
                     return 0
                 stack.enter_context(only_submitter(study, locks))
-                members = look_at(runs, length_given)
+                members = look_at(runs, given)
                 starting, code = _still_to_start(starting, code, members)
             save_sweep(study, name, sweep, names)
             if "--wandb-mode" in defaults.flags:  # as of `submit`: `sync` goes by a run's config

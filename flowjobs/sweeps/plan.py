@@ -10,7 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowjobs.config import DATA_FIELDS, RunConfig, SlurmConfig, is_data_file, signature_differences
+from flowjobs.config import (
+    DATA_FIELDS,
+    KEPT_UNLESS_GIVEN,
+    RunConfig,
+    SlurmConfig,
+    is_data_file,
+    signature_differences,
+)
 from flowjobs.errors import FlowjobsError, RunMismatchError
 from flowjobs.field_values import flag
 from flowjobs.formatting import counted, first_of
@@ -27,13 +34,12 @@ from flowjobs.runs.status import RunStatus, read_sound_status
 SHOWN_AT_MOST = 10
 
 
-def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> list[Member]:
+def look_at(asked: Mapping[Run, RunConfig], given: frozenset[str]) -> list[Member]:
     """How far each run is.
 
     Args:
         asked: What is asked for, by run.
-        length_given: Of "epochs" and "patience" those that are asked for; a run that is there
-            keeps its own otherwise.
+        given: Of KEPT_UNLESS_GIVEN those that are asked for.
 
     Returns:
         In the order of `asked`.
@@ -53,7 +59,7 @@ def look_at(asked: Mapping[Run, RunConfig], length_given: frozenset[str]) -> lis
                 continue
             # Where the config alone is lost, that is an error.
             training = (before or run.read_config_file()).get("training", {})
-            config = _with_own_length(wanted, training, length_given)
+            config = _with_own(wanted, training, given)
             if lines := _differences(training, config):
                 differing[run] = lines
             finished = not lines and _is_finished(run, config)
@@ -97,15 +103,11 @@ def _differences(training: Mapping[str, Any], config: RunConfig) -> list[str]:
     return lines
 
 
-def _with_own_length(
-    asked: RunConfig, training: Mapping[str, Any], length_given: frozenset[str]
-) -> RunConfig:
+def _with_own(asked: RunConfig, training: Mapping[str, Any], given: frozenset[str]) -> RunConfig:
     own = {
         key: training[key]
-        for key in ("epochs", "patience")
-        if key in training
-        and key not in length_given
-        and training[key] != vars(asked.training)[key]
+        for key in KEPT_UNLESS_GIVEN
+        if key in training and key not in given and training[key] != vars(asked.training)[key]
     }
     return replace(asked, training=replace(asked.training, **own)) if own else asked
 

@@ -8,12 +8,13 @@ import pytest
 
 from flowjobs.cli.defaults import Defaults
 from flowjobs.cli.main import run as run_command
+from flowjobs.cli.prepare import prepare_run
 from flowjobs.cli.prepare_sweep import configs_kept, prepare_sweep
-from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.config import RestartConfig, RunConfig, SlurmConfig, TrackingConfig, TrainingConfig
 from flowjobs.errors import RunMismatchError
 from flowjobs.jobs.run_stages import lacks_best, stages
 from flowjobs.runs.run import Run
-from flowjobs.sweeps.grid import Sweep
+from flowjobs.sweeps.grid import Point, Sweep
 from flowjobs.sweeps.plan import look_at
 from flowjobs.sweeps.saved import save_sweep
 from flowjobs.training.seal import SealedWriter
@@ -74,6 +75,29 @@ def test_a_damaged_config_keeps_no_sweep_of_a_file_of_weights_from_starting_the_
     found = look_at(*prepare_sweep(Defaults(), study, "s", sweep))
     assert [member.stage for member in found] == ["unknown", "new"]
     assert [*configs_kept(Defaults(), study, "s")] == names
+
+
+@pytest.mark.parametrize(
+    ("defaults", "base", "expected"),
+    [
+        (Defaults(), {}, ["ablation", "rates"]),
+        (Defaults({"group": "lab"}), {}, ["ablation", "lab"]),
+        (Defaults(), {"group": "widths"}, ["widths", "widths"]),
+    ],
+)
+def test_the_group_of_new_runs_is_the_sweep_and_those_that_are_there_keep_theirs(
+    study: Path, defaults: Defaults, base: Point, expected: list[str]
+) -> None:
+    made_run(study, [1.0], name="mlp-icfm-digits-none-seed0")
+    asked = prepare_sweep(defaults, study, "rates", Sweep(base=base, grid={"seed": [0, 1]}))
+    members = look_at(*asked)
+    assert [member.config.training.group for member in members] == expected
+    # And where one of them is submitted by itself.
+    run = members[1].run
+    run.create(members[1].config)
+    parts = (SlurmConfig(), TrackingConfig(), RestartConfig())
+    _, alone = prepare_run(Defaults(), study, run.name, TrainingConfig(seed=1), *parts)
+    assert alone.training.group == expected[1]
 
 
 def test_other_data_are_another_config_and_an_older_run_starts_at_noise(study: Path) -> None:
