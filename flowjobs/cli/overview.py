@@ -41,7 +41,7 @@ def print_overview(groups: "Sequence[Group]") -> None:
 
 def print_groups(groups: "Sequence[Group]") -> None:
     """Print a line a group: a bar, how many runs are at which stage, and the time that is left."""
-    from flowjobs.cli.table import MiddleCut, duration_words, print_fitting
+    from flowjobs.cli.table import duration_words, print_fitting
     from flowjobs.jobs.run_stages import Stage
 
     stages = [
@@ -56,7 +56,7 @@ def print_groups(groups: "Sequence[Group]") -> None:
         left = duration_words(group.left_s)
         rows.append(
             {
-                "group": MiddleCut(group.name),
+                "group": group.name,
                 "": "━" * full + "─" * (BAR_WIDTH - full),
                 "of": str(group.total),
                 **{stage: str(group.counts[stage] or "") for stage in stages},

@@ -1,5 +1,6 @@
 """The table of runs, as wide as the terminal: no word breaks, long names lose their middle."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -65,21 +66,43 @@ def live_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, force_terminal=None if drawn else False)
 
 
-class MiddleCut:
-    """A name that keeps its beginning and its end where there is no room for all of it."""
+class _CutName:
+    """A name that keeps its beginning and its end where there is no room for all of it.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    Args:
+        name: The name.
+        own: What it has not in common with the other names.
+        at_least: The width below which `own` is shown in its place.
+    """
+
+    def __init__(self, name: str, own: str, at_least: int) -> None:
+        self._name, self._own, self._at_least = name, own, min(at_least, len(name))
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(min(NAME_AT_LEAST, len(self._name)), len(self._name))
+        return Measurement(self._at_least, len(self._name))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        kept = options.max_width - 1
-        name = self._name
-        if len(name) > options.max_width:
-            name = f"{name[: kept - kept // 2]}…{name[len(name) - kept // 2 :]}"
-        yield Text(name, no_wrap=True)
+        width = options.max_width
+        yield Text(_cut(self._name if width >= self._at_least else self._own, width), no_wrap=True)
+
+
+def _cut(name: str, width: int) -> str:
+    kept = width - 1
+    if len(name) <= width:
+        return name
+    return f"{name[: kept - kept // 2]}…{name[len(name) - kept // 2 :]}"
+
+
+def _cut_names(names: Sequence[str]) -> list[_CutName]:
+    """Names that can be told apart when they are cut: those of a sweep differ in their middle."""
+    different, longest = len({*names}), max(map(len, names))
+    widths = range(NAME_AT_LEAST, longest)
+    apart = (width for width in widths if len({_cut(of, width) for of in names}) == different)
+    at_least = next(apart, longest)
+    shared = set.intersection(*({*name.split("-")} for name in names)) if different > 1 else set()
+    own = ["-".join("…" if of in shared else of for of in name.split("-")) for name in names]
+    own = [re.sub("…(-…)+", "…", name) for name in own]
+    return [_CutName(*both, at_least) for both in zip(names, own, strict=True)]
 
 
 def print_table(runs: Sequence[Mapping[str, Any]]) -> None:
@@ -102,13 +125,16 @@ def print_fitting(
 
     Args:
         rows: At least one.
-        dispensable: Columns that are left out, in this order, until the others have room.
+        dispensable: Columns that are left out, in this order, until the others have room, and names
+            enough of it to be told apart.
         right: Columns of numbers.
         before_a_cut: Columns that are left out first, until there is room for whole names.
     """
     console = plain_console()
     unbound = console.options.update(max_width=1000)
     shown = [*rows[0]]
+    names = _cut_names([row[shown[0]] for row in rows])
+    rows = [{**row, shown[0]: name} for row, name in zip(rows, names, strict=True)]
     table = _table(rows, shown, right)
     for title in (*before_a_cut, *dispensable):
         needed = Measurement.get(console, unbound, table)
@@ -133,7 +159,7 @@ def _table(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], right: Seque
 def _cells(run: Mapping[str, Any]) -> dict[str, Any]:
     latest, best = run["latest"].get("val/loss"), run["best_val_loss"]
     return {
-        "run": MiddleCut(run["run"]),
+        "run": run["run"],
         "state": Text(run["state_in_words"]),
         "epoch": f"{run['epoch']}/{run['epochs'] or '?'}",
         "step": f"{run['step']}/{run['total_steps'] or '?'}",

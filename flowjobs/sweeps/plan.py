@@ -29,7 +29,7 @@ from flowjobs.runs.datasets import row_shape, same_file
 from flowjobs.runs.files import read_json
 from flowjobs.runs.run import Run, has_done, run_names
 from flowjobs.runs.selection import fields_in, runs_of_sweep, sweep_names
-from flowjobs.runs.status import RunStatus, read_sound_status
+from flowjobs.runs.status import RunStatus
 
 SHOWN_AT_MOST = 10
 

@@ -154,6 +154,28 @@ def test_status_breaks_no_word(workplace: Path, study: Path, columns: int) -> No
     assert "val/loss" in values
 
 
+@pytest.mark.parametrize("columns", [80, 50])
+def test_the_runs_of_a_sweep_over_several_fields_can_be_told_apart(
+    study: Path, columns: int
+) -> None:
+    names = [
+        f"mlp-icfm-digits-none-lr{lr}-batch_size{size}-seed{seed}"
+        for lr in (0.001, 0.0003)
+        for size in (64, 256)
+        for seed in range(3)
+    ]
+    for name in names:
+        made_run(study, [1.0] * 3, name=name, epochs=1000)
+    head, *rows = shown_in_terminal(columns, "status", *names).splitlines()
+    found = []
+    for row in rows:
+        shown = ".*".join(map(re.escape, row.split()[0].split("…")))
+        found += [name for name in names if re.fullmatch(shown, name)]
+    assert sorted(found) == sorted(names)
+    assert head.split()[:2] == ["run", "state"]
+    assert max(map(len, (head, *rows))) <= columns
+
+
 @pytest.mark.parametrize("command", ["status", "status a b", "show a"])
 def test_why_a_run_failed_is_broken_at_words(study: Path, command: str) -> None:
     words = [f"reason-{number}" for number in range(30)]
