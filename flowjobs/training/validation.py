@@ -10,7 +10,7 @@ from flowjobs.data.batches import normalized
 from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import derive_seed, generator_for
 from flowjobs.data.source import Source
-from flowjobs.flows.flow import Flow
+from flowjobs.flows.flow import Flow, is_built_in
 from flowjobs.flows.pairs import Pair, plan_of, sample_path
 from flowjobs.models.velocity import Velocity
 from flowjobs.training.ranks import Ranks
@@ -42,8 +42,8 @@ class Validation:
         ranks: The processes that share the work.
 
     Attributes:
-        is_kept: Whether what the model is called on, which is the same in each epoch, stays on the
-            GPU, which would wait for it.
+        is_kept: Whether what the model is called on stays on the GPU, which would wait for it,
+            where it is the same in each epoch.
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class Validation:
         self._slices = [slice(start, min(start + rows, len(dataset))) for start in starts]
         # The plans of the batches, which are the same in each epoch.
         self._plans: dict[int, Tensor] = {}
-        self.is_kept = mean.is_cuda and 2 * 4 * len(dataset) * dataset.dim <= KEPT_BYTES
+        # A flow of the user's own may draw from the default generator, which each step seeds anew.
+        fits = 2 * 4 * len(dataset) * dataset.dim <= KEPT_BYTES
+        self.is_kept = mean.is_cuda and fits and is_built_in(config)
         self._kept: dict[int, Sequence[tuple[Tensor, ...]]] = {}
 
     def mean_of(self, total: Tensor) -> float:

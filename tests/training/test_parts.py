@@ -18,7 +18,7 @@ from flowjobs.data.randomness import derive_seed, epoch_order, seed_step
 from flowjobs.data.source import NormalSource
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
-from flowjobs.flows.flow import flow_of
+from flowjobs.flows.flow import Flow, flow_of, icfm_path
 from flowjobs.models.build import build_model
 from flowjobs.models.mlp import MLP
 from flowjobs.training import EMAModel, get_cosine_schedule_with_warmup
@@ -113,6 +113,46 @@ def test_validation_calls_the_model_on_no_more_rows_than_a_step_does(
         losses.append(validation.mean_of(validation.total(velocity)))
         assert (max(called), sum(called)) == (rows, 1500)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # of the same noise and times
+
+
+class OnGpu(torch.Tensor):
+    """Says so, and is on the CPU."""
+
+    is_cuda = True
+
+
+def validation_as_on_a_gpu(flow: str) -> Validation:
+    config, dataset = TrainingConfig(flow=flow), FlowDataset(torch.arange(120.0).view(40, 3))
+    mean, std = torch.zeros(3).as_subclass(OnGpu), torch.ones(3)
+    arguments = (dataset, flow_of(config), NormalSource((3,)), config, mean, std)
+    return Validation(*arguments, single_process(CPU))
+
+
+def draws(
+    x_0: torch.Tensor, x_1: torch.Tensor, t: torch.Tensor, sigma: float, noise: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A path that is noisy by itself."""
+    return x_0.lerp(x_1, t) + torch.randn_like(x_0), x_1 - x_0
+
+
+def centres(x_0: torch.Tensor, x_1: torch.Tensor, sigma: float, seed: int) -> torch.Tensor:
+    """A coupling that computes its costs in the memory that it is given."""
+    return torch.cdist(x_1.sub_(x_1.mean(0)), x_0.mul_(100)).argmin(1)
+
+
+CENTRED = Flow(icfm_path, couple=centres)
+
+
+@pytest.mark.parametrize("flow", ["draws", "CENTRED"])
+def test_an_own_flow_is_validated_alike_whenever_the_process_began(flow: str) -> None:
+    def loss(validation: Validation, step: int) -> float:
+        torch.manual_seed(step)  # as the trainer does
+        return float(validation.total(lambda x, t: x))
+
+    path = f"{__name__}:{flow}"
+    whole, restarted = (validation_as_on_a_gpu(path) for _ in range(2))
+    assert [loss(whole, step) for step in (1, 2)][1] == loss(restarted, 2)
+    assert loss(whole, 1) == loss(validation_as_on_a_gpu(path), 1)
 
 
 def test_mixup_leaves_a_row_mostly_itself_where_it_has_a_partner() -> None:
