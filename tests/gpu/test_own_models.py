@@ -127,6 +127,15 @@ class Rolls(Net):
         return scale * self.linear_out(torch.relu(self.hidden(x, t)))
 
 
+class Writes(Net):
+    """Changes what it is given, in place."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t *= 10
+        x += self.linear_out.bias.detach()
+        return super().forward(x, t / 10)
+
+
 class Looks(Net):
     """Brings a number back from the GPU in each step, which no graph can hold."""
 
@@ -159,7 +168,7 @@ class Counts(Net):
 
 # Of the streams, each of which is another one in the next step.
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
-@pytest.mark.parametrize("model", [Native, Streams, Normed, Chance, Rolls, Looks, Chooses])
+@pytest.mark.parametrize("model", [Native, Streams, Normed, Chance, Rolls, Writes, Looks, Chooses])
 def test_an_own_model_ends_with_the_bits_of_plain_steps_whole_and_in_parts(
     study: Path, device: torch.device, model: type[nn.Module]
 ) -> None:

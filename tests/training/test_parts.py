@@ -128,6 +128,18 @@ def validation_as_on_a_gpu(flow: str) -> Validation:
     return Validation(*arguments, single_process(CPU))
 
 
+def test_a_model_that_writes_into_what_it_is_given_is_validated_on_the_same_each_epoch() -> None:
+    def writes(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t *= 1000
+        x += t.unsqueeze(1)
+        return x
+
+    validation = validation_as_on_a_gpu("icfm")
+    assert validation.is_kept
+    losses = [float(validation.total(writes)) for _ in range(3)]
+    assert losses == [losses[0]] * 3
+
+
 def draws(
     x_0: torch.Tensor, x_1: torch.Tensor, t: torch.Tensor, sigma: float, noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
