@@ -158,6 +158,7 @@ def sample_chunks(
     with_energy: bool = False,
     check: Callable[[], None] = lambda: None,
     first: int = 0,
+    at_once: int = CHUNK,
 ) -> Iterator[Samples]:
     """Draw n samples of a model, at most CHUNK at a time.
 
@@ -172,12 +173,19 @@ def sample_chunks(
         with_energy: Integrate the squared velocity along the paths too.
         check: Called before each network call; what it raises ends the samples.
         first: Leave out so many chunks of the n samples, which are there already.
+        at_once: Rows that the model is called on, at most; the last bits depend on it.
 
     Raises:
         SamplingError: A sample is not finite, or dopri5 does not get to the end.
     """
     mean, std = stats["mean"].to(device), stats["std"].to(device)
-    velocity = checked_velocity(model, input_dtype(model), type(model).__name__)
+    checked = checked_velocity(model, input_dtype(model), type(model).__name__)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        parts = zip(torch.split(x, at_once), torch.split(t, at_once), strict=True)
+        # In new memory also where it is one part: the solver keeps it, and the model may too.
+        return torch.cat([checked(*part) for part in parts])
+
     for chunk, start in enumerate(range(first * CHUNK, n, CHUNK), first):
         x_0 = source.starts(seed, chunk, CHUNK)
         with seeded(device, seed, "model", chunk):  # for a model that draws random numbers

@@ -11,6 +11,7 @@ from flowjobs.config import TrainingConfig
 from flowjobs.data.source import Source
 from flowjobs.evaluation.sampling import Samples, joined, sample_chunks
 from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
+from flowjobs.models.velocity import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class TrainedModel:
         device: Where the model is.
         source: Where its paths start.
         threads: On the CPU, of which the last bits of a sample depend; None: as torch is set.
+        ranks: Processes that shared a batch in training.
     """
 
     name: str
@@ -37,6 +39,7 @@ class TrainedModel:
     device: torch.device
     source: Source
     threads: int | None = None
+    ranks: int = 1
 
     def sample(
         self,
@@ -99,4 +102,5 @@ class TrainedModel:
             with_energy=with_energy,
             check=check,
             first=first,
+            at_once=rows_at_once(self.config, self.ranks, self.stats["mean"].numel()),
         )

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
+# Outside of training a model is called on no more numbers, or no more rows than in a step: the GPU
+# was chosen for those. Of small rows more come at once, since each call has its price.
+NUMBERS_AT_ONCE = 2**18
 # What gloo and NCCL pass on, both.
 BETWEEN_RANKS = frozenset(
     {
@@ -54,6 +58,17 @@ def checked_velocity(model: Velocity, dtype: torch.dtype, name: str) -> Velocity
         return found.float()
 
     return velocity
+
+
+def rows_at_once(config: TrainingConfig, ranks: int, numbers: int) -> int:
+    """How many rows a model is called on outside of training, at most.
+
+    Args:
+        config: Gives the size of a batch.
+        ranks: Processes that share it.
+        numbers: Of a row.
+    """
+    return max(config.batch_size // ranks, NUMBERS_AT_ONCE // numbers, 1)
 
 
 def check_types_of_ranks(model: nn.Module) -> None:

@@ -79,7 +79,9 @@ def load_trained(
     source = sources_of(config, run.study, stats["mean"], stats["std"]).held_out
     flops = flops_of_batch(model, CHUNK, flops_per_sample(model, stats["mean"].shape))
     threads = threads_for(single_process(device), flops)
-    return TrainedModel(run.name, model, stats, config, best["step"], device, source, threads)
+    ranks = best.get("computed_with", {}).get("ranks", 1)
+    step = best["step"]
+    return TrainedModel(run.name, model, stats, config, step, device, source, threads, ranks)
 
 
 def _device(asked: torch.device | str) -> torch.device:

@@ -12,14 +12,11 @@ from flowjobs.data.randomness import derive_seed, generator_for
 from flowjobs.data.source import Source
 from flowjobs.flows.flow import Flow, is_built_in
 from flowjobs.flows.pairs import Pair, plan_of, sample_path
-from flowjobs.models.velocity import Velocity
+from flowjobs.models.velocity import Velocity, rows_at_once
 from flowjobs.training.ranks import Ranks
 
 # Rows that are drawn at once where the flow treats every row alone.
 ROWS_AT_ONCE = 1024
-# The model is called on no more numbers, or no more rows than in a step: for those its memory is
-# chosen. Of small rows more come at once, since each call has its price.
-NUMBERS_AT_ONCE = 2**18
 # Of x_t and dx_t together, on a GPU.
 KEPT_BYTES = 2**28
 
@@ -62,8 +59,7 @@ class Validation:
         self._ranks = ranks
         rows = (config.ot_batch or config.batch_size) if flow.couple else ROWS_AT_ONCE
         starts = range(0, len(dataset), rows)
-        of_a_step = config.batch_size // ranks.world_size
-        self._called_on = max(of_a_step, NUMBERS_AT_ONCE // mean.numel(), 1)
+        self._called_on = rows_at_once(config, ranks.world_size, mean.numel())
         self._slices = [slice(start, min(start + rows, len(dataset))) for start in starts]
         # The plans of the batches, which are the same in each epoch.
         self._plans: dict[int, Tensor] = {}

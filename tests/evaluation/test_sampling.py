@@ -11,11 +11,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from flowjobs.config import TrainingConfig
 from flowjobs.data.source import NormalSource
 from flowjobs.errors import ConfigError, RunInterrupted, SamplingError
 from flowjobs.evaluation.pictures import GAP, GAP_LEVEL, draw_grid
-from flowjobs.evaluation.sampling import CHUNK, integrate, joined, sample, sample_chunks
+from flowjobs.evaluation.sampling import (
+    CHUNK,
+    Samples,
+    integrate,
+    joined,
+    sample,
+    sample_chunks,
+)
 from flowjobs.evaluation.solver import Method, Solver
+from flowjobs.evaluation.trained import TrainedModel
 
 CPU = torch.device("cpu")
 STATS = {"mean": torch.zeros(2), "std": torch.ones(2)}
@@ -130,6 +139,48 @@ def test_a_sample_follows_from_the_seed_where_the_model_draws_too() -> None:
     assert torch.equal(drawn(CHUNK + 9, first=1), whole[CHUNK:])  # as interrupted pairs go on
     assert not torch.equal(drawn(9, seed=1), whole[:9])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_sample_calls_the_model_on_no_more_rows_than_a_step_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called = []
+
+    class Watched(Net):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            called.append(len(x))
+            return super().forward(x, t)
+
+    source, solver = NormalSource((2,)), Solver("dopri5", tolerance=1e-2)
+
+    def drawn(batch_size: int, ranks: int = 1) -> Samples:
+        called.clear()
+        config = TrainingConfig(batch_size=batch_size)
+        trained = TrainedModel("a", Watched(), STATS, config, 7, CPU, source, ranks=ranks)
+        return joined(list(trained.chunks(9, 0, solver)))
+
+    whole = drawn(4)
+    assert called == [CHUNK] * int(whole.nfe)  # the rows are small
+    monkeypatch.setattr("flowjobs.models.velocity.NUMBERS_AT_ONCE", 30)
+    for batch_size, ranks, rows in ((100, 1, 100), (120, 3, 40), (4, 1, 15)):
+        found = drawn(batch_size, ranks)
+        assert max(called) == rows
+        assert (sum(called), found.nfe) == (CHUNK * found.nfe, whole.nfe)
+        assert torch.allclose(found.x_1, whole.x_1, atol=1e-5)
+
+
+def test_a_model_may_write_its_velocity_to_the_same_memory_each_time() -> None:
+    class Kept(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = torch.empty(CHUNK, 2)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.kept.copy_(super().forward(x, t))
+
+    for solver in (Solver("rk4", 3), Solver("dopri5", tolerance=1e-2)):
+        found, expected = (sample(m, 7, STATS, CPU, solver=solver) for m in (Kept(), Net()))
+        assert torch.equal(found.x_1, expected.x_1)
 
 
 def test_a_model_may_change_what_it_is_given() -> None:

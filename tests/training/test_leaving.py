@@ -20,6 +20,7 @@ from flowjobs.runs.run import Run
 from flowjobs.training import FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.ranks import Leave, Leaving, single_process
+from flowjobs.training.trained import load_trained
 from tests.cluster.waiting import wait_until
 from tests.training import rank_job
 from tests.training.same import same
@@ -178,6 +179,7 @@ def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(
     assert same(read_checkpoint(whole.last), read_checkpoint(parts.last))
     assert same(read_checkpoint(whole.best), read_checkpoint(parts.best))
     assert list(read_rows(whole.metrics_file)) == list(read_rows(parts.metrics_file))
+    assert load_trained(whole, "cpu").ranks == 2
     # The loss is that of the model which is saved.
     train, val = load_datasets(CONFIG.dataset, study)
     one_rank = FlowTrainer(Normed(train.dim), CONFIG, train, val, torch.device("cpu"), run=whole)

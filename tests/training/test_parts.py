@@ -97,7 +97,7 @@ def test_validation_calls_the_model_on_no_more_rows_than_a_step_does(
     dataset = FlowDataset(torch.randn(1500, 3, generator=torch.Generator().manual_seed(0)))
     mean, std = torch.zeros(3), torch.ones(3)
     losses = []
-    monkeypatch.setattr("flowjobs.training.validation.NUMBERS_AT_ONCE", 30)  # the rows are large
+    monkeypatch.setattr("flowjobs.models.velocity.NUMBERS_AT_ONCE", 30)  # the rows are large
     for rows in (ot_batch or 1024, 16):
         config = TrainingConfig(flow=flow, batch_size=rows, ot_batch=ot_batch)
         called: list[int] = []
