@@ -54,9 +54,12 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
             better = f"near {of['best']:.3g}"
         table.add_row(name, f"{of['value']:.4g}{spread}", f"{of['floor']:.4g}", better)
     console.print(table)
+    noted: dict[str, list[str]] = {}
     for name, of in found["measures"].items():
-        if of["note"]:
-            console.print(f"{name}: {of['note']}")
+        noted.setdefault(of["note"] or "", []).append(name)
+    noted.pop("", None)
+    for note, names in noted.items():
+        console.print(f"{', '.join(names)}: {note}")
     curve = found["by_nfe"]
     names = list(next(iter(curve.values()), {}))
     table = Table("network calls", *names, box=None)

@@ -36,6 +36,7 @@ smaller than the floor's own deviation means nothing. Values of another n are no
 
 import functools
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ HIGHER_IS_BETTER = frozenset({"precision", "recall", "density", "coverage"})
 NEITHER_IS_BETTER = frozenset({"nn_train", "path_energy"})
 # Chance: a classifier that is wrong more often than not tells samples from data as well.
 BEST = {"c2st": 0.5}
+# Those of normalized data, and of a classifier that normalizes.
+FREE_OF_UNITS = frozenset({"c2st", "path_energy", "npe"})
+# The share of the variance with which columns decide alone what is near.
+DECIDES = 0.9
 # Two distances are the same if they differ by less than this part of the data's deviation.
 TIE = 1e-6
 # Rows are the same if the squared distance is below this, in normalized data: float32 has 1e-7.
@@ -268,7 +273,23 @@ class _Evaluation:
             )
         if name in ("nn_train", "memorization") and among < there:
             return f"{among} of {there} training rows were looked at: copies of others are not seen"
-        return None
+        return None if name in FREE_OF_UNITS else self._decided_by
+
+    @functools.cached_property
+    def _decided_by(self) -> str | None:
+        """That few columns decide every distance, if they do, since their units are small.
+
+        A tenth of the columns, or one: an image has its variance in more of the pixels that change
+        at all, and no column of the two-dimensional sets has so much of it.
+        """
+        variance, columns = self._reference(0).var(0).sort(descending=True)
+        there, whole = int((variance > 0).sum()), variance.sum()
+        few = int((variance.cumsum(0) <= DECIDES * whole).sum()) + 1
+        if not few <= max(1, there // 10) < there:
+            return None
+        has = f"column {columns[0]} has" if few == 1 else f"{few} of {there} columns have"
+        percent = math.floor(1000 * variance[:few].sum() / whole) / 10
+        return f"{has} {percent} % of the variance: distances tell hardly anything of the others"
 
     @functools.cached_property
     def _often(self) -> int:

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from flowjobs.config import TrainingConfig
-from flowjobs.data.dataset import FlowDataset
+from flowjobs.data.dataset import FlowDataset, load_datasets
 from flowjobs.data.source import NormalSource, RowSource
 from flowjobs.errors import ConfigError, DataError, RunInterrupted
 from flowjobs.evaluation import evaluate as evaluation
@@ -186,6 +187,36 @@ def test_rows_that_are_often_in_the_data_are_said() -> None:
         scope = dataclasses.replace(MEASURES, n=60, repeats=1)
         note = evaluate(trained(Still()), train, val, scope)["measures"]["coverage"]["note"]
         assert (note or "").partition(":")[0] == said
+
+
+@pytest.mark.parametrize(
+    ("scales", "said"),
+    [
+        ([1.0, 1.0, 1000.0, *[1.0] * 5], "column 2 has 99.9 % of the variance"),
+        ([100.0, 100.0, *[1.0] * 18], "2 of 20 columns have 99.9 % of the variance"),
+        ([5.0, 5.0, *[1.0] * 8, *[0.0] * 10], None),  # of 10, as pixels that are never lit
+        ([2.0, 1.0], None),
+        ([1.0], None),
+    ],
+)
+def test_columns_that_decide_all_distances_are_said(scales: list[float], said: str | None) -> None:
+    dim, scale = len(scales), torch.tensor(scales)
+    assert caution(*(normal_data(60, seed, dim).data * scale for seed in (1, 2))) == said
+
+
+@pytest.mark.parametrize("name", ["digits", "moons", "8gaussians", "scurve"])
+def test_in_the_datasets_that_come_along_no_columns_decide(name: str, tmp_path: Path) -> None:
+    assert caution(*(part.data for part in load_datasets(name, tmp_path))) is None
+
+
+def caution(*parts: Tensor) -> str | None:
+    """What is said at a distance, and at no measure that does not depend on units."""
+    data = [FlowDataset(rows) for rows in parts]
+    scope = dataclasses.replace(QUICK, n=50)
+    work = evaluation._Evaluation(trained(Still(), *data[0].shape), *data, scope, lambda: None, {})
+    assert {work.note(name) for name in ("c2st", "path_energy", "npe")} == {None}
+    (note,) = {work.note(name) for name in ("sliced_wasserstein", "mmd", "coverage")}
+    return note and note.partition(":")[0]
 
 
 def test_it_is_the_same_each_time_and_can_be_stopped_between_measures(
