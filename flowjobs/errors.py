@@ -150,6 +150,10 @@ class RunInterrupted(Exception):
         self.kind = kind
 
 
+class MeasuringInterrupted(RunInterrupted):
+    """The same of a run that has done all its steps: only its samples are not measured."""
+
+
 class RunTakenOverError(Exception):
     """Not an error: another attempt holds the run now; this one must write nothing more."""
 

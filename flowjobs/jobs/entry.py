@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from flowjobs.errors import (
     FlowjobsError,
+    MeasuringInterrupted,
     NoProgressError,
     RunInterrupted,
     RunTakenOverError,
@@ -31,6 +32,7 @@ from flowjobs.jobs.restart import cancel_requested_with_retries, restart
 from flowjobs.jobs.signals import MARGIN_MAX_S, StopSignals
 from flowjobs.jobs.stop_cause import Notice, notice_of, seconds_left
 from flowjobs.runs.code import import_from_snapshot
+from flowjobs.runs.hint import hint
 from flowjobs.runs.rank_failures import RankFailure, note_failure, noted_failures
 from flowjobs.runs.restarts import may_retry
 from flowjobs.runs.run import Run
@@ -295,12 +297,21 @@ class TrainingJob:
     @contextmanager
     def _explaining_the_end(self) -> Iterator[None]:
         """Replaces the exception that ends the block: by Slurm's reason if Slurm stopped the job,
-        by the failing rank's error, or by RunInterrupted if it may be retried."""
+        by the failing rank's error, or by RunInterrupted if it may be retried. A run that lacks
+        only its measures is finished without them, unless its next start may take them."""
         try:
             yield
         except RunInterrupted as interrupted:
             self._signals.stand_down()  # the state is saved
-            if notice := self._stop_cause():  # else the signal's name must do
+            notice = self._stop_cause()
+            only_measuring = isinstance(interrupted, MeasuringInterrupted)
+            if only_measuring and not self._may_measure_later(notice):
+                again = hint("evaluate", self._run.name, study=self._run.study)
+                logger.warning(
+                    "%s while samples were measured: `%s` measures them", interrupted, again
+                )
+                return
+            if notice:  # else the signal's name must do
                 raise RunInterrupted(notice.reason, interrupted.step, notice.kind) from None
             raise
         except Exception as error:
@@ -377,6 +388,16 @@ class TrainingJob:
             return False
         *before, this = attempts
         return may_retry(before, kind, this.last_step, self._run.config().restarts.retries)
+
+    def _may_measure_later(self, notice: Notice | None) -> bool:
+        """Whether the run's next start, which trains no step, measures its samples.
+
+        Not for whoever wants it to end. And once: what did not get to its end in a start of its own
+        may never do.
+        """
+        this = self._run.status().attempts[-1]
+        wanted = notice is None or notice.kind not in ("cancelled", "told to leave")
+        return wanted and this.last_step != this.first_step
 
     def _restart(self, kind: str) -> int:
         """Have the run started again, that left for `kind`. Returns this process's exit code."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flowjobs.data.dataset import FlowDataset, load_datasets
-from flowjobs.errors import FlowjobsError, RunInterrupted
+from flowjobs.errors import FlowjobsError, MeasuringInterrupted
 from flowjobs.evaluation.evaluate import QUICK, evaluate
 from flowjobs.evaluation.pictures import draw_samples
 from flowjobs.evaluation.sampling import CHUNK, joined
@@ -19,7 +19,6 @@ from flowjobs.formatting import counted
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_of_batch, flops_per_sample
 from flowjobs.runs.files import read_json, write_json
-from flowjobs.runs.hint import hint
 from flowjobs.runs.recorder import Recorder
 from flowjobs.runs.run import Run
 from flowjobs.training.compute import computing
@@ -95,9 +94,9 @@ def draw_and_measure(
 ) -> None:
     """Draw samples of the run's best checkpoint, and measure them.
 
-    The run is trained and saved by now: whatever happens here does not make it fail, and one that
-    is told to stop leaves the measures to `flowjobs evaluate`. One that is killed has not said yet
-    that it is finished, so that its next start comes here again.
+    The run is trained and saved by now: whatever happens here does not make it fail. One that is
+    told to leave, or killed, has not said yet that it is finished, so that its next start trains
+    no step and comes here again.
 
     Args:
         run: Gets a `samples.png`, and an `evaluation.json` if its config says so.
@@ -105,11 +104,14 @@ def draw_and_measure(
         data: The training and the validation part.
         device: Where to compute.
         stop_reason: Asked between measures and network calls.
+
+    Raises:
+        MeasuringInterrupted: `stop_reason` asked to leave.
     """
 
     def check() -> None:
         if reason := stop_reason():
-            raise RunInterrupted(reason)
+            raise MeasuringInterrupted(reason)
 
     try:
         _remove_outdated(run)
@@ -120,9 +122,8 @@ def draw_and_measure(
         if not trained.config.evaluate:
             return
         write_json(run.evaluation_file, evaluate(trained, *data, QUICK, check))
-    except RunInterrupted as interrupted:
-        again = hint("evaluate", run.name, study=run.study)
-        logger.warning("%s while samples were measured: `%s` measures them", interrupted, again)
+    except MeasuringInterrupted:
+        raise
     except FlowjobsError as error:
         logger.warning("the samples were not measured: %s", error)
     except (Exception, SystemExit):

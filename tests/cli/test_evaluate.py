@@ -16,6 +16,7 @@ from flowjobs.cli.defaults import load_defaults
 from flowjobs.cli.evaluate import Evaluate
 from flowjobs.cli.evaluation_table import in_a_line, print_evaluation
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import MeasuringInterrupted
 from flowjobs.evaluation import evaluate as evaluation
 from flowjobs.jobs.signals import StopSignals
 from flowjobs.runs.code import import_from_snapshot
@@ -27,6 +28,7 @@ from flowjobs.tracking.page import summary_of
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.ranks import single_process
 from flowjobs.training.run_training import run_training
+from tests.cluster.waiting import wait_until
 from tests.conftest import Command
 from tests.training.same import same
 
@@ -209,7 +211,7 @@ def test_no_evaluate_leaves_it_out_and_changes_no_bit(study: Path) -> None:
 
 
 def test_a_signal_while_measuring_ends_it_and_loses_nothing(
-    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure, asked = evaluation.measures.mmd, []
 
@@ -223,10 +225,10 @@ def test_a_signal_while_measuring_ends_it_and_loses_nothing(
     at_epoch_1 = run.evaluation_file.read_bytes()
     with monkeypatch.context() as patched, StopSignals() as signals:
         patched.setattr(evaluation.measures, "mmd", preempted_in)
-        trained(run, TrainingConfig(epochs=2, arch_args=SMALL), signals.reason)
+        with pytest.raises(MeasuringInterrupted):
+            trained(run, TrainingConfig(epochs=2, arch_args=SMALL), signals.reason)
     assert len(asked) == 2  # the value and its floor: then it was asked
-    assert "flowjobs evaluate a" in caplog.text
-    assert run.finished()
+    assert run.status().state == "preempted"
     assert run.samples_picture.exists()
     assert not run.evaluation_file.exists()
     # Where it stands all the same, it is not taken for what the run is worth.
@@ -241,6 +243,53 @@ def test_a_signal_while_measuring_ends_it_and_loses_nothing(
     assert run.finished()
     assert not run.samples_picture.exists()
     assert not run.evaluation_file.exists()
+
+
+TOLD = """
+import signal
+from pathlib import Path
+import torch
+class Net(torch.nn.Linear):
+    def __init__(self, dim, told, times):
+        super().__init__(dim, dim)
+        self.told, self.times = told, times
+    def forward(self, x, t):
+        if len(x) == 256 and len(Path("calls").read_text()) < self.times:  # it is sampled
+            Path("calls").open("a").write("x")
+            signal.raise_signal(signal.Signals[self.told])
+        return super().forward(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "times", "attempts"),
+    [
+        ("SIGUSR2", 1, [("preempted", "time limit"), ("finished", "")]),
+        ("SIGUSR2", 1000, [("preempted", "time limit"), ("finished", "")]),
+        ("SIGTERM", 1, [("finished", "")]),  # by `kill`: nobody starts it again
+    ],
+)
+def test_a_job_that_is_told_to_leave_while_measuring_measures_at_its_next_start_but_not_for_ever(
+    flowjobs: Command,
+    study: Path,
+    workplace: Path,
+    told: str,
+    times: int,
+    attempts: list[tuple[str, str]],
+) -> None:
+    (workplace / "is_told.py").write_text(TOLD)
+    (workplace / "calls").touch()
+    options = ("--arch", "is_told:Net", "--arch-args", f"told={told}", f"times={times}")
+    local = ("--name", "a", "--cluster", "local", "--no-follow")
+    done = flowjobs("submit", *QUICK[:2], *QUICK[-2:], *options, *local)
+    assert done.returncode == 0, done.stderr
+    run = Run(study, "a")
+    wait_until(run.finished, "its end", 600, lambda: str(run.status()))
+    assert [(each.state, each.kind) for each in run.status().attempts] == attempts
+    is_measured = (told, times) == ("SIGUSR2", 1)
+    assert run.evaluation_file.exists() is is_measured
+    said = "".join(log.read_text() for log in run.logs.glob("*.out"))
+    assert (f"({told}) while samples were measured: " in said) is not is_measured
 
 
 class KilledHere(BaseException):

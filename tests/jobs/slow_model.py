@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.jobs.signals import StopSignals
 
 # A job that nobody tells anything goes on all the same.
@@ -20,10 +21,11 @@ class SlowModel(nn.Module):
     Args:
         dim: Width of the data.
         control: The file; "await 10" lets a job get no further than step 10 before it is told to
-            leave, however late on a busy machine; "hold" stops the step until the file says
-            something else; "raise", "memory" and so on are what goes wrong; "1:raise" is for rank 1
-            alone, one line a rank. Without the file, a step takes a moment. A process that a test
-            keeps from going on has a file "control-PID" beside it.
+            leave, however late on a busy machine; "sampling" lets it draw no samples before that;
+            "hold" stops the step until the file says something else; "raise", "memory" and so on
+            are what goes wrong; "1:raise" is for rank 1 alone, one line a rank. Without the file, a
+            step takes a moment. A process that a test keeps from going on has a file "control-PID"
+            beside it.
         pause_s: The moment.
     """
 
@@ -38,14 +40,16 @@ class SlowModel(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if self.training:
             self._obey()
+        elif len(x) == CHUNK:
+            while self._told() == "sampling" and self._awaits_signal("await -1"):
+                self._wait_a_moment()
         return self.layer(torch.cat([x, t[:, None]], dim=1))
 
     def _obey(self) -> None:
         self.steps += 1
         time.sleep(self.pause_s)
         while (told := self._told()) == "hold" or self._awaits_signal(told):
-            self.control.with_name(f"{self.control.name}-{os.getpid()}").touch()
-            time.sleep(0.1)
+            self._wait_a_moment()
         match told:
             case "raise":
                 raise ValueError("the model was told to fail")
@@ -58,6 +62,10 @@ class SlowModel(nn.Module):
             case "memory":
                 self.hoard = [bytes(range(256)) * 2**22 for _ in range(4)]
                 time.sleep(30)
+
+    def _wait_a_moment(self) -> None:
+        self.control.with_name(f"{self.control.name}-{os.getpid()}").touch()
+        time.sleep(0.1)
 
     def _awaits_signal(self, told: str) -> bool:
         command, _, step = told.partition(" ")

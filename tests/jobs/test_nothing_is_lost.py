@@ -96,6 +96,23 @@ def test_requeued_by_hand(start: Start, whole: Run) -> None:
     job.is_row("is requeued (`scontrol requeue`)")
 
 
+def test_requeued_while_its_samples_are_measured(start: Start, whole: Run) -> None:
+    job = start()
+    held = Path(f"control-{job.status().attempts[0].job.pid}")
+    wait_until(held.exists, "it to be held", DEADLINE_S)
+    job.tell("sampling")
+    job.wait_for_step(44)
+    held.unlink()
+    wait_until(held.exists, "its first sample", DEADLINE_S)
+    job.slurm.run("scontrol", "requeue", job.job_id)
+    job.wait_for_state("finished")
+    assert job.attempts() == [("preempted", "requeued"), ("finished", "")]
+    assert [of.first_step for of in job.status().attempts] == [0, 44]
+    assert job.run.evaluation_file.exists()
+    assert_equal_to(whole, job.run)
+    job.is_row("is requeued while its samples are measured")
+
+
 @pytest.mark.long
 def test_a_signal_by_hand_is_not_taken_for_a_time_limit(start: Start, whole: Run) -> None:
     job = start()
