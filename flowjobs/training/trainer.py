@@ -367,7 +367,8 @@ class Trainer:
         while not state.finished:
             row = state.unvalidated
             if row is None:
-                row = self._step_to_validate()
+                row = self._step()
+                state.unvalidated = row if state.at_epoch_end else None
 
             if state.step == first_step or state.at_epoch_end:
                 check_parameters(self._named, state.model)
@@ -429,13 +430,6 @@ class Trainer:
         if leave and leave.taken_over:
             raise RunTakenOverError(leave.reason)
         return leave.reason if leave else None
-
-    def _step_to_validate(self) -> dict[str, float]:
-        """One optimizer step, which is to be validated where it is an epoch's last; see `_step`."""
-        row = self._step()
-        if self.state.at_epoch_end:
-            self.state.unvalidated = row
-        return row
 
     def _step(self) -> dict[str, float]:
         """One optimizer step. Returns values to log; empty at most steps."""
