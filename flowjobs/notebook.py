@@ -1,26 +1,136 @@
 """The trainer as a notebook uses it: it opens its run itself, and W&B mirrors it."""
 
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
-from flowjobs.config import TrackingConfig, WandbMode
-from flowjobs.runs.run import Run
+import torch
+from torch import nn
+
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, WandbMode
+from flowjobs.data.dataset import FlowDataset
+from flowjobs.default_logging import default_logging
+from flowjobs.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointNotFiniteError,
+    RunBusyError,
+    RunMismatchError,
+)
+from flowjobs.models.build import class_unnamed
+from flowjobs.runs.hint import hint
+from flowjobs.runs.lock import lock_holder
+from flowjobs.runs.newest_job import job_to_come
+from flowjobs.runs.recorder import Recorder, recording
+from flowjobs.runs.run import Run, absolute, check_run_name, default_study
+from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.mode import entity_here, mode_of_settings, mode_of_variable, variables
 from flowjobs.tracking.tracker import tracked
-from flowjobs.training.trainer import Trainer
+from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.ranks import Ranks
+from flowjobs.training.trainer import Trainer, TrainingResult
+
+logger = logging.getLogger(__name__)
 
 
 class FlowTrainer(Trainer):
-    """A `Trainer` whose run is tracked in W&B as its job would be."""
+    """A `Trainer` that opens the run called `name` itself, unless it is given one.
 
-    def track(self, run: Run) -> AbstractContextManager[object]:
-        """In W&B."""
-        return tracked(run)
+    With the lock, the record and the W&B run that a job's has. It says how far it is through the
+    `flowjobs` logger, on stderr where no handler shows it; a level of that logger's own counts.
 
-    def tracking(self) -> TrackingConfig:
+    Args:
+        model: See `Trainer`, as for what is not named here.
+        name: Name of the run; by default `config.run_name`.
+        wandb_project: Project in W&B.
+        wandb_entity: User or team in W&B; by default your own.
+        run: A run that the caller holds; then the three before this one count for nothing.
+
+    Raises:
+        ConfigError: From `train`: W&B would refuse the entity or the group.
+        RunBusyError: From `train`: another process trains this run, or a job of it waits that has
+            not trained yet.
+        RunMismatchError: From `train`: the run of this name is of another config, model or data;
+            its record was not touched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        train_dataset: FlowDataset,
+        val_dataset: FlowDataset,
+        device: torch.device | str,
+        *,
+        name: str | None = None,
+        wandb_project: str = TrackingConfig.wandb_project,
+        wandb_entity: str | None = None,
+        resume_path: str | Path | None = None,
+        run: Run | None = None,
+        recorder: Recorder | None = None,
+        ranks: Ranks | None = None,
+        stop_reason: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._opens_run = run is None
+        # Once: a notebook may change its working directory before it trains.
+        run = run or Run(absolute(default_study()), name or config.run_name)
+        check_run_name(run.name)
+        self._asked_tracking = TrackingConfig(wandb_project, wandb_entity)
+        super().__init__(
+            model,
+            config,
+            train_dataset,
+            val_dataset,
+            device,
+            run=run,
+            resume_path=resume_path,
+            recorder=recorder,
+            ranks=ranks,
+            stop_reason=stop_reason,
+        )
+
+    def _train(self, recorder: Recorder | None, model_class: str = "") -> TrainingResult:
+        if not self._opens_run:
+            return super()._train(recorder, model_class)
+        with default_logging():
+            self._create_run()
+            with recording(self._run, JobInfo.in_foreground(), track=tracked) as own:
+                return super()._train(own, class_unnamed(self.state.model, self._config))
+
+    def _create_run(self) -> None:
+        """Make the run if it is not there, or check that it is the same one."""
+        run, tracking = self._run, self._tracking()
+        asked = RunConfig(self._config, tracking=tracking)
+        if run.exists():
+            found = run.config()
+            # Nothing here asks for another mode, and what was kept out of W&B stays out.
+            if tracking.wandb_mode == "auto" and found.tracking.wandb_mode == "disabled":
+                tracking = replace(tracking, wandb_mode="disabled")
+                logger.info("%s stays out of W&B; WANDB_MODE=online brings it in", run.name)
+            # A notebook does not change what the command line asked of the cluster.
+            asked = replace(asked, slurm=found.slurm, tracking=tracking, restarts=found.restarts)
+            if not run.started() and (job := job_to_come(run)):
+                cancel = hint("cancel", run.name, study=run.study)
+                raise RunBusyError(
+                    f"{run.name} in {run.study} was submitted as {job}, which has not trained yet: "
+                    "give this one a name of its own, FlowTrainer(…, name=…), or cancel that one "
+                    f"first: {cancel}"
+                )
+            if difference := self._difference_to(found):
+                raise RunMismatchError(
+                    f"a run named {run.name} exists in {run.study}, and {difference}: give this "
+                    "one a name of its own, FlowTrainer(…, name=…)"
+                )
+        tracking.check_asked(self._config.group)
+        in_use = lock_holder(run.folder) is not None
+        if note := run.create(asked, in_use=in_use, data_are_given=True):
+            logger.info("%s", note)
+
+    def _tracking(self) -> TrackingConfig:
         """As it was asked for; else as W&B's own variables and settings here have it."""
-        asked = super().tracking()
+        asked = self._asked_tracking
         mode = mode_of_variable() or mode_of_settings()[0] or asked.wandb_mode
         return replace(
             asked,
@@ -28,3 +138,18 @@ class FlowTrainer(Trainer):
             wandb_base_url=variables().get("WANDB_BASE_URL"),
             wandb_mode=cast(WandbMode, mode),
         )
+
+    def _difference_to(self, found: RunConfig) -> str | None:
+        """How the run on disk differs from this trainer's, checked before it is opened."""
+        run = self._run
+        if run.started() and found.training.epochs > self._config.epochs:
+            return f"has {found.training.epochs} epochs, not {self._config.epochs}"
+        for path in (run.last, run.best):
+            try:
+                if path.exists():
+                    self.state.check(read_checkpoint(path), path)
+            except (CheckpointDamagedError, CheckpointNotFiniteError):
+                continue  # it is set aside when the run is opened
+            except CheckpointMismatchError as error:
+                return str(error)
+        return None

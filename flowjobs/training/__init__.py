@@ -1,7 +1,7 @@
 """The torch side of a run. Calls neither Slurm nor W&B.
 
 Why to leave, where rows go and what the job was given, it is told (`stop_reason`, `Recorder`,
-`flowjobs.slots`). W&B's options of `FlowTrainer` are a notebook's, and are handed on.
+`flowjobs.slots`). `FlowTrainer`, which has W&B's options, is a notebook's (`flowjobs.notebook`).
 
 the way        run_training, trainer, rows (logged), validation, trained (a model to sample)
 a step         inputs, pinned and reflow (of other runs), optimizer, schedule, ema

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,26 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.config import TrainingConfig
 from flowjobs.data.batches import make_batches
 from flowjobs.data.dataset import FlowDataset
 from flowjobs.data.randomness import random_numbers_kept, seed_python_and_numpy, seed_step
-from flowjobs.default_logging import default_logging
 from flowjobs.errors import (
-    CheckpointDamagedError,
     CheckpointError,
     CheckpointMismatchError,
-    CheckpointNotFiniteError,
     ConfigError,
-    RunBusyError,
     RunInterrupted,
-    RunMismatchError,
     RunTakenOverError,
 )
 from flowjobs.flows.flow import flow_of
 from flowjobs.flows.flow import is_built_in as is_built_in_flow
 from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
-from flowjobs.models.build import class_unnamed, is_built_in
+from flowjobs.models.build import is_built_in
 from flowjobs.models.flops import flops_of_batch, flops_per_sample, parameters_in
 from flowjobs.models.initialization import changed, check_restart, kept_in_evaluation, values_of
 from flowjobs.models.velocity import (
@@ -48,12 +42,8 @@ from flowjobs.models.velocity import (
     frozen_in_evaluation,
     input_dtype,
 )
-from flowjobs.runs.hint import hint
-from flowjobs.runs.lock import lock_holder
-from flowjobs.runs.newest_job import job_to_come
-from flowjobs.runs.recorder import Recorder, recording
-from flowjobs.runs.run import Run, absolute, check_run_name, default_study
-from flowjobs.runs.status import JobInfo
+from flowjobs.runs.recorder import Recorder
+from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import (
     Payload,
     previous_of,
@@ -91,11 +81,7 @@ class TrainingResult(TypedDict):
 
 
 class Trainer:
-    """Trains one model of one run.
-
-    A job passes its `run` and `recorder`. On its own (in a notebook) the trainer opens the run
-    called `name` itself, with the same lock and the same record, and says how far it is through the
-    `flowjobs` logger, on stderr where no handler shows it; a level of that logger's own counts.
+    """Trains one model of one run, which its caller holds.
 
     Args:
         model: Predicts a velocity: (x: (batch, dim), t: (batch,)) -> (batch, dim). Parts of it that
@@ -105,11 +91,8 @@ class Trainer:
         train_dataset: The training part.
         val_dataset: The validation part, of the same width.
         device: Where to compute ("cpu", "cuda:1").
-        name: Name of the run, for a trainer on its own; by default `config.run_name`.
-        wandb_project: Project in W&B, for a trainer on its own.
-        wandb_entity: User or team in W&B, for a trainer on its own; by default your own.
+        run: The run.
         resume_path: Resume from this checkpoint, of the same config, instead of the run's last.pt.
-        run: A run that its job has opened; by default the one called `name` in the default study.
         recorder: Where rows and progress go.
         ranks: The processes that train together; by default this one alone.
         stop_reason: Asked after each step, on every rank; a text from any of them makes all save
@@ -124,11 +107,8 @@ class Trainer:
         val_dataset: FlowDataset,
         device: torch.device | str,
         *,
-        name: str | None = None,
-        wandb_project: str = TrackingConfig.wandb_project,
-        wandb_entity: str | None = None,
+        run: Run,
         resume_path: str | Path | None = None,
-        run: Run | None = None,
         recorder: Recorder | None = None,
         ranks: Ranks | None = None,
         stop_reason: Callable[[], str | None] = lambda: None,
@@ -136,15 +116,9 @@ class Trainer:
         if config.deterministic:  # what is computed here, as FLOPs are counted, is on the GPU too
             set_cublas_workspace()
         device = torch.device(device)
-        # Once: a notebook may change its working directory before it trains.
-        study = self._study = absolute(default_study()) if run is None else run.study
-        there = run or Run(study, name or config.run_name)
-        check_run_name(there.name)
-        before = there.config().training if there.exists() else None
-        config = self._config = with_pinned_files(config, study, before, data_are_given=True)
+        before = run.config().training if run.exists() else None
+        config = self._config = with_pinned_files(config, run.study, before, data_are_given=True)
         self._device = device
-        self._name = there.name
-        self._asked_tracking = TrackingConfig(wandb_project, wandb_entity)
         self._resume_path = Path(resume_path) if resume_path else None
         self._run = run
         self._recorder = recorder
@@ -163,7 +137,7 @@ class Trainer:
         inputs = inputs_of(
             config,
             self._flow,
-            study,
+            run.study,
             (train_dataset, val_dataset),
             device,
             self._ranks,
@@ -203,11 +177,7 @@ class Trainer:
             TrainingDivergedError: The loss or the state is not a number any more.
             CheckpointError: The run cannot resume from what is on disk, or could not be resumed
                 from what it would save.
-            ConfigError: The model cannot be trained, or W&B would refuse the entity or the group.
-            RunBusyError: On its own: another process trains this run, or a job of it waits that has
-                not trained yet.
-            RunMismatchError: On its own: the run of this name is of another config, model or data;
-                its record was not touched.
+            ConfigError: The model cannot be trained.
         """
         # A script may have moved it since, as to draw samples on a GPU.
         self.state.model.to(self._device)
@@ -217,68 +187,11 @@ class Trainer:
             computing(self._ranks, self._flops) as self._compute,
             torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext(),
         ):
-            if self._run is not None:
-                return self._train(self._run, self._recorder)
-            with default_logging():
-                run = self._own_run()
-                with recording(run, JobInfo.in_foreground(), track=self.track) as recorder:
-                    return self._train(run, recorder)
+            return self._train(self._recorder)
 
-    def track(self, run: Run) -> AbstractContextManager[object]:
-        """The tracker of a trainer on its own; `flowjobs.notebook.FlowTrainer` has W&B's."""
-        return nullcontext()
-
-    def tracking(self) -> TrackingConfig:
-        """Where W&B is to have the run of a trainer on its own."""
-        return self._asked_tracking
-
-    def _own_run(self) -> Run:
-        """The run of a trainer on its own, made if it is not there."""
-        run = Run(self._study, self._name)
-        tracking = self.tracking()
-        asked = RunConfig(self._config, tracking=tracking)
-        if run.exists():
-            found = run.config()
-            # Nothing here asks for another mode, and what was kept out of W&B stays out.
-            if tracking.wandb_mode == "auto" and found.tracking.wandb_mode == "disabled":
-                tracking = replace(tracking, wandb_mode="disabled")
-                logger.info("%s stays out of W&B; WANDB_MODE=online brings it in", run.name)
-            # A notebook does not change what the command line asked of the cluster.
-            asked = replace(asked, slurm=found.slurm, tracking=tracking, restarts=found.restarts)
-            if not run.started() and (job := job_to_come(run)):
-                cancel = hint("cancel", run.name, study=run.study)
-                raise RunBusyError(
-                    f"{run.name} in {run.study} was submitted as {job}, which has not trained yet: "
-                    "give this one a name of its own, FlowTrainer(…, name=…), or cancel that one "
-                    f"first: {cancel}"
-                )
-            if difference := self._difference_to(run, found):
-                raise RunMismatchError(
-                    f"a run named {run.name} exists in {run.study}, and {difference}: give this "
-                    "one a name of its own, FlowTrainer(…, name=…)"
-                )
-        tracking.check_asked(self._config.group)
-        in_use = lock_holder(run.folder) is not None
-        if note := run.create(asked, in_use=in_use, data_are_given=True):
-            logger.info("%s", note)
-        return run
-
-    def _difference_to(self, run: Run, found: RunConfig) -> str | None:
-        """How the run on disk differs from this trainer's, checked before it is opened."""
-        if run.started() and found.training.epochs > self._config.epochs:
-            return f"has {found.training.epochs} epochs, not {self._config.epochs}"
-        for path in (run.last, run.best):
-            try:
-                if path.exists():
-                    self.state.check(read_checkpoint(path), path)
-            except (CheckpointDamagedError, CheckpointNotFiniteError):
-                continue  # it is set aside when the run is opened
-            except CheckpointMismatchError as error:
-                return str(error)
-        return None
-
-    def _train(self, run: Run, recorder: Recorder | None) -> TrainingResult:
-        started = time.monotonic()
+    def _train(self, recorder: Recorder | None, model_class: str = "") -> TrainingResult:
+        """Train, and record that as of a model of this class, if `--arch` does not name it."""
+        run, started = self._run, time.monotonic()
         # Every rank trains, the first one writes.
         saver: CheckpointSaver | None = None
         # The first rank sets damaged files aside before the others look.
@@ -298,9 +211,8 @@ class Trainer:
             self._adopt(saver)
         first_step, validates_first = self.state.step, self.state.unvalidated is not None
         if recorder:
-            model = self.state.model
-            given = "" if self._run else class_unnamed(model, self._config)
-            recorder.attempt.note_model(given, parameters_in(model), self._flops_per_sample)
+            parameters = parameters_in(self.state.model)
+            recorder.attempt.note_model(model_class, parameters, self._flops_per_sample)
             # A step that is not validated yet has no row, or its row comes again.
             recorder.start_at(
                 first_step, self.state.extensions, rows_up_to=first_step - validates_first
