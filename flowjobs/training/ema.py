@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowjobs.errors import ConfigError
-from flowjobs.models.velocity import leaves_of
+from flowjobs.models.checks import leaves_of
 
 _Place = tuple[dict[str, Tensor | None], str]
 

@@ -28,20 +28,20 @@ from flowjobs.flows.flow import flow_of
 from flowjobs.flows.flow import is_built_in as is_built_in_flow
 from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
 from flowjobs.models.build import is_built_in
-from flowjobs.models.flops import flops_of_batch, flops_per_sample, parameters_in
-from flowjobs.models.initialization import changed, check_restart, kept_in_evaluation, values_of
-from flowjobs.models.velocity import (
-    Velocity,
+from flowjobs.models.checks import (
+    changed,
     check_gradient,
     check_leaves,
     check_new_model,
     check_parameters,
+    check_restart,
     check_types_of_ranks,
     check_weights,
-    checked_velocity,
-    frozen_in_evaluation,
-    input_dtype,
+    kept_in_evaluation,
+    values_of,
 )
+from flowjobs.models.flops import flops_of_batch, flops_per_sample, parameters_in
+from flowjobs.models.velocity import Velocity, checked_velocity, frozen_in_evaluation, input_dtype
 from flowjobs.runs.recorder import Recorder
 from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import (
@@ -386,9 +386,8 @@ class Trainer:
         if is_first:
             self._writes_weights = changed(state.model, before) is not None
             state.check_initial_weights()  # forward may have initialized them from this batch
-        check_gradient(velocity, config.arch_label)
-        if is_first:
             check_leaves(velocity, state.model)
+        check_gradient(velocity, config.arch_label)
         loss = functional.mse_loss(velocity, dx_t)
         # Not the model's, whose order may be another at each start.
         weights = state.optimizer.param_groups[0]["params"]

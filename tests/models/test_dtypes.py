@@ -25,8 +25,8 @@ from flowjobs.errors import ConfigError, DataError, RunInterrupted, TrainingDive
 from flowjobs.evaluation.measures import sliced_wasserstein
 from flowjobs.evaluation.sampling import sample
 from flowjobs.flows.flow import icfm_path
+from flowjobs.models.checks import check_types_of_ranks
 from flowjobs.models.flops import flops_per_sample
-from flowjobs.models.velocity import check_types_of_ranks
 from flowjobs.runs.run import Run
 from flowjobs.training import EMAModel, FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint

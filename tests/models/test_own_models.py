@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowjobs.errors import ConfigError, RunInterrupted
-from flowjobs.models.initialization import check_restart
+from flowjobs.models.checks import check_restart
 from flowjobs.models.velocity import frozen_in_evaluation
 from tests.models.test_dtypes import CPU, Net, net, train, trainer_of
 
