@@ -127,6 +127,8 @@ class FlowTrainer(Trainer):
         in_use = lock_holder(run.folder) is not None
         if note := run.create(asked, in_use=in_use, data_are_given=True):
             logger.info("%s", note)
+        if not in_use:  # else the process that was told to stop has not ended yet
+            run.clear_cancel()
 
     def _tracking(self) -> TrackingConfig:
         """As it was asked for; else as W&B's own variables and settings here have it."""

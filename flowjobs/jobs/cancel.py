@@ -14,7 +14,7 @@ from flowjobs.jobs.origin import noted_identity
 from flowjobs.runs.files import FILES_AT_ONCE
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.pack import Pack, may_remain, pack_of
-from flowjobs.runs.process import process_lives
+from flowjobs.runs.process import ignores, process_lives
 from flowjobs.runs.run import Run, run_names
 from flowjobs.runs.status import CANCELLED, same_host
 from flowjobs.slurm.controller import cancel as scancel
@@ -157,9 +157,12 @@ def _end_process(run: Run) -> list[str]:
             f"process {job.pid} on {job.host} holds the run and cannot be seen from here (in "
             "another container?): cancel it from where it was started"
         )
+    # A notebook's as its stop button does, so that the kernel lives; not a script that ignores that
+    # signal, as a shell's in the background does.
+    stops = job.is_from_python and not ignores(job.pid, signal.SIGINT)
     try:
         # The process that trains: submitit's controller starts nothing more when that ends.
-        os.kill(job.pid, signal.SIGTERM)
+        os.kill(job.pid, signal.SIGINT if stops else signal.SIGTERM)
     except ProcessLookupError:
         return []
     except PermissionError:

@@ -41,6 +41,15 @@ def process_lives(pid: int, mark: str | None = None) -> bool:
     return state not in ("Z", "X") and (mark is None or process_mark(pid) in (None, mark))
 
 
+def ignores(pid: int, number: int) -> bool:
+    """Whether a process ignores a signal; False where that is unknown."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            if line.startswith("SigIgn:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
 def parent_of(pid: int) -> int:
     """The process that has started another one, or has adopted it.
 

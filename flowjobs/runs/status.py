@@ -155,6 +155,11 @@ class JobInfo:
         return f"{self.cluster} job {self.job_id} on {self.host}"
 
     @property
+    def is_from_python(self) -> bool:
+        """Whether a `FlowTrainer` opened the run itself: any other process of ours has a log."""
+        return self.cluster == "none" and self.log is None
+
+    @property
     def started_by_user(self) -> bool:
         """Whether this is the first start that the user asked for."""
         return not self.continues and (self.packed or self.restart == 0)
@@ -256,9 +261,9 @@ class RunStatus:
 
     @property
     def was_begun_in_python(self) -> bool:
-        """Whether a `FlowTrainer` on its own began it: every process of ours has a log of its."""
+        """Whether a `FlowTrainer` began the run."""
         first = next(iter(self.attempts), None)
-        return first is not None and first.job.cluster == "none" and first.job.log is None
+        return first is not None and first.job.is_from_python
 
     def catch_up(self, metrics_file: Path) -> None:
         """Bring the open attempt up to its newest row, which reaches the disk before the status."""

@@ -4,9 +4,13 @@ import io
 import json
 import logging
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ import torch
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.default_logging import default_logging
 from flowjobs.errors import ConfigError
+from flowjobs.jobs.cancel import cancel
 from flowjobs.models.mlp import MLP
 from flowjobs.report.page import html_page
 from flowjobs.runs.run import Run
@@ -181,3 +186,57 @@ def test_progress_is_shown_once_unless_a_level_is_set_for_it(
         ours.setLevel(logging.NOTSET)
     assert capsys.readouterr().err.split() == by_ours
     assert sorted(there.stream.getvalue().split() + by_ours) == shown
+
+
+CELL = """
+import sys, time
+
+def cell(**options):
+    try:
+        print(trainer(name="mine", **options).train()["epochs_run"], flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+
+def hold():
+    print("trains", flush=True)
+    time.sleep(120)
+"""
+
+
+@contextmanager
+def a_notebook(text: str) -> Iterator[tuple["subprocess.Popen[str]", TextIO]]:
+    """A process that trains until it is told to stop, and what it prints."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SETUP + CELL + text], **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "trains\n"
+        try:
+            yield process, process.stdout
+        finally:
+            process.kill()
+
+
+def test_cancel_ends_the_cell_and_not_the_kernel_and_the_cell_again_takes_it_back(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = Run(study, "mine")
+    with a_notebook("cell(stop_reason=hold)\nsys.stdin.readline()\ncell()\n") as (process, said):
+        assert f"cancelled process {process.pid} on " in cancel(run)
+        assert said.readline() == "interrupted\n"
+        assert run.cancel_requested()
+        assert (run.status().state, run.status().open_attempt) == ("cancelled", None)
+        process.communicate("again\n")
+    assert process.returncode == 0
+    assert not run.cancel_requested()
+    assert [attempt.state for attempt in run.status().attempts] == ["cancelled", "finished"]
+
+
+def test_cancel_ends_a_script_that_a_shell_has_started_in_the_background(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as a shell has it
+    with a_notebook(ignored + "cell(stop_reason=hold)\n") as (process, _):
+        cancel(Run(study, "mine"))
+        assert process.wait(60) == -signal.SIGTERM
