@@ -132,8 +132,8 @@ def _train(module: Sequence[str], script_arguments: Sequence[str]) -> int:
         "SLURM_EXPORT_ENV": "ALL",
     }
     # srun, so that the signals reach python; it does not take over --cpus-per-task by itself.
-    # A rank may wait for ever for one that is dead.
-    command = ["srun", "--unbuffered", "--kill-on-bad-exit"]
+    # How ranks end: as in jobs/executors.py.
+    command = ["srun", "--unbuffered", "--kill-on-bad-exit", "--wait=0"]
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         command.append(f"--cpus-per-task={cpus}")
     command += [*_guard(), sys.executable, "-u", "-m", *module]

@@ -215,8 +215,9 @@ def _parameters(name: str, asked: SlurmConfig) -> dict[str, Any]:
         options["export"] = exported
     # submitit's own line has the signal that SUBMITIT_PREEMPT_SIGNAL names.
     options["signal"] = f"USR2@{asked.signal_before_end_s}"
-    # A rank may wait for ever for one that is dead.
-    srun_args = ["--kill-on-bad-exit"]
+    # A rank may wait for ever for one that is dead. When the others have left, the first one draws
+    # and measures samples for longer than the site's WaitTime may be.
+    srun_args = ["--kill-on-bad-exit", "--wait=0"]
     if asked.cpus_per_task:  # srun no longer takes it over from sbatch since Slurm 22.05
         srun_args.append(f"--cpus-per-task={asked.cpus_per_task}")
     memory = asked.mem_gb

@@ -32,7 +32,7 @@ ln -sf STUDY/runs/mlp-icfm-digits-none/logs/task.pkl STUDY/runs/mlp-icfm-digits-
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output STUDY/runs/mlp-icfm-digits-none/logs/%j_%t_log.out --kill-on-bad-exit --cpus-per-task=8 $guard PYTHON -u -m submitit.core._submit STUDY/runs/mlp-icfm-digits-none/logs
+srun --unbuffered --output STUDY/runs/mlp-icfm-digits-none/logs/%j_%t_log.out --kill-on-bad-exit --wait=0 --cpus-per-task=8 $guard PYTHON -u -m submitit.core._submit STUDY/runs/mlp-icfm-digits-none/logs
 
 
 # teardown

@@ -1,5 +1,6 @@
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +36,19 @@ def test_the_batch_file_is_the_recorded_one(study: Path) -> None:
     text = executors.slurm_executor(run, asked).batch_file()
     text = text.replace(str(study), "STUDY").replace(sys.executable, "PYTHON")
     assert text == RECORDED.read_text()
+
+
+def test_a_script_of_plain_sbatch_ends_its_ranks_as_a_batch_file_does(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    srun = workplace / "srun"
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{workplace}:{os.environ['PATH']}")
+    command = [sys.executable, "-m", "flowjobs.cli.batch_script", "--epochs", "1"]
+    given = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--kill-on-bad-exit --wait=0 " in given
+    assert "--kill-on-bad-exit --wait=0 " in RECORDED.read_text()
 
 
 def test_the_batch_file_names_the_signal_that_jobs_listen_to(
