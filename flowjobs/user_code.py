@@ -19,6 +19,9 @@ STDLIB = Path(sysconfig.get_path("stdlib"))
 LIBRARIES = {"torch", "torchdiffeq", "ot", "numpy", "scipy", "sklearn", "PIL", "submitit", "wandb"}
 # Where the folders of the snapshots were taken that this process imports from: users edit there.
 _taken_from: dict[Path, Path] = {}
+# Other names of arguments, without underscores. Which end of a path has which number is the user's.
+SAME = dict.fromkeys(("time", "times", "timestep", "timesteps"), "t")
+SAME |= {"xt": "x", "z": "x", "x1": "x0"}
 NO_FILES = ("<frozen", "<string>", "<__array_function__")
 
 
@@ -143,7 +146,7 @@ def is_import_path(path: str) -> bool:
 
 
 def check_call(signature: inspect.Signature, what: str, arguments: Sequence[str]) -> None:
-    """Raise a ConfigError unless a function can be called with so many positional arguments.
+    """Raise a ConfigError unless a function can be called with these positional arguments.
 
     Args:
         signature: Of the function; of a method without `self`.
@@ -156,6 +159,20 @@ def check_call(signature: inspect.Signature, what: str, arguments: Sequence[str]
         raise ConfigError(
             f"{what} takes {signature}, expected to be called with ({', '.join(arguments)})"
         ) from error
+    check_order(signature, what, arguments)
+
+
+def check_order(signature: inspect.Signature, what: str, arguments: Sequence[str]) -> None:
+    """Raise a ConfigError for a function whose parameters are named as the arguments in another
+    order: torchcfm calls its models with (t, x). See `check_call`.
+    """
+    places = {name.replace("_", ""): place for place, name in enumerate(arguments)}
+    names = [name.replace("_", "") for name in signature.parameters][: len(arguments)]
+    found = [places[name] for name in (SAME.get(name, name) for name in names) if name in places]
+    if found != sorted(found):
+        raise ConfigError(
+            f"{what} takes {signature}, expected ({', '.join(arguments)}): put them in this order"
+        )
 
 
 def imported(option: str, path: str) -> Any:

@@ -1,6 +1,6 @@
 """What is checked of a user's model, and when; each raises a ConfigError that says what to do.
 
-At construction: check_weights, and where several ranks train check_types_of_ranks.
+At construction: check_weights, check_forward, and where several ranks train check_types_of_ranks.
 Before step 1: check_new_model.
 In step 1: check_leaves, and as in each later one check_gradient.
 After it: check_parameters, as at the end of each epoch, check_restart, `EMAModel.check_copy`, and
@@ -8,8 +8,9 @@ After it: check_parameters, as at the end of each epoch, check_restart, `EMAMode
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch.nn.parameter import is_lazy
 
 from flowjobs.data.randomness import random_numbers_kept
 from flowjobs.errors import ConfigError
+from flowjobs.models.source import FORWARD
 from flowjobs.models.velocity import input_dtype
+from flowjobs.user_code import check_order
 
 # By name: each weight, and its values.
 Values = dict[str, tuple[nn.Parameter, Tensor]]
@@ -102,6 +105,15 @@ def _check_parts(model: nn.Module) -> None:
                 f"--arch {name}: {key} has sparse gradients, which AdamW does not take: build "
                 "it without sparse=True"
             )
+
+
+def check_forward(model: nn.Module) -> None:
+    """Raise a ConfigError for a model that takes its arguments in another order than (x, t)."""
+    if type(model).__call__ is not nn.Module.__call__:
+        return  # it may give them to forward as it likes
+    with suppress(ValueError):  # one that is not Python's does not say what it takes
+        signature = inspect.signature(model.forward)
+        check_order(signature, f"--arch {type(model).__name__}: its forward", FORWARD)
 
 
 def check_types_of_ranks(model: nn.Module) -> None:

@@ -208,6 +208,10 @@ raise SystemExit("run")
 def path(x_0, x_1, t): ...
 def right(x_0, x_1, t, sigma, noise=None): ...
 def plan(x_0, x_1, sigma): ...
+def time_first(t, x0, x1, sigma, eps): ...
+def seed_first(x_0, x_1, seed, sigma): ...
+def data_first(x_1, x_0, t, sigma, z): ...
+SEED_FIRST = Flow(right, seed_first)
 @wraps(right)
 def wrapped(x_0): ...
 NO_PATH = Flow(path)
@@ -225,9 +229,14 @@ UNKNOWN = Flow(wrapped, partial(plan, 1))
         ("path", r"takes \(x_0, x_1, t\), expected to be called with \(x_0, x_1, t, sigma, noise"),
         ("NO_PATH", r"NO_PATH: its path takes \(x_0, x_1, t\)"),
         ("NO_PLAN", r"its couple takes \(x_0, x_1, sigma\), .* with \(x_0, x_1, sigma, seed\)"),
+        (
+            "time_first",
+            r"takes \(t, x0, x1, sigma, eps\), expected \(x_0, x_1, t, .* in this order",
+        ),
+        ("SEED_FIRST", r"its couple takes \(x_0, x_1, seed, sigma\), expected .* in this order"),
         ("LAMBDA", r"its path takes \(x_0, x_1\)"),
         ("pathh", "has no pathh; did you mean path"),
-        *((name, None) for name in ("right", "wrapped", "ANY", "FITS", "UNKNOWN")),
+        *((name, None) for name in ("right", "wrapped", "ANY", "FITS", "UNKNOWN", "data_first")),
     ],
 )
 def test_how_a_flow_is_called_is_known_at_submit(

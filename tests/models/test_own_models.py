@@ -242,6 +242,25 @@ def test_a_part_in_torchscript_is_refused_with_a_way_out(study: Path) -> None:
     assert train(Scripted(lambda part: [part])) < 5
 
 
+class TimeFirst(Net):
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return super().forward(x, t)
+
+
+class Adapted(TimeFirst):
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().__call__(t, x)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_takes_its_time_first_is_refused_unless_it_is_called_so(study: Path) -> None:
+    refused(
+        TimeFirst(),
+        r"TimeFirst: its forward takes \(t: .*Tensor, x: .*expected \(x, t\): put",
+        study,
+    )
+    assert train(Adapted()) < 5
+
+
 def test_a_part_to_be_trained_is_trained_in_training_mode() -> None:
     # Libraries give what is pretrained in evaluation mode.
     frozen, tuned = nn.Linear(3, 3).requires_grad_(False).eval(), nn.Sequential(nn.Linear(3, 3))

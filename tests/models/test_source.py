@@ -39,6 +39,12 @@ class NoTime(nn.Module):
 
 class Timeless(NoTime): ...
 
+class TimeFirst(NoTime):
+    def forward(self, t: Tensor, x_t, y=None): ...
+
+class Tokens(NoTime):
+    def forward(self, t, times): ...
+
 class Assigned(NoTime):
     def __call__(self, *args): ...
 
@@ -122,6 +128,11 @@ def check(arch: str, **arguments: object) -> None:
         ("my_models.nets:FromElsewhere", {"group": 3}, "did you mean groups"),
         ("my_models.nets:NeedsRank", {}, "missing a required argument: 'rank'"),
         ("my_models.nets:Timeless", {}, r"Timeless: its forward takes \(x\), expected .* \(x, t\)"),
+        (
+            "my_models.nets:TimeFirst",
+            {},
+            r"forward takes \(t: Tensor, x_t, y=None\), expected \(x, t\): put them in this order",
+        ),
         ("my_models.nets:make", {}, "make is a function, expected a subclass of torch.nn.Module"),
         ("my_models.nets:Config", {}, "Config is not a subclass of torch.nn.Module"),
         ("my_models.nets:NoDim", {}, r"takes no argument that the data's width could be"),
@@ -159,6 +170,7 @@ def test_what_is_right_passes() -> None:
     check("my_models.nets:NeedsRank", rank=2)
     check("my_models.deep:Deep", depth=1)
     check("my_models.nets:Assigned")
+    check("my_models.nets:Tokens")
 
 
 def test_an_arch_is_checked_without_importing_it() -> None:
