@@ -20,6 +20,7 @@ from flowjobs.errors import (
     RunMismatchError,
 )
 from flowjobs.models.build import class_unnamed
+from flowjobs.models.code_digest import code_digest, differ
 from flowjobs.runs.hint import hint
 from flowjobs.runs.lock import lock_holder
 from flowjobs.runs.newest_job import job_to_come
@@ -52,8 +53,8 @@ class FlowTrainer(Trainer):
         ConfigError: From `train`: W&B would refuse the entity or the group.
         RunBusyError: From `train`: another process trains this run, or a job of it waits that has
             not trained yet.
-        RunMismatchError: From `train`: the run of this name is of another config, model or data;
-            its record was not touched.
+        RunMismatchError: From `train`: the run of this name is of another config, model or data,
+            or of other code of the model; its record was not touched.
     """
 
     def __init__(
@@ -91,13 +92,17 @@ class FlowTrainer(Trainer):
             stop_reason=stop_reason,
         )
 
-    def _train(self, recorder: Recorder | None, model_class: str = "") -> TrainingResult:
+    def _train(
+        self, recorder: Recorder | None, model_class: str = "", code: str = ""
+    ) -> TrainingResult:
         if not self._opens_run:
-            return super()._train(recorder, model_class)
+            return super()._train(recorder, model_class, code)
         with default_logging():
             self._create_run()
+            model = self.state.model
             with recording(self._run, JobInfo.in_foreground(), track=tracked) as own:
-                return super()._train(own, class_unnamed(self.state.model, self._config))
+                given = class_unnamed(model, self._config)
+                return super()._train(own, given, code_digest(model))
 
     def _create_run(self) -> None:
         """Make the run if it is not there, or check that it is the same one."""
@@ -150,6 +155,12 @@ class FlowTrainer(Trainer):
             try:
                 if path.exists():
                     self.state.check(read_checkpoint(path), path)
+                    if differ(run.status().model_code, code_digest(self.state.model)):
+                        return (
+                            f"{path} was trained with other code of "
+                            f"{type(self.state.model).__qualname__} than there is now "
+                            f"(resume_path={str(path)!r} trains on from it)"
+                        )
             except (CheckpointDamagedError, CheckpointNotFiniteError):
                 continue  # it is set aside when the run is opened
             except CheckpointMismatchError as error:

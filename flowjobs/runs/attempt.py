@@ -112,9 +112,11 @@ class Attempt:
         """Raise a RunTakenOverError if another attempt has taken the run over."""
         self._lock.check_held()
 
-    def note_model(self, model: str, parameters: int, flops_per_sample: int | None) -> None:
+    def note_model(
+        self, model: str, code: str, parameters: int, flops_per_sample: int | None
+    ) -> None:
         """Note which model it is, and how large; reaches the disk with what is noted next."""
-        self._status.model = model
+        self._status.model, self._status.model_code = model, code
         self._status.parameters, self._status.flops_per_sample = parameters, flops_per_sample
 
     def note_divergence(self, after_step: int) -> None:

@@ -191,8 +191,10 @@ class Trainer:
         ):
             return self._train(self._recorder)
 
-    def _train(self, recorder: Recorder | None, model_class: str = "") -> TrainingResult:
-        """Train, and record that as of a model of this class, if `--arch` does not name it."""
+    def _train(
+        self, recorder: Recorder | None, model_class: str = "", code: str = ""
+    ) -> TrainingResult:
+        """Train, and record the model's class, if `--arch` does not name it, and code's digest."""
         run, started = self._run, time.monotonic()
         # Every rank trains, the first one writes.
         saver: CheckpointSaver | None = None
@@ -214,7 +216,7 @@ class Trainer:
         first_step, validates_first = self.state.step, self.state.unvalidated is not None
         if recorder:
             parameters = parameters_in(self.state.model)
-            recorder.attempt.note_model(model_class, parameters, self._flops_per_sample)
+            recorder.attempt.note_model(model_class, code, parameters, self._flops_per_sample)
             # A step that is not validated yet has no row, or its row comes again.
             recorder.start_at(
                 first_step, self.state.extensions, rows_up_to=first_step - validates_first

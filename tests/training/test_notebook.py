@@ -17,12 +17,13 @@ import torch
 
 from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.default_logging import default_logging
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, RunMismatchError
 from flowjobs.jobs.cancel import cancel
 from flowjobs.models.mlp import MLP
 from flowjobs.report.page import html_page
 from flowjobs.runs.run import Run
 from flowjobs.training import FlowDataset, FlowTrainer
+from flowjobs.training.trainer import TrainingResult
 from tests.report.test_comparison import compared
 
 SETUP = """
@@ -240,3 +241,46 @@ def test_cancel_ends_a_script_that_a_shell_has_started_in_the_background(
     with a_notebook(ignored + "cell(stop_reason=hold)\n") as (process, _):
         cancel(Run(study, "mine"))
         assert process.wait(60) == -signal.SIGTERM
+
+
+def net_with(act: str) -> type[torch.nn.Module]:
+    names: dict[str, Any] = {"torch": torch}
+    text = f"""
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = torch.nn.Linear(5, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x, t):
+        return self.out(torch.{act}(self.into(torch.cat([x, t[:, None]], dim=1))))
+"""
+    exec(text, names)
+    made: type[torch.nn.Module] = names["Net"]
+    return made
+
+
+def own(model: torch.nn.Module, name: str, **options: Any) -> TrainingResult:
+    config = TrainingConfig(epochs=1, batch_size=16, seed=options.pop("seed", 0))
+    rows = FlowDataset(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))
+    return FlowTrainer(model, config, rows, rows, device="cpu", name=name, **options).train()
+
+
+def test_a_model_whose_forward_was_edited_is_not_trained_on_as_the_old_one(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+    class Broken(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no t")
+
+    with pytest.raises(TypeError):
+        own(Broken(4, 4), "mine")  # of it nothing was trained
+    first = own(net_with("relu")(), "mine")
+    assert own(net_with("relu")(), "mine")["best_val_loss"] == first["best_val_loss"]
+    with pytest.raises(RunMismatchError, match=r"last.pt was trained with other code of Net") as at:
+        own(net_with("tanh")(), "mine")
+    assert "give this one a name of its own, FlowTrainer(…, name=…)" in str(at.value)
+    path = str(Run(study, "mine").last)
+    assert f"(resume_path={path!r} trains on from it)" in str(at.value)
+    assert own(net_with("tanh")(), "new", resume_path=path)["steps"] == first["steps"]
