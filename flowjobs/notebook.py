@@ -1,10 +1,13 @@
 """The trainer as a notebook uses it: it opens its run itself, and W&B mirrors it."""
 
 import logging
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from flowjobs.errors import (
     CheckpointDamagedError,
     CheckpointMismatchError,
     CheckpointNotFiniteError,
+    ConfigError,
     RunBusyError,
     RunMismatchError,
 )
@@ -35,6 +39,9 @@ from flowjobs.training.trainer import Trainer, TrainingResult
 
 logger = logging.getLogger(__name__)
 
+# The run that trained a model in this process, and the norm of the weights that it left.
+_trained: WeakKeyDictionary[nn.Module, tuple[Run, float]] = WeakKeyDictionary()
+
 
 class FlowTrainer(Trainer):
     """A `Trainer` that opens the run called `name` itself, unless it is given one.
@@ -50,7 +57,8 @@ class FlowTrainer(Trainer):
         run: A run that the caller holds; then the three before this one count for nothing.
 
     Raises:
-        ConfigError: From `train`: W&B would refuse the entity or the group.
+        ConfigError: From `train`: W&B would refuse the entity or the group, or a new run was given
+            a model that another one has trained.
         RunBusyError: From `train`: another process trains this run, or a job of it waits that has
             not trained yet.
         RunMismatchError: From `train`: the run of this name is of another config, model or data,
@@ -101,8 +109,13 @@ class FlowTrainer(Trainer):
             self._create_run()
             model = self.state.model
             with recording(self._run, JobInfo.in_foreground(), track=tracked) as own:
-                given = class_unnamed(model, self._config)
-                return super()._train(own, given, code_digest(model))
+                try:
+                    given = class_unnamed(model, self._config)
+                    return super()._train(own, given, code_digest(model))
+                finally:
+                    if self.state.step:
+                        with suppress(RuntimeError):  # of a GPU, which the error that is told says
+                            _trained[model] = self._run, _norm(model)
 
     def _create_run(self) -> None:
         """Make the run if it is not there, or check that it is the same one."""
@@ -128,12 +141,26 @@ class FlowTrainer(Trainer):
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
                 )
+        self._check_model_is_new()
         tracking.check_asked(self._config.group)
         in_use = lock_holder(run.folder) is not None
         if note := run.create(asked, in_use=in_use, data_are_given=True):
             logger.info("%s", note)
         if not in_use:  # else the process that was told to stop has not ended yet
             run.clear_cancel()
+
+    def _check_model_is_new(self) -> None:
+        """Raise a ConfigError if a new run would start from the weights of another one."""
+        run, model = self._run, self.state.model
+        begins = not (run.last.exists() or run.best.exists() or self._resume_path)
+        trained_by, norm = _trained.get(model, (run, math.nan))
+        # With another norm it was given new weights since.
+        if begins and norm == _norm(model) and not self._config.init_from:
+            raise ConfigError(
+                f"the model is as the run {trained_by.name} left it, expected a new one for "
+                f"{run.name}: build one for each run, or give TrainingConfig(…, "
+                f"init_from={str(trained_by.best)!r}) to start from those weights"
+            )
 
     def _tracking(self) -> TrackingConfig:
         """As it was asked for; else as W&B's own variables and settings here have it."""
@@ -166,3 +193,9 @@ class FlowTrainer(Trainer):
             except CheckpointMismatchError as error:
                 return str(error)
         return None
+
+
+def _norm(model: nn.Module) -> float:
+    """Of its weights, by which those are told from others."""
+    weights = [of for of in model.parameters() if of.is_floating_point()]
+    return float(nn.utils.get_total_norm(weights))

@@ -284,3 +284,18 @@ def test_a_model_whose_forward_was_edited_is_not_trained_on_as_the_old_one(
     path = str(Run(study, "mine").last)
     assert f"(resume_path={path!r} trains on from it)" in str(at.value)
     assert own(net_with("tanh")(), "new", resume_path=path)["steps"] == first["steps"]
+
+
+def test_one_model_for_several_runs_is_refused_unless_it_is_new_to_each(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    model = net_with("relu")()
+    new = {name: of.clone() for name, of in model.state_dict().items()}
+    own(model, "s0")
+    own(model, "s0")
+    with pytest.raises(ConfigError, match="the model is as the run s0 left it, expected a new"):
+        own(model, "s1", seed=1)
+    assert not Run(study, "s1").folder.exists()
+    model.load_state_dict(new)
+    own(model, "s1", seed=1)
