@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowjobs.data.randomness import seeded
-from flowjobs.data.source import NormalSource, Source
+from flowjobs.data.source import Source
 from flowjobs.errors import SamplingError
 from flowjobs.evaluation.solver import Solver
 from flowjobs.models.velocity import Velocity, checked_velocity, input_dtype
@@ -129,23 +129,6 @@ def integrate(
         ) from error
 
 
-def sample(
-    model: nn.Module,
-    n: int,
-    stats: Mapping[str, Tensor],
-    device: torch.device,
-    seed: int = 0,
-    solver: Solver = Solver(),  # noqa: B008, it is frozen
-) -> Samples:
-    """Draw n samples of a model, from noise. The arguments are those of `sample_chunks`.
-
-    A sample depends on the seed and its index alone, to the last bit on the same hardware: not on
-    n, nor on the others.
-    """
-    source = NormalSource(tuple(stats["mean"].shape))
-    return joined(list(sample_chunks(model, n, stats, device, seed, solver, source=source)))
-
-
 def sample_chunks(
     model: nn.Module,
     n: int,
@@ -161,6 +144,9 @@ def sample_chunks(
     at_once: int = CHUNK,
 ) -> Iterator[Samples]:
     """Draw n samples of a model, at most CHUNK at a time.
+
+    A sample depends on the seed and its index alone, to the last bit on the same hardware: not on
+    n, nor on the others.
 
     Args:
         model: The velocity, on `device`.

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowjobs.evaluation.sampling import CHUNK, sample
+from flowjobs.evaluation.sampling import CHUNK
 from flowjobs.evaluation.solver import Solver
 from flowjobs.models.mlp import MLP
 from tests.bench.ratios import paired_ratios
+from tests.evaluation.drawing import sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -15,16 +15,10 @@ from flowjobs.config import TrainingConfig
 from flowjobs.data.source import NormalSource
 from flowjobs.errors import ConfigError, RunInterrupted, SamplingError
 from flowjobs.evaluation.pictures import GAP, GAP_LEVEL, draw_grid
-from flowjobs.evaluation.sampling import (
-    CHUNK,
-    Samples,
-    integrate,
-    joined,
-    sample,
-    sample_chunks,
-)
+from flowjobs.evaluation.sampling import CHUNK, Samples, integrate, joined, sample_chunks
 from flowjobs.evaluation.solver import Method, Solver
 from flowjobs.evaluation.trained import TrainedModel
+from tests.evaluation.drawing import sample
 
 CPU = torch.device("cpu")
 STATS = {"mean": torch.zeros(2), "std": torch.ones(2)}

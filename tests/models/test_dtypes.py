@@ -23,7 +23,6 @@ from flowjobs.data.dataset import (
 )
 from flowjobs.errors import ConfigError, DataError, RunInterrupted, TrainingDivergedError
 from flowjobs.evaluation.measures import sliced_wasserstein
-from flowjobs.evaluation.sampling import sample
 from flowjobs.flows.flow import icfm_path
 from flowjobs.models.checks import check_types_of_ranks
 from flowjobs.models.flops import flops_per_sample
@@ -31,6 +30,7 @@ from flowjobs.runs.run import Run
 from flowjobs.training import EMAModel, FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.trained import load_trained
+from tests.evaluation.drawing import sample
 from tests.training.same import same
 
 CPU = torch.device("cpu")

@@ -25,7 +25,6 @@ from flowjobs.errors import (
     RunMismatchError,
     TrainingDivergedError,
 )
-from flowjobs.evaluation.sampling import sample
 from flowjobs.field_values import KeyValues
 from flowjobs.models.build import build_model
 from flowjobs.models.flops import flops_per_sample, parameters_in
@@ -39,6 +38,7 @@ from flowjobs.training.run_training import draw_and_measure
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
 from flowjobs.training.validation import Validation
+from tests.evaluation.drawing import sample
 from tests.training.same import same
 
 CPU = torch.device("cpu")
