@@ -22,7 +22,7 @@ from flowjobs.cli.reconcile import print_job_end
 from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.runs.run import Run, absolute, default_study
 from flowjobs.slots import JOB_OF_RUN
-from flowjobs.slurm.options import SCRIPT_ARGUMENTS, SCRIPT_OUTPUT
+from flowjobs.slurm.options import SCRIPT_ARGUMENTS, SCRIPT_OUTPUT, srun_options
 
 # Slurm tells them to all of a job; what a batch script has left to do comes after.
 OUTLIVED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -131,11 +131,8 @@ def _train(module: Sequence[str], script_arguments: Sequence[str]) -> int:
         # Slurm may have been told to pass on nothing to srun, which then finds no program.
         "SLURM_EXPORT_ENV": "ALL",
     }
-    # srun, so that the signals reach python; it does not take over --cpus-per-task by itself.
-    # How ranks end: as in jobs/executors.py.
-    command = ["srun", "--unbuffered", "--kill-on-bad-exit", "--wait=0"]
-    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
-        command.append(f"--cpus-per-task={cpus}")
+    # srun, so that the signals reach python.
+    command = ["srun", "--unbuffered", *srun_options(os.environ.get("SLURM_CPUS_PER_TASK"))]
     command += [*_guard(), sys.executable, "-u", "-m", *module]
     code = subprocess.run(command, env=environment, check=False).returncode
     return code if code >= 0 else 128 - code

@@ -26,7 +26,7 @@ from flowjobs.runs.submittable import BATCH_FILE, TASK, Submittable
 from flowjobs.slots import JOB_OF_RUN, nvidia_gpus
 from flowjobs.slurm.client import controller_answers
 from flowjobs.slurm.cluster import partitions
-from flowjobs.slurm.options import ARRAY, export_for
+from flowjobs.slurm.options import ARRAY, export_for, srun_options
 from flowjobs.slurm.submission import AcceptedJob, sbatch
 
 # A signal that comes before python has handlers would kill it, and Slurm would call the job failed:
@@ -144,7 +144,17 @@ def here_executor(cluster: Cluster, run: Submittable, asked: SlurmConfig) -> Exe
     Raises:
         ConfigError: More is asked for than this machine has.
     """
-    return DebugExecutor(folder=run.logs) if cluster == "debug" else _local_executor(run, asked)
+    if cluster == "debug":
+        return DebugExecutor(folder=run.logs)
+    gpus = check_local(asked)
+    executor = LocalExecutorWithGpus(run.logs, gpus)
+    executor.update_parameters(
+        tasks_per_node=max(1, len(gpus)),
+        timeout_min=asked.timeout_min or NO_LIMIT_MIN,
+        signal_delay_s=asked.signal_before_end_s,
+        stderr_to_stdout=True,
+    )
+    return executor
 
 
 def check_study(study: Path) -> None:
@@ -175,7 +185,7 @@ def slurm_executor(
 
 
 def array_executor(
-    array: Array, name: str, asked: SlurmConfig, python: str = sys.executable
+    array: Array, name: str, asked: SlurmConfig, python: str
 ) -> SlurmExecutorAnywhere:
     """The executor for an array of Slurm, each task of which is a run, or several that share it."""
     check_study(array.study)
@@ -215,15 +225,10 @@ def _parameters(name: str, asked: SlurmConfig) -> dict[str, Any]:
         options["export"] = exported
     # submitit's own line has the signal that SUBMITIT_PREEMPT_SIGNAL names.
     options["signal"] = f"USR2@{asked.signal_before_end_s}"
-    # A rank may wait for ever for one that is dead. When the others have left, the first one draws
-    # and measures samples for longer than the site's WaitTime may be.
-    srun_args = ["--kill-on-bad-exit", "--wait=0"]
-    if asked.cpus_per_task:  # srun no longer takes it over from sbatch since Slurm 22.05
-        srun_args.append(f"--cpus-per-task={asked.cpus_per_task}")
     memory = asked.mem_gb
     typed = f"{asked.gpu_type}:{asked.gpus_per_node}" if asked.gpu_type else asked.gpus_per_node
     gpus = typed if asked.gpus_per_node else None
-    parameters: dict[str, Any] = {
+    return {
         "job_name": name,
         "partition": asked.partition,
         "account": asked.account,
@@ -239,10 +244,9 @@ def _parameters(name: str, asked: SlurmConfig) -> dict[str, Any]:
         "comment": asked.sbatch.get("comment", asked.comment),
         "wckey": None,
         "stderr_to_stdout": True,
-        "srun_args": srun_args,
+        "srun_args": srun_options(asked.cpus_per_task),
         "additional_parameters": options,
     }
-    return parameters
 
 
 def _teardown(run: str, study: Path, python: str) -> list[str]:
@@ -308,18 +312,6 @@ def ranks_of(cluster: Cluster, asked: SlurmConfig) -> int:
             return max(1, len(check_local(asked)))
         case "debug":
             return 1
-
-
-def _local_executor(run: Submittable, asked: SlurmConfig) -> LocalExecutor:
-    gpus = check_local(asked)
-    executor = LocalExecutorWithGpus(run.logs, gpus)
-    executor.update_parameters(
-        tasks_per_node=max(1, len(gpus)),
-        timeout_min=asked.timeout_min or NO_LIMIT_MIN,
-        signal_delay_s=asked.signal_before_end_s,
-        stderr_to_stdout=True,
-    )
-    return executor
 
 
 def visible_gpus() -> list[str]:

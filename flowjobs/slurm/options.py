@@ -101,6 +101,17 @@ def seconds_before_end(signal: str) -> int:
     return int(found[1] or 60)
 
 
+def srun_options(cpus_per_task: int | str | None) -> list[str]:
+    """How a job's step is started, with the cores that sbatch was asked for.
+
+    srun no longer takes these over since Slurm 22.05.
+    """
+    cores = [f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else []
+    # A rank may wait for ever for one that is dead. When the others have left, the first one draws
+    # and measures samples for longer than the site's WaitTime may be.
+    return ["--kill-on-bad-exit", "--wait=0", *cores]
+
+
 def _cpus_per_task(cpus: str) -> Fields:
     if not re.fullmatch(r"[1-9]\d*", cpus):
         raise ValueError(cpus)
