@@ -47,12 +47,12 @@ def gpus_given() -> bool:
     return "SLURM_JOB_GPUS" in os.environ or "SLURM_STEP_GPUS" in os.environ
 
 
-def nodes_of_step(environment: Mapping[str, str] = os.environ) -> int:
+def nodes_of_step(environment: Mapping[str, str]) -> int:
     """How many nodes the ranks are on; 1 outside Slurm."""
     return int(environment.get("SLURM_STEP_NUM_NODES", "1"))
 
 
-def cores_given(ranks_here: int, environment: Mapping[str, str] = os.environ) -> int | None:
+def cores_given(ranks_here: int, environment: Mapping[str, str]) -> int | None:
     """How many cores Slurm gave each of a node's ranks; None where it does not say."""
     if "SLURM_CPUS_PER_TASK" in environment:
         return int(environment["SLURM_CPUS_PER_TASK"])

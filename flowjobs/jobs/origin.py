@@ -159,9 +159,7 @@ def identity_of(run: Submittable, job_id: str, log: str | None = None) -> JobIde
     return identity_among(run.submissions(), job_id, log)
 
 
-def identity_among(
-    entries: Sequence[Submission], job_id: str, log: str | None = None
-) -> JobIdentity:
+def identity_among(entries: Sequence[Submission], job_id: str, log: str | None) -> JobIdentity:
     """The same, from the run's submissions."""
     noted = [entry for entry in entries if entry.job_id == job_id]
     return noted_identity(noted[-1]) if noted else JobIdentity(job_id, log=log or "")

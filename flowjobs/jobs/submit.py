@@ -171,7 +171,7 @@ def submit_array(
     name: str,
     task: Callable[[], None],
     asked: SlurmConfig,
-    parallel: int | None = None,
+    parallel: int | None,
 ) -> str:
     """Submit many runs as one array; see `jobs.array` for what is on disk at each moment.
 
@@ -181,7 +181,7 @@ def submit_array(
         name: The job's.
         task: What each task does; it is pickled.
         asked: Options of the cluster, the same for all.
-        parallel: How many run at a time; default: as many as can.
+        parallel: How many run at a time; None: as many as can.
 
     Returns:
         The job's id.

@@ -42,13 +42,13 @@ class Metric:
     step: int | None = None
     floors: Sequence[str] = FLOOR_OF_MEASURE
 
-    def badness(self, value: float, best: float | None = None) -> float:
+    def badness(self, value: float, best: float | None) -> float:
         """By what values are ranked, less being better.
 
         Args:
             value: Of a run.
             best: The value that none is better than, where it lies between others (chance, of a
-                classifier).
+                classifier); None if there is no such value.
         """
         if best is not None:
             return abs(value - best)

@@ -102,8 +102,8 @@ class Result:
         """Its validation losses by step."""
         return [(row["step"], row["val/loss"]) for row in self.rows if _is_number(row, "val/loss")]
 
-    def logged(self, key: str, up_to: int | None = None) -> float | None:
-        """The last value of a key of `metrics.jsonl` up to a step; None if there is none."""
+    def logged(self, key: str, up_to: int | None) -> float | None:
+        """The last value of a key of `metrics.jsonl` (up to a step); None if there is none."""
         found = [
             row[key]
             for row in self.rows

@@ -48,7 +48,7 @@ def same_file(one: str, other: str) -> bool:
         return False
 
 
-def check_dataset(dataset: str, study: Path, option: str = "--dataset") -> None:
+def check_dataset(dataset: str, study: Path, option: str) -> None:
     """Raise a DataError, which lists what there is, unless the dataset's files exist."""
     if is_data_file(dataset):
         path = Path(dataset)

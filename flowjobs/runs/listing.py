@@ -47,7 +47,6 @@ class Glance:
         kind: The reason in a word or two.
         epoch: Epochs that are done.
         epochs: How many it is to have, at most.
-        attempts: How often it was started.
         trained_s: How long its attempts took together, as far as they have ended, and the last one
             until it was heard of.
         unsettled: Whether a job of it may wait or run, or have ended unnoticed.
@@ -60,7 +59,6 @@ class Glance:
     kind: str = ""
     epoch: int = 0
     epochs: int = 0
-    attempts: int = 0
     trained_s: float = 0.0
     unsettled: bool = False
 
@@ -141,7 +139,6 @@ def _look(run: Run, stamp: Stamp) -> Glance:
             str(newest.get("kind", "")),
             int(status["epoch"]),
             epochs,
-            len(attempts),
             sum(_duration_s(attempt, status["updated"]) for attempt in attempts),
             # A preempted one waits for its job; of the others a newer job may be on its way.
             bool(attempts and not ended)

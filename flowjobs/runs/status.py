@@ -243,11 +243,6 @@ class RunStatus:
     attempts: list[AttemptRecord] = dataclasses.field(default_factory=list)
 
     @property
-    def log(self) -> str | None:
-        """The newest attempt's log file."""
-        return self.attempts[-1].job.log if self.attempts else None
-
-    @property
     def open_attempt(self) -> AttemptRecord | None:
         """The newest attempt, if nobody has said yet how it ended."""
         newest = self.attempts[-1] if self.attempts else None

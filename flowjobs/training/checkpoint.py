@@ -64,11 +64,6 @@ def save_checkpoint(
     best_loss: float,
     config: dict[str, Any],
     stats: dict[str, Tensor],
-    *,
-    step: int | None = None,
-    epochs_without_improvement: int = 0,
-    resumed_from: str = "",
-    extensions: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write a checkpoint, making its folder where needed.
 
@@ -82,10 +77,6 @@ def save_checkpoint(
         best_loss: Best validation loss so far.
         config: The training config as a dict; for `--resume` all of it (`TrainingConfig.to_dict`).
         stats: Normalization: `mean` and `std`, each of shape (dim,).
-        step: Optimizer steps done; the scheduler's count by default.
-        epochs_without_improvement: Epochs since the best validation loss.
-        resumed_from: Digest of the checkpoint that the run was started from, if one was given.
-        extensions: What the run was given more epochs or patience, and at which step.
 
     Raises:
         CheckpointWriteError: The file cannot be written, or does not hold what was written; the
@@ -93,16 +84,16 @@ def save_checkpoint(
     """
     payload = checkpoint_payload(
         epoch=epoch,
-        step=scheduler.last_epoch if step is None else step,
+        step=scheduler.last_epoch,
         model=model,
         ema=ema,
         optimizer=optimizer,
         scheduler=scheduler,
         best_loss=best_loss,
-        epochs_without_improvement=epochs_without_improvement,
-        resumed_from=resumed_from,
+        epochs_without_improvement=0,
+        resumed_from="",
         computed_with={},
-        extensions=extensions,
+        extensions=(),
         config=config,
         stats=stats,
     )
@@ -377,9 +368,7 @@ def previous_of(path: Path) -> Path:
 
 
 def read_newest_good(
-    path: Path,
-    device: torch.device | str = "cpu",
-    check: Callable[[Payload, Path], None] = lambda payload, path: None,
+    path: Path, check: Callable[[Payload, Path], None] = lambda payload, path: None
 ) -> Payload | None:
     """Read the checkpoint at `path`, or the one before it if that one cannot be used.
 
@@ -387,7 +376,6 @@ def read_newest_good(
 
     Args:
         path: last.pt or best.pt.
-        device: Where the tensors go.
         check: Raises a CheckpointMismatchError if the run cannot resume from a payload.
 
     Returns:
@@ -408,7 +396,7 @@ def read_newest_good(
         if payload is not None or not os.path.lexists(candidate):
             continue
         try:
-            found = read_checkpoint(candidate, device)
+            found = read_checkpoint(candidate)
             check(found, candidate)
             payload = found
         except CheckpointDamagedError as error:
