@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
 
@@ -25,6 +26,11 @@ def format_count(number: int) -> str:
 def counted(n: int, what: str = "run") -> str:
     """ "1 run", "2 runs"."""
     return f"{n} {what}{'s' if n != 1 else ''}"
+
+
+def counts_of(kinds: Mapping[Any, int]) -> str:
+    """ "2 failed, 1 running", sorted by their names."""
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
 
 
 def first_of(names: Sequence[str], at_most: int = 3) -> str:

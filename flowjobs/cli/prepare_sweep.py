@@ -19,8 +19,8 @@ from flowjobs.models.size import with_fixed_width
 from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import Run, check_run_name
-from flowjobs.runs.selection import runs_of_sweep
-from flowjobs.sweeps.applying import ARGUMENT, applying
+from flowjobs.runs.selection import ARGUMENT, runs_of_sweep
+from flowjobs.sweeps.applying import applying
 from flowjobs.sweeps.grid import TABLES, Point, Sweep, run_names_of, slurm_of, training_of
 from flowjobs.sweeps.saved import names_of_runs, read_saved
 from flowjobs.training.pinned import with_pinned_files

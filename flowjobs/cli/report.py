@@ -17,7 +17,7 @@ from flowjobs.cli.runs_named import RunNames, never_made, readable_runs
 from flowjobs.config import OptionalPath, OptionalStr, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
 from flowjobs.formatting import first_of
-from flowjobs.runs.run import Run, absolute
+from flowjobs.runs.run import Run, absolute, check_is_file
 from flowjobs.runs.selection import fits
 from flowjobs.runs.status import EXIT_BAD_INPUT
 
@@ -136,8 +136,7 @@ class Report(InStudy):
         selection = " ".join(self.names)
         title = f"{selection or absolute(self.study).name}: {found.metric.title}"
         file = absolute(file)
-        if file.exists() and not file.is_file():  # a pipe would be replaced
-            raise ConfigError(f"--html {file}: found no file, expected the path of one")
+        check_is_file("--html", file)
         if not file.parent.is_dir():
             raise ConfigError(f"--html {file}: found no folder {file.parent}")
         page = html_page(found, title, shlex.join(["flowjobs", *sys.argv[1:]]))

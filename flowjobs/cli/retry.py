@@ -28,7 +28,7 @@ from flowjobs.cli.start_many import (
 )
 from flowjobs.config import OptionalInt
 from flowjobs.errors import ConfigError
-from flowjobs.formatting import first_of
+from flowjobs.formatting import counts_of, first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import check_shared
 from flowjobs.runs.run import absolute
@@ -122,8 +122,7 @@ class Retry(CodeOptions, CommandOptions):
             member.stage for cause in found for member in cause.members
         )
         if others:
-            words = ", ".join(f"{count} {stage}" for stage, count in sorted(others.items()))
-            print_rows(unchanged=words)
+            print_rows(unchanged=counts_of(others))
         for member in members:
             if member.jobs_unknown:
                 print_rows(cancelled=f"{member.run.name}: {member.jobs_unknown}")

@@ -12,7 +12,7 @@ import tyro
 from flowjobs.cli.defaults import Defaults
 from flowjobs.config import PARTS, TrainingConfig
 from flowjobs.errors import ConfigError, FlowjobsError, RunNotFoundError
-from flowjobs.formatting import counted, first_of
+from flowjobs.formatting import counted, counts_of, first_of
 from flowjobs.nearest import LIST_AT_MOST, did_you_mean
 from flowjobs.runs.hint import hint
 from flowjobs.runs.progress import current_progress
@@ -104,9 +104,8 @@ def _meant(study: Path, words: Sequence[str]) -> Selection:
     wanted = {stage for state in asked for stage in SHOWN_AS.get(state, (state,))}
     runs = [run for run in configs if stage_of[run] in wanted]
     if not runs and not unreadable:
-        counts = Counter(stage_of.values())
-        there = ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))
-        raise RunNotFoundError(f"no run is {' or '.join(asked)}: {there or 'there are none'}")
+        there = counts_of(Counter(stage_of.values())) or "there are none"
+        raise RunNotFoundError(f"no run is {' or '.join(asked)}: {there}")
     return Selection(runs, unreadable)
 
 

@@ -17,7 +17,7 @@ from flowjobs.config import DATA_FILE_SUFFIXES, MAX_SEED
 from flowjobs.errors import ConfigError
 from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
 from flowjobs.runs.datasets import content_of_data
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import Run, check_is_file
 
 if TYPE_CHECKING:
     from flowjobs.data.dataset import FlowDataset
@@ -102,8 +102,7 @@ class Sample(InStudy):
             # Before minutes are spent.
             if not path.parent.is_dir():
                 raise ConfigError(f"--out {path}: there is no folder {path.parent}")
-            if path.exists() and not path.is_file():  # a pipe would be replaced
-                raise ConfigError(f"--out {path}: found no file, expected the path of one")
+            check_is_file("--out", path)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Submitting many runs, or training them here, with what is printed of it."""
 
 import contextlib
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,13 +58,10 @@ def check_parallel(parallel: int | None, slots: int) -> None:
 
 def plan_code_of(members: Sequence["Member"], choice: "CodeChoice") -> "list[CodePlan]":
     """What code each run is trained with; what they have in common is taken once."""
-    from flowjobs.jobs.snapshot import Snapshots, plan_code
+    from flowjobs.jobs.snapshot import plan_code, take_snapshot
 
-    snapshots = Snapshots()
-    return [
-        plan_code(member.run, member.config.training, choice, snapshots=snapshots)
-        for member in members
-    ]
+    take = functools.cache(take_snapshot)
+    return [plan_code(member.run, member.config.training, choice, take=take) for member in members]
 
 
 def that_can_be_started(members: Sequence["Member"]) -> "list[Member]":

@@ -29,7 +29,7 @@ from flowjobs.formatting import counted
 from flowjobs.models.size import checkpoint_bytes_of, size_words
 from flowjobs.runs.datasets import row_shape
 from flowjobs.runs.hint import hint
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import Run, undone_if_refused
 from flowjobs.slurm.options import DECIDED, environment_for_sbatch
 from flowjobs.tracking.record import tracking_of
 
@@ -142,7 +142,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
                 print(f"{run.name} already has {busy}; nothing was submitted")
                 return 0
             attempts_before = len(run.status().attempts) if run.exists() else 0
-            with run.undone_if_refused():
+            with undone_if_refused([run]):
                 job = submit_now()
         if not job or cluster == "debug" or not self._follows(cluster):
             return 0

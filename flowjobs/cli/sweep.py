@@ -47,10 +47,10 @@ from flowjobs.field_values import KeyValues, flag
 from flowjobs.formatting import counted, first_of
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
-from flowjobs.runs.run import Run, absolute
+from flowjobs.runs.run import Run, absolute, check_is_file
+from flowjobs.runs.selection import ARGUMENT
 from flowjobs.runs.status import EXIT_BAD_INPUT
 from flowjobs.sweeps import grid
-from flowjobs.sweeps.applying import ARGUMENT
 from flowjobs.sweeps.saved import (
     check_same,
     check_sweep_name,
@@ -183,8 +183,7 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
             sweep = grid.Sweep()
         elif self.sweep and (self.sweep.endswith(".toml") or "/" in self.sweep):
             file = absolute(Path(self.sweep))
-            if file.exists() and not file.is_file():  # reading a pipe may wait for ever
-                raise ConfigError(f"sweep {file}: found no file, expected the path of one")
+            check_is_file("sweep", file)
             name = file.stem if self.name is None else self.name
             sweep = read_sweep(file)
         else:

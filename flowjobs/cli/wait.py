@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flowjobs.cli.defaults import Defaults, InStudy
 from flowjobs.cli.runs_named import RunNames, check_named, never_made, readable_runs
 from flowjobs.errors import ConfigError
-from flowjobs.formatting import first_of
+from flowjobs.formatting import counts_of, first_of
 from flowjobs.runs.run import Run, absolute
 from flowjobs.runs.status import (
     EXIT_BAD_INPUT,
@@ -65,7 +65,7 @@ class Wait(InStudy):
             open_runs = [run for run in runs if run not in found or found[run].stage != "finished"]
             found |= stages({run: configs[run] for run in open_runs})
             counts = Counter(member.stage for member in found.values())
-            words = ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))
+            words = counts_of(counts)
             words += "".join(f"; waits {why}" for why in held_for(found.values()))
             unknown = {member.why for member in found.values() if member.stage == "unknown"}
             words += f"; {shorten(min(unknown), 150, placeholder=' …')}" if unknown else ""

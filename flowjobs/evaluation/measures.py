@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flowjobs.flows.coupling import SIMPLEX_STEPS
+
 # For random directions.
 N_PROJECTIONS = 1000
-# Points up to which SciPy solves the transport; POT's steps beyond, more than it ever takes.
+# Points up to which SciPy solves the transport, and POT beyond.
 ASSIGN_AT_MOST = 1000
-SIMPLEX_STEPS = 100_000_000
 # Of the reference, for the median distance.
 BANDWIDTH_ROWS = 2000
 # Neighbours whose farthest makes a point's ball (Naeem et al.).

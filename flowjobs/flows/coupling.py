@@ -25,7 +25,7 @@ ABSORB_ABOVE = 1e9
 # Where POT's exact solver is faster than SciPy's.
 POT_UP_TO_DIM = 4
 POT_FROM_ROWS = 256
-# More than it ever takes.
+# More than POT's exact solver ever takes.
 SIMPLEX_STEPS = 100_000_000
 
 

@@ -80,8 +80,7 @@ def this_process(run: Submittable) -> JobProcess:
     forget_what_is_not_here()
     environment = _submitit_environment()
     if environment is None:
-        log = run.logs / f"{socket.gethostname()}-{os.getpid()}.log"
-        alone = dataclasses.replace(JobInfo.in_foreground(log), ranks=1)
+        alone = dataclasses.replace(_in_foreground(run), ranks=1)
         return JobProcess(alone, alone.start_id)
     if environment.num_tasks > 1:
         from submitit.helpers import TorchDistributedEnvironment
@@ -152,8 +151,7 @@ def forget_submitting_job() -> None:
 
 def _job_of(environment: JobEnvironment, run: Submittable) -> JobInfo:
     if environment.name() == "slurm" and not submitted_for_run():
-        log = run.logs / f"{socket.gethostname()}-{os.getpid()}.log"
-        return JobInfo.in_foreground(log)
+        return _in_foreground(run)
     return JobInfo(
         cluster=environment.name(),
         job_id=environment.job_id,
@@ -167,6 +165,10 @@ def _job_of(environment: JobEnvironment, run: Submittable) -> JobInfo:
         packed=SLOTS in os.environ,
         process=process_mark(os.getpid()),
     )
+
+
+def _in_foreground(run: Submittable) -> JobInfo:
+    return JobInfo.in_foreground(run.logs / f"{socket.gethostname()}-{os.getpid()}.log")
 
 
 def _submitit_environment() -> JobEnvironment | None:

@@ -295,7 +295,7 @@ def _as_found(run: Run, config: RunConfig, status: RunStatus, finding: Finding |
 
 def _without_job(run: Run, config: RunConfig, status: RunStatus) -> Member:
     """A run of which no job waits or runs."""
-    if has_done(status, config.training):
+    if has_done(status, config.training.epochs, config.training.patience):
         return Member(run, config, "finished")
     stage = _stage_without_job(run, status)
     if stage == "unknown":

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -94,26 +94,12 @@ def carry_out_together(plans: Iterable[CodePlan]) -> list[Path]:
     written: set[int] = set()
     files = []
     for plan in plans:
-        # Those of one `Snapshots` share what was read.
+        # Runs of the same modules share one snapshot, see `plan_code_of`.
         if plan.files and id(plan.files) not in written:
             written.add(id(plan.files))
             write_snapshot(plan.run.study, plan.files)
         files += plan.write_to_run(flush=False)
     return files
-
-
-class Snapshots:
-    """The snapshots of a submission of many runs: of the same modules one is taken, once."""
-
-    def __init__(self) -> None:
-        self._taken: dict[tuple[tuple[str, ...], Path], Snapshot | None] = {}
-
-    def of(self, modules: tuple[str, ...], study: Path) -> "Snapshot | None":
-        """The snapshot as it is now, or was the first time."""
-        key = (modules, study)
-        if key not in self._taken:
-            self._taken[key] = take_snapshot(modules, study)
-        return self._taken[key]
 
 
 def plan_code(
@@ -122,7 +108,7 @@ def plan_code(
     choice: CodeChoice = "ask",
     *,
     in_use: bool = False,
-    snapshots: Snapshots | None = None,
+    take: "Callable[[tuple[str, ...], Path], Snapshot | None] | None" = None,
 ) -> CodePlan:
     """What code a run that is submitted now is trained with. Writes nothing.
 
@@ -131,7 +117,7 @@ def plan_code(
         training: What is asked for.
         choice: What to do where the code is not what it was.
         in_use: Whether a job of the run waits or runs, so that its code must stay.
-        snapshots: What has been taken for other runs.
+        take: What takes the snapshot; `take_snapshot` by default.
 
     Raises:
         RunMismatchError: The code has changed, and `choice` does not say which one is meant.
@@ -150,7 +136,7 @@ def plan_code(
             return CodePlan(run)
         case "submitted" if kept or begun:
             return CodePlan(run, _changed_words(run, modules, kept) if kept else "")
-    now = (snapshots or Snapshots()).of(modules, run.study)
+    now = (take or take_snapshot)(modules, run.study)
     if now is None and not (kept and begun):
         return CodePlan(run, forget=kept is not None)
     if now is None:

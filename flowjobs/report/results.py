@@ -85,7 +85,7 @@ class Result:
     def finished(self) -> bool:
         """Whether it has done all that it is asked to, which may be more than when it ended."""
         length = {key: self.fields[key] for key in ("epochs", "patience")}
-        return has_done(self.status, TrainingConfig(**length))
+        return has_done(self.status, **length)
 
     @property
     def live(self) -> bool:

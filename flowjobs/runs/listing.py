@@ -20,8 +20,8 @@ from typing import Any, get_args
 from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.runs.files import read_json, replaced_whole
-from flowjobs.runs.run import Run, folder_names, leads_nowhere
-from flowjobs.runs.status import State
+from flowjobs.runs.run import Run, folder_names, has_done, leads_nowhere
+from flowjobs.runs.status import RunStatus, State
 from flowjobs.runs.submittable import CLOCKS
 
 VERSION = 2
@@ -125,10 +125,8 @@ def _look(run: Run, stamp: Stamp) -> Glance:
         if state not in get_args(State):
             raise ConfigError(f"{run.status_file} is damaged (found state {state!r})")
         ended = newest.get("ended")
-        done = state == "finished" and (
-            status["epoch"] >= epochs
-            or ((status.get("epochs") or 0) >= epochs and (status.get("patience") or 0) >= patience)
-        )
+        length: dict[str, Any] = {key: status.get(key) for key in ("epochs", "patience")}
+        done = has_done(RunStatus(state, epoch=status["epoch"], **length), epochs, patience)
         ended_s = _seconds(ended) if ended else 0.0
         submitted_since = stamp[4] / 1e9 > ended_s - CLOCKS.total_seconds()
         return Glance(

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from flowjobs.runs.attempt import Attempt, died_silently
+from flowjobs.runs.extending import Extension
 from flowjobs.runs.lock import Judge, system_lock_decides
 from flowjobs.runs.metrics import MetricsFile
 from flowjobs.runs.run import Run
@@ -30,7 +31,7 @@ class Recorder:
     def start_at(
         self,
         step: int,
-        extensions: Sequence[Mapping[str, Any]] = (),
+        extensions: Sequence[Extension] = (),
         rows_up_to: int | None = None,
     ) -> None:
         """Say from which step the rows come; rows on disk past it are dropped.
@@ -40,7 +41,7 @@ class Recorder:
             extensions: When the run was given more epochs or patience.
             rows_up_to: The last step whose row is kept, if that is another one.
         """
-        self.attempt.start_at(step, [dict(extension) for extension in extensions])
+        self.attempt.start_at(step, extensions)
         kept = step if rows_up_to is None else rows_up_to
         self._metrics = MetricsFile(self._run.metrics_file, after_step=kept)
         self.attempt.trains_now()

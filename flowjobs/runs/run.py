@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,8 @@ class Run(Submittable):
         status = self.status()
         if status.state != "finished":
             return False
-        return has_done(status, asked or self.config().training)
+        asked = asked or self.config().training
+        return has_done(status, asked.epochs, asked.patience)
 
     def check_files(self, asked: TrainingConfig | None = None) -> None:
         """Raise if a checkpoint that the run needs is gone.
@@ -397,18 +398,6 @@ class Run(Submittable):
             about = {"name": self.name, "signature": signature_of(content["training"])}
             write_json(self.config_file, {**about, **content}, flush=flush)
         return note
-
-    @contextlib.contextmanager
-    def undone_if_refused(self) -> Iterator[None]:
-        """Leave the run as it was before the block if that fails before a job is submitted."""
-        before = self.before_submission()
-        try:
-            yield
-        except SubmissionUnknownError:
-            raise  # a job of it may start
-        except BaseException:
-            before.put_back()
-            raise
 
     def before_submission(self) -> "Before":
         """What a submission changes, to be put back if it is refused."""
@@ -609,13 +598,13 @@ class Run(Submittable):
             ) from error
 
 
-def has_done(status: RunStatus, asked: TrainingConfig) -> bool:
-    """Whether a run of this status has done all that `asked` asks for."""
+def has_done(status: RunStatus, epochs: int, patience: int) -> bool:
+    """Whether a run of this status has done all that it is asked for."""
     if status.state != "finished":
         return False
-    if status.epoch >= asked.epochs:
+    if status.epoch >= epochs:
         return True
-    return (status.epochs or 0) >= asked.epochs and (status.patience or 0) >= asked.patience
+    return (status.epochs or 0) >= epochs and (status.patience or 0) >= patience
 
 
 @dataclass(frozen=True)
@@ -653,6 +642,20 @@ class Before:
                         written.write(content)
         except OSError as error:
             logger.warning("%s is not put back as it was: %s", self.run.name, error)
+
+
+@contextlib.contextmanager
+def undone_if_refused(runs: Iterable[Run]) -> Iterator[None]:
+    """Leave runs as they were before the block if that fails before a job of them is submitted."""
+    before = [run.before_submission() for run in runs]
+    try:
+        yield
+    except SubmissionUnknownError:
+        raise  # a job of theirs may start
+    except BaseException:
+        for each in before:
+            each.put_back()
+        raise
 
 
 def _is_new(folder: Path) -> bool:
@@ -706,6 +709,13 @@ def check_links(path: Path) -> None:
                 f"{link} is a link to {there}, which is not there: if it was removed, make it anew "
                 f"(mkdir -p {shlex.quote(there)}); if it is not mounted here, go to where it is"
             )
+
+
+def check_is_file(option: str, path: Path) -> None:
+    """Raise a ConfigError for a folder, and for a pipe: reading it may wait for ever, and writing
+    would replace it."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{option} {path}: found no file, expected the path of one")
 
 
 def may_be_run(folder: Path) -> bool:

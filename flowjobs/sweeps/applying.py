@@ -13,8 +13,7 @@ from typing import Any
 from flowjobs.config import SIZE_FIELDS, TrainingConfig
 from flowjobs.flows.uses import has_use
 from flowjobs.models.source import may_take
-
-ARGUMENT = "arch_args."
+from flowjobs.runs.selection import ARGUMENT
 
 
 def applying(

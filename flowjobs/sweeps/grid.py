@@ -17,7 +17,7 @@ from flowjobs.config import IN_NAME, PARTS, PINNED, SlurmConfig, TrainingConfig,
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag
 from flowjobs.flows.uses import has_use
-from flowjobs.sweeps.applying import ARGUMENT
+from flowjobs.runs.selection import ARGUMENT
 
 # Values by field; an argument of the model is `arch_args.width`.
 Point = dict[str, Any]

@@ -17,7 +17,7 @@ from flowjobs.jobs.submit import submit
 from flowjobs.jobs.tasks import task_of
 from flowjobs.runs.files import AWAY_AT_MOST_S, warn_once
 from flowjobs.runs.process import process_lives
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import Run, undone_if_refused
 from flowjobs.runs.status import RunStatus
 from flowjobs.sweeps.submit_arrays import make_runs
 
@@ -101,7 +101,7 @@ def _start(member: Member, code: CodePlan, known_cancel: float | None, slot: int
                 return Event(run, "left alone", f"it has {busy} by now")
             if run.cancelled_at() not in (None, known_cancel):  # perhaps once more
                 return Event(run, "left alone", "it was cancelled meanwhile")
-            with run.undone_if_refused():
+            with undone_if_refused([run]):
                 make_runs([member], [code])
                 origin = Origin.here(member.config.slurm)
                 gpus = gpus_of_slot(member.config.slurm, slot)

@@ -117,7 +117,7 @@ def _is_finished(run: Run, config: RunConfig) -> bool:
     found = _json(run.status_file) or {}
     keys = ("state", "epoch", "epochs", "patience")
     status = RunStatus(**{key: found[key] for key in keys if key in found})
-    return has_done(status, config.training)
+    return has_done(status, config.training.epochs, config.training.patience)
 
 
 def shorter_than_asked(member: Member) -> str:

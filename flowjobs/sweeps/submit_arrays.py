@@ -1,11 +1,10 @@
 """Submits many runs as Slurm arrays: one for each set of resources, more where one is too large."""
 
-import contextlib
 import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -18,7 +17,7 @@ from flowjobs.jobs.submit import submit_array
 from flowjobs.jobs.tasks import ArrayTask
 from flowjobs.runs.files import flush_files
 from flowjobs.runs.pack import Pack, new_pack
-from flowjobs.runs.run import Before, Run
+from flowjobs.runs.run import Run, undone_if_refused
 from flowjobs.runs.submittable import Submittable
 from flowjobs.slurm.cluster import cluster_settings
 from flowjobs.slurm.controller import set_parallel
@@ -202,7 +201,7 @@ def _submit_one(
     members = [member for task in tasks for member in task]
     runs, asked = [member.run for member in members], members[0].config.slurm
     array = new_array(runs[0].study)
-    with signals_deferred(), _put_back_if_refused(runs):
+    with signals_deferred(), undone_if_refused(runs):
         notes = make_runs(members, [code_of[run] for run in runs])
         submitted: Sequence[Submittable] = runs
         if slots > 1:
@@ -213,20 +212,6 @@ def _submit_one(
         # While signals wait: Ctrl-C ends the command as the block ends.
         done.jobs[job_id] = len(members)
         done.notes += notes
-
-
-@contextlib.contextmanager
-def _put_back_if_refused(runs: Sequence[Run]) -> Iterator[None]:
-    # Of all, before any is changed: sbatch takes or refuses an array as a whole.
-    before: list[Before] = [run.before_submission() for run in runs]
-    try:
-        yield
-    except SubmissionUnknownError:
-        raise  # a task of theirs may start
-    except BaseException:
-        for each in before:
-            each.put_back()
-        raise
 
 
 def make_runs(members: Sequence[Member], code: Sequence[CodePlan]) -> list[str]:

@@ -37,7 +37,7 @@ from typing import Any
 from flowjobs.config import SlurmConfig, TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.nearest import meant
-from flowjobs.sweeps.applying import ARGUMENT
+from flowjobs.runs.selection import ARGUMENT
 from flowjobs.sweeps.grid import TABLES, TRAINING, Point, Sweep, check_lengths, shown
 from flowjobs.toml_values import NO_VALUE, read_toml, typed_value
 

@@ -26,7 +26,7 @@ from flowjobs.tracking.mode import check_server_answers, server_of
 from flowjobs.tracking.process import failure_of_mirror, start_mirror, upload_limit_s
 
 # How long a run that another node trains may write nothing, and still be taken to train.
-QUIET_S = 600.0
+SILENT_AT_MOST_S = 600.0
 
 
 class DeletedError(TrackingError):
@@ -112,7 +112,7 @@ def _who_trains(run: Run, judge: Judge) -> str | None:
     attempt = run.status().open_attempt
     if attempt is None or same_host(attempt.job.host, socket.gethostname()):
         return None
-    return attempt.job.description if written_lately(run.folder, QUIET_S) else None
+    return attempt.job.description if written_lately(run.folder, SILENT_AT_MOST_S) else None
 
 
 def _upload(run: Run) -> Synced:

@@ -34,7 +34,7 @@ from flowjobs.runs import file_lock, submittable
 from flowjobs.runs.lock import RunLock
 from flowjobs.runs.pack import new_pack
 from flowjobs.runs.process import process_mark
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import Run, undone_if_refused
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, State, now
 from flowjobs.slurm import sacct
 from flowjobs.slurm.jobs import Unknown
@@ -247,7 +247,7 @@ def test_a_submission_that_hangs_is_not_waited_for_for_ever_and_what_is_refused_
     monkeypatch.setattr(submittable, "SUBMIT_WAIT_S", 0.1)
     run = Run(study, "a")
     with run.one_submits():
-        with run.one_submits(), pytest.raises(SubmissionError), run.undone_if_refused():
+        with run.one_submits(), pytest.raises(SubmissionError), undone_if_refused([run]):
             raise SubmissionError("refused")
         assert "submitting all the same" in caplog.text
         assert not run.folder.exists()

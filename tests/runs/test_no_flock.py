@@ -25,7 +25,7 @@ from flowjobs.config import RunConfig
 from flowjobs.errors import LockHeldError, RunBusyError
 from flowjobs.runs import file_lock, lock, submittable
 from flowjobs.runs.lock import RunLock, lock_holder
-from flowjobs.runs.run import Run
+from flowjobs.runs.run import Run, undone_if_refused
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking import record
 logging.basicConfig(format="%(message)s")
@@ -101,7 +101,7 @@ def test_without_locks_a_living_process_holds_the_run_and_a_killed_one_does_not(
             with run.one_submits():
                 pass
             refused = Run(run.study, "refused")
-            with suppress(LockHeldError), refused.one_submits(), refused.undone_if_refused():
+            with suppress(LockHeldError), refused.one_submits(), undone_if_refused([refused]):
                 raise LockHeldError("as sbatch may refuse it")
             print(refused.folder.exists())
             with RunLock(run.folder, JobInfo.in_foreground()) as mine, record.upload_lock(run):

@@ -25,7 +25,7 @@ from flowjobs.runs.attempt import Attempt
 from flowjobs.runs.goodput import time_spent
 from flowjobs.runs.hint import hint
 from flowjobs.runs.metrics import MetricsFile, latest_values, read_rows
-from flowjobs.runs.run import Run, absolute, run_names
+from flowjobs.runs.run import Run, absolute, run_names, undone_if_refused
 from flowjobs.runs.status import AttemptRecord, JobInfo, Outcome, RunStatus, outcome_of, utc
 
 JOB = JobInfo.in_foreground()
@@ -351,13 +351,13 @@ def test_a_submission_that_a_full_disk_refuses_leaves_the_run_as_it_was_or_whole
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
     more = RunConfig(slurm=SlurmConfig(partition="other"))
     refused = pytest.raises(OSError, match="File too large")
-    with refused, no_file_larger_than(0), run.undone_if_refused():
+    with refused, no_file_larger_than(0), undone_if_refused([run]):
         run.create(more)
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files} == before
     assert caplog.records == []
     # Full only when the config has been written already: it cannot be put back, and is whole.
     refused = pytest.raises(OSError, match="File too large")
-    with contextlib.ExitStack() as full, refused, run.undone_if_refused():
+    with contextlib.ExitStack() as full, refused, undone_if_refused([run]):
         run.create(more)
         full.enter_context(no_file_larger_than(0))
         run.request_cancel()
