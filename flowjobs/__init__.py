@@ -1,16 +1,18 @@
 """Flow-matching ablations as jobs on a preemptible Slurm cluster. Importing this loads no torch.
 
-The way through: `cli` parses → `config` is checked → `jobs/submit.py` hands submitit a job that
-holds nothing but the run's folder → on the node `jobs/entry.py` arms the signals, takes the run's
-lock and opens tracking → `training/trainer.py` runs the steps, and knows neither Slurm nor W&B →
+The way through: `cli` parses → `config` is checked → `jobs/submit.py` submits a job that holds
+nothing but the run's folder (submitit writes its batch file, `slurm/submission.py` calls sbatch) →
+on the node `jobs/entry.py` arms the signals, takes the run's lock and opens tracking →
+`training/trainer.py` runs the steps, and knows neither Slurm nor W&B →
 `training/checkpoint.py` writes; `tracking/mirror.py`, a process of its own, follows `metrics.jsonl`
 to W&B → `jobs/restart.py` restarts an interrupted run, `jobs/reconcile.py` closes one that died.
 
 The rooms, each of which imports only those behind it:
-    cli         one file a command; the only place that prints or exits
+    cli         one file a command, and what they share; the only place that prints
     sweeps      grids, plans, arrays, runs of this machine     report      tables and pages
     drill       proves the promises on its user's cluster
-    jobs        executors, submit, running, entry, signals, stop and exit causes, restart, reconcile
+    jobs        executors, submit, current_job, entry, signals, stop and exit causes, restart,
+                reconcile
     training    trainer, state, checkpoints, ranks          tracking    W&B
     evaluation  samples of a trained model, and measures of their quality
     flows  models  data

@@ -1,4 +1,4 @@
-"""The command line: one file a command. The only place that prints, and that exits.
+"""The command line: the only place that prints; one file a command, and what they share.
 
 Beside the commands, which `commands` lists:
 

@@ -49,7 +49,8 @@ class InStudy:
 
 @dataclass(frozen=True)
 class CommandOptions:
-    """What `submit` and `train` take beside the config, as far as a file may set it."""
+    """What `submit`, `resume`, `sweep` and `retry` take beside the config, as far as a file may set
+    it."""
 
     study: Path = field(default_factory=default_study)
     """Root of the study; default: $FLOWJOBS_STUDY, else ./study."""

@@ -130,7 +130,7 @@ def shortfalls(facts: ClusterFacts) -> list[Shortfall]:
         found.append(
             Shortfall(
                 "requeuing is forbidden for the job: runs continue under new job ids; to keep the "
-                "id, submit without --sbatch no-requeue"
+                "id, submit without --sbatch no-requeue=True"
             )
         )
     if facts.accounting is False:

@@ -2,8 +2,12 @@
 
 study/                                     --study DIR, or $FLOWJOBS_STUDY
   datasets/splits/NAME/{train,val}.pt      data
+  datasets/pairs/DIGEST/{train,val}.pt     noise and samples of the best.pt of that digest, which
+                                           --flow reflow trains on
   checkpoints/RUN/best.pt, last.pt         weights, each with the one before (*.previous.pt)
-                  *.damaged-*.pt           files that could not be read, set aside
+                  *.damaged-*.pt           set aside: files that could not be read, that hold NaN or
+                  *.nonfinite-*.pt         infinity, that are of another model
+                  *.mismatched-*.pt
   code/DIGEST/                             snapshots of the user's code, shared by runs
   sweeps/NAME.toml NAME.runs               what was asked for, and the runs that it means
   packs/NAME/                              runs that share a job; see `runs.pack`
@@ -21,6 +25,7 @@ study/                                     --study DIR, or $FLOWJOBS_STUDY
            wandb/                          W&B's own files, and what W&B has of the run:
                                            on_record.json times.jsonl surroundings.json page.txt
                                            mirror.log
+Beside these, hidden: .lock* and .*.lock, of whoever trains, submits or uploads.
 
 the folder     run, submittable (its base, and pack's), files, run_id, code, removal
 one attempt    attempt, lock, file_lock, process, recorder, rank_failures, surroundings
