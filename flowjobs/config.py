@@ -39,7 +39,7 @@ DECIDED_OPTIONS = {
     "output": "logs are in the run's folder",
     "error": "logs are in the run's folder",
     "open-mode": "a requeued job adds to its log",
-    "array": "a run is one job",
+    "array": "a run is one job; for arrays see flowjobs sweep",
     "wait": "submit returns at once; --follow waits",
     "gpus-per-task": "there is one process per GPU; see --gpus-per-node",
     "gpus-per-socket": "GPUs are asked for by node; see --gpus-per-node",
@@ -216,8 +216,7 @@ class TrainingConfig:
     default: the batch size."""
 
     reflow_from: OptionalStr = None
-    """Run whose pairs of noise and sample --flow reflow straightens; a finished one of this
-    study."""
+    """A finished run of this study; --flow reflow trains on its pairs of noise and sample."""
 
     time_sampling: TimeSampling = "uniform"
     """Distribution of t in training: uniform, or logit-normal (the sigmoid of a normal variable).
@@ -254,7 +253,7 @@ class TrainingConfig:
     300."""
 
     evaluate: bool = True
-    """Measure samples at the end of the run, in seconds: see flowjobs evaluate."""
+    """At the end, measure samples (takes seconds); see flowjobs evaluate."""
 
     deterministic: bool = False
     """On a GPU too, end with the bits of an uninterrupted run: only deterministic algorithms of

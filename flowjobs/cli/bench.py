@@ -36,7 +36,7 @@ class Bench(WithDefaults):
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     runs_per_gpu: Annotated[tuple[int, ...], tyro.conf.arg(metavar="K...")] = (1, 2, 4, 8)
-    """How many runs at once, in turn."""
+    """Numbers of simultaneous runs to measure, one after another."""
 
     mps: Flag = False
     """Have them share the GPU by CUDA's MPS, as with `sweep --mps`."""

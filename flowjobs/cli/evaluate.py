@@ -53,7 +53,7 @@ class Evaluate(InStudy):
     that of --source), at most 2000."""
 
     repeats: int = 5
-    """With other noise and other rows."""
+    """How often to measure, each time with other noise and rows."""
 
     solver: Method = "midpoint"
     """Solver of the ODE, of all but the curve over network calls."""

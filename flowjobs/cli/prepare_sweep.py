@@ -51,10 +51,10 @@ def prepare_sweep(
     if not points:
         raise ConfigError(f"the sweep {name} has no runs: all are excluded")
     if unused := sweep.unused_exclusions():
-        print(f"note: no run has what [[exclude]] {', '.join(unused)} says: none is left out")
+        print(f"note: [[exclude]] {', '.join(unused)} matches no run")
     for varied, n in left_out_of.items():
         option = flag(varied.removeprefix(ARGUMENT))
-        print(f"note: {option} is left out of {counted(n)} without a use for it")
+        print(f"note: {option} does not apply to {counted(n)} and is left out there")
     _check_each(configs, study, defaults)
     names = run_names_of(configs)
     shapes = {data: row_shape(data, study) for data in {c.dataset for c in configs if c.params}}

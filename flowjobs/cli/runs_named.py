@@ -55,7 +55,7 @@ def existing_run(study: Path, name: str) -> Run:
     runs, unreadable = runs_matching(study, [name])
     if not runs:
         names = first_of([run.name for run in unreadable])
-        raise RunNotFoundError(f"no run is known to be {name}; of {names} it cannot be read")
+        raise RunNotFoundError(f"no run matches {name}; {names} could not be read and may be it")
     if len(runs) > 1:
         raise ConfigError(f"{name} is {list_of(runs)}; expected one run")
     return runs[0]

@@ -99,8 +99,8 @@ class SubmitOptions(CodeOptions, CommandOptions):
         if busy and cancelled and not plan:
             again = hint("cancel", run.name, study=run.study)
             raise SubmissionError(
-                f"{run.name} is cancelled and still has {busy}, which submitting would let train: "
-                f"{again} ends it"
+                f"{run.name} is cancelled but still has {busy}; submitting now would let that job "
+                f"train. First run: {again}"
             )
         merged, note = run.merge(config, in_use=busy is not None)
         if not busy and there:

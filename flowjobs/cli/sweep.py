@@ -130,7 +130,7 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
     `flowjobs bench` measures how many are best; default: 1."""
 
     first: OptionalInt = None
-    """Start only so many runs."""
+    """Start at most this many runs."""
 
     yes: Flag = False
     """Submit more than 100 runs without asking."""
@@ -236,7 +236,9 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
 
         cluster, why = choose_cluster(self.cluster)
         if cluster == "debug":
-            raise ConfigError("--cluster debug: a sweep is no one run; submit one of its runs")
+            raise ConfigError(
+                "--cluster debug runs one run in this process: submit one run of the sweep"
+            )
         # A saved one from before this was an error is carried out; the plan says what comes of it.
         if cluster == "slurm" and (self.parallel or self.runs_per_gpu):
             check_parallel(sweep.parallel, sweep.runs_per_gpu)

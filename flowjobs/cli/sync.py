@@ -169,7 +169,7 @@ def _in_words(done: "Synced") -> str:
         case "complete":
             return "all of it is on the server"
         case "unchanged":
-            return "was all on the server at the last check"
+            return "unchanged since the last check, when the server had all"
         case "running":
             return f"trains now ({done.note}); sync it when it has stopped"
     return f"not tracked: {done.note}"

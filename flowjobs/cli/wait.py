@@ -42,7 +42,7 @@ class Wait(InStudy):
     """Names, patterns, a sweep, a group, or FIELD=VALUE (flow=otcfm state=failed)."""
 
     hours: float = 168.0
-    """Wait at most so long."""
+    """Give up after this many hours."""
 
     def run(self, defaults: Defaults) -> int:
         """Wait. Returns the exit code."""
@@ -79,7 +79,7 @@ class Wait(InStudy):
                 code = _end([found[run] for run in runs])
                 return code or (EXIT_BAD_INPUT if broken or missing else 0)
             if time.monotonic() > end:
-                print(f"{self.hours:g} hours are over; the same command waits on")
+                print(f"gave up after {self.hours:g} hours; the same command waits again")
                 return EXIT_PREEMPTED
             time.sleep(max(0.0, min(pause_s, end - time.monotonic())))
             pause_s = min(ASK_EVERY_S, 1.5 * pause_s)

@@ -94,7 +94,7 @@ class Scope:
         n: Samples of a repeat; None: as many as there are validation rows (of the source too),
             at most `at_most`.
         at_most: See `n`.
-        repeats: With other noise and other rows.
+        repeats: How often to measure, each time with other noise and rows.
         with_c2st: Train a classifier, which takes longer than all else.
         nearest_among: Training rows that the nearest one is looked for among, at most.
         solver: Of all but the curve over NFE.

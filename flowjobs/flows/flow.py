@@ -43,7 +43,7 @@ LEAST_VARIANCE = 1e-4
 
 @dataclass(frozen=True)
 class Flow:
-    """A flow, as all that is told from it knows it.
+    """A flow: its path, its coupling, and what it requires of a run.
 
     Attributes:
         path: The points x_t and the velocity dx_t there, which a model should predict.

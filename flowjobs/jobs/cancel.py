@@ -1,4 +1,4 @@
-"""Ends the jobs of runs because their user wants no more of them."""
+"""Cancel runs: note it on disk, then end their jobs."""
 
 import contextlib
 import os

@@ -41,7 +41,7 @@ CAUSE_KNOWN_AFTER = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class DeadJob:
-    """A run whose newest job, or the start of it that trained, is over, and nobody has noted it.
+    """A run whose newest job ended without recording how.
 
     Attributes:
         job: The job.

@@ -1,4 +1,4 @@
-"""A process of this host, told from another one that has got its id since.
+"""Identify a process of this host even after its pid was reused.
 
 Ids come again after a reboot, and in a container the first process has the same one each time.
 """

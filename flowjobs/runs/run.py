@@ -351,7 +351,7 @@ class Run(Submittable):
         write_json(self.cancel_file, {"time": now()})
 
     def clear_cancel(self) -> None:
-        """Its user wants the run restarted after all."""
+        """Remove the cancel mark: the run was submitted again."""
         self.cancel_file.unlink(missing_ok=True)
 
     def create(

@@ -60,7 +60,7 @@ FINISHED = Outcome("finished", exit_code=0)
 
 
 def cancelled_outcome(reason: str) -> Outcome:
-    """The outcome of a run that its user wants no more of."""
+    """The outcome of a cancelled run."""
     return Outcome("cancelled", EXIT_CANCELLED, reason, kind="cancelled")
 
 
@@ -327,8 +327,8 @@ def read_sound_status(path: Path) -> RunStatus:
         return RunStatus()
     except ValueError as error:
         raise ConfigError(
-            f"{path} is damaged ({error}): it counts for nothing until an attempt of the run, "
-            "which is to be submitted again, writes it anew"
+            f"{path} is damaged ({error}) and is ignored; submit the run again, its next attempt "
+            "writes a new one"
         ) from error
 
 

@@ -57,7 +57,7 @@ class Compute:
 # What makes the next start compute like the one before.
 WHAT_TO_DO = {
     "ranks": "ask for as many (--nodes, --gpus-per-node)",
-    "threads": "set OMP_NUM_THREADS to that",
+    "threads": "set OMP_NUM_THREADS to the former number",
     "device": "keep the run on nodes of one type (--constraint, --gpu-type)",
     "torch": "start it in the environment it began in",
 }
@@ -111,8 +111,8 @@ def computing_as_before(
         irrelevant = name == "threads" and not now.device.startswith("cpu")
         if before.get(name, value) != value and not irrelevant:
             logger.warning(
-                "computed with %s %s so far, with %s now: it resumes, but not to the bits of a "
-                "run that nothing interrupts; for these %s",
+                "so far this run used %s %s, now %s: it resumes, but its bits will differ from an "
+                "uninterrupted run; to avoid that, %s",
                 *(name, before[name], value, WHAT_TO_DO[name]),
             )
     return now

@@ -50,7 +50,7 @@ class TrainState:
         data: The content of each part of the data.
 
     Attributes:
-        held: A payload whose dicts of tensors are those of later ones, too; see `hold_tensors`.
+        held: A payload that later ones reuse; see `hold_tensors`.
         unvalidated: Between an epoch's last step and the end of its validation, what that step has
             to log; a run that was saved there validates first. Else None.
     """

@@ -60,7 +60,10 @@ def test_of_a_run_that_cannot_be_read_its_state_is_unknown(
 ) -> None:
     Run(grid, "otcfm-1").config_file.write_text("{")
     for words, said in (
-        ("show state=failed", "no run is known to be state=failed; of otcfm-1 it cannot be read"),
+        (
+            "show state=failed",
+            "no run matches state=failed; otcfm-1 could not be read and may be it",
+        ),
         ("logs --failed", "no run of 6 in .* has failed; of 1 run it is unknown"),
     ):
         with pytest.raises(RunNotFoundError, match=said):

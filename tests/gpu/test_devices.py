@@ -32,10 +32,10 @@ def test_a_run_goes_on_on_a_cpu_and_back_on_the_gpu(
     for here, leave_at in ((device, 25), (CPU, 55)):
         with pytest.raises(RunInterrupted):
             train(run, CONFIG, here, leave_at=(leave_at,))
-    assert f"computed with device {gpu} so far, with cpu " in caplog.text
+    assert f"so far this run used device {gpu}, now cpu" in caplog.text
     caplog.clear()
     train(run, CONFIG, device)
-    assert f"so far, with {gpu} now: it resumes, but not to the bits" in caplog.text
+    assert f", now {gpu}: it resumes, but its bits will differ" in caplog.text
     assert [attempt.last_step for attempt in run.status().attempts] == [25, 55, STEPS]
     assert read_checkpoint(run.last)["computed_with"]["device"] == gpu
     # The numbers that a GPU draws are others: it learns the same by other steps.

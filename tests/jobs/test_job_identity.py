@@ -382,7 +382,7 @@ def test_a_run_that_was_cancelled_while_slurm_was_away_keeps_its_one_job(
     site("squeue", 'exec $real "$@"')
     done = flowjobs("submit", *HELD, "--name", "a")
     assert done.returncode == 2
-    assert f"a is cancelled and still has job {job_of(run)} (pending)" in done.stderr
+    assert f"a is cancelled but still has job {job_of(run)} (pending)" in done.stderr
     assert run.cancel_requested()
     assert queue(slurm) == [job_of(run)]
 

@@ -389,7 +389,7 @@ def test_two_syncs_at_once_upload_once(study: Path, run: Run, backend: Backend) 
     assert (first.returncode, second.returncode) == (0, 0)
     assert sorted(said for said, _ in outputs) == [
         "tracked: 100 rows uploaded, verified\n",
-        "tracked: was all on the server at the last check\n",
+        "tracked: unchanged since the last check, when the server had all\n",
     ]
     # Who waits for more than some seconds says for whom.
     lines = [line for _, errors in outputs for line in errors.splitlines()]
@@ -669,7 +669,7 @@ def test_the_server_is_the_one_that_the_run_was_submitted_with(
     assert (done.returncode, done.stdout) == (0, f"{run.name}: all of it is on the server\n")
     assert_equal_histories(run, backend.run(run.tracking_id()))
     assert elsewhere.requests == []
-    assert "was all on the server at the last check" in flowjobs("sync").stdout
+    assert "unchanged since the last check, when the server had all" in flowjobs("sync").stdout
     elsewhere.go_down()
 
 

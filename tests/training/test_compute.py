@@ -133,9 +133,9 @@ def test_what_is_another_than_before_is_said_with_what_to_do(
         assert not caplog.records
         computing_as_before(now, {**before, "threads": 4, "ranks": 4}, {"OMP_NUM_THREADS": "1"})
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    assert "computed with ranks 4 so far, with 2 now" in caplog.text
+    assert "so far this run used ranks 4, now 2: it resumes" in caplog.text
     assert "ask for as many (--nodes, --gpus-per-node)" in caplog.text
-    assert "computed with threads 4 so far, with 1 now" in caplog.text
+    assert "so far this run used threads 4, now 1: it resumes" in caplog.text
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can use a GPU")
