@@ -53,7 +53,7 @@ def user_place(error: BaseException, *, installed: bool = True) -> str | None:
     Returns:
         None if no frame is the user's. The path is relative where it is below the working folder.
     """
-    # Of text that a module evaluates, which is in no file ("<string>"), that module is named.
+    # For text that a module evaluates, which is in no file ("<string>"), that module is named.
     if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         return _in_words(error.filename, error.lineno, None)
     frames = [frame for frame in _innermost_first(error) if _may_be_users(frame.filename)]

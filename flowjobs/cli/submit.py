@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from flowjobs.jobs.submit import SubmittedJob
     from flowjobs.runs.submittable import Submission
 
-# Of checkpoints that take less nothing is said.
+# Smaller checkpoints are not mentioned.
 LARGE_BYTES = 100e6
 
 EXAMPLES = """\

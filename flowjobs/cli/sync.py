@@ -116,7 +116,7 @@ class Sync(InStudy):
         # Where a file system has no locks, Slurm says whether the run still trains.
         judge = judge_for(run, JobInfo.in_foreground())
         with _while_it_lasts(f"uploading {run.name}"):
-            # Of a whole study, and at each look of a watch, that would be too many questions.
+            # For a whole study, or at each look of a watch, that would be too many requests.
             ask = bool(self.names) and not self.watch
             return sync_run(run, judge, ask=ask, as_new=self.as_new)
 

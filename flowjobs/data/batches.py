@@ -61,7 +61,7 @@ class Order:
         self._share = self.batch_size // world_size
         self._offset = rank * self._share
         self._device = device
-        # Of an epoch; as one value, since Ctrl-C in a notebook may come between two.
+        # The epoch and its rows; one value, since Ctrl-C in a notebook may come between two.
         self._permutation = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
 
     def indices(self, step: int) -> Tensor:

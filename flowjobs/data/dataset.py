@@ -256,7 +256,7 @@ def is_same_normalization(one: Mapping[str, Tensor], other: Mapping[str, Tensor]
     if any(key not in one or one[key].shape != other[key].shape for key in ("mean", "std")):
         return False
     for key in ("mean", "std"):
-        # Of two types, the digits of one are as good as the other's are.
+        # The less precise of two types limits how closely they can agree.
         digits = max(torch.finfo(stats[key].dtype).eps for stats in (one, other))
         first, second, std = (of.double().cpu() for of in (one[key], other[key], other["std"]))
         if bool(((first - second).abs() > 8 * digits * second.abs() + 1e-6 * std).any()):
@@ -472,7 +472,7 @@ def _dense(found: Tensor, name: str) -> Tensor:
         raise DataError(f"{name} is of the device meta, which has no numbers")
     if found.layout is not torch.strided:
         raise DataError(f"{name} is of layout {found.layout}, expected a dense one (.to_dense())")
-    # Of a graph, each step's loss would reach back into it.
+    # Left in a graph, each step's loss would reach back into that.
     return (found.detach() if found.requires_grad else found).cpu()
 
 

@@ -16,7 +16,7 @@ from flowjobs.errors import DataError
 from flowjobs.runs.data_file import start_of_entry
 from flowjobs.runs.files import replaced_whole
 
-# Of the zip format, which `.pt` files are of.
+# The zip format, which `.pt` files have.
 CENTRAL_HEADER_BYTES = 46
 CENTRAL_CRC_AT = 16
 DESCRIPTOR_CRC_AT = 4

@@ -82,7 +82,7 @@ _SETS: Mapping[str, _Generator] = {
     "scurve": _tongs_scurve,
     "8gaussians-tong": _eight_gaussians(radius=12, std=1.5),
     "moons-tong": _tongs_wide_moons,
-    # Of a variance of 0.1 the root is passed as the covariance.
+    # The root of a variance of 0.1 is passed as the covariance.
     "8gaussians-c2ot": _eight_gaussians(radius=5, std=0.1**0.25),
     "moons-c2ot": _torchdyns_moons,
 }

@@ -23,7 +23,7 @@ from flowjobs.flows.coupling import SIMPLEX_STEPS
 N_PROJECTIONS = 1000
 # Points up to which SciPy solves the transport, and POT beyond.
 ASSIGN_AT_MOST = 1000
-# Of the reference, for the median distance.
+# Rows of the reference that the median distance is taken over.
 BANDWIDTH_ROWS = 2000
 # Neighbours whose farthest makes a point's ball (Naeem et al.).
 K_NEAREST = 5
@@ -31,7 +31,7 @@ K_NEAREST = 5
 SAME = 1e-6
 # Distances that are held at once, of which several copies are made: 128 MB each.
 AT_ONCE = 2**24
-# Of the directions and the classifier.
+# For the directions and the classifier.
 SEED = 0
 FOLDS = 5
 TREES = 100
@@ -153,8 +153,8 @@ def prdc(samples: Tensor, reference: Tensor) -> dict[str, float]:
     reference_ball, sample_ball = (
         _kth_neighbour(points).clamp_min(same) for points in (reference, samples)
     )
-    # Of each sample, the reference's balls that it is in; of each reference point, whether it is in
-    # a sample's ball, and whether a sample is in its own.
+    # For each sample, how many of the reference's balls it is in; for each reference point, whether
+    # it is in a sample's ball, and whether a sample is in its own.
     balls = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
     recalled, covered, start = 0, 0, 0
     for between in _distances_by_rows(reference, samples):

@@ -18,7 +18,7 @@ TILE_SIDE = 96
 GAP = 8
 GAP_LEVEL = 96
 MOST_TILES = 64
-# Of scikit-learn's digits.
+# Side and largest value of scikit-learn's digits.
 DIGIT_SIDE, DIGIT_MOST = 8, 16
 
 

@@ -12,7 +12,7 @@ Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 
 DEFAULT_STEPS = 50
 DEFAULT_TOLERANCE = 1e-4
-# Of the curve over network calls.
+# Where the curve over network calls is measured.
 EULER_STEPS = (1, 2, 4, 8, 16, 32, 64)
 
 

@@ -30,10 +30,10 @@ from flowjobs.user_code import check_call, check_module, imported
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of x_0, x_1, t, sigma and the noise: x_t and dx_t. All of one shape (batch, *shape), t of
+# From x_0, x_1, t, sigma and the noise to x_t and dx_t, all of one shape (batch, *shape), t of
 # (batch, 1, …) in [0, 1]; noise is standard normal, or None where sigma is 0.
 Path = Callable[["Tensor", "Tensor", "Tensor", float, "Tensor | None"], tuple["Tensor", "Tensor"]]
-# Of x_0 and x_1, both (batch, dim), sigma and a seed: for each row of x_1 the row of x_0 that it is
+# From x_0 and x_1, both (batch, dim), sigma and a seed to the row of x_0 that each row of x_1 is
 # paired with, int64 of shape (batch,).
 Coupling = Callable[["Tensor", "Tensor", float, int], "Tensor"]
 

@@ -121,7 +121,7 @@ class CoupledPairs:
         device = self._batches.device
         if device.type == "cuda":
             if self._stream is None:
-                # Of a high priority: what little it computes need not wait for a step's kernels.
+                # High priority: its little work does not wait behind a step's kernels.
                 self._stream = torch.cuda.Stream(device, -1)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -8,7 +8,7 @@ from flowjobs.errors import ConfigError
 from flowjobs.field_values import flag
 from flowjobs.flows.flow import may_be_given_pairs, may_couple
 
-# Of each field the one that decides whether there is a use for it, and with which values.
+# For each field, the one that decides whether it has a use, and for which values.
 _DECIDED_BY: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "ot_batch": ("flow", may_couple),
     "reflow_from": ("flow", may_be_given_pairs),

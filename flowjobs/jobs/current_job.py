@@ -144,12 +144,12 @@ def _busy_with(
     for job in reversed(jobs):
         match answers[job]:
             case Known(row) as known if not known.over and (
-                # Of one that only leaves, the process may still save: the next one waits for it.
+                # The process of a completing job may still save: the next job waits for it.
                 row.state != "COMPLETING" or _comes_back(run, known)
             ):
                 waits = why_it_waits(row) if row.waits else None
                 return RunningJob(job.description, row.state.lower(), waits, job.job_id)
-    # Of older ones it does not matter: the newest was submitted when they were gone.
+    # Older ones do not matter: the newest was submitted when they were gone.
     newest = jobs[-1] if jobs and jobs[-1].job_id == entries[-1].job_id else None
     # Unknown is not gone: beside a job that lives, a second one would train the same run.
     if (

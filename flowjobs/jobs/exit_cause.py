@@ -71,7 +71,7 @@ FILE_SYSTEM = FILE_SERVER_IS_AWAY | {
     errno.EROFS,
     errno.ENXIO,
 }
-# Of these, what a socket says too: one of the user's code names no file.
+# Those that a socket raises too; that of a socket of the user's code names no file.
 OF_SOCKETS = frozenset(
     {
         *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH),
@@ -92,7 +92,7 @@ OUT_OF_GPU_MEMORY = re.compile(
 OUT_OF_MEMORY = re.compile(
     r"MemoryError|out of memory|_ALLOC_FAILED|can(no|')t allocate memory", re.I
 )
-# Of the port on which the ranks meet: another one at the next start.
+# The port on which the ranks meet is taken; the next start uses another one.
 ADDRESS_IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 LOST_GPU = re.compile(r"CUDA error|CUDA driver|NCCL|\bECC\b|CUBLAS_STATUS|CUDNN_STATUS|cudaError")
 # Not "device-side assertions", which torch names at the end of every error of CUDA.

@@ -22,7 +22,7 @@ from flowjobs.runs.submittable import Submission, Submittable
 from flowjobs.slots import SLOTS, submitted_for_run
 from flowjobs.slurm.jobs import JobIdentity, user_name
 
-# Of one process or one session only, and wrong in another job. The token for Slurm has run out.
+# Valid in one process or session only, and wrong in another job; the token for Slurm expires.
 OF_A_SESSION = ("WANDB_SERVICE", "SLURM_JWT", SLOTS)
 
 # What a job gets of the process that calls sbatch, unless its site says otherwise, by Slurm's names

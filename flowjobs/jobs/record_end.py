@@ -71,7 +71,7 @@ def record_end_of_slot(run: Run, job: JobInfo, exit_code: int) -> Outcome | None
     processes = [(known.job.job_id, known.job.host, known.job.pid) for known in status.attempts]
     this = (job.job_id, job.host, job.pid)
     if attempt and processes[-1] == this:
-        # Of one process of its job Slurm knows nothing.
+        # Slurm knows nothing of a single process of its job.
         outcome = exit_cause.cause_of(run, attempt, exit_code, answer=Gone())
         return record_dead_attempt(run, DeadJob(attempt.job, outcome, version, job_still_runs=True))
     if attempt or this in processes or exit_code in (0, EXIT_PREEMPTED, EXIT_CANCELLED):

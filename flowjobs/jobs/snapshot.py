@@ -41,7 +41,7 @@ SOURCES = {".py", ".pyi", ".pyx", ".pxd", ".c", ".cc", ".cpp", ".cu", ".cuh", ".
 SETTINGS = {".json", ".toml", ".yaml", ".yml", ".cfg", ".ini"}
 # Folders that not everyone tells git to ignore.
 NEVER = ("site-packages", "node_modules", "__pycache__", ".ipynb_checkpoints")
-# Of each file that no user module imports, and of all of them together.
+# A file that no user module imports may be this large, and all files together this.
 FILE_LIMIT_MB = 1.0
 TOTAL_LIMIT_MB = 20.0
 DIFF_LIMIT_MB = 1.0

@@ -238,7 +238,7 @@ def _environment_of(
         match cluster:
             case "slurm":
                 _replace_environment(environment_for_sbatch(inherited, asked))
-                # Of a restart as of the submission; that has its own.
+                # A restart gets the umask and limits of the submission, which has its own already.
                 inherits = origin.umask_and_limits() if continues else contextlib.nullcontext()
                 # submitit prints what sbatch said, and raises it as well.
                 with inherits, contextlib.redirect_stderr(io.StringIO()):

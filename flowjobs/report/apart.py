@@ -15,7 +15,7 @@ from flowjobs.config import DATA_FIELDS, FILE_FIELDS, PINNED
 from flowjobs.report.results import Result
 from flowjobs.runs.datasets import PAIRS, SOURCE
 
-# Of a digest, what is shown.
+# How much of a digest is shown.
 DIGITS = 8
 
 # What a value is: digests, a class and its parameters, or as JSON has it.
@@ -55,7 +55,7 @@ def _identities(results: Sequence[Result], name: str) -> list[Identity]:
         several = {model for (model, _), some in sizes.items() if len(some) > 1}
         contents = [of if of[:1] and of[0] in several else of[:1] for of in contents]
     values = [
-        # Of a run that is not made yet, nobody has looked what weights those are.
+        # Without the digest of a pinned file, which a run that is not made yet lacks.
         json.dumps(value.partition(PINNED)[0] if isinstance(value, str) else value, sort_keys=True)
         for value in (result.fields.get(name) for result in results)
     ]

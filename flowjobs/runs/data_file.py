@@ -49,7 +49,7 @@ BYTES_OF_TYPE = {
 ONE_TENSOR = "save that alone, torch.save(torch.as_tensor(rows), path), or use numpy.save"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# Of the zip format, which .pt files are of.
+# The zip format, which .pt files have.
 LOCAL_HEADER_BYTES = 30
 LOCAL_LENGTHS_AT = 26  # of the name and of what follows it, two bytes each
 
@@ -193,7 +193,7 @@ def content_of_file(path: Path) -> DataContent | None:
             return None
         read = _reader(file, layout)
         if not layout.row_major:
-            # Of a large one, a block of rows would be thousands of pieces of the file.
+            # A block of rows of a large one would be thousands of pieces of the file.
             if not layout.dense or layout.n_bytes > WHOLE_DIGEST_BYTES:
                 return None
             read = _reader_of_rows(read(0, layout.n_bytes), layout)

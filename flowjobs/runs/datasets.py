@@ -19,7 +19,7 @@ TOY_SETS = (
 )
 DIGITS_ROWS = 1797
 TOY_ROWS = 10_000  # for training, and as many others for validation and measures
-# Of a file that is not split, what is for validation.
+# How much of a file that is not split is for validation.
 VAL_SHARE = 0.15
 # Before the name of a part of a run's data: of what its paths start at, and of pairs of reflow.
 SOURCE = "source "

@@ -210,7 +210,7 @@ def _judged(folder: Path, found: dict[str, Any], free: bool | None, judge: Judge
         if free is None:
             return "unknown"
         return "gone" if free else "alive"
-    # Of a job Slurm says it. Some file systems know locks, but none between nodes.
+    # Slurm answers for its jobs. Some file systems have locks, but none between nodes.
     elsewhere = holder.cluster != "slurm" and not same_host(holder.host, socket.gethostname())
     if free and elsewhere and written_lately(folder, QUIET_S):
         free = None

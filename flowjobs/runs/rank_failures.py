@@ -12,7 +12,7 @@ from flowjobs.runs.files import read_json, write_json
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import Outcome
 
-# Of an error that only says that another rank is gone.
+# The kind of an error that only says that another rank is gone.
 LOST_CONNECTION = "lost connection"
 
 

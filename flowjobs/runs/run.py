@@ -554,7 +554,7 @@ class Run(Submittable):
         changed = [key for key in new if new[key] != old[key] and key not in NOT_IN_SIGNATURE]
         lines = signature_differences(old, new)
         plain = [
-            # Of a path its last part: a name cannot hold all of it.
+            # Only the last part of a path: a name cannot hold all of it.
             f"{key}{str(new[key]).rpartition('/')[2].partition(PINNED)[0]}"
             for key in changed
             if not isinstance(new[key], dict)

@@ -66,7 +66,7 @@ def cancelled_outcome(reason: str) -> Outcome:
 
 CANCELLED = cancelled_outcome("cancelled by flowjobs cancel")
 
-# Of the text of an error, in lists of runs.
+# How much of an error's text lists of runs show.
 REASON_CHARACTERS = 500
 
 

@@ -226,7 +226,7 @@ def job_record(job_id: str) -> JobRecord | None:
     if answer.returncode != 0 or "JobState=" not in record:
         raise SubmissionError(f"Slurm says nothing of job {job_id}: {first_line(answer)}")
     fields: dict[str, str] = {}
-    # Of an array it prints all tasks, a block each.
+    # For an array it prints all tasks, a block each.
     for line in (found + record).partition("\n\n")[0].splitlines():
         if line.lstrip().startswith(_LINES_OF_THEIR_OWN):
             key, _, value = line.lstrip().partition("=")

@@ -52,7 +52,7 @@ class JobIdentity:
 
     def matches(self, row: JobRow) -> bool:
         """Whether a row is on this job, and not on another one that has or had its id."""
-        # Of an array's tasks that ended before they were told apart, accounting has one row.
+        # Accounting has one row for all tasks of an array that ended before they were told apart.
         if row.job_id != self.job_id and (row.log or not _is_among(self.job_id, row.job_id)):
             return False
         if self.uid not in (None, row.uid) or (
@@ -65,7 +65,7 @@ class JobIdentity:
         in_time = row.submitted >= self.submitted - CLOCKS_S
         named = self.name in ("", row.name)
         if self.log and Path(row.log).is_absolute():
-            # Of a job that we submitted it tells alone: some sites rewrite names as well.
+            # For a job that we submitted the log alone decides: some sites rewrite names as well.
             return in_time and (named or bool(self.mark)) and row.logs_to(Path(self.log).parent)
         return in_time and named
 
@@ -155,7 +155,7 @@ def ask(
         return {job: Unknown(str(error)) for job in jobs}
     queued = _by_id(rows)
     known = {job: row for job in jobs for row in _rows_of(job, queued)}
-    # Of one that was started again only accounting has the earlier starts.
+    # Only accounting has the earlier starts of a job that was started again.
     told = {job for job, row in known.items() if row.state not in ENDED and not row.restarts}
     try:
         books = _accounting_of(job for job in jobs if job not in told)

@@ -163,7 +163,7 @@ _MEANINGS: dict[str, tuple[str, Callable[[str], Fields]]] = {
     # There is one process per GPU.
     "SBATCH_CPUS_PER_GPU": ("cpus_per_task", _cpus_per_task),
     "SBATCH_GRES": ("gpus_per_node", _gpus_of_gres),
-    # Of all nodes together, which is the same where there is one; `submit` refuses it for more.
+    # Counts all nodes together, the same thing for one node; `submit` refuses it for more.
     "SBATCH_GPUS": ("gpus_per_node", _gpus_per_node),
     "SBATCH_GPUS_PER_NODE": ("gpus_per_node", _gpus_per_node),
 }

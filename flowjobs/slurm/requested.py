@@ -110,7 +110,7 @@ def starts_without(nodes: str, fields: Mapping[str, str]) -> bool:
     options.append(f"--exclude={nodes}")
     if gres := gres_of(fields):
         options.append(f"--gres={gres}")
-    # Of the place that asks, and not the job's.
+    # They describe where the question is asked, not the job.
     foreign = {name for name in os.environ if name.startswith(("SBATCH_", "SLURM_"))}
     foreign -= {"SLURM_CONF", "SLURM_JWT"}
     here = {name: value for name, value in os.environ.items() if name not in foreign}

@@ -96,7 +96,7 @@ def _differences(training: Mapping[str, Any], config: RunConfig) -> list[str]:
     lines = signature_differences(training, asked)
     for field in DATA_FIELDS:
         there, here = training.get(field, ""), asked[field]
-        # Of a source the signature tells all but one file from another.
+        # The signature shows another source, unless both are files.
         of_signature = field == "source" and not (is_data_file(str(there)) and is_data_file(here))
         if there != here and not of_signature and not same_file(there, here):
             lines.insert(0, f"  {flag(field)}: {there} there, {here} asked for")

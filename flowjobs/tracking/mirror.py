@@ -211,8 +211,8 @@ class Mirror:
 
     def _note_times(self, rows: Iterable[Row], written_at: float) -> None:
         """Note the time of rows that were written just now, or while nobody looked."""
-        # Of one look all get the time of the last: exact while a mirror runs, the file's own after
-        # a pause. Steps that were lost and repeated keep their first time.
+        # All rows of one look get the time of the last: exact while a mirror runs, the file's own
+        # after a pause. Steps that were lost and repeated keep their first time.
         new = {row["step"]: written_at for row in rows if row["step"] not in self._times}
         self._times |= new
         if new:

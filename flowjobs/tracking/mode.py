@@ -19,7 +19,7 @@ DEFAULT_HOSTS = ["api.forge.coreweave.com", "api.wandb.ai"]
 
 # A key in them is for the server that is meant here, and goes to no other.
 CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-# Of these wandb does not make a login, but sends them.
+# wandb makes no login of these, but sends them.
 MORE_CREDENTIALS = (
     "WANDB_CREDENTIALS_FILE",
     "WANDB_X_EXTRA_HTTP_HEADERS",

@@ -22,7 +22,7 @@ from flowjobs.runs.surroundings import surroundings_of
 
 # Metrics whose lowest value a run is judged by.
 LOWEST = ("train/loss", "val/loss")
-# Of a diff in a run's config; the whole is in the run's folder.
+# How much of a diff W&B's config has; the whole is in the run's folder.
 DIFF_LIMIT_BYTES = 20_000
 
 OUR_TAG = "flowjobs"

@@ -50,7 +50,7 @@ NO_REFUSAL = re.compile(
 LOGIN = re.compile(
     r"error 401|not logged in|unauthori[sz]ed|unauthenticated|api.key|bad key", re.IGNORECASE
 )
-# Of an answer 400, as of a name that is too long, wandb passes on the server's words alone.
+# For an answer 400 (a name that is too long), wandb passes on the server's words alone.
 PLACE = re.compile(
     r"error 4(0[0234]|13|22)|permission|forbidden|access denied|not found|does not exist"
     r"|invalid (parameter|tag)|limit exceeded|cannot exceed",

@@ -22,7 +22,7 @@ from flowjobs.training.watched import watched
 
 logger = logging.getLogger(__name__)
 
-# Of tensors of the same shapes at each call; gives tensors on the GPU.
+# Takes tensors of the same shapes at each call; returns tensors on the GPU.
 Function = Callable[..., tuple[Tensor, ...]]
 
 # The first calls make an optimizer's moments, choose algorithms, compile.
@@ -32,9 +32,9 @@ PLAIN_CALLS = 3
 TOLERANCE = 1e-2
 ROUNDING = 1e-6
 NOISE = 4
-# Of a call that takes longer, the launch takes little; and a replay cannot be left in between.
+# A longer call gains little from a cheap launch, and a replay cannot be interrupted.
 LONGEST_CALL_S = 1.0
-# Of the GPU's free memory.
+# Share of the GPU's free memory that a graph may take.
 MEMORY_SHARE = 0.5
 
 

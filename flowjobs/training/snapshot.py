@@ -15,7 +15,7 @@ from torch import Tensor
 from flowjobs.training.checkpoint import CONTAINERS, Payload, bytes_of, rebuilt
 
 CPU = torch.device("cpu")
-# Of a GPU's memory, what a copy may take: there are two or three of them.
+# Share of a GPU's memory that a copy may take; there are two or three copies.
 GPU_SHARE = 0.02
 
 

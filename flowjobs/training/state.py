@@ -504,7 +504,7 @@ def _types(weights: Mapping[str, Any]) -> dict[str, str]:
     def told(tensor: Tensor) -> str:
         if tensor.layout is not torch.strided:
             return f"{tensor.dtype} {tensor.layout}"
-        # Of integers none is rounded: a count may become wider as another is added.
+        # Integers of any type are exact: a count may become wider as another is added.
         return "an integer type" if tensor.dtype in INTEGERS else str(tensor.dtype)
 
     return _of_each(weights, told)

@@ -549,7 +549,7 @@ class Trainer:
 
     def _adopt(self, saver: CheckpointSaver | None) -> None:
         """Make a state that came from another file the run's own, before the first step."""
-        # Of an epoch that is to be validated yet, that is done as the steps begin.
+        # An epoch that is not validated yet is validated as the steps begin.
         if math.isinf(self.state.best_loss) and self.state.unvalidated is None:
             # No best.pt here yet: as good as this state is the best so far.
             self.state.best_loss = self._validation_loss()

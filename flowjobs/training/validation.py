@@ -17,7 +17,7 @@ from flowjobs.training.ranks import Ranks
 
 # Rows that are drawn at once where the flow treats every row alone.
 ROWS_AT_ONCE = 1024
-# Of x_t and dx_t together, on a GPU.
+# Size of x_t and dx_t together up to which they are kept on a GPU.
 KEPT_BYTES = 2**28
 
 
