@@ -621,7 +621,7 @@ def _model_args(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _default(key: str) -> Any:
-    """Of a field with a default that is no object of its own."""
+    """The default of a field, where that is no object of its own."""
     return getattr(TrainingConfig, key)
 
 

@@ -120,8 +120,8 @@ class RankFailedError(FlowjobsError):
     Args:
         reason: Which one, and why.
         kind: The reason in a word or two.
-        exit_code: Of that rank.
-        traceback: Of that rank; empty if it is not known, or if it is no bug.
+        exit_code: That rank's.
+        traceback: That rank's; empty if it is not known, or if it is no bug.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class KeyValues(dict[str, Any]):
         A value is read by `literal_or_text`.
 
         Args:
-            items: Of the command line.
+            items: The command line's.
             as_typed: Keep the text of a number that would be written otherwise: to a program that
                 takes text, as sbatch does, `2024_11_05` and `1e5` may be names.
 
@@ -89,7 +89,7 @@ def take_types(config: Any) -> None:
 
 @functools.cache
 def _kinds_of_fields(cls: Any) -> list[tuple[str, frozenset[type]]]:
-    """Of each field the types that its values may be of."""
+    """The types that the values of each field may have."""
     kinds = []
     for name, hint in fields_of(cls)[0].items():
         options = {str} if get_origin(hint) is Literal else {*(get_args(hint) or [hint])}

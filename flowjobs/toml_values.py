@@ -46,7 +46,7 @@ def typed_value(name: str, value: Any, hint: Any, folder: Path) -> Any:
     """A value of a TOML file as the field of that name holds it.
 
     Args:
-        name: Of the field.
+        name: The field's.
         value: As it was read.
         hint: The field's type; Any: of those that JSON has.
         folder: Where a relative path begins.

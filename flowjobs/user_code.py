@@ -149,7 +149,7 @@ def check_call(signature: inspect.Signature, what: str, arguments: Sequence[str]
     """Raise a ConfigError unless a function can be called with these positional arguments.
 
     Args:
-        signature: Of the function; of a method without `self`.
+        signature: The function's; a method's without `self`.
         what: For the error's text.
         arguments: Their names.
     """

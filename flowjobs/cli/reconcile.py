@@ -73,7 +73,7 @@ def print_job_end(runs: Iterable[Run], exit_code: int) -> None:
     """Handle the end of the job whose batch script this process is in; print how its runs ended.
 
     Args:
-        runs: Of the job.
+        runs: The job's.
         exit_code: What its srun returned, not 0.
     """
     from flowjobs.jobs.environment import batch_script_job

@@ -102,7 +102,7 @@ def submit_many(
     Args:
         members: The runs.
         code: The code of each.
-        name: Of the arrays, in the queue.
+        name: The arrays' name in the queue.
         parallel: How many run at a time.
         slots: How many share a job.
         again: The command that submits what the cluster does not take now.

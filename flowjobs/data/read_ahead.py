@@ -50,7 +50,7 @@ class ReadAhead(Generic[T]):
     Args:
         reads: One read after the other, without an end.
         n_threads: How many read at once; 0: each row is read when it is needed.
-        name: Of what is read, for the texts.
+        name: Name of what is read, for the texts.
         wait_s: How long one is waited for; None: to its end, where it is computed and comes to one.
     """
 
@@ -99,7 +99,7 @@ def read_in_time(read: Callable[[], T], name: str) -> T:
 
     Args:
         read: Calls nothing of torch, whose C++ could abort a process that ends meanwhile.
-        name: Of what is read, for the texts.
+        name: Name of what is read, for the texts.
 
     Raises:
         DataError: It does not come to an end.

@@ -35,7 +35,7 @@ class Source(Protocol):
 
         Args:
             n: How many.
-            generator: Of the device; None is its default one.
+            generator: The device's; None is its default one.
             device: Where they are wanted.
         """
         ...
@@ -69,8 +69,8 @@ class RowSource:
 
     Args:
         dataset: The rows.
-        mean: Of the target, on the CPU.
-        std: Of the target.
+        mean: Mean of the target, on the CPU.
+        std: Its standard deviation.
     """
 
     def __init__(self, dataset: FlowDataset, mean: Tensor, std: Tensor) -> None:
@@ -102,7 +102,7 @@ class Sources:
     Attributes:
         training: In training.
         held_out: In validation, and for samples.
-        content: Of the files that they are read from, by part.
+        content: What the files hold that they are read from, by part.
     """
 
     training: Source
@@ -114,7 +114,7 @@ def sources_of(config: TrainingConfig, study: Path, mean: Tensor, std: Tensor) -
     """The sources of a run.
 
     Args:
-        config: Of the run.
+        config: The run's.
         study: Where the datasets are.
         mean: Mean of the run's data, of the shape of a row.
         std: Standard deviation of it.

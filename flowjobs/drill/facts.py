@@ -15,7 +15,7 @@ class ClusterFacts:
 
     Attributes:
         scheduler: With its version.
-        partition: Of the job.
+        partition: The job's.
         preempt_type: Who preempts whom: PreemptType.
         preempt_mode: What becomes of a job that is preempted: REQUEUE, CANCEL, …; OFF.
         grace_s: GraceTime: from the first signal of a preemption to the last, in seconds.

@@ -97,9 +97,9 @@ class Scope:
         repeats: How often to measure, each time with other noise and rows.
         with_c2st: Train a classifier, which takes longer than all else.
         nearest_among: Training rows that the nearest one is looked for among, at most.
-        solver: Of all but the curve over NFE.
-        euler_steps: Of the curve, beside dopri5; none: no curve.
-        seed: Of the noise.
+        solver: For all but the curve over NFE.
+        euler_steps: For the curve, beside dopri5; none: no curve.
+        seed: Seed of the noise.
     """
 
     n: int | None = None
@@ -340,7 +340,7 @@ class _Evaluation:
         mean, std = (stats[key].double().cpu().flatten() for key in ("mean", "std"))
 
         def squared_distance(points: Tensor) -> float:
-            """Of the noise to these rows."""
+            """From the noise to these rows."""
             self._check()
             return measures.squared_wasserstein2(x_0, normalized(points.cpu(), mean, std).double())
 

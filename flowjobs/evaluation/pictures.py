@@ -45,7 +45,7 @@ def draw_grid(path: Path, images: Tensor) -> None:
 
     Args:
         path: The .png file.
-        images: Of values from 0 (black) to 1, shape (n, height, width). A side is shown at about
+        images: Values from 0 (black) to 1, shape (n, height, width). A side is shown at about
             TILE_SIDE pixels, each pixel as a square.
     """
     levels = images.double().clamp(0, 1).mul(255).round().to(torch.uint8)

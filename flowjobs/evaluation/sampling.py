@@ -71,7 +71,7 @@ def integrate(
     """Follow a velocity from t = 0 to t = 1 with one of torchdiffeq's solvers.
 
     Args:
-        velocity: Of x of shape (batch, *shape) and t of shape (batch,).
+        velocity: A function of x, of shape (batch, *shape), and t, of shape (batch,).
         x_0: The points at t = 0.
         solver: Which solver, and how fine.
         with_energy: Integrate the squared velocity along the paths too.

@@ -19,7 +19,7 @@ class TrainedModel:
     """The best checkpoint of a run.
 
     Attributes:
-        name: Of the run.
+        name: The run's name.
         model: The velocity at (x, t), with the averaged weights (EMA), in evaluation mode; of
             normalized data.
         stats: Normalization of the data: `mean` and `std`, each of the shape of a row.
@@ -53,8 +53,7 @@ class TrainedModel:
         """Draw samples.
 
         Args:
-            n: How many. Of a run with --source, those beyond its held-out rows start where earlier
-                ones do.
+            n: How many. With --source, those beyond its held-out rows start where earlier ones do.
             seed: Seed of the source. A sample follows from it and its index, whatever n is.
             solver: euler, midpoint, heun, rk4, or dopri5, which chooses its steps.
             steps: Steps from source to data; of no effect with dopri5.

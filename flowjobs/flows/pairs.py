@@ -165,8 +165,8 @@ def plan_of(couple: Coupling, pair: Pair, sigma: float, seed: int) -> Tensor:
     Args:
         couple: Solves for it. One of the user's own finds the default generators seeded.
         pair: x_0 and x_1, each of shape (n, *shape).
-        sigma: Of the config.
-        seed: Of the plan.
+        sigma: The config's.
+        seed: Seed of the plan.
 
     Raises:
         ConfigError: A coupling of the user's own returns something else.
@@ -210,10 +210,10 @@ def make_pairs(
     """The pairs that a flow asks for.
 
     Args:
-        batches: Of the data; of a flow that is given its pairs, of these.
+        batches: Batches of the data, or of the pairs that a flow is given.
         flow: The flow.
         source: What x_0 is drawn from.
-        config: Of the run.
+        config: The run's.
         rank: This process among those that share a batch.
     """
     if flow.given_pairs:

@@ -43,7 +43,7 @@ def _parts(call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _signature(found: Found[ast.stmt], given: ast.expr) -> inspect.Signature | None:
-    """Of a function that is named in a module, or written there; None where it is not certain."""
+    """The signature of a function that a module names or has; None where it is not certain."""
     match given:
         case ast.Lambda():
             return signature_of(given.args)

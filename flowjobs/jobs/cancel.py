@@ -30,7 +30,7 @@ def cancel(run: Run) -> str:
 
     Raises:
         SubmissionError: A job of it may live on, or the run could not be noted as cancelled; the
-            text says which. Of a run that is noted, a job that starts sees that and ends.
+            text says which. A job that starts sees that its run is noted, and ends.
     """
     ((_, said),) = cancel_together([run])
     if isinstance(said, SubmissionError):

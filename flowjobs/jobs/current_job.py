@@ -41,7 +41,7 @@ class RunningJob:
         description: Which it is.
         state: As Slurm has it, in small letters; "" of one that is not Slurm's.
         waits: What it waits for, if Slurm says that.
-        job_id: Of a job that was submitted; "" of a process that is only known to hold the run.
+        job_id: Id of a job that was submitted; "" of a process that is only known to hold the run.
     """
 
     description: str

@@ -176,7 +176,7 @@ def submit_array(
     """Submit many runs as one array; see `jobs.array` for what is on disk at each moment.
 
     Args:
-        array: Of which nothing is on disk yet.
+        array: The array; nothing of it is on disk yet.
         submitted: Runs or packs, whose configs are on disk; in the order of the tasks.
         name: The job's.
         task: What each task does; it is pickled.

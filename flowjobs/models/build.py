@@ -24,8 +24,8 @@ def build_model(config: TrainingConfig, shape: int | tuple[int, ...]) -> nn.Modu
 
     Args:
         config: Names the model, its arguments and the seed.
-        shape: Of a row of the data; of a vector also its width. A model of the user's own gets the
-            width of vectors, and the shape of other data.
+        shape: Shape of a row of the data, or the width of a vector. A model of the user's own gets
+            the width of vectors, and the shape of other data.
 
     Raises:
         ConfigError: There is no such model, or it takes other arguments, or no such data.

@@ -56,7 +56,7 @@ def flops_per_sample(model: nn.Module, shape: Iterable[int]) -> int | None:
 
     Args:
         model: The model; a copy of it is called, in evaluation mode.
-        shape: Of a row.
+        shape: Shape of a row.
 
     Returns:
         None where a single row cannot be counted.
@@ -83,7 +83,7 @@ def flops_of_batch(model: nn.Module, rows: int, a_row: int | None) -> int:
 
     Args:
         model: Where a row cannot be counted, each of its parameters is used once.
-        rows: Of the batch.
+        rows: Rows of the batch.
         a_row: `flops_per_sample`.
     """
     return rows * (a_row or 2 * parameters_in(model))

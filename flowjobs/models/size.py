@@ -29,7 +29,7 @@ def with_fixed_width(config: TrainingConfig, shape: tuple[int, ...] | None) -> T
 
     Args:
         config: What is asked for.
-        shape: Of a row of the data; None if that is not known.
+        shape: Shape of a row of the data; None if that is not known.
 
     Raises:
         ConfigError: No width comes close enough, or the one that is given does not.
@@ -68,7 +68,7 @@ def parameters_of(arch: str, dim: int, width: int, arguments: Mapping[str, Any])
     Args:
         arch: Its name.
         dim: Width of the data.
-        width: Of the model.
+        width: The model's.
         arguments: Its other ones, as its constructor takes them.
     """
     counts: dict[str, Callable[..., int]] = {"mlp": _mlp, "unet": _unet, "dit": _dit}

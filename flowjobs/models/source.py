@@ -97,7 +97,7 @@ def check_vectors(config: TrainingConfig, shape: tuple[int, ...] | None) -> None
 
     Args:
         config: Names the model.
-        shape: Of a row of the data; None if that is not known.
+        shape: Shape of a row of the data; None if that is not known.
     """
     if config.arch_path in BUILT_IN_ARCHS and shape is not None and len(shape) > 1:
         raise ConfigError(
@@ -110,7 +110,7 @@ def check_arguments(signature: inspect.Signature, name: str, config: TrainingCon
     """Raise a ConfigError unless a constructor takes the data's width and the model's arguments.
 
     Args:
-        signature: Of the class `name`, without `self`.
+        signature: That of the class `name`, without `self`.
         name: For the error's text.
         config: Has the arguments.
     """
@@ -153,7 +153,7 @@ _POSITIONAL = {
 
 
 def _check_types(signature: inspect.Signature, arguments: Mapping[str, Any]) -> None:
-    """Of a built-in model, whose annotations hold, and whose numbers count something."""
+    """Check arguments of a built-in model, whose annotations hold and whose numbers are counts."""
     accepted = {"int": (int,), "int | None": (int,), "float": (int, float)}
     for key, value in arguments.items():
         expected = str(signature.parameters[key].annotation)

@@ -11,7 +11,7 @@ from flowjobs.errors import ConfigError
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 # Outside of training a model is called on no more numbers, or no more rows than in a step: the GPU
-# was chosen for those. Of small rows more come at once, since each call has its price.
+# was chosen for those. Small rows come in larger parts, since each call has its price.
 NUMBERS_AT_ONCE = 2**18
 
 

@@ -73,7 +73,7 @@ class Cell:
 
     @property
     def parameters(self) -> int | None:
-        """Of the model; None where its runs have several, or it is not known."""
+        """How many the model has; None where its runs differ, or it is not known."""
         return _common({result.status.parameters for result in self.results})
 
     @property

@@ -30,7 +30,7 @@ class Chart:
     Attributes:
         title: What its lines have in common.
         svg: The drawing.
-        names: Of its lines, in the order of their colours.
+        names: Names of its lines, in the order of their colours.
     """
 
     title: str

@@ -46,7 +46,7 @@ class Metric:
         """By what values are ranked, less being better.
 
         Args:
-            value: Of a run.
+            value: A run's.
             best: The value that none is better than, where it lies between others (chance, of a
                 classifier); None if there is no such value.
         """
@@ -117,7 +117,7 @@ def choose_metric(results: Sequence[Result], name: str | None, at_step: AtStep) 
 
 
 def _floors_of_loss(results: Iterable[Result], *, in_training: bool) -> tuple[str, ...]:
-    """Of a flow that pairs as many rows as a batch has, the batch size is one."""
+    """What a loss's floor depends on: also the batch size, where a flow pairs a batch's rows."""
     paired = any(
         result.fields.get("ot_batch") is None and may_couple(result.fields["flow"])
         for result in results

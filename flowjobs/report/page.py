@@ -47,11 +47,11 @@ class RunLine:
 
     Attributes:
         result: The run.
-        anchor: Of its row in the page.
-        values: Of the fields that vary, the seed among them.
-        value: Of the metric; None if it has none.
+        anchor: Anchor of its row in the page.
+        values: Values of the fields that vary, the seed among them.
+        value: The metric's; None if it has none.
         command: Submits it again; empty for one that no command line trained.
-        commit: Of its code.
+        commit: Commit of its code.
         page: Its page in W&B.
         reason: Why it failed, if it did.
     """

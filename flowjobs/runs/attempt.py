@@ -42,7 +42,7 @@ class Attempt:
         explain: Says how an attempt ended that could not say it itself.
 
     Attributes:
-        number: Of the run's attempts, from 1.
+        number: Which of the run's attempts it is, from 1.
 
     Raises:
         RunBusyError: On entering: another attempt holds the run.

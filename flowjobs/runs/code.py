@@ -37,7 +37,7 @@ class Code:
     """A run's `code.json`.
 
     Attributes:
-        digest: Of the snapshot.
+        digest: The snapshot's.
         roots: The folders in it that modules are imported from, in the order of `sys.path`.
         folder: Where the files were taken.
         others: Where those were taken that are in `_2`, `_3` and so on, in this order.

@@ -1,7 +1,7 @@
 """What a file of data holds, found out without torch: its layout, its content, a value not finite.
 
-Reads .npy files and .pt files as torch.save writes them. Runs no code from a file. Of a file of
-another kind (torch's old format, say) nothing is known here; torch says more when it loads it.
+Reads .npy files and .pt files as torch.save writes them. Runs no code from a file. Nothing is
+known here of other files (torch's old format, say); torch says more when it loads one.
 """
 
 import ast
@@ -90,9 +90,9 @@ class Layout:
     """Where the numbers of one array are in a file.
 
     Attributes:
-        shape: Of the array.
+        shape: The array's.
         dtype: Type of the numbers, by torch's name without "torch.".
-        offset: Of the first number in the file, in bytes.
+        offset: Where the first number is in the file, in bytes.
         strides: How many numbers further the next one of each dimension is.
     """
 
@@ -149,7 +149,7 @@ class DataContent:
         rows: How many.
         dim: Numbers of a row.
         dtype: Type of the numbers.
-        digest: Of the numbers, in the order of the rows.
+        digest: Digest of the numbers, in the order of the rows.
     """
 
     rows: int

@@ -129,7 +129,7 @@ def rows_per_step(batch_size: int, n: int, ranks: int) -> int:
     """How many rows a step takes, of all ranks together.
 
     Args:
-        batch_size: What is asked for. Of fewer rows than a batch, an epoch would have no step.
+        batch_size: What is asked for; with fewer rows, an epoch would have no step.
         n: Rows of the training data.
         ranks: How many processes share a batch.
 

@@ -21,7 +21,7 @@ class RankFailure:
     """How one rank failed.
 
     Attributes:
-        rank: Of the job, from 0.
+        rank: The job's rank, from 0.
         host: The node of the rank.
         outcome: As of a run of that rank alone; its kind is LOST_CONNECTION if another rank is
             the cause.

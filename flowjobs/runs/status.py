@@ -216,8 +216,8 @@ class RunStatus:
         extensions: When it was given more epochs or patience: {"step": 69, "epochs": [3, 6]}.
         model: The class of its model, `module:Name`, where its config does not name it: of one that
             was trained from Python. Else empty.
-        model_code: A digest of the code of a model that was trained from Python. Else empty.
-        parameters: Of its model; None before it has been built.
+        model_code: A digest of the code of a model that was trained from Python; else empty.
+        parameters: How many its model has; None before it has been built.
         flops_per_sample: Operations of the forward pass of one row; None if they are not known.
         diverged_after: The last step before rows that were lost and came again with other values.
         updated: When it was written; empty where no status is on disk, or a damaged one.

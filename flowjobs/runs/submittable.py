@@ -44,7 +44,7 @@ class Submission:
         log: The file that the run's output goes to; empty if that is not known.
         host: Where it was submitted.
         uid: Whose it is; None if that is not known.
-        process: Of a job on this machine: tells it from a later one of its id (`process_mark`).
+        process: Tells a job on this machine from a later one of its id (`process_mark`).
         job_name: The job's name.
         slurm_cluster: Slurm's name of its cluster; empty if that is not known.
         mark: Ours, that Slurm gives back; empty for a job that was submitted by hand.

@@ -70,7 +70,7 @@ class JobRow:
         name: The job's.
         submitted: When it was submitted or requeued, in seconds of the epoch.
         ended: When it ended, if it has; of a job that runs the controller says when it would.
-        exit_code: Of the batch script; accounting has that of its steps.
+        exit_code: The batch script's; accounting has that of its steps.
         signal: That killed it, or 0.
         nodes: NodeList.
         restarts: How often Slurm has started it again, or is about to; None in accounting.
@@ -116,7 +116,7 @@ class JobRow:
 
 def queue(uids: Collection[int]) -> list[JobRow]:
     """The jobs of these users that the controller knows: all that wait or run, and for some
-    minutes (MinJobAge) those that have ended. Of other users only where jobs are not private.
+    minutes (MinJobAge) those that have ended. Those of other users only where jobs are not private.
 
     Raises:
         SubmissionError: Slurm does not answer.

@@ -221,8 +221,8 @@ def environment_for_sbatch(environment: Mapping[str, str], asked: SlurmConfig) -
     """The environment for sbatch, without what would overrule the batch file.
 
     sbatch takes SLURM_* variables of a job it is called from (an interactive one, say) for the
-    new job's; those that say which cluster to talk to stay. Of the SBATCH_* variables those stay
-    that the file does not decide.
+    new job's; those that say which cluster to talk to stay. SBATCH_* variables stay that the
+    file does not decide.
 
     Args:
         environment: The environment of this process.

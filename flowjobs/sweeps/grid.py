@@ -39,7 +39,7 @@ class Sweep:
         grid: The values of each field that is varied by itself.
         zips: Fields that are varied together; their lists are of one length.
         include: Runs beside the product.
-        exclude: Of each field the values that together leave a run out.
+        exclude: Values by field that together leave a run out.
         slurm: Options of the cluster.
         tracking: Options of W&B.
         restarts: Options of restarts.

@@ -1,6 +1,6 @@
 """Compare the runs of a sweep with disk and Slurm: which are done, alive, failed, to be started.
 
-Of a run that is finished two small files are read and nothing else: a sweep of thousands that is
+For a finished run two small files are read and nothing else: a sweep of thousands that is
 repeated mostly looks at those. Slurm is asked about all of the others together.
 """
 

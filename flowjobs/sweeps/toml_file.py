@@ -23,8 +23,8 @@
     mem_gb = 16
 
 "None" stands for no value (`init_from = ["None", "a/best.pt"]`). What only some runs have a use for
-(ot_batch, of otcfm and not of icfm) is theirs alone: see `applying`. Of the options of `[slurm]`
-each run may have its own: in `[grid]`, `[[zip]]` and `[[include]]` they stand beside the fields of
+(ot_batch, of otcfm and not of icfm) is theirs alone: see `applying`. Each run may have its own
+options of `[slurm]`: in `[grid]`, `[[zip]]` and `[[include]]` they stand beside the fields of
 the training.
 """
 

@@ -1,7 +1,7 @@
 """What a run's page in W&B shows: its config, summary, tags and notes. Loads no wandb.
 
-All of it is read from the run's folder, so that whoever tells W&B tells the same. Of the tags and
-notes some are ours, and its user's stay. Ours are the tags below, and in the notes one paragraph:
+All of it is read from the run's folder, so that whoever tells W&B tells the same. Some of the tags
+and notes are ours, and its user's stay. Ours are the tags below, and in the notes one paragraph:
 a line that begins with "flowjobs: " and the quoted lines after it, written anew each time. They are
 never empty, since W&B's client does not send an empty list or text, so that one could not be
 cleared.

@@ -193,7 +193,7 @@ def missing_on_server(run: Run, last_step: int, outcome: Outcome | None = None) 
 
     Args:
         run: The run.
-        last_step: Of the last row.
+        last_step: The last row's.
         outcome: Also look at the tags and notes, which are to show this outcome.
     """
     there = run_on_server(run)

@@ -321,7 +321,7 @@ def rebuilt(value: Any, change: Callable[[Any, Any], Any]) -> Any:
     """A dict, list or tuple of a payload with other items.
 
     Args:
-        value: Of a type in `CONTAINERS`.
+        value: One of a type in `CONTAINERS`.
         change: From an item and its key, which is None in a list or tuple.
     """
     if not isinstance(value, dict):

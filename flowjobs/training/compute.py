@@ -39,7 +39,7 @@ class Compute:
 
     Attributes:
         ranks: Processes that share a step.
-        threads: Of each rank, for the operations on the CPU.
+        threads: How many each rank has for operations on the CPU.
         device: The GPU's name, or "cpu" with what its instructions can do.
         torch: Version.
     """
@@ -71,7 +71,7 @@ def computing(
 
     Args:
         ranks: The processes that train together.
-        flops: Of the forward pass of this rank's part of a step (`flops_of_batch`).
+        flops: FLOPs of the forward pass of this rank's part of a step (`flops_of_batch`).
         environment: OMP_NUM_THREADS is obeyed; a job's says how many cores it was given.
     """
     before, threads = torch.get_num_threads(), threads_for(ranks, flops, environment)

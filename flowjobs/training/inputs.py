@@ -34,7 +34,7 @@ class Inputs:
         std: The same.
         stats: Normalization of the run's data, also where the pairs are made: samples undo it.
         sources: What x_0 are drawn from.
-        content: Of all files that are read, by part.
+        content: What all files that are read hold, by part.
     """
 
     train: FlowDataset
@@ -59,8 +59,8 @@ def inputs_of(
     """The inputs of a run. Pairs that are not there yet are made, on the first rank.
 
     Args:
-        config: Of the run.
-        flow: Of the config.
+        config: The run's.
+        flow: The config's.
         study: Where the datasets are.
         data: The training and the validation part.
         device: Where to compute.

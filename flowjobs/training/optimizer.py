@@ -74,7 +74,7 @@ def load_by_name(
     last bits of a sum over all weights (the gradient's norm) depend on it.
 
     Args:
-        optimizer: Of weights of `model`.
+        optimizer: One of weights of `model`.
         state: Its `state_dict` as it was saved.
         names: What `names_of_weights` was then; None in files of an older version.
         model: The model, with the saved weights.

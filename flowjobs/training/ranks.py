@@ -23,7 +23,7 @@ from flowjobs.slots import gpus_given, in_slurm_job, nvidia_gpus
 logger = logging.getLogger(__name__)
 
 # How long a rank waits for what another one does alone: the first takes the run, sets damaged
-# files aside and saves. Of a rank that dies Slurm tells the others at once.
+# files aside and saves. Slurm tells them at once if a rank dies.
 WAIT_FOR_RANKS = timedelta(minutes=30)
 LEAVE_WITHIN_S = 10.0
 
@@ -56,7 +56,7 @@ class Ranks:
 
         Yields:
             What the first one calls every now and then where the block may take longer than
-            WAIT_FOR_RANKS. Of no effect on the others.
+            WAIT_FOR_RANKS. No effect on the others.
 
         Raises:
             RankFailedError: The first one failed there.

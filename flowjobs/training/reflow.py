@@ -68,7 +68,7 @@ def pairs_of(
         sizes: How many of each to make.
         stats: Normalization of this run's data, which must be the other's.
         sources: Where the pairs start: each part at rows of its own.
-        content: Of this run's data and source, by part, which must be the other's.
+        content: What this run's data and source hold, by part, which must be the other's.
         device: Where to compute.
         check: Called between network calls, and while another run makes them; what it raises ends
             it, and what is made is kept.

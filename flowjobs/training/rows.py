@@ -51,7 +51,7 @@ class Rows:
     """Takes the rows of one attempt, in the order of their steps.
 
     Args:
-        config: Of the run.
+        config: The run's.
         steps_per_epoch: Optimizer steps of an epoch.
         recorder: Where they go; the first rank has one, and a run of a job.
         says: Whether this rank says how far the run is.
@@ -81,7 +81,7 @@ class Rows:
             step: Steps that are done.
             row: Its values.
             late: Whether to keep it.
-            is_last: Of the run.
+            is_last: Whether it is the run's last.
 
         Raises:
             TrainingDivergedError: A value of a step is not finite.

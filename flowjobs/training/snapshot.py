@@ -1,7 +1,7 @@
 """Copies of a state, which the next step may change while they are written.
 
-A GPU copies it between two steps, if it has the room, and from there to the CPU beside them. Of a
-best state only the last one before a save is written, so most copies never leave the GPU.
+A GPU copies it between two steps, if it has the room, and from there to the CPU beside them. Only
+the last best state before a save is written, so most copies never leave the GPU.
 """
 
 import copy

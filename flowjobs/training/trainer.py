@@ -373,8 +373,8 @@ class Trainer:
         """From a pair to new weights and their average: the loss and the norm of its gradient.
 
         Args:
-            x_0: Of the pair.
-            x_1: Of the pair.
+            x_0: The pair's.
+            x_1: The pair's.
             rates: See `TrainState.rates`.
         """
         config, state = self._config, self.state
