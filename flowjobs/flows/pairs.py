@@ -175,7 +175,7 @@ def plan_of(couple: Coupling, pair: Pair, sigma: float, seed: int) -> Tensor:
     if couple in BUILT_IN_COUPLINGS:  # in a thread: what others draw from is not to be touched
         return couple(x_0, x_1, sigma, seed)
     with seeded(x_0.device, seed):
-        # Of copies, which it may write into: the plan is kept, and pairs the rows as they are.
+        # Given copies, which it may write into: the plan is kept, and pairs the rows as they are.
         plan: object = couple(x_0.clone(), x_1.clone(), sigma, seed)
     # Any other indexes something as well, and pairs rows that nobody meant.
     n, words = len(x_0), _described(plan)

@@ -261,7 +261,7 @@ def _with_job(
             # Its jobs see that, if there are any; started again, they would train as well.
             return Member(run, config, "cancelled", jobs_unknown=str(job))
         return Member(run, config, "unknown", str(job))
-    # Of a job that several share, some may wait for their turn.
+    # In a job that several share, some may wait for their turn.
     begun = job.state != "pending" and (status.open_attempt is not None or _ends(run))
     stage: Stage = "running" if begun else "waiting"
     waits = job.waits or Waiting("")

@@ -144,7 +144,7 @@ def check_new_model(model: nn.Module) -> None:
             )
         for key_there, tensor in {**vars(part), **part._buffers}.items():
             is_weight = isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad
-            # Of one number it is what reentrant checkpointing needs.
+            # Reentrant checkpointing needs one of a single number.
             if is_weight and not isinstance(tensor, nn.Parameter) and tensor.numel() > 1:
                 raise ConfigError(
                     f"--arch {name}: {key}{'.' * bool(key)}{key_there} requires a gradient and is "
