@@ -321,7 +321,4 @@ def _should_start_again(run: Run, status: RunStatus, dead: DeadJob) -> bool:
     restarts = run.config().restarts
     if outcome.kind in ("preempted", "time limit", exit_cause.NOT_LAUNCHED):
         return attempts_without_progress(status.attempts) + 1 < restarts.give_up_after
-    if not status.attempts:
-        return False
-    *before, last = status.attempts
-    return may_retry(before, outcome.kind, last.last_step, restarts.retries)
+    return bool(status.attempts) and may_retry(status.attempts, outcome.kind, restarts)

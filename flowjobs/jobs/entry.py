@@ -386,8 +386,7 @@ class TrainingJob:
         attempts = self._run.status().attempts
         if not attempts or self._job.cluster == "none":
             return False
-        *before, this = attempts
-        return may_retry(before, kind, this.last_step, self._run.config().restarts.retries)
+        return may_retry(attempts, kind, self._run.config().restarts)
 
     def _may_measure_later(self, notice: Notice | None) -> bool:
         """Whether the run's next start, which trains no step, measures its samples.

@@ -1,7 +1,9 @@
 """What the attempts so far say about starting a run once more. Knows no scheduler."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
+from flowjobs.config import RestartConfig
 from flowjobs.runs.status import AttemptRecord
 
 # The words of `Outcome.kind`. "Always" means as long as attempts make progress (--give-up-after).
@@ -63,23 +65,28 @@ def attempts_without_progress(attempts: Sequence[AttemptRecord]) -> int:
     return count
 
 
-def may_retry(attempts: Sequence[AttemptRecord], kind: str, step: int | None, retries: int) -> bool:
-    """Whether a run that died of `kind` at `step` is started again.
+def may_retry(attempts: Sequence[AttemptRecord], kind: str, restarts: RestartConfig) -> bool:
+    """Whether a run whose newest attempt died of `kind` is started again.
 
     Args:
-        attempts: All attempts that ended before the one that died.
+        attempts: All attempts; the last one is the one that died, whether that is noted or not.
         kind: How it died; see `TRANSIENT`.
-        step: The last step that it is known to have done.
-        retries: How often it may be, since the user started the run (--retries).
+        restarts: How often it may be, since the user started the run.
     """
+    this = attempts[-1]
+    in_own_job = this.job.cluster == "slurm" and not this.job.packed
+    if kind == "lost GPU" and this.first_step is None and in_own_job:
+        # As if the node had not launched it: a node whose GPU is broken is free again at once, and
+        # one run of a sweep after another would end there.
+        return attempts_without_progress(attempts) + 1 < restarts.give_up_after
     if kind not in TRANSIENT:
         return False
     spent = 0
-    for attempt in reversed(attempts):
+    for following, attempt in pairwise(reversed(attempts)):
+        if following.job.started_by_user:
+            break
         if attempt.kind in TRANSIENT and attempt.ended is not None:
             spent += 1
-            if attempt.kind == kind and step is not None and attempt.last_step == step:
+            if attempt.kind == kind and attempt.last_step == this.last_step is not None:
                 return False  # a bug after all: it comes back at the same step
-        if attempt.job.started_by_user:
-            break
-    return spent < retries
+    return spent < restarts.retries

@@ -38,8 +38,10 @@ def start(
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "240")
     monkeypatch.setenv("WANDB__SERVICE_WAIT", "240")
 
-    def start(*options: str, step: int = 10, noted: bool = True) -> Disturbed:
-        Path("control").write_text(f"await {step}")
+    def start(
+        *options: str, step: int = 10, noted: bool = True, told: str | None = None
+    ) -> Disturbed:
+        Path("control").write_text(told or f"await {step}")
         if not noted:  # held, until it is as if its submitter had died before it noted the job
             options = (*options, "--sbatch", "hold=True")
         done = flowjobs("submit", *OPTIONS, "--name", "disturbed", *options)
@@ -50,7 +52,8 @@ def start(
             run.jobs_file.unlink()
             run.origin_file(disturbed.job_id).unlink()
             slurm.run("scontrol", "release", disturbed.job_id)
-        disturbed.wait_for_step(step)
+        if told is None:
+            disturbed.wait_for_step(step)
         return disturbed
 
     return start

@@ -35,7 +35,7 @@ def _what_the_run_did(status: RunStatus, jobs: int) -> str:
     if jobs > 1:
         return "resumes as a new job"
     first, second, *_ = status.attempts
-    if first.kind == "killed" and first.job.host != second.job.host:
+    if first.kind in ("killed", "lost GPU") and first.job.host != second.job.host:
         return "resumes in the same job, on another node"
     return "resumes in the same job"
 

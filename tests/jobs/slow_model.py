@@ -23,9 +23,9 @@ class SlowModel(nn.Module):
         control: The file; "await 10" lets a job get no further than step 10 before it is told to
             leave, however late on a busy machine; "sampling" lets it draw no samples before that;
             "hold" stops the step until the file says something else; "raise", "memory" and so on
-            are what goes wrong; "1:raise" is for rank 1 alone, one line a rank. Without the file, a
-            step takes a moment. A process that a test keeps from going on has a file "control-PID"
-            beside it.
+            are what goes wrong, "no GPU on n1" as it is made there; "1:raise" is for rank 1 alone,
+            one line a rank. Without the file, a step takes a moment. A process that a test keeps
+            from going on has a file "control-PID" beside it.
         pause_s: The moment.
     """
 
@@ -36,6 +36,8 @@ class SlowModel(nn.Module):
         self.pause_s = pause_s
         self.steps = 0
         self.awaited_s = 0.0
+        if self._told() == f"no GPU on {os.environ.get('SLURMD_NODENAME')}":
+            raise RuntimeError("CUDA error: the job was given a GPU, and torch finds none")
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if self.training:

@@ -52,20 +52,44 @@ def test_a_person_begins_the_count_anew() -> None:
     assert attempts_without_progress([*attempts, by_person]) == 1
 
 
+def retried(kind: str, *before: AttemptRecord, retries: int, last_step: int = 10) -> bool:
+    this = attempt(len(before) + 1, 0, last_step, ended=False)
+    return may_retry([*before, this], kind, RestartConfig(retries=retries))
+
+
 def test_only_deaths_that_may_pass_are_retried_and_only_so_often() -> None:
-    first = attempt(1, 0, 10, "out of memory")
-    assert may_retry([], "out of memory", 10, retries=1)
-    assert not may_retry([], "out of memory", 10, retries=0)
-    assert not may_retry([], "exception", 10, retries=5)
-    assert not may_retry([], "segmentation fault", 10, retries=5)
-    assert not may_retry([first], "node failure", 20, retries=1)
-    assert may_retry([first], "node failure", 20, retries=2)
+    first = attempt(1, 0, 5, "out of memory")
+    assert retried("out of memory", retries=1)
+    assert not retried("out of memory", retries=0)
+    assert not retried("exception", retries=5)
+    assert not retried("segmentation fault", retries=5)
+    assert not retried("node failure", first, retries=1)
+    assert retried("node failure", first, retries=2)
 
 
 def test_a_death_that_comes_back_at_the_same_step_is_not_retried() -> None:
     first = attempt(1, 0, 10, "out of memory")
-    assert not may_retry([first], "out of memory", 10, retries=5)
-    assert may_retry([first], "out of memory", 11, retries=5)
+    assert not retried("out of memory", first, retries=5)
+    assert retried("out of memory", first, retries=5, last_step=11)
+
+
+def test_what_it_died_of_before_its_user_started_it_again_spends_no_retry() -> None:
+    first = attempt(1, 0, 10, "out of memory")
+    by_user = AttemptRecord(2, replace(JOB, job_id="13"), "now", 0, 10)
+    assert may_retry([first, by_user], "out of memory", RestartConfig(retries=1))
+
+
+def test_without_a_gpu_before_its_first_step_a_run_is_retried_as_if_it_had_not_been_launched() -> (
+    None
+):
+    tries = [attempt(n, None, None, "lost GPU") for n in range(1, 5)]
+    none = RestartConfig(retries=0, give_up_after=5)
+    assert may_retry([*tries[:3], replace(tries[3], ended=None)], "lost GPU", none)
+    assert not may_retry([*tries, attempt(5, None, None, ended=False)], "lost GPU", none)
+    # Once it has computed there the GPU was whole; and no other node is there for the others.
+    assert not retried("lost GPU", retries=0)
+    for elsewhere in (replace(JOB, cluster="local"), replace(JOB, packed=True)):
+        assert not may_retry([AttemptRecord(1, elsewhere, "now")], "lost GPU", none)
 
 
 def test_a_run_that_gets_nowhere_stops_with_the_reason(study: Path) -> None:
