@@ -338,11 +338,14 @@ class TrainingJob:
         elsewhere = failure.is_consequence or exit_cause.may_be_anothers(kind)
         its_own = failure.rank == 0 and not elsewhere
         if its_own and not may_retry:
+            # Here and not from the error, which is raised again and does not tell its kind.
+            assert self._recorder is not None
+            self._recorder.record_outcome(failure.outcome)
             return
         reason = failure.reason
         if may_retry:
             self._exclude = failure.host
-            reason = f"{kind}: {reason}; starts again (--retries)"
+            reason = f"{kind}: {reason}; starts again"
         logger.error("%s\n%s", reason, failure.outcome.traceback)
         if may_retry:
             raise RunInterrupted(reason, kind=kind) from error

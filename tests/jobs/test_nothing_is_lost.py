@@ -234,9 +234,21 @@ def test_a_file_system_error_is_retried_but_not_at_the_same_step(start: Start) -
     # Once it comes again at the step of the time before it is no passing one.
     *passing, last = job.status().attempts
     assert {(attempt.state, attempt.kind) for attempt in passing} == {("preempted", "file system")}
-    assert (last.state, last.kind) == ("failed", "exception")
+    assert (last.state, last.kind) == ("failed", "file system")
     assert last.last_step == passing[-1].last_step
     assert all(one.last_step != other.last_step for one, other in pairwise(passing))
+
+
+def test_without_a_gpu_on_its_node_it_starts_on_another(start: Start, whole: Run) -> None:
+    job = start(told="no GPU on n1")
+    job.wait_for_state("finished")
+    assert job.attempts() == [("preempted", "lost GPU"), ("finished", "")]
+    first, second = job.status().attempts
+    assert (first.job.host, first.first_step, second.job.host) == ("n1", None, "n2")
+    assert "RuntimeError" in first.reason
+    assert job.job_ids() == [job.job_id]
+    assert_equal_to(whole, job.run)
+    job.is_row("finds no GPU before its first step")
 
 
 def test_a_lost_node_loses_only_what_was_not_saved(start: Start, whole: Run) -> None:
