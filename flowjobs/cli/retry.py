@@ -133,7 +133,9 @@ class Retry(CodeOptions, CommandOptions):
             names = first_of([member.run.name for member in cause.members])
             helps = {*changes, *([NEW_CODE] if self.new_code else [])}
             held = bool(cause.needs) and not helps & {*cause.needs}
-            advice = f"; not started, it would fail again: {cause.advice}" if held else ""
+            advice = "" if cause.needs or not cause.advice else f"; {cause.advice}"
+            if held:
+                advice = f"; not started, it would fail again: {cause.advice}"
             title = "held" if held else "restarts"
             print(f"{title:10} {len(cause.members)} ({cause.kind}): {names}{advice}")
             if not held:

@@ -14,10 +14,13 @@ from typing import Any, get_args, get_type_hints
 from flowjobs.config import FIELDS_OF_OPTIONS, RestartConfig, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
+from flowjobs.formatting import first_of
+from flowjobs.jobs.exit_cause import failed_node
 from flowjobs.jobs.run_stages import CHECKPOINTS_GONE, GPU_MEMORY, Member
 from flowjobs.nearest import meant
 from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import Pack
+from flowjobs.runs.run import Run
 from flowjobs.toml_values import typed_value
 
 # No option of one run's: how many share a job.
@@ -40,7 +43,7 @@ class Cause:
         kind: In a word or two; "cancelled" for those that the user has ended.
         members: The runs.
         needs: What they need other or more of, an option as a rule: without, they would fail again.
-        advice: What to say of that: "--with mem_gb=64".
+        advice: What to say of that, "--with mem_gb=64"; or, where nothing is needed, of the cause.
     """
 
     kind: str
@@ -80,6 +83,13 @@ def _cause(kind: str, members: Sequence[Member]) -> Cause:
                 f"({hint('rm', '...', study=members[0].run.study)}) and submit anew"
             )
             return Cause(kind, members, (CHECKPOINTS,), advice)
+        case "lost GPU":
+            # Beside those that are left out already: --with puts its value in the place of that.
+            before = [m.config.slurm.exclude for m in members if m.config.slurm.exclude]
+            found = sorted({_node_of(member.run) for member in members})
+            nodes = ",".join(dict.fromkeys([*before, *found]))
+            words = f"on {first_of(found)}: --with exclude={nodes} starts them elsewhere"
+            return Cause(kind, members, advice=words)
         case "diverged":  # its steps are the same ones again
             advice = "another --lr is another run; --new-code, if you have changed the model"
             return Cause(kind, members, (NEW_CODE,), advice)
@@ -95,6 +105,11 @@ def _fewer_at_once(members: Sequence[Member]) -> str:
             with contextlib.suppress(ConfigError):  # its folder is gone: nobody knows how many
                 slots = max(slots, Pack(run.study, newest.pack).slots)
     return f"{RUNS_PER_GPU}={slots // 2}" if slots > 1 else ""
+
+
+def _node_of(run: Run) -> str:
+    """The node on which the newest attempt of a run failed."""
+    return failed_node(run, run.status().attempts[-1].job)
 
 
 def _limit_gb(member: Member) -> float | None:

@@ -123,6 +123,17 @@ def test_retry_says_what_failed_of_what_and_what_would_help(study: Path, flowjob
     assert "asks for   2 runs" in done.stdout
 
 
+def test_retry_names_the_nodes_whose_gpu_was_lost(study: Path, flowjobs: Command) -> None:
+    for name in "abc":
+        run = failed(study, name, "lost GPU", exclude="n3" if name == "a" else None)
+        status = run.status()
+        status.attempts[-1].job = dataclasses.replace(status.attempts[-1].job, host=f"n{name}")
+        status.write(run.status_file)
+    done = flowjobs("retry", "a", "b", "--cluster", "local", "--dry-run")
+    said = "a, b; on na, nb: --with exclude=n3,na,nb starts them elsewhere\n"
+    assert f"restarts   2 (lost GPU): {said}" in done.stdout, done.stdout
+
+
 def test_what_shared_the_memory_of_a_job_is_retried_with_fewer_beside_it(
     study: Path, flowjobs: Command
 ) -> None:
