@@ -32,6 +32,8 @@ from flowjobs.slurm.controller import JobRow
 from flowjobs.slurm.jobs import JobAnswer, Known, ask_one
 from flowjobs.user_code import text_of, user_place
 
+# Slurm's NodeList of a job that has had no node.
+NO_NODES = ("", "None assigned", "(null)")
 # The kind of what ended since srun could start nothing.
 NOT_LAUNCHED = "launch failed"
 
@@ -240,7 +242,10 @@ def cause_of_no_start(
     if isinstance(answer, Known) and answer.newest.state == "CANCELLED":
         reason = f"job {job.job_id} was cancelled before it started"
         return cancelled_outcome(reason)
-    early = f"job {job.job_id} ended before the run could start"
+    # Who asks Slurm is elsewhere, and `job` then names no node.
+    node = answer.newest.nodes if isinstance(answer, Known) else job.host
+    where = f" on {node}" if node not in NO_NODES else ""
+    early = f"job {job.job_id} ended before the run could start{where}"
     if isinstance(answer, Known):
         row = answer.newest
         if row.state == "DEADLINE":  # a new job would be too late as well
@@ -258,6 +263,9 @@ def cause_of_no_start(
         reason = f"the step of job {job.job_id} was not started: {refused[0]}"
         return Outcome("preempted", EXIT_PREEMPTED, reason, kind=NOT_LAUNCHED)
     reason = f"{early}: {last_error(log)}"
+    if where and job.log and not Path(job.log).exists():
+        # Slurm makes it before anything else: the node may lack the mount.
+        reason += f", so it seems that the node could not write to {Path(job.log).parent}"
     return Outcome("failed", EXIT_FAILED, reason, _last_words(log), "never started")
 
 

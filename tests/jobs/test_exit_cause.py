@@ -109,6 +109,22 @@ def test_slurm_tells_what_ended_a_job_whose_run_could_not_start(state: str, kind
     assert (state == "DEADLINE") == ("--deadline" in outcome.reason)
 
 
+def test_a_job_without_a_log_names_its_node_and_where_that_could_not_write(study: Path) -> None:
+    log = study / "runs/a/logs/12_0_log.out"
+    job = JobInfo("slurm", "12", str(log), "login", 1)  # as it was submitted
+    row = JobRow("12", "FAILED", os.getuid(), "c", "a", submitted=1.0, ended=2.0, nodes="n7")
+    early = "job 12 ended before the run could start on n7: "
+    no_log = f"{early}it has no log, so it seems that the node could not write to {log.parent}"
+    assert exit_cause.cause_of_no_start(job, answer=Known(row)).reason == no_log
+    log.parent.mkdir(parents=True)
+    log.write_text("ImportError: no torch\n")
+    said = exit_cause.cause_of_no_start(job, answer=Known(row)).reason
+    assert said == f"{early}ImportError: no torch"
+    row = replace(row, state="DEADLINE", nodes="None assigned")  # it has had no node
+    said = exit_cause.cause_of_no_start(job, answer=Known(row)).reason
+    assert said.startswith("job 12 ended before the run could start: its --deadline")
+
+
 def raised_from(error: Exception, number: int) -> Exception:
     middle = RuntimeError("the reader failed")
     middle.__cause__ = OSError(number, os.strerror(number))

@@ -347,7 +347,7 @@ def test_a_job_that_cannot_start_at_all_is_failed_with_the_reason(
     wait_until(lambda: "failed" in flowjobs("reconcile").stdout, "accounting to know", 120)
     status = run.status()
     assert status.state == "failed"
-    said = f"job {job_id} ended before the run could start: ImportError: cannot open"
+    said = f"job {job_id} ended before the run could start on n1: ImportError: cannot open"
     assert status.reason.startswith(said)
     assert status.attempts[0].kind == "never started"
     assert_in_wandb(run, "failed", 1, "cannot open the environment")
@@ -387,7 +387,7 @@ def test_a_job_that_is_ended_before_its_run_could_start_is_started_again_by_its_
         lost: ("failed", "node failure"),
         retried: ("preempted", "node failure"),
     }
-    said = f"job {jobs[0]} ended before the run could start: killed while it was preempted"
+    said = f"job {jobs[0]} ended before the run could start on n1: killed while it was preempted"
     assert preempted.status().reason == said
 
 
