@@ -105,10 +105,8 @@ class Retry(CodeOptions, CommandOptions):
             again = hint("retry", *self.names, *self.flags_again(defaults), study=study)
             if cluster == "slurm":
                 name = self._name(study)
-                exit_code = submit_many(
-                    starting, code, name, self.parallel, slots, again, self.names
-                )
-                return exit_code or code_at_best
+                submit_many(starting, code, name, self.parallel, slots, again, self.names)
+                return code_at_best
         return train_many_here(starting, code, self.parallel, slots, again) or code_at_best
 
     def _print_plan(

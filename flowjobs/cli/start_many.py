@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from flowjobs.cli.defaults import CommandOptions, Defaults
 from flowjobs.cli.output import print_rows
 from flowjobs.cli.prepare import check_ranks
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, SubmissionUnknownError
 from flowjobs.formatting import counted, first_of
 from flowjobs.runs.hint import hint
 from flowjobs.runs.status import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED
@@ -96,28 +96,31 @@ def submit_many(
     slots: int,
     again: str,
     words: Sequence[str],
-) -> int:
+    others: Sequence["Member"] = (),
+) -> None:
     """Submit runs to Slurm.
 
     Args:
         members: The runs.
         code: The code of each.
         name: The arrays' name in the queue.
-        parallel: How many run at a time.
+        parallel: How many run at a time, of these and the others.
         slots: How many share a job.
         again: The command that submits what the cluster does not take now.
         words: What selects them.
-
-    Returns:
-        The exit code.
+        others: Runs of which some may wait or run, in arrays that share what is asked for.
     """
     from flowjobs.sweeps.submit_arrays import Submitted, submit_arrays
 
     if not members:
-        return 0
+        return
     done = Submitted()
+    part = None if parallel is None else share(others, members, parallel, slots)[1]
     try:
-        submit_arrays(members, code, name, parallel, slots, done)
+        submit_arrays(members, code, name, part, slots, done)
+    except SubmissionUnknownError:
+        parallel = None  # an array that the cluster may have taken keeps its part
+        raise
     finally:  # also if another was refused, or Ctrl-C came: these are in the queue
         print_notes(done.notes)
         for job_id, runs in done.jobs.items():
@@ -127,10 +130,31 @@ def submit_many(
                 f"the cluster does not take {counted(len(done.left))} more now ({done.why}): "
                 f"{again} submits them when it does"
             )
+        if parallel is not None and len(done.taken) < len(members):
+            # What was not taken has no part in it.
+            share([*others, *done.taken], [], parallel, slots)
     study = members[0].run.study
     for command in ("status", "wait", "cancel"):
         print_rows(**{command: hint(command, *words, study=study)})
-    return 0
+
+
+def share(
+    members: Sequence["Member"], starting: Sequence["Member"], parallel: int, slots: int
+) -> tuple[bool, int]:
+    """Divide `--parallel` among what is submitted already and what will be; see `share_parallel`.
+
+    Returns:
+        Whether there is an array already; and how many of those that will be submitted may run.
+    """
+    from flowjobs.sweeps.submit_arrays import share_parallel
+
+    changed, left = share_parallel(members, starting, parallel, slots)
+    for job_id, at_once in changed.items():
+        if isinstance(at_once, int):
+            print(f"job {job_id} runs {at_once} at a time from now on")
+        else:
+            print(f"error: {at_once}", file=sys.stderr)
+    return bool(changed), left
 
 
 def train_many_here(

@@ -1,7 +1,6 @@
 """flowjobs sweep."""
 
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from flowjobs.cli.start_many import (
     print_notes,
     print_parallel,
     print_resources,
+    share,
     submit_many,
     that_can_be_started,
     train_many_here,
@@ -286,32 +286,11 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
                         member.run.create(member.config)
             slots = sweep.runs_per_gpu
             if cluster == "slurm":
-                parallel = self._share_parallel(members, starting, sweep.parallel, slots)
-                exit_code = submit_many(starting, code, name, parallel, slots, again, [name])
-                return exit_code or code_at_best
+                if self.parallel and not starting and share(members, [], self.parallel, slots)[0]:
+                    print_parallel(members, [], self.parallel, slots)
+                submit_many(starting, code, name, sweep.parallel, slots, again, [name], members)
+                return code_at_best
         return train_many_here(starting, code, sweep.parallel, slots, again) or code_at_best
-
-    def _share_parallel(
-        self,
-        members: Sequence["Member"],
-        starting: Sequence["Member"],
-        parallel: int | None,
-        slots: int,
-    ) -> int | None:
-        """Divide `--parallel` among what is submitted already and what will be; see there."""
-        from flowjobs.sweeps.submit_arrays import share_parallel
-
-        if parallel is None or not (starting or self.parallel):
-            return parallel
-        changed, left = share_parallel(members, starting, parallel, slots)
-        for job_id, at_once in changed.items():
-            if isinstance(at_once, int):
-                print(f"job {job_id} runs {at_once} at a time from now on")
-            else:
-                print(f"error: {at_once}", file=sys.stderr)
-        if changed and not starting:  # else the plan has said it
-            print_parallel(members, starting, parallel, slots)
-        return left
 
 
 def _given(part: Any, defaults: Defaults) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from flowjobs.errors import FlowjobsError, SubmissionError, SubmissionUnknownError
@@ -46,12 +46,14 @@ class Submitted:
 
     Attributes:
         jobs: The arrays, by id, and how many runs each has.
+        taken: The runs of these.
         left: Runs that the cluster does not take now.
         why: What it said.
         notes: Notes to print on the runs.
     """
 
     jobs: dict[str, int] = field(default_factory=dict)
+    taken: list[Member] = field(default_factory=list)
     left: list[Member] = field(default_factory=list)
     why: str = ""
     notes: list[str] = field(default_factory=list)
@@ -211,6 +213,7 @@ def _submit_one(
         job_id = submit_array(array, submitted, name, task, asked, at_once)
         # While signals wait: Ctrl-C ends the command as the block ends.
         done.jobs[job_id] = len(members)
+        done.taken += [replace(member, stage="waiting") for member in members]
         done.notes += notes
 
 

@@ -31,6 +31,17 @@ Site = Callable[[str, str], None]
 SWEEP = ("sweep", "--flow", "icfm", "otcfm", "--seed", "0", "1", "2", "--wandb-mode", "disabled")
 HELD = (*SWEEP, "--sbatch", "hold=True")
 
+# A limit of four jobs a user, in Slurm's words.
+LIMIT_OF_FOUR = r"""
+last=$(sed -n 's/^#SBATCH --array=.*0-\([0-9]*\).*/\1/p' "${@: -1}")
+if [ $(($(squeue -h -r | wc -l) + last + 1)) -gt 4 ]; then
+  echo "sbatch: error: AssocMaxSubmitJobLimit" >&2
+  echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" \
+    "(job submit limit, user's size and/or time limits)" >&2
+  exit 1
+fi
+$real "$@" """
+
 
 def tasks(slurm: SlurmCluster) -> list[str]:
     return sorted(slurm.run("squeue", "-h", "-r", "-t", "PD,R", "-o", "%i").split())
@@ -187,16 +198,7 @@ def test_a_run_that_cannot_be_extended_keeps_no_other_from_it(
 def test_what_the_cluster_does_not_take_now_comes_with_the_next_call(
     slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command
 ) -> None:
-    # A limit of four jobs a user, in Slurm's words.
-    refusal = "sbatch: error: AssocMaxSubmitJobLimit\\nsbatch: error: Batch job submission failed: "
-    refusal += (
-        "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
-    )
-    limit = r"""
-last=$(sed -n 's/^#SBATCH --array=.*0-\([0-9]*\).*/\1/p' "${@: -1}")
-if [ $(($(squeue -h -r | wc -l) + last + 1)) -gt 4 ]; then printf "%s\n" >&2; exit 1; fi
-$real "$@" """.replace("%s", refusal)
-    site("sbatch", limit)
+    site("sbatch", LIMIT_OF_FOUR)
     first = flowjobs(*HELD)
     assert counts(first) == {"new": 6}
     assert "does not take 2 runs more now" in first.stdout, first.stdout
@@ -206,6 +208,36 @@ $real "$@" """.replace("%s", refusal)
     assert counts(flowjobs("sweep", "ablation")) == {"waiting": 4, "new": 2}
     assert noted(study) == tasks(slurm)
     assert len(tasks(slurm)) == 6
+
+
+def throttles(slurm: SlurmCluster) -> list[str]:
+    arrays = dict.fromkeys(task.partition("_")[0] for task in tasks(slurm) if "_" in task)
+    return [slurm.job(array)["ArrayTaskThrottle"] for array in arrays]
+
+
+def test_what_the_cluster_does_not_take_has_no_part_in_what_runs_at_a_time(
+    slurm: SlurmCluster, site: Site, study: Path, flowjobs: Command
+) -> None:
+    site("sbatch", LIMIT_OF_FOUR)
+    first = flowjobs(*HELD, "--seed", "0", "1", "2", "3", "--parallel", "4")
+    assert counts(first) == {"new": 8}
+    assert "does not take 4 runs more now" in first.stdout, first.stdout
+    (array,) = {task.partition("_")[0] for task in tasks(slurm)}
+    assert f"job {array} runs 4 at a time from now on" in first.stdout
+    assert throttles(slurm) == ["4"]
+    # Refused altogether, it leaves the older one as it was.
+    site("sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1")
+    refused = flowjobs("sweep", "ablation", "--parallel", "4")
+    assert (refused.returncode, throttles(slurm)) == (2, ["4"]), refused.stdout + refused.stderr
+    assert flowjobs("cancel", "ablation").returncode == 0
+    wait_until(lambda: tasks(slurm) == [], "the tasks to be cancelled", 30)
+    site("sbatch", '$real "$@"')
+    for _ in range(2):
+        slurm.submit("--hold", "--wrap=true")
+    site("sbatch", LIMIT_OF_FOUR)
+    retried = flowjobs("retry", "ablation", "--parallel", "2")
+    assert "does not take 2 runs more now" in retried.stdout, retried.stdout + retried.stderr
+    assert throttles(slurm)[-1] == "2"
 
 
 def test_what_is_in_the_queue_is_said_though_the_next_array_is_refused_or_ctrl_c_comes(
