@@ -45,3 +45,18 @@ def format_bytes(n: int) -> str:
         if n >= 0.9995 * size:
             return f"{n / size:.3g} {unit}"
     return f"{n / 1e3:.3g} kB"
+
+
+def duration_words(seconds: float | None) -> str:
+    """A duration in two units at most ("2 h 10 min"); empty for None."""
+    if seconds is None:
+        return ""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

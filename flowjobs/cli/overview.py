@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, get_args
 
 from flowjobs.cli.output import NewLines
+from flowjobs.formatting import duration_words
 
 if TYPE_CHECKING:
     from flowjobs.jobs.run_stages import Group, Stage, Standing
@@ -41,7 +42,7 @@ def print_overview(groups: "Sequence[Group]") -> None:
 
 def print_groups(groups: "Sequence[Group]") -> None:
     """Print a line a group: a bar, how many runs are at which stage, and the time that is left."""
-    from flowjobs.cli.table import duration_words, print_fitting
+    from flowjobs.cli.table import print_fitting
     from flowjobs.jobs.run_stages import Stage
 
     stages = [

@@ -10,7 +10,7 @@ from flowjobs.cli.parser import Flag
 from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import differences_from_defaults
 from flowjobs.field_values import flag
-from flowjobs.formatting import format_count
+from flowjobs.formatting import duration_words, format_count
 from flowjobs.report.origin import wandb_page_of
 from flowjobs.runs.goodput import TimeSpent, time_spent
 from flowjobs.runs.run import Run
@@ -71,7 +71,6 @@ def _size_in_words(status: RunStatus) -> str:
 
 
 def _in_words(spent: TimeSpent) -> str:
-    from flowjobs.cli.table import duration_words
 
     parts = {
         "waiting": spent.waiting_s,

@@ -126,6 +126,8 @@ def _print_notes(run: dict[str, Any], *, named: bool) -> None:
         print_text(f"{run['run']} failed: {run['reason']}")
     if run["unknown"]:
         print_text(f"{run['run']}: {run['unknown']}", stderr=True)
+    if run["silent"]:
+        print(f"{run['run']}: {run['silent']}")
     if run["wandb"]:  # a command is in it
         print(f"{run['run']}: W&B does not have all of it: {run['wandb']}")
 
@@ -143,6 +145,7 @@ def _describe_broken(run: Run) -> dict[str, Any]:
         "jobs": [],
         "waits": "",
         "unknown": "",
+        "silent": "",
         "wandb": "",
         "folder": str(run.folder),
         "checkpoints": str(run.checkpoints),
@@ -156,12 +159,13 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
         By name: `run`; all of `RunStatus` (state, reason, step, epoch, best_val_loss, …) with
         `attempts` as a list of `AttemptRecord`, both in runs/status.py; `state_in_words`;
         `latest`, the newest value of each key of metrics.jsonl; `steps_per_s` and `left_s`, null
-        where they cannot be told; `jobs`, the lines of jobs.jsonl; `waits`, `unknown` and `wandb`,
-        why it waits, why its state is unknown, and what W&B lacks, each empty where it is not so;
-        `folder` and `checkpoints`. `show` adds `config`, what is not the default; `time`, in
-        seconds, as in runs/goodput.py; and `files`.
+        where they cannot be told; `jobs`, the lines of jobs.jsonl; `waits`, `unknown`, `silent` and
+        `wandb`, why it waits, why its state is unknown, how long nothing was heard of it, and what
+        W&B lacks, each empty where it is not so; `folder` and `checkpoints`. `show` adds `config`,
+        what is not the default; `time`, in seconds, as in runs/goodput.py; and `files`.
     """
     from flowjobs.jobs.dead_jobs import DeadJob, final_outcome
+    from flowjobs.jobs.run_stages import silence
     from flowjobs.slurm.jobs import Unknown
     from flowjobs.slurm.waiting import Waiting
     from flowjobs.tracking.record import read_uploaded
@@ -179,13 +183,16 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
         # How its last attempt ended says nothing of a run that a job waits to resume.
         described |= {"state_in_words": "waiting", "waits": waits.why}
     described["latest"] = latest
-    described["steps_per_s"] = steps_per_s(status)
-    described["left_s"] = time_left_s(status)
+    silent = "" if finding else silence(run, status)
+    # Of what hangs they would be those of before.
+    described["steps_per_s"] = None if silent else steps_per_s(status)
+    described["left_s"] = None if silent else time_left_s(status)
     described["jobs"] = [dataclasses.asdict(entry) for entry in run.submissions()]
     if isinstance(finding, Unknown):
         described["unknown"] = finding.why
     if refusal := read_uploaded(run).refusal:
         described["wandb"] = refusal.text
+    described["silent"] = silent
     return described
 
 

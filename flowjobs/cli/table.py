@@ -10,6 +10,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from flowjobs.formatting import duration_words
+
 # A name is not cut shorter than to these.
 NAME_AT_LEAST = 16
 # Columns that are left out where they say nothing.
@@ -177,18 +179,3 @@ def _speed(steps_per_s: float | None) -> str:
     if not steps_per_s:
         return ""
     return f"{steps_per_s:.3g} /s" if steps_per_s >= 1 else f"{1 / steps_per_s:.3g} s/step"
-
-
-def duration_words(seconds: float | None) -> str:
-    """A duration in two units at most ("2 h 10 min"); empty for None."""
-    if seconds is None:
-        return ""
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"

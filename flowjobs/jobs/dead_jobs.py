@@ -28,8 +28,9 @@ from flowjobs.runs.status import (
     same_host,
 )
 from flowjobs.runs.submittable import CLOCKS, Submission, attempts_of
+from flowjobs.slurm.controller import JobRow
 from flowjobs.slurm.jobs import Gone, JobAnswer, JobIdentity, Known, Unknown, ask
-from flowjobs.slurm.waiting import Waiting, why_it_waits
+from flowjobs.slurm.waiting import Waiting, why_it_is_silent, why_it_waits
 
 # How many attempts there are, whether the newest one has ended, and why.
 Version = tuple[int, bool, str]
@@ -225,7 +226,9 @@ def _find_in_slurm(run: Run, status: RunStatus, job: JobInfo, answer: JobAnswer)
                 return _find_dead_start(run, status, attempt, answer, restarts=True)
             if answer.newest.waits:
                 return why_it_waits(answer.newest)
-            return _find_slot(run, status, job)
+            if pack_of(run, job.job_id):
+                return _find_slot(run, status, job)
+            return _find_first_sign(status, job, answer.newest)
         case Known() if answer.newest.state == "CANCELLED" and (
             attempt is None or answer.restarted_since(job.restart_count)
         ):
@@ -266,6 +269,13 @@ def _find_slot(run: Run, status: RunStatus, job: JobInfo) -> Waiting | None:
     if status.open_attempt or not pack_of(run, job.job_id) or not is_remaining(run, job.job_id):
         return None
     return Waiting(f"for a slot of job {job.job_id}")
+
+
+def _find_first_sign(status: RunStatus, job: JobInfo, row: JobRow) -> Waiting | None:
+    """Whether a job runs and has no attempt yet: Python starts, or its node hangs."""
+    starts = [known.job.start_id for known in status.attempts]
+    begun = status.open_attempt or f"{job.job_id}-{row.restarts}" in starts
+    return None if begun or row.state != "RUNNING" else why_it_is_silent(row)
 
 
 def _find_dead_start(

@@ -14,6 +14,7 @@ from typing import Literal
 
 from flowjobs.config import RunConfig
 from flowjobs.errors import CheckpointGoneError, ConfigError, FlowjobsError, SubmissionError
+from flowjobs.formatting import duration_words
 from flowjobs.jobs.current_job import RunningJob, running_jobs
 from flowjobs.jobs.dead_jobs import DeadJob, Finding, final_outcome, find_dead_jobs
 from flowjobs.jobs.exit_cause import OUT_OF_GPU_MEMORY, OUT_OF_MEMORY
@@ -22,6 +23,7 @@ from flowjobs.runs.files import warn_once
 from flowjobs.runs.hint import hint
 from flowjobs.runs.listing import Glance, glances
 from flowjobs.runs.newest_job import ended_for_good, local_job
+from flowjobs.runs.progress import silent_s
 from flowjobs.runs.run import Run, has_done
 from flowjobs.runs.selection import runs_of_sweep, sweep_names
 from flowjobs.runs.status import RunStatus, read_sound_status
@@ -49,7 +51,7 @@ class Standing:
         glance: The run.
         stage: In a word.
         why: Why it waits or failed, or why nothing is known of it.
-        stuck: Whether it waits, and never starts as it is.
+        stuck: Whether it waits, and never starts as it is; or trains, and nothing is heard of it.
     """
 
     glance: Glance
@@ -181,6 +183,10 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
                 why = f"{finding.outcome.reason}; `{reconcile}` or submitting it resumes it"
                 return Standing(ended, "to resume", why)
             return _settled(ended)
+    if glance.state == "running":
+        run = Run(study, glance.name)
+        silent = silence(run, run.status())
+        return Standing(glance, "running", silent, stuck=bool(silent))
     if not (glance.unsettled and glance.state in ("submitted", "preempted")):
         return _settled(glance)
     run = Run(study, glance.name)
@@ -192,7 +198,7 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
 
 def _settled(glance: Glance) -> Standing:
     match glance.state:
-        case "finished" | "running" | "cancelled" | "failed" as stage:
+        case "finished" | "cancelled" | "failed" as stage:
             return Standing(glance, stage, glance.reason)
         case "preempted":
             why = f"{glance.reason}; no job of it is left: submit it again"
@@ -200,6 +206,20 @@ def _settled(glance: Glance) -> Standing:
         case "submitted":
             return Standing(glance, "new", "never submitted")
     return Standing(glance, "unknown", glance.reason)
+
+
+def silence(run: Run, status: RunStatus) -> str:
+    """What to say of a run that trains if nothing has been heard of it for too long; else empty."""
+    seconds = silent_s(status, run.metrics_file)
+    if seconds is None:
+        return ""
+    job, log = status.attempts[-1].job, hint("logs", run.name, study=run.study)
+    words = f"nothing heard of it for {duration_words(seconds)}, on {job.host}: `{log}`"
+    # That of a pack would have the others leave as well, and this one may be waited for.
+    own = job.cluster == "slurm" and not job.packed
+    if own and "no-requeue" not in run.config().slurm.sbatch:
+        words += f"; `scontrol requeue {job.job_id}` starts it again from its checkpoint"
+    return words
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """How far a run is, as seen from outside: its status with what its newest rows add to it."""
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
+from pathlib import Path
 
-from flowjobs.runs.metrics import Row, latest_values
+from flowjobs.runs.metrics import Row, epochs_without_improvement, latest_values
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus, read_sound_status
+
+# To compile a model, to solve a chunk of pairs or to validate takes minutes, and the clocks of two
+# hosts may differ by some.
+SILENT_AT_MOST_S = 1800.0
 
 
 def current_progress(run: Run) -> tuple[RunStatus, Row]:
@@ -44,6 +49,21 @@ def time_left_s(status: RunStatus) -> float | None:
     if status.state != "running" or speed is None or status.total_steps is None:
         return None
     return max(0, status.total_steps - status.step) / speed
+
+
+def silent_s(status: RunStatus, metrics_file: Path) -> float | None:
+    """How long nothing has been heard of a run that trains; None where that is not too long.
+
+    Nor is anything heard while samples are drawn and measured, after the last step.
+    """
+    if state_in_words(status) != "running":
+        return None
+    heard = datetime.fromisoformat(status.heard(metrics_file))
+    silent = (datetime.now(UTC) - heard).total_seconds()
+    if silent <= SILENT_AT_MOST_S:
+        return None
+    done_early = status.patience and epochs_without_improvement(metrics_file) >= status.patience
+    return None if done_early else silent
 
 
 def state_in_words(status: RunStatus) -> str:

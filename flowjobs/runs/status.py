@@ -283,13 +283,17 @@ class RunStatus:
 
         It ended when its job did, as far as that is known, else when it was last heard of.
         """
-        attempt, heard = self.open_attempt, self.updated
+        attempt, heard = self.open_attempt, outcome.ended or self.heard(metrics_file)
         self.record_outcome(outcome)
         if attempt and attempt.ended:
-            with contextlib.suppress(OSError):
-                heard = max(heard, utc(metrics_file.stat().st_mtime))
             # Neither before it began nor later than now, which other clocks may say.
-            attempt.ended = max(attempt.started, min(outcome.ended or heard, attempt.ended))
+            attempt.ended = max(attempt.started, min(heard, attempt.ended))
+
+    def heard(self, metrics_file: Path) -> str:
+        """When the run was last heard of: by its status, or by its newest row."""
+        with contextlib.suppress(OSError):
+            return max(self.updated, utc(metrics_file.stat().st_mtime))
+        return self.updated
 
     def write(self, path: Path, *, flush: bool = True) -> None:
         """Replace the file at `path`; without `flush`, not waiting for the disk."""

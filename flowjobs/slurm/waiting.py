@@ -120,6 +120,12 @@ def why_it_waits(row: JobRow) -> Waiting:
     return Waiting(f"for Slurm's reason {reason or 'unknown'}")
 
 
+def why_it_is_silent(row: JobRow) -> Waiting:
+    """That a job runs of whose process nothing has been heard."""
+    since = f" since {_clock(row.starts)}" if row.starts else ""
+    return Waiting(f"for its first sign: job {row.job_id} runs on {row.nodes}{since}")
+
+
 def _clock(seconds: float) -> str:
     # Slurm's own clock, as in its other answers.
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from flowjobs.cli.overview import UNKNOWN_AT_MOST
 from flowjobs.cli.status import Status
 from flowjobs.errors import ConfigError, RunNotFoundError
 from flowjobs.field_values import KeyValues
-from flowjobs.jobs.run_stages import overview
+from flowjobs.jobs.run_stages import overview, silence
 from flowjobs.runs.goodput import time_spent
 from flowjobs.runs.listing import cache_folder, glances
 from flowjobs.runs.run import Run
@@ -64,6 +65,47 @@ def test_a_dead_run_is_shown_as_dead_and_a_living_one_with_its_time_left(
     assert len(trouble) == 1
     assert trouble[0].startswith("dead failed: ")
     assert tree(study) == before
+
+
+def test_a_run_that_hangs_is_told_of_and_its_speed_is_not(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long_ago = time.time() - 4 * 3600 - 600
+    hangs, lives, draws, patient = (
+        made_run(study, losses, "running", name=name)
+        for name, losses in {
+            "hangs": [1.0],
+            "lives": [1.0],
+            "draws": [1.0] * 3,  # of three epochs
+            "patient": [0.5, 1.0],  # and to no avail
+        }.items()
+    )
+    status = patient.status()
+    status.patience = 1
+    status.write(patient.status_file)
+    for run in (hangs, draws, patient):
+        here(run, os.getpid())  # with a status of long ago
+        os.utime(run.metrics_file, (long_ago, long_ago))
+    here(lives, os.getpid())
+    assert run_command(["status", "--json"]) == 0
+    found = {run["run"]: run for run in json.loads(capsys.readouterr().out)}
+    assert {name for name, run in found.items() if run["silent"]} == {"hangs"}
+    assert (found["hangs"]["steps_per_s"], found["hangs"]["left_s"]) == (None, None)
+    assert found["lives"]["left_s"] is not None
+    assert run_command(["status", "hangs"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"^hangs: nothing heard of it for 4 h 10 min, on \S+: `.*logs hangs`$", said, re.M
+    )
+    by_name = {each.glance.name: each for each in overview(study, glances(study), {})[0].standings}
+    assert {name for name, each in by_name.items() if each.needs_action} == {"hangs"}
+    assert "nothing heard" in by_name["hangs"].why
+    # Slurm may take such a job from its node; the one of a pack, others with it.
+    slurm = JobInfo("slurm", "6", None, "n7", 1)
+    for job, told in ((slurm, True), (replace(slurm, packed=True), False)):
+        status = hangs.status()
+        status.attempts[0].job, status.updated = job, "2025-01-01T00:02:00+00:00"
+        assert ("`scontrol requeue 6` starts it" in silence(hangs, status)) == told
 
 
 @pytest.mark.parametrize("command", [("status",), ("show", "a"), ("report",)])
@@ -277,7 +319,8 @@ def test_the_keys_of_json_are_kept(flowjobs: Command, study: Path) -> None:
     keys = (
         "run state reason step total_steps epoch epochs patience best_val_loss exit_code traceback "
         "extensions model parameters flops_per_sample diverged_after updated attempts "
-        "state_in_words latest steps_per_s left_s jobs waits unknown wandb folder checkpoints"
+        "state_in_words latest steps_per_s left_s jobs waits unknown silent wandb folder "
+        "checkpoints"
     )
     assert list(json.loads(flowjobs("status", "--json").stdout)[0]) == keys.split()
     shown = json.loads(flowjobs("show", "a", "--json").stdout)

@@ -33,7 +33,9 @@ from flowjobs.runs.status import (
     RunStatus,
     now,
 )
+from flowjobs.slurm.client import SEPARATOR
 from flowjobs.slurm.jobs import Unknown
+from flowjobs.slurm.waiting import Waiting
 
 DISABLED = TrackingConfig(wandb_mode="disabled")
 
@@ -93,6 +95,31 @@ def test_a_process_elsewhere_that_is_gone_is_unknown_and_no_longer_said_to_run(r
             os.utime(file, (0, 0))
     assert isinstance(find_dead_jobs([run])[run], Unknown)
     assert run.status().state == "running"
+
+
+def test_a_job_that_runs_without_an_attempt_is_no_job_that_waits_to_start(
+    run: Run, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = study / "commands"
+    commands.mkdir()
+    monkeypatch.setenv("PATH", str(commands))
+    run.add_submission("7", "slurm", run.output_of("7"), identity={"job_name": "a"})
+    uid, log = os.getuid(), run.logs / "%j_0_log.out"
+    times = ("2026-01-01T10:00:00", "2026-01-02T10:00:00")
+    cells = ("7", "RUNNING", uid, "c", *times, 0, "n7", 1, "None", times[0], "(null)", log, "a", "")
+    squeue = commands / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho '{SEPARATOR.join(map(str, cells))}{SEPARATOR}'\n")
+    squeue.chmod(0o755)
+    why = "for its first sign: job 7 runs on n7 since 2026-01-01 10:00:00"
+    assert find_dead_jobs([run]) == {run: Waiting(why)}
+    # Nor is it said of one that was started again, by its attempt of before.
+    job = JobInfo("slurm", "7", None, "n1", 1)
+    left = AttemptRecord(1, job, now(), ended=now(), state="preempted")
+    RunStatus("preempted", attempts=[left]).write(run.status_file)
+    assert find_dead_jobs([run]) == {run: Waiting(why)}
+    leaves = replace(left, job=replace(job, restart=1))
+    RunStatus("preempted", attempts=[left, leaves]).write(run.status_file)
+    assert find_dead_jobs([run]) == {}
 
 
 def test_a_restart_that_never_began_is_not_taken_for_its_users_wish(run: Run) -> None:
