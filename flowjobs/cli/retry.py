@@ -62,7 +62,7 @@ class Retry(CodeOptions, CommandOptions):
 
     def run(self, defaults: Defaults) -> int:
         """Start them. Returns the exit code."""
-        from flowjobs.jobs.executors import choose_cluster
+        from flowjobs.jobs.executors import check_meant_for_here, choose_cluster
         from flowjobs.jobs.run_stages import stages
         from flowjobs.sweeps.retry import RUNS_PER_GPU, changes_from
 
@@ -90,6 +90,8 @@ class Retry(CodeOptions, CommandOptions):
             print_rows(cluster=f"{cluster} ({why})")
             asked = self._print_plan(members, changes, slots)
             starting = that_can_be_started(asked)
+            to_start = [member.run for member in starting]
+            check_meant_for_here((cluster, why), defaults.flags, to_start)
             if not starting:
                 print("nothing to start")
             else:

@@ -70,7 +70,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
         """Submit a run, and follow it if asked to.
 
         Args:
-            defaults: Say where the values come from.
+            defaults: Say where the values come from, and which are flags.
             run: The run.
             config: What is asked for.
             code_choice: Which code it is trained with, if its own has changed.
@@ -81,7 +81,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
         """
         # The scheduler's side is slow to load, and --help does without.
         from flowjobs.jobs.current_job import running_job, wait_until_ended
-        from flowjobs.jobs.executors import choose_cluster, ranks_of
+        from flowjobs.jobs.executors import check_meant_for_here, choose_cluster, ranks_of
         from flowjobs.jobs.snapshot import plan_code
 
         if self.follow and self.no_follow:
@@ -112,6 +112,7 @@ class SubmitOptions(CodeOptions, CommandOptions):
             return 0
         is_finished = there and run.finished(merged.training)
         if not is_finished:
+            check_meant_for_here((cluster, why), defaults.flags, [run])
             if there:
                 run.check_model(merged.training)
             check_ranks([merged.training], run.study, ranks)

@@ -230,7 +230,7 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
         defaults: Defaults,
     ) -> int:
         # The scheduler's side is slow to load, and --help does without.
-        from flowjobs.jobs.executors import choose_cluster
+        from flowjobs.jobs.executors import check_meant_for_here, choose_cluster
         from flowjobs.jobs.run_stages import TO_START
         from flowjobs.sweeps.plan import look_at, with_other_code
 
@@ -257,6 +257,8 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
             code_at_best = EXIT_BAD_INPUT if len(able) < len(asked) else 0
             starting = able[: self.first]
             left = len(able) - len(starting)
+            to_start = [member.run for member in starting]
+            check_meant_for_here((cluster, why), defaults.flags, to_start)
             check_ranks_of(starting, cluster)
             code = plan_code_of(starting, self.code_choice())
             on = f"{cluster} ({why})"
@@ -280,10 +282,8 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
                 members = look_at(runs, given)
                 starting, code = _still_to_start(starting, code, members)
             save_sweep(study, name, sweep, names)
-            if "--wandb-mode" in defaults.flags:  # as of `submit`: `sync` goes by a run's config
-                for member in members:
-                    if member.stage == "finished" and not member.why:
-                        member.run.create(member.config)
+            if "--wandb-mode" in defaults.flags:
+                _note_mode_of_finished(members)
             slots = sweep.runs_per_gpu
             if cluster == "slurm":
                 if self.parallel and not starting and share(members, [], self.parallel, slots)[0]:
@@ -291,6 +291,13 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
                 submit_many(starting, code, name, sweep.parallel, slots, again, [name], members)
                 return code_at_best
         return train_many_here(starting, code, sweep.parallel, slots, again) or code_at_best
+
+
+def _note_mode_of_finished(members: Sequence["Member"]) -> None:
+    """As `submit` does: `sync` goes by a run's config."""
+    for member in members:
+        if member.stage == "finished" and not member.why:
+            member.run.create(member.config)
 
 
 def _given(part: Any, defaults: Defaults) -> dict[str, Any]:

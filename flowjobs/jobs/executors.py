@@ -6,7 +6,7 @@ import pickle
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from flowjobs.jobs.array import Array
 from flowjobs.runs.files import replaced_whole
 from flowjobs.runs.pack import FOLDER as PACKS
 from flowjobs.runs.pack import Pack
+from flowjobs.runs.run import Run
 from flowjobs.runs.submittable import BATCH_FILE, TASK, Submittable
 from flowjobs.slots import JOB_OF_RUN, nvidia_gpus
 from flowjobs.slurm.client import controller_answers
@@ -40,6 +41,9 @@ SETUP = (
 )
 
 Cluster = Literal["slurm", "local", "debug"]
+
+# Flags that mean nothing on a machine without Slurm.
+OF_SLURM = ("--partition", "--account", "--qos", "--constraint", "--gpu-type", "--sbatch")
 
 # submitit's local executor ends a job after two minutes unless told otherwise.
 NO_LIMIT_MIN = 60 * 24 * 365
@@ -66,6 +70,31 @@ def choose_cluster(asked: Literal["auto", "slurm", "local", "debug"]) -> tuple[C
             "with --cluster local"
         )
     return ("slurm", why) if answers else ("local", why)
+
+
+def check_meant_for_here(
+    chosen: tuple[Cluster, str], flags: Collection[str], runs: Iterable[Run]
+) -> None:
+    """Raise a SubmissionError where runs that are meant for Slurm would be trained here unasked:
+    on a login node, say, as cron's PATH lacks sbatch.
+
+    Args:
+        chosen: What `choose_cluster` said.
+        flags: Those on the command line: a flowjobs.toml is for machines without Slurm as well.
+        runs: Those to start.
+    """
+    cluster, why = chosen
+    if cluster != "local" or why.startswith("--cluster"):
+        return
+    option = next((f"{flag} is an option of Slurm" for flag in OF_SLURM if flag in flags), "")
+    for run in runs:
+        newest = run.newest_job()
+        of_slurm = newest and newest.cluster == "slurm"
+        if found := option or (of_slurm and f"{run.name} was last submitted to Slurm"):
+            raise SubmissionError(
+                f"{found}, and {why}: mend that (PATH, say), or train on this machine with "
+                "--cluster local"
+            )
 
 
 class SlurmExecutorAnywhere(SlurmExecutor):

@@ -16,7 +16,8 @@ from PIL import Image
 
 from flowjobs.cli.follow import follow
 from flowjobs.cli.main import run as run_command
-from flowjobs.config import RunConfig, TrainingConfig
+from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
+from flowjobs.errors import SubmissionError
 from flowjobs.jobs.cancel import cancel
 from flowjobs.jobs.dead_jobs import find_dead_jobs
 from flowjobs.runs.hint import hint
@@ -209,6 +210,39 @@ def test_ctrl_c_detaches_and_the_job_goes_on(
     assert (status.state, len(status.attempts)) == ("preempted", 1)
     assert "SIGTERM" in status.reason
     assert run.last.exists()
+
+
+@pytest.mark.parametrize("command", ["submit", "sweep"])
+def test_what_is_meant_for_slurm_is_not_trained_here_unasked(
+    study: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/nothing")  # as cron's, which lacks the folder of sbatch
+    words = [command, "--arch", "mlp", "--flow", "icfm", "--wandb-mode", "disabled"]
+    said = "--partition is an option of Slurm, and sbatch is not on PATH: mend that"
+    with pytest.raises(SubmissionError, match=said):
+        run_command([*words, "--partition", "preempt"])
+    assert not study.exists()
+    # What the file has is for a machine with Slurm; and who says where, is obeyed.
+    (workplace / "flowjobs.toml").write_text('partition = "preempt"\n')
+    assert run_command([*words, "--dry-run"]) == 0
+    assert run_command([*words, "--dry-run", "--qos", "x", "--cluster", "local"]) == 0
+
+
+def test_a_run_that_was_submitted_to_slurm_is_not_resumed_here_unasked(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/nothing")
+    run = Run(study, "a")
+    run.create(RunConfig(TrainingConfig(epochs=1), tracking=TrackingConfig(wandb_mode="disabled")))
+    run.add_submission("5", "slurm", run.output_of("5"))
+    job = JobInfo("slurm", "5", None, "n7", 1)
+    ended = AttemptRecord(1, job, now(), ended=now(), state="failed")
+    RunStatus("failed", attempts=[ended]).write(run.status_file)
+    for command in (["resume", "a"], ["retry", "a"], ["retry", "a", "--dry-run"]):
+        with pytest.raises(SubmissionError, match="a was last submitted to Slurm, and sbatch is"):
+            run_command(command)
+    assert len(run.submissions()) == 1
+    assert run_command(["retry", "a", "--dry-run", "--cluster", "local"]) == 0
 
 
 def test_a_dry_run_shows_the_batch_file_and_writes_nothing(
