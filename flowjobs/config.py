@@ -493,8 +493,8 @@ class RestartConfig:
     """When a run is restarted automatically. Preemptions and time limits always restart it."""
 
     retries: int = 0
-    """Automatic restarts after a transient failure: node lost, out of memory, killed, GPU lost,
-    file system; never after an exception of the code."""
+    """Automatic restarts after a transient failure: node lost, out of memory, killed, GPU lost
+    after its first step, file system; never after an exception of the code."""
 
     give_up_after: int = 5
     """Attempts in a row without a new step after which the run stops."""

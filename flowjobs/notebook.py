@@ -1,13 +1,11 @@
 """The trainer as a notebook uses it: it opens its run itself, and W&B mirrors it."""
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -35,12 +33,10 @@ from flowjobs.tracking.mode import entity_here, mode_of_settings, mode_of_variab
 from flowjobs.tracking.tracker import tracked
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.ranks import Ranks
+from flowjobs.training.trained import note_weights, run_of_weights
 from flowjobs.training.trainer import Trainer, TrainingResult
 
 logger = logging.getLogger(__name__)
-
-# The run that trained a model in this process, and the norm of the weights that it left.
-_trained: WeakKeyDictionary[nn.Module, tuple[Run, float]] = WeakKeyDictionary()
 
 
 class FlowTrainer(Trainer):
@@ -109,13 +105,15 @@ class FlowTrainer(Trainer):
             self._create_run()
             model = self.state.model
             with recording(self._run, JobInfo.in_foreground(), track=tracked) as own:
+                if self._run.cancel_requested():  # since it was cleared, and before it was held
+                    raise KeyboardInterrupt
                 try:
                     given = class_unnamed(model, self._config)
                     return super()._train(own, given, code_digest(model))
                 finally:
                     if self.state.step:
                         with suppress(RuntimeError):  # of a GPU, which the error that is told says
-                            _trained[model] = self._run, _norm(model)
+                            note_weights(model, self._run)
 
     def _create_run(self) -> None:
         """Make the run if it is not there, or check that it is the same one."""
@@ -151,15 +149,17 @@ class FlowTrainer(Trainer):
 
     def _check_model_is_new(self) -> None:
         """Raise a ConfigError if a new run would start from the weights of another one."""
-        run, model = self._run, self.state.model
-        begins = not (run.last.exists() or run.best.exists() or self._resume_path)
-        trained_by, norm = _trained.get(model, (run, math.nan))
-        # With another norm it was given new weights since.
-        if begins and norm == _norm(model) and not self._config.init_from:
+        run = self._run
+        resumes = run.last.exists() or run.best.exists() or self._resume_path
+        if resumes or self._config.init_from:
+            return
+        if other := run_of_weights(self.state.model):
+            start = ""
+            if other.best.exists():
+                start = f", or give TrainingConfig(…, init_from={str(other.best)!r})"
             raise ConfigError(
-                f"the model is as the run {trained_by.name} left it, expected a new one for "
-                f"{run.name}: build one for each run, or give TrainingConfig(…, "
-                f"init_from={str(trained_by.best)!r}) to start from those weights"
+                f"the model has the weights of the run {other.name}, expected a new one for "
+                f"{run.name}: build one for each run{start}"
             )
 
     def _tracking(self) -> TrackingConfig:
@@ -182,7 +182,8 @@ class FlowTrainer(Trainer):
             try:
                 if path.exists():
                     self.state.check(read_checkpoint(path), path)
-                    if differ(run.status().model_code, code_digest(self.state.model)):
+                    differs = differ(run.status().model_code, code_digest(self.state.model))
+                    if differs and not self._resume_path:
                         return (
                             f"{path} was trained with other code of "
                             f"{type(self.state.model).__qualname__} than there is now "
@@ -193,9 +194,3 @@ class FlowTrainer(Trainer):
             except CheckpointMismatchError as error:
                 return str(error)
         return None
-
-
-def _norm(model: nn.Module) -> float:
-    """Of its weights, by which those are told from others."""
-    weights = [of for of in model.parameters() if of.is_floating_point()]
-    return float(nn.utils.get_total_norm(weights))

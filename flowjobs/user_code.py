@@ -146,20 +146,26 @@ def is_import_path(path: str) -> bool:
 
 
 def check_call(signature: inspect.Signature, what: str, arguments: Sequence[str]) -> None:
-    """Raise a ConfigError unless a function can be called with these positional arguments.
+    """Raise a ConfigError unless a function can be called with these positional arguments, and
+    names them in this order.
 
     Args:
         signature: The function's; a method's without `self`.
         what: For the error's text.
         arguments: Their names.
     """
+    check_binds(signature, what, arguments)
+    check_order(signature, what, arguments)
+
+
+def check_binds(signature: inspect.Signature, what: str, arguments: Sequence[str]) -> None:
+    """The same, whatever it calls them: a run that is under way keeps its code."""
     try:
         signature.bind(*arguments)
     except TypeError as error:
         raise ConfigError(
             f"{what} takes {signature}, expected to be called with ({', '.join(arguments)})"
         ) from error
-    check_order(signature, what, arguments)
 
 
 def check_order(signature: inspect.Signature, what: str, arguments: Sequence[str]) -> None:

@@ -113,7 +113,7 @@ class Defaults:
         """Where in W&B a run goes, and what says so, for the row of a table."""
         name = "wandb_mode"
         same = self.values.get(name) == tracking.wandb_mode
-        why = f"mode of {self.sources[name] if same else 'config.json'}"
+        why = "mode of " + (self.sources[name] if same else "the run's config")
         if flag(name) in self.flags:
             why = f"{flag(name)} {tracking.wandb_mode}"
         return f"\n{'':11}".join(tracking_in_words(tracking, why))

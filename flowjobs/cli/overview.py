@@ -30,7 +30,8 @@ def print_overview(groups: "Sequence[Group]") -> None:
     for group in groups:
         for standing in group.standings:
             if standing.needs_action:
-                kind = standing.glance.kind or standing.why
+                silent = standing.stage == "running"  # each says for how long, and where
+                kind = "silent" if silent else standing.glance.kind or standing.why
                 trouble.setdefault((standing.stage, kind), []).append(standing)
     for (stage, kind), some in sorted(trouble.items()):
         for standing in some[:LISTED]:

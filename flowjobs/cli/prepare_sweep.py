@@ -69,11 +69,11 @@ def prepare_sweep(
         if training.init_from is not None or training.reflow_from is not None:
             training = with_pinned_files(training, study, _training_of(run))
         slurm = slurm_of(point, parts["slurm"])
+        defaults.check_sbatch(slurm)
         check_shared(sweep.runs_per_gpu, slurm)
         if slurm.mps and sweep.runs_per_gpu == 1:
             raise ConfigError("--mps: expected --runs-per-gpu 2 or more, which share a GPU")
         runs[run] = RunConfig(training, slurm, parts["tracking"], parts["restarts"])
-    defaults.check_sbatch(parts["slurm"])
     for config in configs:
         parts["tracking"].check_asked(config.group)
     warn_of_missing_imports(configs)

@@ -184,7 +184,7 @@ def describe(run: Run, finding: "Finding | None") -> dict[str, Any]:
         described |= {"state_in_words": "waiting", "waits": waits.why}
     described["latest"] = latest
     silent = "" if finding else silence(run, status)
-    # Of what hangs they would be those of before.
+    # A hanging run would show the speed of before.
     described["steps_per_s"] = None if silent else steps_per_s(status)
     described["left_s"] = None if silent else time_left_s(status)
     described["jobs"] = [dataclasses.asdict(entry) for entry in run.submissions()]

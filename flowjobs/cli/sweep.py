@@ -42,7 +42,7 @@ from flowjobs.config import (
     TrackingConfig,
     TrainingConfig,
 )
-from flowjobs.errors import ConfigError
+from flowjobs.errors import ConfigError, FlowjobsError
 from flowjobs.field_values import KeyValues, flag
 from flowjobs.formatting import counted, first_of
 from flowjobs.models.size import size_words
@@ -297,7 +297,11 @@ def _note_mode_of_finished(members: Sequence["Member"]) -> None:
     """As `submit` does: `sync` goes by a run's config."""
     for member in members:
         if member.stage == "finished" and not member.why:
-            member.run.create(member.config)
+            try:
+                note = member.run.create(member.config)
+            except (FlowjobsError, OSError) as error:
+                note = f"{member.run.name}: its W&B mode stays as it is: {error}"
+            print_notes([note])
 
 
 def _given(part: Any, defaults: Defaults) -> dict[str, Any]:
@@ -392,7 +396,7 @@ def _why(stage: str, members: Sequence["Member"], retry: str) -> str:
             return "".join(f"\n{'':10} waits {why}" for why in held_for(members))
         case "new":
             if same := same_as_others(members):
-                return f"\n{'':10} {len(same)} of them there already: {first_of(same)}"
+                return f"\n{'':10} there already: {first_of(same)}"
         case "unknown":
             return "".join(f"\n{'':10} {m.run.name}: {m.why}" for m in members[:3])
         case "finished":

@@ -168,9 +168,12 @@ def sample_chunks(
     checked = checked_velocity(model, input_dtype(model), type(model).__name__)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        parts = zip(torch.split(x, at_once), torch.split(t, at_once), strict=True)
-        # In new memory also where it is one part: the solver keeps it, and the model may too.
-        return torch.cat([checked(*part) for part in parts])
+        found = torch.empty_like(x)
+        parts = zip(*(torch.split(of, at_once) for of in (x, t, found)), strict=True)
+        for points, times, velocities in parts:
+            # At once: the model may write to the same memory again, and the solver keeps it.
+            velocities.copy_(checked(points, times))
+        return found
 
     for chunk, start in enumerate(range(first * CHUNK, n, CHUNK), first):
         x_0 = source.starts(seed, chunk, CHUNK)

@@ -25,7 +25,7 @@ from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.flows.coupling import entropic, exact
 from flowjobs.flows.source import COUPLE, PATH, check_flow_source
-from flowjobs.user_code import check_call, check_module, imported
+from flowjobs.user_code import check_binds, check_module, imported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,4 +210,4 @@ def _own_flow(config: TrainingConfig) -> Flow:
 
 def _check_call(function: Callable[..., object], what: str, arguments: Sequence[str]) -> None:
     with contextlib.suppress(ValueError):  # one that is not Python's does not say what it takes
-        check_call(inspect.signature(function), what, arguments)
+        check_binds(inspect.signature(function), what, arguments)

@@ -4,6 +4,7 @@
 """
 
 import socket
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -37,6 +38,8 @@ Version = tuple[int, bool, str]
 
 # Accounting is some seconds behind the controller, or more: after this long the cause is told as
 # far as the log shows it.
+# How long Python and torch may take to load before it is said that a job does not report.
+REPORTS_WITHIN_S = 120.0
 CAUSE_KNOWN_AFTER = timedelta(minutes=10)
 
 
@@ -168,7 +171,8 @@ def _newest_job(run: Run, status: RunStatus, entries: Sequence[Submission]) -> J
     entry = entries[-1]
     host = entry.host or "its node"
     continues = bool(entry.continues)  # else each restart would count as its user's wish
-    start = (entry.cluster, entry.job_id, entry.log, host)
+    log = str(run.log_at(entry.log)) if entry.log else entry.log
+    start = (entry.cluster, entry.job_id, log, host)
     return JobInfo(*start, pid=0, continues=continues, process=entry.process)
 
 
@@ -275,7 +279,9 @@ def _find_first_sign(status: RunStatus, job: JobInfo, row: JobRow) -> Waiting | 
     """Whether a job runs and has no attempt yet: Python starts, or its node hangs."""
     starts = [known.job.start_id for known in status.attempts]
     begun = status.open_attempt or f"{job.job_id}-{row.restarts}" in starts
-    return None if begun or row.state != "RUNNING" else why_it_is_silent(row)
+    just_started = row.starts and time.time() - row.starts < REPORTS_WITHIN_S
+    is_silent = row.state == "RUNNING" and not (begun or just_started)
+    return why_it_is_silent(row) if is_silent else None
 
 
 def _find_dead_start(

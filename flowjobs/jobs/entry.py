@@ -397,9 +397,12 @@ class TrainingJob:
         Not for whoever wants it to end. And once: what did not get to its end in a start of its own
         may never do.
         """
-        this = self._run.status().attempts[-1]
-        wanted = notice is None or notice.kind not in ("cancelled", "told to leave")
-        return wanted and this.last_step != this.first_step
+        if notice and notice.kind in ("cancelled", "told to leave"):
+            return False
+        with suppress(OSError):  # a file server fails over: unknown
+            if attempts := self._run.status().attempts:
+                return attempts[-1].last_step != attempts[-1].first_step
+        return False
 
     def _restart(self, kind: str) -> int:
         """Have the run started again, that left for `kind`. Returns this process's exit code."""

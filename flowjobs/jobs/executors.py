@@ -43,7 +43,10 @@ SETUP = (
 Cluster = Literal["slurm", "local", "debug"]
 
 # Flags that mean nothing on a machine without Slurm.
-OF_SLURM = ("--partition", "--account", "--qos", "--constraint", "--gpu-type", "--sbatch")
+OF_SLURM = (
+    *("--partition", "--account", "--qos", "--constraint", "--exclude", "--gpu-type", "--comment"),
+    "--sbatch",
+)
 
 # submitit's local executor ends a job after two minutes unless told otherwise.
 NO_LIMIT_MIN = 60 * 24 * 365

@@ -242,8 +242,8 @@ def cause_of_no_start(
     if isinstance(answer, Known) and answer.newest.state == "CANCELLED":
         reason = f"job {job.job_id} was cancelled before it started"
         return cancelled_outcome(reason)
-    # Who asks Slurm is elsewhere, and `job` then names no node.
-    node = answer.newest.nodes if isinstance(answer, Known) else job.host
+    # Who asks Slurm is elsewhere, and `job` then names no node: only its batch script is on it.
+    node = answer.newest.nodes if isinstance(answer, Known) else "" if answer else job.host
     where = f" on {node}" if node not in NO_NODES else ""
     early = f"job {job.job_id} ended before the run could start{where}"
     if isinstance(answer, Known):

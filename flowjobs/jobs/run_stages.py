@@ -137,7 +137,8 @@ def overview(study: Path, some: Sequence[Glance], findings: Mapping[Run, Finding
     }
     groups = []
     outside = dict(standings)
-    for name in sweep_names(study):
+    sweeps = sweep_names(study)
+    for name in sweeps:
         try:
             names = runs_of_sweep(study, name)
         except ConfigError as error:
@@ -150,7 +151,9 @@ def overview(study: Path, some: Sequence[Glance], findings: Mapping[Run, Finding
     by_group: dict[str, list[Standing]] = {}
     for standing in outside.values():
         by_group.setdefault(standing.glance.group, []).append(standing)
-    return groups + [Group(name, by_group[name]) for name in sorted(by_group)]
+    # By the word that selects it: a sweep's runs have its name for a group.
+    words = {name: f"group={name}" if name in sweeps else name for name in sorted(by_group)}
+    return groups + [Group(word, by_group[name]) for name, word in words.items()]
 
 
 def stages_of(runs: Iterable[Run], findings: Mapping[Run, Finding]) -> set[Stage]:
@@ -185,7 +188,10 @@ def _standing(study: Path, glance: Glance, finding: Finding | None) -> Standing:
             return _settled(ended)
     if glance.state == "running":
         run = Run(study, glance.name)
-        silent = silence(run, run.status())
+        try:
+            silent = silence(run, run.status())
+        except (FlowjobsError, OSError) as error:
+            return Standing(glance, "unknown", str(error))
         return Standing(glance, "running", silent, stuck=bool(silent))
     if not (glance.unsettled and glance.state in ("submitted", "preempted")):
         return _settled(glance)
@@ -213,11 +219,14 @@ def silence(run: Run, status: RunStatus) -> str:
     seconds = silent_s(status, run.metrics_file)
     if seconds is None:
         return ""
-    job, log = status.attempts[-1].job, hint("logs", run.name, study=run.study)
-    words = f"nothing heard of it for {duration_words(seconds)}, on {job.host}: `{log}`"
+    job = status.attempts[-1].job
+    words = f"nothing heard of it for {duration_words(seconds)}, on {job.host}"
+    if job.log:
+        words += f": `{hint('logs', run.name, study=run.study)}`"
     # That of a pack would have the others leave as well, and this one may be waited for.
     own = job.cluster == "slurm" and not job.packed
-    if own and "no-requeue" not in run.config().slurm.sbatch:
+    options = run.read_config_file().get("slurm", {}).get("sbatch", {})
+    if own and "no-requeue" not in options:
         words += f"; `scontrol requeue {job.job_id}` starts it again from its checkpoint"
     return words
 

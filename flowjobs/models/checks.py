@@ -1,6 +1,6 @@
 """What is checked of a user's model, and when; each raises a ConfigError that says what to do.
 
-At construction: check_weights, check_forward, and where several ranks train check_types_of_ranks.
+At construction: check_weights, and where several ranks train check_types_of_ranks.
 Before step 1: check_new_model.
 In step 1: check_leaves, and as in each later one check_gradient.
 After it: check_parameters, as at the end of each epoch, check_restart, `EMAModel.check_copy`, and
@@ -107,15 +107,6 @@ def _check_parts(model: nn.Module) -> None:
             )
 
 
-def check_forward(model: nn.Module) -> None:
-    """Raise a ConfigError for a model that takes its arguments in another order than (x, t)."""
-    if type(model).__call__ is not nn.Module.__call__:
-        return  # it may give them to forward as it likes
-    with suppress(ValueError):  # one that is not Python's does not say what it takes
-        signature = inspect.signature(model.forward)
-        check_order(signature, f"--arch {type(model).__name__}: its forward", FORWARD)
-
-
 def check_types_of_ranks(model: nn.Module) -> None:
     """Raise a ConfigError for weights and buffers that ranks cannot pass to one another."""
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -135,6 +126,7 @@ def check_new_model(model: nn.Module) -> None:
     One that is under way resumes with it: its code cannot be changed any more.
     """
     name = type(model).__name__
+    _check_order(model)
     for key, part in model.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
             raise ConfigError(
@@ -151,6 +143,14 @@ def check_new_model(model: nn.Module) -> None:
                     "no nn.Parameter, so that it would never be trained: make it one, or call "
                     "requires_grad_(False) on it"
                 )
+
+
+def _check_order(model: nn.Module) -> None:
+    if type(model).__call__ is not nn.Module.__call__:
+        return  # it may give them to forward as it likes
+    with suppress(ValueError):  # one that is not Python's does not say what it takes
+        signature = inspect.signature(model.forward)
+        check_order(signature, f"--arch {type(model).__name__}: its forward", FORWARD)
 
 
 def check_gradient(velocity: Tensor, name: str) -> None:

@@ -1,10 +1,12 @@
 """A digest of a model's code, by which a run from Python notices that a cell was edited.
 
-Of what Python has compiled and not of the source: a notebook's class has no file, and a file may
-have been edited since it was imported. Comments do not count, nor do values and installed packages.
+It is taken from what Python has compiled, not from the source: a notebook's class has no file, and
+a file may have been edited since it was imported. Comments and docstrings do not count, nor do
+values, installed packages and what is called by way of a module (`ops.scaled`).
 """
 
 import dis
+import functools
 import hashlib
 import sys
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ PLAIN = (int, float, str)
 
 
 def code_digest(model: nn.Module) -> str:
-    """Of the classes of a model's parts, the functions that they hold, and what these call."""
+    """Digest the classes of a model's parts, the functions that they hold, and what these call."""
     parts = [*uncompiled(model).modules()]
     said = {repr([type(part).__qualname__ for part in parts])}
     ahead: list[object] = [of for part in parts for of in (type(part), *vars(part).values())]
@@ -30,6 +32,10 @@ def code_digest(model: nn.Module) -> str:
         of = ahead.pop()
         if isinstance(of, (staticmethod, classmethod)):
             of = of.__func__
+        elif isinstance(of, property):
+            of = of.fget
+        elif isinstance(of, functools.cached_property):
+            of = of.func
         if id(of) in seen or not isinstance(of, (type, FunctionType, BuiltinFunctionType)):
             continue
         seen.add(id(of))
@@ -37,13 +43,14 @@ def code_digest(model: nn.Module) -> str:
         if isinstance(of, FunctionType):
             ahead.append(getattr(of, "__wrapped__", None))  # by a library's decorator
             if _is_users(of.__code__.co_filename):
-                plain = [value for value in of.__defaults__ or () if isinstance(value, PLAIN)]
+                defaults = (*(of.__defaults__ or ()), *(of.__kwdefaults__ or {}).values())
+                plain = [value for value in defaults if isinstance(value, PLAIN)]
                 said.add(repr((_text(of.__code__), plain)))
                 ahead += _named_by(of)
         elif isinstance(of, type) and _is_users(_file_of(of)):
             ahead += [*of.__bases__, *vars(of).values()]
-    # Each version of Python compiles in its own way.
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    # Each version of Python compiles in its own way, and each of this module digests in its own.
+    version = f"1-{sys.version_info.major}.{sys.version_info.minor}"
     return f"{version}:{hashlib.sha256(repr(sorted(said)).encode()).hexdigest()[:16]}"
 
 
@@ -62,21 +69,34 @@ def _is_users(file: str) -> bool:
     return not (is_installed(Path(file)) or Path(file).is_relative_to(OURS))
 
 
-def _text(code: CodeType) -> tuple[object, ...]:
-    constants = [
-        # A set has another order in each process.
-        sorted(map(repr, of)) if isinstance(of, frozenset) else repr(of)
-        for of in code.co_consts
-        if not isinstance(of, CodeType)
+def _text(code: CodeType) -> list[object]:
+    """What it does, step by step; a docstring is in none."""
+    return [
+        (of.co_qualname, [(step.opname, _word(step.argval)) for step in dis.get_instructions(of)])
+        for of in _with_inner(code)
     ]
-    inner = [_text(of) for of in code.co_consts if isinstance(of, CodeType)]
-    return code.co_qualname, code.co_code, code.co_names, constants, inner
+
+
+def _word(value: object) -> object:
+    if isinstance(value, CodeType):
+        return value.co_qualname
+    # A set has another order in each process.
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    """With its lambdas, inner functions and comprehensions."""
+    yield code
+    for of in code.co_consts:
+        if isinstance(of, CodeType):
+            yield from _with_inner(of)
 
 
 def _named_by(function: FunctionType) -> Iterator[object]:
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # it is empty
             yield cell.cell_contents
-    for step in dis.get_instructions(function.__code__):
-        if step.opname == "LOAD_GLOBAL":
-            yield function.__globals__.get(step.argval)
+    for code in _with_inner(function.__code__):
+        for step in dis.get_instructions(code):
+            if step.opname == "LOAD_GLOBAL":
+                yield function.__globals__.get(step.argval)

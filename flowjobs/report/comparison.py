@@ -426,7 +426,7 @@ def _repeat_notes(results: Sequence[Result], names: Sequence[str]) -> list[str]:
         found.setdefault(_key(result, names), []).append(result.run.name)
     if not (same := [" = ".join(some) for some in found.values() if len(some) > 1]):
         return []
-    return [f"the same run under several names counts as one seed, by its mean: {first_of(same)}"]
+    return [f"runs alike in all fields count as one seed, by their mean: {first_of(same)}"]
 
 
 def _code_notes(cells: Sequence[Sequence[Result]]) -> list[str]:

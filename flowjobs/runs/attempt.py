@@ -116,7 +116,8 @@ class Attempt:
         self, model: str, code: str, parameters: int, flops_per_sample: int | None
     ) -> None:
         """Note which model it is, and how large; reaches the disk with what is noted next."""
-        self._status.model, self._status.model_code = model, code
+        # A job that resumes a run from Python has none of its own.
+        self._status.model, self._status.model_code = model, code or self._status.model_code
         self._status.parameters, self._status.flops_per_sample = parameters, flops_per_sample
 
     def note_divergence(self, after_step: int) -> None:

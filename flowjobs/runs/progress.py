@@ -56,7 +56,10 @@ def silent_s(status: RunStatus, metrics_file: Path) -> float | None:
 
     Nor is anything heard while samples are drawn and measured, after the last step.
     """
-    if state_in_words(status) != "running":
+    # The status is written every few seconds: by its own step it may be short of the end for ever.
+    last = status.attempts[-1].last_step if status.attempts else None
+    done = status.total_steps is not None and (last or 0) >= status.total_steps
+    if done or state_in_words(status) != "running":
         return None
     heard = datetime.fromisoformat(status.heard(metrics_file))
     silent = (datetime.now(UTC) - heard).total_seconds()

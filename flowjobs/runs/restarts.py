@@ -17,6 +17,8 @@ from flowjobs.runs.status import AttemptRecord
 #   launch failed (by srun)             exit_cause                   always
 #   node failure, which it could leave  stop_cause                   always
 #   node failure, which killed it       exit_cause                   with --retries, or by Slurm
+#   lost GPU before the first step      exit_cause                   always, in a Slurm job of its
+#                                                                    own
 #   all others of TRANSIENT             exit_cause                   with --retries
 #   no progress, diverged               runs/status                  never
 #   exception                           runs/status, exit_cause      never

@@ -121,9 +121,9 @@ def why_it_waits(row: JobRow) -> Waiting:
 
 
 def why_it_is_silent(row: JobRow) -> Waiting:
-    """That a job runs of whose process nothing has been heard."""
+    """That a job runs whose process has not reported yet."""
     since = f" since {_clock(row.starts)}" if row.starts else ""
-    return Waiting(f"for its first sign: job {row.job_id} runs on {row.nodes}{since}")
+    return Waiting(f"for its process to report: job {row.job_id} runs on {row.nodes}{since}")
 
 
 def _clock(seconds: float) -> str:

@@ -206,7 +206,7 @@ def same_as_others(new: Sequence[Member]) -> list[str]:
             fields = fields_in(config)
             # Not computed from the fields: a study may have thousands of runs.
             if same := asked.get((config.get("signature"), *(fields[field] for field in beside))):
-                found.append(f"{same} is the same run as {name} ({run.status().state})")
+                found.append(f"{same} as {name} ({run.status().state})")
         except (FlowjobsError, OSError, TypeError):
             pass  # what cannot be read is no such run as far as is known
     return found

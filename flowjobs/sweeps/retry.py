@@ -85,9 +85,10 @@ def _cause(kind: str, members: Sequence[Member]) -> Cause:
             return Cause(kind, members, (CHECKPOINTS,), advice)
         case "lost GPU":
             # Beside those that are left out already: --with puts its value in the place of that.
-            before = [m.config.slurm.exclude for m in members if m.config.slurm.exclude]
-            found = sorted({_node_of(member.run) for member in members})
-            nodes = ",".join(dict.fromkeys([*before, *found]))
+            slurms = [member.config.slurm for member in members]
+            before = [str(of.exclude or of.sbatch.get("exclude") or "") for of in slurms]
+            found = sorted(set().union(*(_nodes_of(member.run) for member in members)))
+            nodes = ",".join(dict.fromkeys([*filter(None, before), *found]))
             words = f"on {first_of(found)}: --with exclude={nodes} starts them elsewhere"
             return Cause(kind, members, advice=words)
         case "diverged":  # its steps are the same ones again
@@ -107,9 +108,18 @@ def _fewer_at_once(members: Sequence[Member]) -> str:
     return f"{RUNS_PER_GPU}={slots // 2}" if slots > 1 else ""
 
 
-def _node_of(run: Run) -> str:
-    """The node on which the newest attempt of a run failed."""
-    return failed_node(run, run.status().attempts[-1].job)
+def _nodes_of(run: Run) -> set[str]:
+    """The nodes on which a run found no GPU since its user started it."""
+    *before, newest = run.status().attempts
+    found = {failed_node(run, newest.job)}
+    if newest.job.started_by_user:
+        return found
+    for attempt in reversed(before):
+        if attempt.kind == newest.kind:
+            found.add(attempt.job.host)
+        if attempt.job.started_by_user:
+            break
+    return found
 
 
 def _limit_gb(member: Member) -> float | None:

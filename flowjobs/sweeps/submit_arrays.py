@@ -32,12 +32,13 @@ TOO_MANY = re.compile(
 SURELY_TOO_MANY = re.compile(
     "SubmitJobs?(Per|Limit)|temporarily unable to accept|job count", re.IGNORECASE
 )
-# Runs of a job that has as many slots: the next one is there when one ends, and a sweep that is
+# Runs of a job by its slots, at least: the next one is there when one ends, and a sweep that is
 # given more --parallel later has jobs left to start.
 RUNS_PER_SLOT = 4
-T = TypeVar("T")
 # The default of MaxArraySize, where the cluster does not say: tasks 0 to 1000.
 ARRAY_SIZE = 1001
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -163,7 +164,7 @@ def submit_arrays(
                 continue
             taken = True
             if free is not None and at_once is not None:
-                free -= at_once * slots
+                free -= at_a_time(parts[:1], [at_once])
             waiting = waiting[size:]
             size = min(size, len(waiting))
         done.left += itertools.chain(*waiting)
@@ -290,4 +291,5 @@ def share_parallel(
             changed[job_id] = error
         else:
             changed[job_id] = n * part.slots
-    return changed, min(parallel, at_a_time(new, jobs[len(arrays) :]))
+    # In jobs, as `tasks_of` divides them up again.
+    return changed, min(parallel, slots * sum(jobs[len(arrays) :]))

@@ -34,7 +34,7 @@ OLDER_WORDS = {"dryrun": "offline", "run": "online"}
 
 
 def resolve_mode(
-    config: TrackingConfig, why: str = "mode of config.json"
+    config: TrackingConfig, why: str = "mode of the run's config"
 ) -> tuple[ResolvedMode, str]:
     """The mode that applies on this machine, and why, in words.
 
@@ -59,7 +59,7 @@ def resolve_mode(
     return "offline", f"no login here: {log_in} or WANDB_API_KEY would make it online"
 
 
-def tracking_in_words(config: TrackingConfig, why: str = "mode of config.json") -> list[str]:
+def tracking_in_words(config: TrackingConfig, why: str = "mode of the run's config") -> list[str]:
     """Lines that say where in W&B a run goes, see `resolve_mode`, and what is not used for it."""
     mode, reason = resolve_mode(config, why)
     if mode == "disabled":

@@ -26,7 +26,7 @@ from flowjobs.tracking.mode import check_server_answers, server_of
 from flowjobs.tracking.process import failure_of_mirror, start_mirror, upload_limit_s
 
 # How long a run that another node trains may write nothing, and still be taken to train.
-SILENT_AT_MOST_S = 600.0
+WRITTEN_WITHIN_S = 600.0
 
 
 class DeletedError(TrackingError):
@@ -102,7 +102,7 @@ def _why_untracked(run: Run, *, named: bool) -> str:
     if not run.status().attempts:
         return "it has not started"
     # Only a person who names it takes back that it was to be kept out.
-    return "" if named else f"W&B was disabled as it trained; {uploads}"
+    return "" if named else f"it trained without W&B; {uploads}"
 
 
 def _who_trains(run: Run, judge: Judge) -> str | None:
@@ -112,7 +112,7 @@ def _who_trains(run: Run, judge: Judge) -> str | None:
     attempt = run.status().open_attempt
     if attempt is None or same_host(attempt.job.host, socket.gethostname()):
         return None
-    return attempt.job.description if written_lately(run.folder, SILENT_AT_MOST_S) else None
+    return attempt.job.description if written_lately(run.folder, WRITTEN_WITHIN_S) else None
 
 
 def _upload(run: Run) -> Synced:
@@ -123,7 +123,9 @@ def _upload(run: Run) -> Synced:
     """
     # Here, before a second is spent on loading wandb for each of a hundred runs.
     check_server_answers(server_of(record.tracking_of(run)))
-    session = record.read_session(run) or record.begin_session(run, "online")  # it is damaged
+    session = record.read_session(run) or record.begin_session(
+        run, "online"
+    )  # damaged, or trained without W&B
     with start_mirror(run, session, "sync") as mirror:
         try:
             output, _ = mirror.communicate(timeout=upload_limit_s(run))

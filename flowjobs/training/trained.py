@@ -1,6 +1,8 @@
 """From a run's best.pt to a model that can be sampled. Writes nothing."""
 
+import hashlib
 import textwrap
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,6 +19,29 @@ from flowjobs.runs.run import Run
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.compute import threads_for
 from flowjobs.training.ranks import single_process
+
+# The run whose weights a model has in this process, by their digest: it may get others.
+_weights_of: WeakKeyDictionary[nn.Module, tuple[str, Run]] = WeakKeyDictionary()
+
+
+def note_weights(model: nn.Module, run: Run) -> None:
+    """Note that a model has the weights of a run."""
+    _weights_of[model] = _digest(model), run
+
+
+def run_of_weights(model: nn.Module) -> Run | None:
+    """The run whose weights a model of one's own has; None where it has others."""
+    digest, run = _weights_of.get(model, ("", None))
+    return run if run is not None and digest == _digest(model) else None
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for of in model.parameters():
+        digest.update(
+            of.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
 
 
 def load_trained(
@@ -73,7 +98,9 @@ def load_trained(
             "that it was trained with, or give flowjobs.load the model: model=…"
         ) from error
     model.to(device)
-    if not given:  # one that is may be trained further
+    if given:
+        note_weights(model, run)  # it may be trained further
+    else:
         model.requires_grad_(False)
     model.eval()  # a `train` of the model's own may return nothing
     source = sources_of(config, run.study, stats["mean"], stats["std"]).held_out

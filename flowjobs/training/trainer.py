@@ -30,7 +30,6 @@ from flowjobs.flows.pairs import make_pairs, sample_path, sample_times
 from flowjobs.models.build import is_built_in
 from flowjobs.models.checks import (
     changed,
-    check_forward,
     check_gradient,
     check_leaves,
     check_new_model,
@@ -133,7 +132,6 @@ class Trainer:
         self._built_in = is_built_in(model) and is_built_in_flow(config)
 
         check_weights(model)
-        check_forward(model)
         self._stay_in_evaluation = frozen_in_evaluation(model)
         self._flow = flow_of(config)
         inputs = inputs_of(

@@ -127,10 +127,15 @@ def test_retry_names_the_nodes_whose_gpu_was_lost(study: Path, flowjobs: Command
     for name in "abc":
         run = failed(study, name, "lost GPU", exclude="n3" if name == "a" else None)
         status = run.status()
-        status.attempts[-1].job = dataclasses.replace(status.attempts[-1].job, host=f"n{name}")
+        last = status.attempts[-1]
+        last.job = dataclasses.replace(last.job, host=f"n{name}")
+        if name == "b":  # it was started elsewhere by itself
+            first = dataclasses.replace(last, job=dataclasses.replace(last.job, host="n0"))
+            last.job = dataclasses.replace(last.job, restart=1)
+            status.attempts = [first, last]
         status.write(run.status_file)
     done = flowjobs("retry", "a", "b", "--cluster", "local", "--dry-run")
-    said = "a, b; on na, nb: --with exclude=n3,na,nb starts them elsewhere\n"
+    said = "a, b; on n0, na, nb: --with exclude=n3,n0,na,nb starts them elsewhere\n"
     assert f"restarts   2 (lost GPU): {said}" in done.stdout, done.stdout
 
 

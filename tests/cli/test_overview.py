@@ -318,7 +318,7 @@ def test_the_keys_of_json_are_kept(flowjobs: Command, study: Path) -> None:
     made_run(study, [1.0, 0.5], name="a", lr=0.1)
     keys = (
         "run state reason step total_steps epoch epochs patience best_val_loss exit_code traceback "
-        "extensions model parameters flops_per_sample diverged_after updated attempts "
+        "extensions model model_code parameters flops_per_sample diverged_after updated attempts "
         "state_in_words latest steps_per_s left_s jobs waits unknown silent wandb folder "
         "checkpoints"
     )

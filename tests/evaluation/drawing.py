@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flowjobs.data.source import NormalSource
-from flowjobs.evaluation.sampling import Samples, joined, sample_chunks
+from flowjobs.evaluation.sampling import CHUNK, Samples, joined, sample_chunks
 from flowjobs.evaluation.solver import Solver
 
 
@@ -17,7 +17,9 @@ def sample(
     device: torch.device,
     seed: int = 0,
     solver: Solver = Solver(),  # noqa: B008, it is frozen
+    at_once: int = CHUNK,
 ) -> Samples:
     """Draw n samples of a model, from noise. The arguments are those of `sample_chunks`."""
     source = NormalSource(tuple(stats["mean"].shape))
-    return joined(list(sample_chunks(model, n, stats, device, seed, solver, source=source)))
+    options = {"source": source, "at_once": at_once}
+    return joined(list(sample_chunks(model, n, stats, device, seed, solver, **options)))

@@ -435,7 +435,7 @@ def test_where_requeuing_is_forbidden_the_run_goes_on_as_a_new_job(
     told = [attempt["job_id"] for attempt in in_wandb(job.run).config["attempts"]]
     assert told == job.job_ids()
     assert_equal_to(whole, job.run)
-    job.is_row("is preempted where requeuing is forbidden (`--no-requeue`)")
+    job.is_row("is preempted where requeuing is forbidden (`--sbatch no-requeue=True`)")
 
 
 def test_a_scancel_in_the_moment_of_the_requeue_still_ends_the_run(start: Start) -> None:

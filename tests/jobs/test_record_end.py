@@ -110,7 +110,7 @@ def test_a_job_that_runs_without_an_attempt_is_no_job_that_waits_to_start(
     squeue = commands / "squeue"
     squeue.write_text(f"#!/bin/sh\necho '{SEPARATOR.join(map(str, cells))}{SEPARATOR}'\n")
     squeue.chmod(0o755)
-    why = "for its first sign: job 7 runs on n7 since 2026-01-01 10:00:00"
+    why = "for its process to report: job 7 runs on n7 since 2026-01-01 10:00:00"
     assert find_dead_jobs([run]) == {run: Waiting(why)}
     # Nor is it said of one that was started again, by its attempt of before.
     job = JobInfo("slurm", "7", None, "n1", 1)

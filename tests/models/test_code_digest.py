@@ -18,17 +18,23 @@ from torch import nn
 
 def scaled(t): return 1000 * t
 
+def shifted(t): return t + 0
+
 def built(act):
     class Net(nn.Module):
-        def __init__(self, drop=0.1):
+        def __init__(self, drop=0.1, *, depth=1):
             super().__init__()
             self.parts = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(drop))
+
+        @property
+        def rate(self): return 2.0
 
         @torch.no_grad()
         def embedded(self, t): return t.sin()
 
         def forward(self, x, t):
             assert x.dim() in {1, 2}
+            t = torch.stack([shifted(of) for of in t]) * self.rate
             return act(self.parts(x)) + self.embedded(scaled(t))[:, None]
     return Net
 model = built(torch.tanh)()
@@ -51,8 +57,12 @@ def digest(cell: str = CELL, **others: Any) -> str:
         ("built(torch.tanh)", "built(torch.relu)", True),
         ("nn.ReLU()", "nn.GELU()", True),
         ("drop=0.1", "drop=0.2", True),
+        ("depth=1", "depth=2", True),
+        ("t + 0", "t + 1", True),
+        ("return 2.0", "return 3.0", True),
         ("{1, 2}", "{2, 3}", True),
         ("return act(", "# as in the paper\n\n            return act(", False),
+        ("def scaled(t): return", "def scaled(t):\n    'As in the paper.'\n    return", False),
         ("model = ", "embedded = print\nmodel = ", False),
     ],
 )

@@ -525,7 +525,7 @@ def test_the_same_run_under_two_names_is_one_seed_and_that_is_said(study: Path) 
     found = compared(study, missing=[asked])
     shown = cell_words(cell(found, []), number_format(found))
     assert shown == "2.5 ± 1.4 (n=2, 1 not submitted)"
-    said = "the same run under several names counts as one seed, by its mean: one = two"
+    said = "runs alike in all fields count as one seed, by their mean: one = two"
     assert found.notes == [said]
 
 

@@ -18,9 +18,10 @@ import pytest
 from flowjobs.config import RunConfig, TrainingConfig
 from flowjobs.jobs.array import arrays_of, submitting
 from flowjobs.jobs.current_job import running_jobs
+from flowjobs.jobs.run_stages import Member
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import RunStatus
-from flowjobs.sweeps.submit_arrays import ArrayLeft, jobs_at_once, tasks_of
+from flowjobs.sweeps.submit_arrays import ArrayLeft, jobs_at_once, share_parallel, tasks_of
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.waiting import wait_until
 from tests.conftest import Command
@@ -371,12 +372,17 @@ def test_arrays_share_what_is_to_run_at_a_time(
 
 @pytest.mark.parametrize(
     ("runs", "slots", "parallel", "rounds"),
-    [(40, 4, 8, 5), (40, 2, 8, 5), (48, 4, 8, 6), (60, 4, 12, 5), (64, 4, 8, 8), (3, 4, 8, 1)],
+    [
+        *((40, 4, 8, 5), (40, 2, 8, 5), (48, 4, 8, 6), (60, 4, 12, 5), (64, 4, 8, 8), (3, 4, 8, 1)),
+        *((10, 4, 12, 1), (6, 4, 8, 1)),
+    ],
 )
 def test_packs_train_as_many_at_a_time_as_was_asked_for_to_the_end(
-    runs: int, slots: int, parallel: int, rounds: int
+    study: Path, runs: int, slots: int, parallel: int, rounds: int
 ) -> None:
-    packs = tasks_of(range(runs), parallel, slots)
+    new = [Member(Run(study, f"{number}"), RunConfig(), "new") for number in range(runs)]
+    _, part = share_parallel([], new, parallel, slots)
+    packs = tasks_of(range(runs), part, slots)
     assert sorted(itertools.chain(*packs)) == [*range(runs)]
     (at_once,) = jobs_at_once([ArrayLeft(runs, slots)], parallel)
     rounds_of = [math.ceil(len(pack) / slots) for pack in packs]  # runs take equally long

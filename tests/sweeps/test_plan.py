@@ -131,8 +131,8 @@ def test_a_new_run_that_the_study_has_under_another_name_is_said(
     made_run(study, [1.0], name="damaged", seed=1).config_file.write_text("{")
     assert run_command(["sweep", "--seed", "0", "1", "--cluster", "local", "--dry-run"]) == 0
     _, _, found = capsys.readouterr().out.partition("new        2\n")
-    same = "mlp-icfm-digits-none-seed0 is the same run as mlp-icfm-digits-none (finished)"
-    assert found.splitlines()[0].strip() == f"1 of them there already: {same}"
+    same = "mlp-icfm-digits-none-seed0 as mlp-icfm-digits-none (finished)"
+    assert found.splitlines()[0].strip() == f"there already: {same}"
 
 
 def test_a_run_whose_checkpoints_are_gone_has_failed_unless_their_disk_is_away(study: Path) -> None:

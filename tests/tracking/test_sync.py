@@ -583,7 +583,7 @@ def test_a_run_that_trained_without_wandb_is_uploaded_once_it_is_named(
     # Neither by what cron does, nor with all others.
     assert flowjobs("reconcile").returncode == 0
     sync_it = hint("sync", run.name, study=study)
-    kept_out = f"not tracked: W&B was disabled as it trained; `{sync_it}` uploads it"
+    kept_out = f"not tracked: it trained without W&B; `{sync_it}` uploads it"
     assert flowjobs("sync").stdout == f"secret: {kept_out}\n"
     assert (backend.runs(), run.tracking_file.exists()) == ([], False)
     assert flowjobs("sync", "secret").stdout == "secret: 20 rows uploaded, verified\n"

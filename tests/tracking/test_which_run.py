@@ -156,7 +156,7 @@ def test_where_a_run_goes_and_what_says_so_is_shown(
     assert "\n".join(rows) in done.stdout
     assert max(map(len, rows)) <= 80
     run = Run(study, "mlp-icfm-digits-none")
-    assert f"W&B offline: {place} (mode of config.json)\n" in flowjobs("logs", run.name).stdout
+    assert f"W&B offline: {place} (mode of the run's config)\n" in flowjobs("logs", run.name).stdout
     assert f"\nW&B        {place}\n" in flowjobs("show", run.name).stdout
     run.wandb_page_file.write_text("https://wandb.test/page\n")
     assert "\nW&B        https://wandb.test/page\n" in flowjobs("show", run.name).stdout
