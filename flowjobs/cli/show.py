@@ -71,7 +71,6 @@ def _size_in_words(status: RunStatus) -> str:
 
 
 def _in_words(spent: TimeSpent) -> str:
-
     parts = {
         "waiting": spent.waiting_s,
         "starting": spent.starting_s,

@@ -239,13 +239,13 @@ class Member:
         run: The run.
         config: What is asked for.
         stage: How far it is.
-        why: Of what has failed the cause in a word or two; of what is unknown why, as a sentence;
-            of what waits the reason, to be read after "waits", if Slurm says it. What was cancelled
-            has one only where it cannot be resumed, what is finished only where the epochs that it
-            is given would not be trained.
+        why: The cause in a word or two if it has failed; why it is unknown, as a sentence; the
+            reason, to be read after "waits", if it waits and Slurm says it. What was cancelled has
+            one only where it cannot be resumed, what is finished only where the epochs that it is
+            given would not be trained.
         stuck: Whether it waits, and never starts as it is.
-        jobs_unknown: Of what is cancelled why it is unknown whether a job of it lives, as a
-            sentence; empty if none does.
+        jobs_unknown: Why it is unknown whether a job of a cancelled run lives, as a sentence; empty
+            if none does.
     """
 
     run: Run

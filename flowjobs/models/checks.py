@@ -172,7 +172,7 @@ def check_leaves(velocity: Tensor, model: nn.Module) -> None:
     """Raise a ConfigError if a velocity was computed with parameters that are not the model's.
 
     Args:
-        velocity: Of a training step, with its graph.
+        velocity: A training step's, with its graph.
         model: The model, as forward has left it.
     """
     own = {id(weights) for weights in model.parameters()}
@@ -245,7 +245,7 @@ def check_restart(
         model: The model, whose forward has written weights in its first step.
         built: What a restart would have: a model of the same class that was never trained, with
             the tensors of a state.
-        shape: Of a batch.
+        shape: A batch's.
         device: Where both are.
     """
 

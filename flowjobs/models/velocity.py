@@ -59,7 +59,7 @@ def rows_at_once(config: TrainingConfig, ranks: int, numbers: int) -> int:
     Args:
         config: Gives the size of a batch.
         ranks: Processes that share it.
-        numbers: Of a row.
+        numbers: How many a row has.
     """
     return max(config.batch_size // ranks, NUMBERS_AT_ONCE // numbers, 1)
 

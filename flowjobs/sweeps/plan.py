@@ -39,7 +39,7 @@ def look_at(asked: Mapping[Run, RunConfig], given: frozenset[str]) -> list[Membe
 
     Args:
         asked: What is asked for, by run.
-        given: Of KEPT_UNLESS_GIVEN those that are asked for.
+        given: Those of KEPT_UNLESS_GIVEN that are asked for.
 
     Returns:
         In the order of `asked`.

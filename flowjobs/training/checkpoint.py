@@ -117,7 +117,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointDamagedError: Not the bytes that were written.
-        CheckpointMismatchError: Of another model, or of a newer version of flowjobs.
+        CheckpointMismatchError: It is of another model, or of a newer version of flowjobs.
     """
     payload = read_checkpoint(Path(path), device)
     restore_payload(payload, Path(path), model, ema, optimizer, scheduler)

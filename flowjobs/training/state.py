@@ -394,7 +394,7 @@ class TrainState:
         """Take over the averaged weights of another run, and nothing else.
 
         Raises:
-            CheckpointMismatchError: Of another model.
+            CheckpointMismatchError: It is of another model.
         """
         weights = payload["ema_shadow"]
         nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, COMPILED)

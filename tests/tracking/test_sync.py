@@ -135,7 +135,7 @@ def test_a_second_sync_of_all_asks_nothing(run: Run, backend: Backend, flowjobs:
     backend.requests.clear()
     assert sync_run(run).state == "unchanged"
     assert backend.requests == []
-    assert "was all on the server" in flowjobs("sync").stdout
+    assert "unchanged since the last check" in flowjobs("sync").stdout
     assert backend.requests == []
     # By its name it is asked for: there it may have been deleted.
     assert flowjobs("sync", run.name).stdout == "tracked: all of it is on the server\n"
