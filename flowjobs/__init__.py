@@ -76,6 +76,10 @@ def load(
         ConfigError: The code that it keeps is gone or was changed.
     """
     from flowjobs.runs.run import Run, absolute, default_study
-    from flowjobs.training.trained import load_trained
+    from flowjobs.training.trained import load_trained, note_weights
 
-    return load_trained(Run(absolute(Path(study or default_study())), name), device, model)
+    run = Run(absolute(Path(study or default_study())), name)
+    trained = load_trained(run, device, model)
+    if model is not None:
+        note_weights(model, run)  # it may be trained further
+    return trained

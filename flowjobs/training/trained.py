@@ -98,9 +98,7 @@ def load_trained(
             "that it was trained with, or give flowjobs.load the model: model=…"
         ) from error
     model.to(device)
-    if given:
-        note_weights(model, run)  # it may be trained further
-    else:
+    if not given:  # one that is may be trained further
         model.requires_grad_(False)
     model.eval()  # a `train` of the model's own may return nothing
     source = sources_of(config, run.study, stats["mean"], stats["std"]).held_out

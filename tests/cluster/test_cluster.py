@@ -83,6 +83,7 @@ def test_commands_in_this_process_reach_the_cluster(slurm: SlurmCluster) -> None
     assert "preempt-nograce" in done.stdout
 
 
+@pytest.mark.long  # test_nothing_is_lost.py needs the same
 def test_preempted_job_is_requeued(slurm: SlurmCluster, tmp_path: Path) -> None:
     job = _start(slurm, tmp_path, "-p", "preempt", "-w", "n1")
     preemptor = slurm.preempt("n1")
@@ -95,6 +96,7 @@ def test_preempted_job_is_requeued(slurm: SlurmCluster, tmp_path: Path) -> None:
     assert _last_state(slurm, job, 0) == "PREEMPTED"
 
 
+@pytest.mark.long  # test_nothing_is_lost.py needs the same
 @pytest.mark.parametrize(
     ("partition", "state"), [("preempt-nograce", "PENDING"), ("preempt-cancel", "PREEMPTED")]
 )

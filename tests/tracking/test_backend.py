@@ -10,6 +10,9 @@ import pytest
 
 from tests.tracking.backend import Backend
 
+# That the stand-in is true to the server: what rests on it is tested each time.
+by_hand = pytest.mark.long
+
 INIT = """
 import wandb
 run = wandb.init(project="p", id="a-run", name="a name", group="g", config={"lr": 0.5},
@@ -40,6 +43,7 @@ def test_a_run_arrives_whole(backend: Backend) -> None:
     assert "requirements.txt" in run.files
 
 
+@by_hand
 def test_states_follow_from_the_exit_code(backend: Backend) -> None:
     client("run.finish(exit_code=3)")
     run = backend.run("a-run")
@@ -52,6 +56,7 @@ def test_states_follow_from_the_exit_code(backend: Backend) -> None:
     assert backend.run("a-run").sessions == 3
 
 
+@by_hand
 def test_a_resumed_session_learns_of_the_last_step(backend: Backend) -> None:
     client("run.log({'loss': 1}, step=7, commit=True)")
     backend.edit("a-run", tags=["theirs"], notes="by hand")
@@ -70,6 +75,7 @@ def test_a_row_at_a_step_that_is_there_is_dropped(backend: Backend) -> None:
     assert run.dropped == [{"_step": 7, "loss": 2}]
 
 
+@by_hand
 def test_what_came_while_it_was_down_arrives_later(backend: Backend) -> None:
     code = "print(1, flush=True)\ninput()\nrun.log({'loss': 1}, step=1)\nrun.finish()"
     command = [sys.executable, "-c", INIT % 240 + code]
@@ -91,6 +97,7 @@ def test_what_came_while_it_was_down_arrives_later(backend: Backend) -> None:
     assert len(backend.run("a-run").history) == 1
 
 
+@by_hand
 @pytest.mark.parametrize("fault", ["key", "down", "error"])
 def test_a_client_that_gets_no_answer_raises(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, fault: str
