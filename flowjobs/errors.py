@@ -151,7 +151,7 @@ class RunInterrupted(Exception):
 
 
 class MeasuringInterrupted(RunInterrupted):
-    """The same of a run that has done all its steps: only its samples are not measured."""
+    """The run was told to leave after its last step, while its samples were measured."""
 
 
 class RunTakenOverError(Exception):

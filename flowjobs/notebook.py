@@ -102,21 +102,22 @@ class FlowTrainer(Trainer):
         if not self._opens_run:
             return super()._train(recorder, model_class, code)
         with default_logging():
-            self._create_run()
             model = self.state.model
+            digest = code_digest(model)
+            self._create_run(digest)
             with recording(self._run, JobInfo.in_foreground(), track=tracked) as own:
                 if self._run.cancel_requested():  # since it was cleared, and before it was held
                     raise KeyboardInterrupt
                 try:
                     given = class_unnamed(model, self._config)
-                    return super()._train(own, given, code_digest(model))
+                    return super()._train(own, given, digest)
                 finally:
                     if self.state.step:
                         with suppress(RuntimeError):  # of a GPU, which the error that is told says
                             note_weights(model, self._run)
 
-    def _create_run(self) -> None:
-        """Make the run if it is not there, or check that it is the same one."""
+    def _create_run(self, code: str) -> None:
+        """Make the run if it is not there, or check that it is the same one, with this code."""
         run, tracking = self._run, self._tracking()
         asked = RunConfig(self._config, tracking=tracking)
         if run.exists():
@@ -134,7 +135,7 @@ class FlowTrainer(Trainer):
                     "give this one a name of its own, FlowTrainer(…, name=…), or cancel that one "
                     f"first: {cancel}"
                 )
-            if difference := self._difference_to(found):
+            if difference := self._difference_to(found, code):
                 raise RunMismatchError(
                     f"a run named {run.name} exists in {run.study}, and {difference}: give this "
                     "one a name of its own, FlowTrainer(…, name=…)"
@@ -173,17 +174,17 @@ class FlowTrainer(Trainer):
             wandb_mode=cast(WandbMode, mode),
         )
 
-    def _difference_to(self, found: RunConfig) -> str | None:
+    def _difference_to(self, found: RunConfig, code: str) -> str | None:
         """How the run on disk differs from this trainer's, checked before it is opened."""
         run = self._run
         if run.started() and found.training.epochs > self._config.epochs:
             return f"has {found.training.epochs} epochs, not {self._config.epochs}"
+        is_edited = not self._resume_path and differ(run.status().model_code, code)
         for path in (run.last, run.best):
             try:
                 if path.exists():
                     self.state.check(read_checkpoint(path), path)
-                    differs = differ(run.status().model_code, code_digest(self.state.model))
-                    if differs and not self._resume_path:
+                    if is_edited:
                         return (
                             f"{path} was trained with other code of "
                             f"{type(self.state.model).__qualname__} than there is now "
