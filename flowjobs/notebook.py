@@ -32,7 +32,6 @@ from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.mode import entity_here, mode_of_settings, mode_of_variable, variables
 from flowjobs.tracking.tracker import tracked
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.ranks import Ranks
 from flowjobs.training.trained import note_weights, run_of_weights
 from flowjobs.training.trainer import Trainer, TrainingResult
 
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class FlowTrainer(Trainer):
-    """A `Trainer` that opens the run called `name` itself, unless it is given one.
+    """A `Trainer` that opens the run called `name` itself.
 
     With the lock, the record and the W&B run that a job's has. It says how far it is through the
     `flowjobs` logger, on stderr where no handler shows it; a level of that logger's own counts.
@@ -50,7 +49,6 @@ class FlowTrainer(Trainer):
         name: Name of the run; by default `config.run_name`.
         wandb_project: Project in W&B.
         wandb_entity: User or team in W&B; by default your own.
-        run: A run that the caller holds; then the three before this one count for nothing.
 
     Raises:
         ConfigError: From `train`: W&B would refuse the entity or the group, or a new run was given
@@ -73,14 +71,10 @@ class FlowTrainer(Trainer):
         wandb_project: str = TrackingConfig.wandb_project,
         wandb_entity: str | None = None,
         resume_path: str | Path | None = None,
-        run: Run | None = None,
-        recorder: Recorder | None = None,
-        ranks: Ranks | None = None,
         stop_reason: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._opens_run = run is None
         # Once: a notebook may change its working directory before it trains.
-        run = run or Run(absolute(default_study()), name or config.run_name)
+        run = Run(absolute(default_study()), name or config.run_name)
         check_run_name(run.name)
         self._asked_tracking = TrackingConfig(wandb_project, wandb_entity)
         super().__init__(
@@ -91,16 +85,12 @@ class FlowTrainer(Trainer):
             device,
             run=run,
             resume_path=resume_path,
-            recorder=recorder,
-            ranks=ranks,
             stop_reason=stop_reason,
         )
 
     def _train(
         self, recorder: Recorder | None, model_class: str = "", code: str = ""
     ) -> TrainingResult:
-        if not self._opens_run:
-            return super()._train(recorder, model_class, code)
         with default_logging():
             model = self.state.model
             digest = code_digest(model)

@@ -200,8 +200,8 @@ class Trainer:
         with self._ranks.first_goes_first():
             if self._ranks.is_first:
                 run.take_data(self._data)
-                saver = self._make_saver(run, recorder)
-            adopted = self._restore(run)
+                saver = self._make_saver(recorder)
+            adopted = self._restore()
         self._prepare_graphs()  # of what was restored
         self._rows = self._rows_to(recorder)
         self.state.held = None
@@ -239,7 +239,7 @@ class Trainer:
             raise self._taken_over
         if reason:
             raise RunInterrupted(reason, self.state.step)
-        return self._result(run, time.monotonic() - started)
+        return self._result(time.monotonic() - started)
 
     def _rows_to(self, recorder: Recorder | None) -> Rows:
         says = self._ranks.is_first
@@ -254,7 +254,8 @@ class Trainer:
             if saver:
                 saver.close_after_error()
 
-    def _make_saver(self, run: Run, recorder: Recorder | None) -> CheckpointSaver:
+    def _make_saver(self, recorder: Recorder | None) -> CheckpointSaver:
+        run = self._run
         for path in (run.best, run.last):
             sweep_unfinished(path)
         every_s = self._config.checkpoint_every_s
@@ -454,14 +455,15 @@ class Trainer:
         with self._arithmetic():
             return (self._validation.total(self._ema_velocity, check),)
 
-    def _restore(self, run: Run) -> bool:
+    def _restore(self) -> bool:
         """Take over the newest good checkpoint, or the one that was asked for.
 
         Returns:
             Whether the state is new to the run's folder and should be saved there.
         """
+        run = self._run
         given = None if self._resume_path is None else self._read_given(self._resume_path)
-        path, payload = self._newest_of(run)
+        path, payload = self._newest()
         if given and (payload is None or payload["resumed_from"] != given["resumed_from"]):
             assert self._resume_path is not None
             path, payload = self._resume_path, given
@@ -477,7 +479,7 @@ class Trainer:
         logger.info(
             "Resumed from epoch %d, step %d (%s)", self.state.epochs_finished, self.state.step, path
         )
-        there = self._best_there(run)
+        there = self._best_there()
         if payload is not given and there > self.state.best_loss:
             logger.warning(
                 "%s is gone, of loss %.4f: %s",
@@ -491,9 +493,9 @@ class Trainer:
         self.state.best_loss = max(self.state.best_loss, there)
         return payload is given
 
-    def _newest_of(self, run: Run) -> tuple[Path, Payload | None]:
+    def _newest(self) -> tuple[Path, Payload | None]:
         """The run's newest good checkpoint: last.pt, or where that is gone the best one."""
-        check = self.state.check
+        run, check = self._run, self.state.check
         # Not to the GPU: beside the state that it goes into, it may have no room there.
         if payload := read_newest_good(run.last, check=check):
             return run.last, payload
@@ -526,8 +528,9 @@ class Trainer:
                 f"these weights, with everything else new: --init-from {path}"
             ) from error
 
-    def _best_there(self, run: Run) -> float:
+    def _best_there(self) -> float:
         """The loss of the best.pt on disk, which is put back where it is of lost work."""
+        run = self._run
         best = read_newest_good(run.best, check=self.state.check)
         if best is None:
             return math.inf
@@ -627,13 +630,13 @@ class Trainer:
         except RunTakenOverError as error:
             self._taken_over = error  # all ranks leave for it at the next boundary
 
-    def _result(self, run: Run, time_s: float) -> TrainingResult:
+    def _result(self, time_s: float) -> TrainingResult:
         state = self.state
         return TrainingResult(
             epochs_run=state.epochs_finished,
             final_epoch=state.epochs_finished - 1,
             steps=state.step,
             best_val_loss=state.best_loss,
-            checkpoint_path=str(run.best),
+            checkpoint_path=str(self._run.best),
             time_s=time_s,
         )

@@ -31,7 +31,8 @@ from flowjobs.models.build import build_model
 from flowjobs.runs.recorder import Recorder, recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.training import FlowTrainer, get_cosine_schedule_with_warmup, saving
+from flowjobs.training import get_cosine_schedule_with_warmup, saving
+from flowjobs.training.trainer import Trainer
 
 DECAY = 0.999
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +115,7 @@ def flowjobs_loop(config: TrainingConfig, study: Path, device: torch.device, wat
     train, val = load_datasets(config.dataset, study)
     model = build_model(config, train.shape)
     with recording(run, JobInfo.in_foreground()) as recorder:
-        trainer = FlowTrainer(model, config, train, val, device, run=run, recorder=recorder)
+        trainer = Trainer(model, config, train, val, device, run=run, recorder=recorder)
         with stopping_after_an_epoch(recorder):
             assert trainer.train()["epochs_run"] == config.epochs
     status = run.status()

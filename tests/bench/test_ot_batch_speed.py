@@ -14,7 +14,7 @@ from flowjobs.models.build import build_model
 from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.training import FlowTrainer
+from flowjobs.training.trainer import Trainer
 from tests.bench.ratios import paired_ratios
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +31,7 @@ def training(study: Path, name: str, config: TrainingConfig) -> Callable[[], Non
         data = load_datasets(config.dataset, study)
         model = build_model(config, data[0].shape)
         with recording(run, JobInfo.in_foreground()) as recorder:
-            trainer = FlowTrainer(model, config, *data, DEVICE, run=run, recorder=recorder)
+            trainer = Trainer(model, config, *data, DEVICE, run=run, recorder=recorder)
             trainer.train()
 
     return train

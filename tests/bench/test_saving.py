@@ -18,9 +18,9 @@ from flowjobs.models.build import build_model
 from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.training import FlowTrainer
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
+from flowjobs.training.trainer import Trainer
 from tests.bench.loops import stopping_after_an_epoch
 from tests.bench.ratios import ratios_in_turns
 
@@ -97,7 +97,7 @@ def train(study: Path, *, saving: bool) -> None:
             patch.setattr(CheckpointSaver, "due", lambda saver, epoch_finished: False)
             patch.setattr(CheckpointSaver, "keep_best", lambda *given, **held: None)
             patch.setattr(CheckpointSaver, "save_and_wait", lambda *given, **named: None)
-        trainer = FlowTrainer(
+        trainer = Trainer(
             model, config, train_dataset, val_dataset, DEVICE, run=run, recorder=recorder
         )
         with stopping_after_an_epoch(recorder):

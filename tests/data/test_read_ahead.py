@@ -30,8 +30,9 @@ from flowjobs.flows.pairs import CoupledPairs
 from flowjobs.jobs.exit_cause import transient_kind
 from flowjobs.models.build import build_model
 from flowjobs.runs.run import Run
-from flowjobs.training import FlowDataset, FlowTrainer
+from flowjobs.training import FlowDataset
 from flowjobs.training.checkpoint import read_checkpoint
+from flowjobs.training.trainer import Trainer
 from tests.training.same import same
 from tests.training.test_trainer import train_in
 
@@ -109,7 +110,7 @@ def test_a_file_that_is_cut_short_or_unreadable_ends_the_training_with_its_name(
     np.save(path, np.random.default_rng(0).standard_normal((400, 5), dtype=np.float32))
     data = FlowDataset(path)
     model = build_model(CONFIG, data.dim)
-    trainer = FlowTrainer(model, CONFIG, data, data, torch.device("cpu"), run=Run(study, "a"))
+    trainer = Trainer(model, CONFIG, data, data, torch.device("cpu"), run=Run(study, "a"))
 
     def stale(*arguments: object) -> int:
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -122,7 +123,7 @@ def test_a_file_that_is_cut_short_or_unreadable_ends_the_training_with_its_name(
     with path.open("r+b") as file:
         file.truncate(200)
     with pytest.raises(DataError, match=r"data\.npy ends at byte \d+: it was cut short"):
-        FlowTrainer(model, CONFIG, data, data, torch.device("cpu"), run=Run(study, "b"))
+        Trainer(model, CONFIG, data, data, torch.device("cpu"), run=Run(study, "b"))
 
 
 @pytest.mark.parametrize(

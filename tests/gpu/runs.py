@@ -15,10 +15,11 @@ from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.recorder import recording
 from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
-from flowjobs.training import FlowDataset, FlowTrainer
+from flowjobs.training import FlowDataset
 from flowjobs.training.pinned import with_pinned_files
 from flowjobs.training.ranks import Ranks
 from flowjobs.training.same_bits import differences
+from flowjobs.training.trainer import Trainer
 
 DIM = 16
 STEPS_PER_EPOCH = 10
@@ -44,7 +45,7 @@ def train(
     device: torch.device,
     leave_at: Sequence[int] = (),
     ranks: Ranks | None = None,
-) -> FlowTrainer:
+) -> Trainer:
     """One attempt, to the end or to the first of these steps that is still to come.
 
     Raises:
@@ -59,9 +60,9 @@ def train(
         held = nullcontext()
     if config.compile:
         torch.compiler.reset()  # a new process has compiled nothing yet
-    begun: list[FlowTrainer] = []
+    begun: list[Trainer] = []
     with held as recorder:
-        trainer = FlowTrainer(
+        trainer = Trainer(
             build_model(config, DIM),
             config,
             FlowDataset(two_clusters(config.batch_size * STEPS_PER_EPOCH + 3, seed=1)),
@@ -106,7 +107,7 @@ def assert_same_bits(first: Run, second: Run) -> None:
     assert parts == []
 
 
-def train_in_three_ways(study: Path, config: TrainingConfig, device: torch.device) -> FlowTrainer:
+def train_in_three_ways(study: Path, config: TrainingConfig, device: torch.device) -> Trainer:
     """Train a run whole, another in plain steps, one in parts: all must end with the same bits.
 
     Returns:

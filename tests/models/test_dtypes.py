@@ -30,6 +30,7 @@ from flowjobs.runs.run import Run
 from flowjobs.training import EMAModel, FlowDataset, FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.trained import load_trained
+from flowjobs.training.trainer import Trainer
 from tests.evaluation.drawing import sample
 from tests.training.same import same
 
@@ -358,7 +359,7 @@ def test_another_default_device_is_none_of_flowjobs_own_tensors(
         torch.set_default_device("meta" if name == "other" else None)
         run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
         data = load_datasets("rows.pt", study)
-        FlowTrainer(model, config, *data, CPU, run=run).train()
+        Trainer(model, config, *data, CPU, run=run).train()
         write_splits(FlowDataset("rows.pt"), study / name, {"all": None})
         distance = sliced_wasserstein(data[1][:18], data[0][:18])
         return read_checkpoint(run.last), load_trained(run, CPU, model).sample(20), distance

@@ -21,7 +21,7 @@ from flowjobs.runs.run import Run
 from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.mode import DEFAULT_HOSTS, has_login, resolve_mode
 from flowjobs.tracking.tracker import tracked
-from flowjobs.training import FlowTrainer
+from flowjobs.training.trainer import Trainer
 from tests.tracking.backend import KEY
 from tests.tracking.leet import Inspected, history, inspect, records, session_files
 
@@ -68,7 +68,7 @@ def train(study: Path, *, break_with: Exception | None = None) -> Run:
         return None
 
     with recording(run, JobInfo.in_foreground(), track=tracked) as recorder:
-        FlowTrainer(
+        Trainer(
             build_model(CONFIG, 64),
             CONFIG,
             train_dataset,

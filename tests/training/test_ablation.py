@@ -32,6 +32,7 @@ from flowjobs.runs.status import JobInfo
 from flowjobs.training import FlowTrainer, reflow
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.pinned import with_pinned_files
+from flowjobs.training.trainer import Trainer
 from tests.training.test_exactness import (
     CONFIG,
     CPU,
@@ -134,7 +135,7 @@ def teacher_of(study: Path, config: TrainingConfig, parts: tuple[FlowDataset, Fl
     teacher.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
     with recording(teacher, JobInfo.in_foreground()) as recorder:
         model = build_model(config, 6)
-        FlowTrainer(model, config, *parts, CPU, run=teacher, recorder=recorder).train()
+        Trainer(model, config, *parts, CPU, run=teacher, recorder=recorder).train()
     return teacher
 
 
@@ -172,7 +173,7 @@ def test_pairs_that_are_made_survive_an_interruption_and_are_progress(
         asks = itertools.count(1)
         job = replace(JobInfo.in_foreground(), restart=number)
         with recording(run, job) as recorder:
-            FlowTrainer(
+            Trainer(
                 *(build_model(config, 6), config, *parts, CPU),
                 run=run,
                 recorder=recorder,

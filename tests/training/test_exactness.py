@@ -35,6 +35,7 @@ from flowjobs.training.determinism import (
     deterministic_algorithms,
     set_cublas_workspace,
 )
+from flowjobs.training.trainer import Trainer
 from tests.training.same import same
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def train(run: Run, config: TrainingConfig, steps: int | None = None) -> None:
         torch.compiler.reset()  # a new process has compiled nothing yet
     boundaries = itertools.count(1)
     with recording(run, JobInfo.in_foreground()) as recorder:
-        FlowTrainer(
+        Trainer(
             build_model(config, 6),
             config,
             data(8 * STEPS_PER_EPOCH + 3, seed=1),
@@ -234,9 +235,9 @@ def small_files_only(run: Run, steps: range) -> Iterator[None]:
     """While these steps are trained, no file of the process may grow over a few bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    real = FlowTrainer._step
+    real = Trainer._step
 
-    def step(trainer: FlowTrainer) -> dict[str, float]:
+    def step(trainer: Trainer) -> dict[str, float]:
         if trainer.state.step in (steps.start, steps.stop):
             # A save that is under way ends under the limit that it began with.
             for thread in threading.enumerate():
@@ -249,7 +250,7 @@ def small_files_only(run: Run, steps: range) -> Iterator[None]:
         return real(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FlowTrainer, "_step", step)
+        patch.setattr(Trainer, "_step", step)
         try:
             yield
         finally:

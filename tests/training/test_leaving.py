@@ -17,10 +17,10 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig
 from flowjobs.data.dataset import load_datasets
 from flowjobs.runs.metrics import read_rows
 from flowjobs.runs.run import Run
-from flowjobs.training import FlowTrainer
 from flowjobs.training.checkpoint import read_checkpoint
 from flowjobs.training.ranks import Leave, Leaving, single_process
 from flowjobs.training.trained import load_trained
+from flowjobs.training.trainer import Trainer
 from tests.cluster.waiting import wait_until
 from tests.training import rank_job
 from tests.training.same import same
@@ -54,8 +54,9 @@ from pathlib import Path
 import torch
 from flowjobs.errors import ConfigError, RankFailedError
 from flowjobs.runs.run import Run
-from flowjobs.training import FlowDataset, FlowTrainer, TrainingConfig
+from flowjobs.training import FlowDataset, TrainingConfig
 from flowjobs.training.ranks import check_own_gpus, joined_ranks
+from flowjobs.training.trainer import Trainer
 file = Path(sys.argv[2])
 with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
     with ranks.first_goes_first() as still_at_it:
@@ -76,7 +77,7 @@ with joined_ranks(int(sys.argv[1]), 2, 0, False) as ranks:
     data = FlowDataset(torch.randn(200, 4, generator=torch.Generator().manual_seed(0)))
     config = TrainingConfig(batch_size=32)
     try:
-        FlowTrainer(model, config, data, data, "cpu", run=Run(file.parent, "x"), ranks=ranks)
+        Trainer(model, config, data, data, "cpu", run=Run(file.parent, "x"), ranks=ranks)
     except ConfigError as error:
         print(error)
     check_own_gpus(f"GPU-{ranks.rank}", 2)
@@ -182,7 +183,7 @@ def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(
     assert load_trained(whole, "cpu").ranks == 2
     # The loss is that of the model which is saved.
     train, val = load_datasets(CONFIG.dataset, study)
-    one_rank = FlowTrainer(Normed(train.dim), CONFIG, train, val, torch.device("cpu"), run=whole)
+    one_rank = Trainer(Normed(train.dim), CONFIG, train, val, torch.device("cpu"), run=whole)
     one_rank.state.restore(read_checkpoint(whole.best), whole.best)
     found = one_rank.state.best_loss
     assert one_rank._validation_loss() == pytest.approx(found, rel=1e-6)

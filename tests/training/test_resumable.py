@@ -287,7 +287,7 @@ def test_the_average_is_of_what_the_model_keeps_beside_its_tensors(study: Path) 
         assert len(kept) == payload["step"]
         assert kept == payload["model_state_dict"]["linear.1._extra_state"]
     trainer = make_trainer(study, CONFIG, model=model(), run=run)
-    trainer._restore(run)
+    trainer._restore()
     losses = [row["val/loss"] for row in read_rows(run.metrics_file) if "val/loss" in row]
     assert trainer._validation_loss() == losses[-1]
     with pytest.raises(RunInterrupted):
@@ -503,7 +503,7 @@ def test_initial_weights_are_all_that_is_taken_over(study: Path) -> None:
     config = TrainingConfig(epochs=1, lr=1e-5, seed=1, arch_args=SMALL, init_from=str(origin.best))
     trainer = make_trainer(study, config, run=run)
     run.logs.mkdir(parents=True)
-    assert not trainer._restore(run)
+    assert not trainer._restore()
     averaged = read_checkpoint(origin.best)["ema_shadow"]
     assert same(dict(trainer.state.model.state_dict()), dict(averaged))
     assert same(dict(trainer.state.ema.shadow), dict(averaged))

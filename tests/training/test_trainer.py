@@ -37,6 +37,7 @@ from flowjobs.training.checkpoint import read_checkpoint, write_checkpoint
 from flowjobs.training.run_training import draw_and_measure
 from flowjobs.training.saving import CheckpointSaver
 from flowjobs.training.state import TrainState
+from flowjobs.training.trainer import Trainer
 from flowjobs.training.validation import Validation
 from tests.evaluation.drawing import sample
 from tests.training.same import same
@@ -50,10 +51,11 @@ def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-def make_trainer(study: Path, config: TrainingConfig, **options: Any) -> FlowTrainer:
+def make_trainer(study: Path, config: TrainingConfig, **options: Any) -> Trainer:
     train, val = load_datasets(config.dataset, study)
     model = options.pop("model", None) or build_model(config, train.dim)
-    return FlowTrainer(model, config, train, val, CPU, **options)
+    kind = Trainer if "run" in options else FlowTrainer
+    return kind(model, config, train, val, CPU, **options)
 
 
 def stop_at(trainer_steps: int) -> Any:
@@ -188,7 +190,7 @@ def train_on_few(run: Run, steps_per_epoch: int, **options: Any) -> Any:
     config = TrainingConfig(flow="otcfm", epochs=2, batch_size=16)
     run.create(RunConfig(config, tracking=TrackingConfig(wandb_mode="disabled")))
     with recording(run, JobInfo.in_foreground()) as recorder:
-        FlowTrainer(Draws(), config, *data, CPU, run=run, recorder=recorder, **options).train()
+        Trainer(Draws(), config, *data, CPU, run=run, recorder=recorder, **options).train()
     files = [read_checkpoint(file) for file in (run.last, run.best)]
     return files, list(read_rows(run.metrics_file))
 
@@ -357,7 +359,7 @@ def test_the_first_step_of_an_extended_run_has_the_longer_schedules_rate(
     run = Run(study, "run")
     train_in(run, short)
     trainer = make_trainer(study, long, run=run)
-    trainer._restore(run)
+    trainer._restore()
     half_cosine = 0.5 * (1 + math.cos(math.pi * (23 - 5) / (69 - 5)))
     rate = trainer.state.optimizer.param_groups[0]["lr"]
     assert math.isclose(rate, long.lr * half_cosine)
