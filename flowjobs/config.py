@@ -45,20 +45,6 @@ DECIDED_OPTIONS = {
     "gpus-per-socket": "GPUs are asked for by node; see --gpus-per-node",
 }
 
-# The fields that other options of sbatch mean; one that has a value would be lost beside them.
-FIELDS_OF_OPTIONS = {
-    "partition": "partition",
-    "account": "account",
-    "qos": "qos",
-    "constraint": "constraint",
-    "exclude": "exclude",
-    "mem": "mem_gb",
-    "mem-per-cpu": "mem_gb",
-    "mem-per-gpu": "mem_gb",
-    "time": "timeout_min",
-    "comment": "comment",
-}
-
 # `str | None` says the same, but for a union of that form tyro loads typeguard, a fifth of the
 # time of `submit --help`.
 OptionalStr = Optional[str]  # noqa: UP045

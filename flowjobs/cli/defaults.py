@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowjobs.config import (
-    FIELDS_OF_OPTIONS,
     PARTS,
     SlurmConfig,
     TrackingConfig,
@@ -25,7 +24,7 @@ from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues, flag
 from flowjobs.nearest import meant
 from flowjobs.runs.run import default_study
-from flowjobs.slurm.options import fields_from, variables_of
+from flowjobs.slurm.options import FIELDS_OF_OPTIONS, fields_from, variables_of
 from flowjobs.toml_values import read_toml, typed_value
 from flowjobs.tracking.mode import (
     mode_of_settings,

@@ -30,6 +30,20 @@ NEEDED = re.compile(
     r"(?i:https?_proxy|no_proxy)|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE"
 )
 
+# The fields that other options of sbatch mean; one that has a value would be lost beside them.
+FIELDS_OF_OPTIONS = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "exclude": "exclude",
+    "mem": "mem_gb",
+    "mem-per-cpu": "mem_gb",
+    "mem-per-gpu": "mem_gb",
+    "time": "timeout_min",
+    "comment": "comment",
+}
+
 # The variables of options whose names differ.
 OPTION_VARIABLES = {
     "array": ("SBATCH_ARRAY_INX",),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from flowjobs.config import FIELDS_OF_OPTIONS, RestartConfig, RunConfig, SlurmConfig
+from flowjobs.config import RestartConfig, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError
 from flowjobs.field_values import KeyValues
 from flowjobs.formatting import first_of
@@ -21,6 +21,7 @@ from flowjobs.nearest import meant
 from flowjobs.runs.hint import hint
 from flowjobs.runs.pack import Pack
 from flowjobs.runs.run import Run
+from flowjobs.slurm.options import FIELDS_OF_OPTIONS
 from flowjobs.toml_values import typed_value
 
 # No option of one run's: how many share a job.
