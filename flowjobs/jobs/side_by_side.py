@@ -19,7 +19,7 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, is_data_f
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs.exit_cause import last_error, log_tail
 from flowjobs.jobs.mps import mps_daemon
-from flowjobs.runs.datasets import pair_files, split_files
+from flowjobs.runs.datasets import pair_files, rows_per_step, split_files, validation_rows
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.slots import SLOTS
@@ -196,8 +196,12 @@ def _rate(began: tuple[int, float], ended: tuple[int, float]) -> float:
 
 
 def _rows_a_step(run: Run) -> int:
-    rows = run.data()["train"].rows
-    return min(run.config().training.batch_size, rows)
+    data = run.data()
+    if "train" in data:
+        rows = data["train"].rows
+    else:  # one file, which is split as it is read
+        rows = data["data"].rows - validation_rows(data["data"].rows)
+    return rows_per_step(run.config().training.batch_size, rows, ranks=1)
 
 
 def _why(run: Run) -> str:

@@ -173,4 +173,4 @@ def test_wide_runs_that_share_a_gpu_train_as_much_as_one(study: Path, tmp_path: 
     # In epochs of a hundred steps, so that what an epoch's end costs is as in real runs.
     torch.save(torch.randn(32_768, 1024, generator=torch.Generator().manual_seed(0)), rows)
     training = TrainingConfig(dataset=str(rows), width=1024, batch_size=256)
-    check(measured(training, study, in_turns=(2,)))
+    check(measured(training, study, in_turns=(2,), by_mps=(2,)))
