@@ -16,7 +16,7 @@ from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import DATA_FILE_SUFFIXES, MAX_SEED
 from flowjobs.errors import ConfigError
 from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
-from flowjobs.runs.datasets import content_of_data
+from flowjobs.runs.datasets import content_of_data, dataset_files
 from flowjobs.runs.run import Run, check_is_file
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Sample(InStudy):
         solver = Solver(self.solver, self.steps, self.tolerance)
         self._check()
         run = existing_run(self.study, self.name)
+        self._check_keeps(run)
         with best_of(run, self.device) as trained:
             from flowjobs.evaluation.sampling import joined
 
@@ -103,6 +104,18 @@ class Sample(InStudy):
             if not path.parent.is_dir():
                 raise ConfigError(f"--out {path}: there is no folder {path.parent}")
             check_is_file("--out", path)
+
+    def _check_keeps(self, run: Run) -> None:
+        """Raise where samples would replace what the run cannot be resumed or measured without."""
+        training, needed = run.config().training, [run.best, run.last]
+        for dataset in (training.dataset, training.source):
+            needed += dataset_files(dataset, run.study).values()
+        for path in self.out:
+            if path.exists() and any(of.exists() and path.samefile(of) for of in needed):
+                raise ConfigError(
+                    f"--out {path}: {run.name} needs this file, which samples would replace; "
+                    "give another one"
+                )
 
 
 @contextmanager
