@@ -212,7 +212,10 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
                 raise ConfigError(f"{flag(known.name)}: found no value, expected one or more")
             if known.name == "arch_args":
                 for item in given:
-                    (key, value), *_ = KeyValues.parse([item]).items()
+                    try:
+                        ((key, value),) = KeyValues.parse([item]).items()
+                    except ValueError as error:
+                        raise ConfigError(f"--arch-args: {error}") from None
                     values.setdefault(f"{ARGUMENT}{key}", []).append(value)
             elif known.name in FILE_FIELDS:
                 values[known.name] = [from_root(known.name, each) for each in given]

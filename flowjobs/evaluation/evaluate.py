@@ -53,7 +53,7 @@ from flowjobs.data.source import Source
 from flowjobs.errors import ConfigError, DataError, SamplingError
 from flowjobs.evaluation import measures
 from flowjobs.evaluation.sampling import CHUNK, Samples, joined
-from flowjobs.evaluation.solver import EULER_STEPS, Solver
+from flowjobs.evaluation.solver import EULER_STEPS, Solver, check_steps
 from flowjobs.evaluation.trained import TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,8 @@ class Scope:
             raise ConfigError(f"-n: found {self.n}, expected at least {FEWEST}")
         if self.repeats < 1:
             raise ConfigError(f"--repeats: found {self.repeats}, expected at least 1")
-        if min(self.euler_steps, default=1) < 1:
-            raise ConfigError(f"--nfe: found {min(self.euler_steps)}, expected at least 1")
+        for steps in self.euler_steps:
+            check_steps("--nfe", steps)
 
     def rows(self, train: FlowDataset, val: FlowDataset, source: Source) -> int:
         """The n that the data and the source allow.

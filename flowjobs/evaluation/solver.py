@@ -14,6 +14,8 @@ DEFAULT_STEPS = 50
 DEFAULT_TOLERANCE = 1e-4
 # Where the curve over network calls is measured.
 EULER_STEPS = (1, 2, 4, 8, 16, 32, 64)
+# More, in float32, are of no length at all.
+MOST_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,7 @@ class Solver:
                 f"--solver: found {self.method!r}, expected one of {', '.join(get_args(Method))}"
                 f"{did_you_mean(self.method, get_args(Method))}"
             )
-        if self.steps < 1:
-            raise ConfigError(f"--steps: found {self.steps}, expected at least 1")
+        check_steps("--steps", self.steps)
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ConfigError(f"--tolerance: found {self.tolerance}, expected more than 0")
 
@@ -51,3 +52,9 @@ class Solver:
         if self.adaptive:
             return f"{self.method}, tolerance {self.tolerance:g}"
         return f"{self.method}, {counted(self.steps, 'step')}"
+
+
+def check_steps(option: str, steps: int) -> None:
+    """Raise a ConfigError for a number of steps that cannot be taken."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(f"{option}: found {steps}, expected 1 to {MOST_STEPS}")

@@ -102,6 +102,7 @@ def test_bad_input(flowjobs: Command, workplace: Path, arguments: list[str], sai
         ("sweep --seed 0 1 --first 0", "--first: found 0, expected at least 1"),
         ("sweep --dataset --seed 0 1 --one-at-a-time", "--dataset: found no value"),
         ("sweep --arch-args --seed 0 1", "--arch-args: found no value"),
+        ("sweep --arch-args width", "--arch-args: found 'width', expected key=value"),
         ("sweep --init-from '' --seed 0 1", "--init-from .*Is a directory"),
         ("sweep ''", "no sweep '' in"),
         ("sweep pipe.toml", "pipe.toml: found no file, expected the path of one"),
@@ -111,6 +112,7 @@ def test_bad_input(flowjobs: Command, workplace: Path, arguments: list[str], sai
         ("sync --watch --every-s 1e300", "--every-s: found 1e.300, expected a number of seconds"),
         ("bench --seconds inf", "--seconds: found inf, expected a number of seconds"),
         ("report --html pipe.toml", "--html .*pipe.toml: found no file"),
+        (f"sample a --out x.npy --steps {10**20}", f"--steps: found {10**20}, expected 1 to"),
         ("sample a --out pipe.npy", "--out pipe.npy: found no file"),
     ],
 )

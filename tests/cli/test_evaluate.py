@@ -71,7 +71,8 @@ def test_a_run_is_evaluated_at_its_end_and_when_asked(
     before = run.evaluation_file.read_bytes()
     for arguments, said in (
         (("a", "-n", "271"), "-n: found 271, expected at most 270"),
-        (("a", "--nfe", "0"), "--nfe: found 0, expected at least 1"),
+        (("a", "--nfe", "0"), "--nfe: found 0, expected 1 to 1000000"),
+        (("a", "--nfe", f"{10**20}"), f"--nfe: found {10**20}, expected 1 to 1000000"),
         (("b",), "no run, sweep or group b in"),
         ((), "found no run"),
     ):
