@@ -38,7 +38,7 @@ def completing(slurm: SlurmCluster, tell: Callable[[str], object] | None = None)
     def daemon() -> int | None:
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                command = (process / "cmdline").read_text()
+                command = (process / "cmdline").read_text(errors="replace")
                 if command.startswith("slurmstepd") and f"[{job_id}.batch]" in command:
                     return int(process.name)
         return None

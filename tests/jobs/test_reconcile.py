@@ -48,10 +48,10 @@ def kill_with_its_batch_shell(job: Disturbed) -> None:
     scripts = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command = (process / "cmdline").read_text()
+            command = (process / "cmdline").read_text(errors="replace")
             # By hand, the shell has become the plumbing of the script.
             is_script = "slurm_script" in command or "flowjobs.cli.batch_script" in command
-            environment = (process / "environ").read_text()
+            environment = (process / "environ").read_text(errors="replace")
             if is_script and all(variable in environment for variable in own):
                 os.kill(int(process.name), signal.SIGSTOP)
                 scripts.append(int(process.name))
