@@ -32,7 +32,7 @@ from flowjobs.runs.status import JobInfo
 from flowjobs.tracking.mode import entity_here, mode_of_settings, mode_of_variable, variables
 from flowjobs.tracking.tracker import tracked
 from flowjobs.training.checkpoint import read_checkpoint
-from flowjobs.training.trained import note_weights, run_of_weights
+from flowjobs.training.trained import note_weights, run_of_weights, usable_device
 from flowjobs.training.trainer import Trainer, TrainingResult
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,10 @@ class FlowTrainer(Trainer):
         resume_path: str | Path | None = None,
         stop_reason: Callable[[], str | None] = lambda: None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model: found {_kind_of(model)}, expected an nn.Module")
+        if not isinstance(config, TrainingConfig):
+            raise ConfigError(f"config: found {_kind_of(config)}, expected a TrainingConfig")
         # Once: a notebook may change its working directory before it trains.
         run = Run(absolute(default_study()), name or config.run_name)
         check_run_name(run.name)
@@ -82,7 +86,7 @@ class FlowTrainer(Trainer):
             config,
             train_dataset,
             val_dataset,
-            device,
+            usable_device(device),
             run=run,
             resume_path=resume_path,
             stop_reason=stop_reason,
@@ -185,3 +189,9 @@ class FlowTrainer(Trainer):
             except CheckpointMismatchError as error:
                 return str(error)
         return None
+
+
+def _kind_of(given: object) -> str:
+    if isinstance(given, type):
+        return f"the class {given.__name__}"
+    return f"a value of type {type(given).__name__}"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from flowjobs.errors import ConfigError
@@ -37,10 +38,11 @@ class Solver:
         if self.method not in get_args(Method):
             raise ConfigError(
                 f"--solver: found {self.method!r}, expected one of {', '.join(get_args(Method))}"
-                f"{did_you_mean(self.method, get_args(Method))}"
+                f"{did_you_mean(str(self.method), get_args(Method))}"
             )
         check_steps("--steps", self.steps)
-        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+        is_number = isinstance(self.tolerance, Real) and math.isfinite(self.tolerance)
+        if not (is_number and self.tolerance > 0):
             raise ConfigError(f"--tolerance: found {self.tolerance}, expected more than 0")
 
     @property
@@ -56,5 +58,5 @@ class Solver:
 
 def check_steps(option: str, steps: int) -> None:
     """Raise a ConfigError for a number of steps that cannot be taken."""
-    if not 1 <= steps <= MOST_STEPS:
+    if not (isinstance(steps, Integral) and 1 <= steps <= MOST_STEPS):
         raise ConfigError(f"{option}: found {steps}, expected 1 to {MOST_STEPS}")

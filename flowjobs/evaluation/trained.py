@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from flowjobs.config import TrainingConfig
 from flowjobs.data.source import Source
+from flowjobs.errors import ConfigError
 from flowjobs.evaluation.sampling import Samples, joined, sample_chunks
 from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
 from flowjobs.models.velocity import rows_at_once
@@ -64,8 +66,10 @@ class TrainedModel:
 
         Raises:
             SamplingError: A sample is not finite, or dopri5 does not get to the end.
-            ConfigError: There is no such solver.
+            ConfigError: There is no such solver, or no such number of samples.
         """
+        if not (isinstance(n, Integral) and n >= 1):
+            raise ConfigError(f"n: found {n!r}, expected at least 1")
         with self.on_its_threads():
             return joined(list(self.chunks(n, seed, Solver(solver, steps, tolerance)))).x_1
 

@@ -754,7 +754,8 @@ def default_study() -> Path:
 
 def check_run_name(name: str) -> None:
     """Raise a ConfigError unless `name` can be a folder, a job name and a W&B name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    # In Python it may be anything.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name if isinstance(name, str) else ""):
         raise ConfigError(
             f"--name: found {name!r}, expected at most 100 letters, digits, '.', '_' or '-', "
             "beginning with a letter or digit"

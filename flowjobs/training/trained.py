@@ -70,7 +70,7 @@ def load_trained(
             f"{run.steps_trained()} steps"
         )
         raise CheckpointGoneError(f"{run.name} has no {run.best}: {why}")
-    device = _device(device)
+    device = usable_device(device)
     best = read_checkpoint(run.best)
     stats = best["normalization_stats"]
     given = model is not None
@@ -109,13 +109,18 @@ def load_trained(
     return TrainedModel(run.name, model, stats, config, step, device, source, threads, ranks)
 
 
-def _device(asked: torch.device | str) -> torch.device:
+def usable_device(asked: torch.device | str) -> torch.device:
+    """The device that is asked for; "auto" is the GPU where there is one.
+
+    Raises:
+        ConfigError: It cannot be used here.
+    """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"--device: found {asked!r}, which cannot be used here ({reason}); expected auto, cpu "

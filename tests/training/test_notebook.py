@@ -156,6 +156,42 @@ def test_an_entity_that_wandb_would_refuse_makes_no_run(study: Path) -> None:
     assert not Run(study, "mine").folder.exists()
 
 
+def test_what_is_given_by_mistake_is_told_and_makes_no_run(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    rows, config = FlowDataset(torch.randn(64, 8)), TrainingConfig(epochs=1)
+
+    def given(**changed: Any) -> dict[str, Any]:
+        parts = {"model": MLP(8, 16), "config": config, "device": "auto", "name": "mine"}
+        return {**parts, "train_dataset": rows, "val_dataset": rows, **changed}
+
+    for mistake, said in (
+        ({"model": MLP}, "model: found the class MLP, expected an nn.Module"),
+        ({"model": lambda x, t: x}, "model: found a value of type function, expected"),
+        ({"config": RunConfig(config)}, "config: found a value of type RunConfig, expected a Tr"),
+        ({"config": {"epochs": 1}}, "config: found a value of type dict, expected a TrainingCon"),
+        ({"device": "cuda:99"}, "--device: found 'cuda:99', which cannot be used here"),
+        ({"device": None}, "--device: found None, which cannot be used here"),
+        ({"name": 7}, "--name: found 7, expected at most 100 letters"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            FlowTrainer(**given(**mistake)).train()
+    assert not study.exists()
+    FlowTrainer(**given()).train()
+    trained = flowjobs.load("mine", model=MLP(8, 16))
+    assert trained.sample(2, steps=1).shape == (2, 8)
+    for wrong, said in (
+        ({"n": 0}, "n: found 0, expected at least 1"),
+        ({"n": 2.5}, "n: found 2.5, expected at least 1"),
+        ({"n": 2, "solver": None}, "--solver: found None, expected one of euler, midpoint"),
+        ({"n": 2, "steps": 2.5}, "--steps: found 2.5, expected 1 to 1000000"),
+        ({"n": 2, "tolerance": "1"}, "--tolerance: found 1, expected more than 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            trained.sample(**wrong)
+
+
 @pytest.mark.parametrize(
     ("own_level", "handler_level", "shown", "by_ours"),
     [
