@@ -12,7 +12,6 @@ from flowjobs.config import TrainingConfig
 from flowjobs.errors import ConfigError
 from flowjobs.jobs.side_by_side import _link_data
 from flowjobs.runs.datasets import pair_files, split_files
-from flowjobs.runs.run import Run
 from tests.conftest import Command
 
 # Of two at once, neither finds room.
@@ -58,16 +57,10 @@ def test_what_runs_train_together_is_measured_until_they_cannot(
     assert sorted(study.rglob("*")) == files
 
 
-def test_runs_of_ones_own_file_are_measured_from_the_weights_of_another_run(
-    flowjobs: Command, study: Path
-) -> None:
+def test_runs_of_ones_own_file_are_measured(flowjobs: Command, workplace: Path) -> None:
     np.save("rows.npy", np.random.default_rng(0).standard_normal((200, 8), dtype=np.float32))
-    model = ("--arch", "mlp", "--width", "16", "--flow", "icfm", "--dataset", "rows.npy")
-    quick = ("--epochs", "1", "--no-evaluate", "--wandb-mode", "disabled", "--name", "a")
-    assert flowjobs("train", *model, *quick).returncode == 0
-    weights = str(Run(study, "a").best)
-    bench = ("bench", *model, "--init-from", weights, "--batch-size", "500")
-    done = flowjobs(*bench, "--runs-per-gpu", "1", "--seconds", "0.5", "--json")
+    model = ("--width", "16", "--dataset", "rows.npy", "--batch-size", "500")
+    done = flowjobs("bench", *model, "--runs-per-gpu", "1", "--seconds", "0.5", "--json")
     assert done.returncode == 0, done.stderr
     (one,) = json.loads(done.stdout)["measured"]
     assert (one["why"], one["samples_per_s"] > 0) == ("", True)
