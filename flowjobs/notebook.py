@@ -46,13 +46,15 @@ class FlowTrainer(Trainer):
 
     Args:
         model: See `Trainer`, as for what is not named here.
+        device: Where to compute; "auto" is the GPU where there is one.
         name: Name of the run; by default `config.run_name`.
         wandb_project: Project in W&B.
         wandb_entity: User or team in W&B; by default your own.
 
     Raises:
-        ConfigError: From `train`: W&B would refuse the entity or the group, or a new run was given
-            a model that another one has trained.
+        ConfigError: The device cannot be used here, or there can be no run of this name. From
+            `train`: the model cannot be trained, W&B would refuse the entity or the group, or a
+            new run was given a model that another one has trained.
         RunBusyError: From `train`: another process trains this run, or a job of it waits that has
             not trained yet.
         RunMismatchError: From `train`: the run of this name is of another config, model or data,

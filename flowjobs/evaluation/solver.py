@@ -15,7 +15,7 @@ DEFAULT_STEPS = 50
 DEFAULT_TOLERANCE = 1e-4
 # Where the curve over network calls is measured.
 EULER_STEPS = (1, 2, 4, 8, 16, 32, 64)
-# More, in float32, are of no length at all.
+# Shorter ones, in float32, are mostly rounding.
 MOST_STEPS = 1_000_000
 
 
