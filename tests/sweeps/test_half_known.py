@@ -232,6 +232,12 @@ def test_what_the_cluster_does_not_take_has_no_part_in_what_runs_at_a_time(
     assert (refused.returncode, throttles(slurm)) == (2, ["4"]), refused.stdout + refused.stderr
     assert flowjobs("cancel", "ablation").returncode == 0
     wait_until(lambda: tasks(slurm) == [], "the tasks to be cancelled", 30)
+
+    def what_became_of_them() -> bool:
+        return "is unknown" not in flowjobs("retry", "ablation", "--dry-run").stdout
+
+    # The controller may have forgotten them before accounting has a word of them.
+    wait_until(what_became_of_them, "accounting to know", 60)
     site("sbatch", '$real "$@"')
     for _ in range(2):
         slurm.submit("--hold", "--wrap=true")
