@@ -44,6 +44,19 @@ class KeyValues(dict[str, Any]):
         return parsed
 
 
+def key_value(option: str, item: str) -> tuple[str, Any]:
+    """One of an option's arguments: `width=512` -> `("width", 512)`; see `KeyValues.parse`.
+
+    Raises:
+        ConfigError: It is not of the form key=value.
+    """
+    try:
+        ((key, value),) = KeyValues.parse([item]).items()
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from error
+    return key, value
+
+
 def literal_or_text(text: str) -> Any:
     """What is typed as a value: a literal of Python (a tuple becomes a list) or JSON, or the text.
 

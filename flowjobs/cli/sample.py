@@ -16,7 +16,7 @@ from flowjobs.cli.runs_named import RunName, existing_run
 from flowjobs.config import DATA_FILE_SUFFIXES, MAX_SEED
 from flowjobs.errors import ConfigError
 from flowjobs.evaluation.solver import DEFAULT_STEPS, DEFAULT_TOLERANCE, Method, Solver
-from flowjobs.runs.datasets import content_of_data, dataset_files
+from flowjobs.runs.datasets import content_of_data, dataset_files, same_file
 from flowjobs.runs.run import Run, check_is_file
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Sample(InStudy):
         for dataset in (training.dataset, training.source):
             needed += dataset_files(dataset, run.study).values()
         for path in self.out:
-            if path.exists() and any(of.exists() and path.samefile(of) for of in needed):
+            if any(same_file(str(path), str(of)) for of in needed):
                 raise ConfigError(
                     f"--out {path}: {run.name} needs this file, which samples would replace; "
                     "give another one"

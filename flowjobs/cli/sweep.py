@@ -43,7 +43,7 @@ from flowjobs.config import (
     TrainingConfig,
 )
 from flowjobs.errors import ConfigError, FlowjobsError
-from flowjobs.field_values import KeyValues, flag
+from flowjobs.field_values import KeyValues, flag, key_value
 from flowjobs.formatting import counted, first_of
 from flowjobs.models.size import size_words
 from flowjobs.runs.hint import hint
@@ -212,10 +212,7 @@ class Sweep(CodeOptions, CommandOptions, WithDefaults):
                 raise ConfigError(f"{flag(known.name)}: found no value, expected one or more")
             if known.name == "arch_args":
                 for item in given:
-                    try:
-                        ((key, value),) = KeyValues.parse([item]).items()
-                    except ValueError as error:
-                        raise ConfigError(f"--arch-args: {error}") from None
+                    key, value = key_value(flag(known.name), item)
                     values.setdefault(f"{ARGUMENT}{key}", []).append(value)
             elif known.name in FILE_FIELDS:
                 values[known.name] = [from_root(known.name, each) for each in given]

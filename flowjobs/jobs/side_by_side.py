@@ -19,7 +19,7 @@ from flowjobs.config import RunConfig, TrackingConfig, TrainingConfig, is_data_f
 from flowjobs.errors import FlowjobsError
 from flowjobs.jobs.exit_cause import last_error, log_tail
 from flowjobs.jobs.mps import mps_daemon
-from flowjobs.runs.datasets import pair_files, rows_per_step, split_files, validation_rows
+from flowjobs.runs.datasets import pair_files, rows_per_step, split_files, trained_on
 from flowjobs.runs.metrics import latest_values
 from flowjobs.runs.run import Run
 from flowjobs.slots import SLOTS
@@ -196,11 +196,8 @@ def _rate(began: tuple[int, float], ended: tuple[int, float]) -> float:
 
 
 def _rows_a_step(run: Run) -> int:
-    data = run.data()
-    if "train" in data:
-        rows = data["train"].rows
-    else:  # one file, which is split as it is read
-        rows = data["data"].rows - validation_rows(data["data"].rows)
+    part, content = next(iter(run.data().items()))  # of the dataset; others come after it
+    rows = trained_on(part, content.rows)
     return rows_per_step(run.config().training.batch_size, rows, ranks=1)
 
 

@@ -117,7 +117,12 @@ def training_rows(dataset: str, study: Path) -> int | None:
     shape = shape_of_file(file)
     if shape is None:
         return None
-    return shape[0] - validation_rows(shape[0]) if part == "data" else shape[0]
+    return trained_on(part, shape[0])
+
+
+def trained_on(part: str, n: int) -> int:
+    """How many of the n rows of a dataset's first part, as `dataset_files` has them, train."""
+    return n - validation_rows(n) if part == "data" else n
 
 
 def validation_rows(n: int) -> int:

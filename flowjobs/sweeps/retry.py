@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from flowjobs.config import RestartConfig, RunConfig, SlurmConfig
 from flowjobs.errors import ConfigError
-from flowjobs.field_values import KeyValues
+from flowjobs.field_values import KeyValues, key_value
 from flowjobs.formatting import first_of
 from flowjobs.jobs.exit_cause import failed_node
 from flowjobs.jobs.run_stages import CHECKPOINTS_GONE, GPU_MEMORY, Member
@@ -143,10 +143,7 @@ def changes_from(given: Sequence[str]) -> dict[str, Any]:
     known = hints.keys() - {*RANKS, "sbatch"}
     found = {}
     for item in given:
-        try:
-            ((key, value),) = KeyValues.parse([item]).items()
-        except ValueError as error:
-            raise ConfigError(f"--with: {error}") from error
+        key, value = key_value("--with", item)
         name = key.replace("-", "_")
         if name in RANKS:
             raise ConfigError(
